@@ -1,0 +1,54 @@
+"""packpipe packs images (or token sequences) of any size into rows of exactly seq_len tokens.
+
+Public names bind on first use: ``import packpipe`` alone loads no third-party package.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from packpipe.batch import PackedBatch as PackedBatch
+    from packpipe.config import PackConfig as PackConfig
+    from packpipe.dataset import manifest as manifest
+    from packpipe.dataset import pack as pack
+    from packpipe.dataset import rejects as rejects
+    from packpipe.navit import NaViT as NaViT
+    from packpipe.navit import NaViTConfig as NaViTConfig
+    from packpipe.packer import Packer as Packer
+    from packpipe.packing import Packs as Packs
+    from packpipe.packing import pack_lengths as pack_lengths
+    from packpipe.plan import EpochPlan as EpochPlan
+    from packpipe.plan import plan_epoch as plan_epoch
+    from packpipe.table import read_rows as read_rows
+
+# Public name: the module that defines it.
+_HOMES = {
+    "EpochPlan": "plan",
+    "NaViT": "navit",
+    "NaViTConfig": "navit",
+    "PackConfig": "config",
+    "PackedBatch": "batch",
+    "Packer": "packer",
+    "Packs": "packing",
+    "manifest": "dataset",
+    "pack": "dataset",
+    "pack_lengths": "packing",
+    "plan_epoch": "plan",
+    "read_rows": "table",
+    "rejects": "dataset",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'packpipe' has no attribute {name!r}")
+    return getattr(import_module(f"packpipe.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,66 @@
+"""Front-door checks: one sentence for every wrong argument (floor 0).
+
+Each check returns the value in its one canonical form or raises with
+``name is VALUE, expected REQUIREMENT; remedy``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+MAX_WORD = 2**64 - 1
+
+
+def sentence(name: str, value: object, expected: str, remedy: str) -> str:
+    """Return the error sentence every packpipe error is built from."""
+    return f"{name} is {value!r}, expected {expected}; {remedy}"
+
+
+def whole_number(name: str, value: Any, low: int, high: int, remedy: str) -> int:
+    """Return value as an int in low..high; bools, floats and strings are refused."""
+    expected = f"an integer in {low}..{high}"
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(sentence(name, value, expected, remedy))
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(sentence(name, value, expected, remedy)) from None
+    if not low <= number <= high:
+        raise ValueError(sentence(name, number, expected, remedy))
+    return number
+
+
+def choice(name: str, value: Any, options: Collection[str], remedy: str) -> str:
+    """Return value if it is one of the options."""
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(sentence(name, value, "one of " + ", ".join(map(repr, options)), remedy))
+    return value
+
+
+def seed_and_epoch(seed: Any, epoch: Any) -> tuple[int, int]:
+    """Return (seed, epoch) as the two 64-bit words of a Philox key."""
+    remedy = "pass a non-negative integer below 2**64"
+    return (
+        whole_number("seed", seed, 0, MAX_WORD, remedy),
+        whole_number("epoch", epoch, 0, MAX_WORD, remedy),
+    )
+
+
+def integer_array(name: str, values: ArrayLike, ndim: int, remedy: str) -> NDArray[Any]:
+    """Return values as an integer array of ndim dimensions, not copied if it is one.
+
+    An empty list counts as integers, since NumPy would make it float64.
+    """
+    array = np.asarray(values)
+    if array.size == 0 and not np.issubdtype(array.dtype, np.integer):
+        array = array.astype(np.int64)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(sentence(f"{name}.dtype", str(array.dtype), "an integer dtype", remedy))
+    if array.ndim != ndim:
+        raise ValueError(sentence(f"{name}.ndim", array.ndim, str(ndim), remedy))
+    return array

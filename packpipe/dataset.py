@@ -1,0 +1,125 @@
+"""`pack`: a dataset of images in, a dataset of packed rows out (floor 2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Unpack
+
+from datasets import Dataset
+
+from packpipe import checks
+from packpipe.build import MANIFEST, REJECTS, Build, read_manifest
+from packpipe.config import PackOptions, config_from
+from packpipe.quarantine import Budget
+from packpipe.source import image_column_of, label_column_of
+
+ON_ERROR = ("quarantine", "raise")
+
+
+def pack(
+    dataset: Dataset,
+    seq_len: int = 1024,
+    *,
+    image_column: str = "auto",
+    label_column: str | None = "auto",
+    seed: int = 0,
+    epoch: int = 0,
+    output: str | Path | None = None,
+    materialize: bool = True,
+    num_workers: int = 1,
+    on_error: str = "quarantine",
+    max_bad_fraction: float = 0.01,
+    max_consecutive_bad: int = 100,
+    progress: bool = True,
+    **options: Unpack[PackOptions],
+) -> Dataset:
+    """Pack images into rows of exactly seq_len tokens, as memory-mapped Arrow.
+
+    Every image is in exactly one row, or in `rejects` with its reason. The rows depend on the
+    sizes, the options, seed and epoch; never on num_workers. Called again with the same
+    arguments it returns the rows it has already written.
+
+    Args:
+        dataset: a Dataset with an image column; encoded images are read undecoded.
+        seq_len: tokens a row holds, 1..32767.
+        image_column: its name; ``"auto"`` finds the only one.
+        label_column: its name; ``"auto"`` takes ``label``, ``labels`` or the only ClassLabel
+            there is; None leaves labels out.
+        seed: which permutation of images and rows.
+        epoch: likewise.
+        output: folder to write; None is a folder of the `datasets` cache.
+        materialize: False writes the plan only and computes the same rows, byte for byte, each
+            time they are read, from the images in ``dataset``.
+        num_workers: threads that decode.
+        on_error: ``"quarantine"`` lists a bad image in `rejects`; ``"raise"`` stops at it.
+        max_bad_fraction: a larger share of rejects stops the build.
+        max_consecutive_bad: as many rejects in a row stop the build.
+        progress: show a progress bar (where `datasets` shows its own).
+        **options: the options of `PackConfig`: ``patch_size``, ``resolution``,
+            ``max_tokens``, ``max_segments``, ``strategy``, ``window``, ``background``,
+            ``max_pixels``.
+
+    Returns:
+        Dataset: one row a pack, columns as in `packpipe.schema`. Its segment columns alone are
+        what a dataset of ``materialize=False`` stores.
+
+    Raises:
+        TypeError: dataset is no Dataset, or an argument has the wrong type.
+        ValueError: an argument or column is wrong; a bad image with ``on_error="raise"``; an
+            image whose size changed while it was packed.
+        TooManyRejects: a ValueError; too many images are bad. Names the first ones.
+        FileExistsError: output holds something else.
+
+    Source: NaViT 2.2, A.3.
+    """
+    config = config_from(seq_len, dict(options))
+    seed, epoch = checks.seed_and_epoch(seed, epoch)
+    num_workers = checks.whole_number("num_workers", num_workers, 1, 1024, "use 1 thread or more")
+    checks.choice("on_error", on_error, ON_ERROR, "choose what a bad image does")
+    if not isinstance(dataset, Dataset):
+        remedy = "pass one split, such as dataset['train']"
+        name = type(dataset).__name__
+        raise TypeError(checks.sentence("dataset", name, "a datasets.Dataset", remedy))
+    image_column = image_column_of(dataset.features, image_column)
+    label_column = label_column_of(dataset.features, label_column)
+    build = Build(
+        dataset=dataset,
+        image_column=image_column,
+        label_column=label_column,
+        config=config,
+        seed=seed,
+        epoch=epoch,
+        materialize=bool(materialize),
+    )
+    if on_error == "raise":
+        max_bad_fraction, max_consecutive_bad = 0.0, 1
+    budget = Budget(len(dataset), max_bad_fraction, max_consecutive_bad)
+    target = build.cache_folder() if output is None else Path(output).absolute()
+    if not build.is_at(target):
+        build.make(target, num_workers, budget, progress)
+    return build.open(target)
+
+
+def manifest(packed: Dataset) -> dict[str, Any]:
+    """Return the manifest of a dataset that `pack` returned: configuration, counts, checksums."""
+    return read_manifest(_folder_of(packed))
+
+
+def rejects(packed: Dataset) -> Dataset:
+    """Return the source examples that are in no row: example_index, stage, reason, exception."""
+    return Dataset.from_file(str(_folder_of(packed) / REJECTS))
+
+
+def _folder_of(packed: Dataset) -> Path:
+    folders = {Path(file["filename"]).parent for file in packed.cache_files}
+    for folder in folders:
+        if (folder / MANIFEST).is_file():
+            return folder
+    raise ValueError(
+        checks.sentence(
+            "packed",
+            f"{type(packed).__name__} of {sorted(map(str, folders))}",
+            "a dataset that packpipe.pack returned",
+            "ask before map or filter writes it elsewhere",
+        )
+    )

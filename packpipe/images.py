@@ -1,0 +1,171 @@
+"""Images: an encoded file to upright RGB pixels at a planned size (floor 1).
+
+Obeys the plan and decides nothing. `probe` reads the header only, so sizes cost no decoding;
+`decode` gives exactly the planned grid. Pillow's globals are never touched.
+
+Every mode becomes RGB by one stated rule:
+
+======================  ====================================================================
+RGB, L, P, 1            as they are (1-bit black and white become 0 and 255)
+any transparency        laid on the background, before resizing
+CMYK, YCCK, YCbCr, HSV  Pillow's conversion (Adobe's inverted CMYK is undone while decoding)
+LAB                     to sRGB by colour profile
+16-bit grey             scaled by depth, value · 255 ÷ 65535 to the nearest; never clipped
+animation               its first frame
+anything else           no rule: rejected
+======================  ====================================================================
+
+The EXIF orientation is applied. An orientation that cannot be read is taken as upright and
+flagged; in PNG files it counts only where it stands before the pixels, since finding a later
+one would mean decoding the image while probing.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageCms
+
+# The bytes of an encoded image, or the path of its file.
+Encoded: TypeAlias = "bytes | memoryview | str"
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+_PLAIN_MODES = ("RGB", "RGBX", "L", "P", "1", "CMYK", "YCbCr", "HSV")
+
+
+class BadImage(ValueError):
+    """An image that cannot become a row; ``reason`` is the word the rejects are counted by."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Probe(NamedTuple):
+    """What a header says: upright (height, width) in pixels; whether its EXIF is broken."""
+
+    image_hw: tuple[int, int]
+    broken_exif: bool
+
+
+def probe(encoded: Encoded, *, max_pixels: int) -> Probe:
+    """Return the upright size of an image from its header; nothing is decoded.
+
+    Raises:
+        BadImage: no such file, empty, no image, or more than max_pixels pixels.
+    """
+    with _open(encoded, max_pixels) as image:
+        orientation, broken_exif = _orientation(image)
+        return Probe(_upright_hw(image, orientation), broken_exif)
+
+
+def decode(
+    encoded: Encoded,
+    *,
+    image_hw: tuple[int, int],
+    target_hw: tuple[int, int],
+    background: tuple[int, int, int],
+    max_pixels: int,
+) -> NDArray[np.uint8]:
+    """Return uint8[height, width, 3], the upright image resized to target_hw (antialiased bicubic).
+
+    Args:
+        encoded: bytes or path.
+        image_hw: upright size in pixels the plan was made for.
+        target_hw: (height, width) of the result in pixels.
+        background: (red, green, blue) that transparent pixels are laid on.
+        max_pixels: as for `probe`.
+
+    Raises:
+        BadImage: it cannot be decoded, or its mode has no rule.
+        ValueError: its size is not image_hw, so the plan is out of date.
+    """
+    with _open(encoded, max_pixels) as image:
+        orientation, _ = _orientation(image)
+        found = _upright_hw(image, orientation)
+        if found != image_hw:
+            raise ValueError(
+                f"image size is {found[0]}x{found[1]} (height x width), expected "
+                f"{image_hw[0]}x{image_hw[1]} as planned; plan again, the source has changed"
+            )
+        try:
+            upright = _to_rgb(image, background)
+        except BadImage:
+            raise
+        except Exception as error:  # decoders raise whatever they like
+            raise BadImage("undecodable", f"{type(error).__name__}: {error}") from error
+    if orientation in _TRANSPOSE:
+        upright = upright.transpose(_TRANSPOSE[orientation])
+    height, width = target_hw
+    if upright.size != (width, height):
+        upright = upright.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(upright)
+
+
+def _open(encoded: Encoded, max_pixels: int) -> Image.Image:
+    if not isinstance(encoded, str) and len(encoded) == 0:
+        raise BadImage("empty", "the file holds no bytes")
+    try:
+        image = Image.open(encoded if isinstance(encoded, str) else BytesIO(encoded))
+    except FileNotFoundError as error:
+        raise BadImage("missing", f"no file {encoded!r}") from error
+    except Image.DecompressionBombError as error:
+        raise BadImage("too many pixels", str(error)) from error
+    except Exception as error:  # header parsers raise whatever they like
+        message = str(error) if isinstance(encoded, str) else "no known image format"
+        raise BadImage("unreadable", message) from error
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        raise BadImage("too many pixels", f"{height}x{width} pixels, expected at most {max_pixels}")
+    return image
+
+
+def _orientation(image: Image.Image) -> tuple[int, bool]:
+    """Return (EXIF orientation 1..8, whether the EXIF is broken), before pixels are loaded."""
+    try:
+        # PngImageFile.getexif would decode the whole image in search of a late chunk.
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001  malformed EXIF raises struct.error, SyntaxError, ...
+        return 1, True
+    if value in range(1, 9):
+        return int(value), False
+    return 1, True
+
+
+def _upright_hw(image: Image.Image, orientation: int) -> tuple[int, int]:
+    width, height = image.size
+    return (width, height) if orientation in _SIDEWAYS else (height, width)
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Return the image as RGB by the rules in the module's table."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # Pillow's own conversion clips at 255.
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        below = Image.new("RGBA", layer.size, (*background, 255))
+        return Image.alpha_composite(below, layer).convert("RGB")
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        if converted is None:
+            raise BadImage("undecodable", "the colour profile conversion gave no image")
+        return converted
+    if image.mode in _PLAIN_MODES:
+        return image.convert("RGB")
+    raise BadImage("unsupported mode", f"mode {image.mode} has no rule to become RGB")

@@ -1,0 +1,69 @@
+"""How many bad examples a build puts up with (floor 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from packpipe import checks
+from packpipe.rows import Reject
+
+_NAMED = 5
+
+
+class TooManyRejects(ValueError):
+    """More examples were rejected than the caller allows; ``rejects`` holds them all."""
+
+    def __init__(self, message: str, rejects: list[Reject]) -> None:
+        super().__init__(message)
+        self.rejects = rejects
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many rejects a build may have.
+
+    Attributes:
+        num_examples: examples in the source.
+        max_bad_fraction: most rejects ÷ examples, 0..1.
+        max_consecutive_bad: this many neighbours in the source stop the build.
+    """
+
+    num_examples: int
+    max_bad_fraction: float
+    max_consecutive_bad: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(
+                checks.sentence("max_bad_fraction", self.max_bad_fraction, "0..1", "it is a share")
+            )
+        remedy = "1 stops at the first bad example"
+        checks.whole_number("max_consecutive_bad", self.max_consecutive_bad, 1, 2**63, remedy)
+
+    def check(self, rejects: list[Reject]) -> None:
+        """Raise if the rejects are over budget: a function of their set, not of their order.
+
+        Raises:
+            TooManyRejects: names how many, the limit, and the first ones.
+        """
+        bad = sorted(rejects)
+        if len(bad) > self.max_bad_fraction * self.num_examples:
+            share = len(bad) / self.num_examples
+            found = f"{len(bad)} of {self.num_examples} examples ({share:.2%})"
+            limit = f"at most {self.max_bad_fraction:.2%} (max_bad_fraction)"
+            raise TooManyRejects(_message(found, limit, bad), bad)
+        in_a_row, previous = 0, -2
+        for reject in bad:
+            in_a_row = in_a_row + 1 if reject.example_index == previous + 1 else 1
+            previous = reject.example_index
+            if in_a_row >= self.max_consecutive_bad:
+                found = f"{in_a_row} examples in a row up to example {previous}"
+                limit = f"fewer than {self.max_consecutive_bad} (max_consecutive_bad)"
+                raise TooManyRejects(_message(found, limit, bad), bad)
+
+
+def _message(found: str, limit: str, bad: list[Reject]) -> str:
+    first = "; ".join(
+        f"example {r.example_index} ({r.reason}: {r.exception})" for r in bad[:_NAMED]
+    )
+    return f"rejected is {found}, expected {limit}; repair the source or raise it. First: {first}"

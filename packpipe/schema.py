@@ -1,0 +1,171 @@
+"""The packed row as Arrow columns, and back without copying (floor 1).
+
+Token columns are fixed-size lists, so row r lies at a constant stride; segment columns are
+lists. There are no nulls. Written from NumPy buffers and read as views of Arrow's.
+
+=================  ===============================  =========================================
+patches            fixed_size_list<uint8>[L·D]      row, column, channel within a patch
+segment_ids        fixed_size_list<int32>[L]        1, 2, ... in row order; 0 is padding
+coords             fixed_size_list<int16>[2L]       (y, x) of the token in its patch grid
+seq_lens           list<int32>                      tokens kept per segment
+grid_hw            list<fixed_size_list<int16>[2]>  patches of the full grid, before dropping
+image_hw           list<fixed_size_list<int32>[2]>  upright source size in pixels
+labels             list<the label's type>           absent without a label column
+example_index      list<int64>                      row in the source
+=================  ===============================  =========================================
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from packpipe import checks
+from packpipe.config import PackConfig
+from packpipe.rows import Reject, Rows, Segments
+
+VERSION = 1
+
+REJECTS = pa.schema(
+    [
+        ("example_index", pa.int64()),
+        ("stage", pa.string()),
+        ("reason", pa.string()),
+        ("exception", pa.string()),
+    ]
+)
+
+
+def segment_schema(label_type: pa.DataType | None) -> pa.Schema:
+    """Return the schema of the segment columns."""
+    fields = [
+        ("seq_lens", pa.list_(pa.int32())),
+        ("grid_hw", pa.list_(pa.list_(pa.int16(), 2))),
+        ("image_hw", pa.list_(pa.list_(pa.int32(), 2))),
+        *([] if label_type is None else [("labels", pa.list_(label_type))]),
+        ("example_index", pa.list_(pa.int64())),
+    ]
+    return pa.schema(fields)
+
+
+def row_schema(config: PackConfig, label_type: pa.DataType | None) -> pa.Schema:
+    """Return the schema of a packed row."""
+    tokens = [
+        ("patches", pa.list_(pa.uint8(), config.seq_len * config.patch_bytes)),
+        ("segment_ids", pa.list_(pa.int32(), config.seq_len)),
+        ("coords", pa.list_(pa.int16(), 2 * config.seq_len)),
+    ]
+    return pa.schema([*map(pa.field, *zip(*tokens, strict=True)), *segment_schema(label_type)])
+
+
+def segments_table(segments: Segments, schema: pa.Schema) -> pa.Table:
+    """Return the segment columns as Arrow, without copying."""
+    columns = _segment_columns(segments)
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def rows_table(rows: Rows, schema: pa.Schema) -> pa.Table:
+    """Return packed rows as Arrow, without copying."""
+    columns = _segment_columns(rows.segments)
+    for name in ("patches", "segment_ids", "coords"):
+        values = getattr(rows, name)
+        columns[name] = pa.FixedSizeListArray.from_arrays(
+            pa.array(values.reshape(-1)), type=schema.field(name).type
+        )
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def rejects_table(rejects: list[Reject]) -> pa.Table:
+    """Return rejects as Arrow, in order of their example."""
+    ordered = sorted(rejects)
+    return pa.table([list(column) for column in zip(*ordered, strict=True)] or [[]] * 4, REJECTS)
+
+
+def table_segments(table: pa.Table) -> Segments:
+    """Return the segment columns of a table; views where a column is one chunk."""
+    seq_lens = _one_chunk(table, "seq_lens")
+    # A list array may be a slice: its offsets then start above zero, and `flatten` obeys them.
+    starts = seq_lens.offsets.to_numpy().astype(np.int64)
+    has_labels = "labels" in table.column_names
+    return Segments(
+        offsets=starts - starts[0],
+        seq_lens=seq_lens.flatten().to_numpy(),
+        grid_hw=_pairs(table, "grid_hw"),
+        image_hw=_pairs(table, "image_hw"),
+        example_index=_one_chunk(table, "example_index").flatten().to_numpy(),
+        labels=_one_chunk(table, "labels").flatten() if has_labels else None,
+    )
+
+
+def table_rows(table: pa.Table) -> Rows:
+    """Return the packed rows of a table; views where a column is one chunk, else one copy.
+
+    Raises:
+        ValueError: a column of the packed row is missing or has another type.
+    """
+    for name, wanted in (
+        ("patches", pa.uint8()),
+        ("segment_ids", pa.int32()),
+        ("coords", pa.int16()),
+    ):
+        found = table.schema.field(name).type if name in table.column_names else None
+        if found is None or not pa.types.is_fixed_size_list(found) or found.value_type != wanted:
+            raise ValueError(
+                checks.sentence(
+                    f"column {name!r}",
+                    "missing" if found is None else str(found),
+                    f"fixed_size_list<{wanted}>",
+                    "read rows that packpipe has written",
+                )
+            )
+    seq_len = table.schema.field("segment_ids").type.list_size
+    num_rows = table.num_rows
+    return Rows(
+        segments=table_segments(table),
+        patches=_fixed(table, "patches").reshape(num_rows, seq_len, -1),
+        segment_ids=_fixed(table, "segment_ids").reshape(num_rows, seq_len),
+        coords=_fixed(table, "coords").reshape(num_rows, seq_len, 2),
+    )
+
+
+def _segment_columns(segments: Segments) -> dict[str, pa.Array]:
+    offsets = pa.array(segments.offsets.astype(np.int32))
+
+    def lists(values: Any) -> pa.Array:
+        return pa.ListArray.from_arrays(offsets, values)
+
+    def pairs(values: NDArray[Any]) -> pa.Array:
+        return lists(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), 2))
+
+    columns = {
+        "seq_lens": lists(pa.array(segments.seq_lens)),
+        "grid_hw": pairs(segments.grid_hw),
+        "image_hw": pairs(segments.image_hw),
+        "example_index": lists(pa.array(segments.example_index)),
+    }
+    if segments.labels is not None:
+        columns["labels"] = lists(segments.labels)
+    return columns
+
+
+def _one_chunk(table: pa.Table, name: str) -> pa.Array:
+    column = table.column(name)
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _fixed(table: pa.Table, name: str) -> NDArray[Any]:
+    """Return the values of a fixed-size list column as one flat array."""
+    chunks = [chunk.flatten().to_numpy() for chunk in table.column(name).chunks]
+    dtype = table.schema.field(name).type.value_type.to_pandas_dtype()
+    values: NDArray[Any] = (
+        chunks[0] if len(chunks) == 1 else np.concatenate([np.empty(0, dtype), *chunks])
+    )
+    return values
+
+
+def _pairs(table: pa.Table, name: str) -> NDArray[Any]:
+    values: NDArray[Any] = _one_chunk(table, name).flatten().flatten().to_numpy()
+    return values.reshape(-1, 2)

@@ -1,0 +1,193 @@
+"""The source dataset: encoded images, sizes and labels, taken without decoding (floor 2).
+
+`datasets` decodes image columns when they are read; here the Arrow storage is read instead, so
+an image stays the bytes (or the path) it was stored as until a row needs its pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Features, Image, Value
+from numpy.typing import NDArray
+
+from packpipe import checks
+from packpipe.images import BadImage, Encoded, Probe, probe
+from packpipe.rows import Reject
+
+_LABEL_NAMES = ("label", "labels")
+_PROBES_A_TASK = 256
+
+
+def image_column_of(features: Features, asked: str) -> str:
+    """Return the name of the image column: the one asked for, or the only one there is."""
+    remedy = "pass image_column"
+    images = [name for name, feature in features.items() if _holds_images(feature)]
+    if asked == "auto":
+        if len(images) != 1:
+            raise ValueError(
+                checks.sentence(
+                    "image columns", images, "exactly one, for image_column='auto'", remedy
+                )
+            )
+        return str(images[0])
+    if asked not in features:
+        raise ValueError(checks.sentence("image_column", asked, f"one of {list(features)}", remedy))
+    if asked not in images:
+        found = f"{asked} of type {features[asked]}"
+        raise ValueError(
+            checks.sentence("image_column", found, "an Image (or binary) column", "cast_column it")
+        )
+    return asked
+
+
+def label_column_of(features: Features, asked: str | None) -> str | None:
+    """Return the name of the label column: as asked; ``"auto"`` finds one, None means none."""
+    if asked is None:
+        return None
+    if asked != "auto":
+        if asked not in features:
+            expected = f"one of {list(features)}, 'auto' or None"
+            raise ValueError(checks.sentence("label_column", asked, expected, "check its spelling"))
+        return asked
+    named = [name for name in _LABEL_NAMES if name in features]
+    typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    found = named or typed
+    if len(found) > 1:
+        raise ValueError(
+            checks.sentence(
+                "label columns", found, "one at most, for label_column='auto'", "pass label_column"
+            )
+        )
+    return found[0] if found else None
+
+
+def _holds_images(feature: Any) -> bool:
+    return isinstance(feature, Image) or feature in (Value("binary"), Value("large_binary"))
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Encoded images by row number: ``source(i)`` is the bytes, or the path, of row i.
+
+    Attributes:
+        rows: a Dataset with just the image column, in Arrow format.
+    """
+
+    rows: Any
+
+    def __call__(self, example: int) -> Encoded:
+        """Return the encoded image of a row."""
+        return encoded_of(self.rows[example].column(0)[0])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def encoded_of(value: pa.Scalar) -> Encoded:
+    """Return the bytes or path an image column's Arrow value holds.
+
+    Raises:
+        BadImage: it holds neither.
+    """
+    if pa.types.is_struct(value.type) and value.is_valid:
+        stored = {field.name: value[field.name] for field in value.type}
+        for name in ("bytes", "path"):
+            if name in stored and stored[name].is_valid:
+                return encoded_of(stored[name])
+        raise BadImage("missing", "the image has neither bytes nor path")
+    if not value.is_valid:
+        raise BadImage("missing", "the image is null")
+    encoded: Encoded = (
+        value.as_py() if pa.types.is_string(value.type) else memoryview(value.as_buffer())
+    )
+    return encoded
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What headers and labels say of a source.
+
+    Attributes:
+        image_hw: int32[good, 2], upright sizes of the usable images.
+        index: int64[good], their rows.
+        rejects: the other examples, by row.
+        broken_exif: how many had an EXIF that could not be read.
+    """
+
+    image_hw: NDArray[np.int32]
+    index: NDArray[np.int64]
+    rejects: list[Reject]
+    broken_exif: int
+
+
+def survey(
+    read_image: Callable[[int], Encoded],
+    num_examples: int,
+    labels: pa.Array | pa.ChunkedArray | None,
+    label: Any,
+    *,
+    max_pixels: int,
+    executor: Executor | None = None,
+) -> Survey:
+    """Return sizes and rejects of a source from its image headers and labels alone.
+
+    Args:
+        read_image: row number to encoded image.
+        num_examples: rows.
+        labels: one value a row, or None.
+        label: feature of the labels.
+        max_pixels: larger images are rejected.
+        executor: runs the probes, some hundred a task; None runs them here.
+    """
+
+    def outcomes_of(examples: range) -> list[Probe | Reject]:
+        return [_probe_or_reject(read_image, example, max_pixels) for example in examples]
+
+    tasks = [
+        range(num_examples)[i : i + _PROBES_A_TASK] for i in range(0, num_examples, _PROBES_A_TASK)
+    ]
+    run = map if executor is None else executor.map
+    outcomes = [outcome for some in run(outcomes_of, tasks) for outcome in some]
+    if labels is not None:
+        for reject in _bad_labels(labels, label):
+            if isinstance(outcomes[reject.example_index], Probe):
+                outcomes[reject.example_index] = reject
+    probes = [outcome for outcome in outcomes if isinstance(outcome, Probe)]
+    good = [row for row, outcome in enumerate(outcomes) if isinstance(outcome, Probe)]
+    return Survey(
+        image_hw=np.array([found.image_hw for found in probes], np.int32).reshape(-1, 2),
+        index=np.array(good, np.int64),
+        rejects=[outcome for outcome in outcomes if isinstance(outcome, Reject)],
+        broken_exif=sum(found.broken_exif for found in probes),
+    )
+
+
+def _probe_or_reject(
+    read_image: Callable[[int], Encoded], example: int, max_pixels: int
+) -> Probe | Reject:
+    try:
+        return probe(read_image(example), max_pixels=max_pixels)
+    except BadImage as error:
+        cause = error.__cause__ or error
+        return Reject(example, "probe", error.reason, f"{type(cause).__name__}: {cause}")
+
+
+def _bad_labels(labels: pa.Array | pa.ChunkedArray, feature: Any) -> list[Reject]:
+    """Return the examples whose label is null, or no class of its ClassLabel."""
+    bad = pc.is_null(labels)
+    expected = "a label"
+    if isinstance(feature, ClassLabel):
+        outside = pc.or_(pc.less(labels, 0), pc.greater_equal(labels, feature.num_classes))
+        bad = pc.or_(bad, pc.fill_null(outside, False))
+        expected = f"0..{feature.num_classes - 1}"
+    return [
+        Reject(row, "label", "bad label", f"label is {labels[row].as_py()}, expected {expected}")
+        for row in np.flatnonzero(np.asarray(bad)).tolist()
+    ]

@@ -1,0 +1,103 @@
+"""Packed tables on disk: written whole or not at all, read without copying (floor 1).
+
+Files are Arrow streams, the format `datasets` maps into memory. A file is written under a
+temporary name, synced, then renamed; its SHA-256 goes into the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from packpipe import checks, schema
+from packpipe.rows import Rows
+
+# Bytes of a record batch: large enough to write at disk speed, small enough to hold two.
+BATCH_BYTES = 64 * 2**20
+# Bytes of a file, before the last; whole rows, at least one.
+FILE_BYTES = 512 * 2**20
+
+
+def write_table(path: Path, file_schema: pa.Schema, tables: Iterable[pa.Table]) -> dict[str, Any]:
+    """Write tables as one Arrow stream and return its record: rows, bytes, sha256."""
+    partial = path.with_name(path.name + ".partial")
+    num_rows = 0
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, file_schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+            num_rows += table.num_rows
+    with partial.open("rb") as written:
+        digest = hashlib.file_digest(written, "sha256").hexdigest()
+        os.fsync(written.fileno())
+    size = partial.stat().st_size
+    partial.replace(path)
+    return {"rows": num_rows, "bytes": size, "sha256": digest}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_rows(dataset: Any, rows: Any = None) -> Rows:
+    """Return packed rows as NumPy arrays, views of Arrow's memory where they are contiguous.
+
+    uint8 stays uint8: `datasets`' own torch and numpy formats widen it to int64.
+
+    Args:
+        dataset: what `pack` or ``map(Packer(...))`` returned (selections and shuffles of it
+            too), or a ``pyarrow.Table`` with the same columns.
+        rows: an int, a slice, or int[n] row numbers; None for all.
+
+    Returns:
+        Rows.
+
+    Raises:
+        IndexError: a row number is out of range.
+        ValueError: the columns are not those of packed rows.
+        TypeError: dataset is something else.
+    """
+    if isinstance(dataset, pa.Table):
+        selection = _selection(rows, dataset.num_rows)
+        if isinstance(selection, range):
+            return schema.table_rows(dataset.slice(selection.start, len(selection)))
+        return schema.table_rows(dataset.take(selection))
+    if not hasattr(dataset, "with_format"):
+        raise TypeError(
+            checks.sentence(
+                "dataset", type(dataset).__name__, "a Dataset or pyarrow.Table", "pass packed rows"
+            )
+        )
+    # Rows computed when read carry what computes them as the dataset's transform.
+    transform = dataset.format["format_kwargs"].get("transform")
+    selection = _selection(rows, len(dataset))
+    table = dataset.with_format("arrow")[selection]
+    if transform is not None and hasattr(transform, "rows"):
+        computed: Rows = transform.rows(table)
+        return computed
+    return schema.table_rows(table)
+
+
+def _selection(rows: Any, num_rows: int) -> Any:
+    """Return rows as a range (contiguous) or a list of row numbers, negative ones resolved."""
+    if rows is None:
+        return range(num_rows)
+    if isinstance(rows, slice):
+        picked = range(num_rows)[rows]
+        return picked if picked.step == 1 else list(picked)
+    if hasattr(rows, "__len__"):
+        return [range(num_rows)[int(row)] for row in rows]
+    row = range(num_rows)[rows]
+    return range(row, row + 1)
