@@ -118,8 +118,8 @@ def pack_lengths(
     array = _checked_lengths(lengths, seq_len)
     counts = np.bincount(array, minlength=seq_len + 1).astype(np.int64, copy=False)
     if strategy == "ffd":
-        placements, num_packs = rules.first_fit_decreasing(counts, seq_len, max_segments)
-        order, offsets = rules.expand(array, counts, placements, num_packs)
+        rows, used, num_packs = rules.first_fit_decreasing(counts, seq_len, max_segments)
+        order, offsets = rules.expand(array, counts, rows[:used], num_packs)
     else:
         offsets = rules.next_fit(array, seq_len, max_segments)
         order = np.arange(len(array))

@@ -20,27 +20,29 @@ from numba import njit
 
 @njit
 def _grown(rows):  # type: ignore[no-untyped-def]
-    """Return rows with twice the capacity."""
+    """Return rows with twice the capacity; a loop, since slices compile ten times slower."""
     larger = np.empty((2 * rows.shape[0], rows.shape[1]), rows.dtype)
-    larger[: rows.shape[0]] = rows
+    for row in range(rows.shape[0]):
+        for column in range(rows.shape[1]):
+            larger[row, column] = rows[row, column]
     return larger
 
 
 @njit
 def _push(runs, num_runs, room, slots, packs):  # type: ignore[no-untyped-def]
     """Append a run, or widen the last one if it has the same room and slots."""
-    if packs == 0:
-        return num_runs
     if num_runs and runs[num_runs - 1, 0] == room and runs[num_runs - 1, 1] == slots:
         runs[num_runs - 1, 2] += packs
         return num_runs
-    runs[num_runs, 0], runs[num_runs, 1], runs[num_runs, 2] = room, slots, packs
+    runs[num_runs, 0] = room
+    runs[num_runs, 1] = slots
+    runs[num_runs, 2] = packs
     return num_runs + 1
 
 
 @njit
 def first_fit_decreasing(counts, seq_len, max_segments):  # type: ignore[no-untyped-def]
-    """Return (placements, packs): exact first-fit-decreasing over a histogram.
+    """Return (placements, how many, packs): exact first-fit-decreasing over a histogram.
 
     Invariant: `runs` lists the packs opened so far in order of creation as (room, free
     slots, how many packs). First fit serves equal lengths pack by pack, so a run of m packs
@@ -69,50 +71,50 @@ def first_fit_decreasing(counts, seq_len, max_segments):  # type: ignore[no-unty
         left = counts[length]
         if left == 0:
             continue
-        # A new run at the end stands for the packs this length would have to open.
-        new_per_pack = min(seq_len // length, max_segments)
-        new_packs = -(-left // new_per_pack)
-        while num_runs + 4 > served.shape[0]:
+        # A run at the end stands for the packs this length would have to open.
+        while num_runs + 4 > runs.shape[0]:
+            runs = _grown(runs)
+        per_pack = min(seq_len // length, max_segments)
+        runs[num_runs, 0] = seq_len
+        runs[num_runs, 1] = max_segments
+        runs[num_runs, 2] = -(-left // per_pack)
+        while served.shape[0] < runs.shape[0]:
             served = _grown(served)
         num_served = 0
         first = 0
-        for run in range(num_runs + 1):
-            if run < num_runs:
-                room, slots, packs = runs[run, 0], runs[run, 1], runs[run, 2]
-            else:
-                room, slots, packs = seq_len, max_segments, new_packs
-            per_pack = min(room // length, slots)
-            full = 0
-            partly = 0
-            if left and per_pack:
-                full = min(packs, left // per_pack)
-                left -= full * per_pack
-                if full < packs and left:
-                    partly = left
-                    left = 0
-            while num_placements + 2 > placements.shape[0]:
+        run = 0
+        while run < num_runs or (run == num_runs and left):
+            room, slots, packs = runs[run, 0], runs[run, 1], runs[run, 2]
+            per_pack = min(room // length, slots, left)
+            if per_pack == 0:
+                num_served = _push(served, num_served, room, slots, packs)
+                first += packs
+                run += 1
+                continue
+            # Of this run, as many packs as take per_pack each; what remains is looked at again.
+            filled = min(packs, left // per_pack)
+            while num_placements >= placements.shape[0]:
                 placements = _grown(placements)
-            for packs_here, examples in ((full, per_pack), (1, partly)):
-                if packs_here and examples:
-                    placements[num_placements, 0] = length
-                    placements[num_placements, 1] = first
-                    placements[num_placements, 2] = packs_here
-                    placements[num_placements, 3] = examples
-                    num_placements += 1
-                    room_after = room - examples * length
-                    slots_after = slots - examples
-                    if room_after < shortest or slots_after == 0:
-                        room_after, slots_after = 0, 0
-                    num_served = _push(served, num_served, room_after, slots_after, packs_here)
-                    first += packs_here
-            if run < num_runs:
-                untouched = packs - full - (1 if partly else 0)
-                num_served = _push(served, num_served, room, slots, untouched)
-                first += untouched
+            placements[num_placements, 0] = length
+            placements[num_placements, 1] = first
+            placements[num_placements, 2] = filled
+            placements[num_placements, 3] = per_pack
+            num_placements += 1
+            left -= filled * per_pack
+            room_after = room - per_pack * length
+            slots_after = slots - per_pack
+            if room_after < shortest or slots_after == 0:
+                room_after = 0
+                slots_after = 0
+            num_served = _push(served, num_served, room_after, slots_after, filled)
+            first += filled
+            runs[run, 2] -= filled
+            if runs[run, 2] == 0:
+                run += 1
         num_packs = first
         runs, served = served, runs
         num_runs = num_served
-    return placements[:num_placements].copy(), num_packs
+    return placements, num_placements, num_packs
 
 
 @njit
