@@ -1,0 +1,129 @@
+"""`PackedBatch`: packed rows as tensors of one shape (floor 2, torch).
+
+The shapes depend on the batch size, ``seq_len`` and ``max_segments`` alone, never on what the
+rows hold, so a compiled model meets one graph.
+
+Shape letters, here and in the model: B rows, L tokens a row (seq_len), S segments a row
+(max_segments), D bytes a patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from packpipe import checks
+from packpipe.rows import Rows
+
+NO_LABEL = -100  # what torch's cross-entropy ignores
+NO_EXAMPLE = -1
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """A batch of packed rows; absent segments have seq_lens 0.
+
+    Attributes:
+        patches: uint8[B, L, D], zeros in padding.
+        segment_ids: int32[B, L]: 1, 2, ... in row order; 0 is padding.
+        coords: int16[B, L, 2], (y, x) in the image's patch grid; 0 in padding.
+        seq_lens: int32[B, S], tokens of each segment.
+        grid_hw: int16[B, S, 2], patches of each full grid; 0 where absent.
+        example_index: int64[B, S], row in the source; -1 where absent.
+        labels: int64[B, S], -100 where absent; None without labels.
+    """
+
+    patches: Tensor
+    segment_ids: Tensor
+    coords: Tensor
+    seq_lens: Tensor
+    grid_hw: Tensor
+    example_index: Tensor
+    labels: Tensor | None = None
+
+    @classmethod
+    def from_rows(cls, rows: Rows, *, max_segments: int = 64) -> PackedBatch:
+        """Return rows as tensors of their own memory, segments padded to max_segments.
+
+        Args:
+            rows: what `read_rows` returned.
+            max_segments: S; as large as the rows were packed with.
+
+        Raises:
+            ValueError: a row holds more segments than max_segments.
+            TypeError: the labels are no integers.
+        """
+        num_segments = np.diff(rows.segments.offsets)
+        too_many = np.flatnonzero(num_segments > max_segments)
+        if too_many.size:
+            found = f"{num_segments[too_many[0]]} segments"
+            expected = f"at most {max_segments} (max_segments)"
+            remedy = "pass the max_segments the rows were packed with"
+            raise ValueError(checks.sentence(f"rows[{too_many[0]}]", found, expected, remedy))
+        # Where each segment goes in a flattened [B, S] column.
+        row_of = np.repeat(np.arange(len(rows)), num_segments)
+        number = np.arange(len(row_of)) - rows.segments.offsets[:-1][row_of]
+        place = row_of * max_segments + number
+
+        def padded(values: NDArray[Any], absent: int) -> Tensor:
+            shape = (len(rows) * max_segments, *values.shape[1:])
+            column = np.full(shape, absent, values.dtype)
+            column[place] = values
+            return torch.from_numpy(column.reshape(len(rows), max_segments, *values.shape[1:]))
+
+        segments = rows.segments
+        return cls(
+            patches=_tensor(rows.patches),
+            segment_ids=_tensor(rows.segment_ids),
+            coords=_tensor(rows.coords),
+            seq_lens=padded(segments.seq_lens, 0),
+            grid_hw=padded(segments.grid_hw, 0),
+            example_index=padded(segments.example_index, NO_EXAMPLE),
+            labels=None
+            if segments.labels is None
+            else padded(_integer_labels(segments.labels), NO_LABEL),
+        )
+
+    @property
+    def present(self) -> Tensor:
+        """bool[B, S], which segments are there."""
+        return self.seq_lens > 0
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
+        """Return the batch on a device."""
+        moved = {
+            name: tensor.to(device, non_blocking=non_blocking)
+            for name, tensor in vars(self).items()
+            if tensor is not None
+        }
+        return PackedBatch(**moved)
+
+    def by_example(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (example_index, values) of the segments that are there: the way back.
+
+        Args:
+            values: [B, S, ...], one entry a segment, such as the model's logits.
+
+        Returns:
+            int64[n] and [n, ...]; ``out[example_index] = values`` restores the source order.
+        """
+        present = self.present
+        return self.example_index[present], values[present]
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """Return an array as a tensor; one copy if it is a view of a file mapped read-only."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _integer_labels(labels: pa.Array) -> NDArray[np.int64]:
+    if not pa.types.is_integer(labels.type):
+        remedy = "class_encode_column it before packing, or pack with label_column=None"
+        raise TypeError(checks.sentence("labels", f"of type {labels.type}", "integers", remedy))
+    return np.asarray(labels).astype(np.int64)

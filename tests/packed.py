@@ -1,0 +1,123 @@
+"""Packed rows of random pixels for the model's tests, built by plain loops."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import torch
+from hypothesis import strategies as st
+from packpipe.batch import PackedBatch
+from packpipe.navit import NaViT, NaViTConfig
+from packpipe.rows import Rows, Segments
+
+PATCH_SIZE = 2
+PATCH_BYTES = PATCH_SIZE**2 * 3
+NUM_CLASSES = 5
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Token counts of the segments of some rows."""
+
+    lens: list[list[int]]
+    seq_len: int
+    max_segments: int
+    seed: int = field(default=0)
+
+
+@st.composite
+def row_sets(draw, max_rows=3):
+    """Rows of one to many segments, single tokens, with and without padding."""
+    seq_len = draw(st.sampled_from([1, 2, 7, 16, 33, 65]))
+    rows = []
+    for _ in range(draw(st.integers(1, max_rows))):
+        cuts = draw(st.sets(st.integers(1, seq_len), min_size=1, max_size=6))
+        ends = sorted(cuts)
+        rows.append([end - start for start, end in zip([0, *ends], ends, strict=False)])
+    return RowSet(rows, seq_len, max_segments=6, seed=draw(st.integers(0, 1000)))
+
+
+def grid_of(length):
+    """Return the most square (rows, columns) with that many tokens."""
+    rows = max(d for d in range(1, int(length**0.5) + 1) if length % d == 0)
+    return rows, length // rows
+
+
+def rows_of(case, *, example_index=None, labels="random"):
+    """Return Rows of random pixels for a case."""
+    rng = np.random.default_rng(case.seed)
+    flat = [length for lens in case.lens for length in lens]
+    shape = (len(case.lens), case.seq_len)
+    patches = np.zeros((*shape, PATCH_BYTES), np.uint8)
+    segment_ids = np.zeros(shape, np.int32)
+    coords = np.zeros((*shape, 2), np.int16)
+    for row, lens in enumerate(case.lens):
+        place = 0
+        for number, length in enumerate(lens):
+            _, columns = grid_of(length)
+            for token in range(length):
+                segment_ids[row, place] = number + 1
+                coords[row, place] = divmod(token, columns)
+                patches[row, place] = rng.integers(0, 256, PATCH_BYTES)
+                place += 1
+    grids = np.array([grid_of(length) for length in flat], np.int16).reshape(-1, 2)
+    if isinstance(labels, str):
+        labels = pa.array(rng.integers(0, NUM_CLASSES, len(flat)))
+    index = np.arange(len(flat)) if example_index is None else np.array(example_index)
+    segments = Segments(
+        offsets=np.cumsum([0, *map(len, case.lens)]),
+        seq_lens=np.array(flat, np.int32),
+        grid_hw=grids,
+        image_hw=(grids * PATCH_SIZE).astype(np.int32),
+        example_index=index,
+        labels=labels,
+    )
+    return Rows(segments=segments, patches=patches, segment_ids=segment_ids, coords=coords)
+
+
+def batch_of(case, **options):
+    """Return the batch of a case."""
+    return PackedBatch.from_rows(rows_of(case, **options), max_segments=case.max_segments)
+
+
+def alone(batch):
+    """Yield (row, segment number, batch of that segment alone in a row of its own length)."""
+    for row, lens in enumerate(batch.seq_lens.tolist()):
+        place = 0
+        for number, length in enumerate(lens):
+            if length:
+                tokens = slice(place, place + length)
+                segment = slice(number, number + 1)
+                yield (
+                    row,
+                    number,
+                    PackedBatch(
+                        patches=batch.patches[row : row + 1, tokens],
+                        segment_ids=torch.ones(1, length, dtype=torch.int32),
+                        coords=batch.coords[row : row + 1, tokens],
+                        seq_lens=batch.seq_lens[row : row + 1, segment],
+                        grid_hw=batch.grid_hw[row : row + 1, segment],
+                        example_index=batch.example_index[row : row + 1, segment],
+                        labels=batch.labels[row : row + 1, segment],
+                    ),
+                )
+                place += length
+
+
+def model_of(attention, dtype=torch.float64, seed=0):
+    """Return a small model whose every weight matters (larger than the usual start)."""
+    torch.manual_seed(seed)
+    config = NaViTConfig(
+        num_classes=NUM_CLASSES,
+        patch_size=PATCH_SIZE,
+        dim=16,
+        depth=2,
+        heads=2,
+        max_side=65,
+        attention=attention,
+    )
+    model = NaViT(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model

@@ -1,0 +1,89 @@
+"""PackedBatch: static shapes, the way back to the source, and its messages."""
+
+import re
+
+import numpy as np
+import packed
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from packpipe.batch import PackedBatch
+
+
+@given(packed.row_sets())
+def test_shapes_depend_on_the_limits_alone(case):
+    batch = packed.batch_of(case)
+    rows, seq_len, max_segments = len(case.lens), case.seq_len, case.max_segments
+    assert batch.patches.shape == (rows, seq_len, packed.PATCH_BYTES)
+    assert batch.segment_ids.shape == (rows, seq_len)
+    assert batch.coords.shape == (rows, seq_len, 2)
+    assert batch.seq_lens.shape == batch.example_index.shape == (rows, max_segments)
+    assert batch.labels.shape == (rows, max_segments)
+    assert batch.grid_hw.shape == (rows, max_segments, 2)
+    kinds = [batch.patches, batch.segment_ids, batch.coords, batch.seq_lens, batch.labels]
+    wanted = [torch.uint8, torch.int32, torch.int16, torch.int32, torch.int64]
+    assert [tensor.dtype for tensor in kinds] == wanted
+
+
+@given(packed.row_sets())
+def test_every_segment_stands_in_its_row_and_order(case):
+    batch = packed.batch_of(case)
+    for row, lens in enumerate(case.lens):
+        assert batch.seq_lens[row, : len(lens)].tolist() == lens
+        assert batch.seq_lens[row, len(lens) :].eq(0).all()
+        assert batch.labels[row, len(lens) :].eq(-100).all()
+        assert batch.example_index[row, len(lens) :].eq(-1).all()
+        assert batch.present[row].sum() == len(lens)
+
+
+def test_by_example_restores_the_source_order():
+    case = packed.RowSet(lens=[[3, 2], [4], [1, 1, 1]], seq_len=6, max_segments=4)
+    batch = packed.batch_of(case, example_index=[5, 0, 3, 1, 4, 2])
+    index, values = batch.by_example(batch.labels * 10)
+    restored = torch.empty(6, dtype=torch.int64)
+    restored[index] = values
+    segments = packed.rows_of(case, example_index=[5, 0, 3, 1, 4, 2]).segments
+    wanted = np.empty(6, np.int64)
+    wanted[segments.example_index] = np.asarray(segments.labels) * 10
+    assert restored.tolist() == wanted.tolist()
+
+
+def test_rows_without_labels_give_a_batch_without_labels():
+    case = packed.RowSet(lens=[[2]], seq_len=4, max_segments=2)
+    assert packed.batch_of(case, labels=None).labels is None
+
+
+def test_a_batch_owns_its_memory():
+    case = packed.RowSet(lens=[[2]], seq_len=4, max_segments=2)
+    rows = packed.rows_of(case)
+    rows.patches.flags.writeable = False
+    batch = PackedBatch.from_rows(rows, max_segments=2)
+    batch.patches.zero_()
+    assert rows.patches.any()
+
+
+def test_to_moves_every_tensor():
+    case = packed.RowSet(lens=[[2]], seq_len=4, max_segments=2)
+    moved = packed.batch_of(case).to("meta")
+    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+
+
+def test_too_many_segments_are_refused():
+    case = packed.RowSet(lens=[[1], [1, 1, 1]], seq_len=4, max_segments=3)
+    message = (
+        "rows[1] is '3 segments', expected at most 2 (max_segments); "
+        "pass the max_segments the rows were packed with"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PackedBatch.from_rows(packed.rows_of(case), max_segments=2)
+
+
+def test_labels_that_are_no_integers_are_refused():
+    case = packed.RowSet(lens=[[1, 2]], seq_len=4, max_segments=3)
+    message = (
+        "labels is 'of type string', expected integers; "
+        "class_encode_column it before packing, or pack with label_column=None"
+    )
+    with pytest.raises(TypeError, match=re.escape(message)):
+        packed.batch_of(case, labels=pa.array(["cat", "dog"]))
