@@ -56,7 +56,11 @@ def integer_array(name: str, values: ArrayLike, ndim: int, remedy: str) -> NDArr
 
     An empty list counts as integers, since NumPy would make it float64.
     """
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        expected = f"an integer array of {ndim} dimension{'s' * (ndim > 1)}"
+        raise ValueError(sentence(name, "ragged", expected, remedy)) from None
     if array.size == 0 and not np.issubdtype(array.dtype, np.integer):
         array = array.astype(np.int64)
     if not np.issubdtype(array.dtype, np.integer):

@@ -22,7 +22,11 @@ one would mean decoding the image while probing.
 
 from __future__ import annotations
 
+import struct
+import warnings
 from io import BytesIO
+from pathlib import Path
+from threading import Lock
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -41,6 +45,8 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_EXIF_SHORT = 3
+_WARNINGS = Lock()
 _SIDEWAYS = (5, 6, 7, 8)
 _PLAIN_MODES = ("RGB", "RGBX", "L", "P", "1", "CMYK", "YCbCr", "HSV")
 
@@ -115,16 +121,27 @@ def decode(
 
 
 def _open(encoded: Encoded, max_pixels: int) -> Image.Image:
-    if not isinstance(encoded, str) and len(encoded) == 0:
+    by_path = isinstance(encoded, str)
+    if not by_path and len(encoded) == 0:
         raise BadImage("empty", "the file holds no bytes")
     try:
-        image = Image.open(encoded if isinstance(encoded, str) else BytesIO(encoded))
+        # Pillow warns of large images and of broken EXIF, both of which are settled below; the
+        # filters it consults belong to the whole process, hence the lock.
+        with _WARNINGS, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(encoded if isinstance(encoded, str) else BytesIO(encoded))
     except FileNotFoundError as error:
         raise BadImage("missing", f"no file {encoded!r}") from error
     except Image.DecompressionBombError as error:
         raise BadImage("too many pixels", str(error)) from error
     except Exception as error:  # header parsers raise whatever they like
-        message = str(error) if isinstance(encoded, str) else "no known image format"
+        if (
+            isinstance(encoded, str)
+            and Path(encoded).is_file()
+            and not Path(encoded).stat().st_size
+        ):
+            raise BadImage("empty", "the file holds no bytes") from None
+        message = str(error) if by_path else "no known image format"
         raise BadImage("unreadable", message) from error
     width, height = image.size
     if width * height > max_pixels:
@@ -135,14 +152,48 @@ def _open(encoded: Encoded, max_pixels: int) -> Image.Image:
 
 def _orientation(image: Image.Image) -> tuple[int, bool]:
     """Return (EXIF orientation 1..8, whether the EXIF is broken), before pixels are loaded."""
+    if image.format == "TIFF":  # Pillow turns TIFF files upright itself, their size included
+        return 1, False
+    exif = image.info.get("exif")
     try:
-        # PngImageFile.getexif would decode the whole image in search of a late chunk.
-        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001  malformed EXIF raises struct.error, SyntaxError, ...
+        if exif is None and "Raw profile type exif" in image.info:
+            exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+        value = None if exif is None else _exif_orientation(exif)
+        if value is None:
+            # From XMP. PngImageFile.getexif would decode the image in search of a late chunk.
+            value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except (struct.error, ValueError, SyntaxError, KeyError, TypeError, OSError, EOFError):
         return 1, True
     if value in range(1, 9):
         return int(value), False
     return 1, True
+
+
+def _exif_orientation(exif: bytes) -> int | None:
+    """Return the orientation in an EXIF block, None if it has none.
+
+    Pillow drops what it cannot read in silence, or with a warning that depends on the format;
+    here a block that is cut short or malformed raises.
+
+    Raises:
+        ValueError, struct.error: the block is broken.
+    """
+    tiff = exif.removeprefix(b"Exif\x00\x00")
+    byte_order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(tiff[:4])
+    if byte_order is None:
+        raise ValueError("no TIFF header")
+    (directory,) = struct.unpack_from(byte_order + "I", tiff, 4)
+    (num_entries,) = struct.unpack_from(byte_order + "H", tiff, directory)
+    entries: list[tuple[int, ...]] = [
+        struct.unpack_from(byte_order + "HHIHH", tiff, directory + 2 + 12 * entry)
+        for entry in range(num_entries)
+    ]
+    for tag, kind, _, first, second in entries:
+        if tag == ExifTags.Base.Orientation:
+            # A 16-bit value stands in the first half of its field; a 32-bit one fills it.
+            low, high = (first, second) if byte_order == "<" else (second, first)
+            return first if kind == _EXIF_SHORT else low | high << 16
+    return None
 
 
 def _upright_hw(image: Image.Image, orientation: int) -> tuple[int, int]:
@@ -155,7 +206,10 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         # Pillow's own conversion clips at 255.
         values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        rgb = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        if "transparency" in image.info:
+            rgb.paste(background, mask=Image.fromarray(values == image.info["transparency"]))
+        return rgb
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         below = Image.new("RGBA", layer.size, (*background, 255))

@@ -6,6 +6,7 @@ alone, and says how far the result is from the proven optimum. The kernels are i
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class Packs:
         return len(self.offsets) - 1
 
     def __getitem__(self, pack: int) -> NDArray[np.int64]:
-        pack = range(len(self))[pack]
+        pack = range(len(self))[operator.index(pack)]
         return self.order[self.offsets[pack] : self.offsets[pack + 1]]
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
@@ -119,7 +120,8 @@ def pack_lengths(
     counts = np.bincount(array, minlength=seq_len + 1).astype(np.int64, copy=False)
     if strategy == "ffd":
         rows, used, num_packs = rules.first_fit_decreasing(counts, seq_len, max_segments)
-        order, offsets = rules.expand(array, counts, rows[:used], num_packs)
+        scratch = np.empty(len(array), np.int32 if len(array) < 2**31 else np.int64)
+        order, offsets = rules.expand(array, counts, rows[:used], num_packs, scratch)
     else:
         offsets = rules.next_fit(array, seq_len, max_segments)
         order = np.arange(len(array))

@@ -13,6 +13,7 @@ itself, then all packs are put in seeded order.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ class EpochPlan:
 
     def members(self, pack: int) -> NDArray[np.int64]:
         """Return the positions (into index, image_hw, ...) of the images in a pack."""
-        pack = range(len(self))[pack]
+        pack = range(len(self))[operator.index(pack)]
         return self.order[self.offsets[pack] : self.offsets[pack + 1]]
 
     def __getitem__(self, pack: int) -> NDArray[np.int64]:
@@ -131,12 +132,15 @@ def plan_epoch(
 
     >>> plan = plan_epoch([[64, 64], [32, 96], [48, 16]], PackConfig(seq_len=24))
     >>> plan
-    EpochPlan(3 images, 25 tokens in 2 packs of 24: padding 47.92%, gap 0; seed 0, epoch 0)
+    EpochPlan(3 images, 31 tokens in 2 packs of 24: padding 35.42%, gap 0; seed 0, epoch 0)
     >>> plan.grid_hw.tolist()
     [[4, 4], [2, 6], [3, 1]]
 
     Source: NaViT 2.2 and A.3; SigLIP2.
     """
+    if not isinstance(config, PackConfig):
+        name = type(config).__name__
+        raise TypeError(checks.sentence("config", name, "a PackConfig", "pass PackConfig(...)"))
     seed, epoch = checks.seed_and_epoch(seed, epoch)
     sizes = _checked_sizes(image_hw)
     rows = _checked_index(index, len(sizes))
@@ -220,5 +224,13 @@ def _checked_index(index: ArrayLike | None, num_images: int) -> NDArray[np.int64
     if len(rows) != num_images:
         raise ValueError(
             checks.sentence("len(index)", len(rows), f"{num_images} (images)", "one row an image")
+        )
+    wrong = np.flatnonzero((rows < 0) | (rows > np.iinfo(np.int64).max))
+    if wrong.size:
+        name, found = f"index[{wrong[0]}]", int(rows[wrong[0]])
+        raise ValueError(
+            checks.sentence(
+                name, found, "0 or more" if found < 0 else "below 2**63", "count from zero"
+            )
         )
     return rows.astype(np.int64)

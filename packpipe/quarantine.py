@@ -33,10 +33,11 @@ class Budget:
     max_consecutive_bad: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(
-                checks.sentence("max_bad_fraction", self.max_bad_fraction, "0..1", "it is a share")
-            )
+        share = self.max_bad_fraction
+        if isinstance(share, bool) or not isinstance(share, int | float):
+            raise TypeError(checks.sentence("max_bad_fraction", share, "0..1", "it is a share"))
+        if not 0 <= share <= 1:
+            raise ValueError(checks.sentence("max_bad_fraction", share, "0..1", "it is a share"))
         remedy = "1 stops at the first bad example"
         checks.whole_number("max_consecutive_bad", self.max_consecutive_bad, 1, 2**63, remedy)
 
@@ -47,8 +48,8 @@ class Budget:
             TooManyRejects: names how many, the limit, and the first ones.
         """
         bad = sorted(rejects)
-        if len(bad) > self.max_bad_fraction * self.num_examples:
-            share = len(bad) / self.num_examples
+        share = len(bad) / max(1, self.num_examples)
+        if share > self.max_bad_fraction:
             found = f"{len(bad)} of {self.num_examples} examples ({share:.2%})"
             limit = f"at most {self.max_bad_fraction:.2%} (max_bad_fraction)"
             raise TooManyRejects(_message(found, limit, bad), bad)

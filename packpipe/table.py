@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from packpipe import checks, schema
@@ -73,7 +75,7 @@ def read_rows(dataset: Any, rows: Any = None) -> Rows:
         selection = _selection(rows, dataset.num_rows)
         if isinstance(selection, range):
             return schema.table_rows(dataset.slice(selection.start, len(selection)))
-        return schema.table_rows(dataset.take(selection))
+        return schema.table_rows(dataset.take(pa.array(selection, pa.int64())))
     if not hasattr(dataset, "with_format"):
         raise TypeError(
             checks.sentence(
@@ -97,7 +99,14 @@ def _selection(rows: Any, num_rows: int) -> Any:
     if isinstance(rows, slice):
         picked = range(num_rows)[rows]
         return picked if picked.step == 1 else list(picked)
-    if hasattr(rows, "__len__"):
-        return [range(num_rows)[int(row)] for row in rows]
-    row = range(num_rows)[rows]
+    remedy = "pass an int, a slice or a sequence of ints"
+    if isinstance(rows, Sequence | np.ndarray) and not isinstance(rows, str):
+        if isinstance(rows, Sequence) and any(isinstance(row, bool) for row in rows):
+            raise TypeError(checks.sentence("rows", rows, "row numbers, not a mask", remedy))
+        numbers = checks.integer_array("rows", rows, 1, remedy).tolist()
+        return [range(num_rows)[row] for row in numbers]
+    try:
+        row = range(num_rows)[operator.index(rows)]
+    except TypeError:
+        raise TypeError(checks.sentence("rows", rows, "row numbers", remedy)) from None
     return range(row, row + 1)

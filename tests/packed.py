@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from hypothesis import strategies as st
+
 from packpipe.batch import PackedBatch
 from packpipe.navit import NaViT, NaViTConfig
 from packpipe.rows import Rows, Segments

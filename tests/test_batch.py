@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
+
 from packpipe.batch import PackedBatch
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from packpipe.losses import segment_cross_entropy
 
 

@@ -6,6 +6,7 @@ import packed
 import pytest
 import torch
 from hypothesis import assume, example, given
+
 from packpipe.attention import BACKENDS, segment_mask
 from packpipe.batch import PackedBatch
 from packpipe.losses import segment_cross_entropy

@@ -1,0 +1,130 @@
+"""The main job on the bundled images: pack, measure, draw, train (floor 3).
+
+``python -m packpipe.demo [FOLDER]`` writes everything, caches included, into one folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Pack the bundled images, print the table, draw some rows and train a small NaViT."""
+    parser = argparse.ArgumentParser(prog="python -m packpipe.demo", description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("packpipe-demo"))
+    parser.add_argument("--seq-len", type=int, default=1024, help="tokens a row (1024)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps; 0 trains nothing")
+    parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args(arguments)
+    folder = options.folder.absolute()
+    # Read when these packages are imported, so set before.
+    os.environ.setdefault("HF_HOME", str(folder / "cache"))
+    os.environ.setdefault("MPLCONFIGDIR", str(folder / "cache" / "matplotlib"))
+    run(folder, options.seq_len, options.steps, options.num_workers)
+
+
+def run(folder: Path, seq_len: int, steps: int, num_workers: int) -> None:
+    """Do the job; see `main`."""
+    import datasets
+    from rich.console import Console
+
+    import packpipe
+    from packpipe import samples
+    from packpipe.plots import plot_rows
+
+    console = Console()
+    datasets.disable_progress_bars()
+    images = datasets.load_dataset(
+        "imagefolder", data_dir=str(samples.images_folder()), split="train"
+    ).class_encode_column("label")
+    datasets.enable_progress_bars()
+    # Compile the kernels first, so that the rate below is the rate of the work.
+    packpipe.plan_epoch([[16, 16]], packpipe.PackConfig(seq_len=seq_len))
+
+    started = time.perf_counter()
+    output = folder / f"packed-{seq_len}"
+    fresh = not output.exists()
+    packed = packpipe.pack(images, seq_len, output=output, num_workers=num_workers)
+    seconds = time.perf_counter() - started
+
+    segments = packpipe.read_rows(packed).segments
+    in_source_order = segments.seq_lens[np.argsort(segments.example_index)]
+    console.print(_table(packpipe.manifest(packed), in_source_order, seconds, fresh))
+    by_segments = np.argsort(-np.diff(segments.offsets), kind="stable")
+    chosen = by_segments[np.array([0, 1, 3, 6]) * len(by_segments) // 32]
+    picture = folder / "rows.png"
+    plot_rows(packpipe.read_rows(packed, chosen)).savefig(picture, dpi=110)
+    console.print(f"rows     {output}\npicture  {picture}")
+    if steps:
+        _train(packed, images.features["label"].num_classes, steps, folder, console)
+
+
+def _table(manifest: dict, seq_lens: NDArray[np.int32], seconds: float, fresh: bool):  # type: ignore[no-untyped-def,type-arg]
+    """Return the figures of a build beside what padding the same images would cost."""
+    from rich.table import Table
+
+    counts, seq_len = manifest["counts"], manifest["config"]["seq_len"]
+    batches = [seq_lens[i : i + 8] for i in range(0, len(seq_lens), 8)]
+    slots_by_batch = sum(len(batch) * int(batch.max()) for batch in batches)
+    padding = {
+        "padding, packed": 1 - manifest["fill"],
+        "padding, one image a row": 1 - counts["tokens"] / (counts["packed"] * seq_len),
+        "padding, batches of 8 padded": 1 - counts["tokens"] / slots_by_batch,
+    }
+    gap = counts["packs"] - counts["bound"]
+    table = Table(title=f"packpipe on {counts['read']} real images, seq_len {seq_len}")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name in ("packed", "rejected", "shrunk", "tokens", "packs"):
+        label = {"packed": "images", "shrunk": "images shrunk to fit"}.get(name, name)
+        table.add_row(label, f"{counts[name]:,}")
+    table.add_row("gap to the lower bound", f"{gap} of {counts['bound']} packs")
+    for label, share in padding.items():
+        table.add_row(label, f"{share:.2%}")
+    rate = f"{counts['packed'] / seconds:,.0f}" if fresh else "written before"
+    table.add_row("images/s, decoded and written", rate)
+    return table
+
+
+def _train(packed, num_classes: int, steps: int, folder: Path, console) -> None:  # type: ignore[no-untyped-def]
+    """Train a small NaViT on the rows and draw its loss."""
+    import torch
+    from rich.progress import track
+
+    import packpipe
+    from packpipe.plots import plot_losses
+    from packpipe.training import train
+
+    torch.manual_seed(0)
+    config = packpipe.NaViTConfig(num_classes=num_classes, dim=96, depth=2, heads=3)
+    model = packpipe.NaViT(config)
+    batch_size = min(4, len(packed))
+    started = time.perf_counter()
+    losses = list(
+        track(
+            train(model, packed, steps=steps, batch_size=batch_size),
+            description="Training",
+            total=steps,
+            console=console,
+        )
+    )
+    seconds = time.perf_counter() - started
+    per_epoch = len(packed) // batch_size
+    picture = folder / "loss.png"
+    plot_losses(losses, per_epoch).savefig(picture, dpi=110)
+    first, last = np.mean(losses[:per_epoch]), np.mean(losses[-per_epoch:])
+    console.print(
+        f"training loss, mean over {per_epoch} steps: {first:.3f} at first, {last:.3f} at last "
+        f"({steps} steps in {seconds:.0f} s; chance is {np.log(num_classes):.3f})\n"
+        f"picture  {picture}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Hypothesis strategies: lengths, image sizes, configurations, real encoded images, keys."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from hypothesis import strategies as st
+from PIL import Image
+
+from packpipe.config import PackConfig
+
+WORDS = st.integers(0, 2**64 - 1)
+
+
+class PackingCase(NamedTuple):
+    lengths: list[int]
+    seq_len: int
+    max_segments: int | None
+
+
+@st.composite
+def packing_cases(
+    draw: st.DrawFn,
+    *,
+    max_examples: int = 60,
+    max_seq_len: int = 64,
+    limited: bool | None = None,
+) -> PackingCase:
+    """Lengths of few or many distinct values, with a limit on segments or without."""
+    seq_len = draw(st.integers(1, max_seq_len))
+    values = draw(st.lists(st.integers(1, seq_len), min_size=1, max_size=12))
+    one = st.sampled_from(values) if draw(st.booleans()) else st.integers(1, seq_len)
+    lengths = draw(st.lists(one, min_size=1, max_size=max_examples))
+    limits = {None: st.none() | st.integers(1, 8), True: st.integers(1, 8), False: st.none()}
+    return PackingCase(lengths, seq_len, draw(limits[limited]))
+
+
+def image_sizes(max_side: int = 4000) -> st.SearchStrategy[tuple[int, int]]:
+    """(height, width): anything, one pixel wide or high, square, and close to whole patches."""
+    sides = st.integers(1, max_side)
+    thin = st.tuples(st.just(1), sides)
+    near = st.builds(
+        lambda k, off: max(1, 16 * k + off), st.integers(1, 24), st.sampled_from([-8, -1, 0, 1, 8])
+    )
+    return st.one_of(
+        st.tuples(sides, sides),
+        thin,
+        thin.map(lambda size: size[::-1]),
+        sides.map(lambda side: (side, side)),
+        st.tuples(near, near),
+    )
+
+
+def size_lists(min_size: int = 1, max_size: int = 40) -> st.SearchStrategy[list[tuple[int, int]]]:
+    """Sizes of the images of a source, mostly of a few tokens."""
+    small = st.tuples(st.integers(1, 90), st.integers(1, 90))
+    return st.lists(small | image_sizes(2000), min_size=min_size, max_size=max_size)
+
+
+@st.composite
+def configs(draw: st.DrawFn, *, max_seq_len: int = 96, max_window: int = 50) -> PackConfig:
+    """Small configurations, each option varied."""
+    seq_len = draw(st.integers(1, max_seq_len))
+    return PackConfig(
+        seq_len=seq_len,
+        patch_size=draw(st.sampled_from([1, 8, 14, 16, 32])),
+        resolution=draw(st.sampled_from(["native", "budget"])),
+        max_tokens=draw(st.none() | st.integers(1, seq_len)),
+        max_segments=draw(st.sampled_from([1, 2, 3, 64])),
+        strategy=draw(st.sampled_from(["ffd", "next_fit"])),
+        window=draw(st.integers(1, max_window)),
+    )
+
+
+def keys() -> st.SearchStrategy[tuple[int, int]]:
+    """(seed, epoch), small, large and at the ends of 64 bits."""
+    word = st.integers(0, 5) | WORDS | st.sampled_from([2**63 - 1, 2**63, 2**64 - 1])
+    return st.tuples(word, word)
+
+
+class EncodedImage(NamedTuple):
+    encoded: bytes
+    image_hw: tuple[int, int]  # upright
+    format: str
+    mode: str
+
+
+MODES = {
+    "PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"),
+    "JPEG": ("RGB", "L", "CMYK"),
+    "WEBP": ("RGB", "RGBA"),
+    "GIF": ("P", "L", "RGB"),
+}
+
+
+def encode(image: Image.Image, format: str, **options: object) -> bytes:  # noqa: A002
+    """The bytes of an image file."""
+    file = BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def random_image(mode: str, height: int, width: int, seed: int = 0) -> Image.Image:
+    """Random pixels of a mode."""
+    rng = np.random.default_rng(seed)
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 2**16, (height, width), np.uint16))
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    if mode in ("1", "P"):
+        return Image.fromarray(rng.integers(0, 256, (height, width), np.uint8)).convert(mode)
+    data = rng.integers(0, 256, (height, width, bands), np.uint8)
+    return Image.frombytes(mode, (width, height), data.tobytes())
+
+
+@st.composite
+def encoded_images(draw: st.DrawFn, *, max_side: int = 40) -> EncodedImage:
+    """Real files in varied formats and modes, some with an EXIF orientation."""
+    format = draw(st.sampled_from(sorted(MODES)))  # noqa: A001
+    mode = draw(st.sampled_from(MODES[format]))
+    height, width = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))
+    image = random_image(mode, height, width, draw(st.integers(0, 99)))
+    options = {}
+    image_hw = height, width
+    if format != "GIF":
+        orientation = draw(st.integers(1, 8))
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options["exif"] = exif
+        image_hw = (width, height) if orientation >= 5 else (height, width)
+    return EncodedImage(encode(image, format, **options), image_hw, format, mode)

@@ -1,0 +1,118 @@
+"""The main job on the 176 bundled images, and what the issue's figures rest on."""
+
+import json
+from itertools import chain
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+import packpipe
+from packpipe import demo, samples
+from packpipe.batch import PackedBatch
+from packpipe.training import train
+
+
+@pytest.fixture(scope="module")
+def images():
+    folder = str(samples.images_folder())
+    return datasets.load_dataset("imagefolder", data_dir=folder, split="train").class_encode_column(
+        "label"
+    )
+
+
+@pytest.fixture(scope="module")
+def packed(images, tmp_path_factory):
+    return packpipe.pack(
+        images, 1024, output=tmp_path_factory.mktemp("rows") / "out", num_workers=2
+    )
+
+
+def test_all_bundled_images_pack_within_one_pack_of_the_bound(packed):
+    counts = packpipe.manifest(packed)["counts"]
+    assert (counts["read"], counts["packed"], counts["rejected"]) == (176, 176, 0)
+    assert counts["packs"] - counts["bound"] <= 1
+    assert packpipe.manifest(packed)["fill"] > 0.98
+
+
+@pytest.mark.parametrize("window", [1024, 4096, 16384])
+def test_padding_on_the_sizes_of_the_pictures_is_below_one_percent(window):
+    config = packpipe.PackConfig(seq_len=1024, window=window)
+    plan = packpipe.plan_epoch(samples.image_sizes("pictures"), config)
+    assert 0 < plan.padding < 0.01
+
+
+def test_the_sizes_shipped_are_those_of_the_images(images):
+    metadata = samples.images_folder() / "metadata.jsonl"
+    lines = [json.loads(line) for line in metadata.read_text().splitlines()]
+    sizes = [[line["height"], line["width"]] for line in lines]
+    assert samples.image_sizes("images").tolist() == sizes
+    assert len(sizes) == len(images) == 176
+
+
+def test_logits_go_back_to_the_source_order(images, packed):
+    model = packpipe.NaViT(packpipe.NaViTConfig(num_classes=10, dim=32, depth=1, heads=1))
+    logits = torch.full((176, 10), torch.nan)
+    labels = torch.full((176,), -1)
+    with torch.no_grad():
+        for start in range(0, len(packed), 16):
+            rows = packpipe.read_rows(packed, range(start, min(start + 16, len(packed))))
+            batch = PackedBatch.from_rows(rows)
+            index, values = batch.by_example(model(batch))
+            logits[index] = values
+            labels[index] = batch.by_example(batch.labels)[1]
+    assert logits.isfinite().all()
+    assert labels.tolist() == images["label"][:]
+
+
+def test_training_lowers_the_loss_and_repeats_to_the_bit(packed):
+    few = packed.select(range(8))
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = packpipe.NaViT(packpipe.NaViTConfig(num_classes=10, dim=32, depth=1, heads=1))
+        runs.append(list(train(model, few, steps=40, batch_size=4, learning_rate=3e-3)))
+    assert runs[0] == runs[1]
+    assert np.mean(runs[0][-4:]) < 0.9 * np.mean(runs[0][:4])
+
+
+def test_training_visits_every_row_once_an_epoch():
+    from packpipe.training import _row_numbers
+
+    batches = list(_row_numbers(num_rows=7, steps=9, batch_size=2, seed=1))
+    epochs = [list(chain(*batches[i : i + 3])) for i in range(0, 9, 3)]
+    assert all(len(set(epoch)) == 6 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0, expected an integer in 1.."),
+        ({"steps": 1, "batch_size": 500}, "batch_size is 500, expected an integer in 1..101; "),
+    ],
+)
+def test_wrong_training_arguments_are_refused(packed, options, message):
+    model = packpipe.NaViT(packpipe.NaViTConfig(num_classes=10, dim=32, depth=1, heads=1))
+    with pytest.raises(ValueError, match=message):
+        next(train(model, packed, **options))
+
+
+def test_rows_without_labels_cannot_be_trained_on(images, tmp_path):
+    packed = packpipe.pack(images.select(range(4)), output=tmp_path / "out", label_column=None)
+    model = packpipe.NaViT(packpipe.NaViTConfig(num_classes=10, dim=32, depth=1, heads=1))
+    with pytest.raises(
+        ValueError, match=r"packed.labels is None, expected integer labels; pack with"
+    ):
+        next(train(model, packed, steps=1, batch_size=1))
+
+
+def test_the_demo_prints_its_table_and_leaves_pictures(tmp_path, capsys):
+    demo.main([str(tmp_path / "demo"), "--seq-len", "512", "--steps", "2", "--num-workers", "2"])
+    printed = capsys.readouterr().out
+    wanted = ["176", "padding, packed", "padding, one image a row", "gap to the lower bound"]
+    assert all(text in printed for text in wanted)
+    for name in ("rows.png", "loss.png"):
+        assert (tmp_path / "demo" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (tmp_path / "demo" / "packed-512" / "manifest.json").is_file()

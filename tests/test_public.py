@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import packpipe
+
+PUBLIC = [
+    "EpochPlan",
+    "NaViT",
+    "NaViTConfig",
+    "PackConfig",
+    "PackedBatch",
+    "Packer",
+    "Packs",
+    "__version__",
+    "manifest",
+    "pack",
+    "pack_lengths",
+    "plan_epoch",
+    "read_rows",
+    "rejects",
+]
+
+
+def test_the_public_names_are_these_and_no_others():
+    assert sorted(packpipe.__all__) == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_resolves_and_is_listed(name):
+    assert name in dir(packpipe)
+    found = getattr(packpipe, name)
+    if name == "__version__":
+        assert re.fullmatch(r"\d+\.\d+\.\d+", found)
+    else:
+        assert found.__name__ == name
+        assert found.__module__.startswith("packpipe.")
+        assert found.__doc__
+
+
+def test_an_unknown_name_is_an_attribute_error_that_says_it():
+    with pytest.raises(AttributeError, match=r"^module 'packpipe' has no attribute 'Pack'$"):
+        packpipe.Pack  # noqa: B018

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import itertools
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import naive
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from strategies import encode, random_image
+
+from packpipe.config import PackConfig
+from packpipe.images import BadImage
+from packpipe.patches import unpatchify
+from packpipe.plan import plan_epoch
+from packpipe.rows import Reject, Rows, Segments, fill_rows, planned_segments
+
+CONFIG = PackConfig(seq_len=24, patch_size=4)
+# Whole patches, so that nothing is resized: what goes in must come out.
+GRIDS = [(2, 3), (1, 1), (4, 4), (1, 7), (5, 2), (3, 3), (2, 2), (6, 1), (1, 2), (4, 5)]
+PIXELS = [
+    np.random.default_rng(i).integers(1, 256, (rows * 4, columns * 4, 3), np.uint8)
+    for i, (rows, columns) in enumerate(GRIDS)
+]
+FILES = [encode(Image.fromarray(pixels), "PNG") for pixels in PIXELS]
+SIZES = [pixels.shape[:2] for pixels in PIXELS]
+LABELS = pa.array([f"label {i}" for i in range(10)])
+
+
+def segments_of(labels=LABELS) -> Segments:
+    plan = plan_epoch(SIZES, CONFIG)
+    return planned_segments(plan, range(len(plan)), labels)
+
+
+def by_row(segments: Segments, values) -> list[list]:
+    values = values.tolist()
+    bounds = segments.offsets.tolist()
+    return [values[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def assert_rows_are_valid(rows: Rows) -> None:
+    """Every column agrees with the grids, and every segment's tokens are its image."""
+    segments = rows.segments
+    examples = by_row(segments, segments.example_index)
+    grids = [[GRIDS[example] for example in row] for row in examples]
+    ids, coords = naive.token_columns(grids, CONFIG.seq_len)
+    assert rows.segment_ids.tolist() == ids
+    assert rows.coords.tolist() == coords
+    assert segments.seq_lens.tolist() == [h * w for row in grids for h, w in row]
+    assert segments.grid_hw.tolist() == [list(grid) for row in grids for grid in row]
+    assert segments.image_hw.tolist() == [list(SIZES[i]) for row in examples for i in row]
+    assert segments.labels.to_pylist() == [f"label {i}" for row in examples for i in row]
+    assert rows.patches.shape == (len(rows), 24, 48)
+    assert rows.patches[rows.segment_ids == 0].sum() == 0
+    for row, examples_of_row in enumerate(examples):
+        for place, example in enumerate(examples_of_row, start=1):
+            tokens = rows.segment_ids[row] == place
+            found = unpatchify(rows.patches[row][tokens], rows.coords[row][tokens], GRIDS[example])
+            assert (found == PIXELS[example]).all()
+
+
+def test_rows_hold_every_image_at_its_place():
+    rows, rejected = fill_rows(segments_of(), FILES.__getitem__, CONFIG)
+    assert rejected == []
+    assert_rows_are_valid(rows)
+    assert sorted(rows.segments.example_index.tolist()) == list(range(10))
+    assert rows.segment_ids.max() > 1, "some row must hold several images"
+    assert (rows.segment_ids == 0).any(), "some row must be padded"
+    dtypes = [rows.patches.dtype, rows.segment_ids.dtype, rows.coords.dtype]
+    assert dtypes == [np.uint8, np.int32, np.int16]
+
+
+def test_the_drawn_example_of_the_docstring():
+    config = PackConfig(seq_len=6, patch_size=1)
+    segments = Segments(
+        offsets=np.array([0, 2, 3]),
+        seq_lens=np.array([4, 1, 3], np.int32),
+        grid_hw=np.array([[2, 2], [1, 1], [1, 3]], np.int16),
+        image_hw=np.array([[2, 2], [1, 1], [1, 3]], np.int32),
+        example_index=np.arange(3),
+    )
+    files = [encode(Image.new("L", size, 9), "PNG") for size in [(2, 2), (1, 1), (3, 1)]]
+    rows, _ = fill_rows(segments, files.__getitem__, config)
+    assert rows.segment_ids.tolist() == [[1, 1, 1, 1, 2, 0], [1, 1, 1, 0, 0, 0]]
+    assert rows.coords[..., 0].tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]
+    assert rows.coords[..., 1].tolist() == [[0, 1, 0, 1, 0, 0], [0, 1, 2, 0, 0, 0]]
+    assert rows.patches[..., 0].tolist() == [[9, 9, 9, 9, 9, 0], [9, 9, 9, 0, 0, 0]]
+
+
+@given(st.sets(st.integers(0, 9), min_size=1))
+def test_an_image_that_fails_leaves_its_row_valid_and_moves_nobody_else(failing):
+    segments = segments_of()
+    whole = by_row(segments, segments.example_index)
+    files = [file[:-30] if i in failing else file for i, file in enumerate(FILES)]
+    rows, rejected = fill_rows(segments, files.__getitem__, CONFIG)
+    assert_rows_are_valid(rows)
+    assert max(map(len, whole)) > 1
+    assert by_row(rows.segments, rows.segments.example_index) == [
+        [example for example in row if example not in failing] for row in whole
+    ]
+    assert {reject.example_index for reject in rejected} == failing
+    assert {(reject.stage, reject.reason) for reject in rejected} == {("decode", "undecodable")}
+    assert all(reject.exception.startswith("OSError: ") for reject in rejected)
+
+
+def test_a_reject_says_why():
+    def read_image(example):
+        if example == 4:
+            raise BadImage("missing", "the image is null")
+        return b"" if example == 7 else FILES[example]
+
+    rows, rejected = fill_rows(segments_of(), read_image, CONFIG)
+    assert_rows_are_valid(rows)
+    assert sorted(rejected) == [
+        Reject(4, "decode", "missing", "BadImage: the image is null"),
+        Reject(7, "decode", "empty", "BadImage: the file holds no bytes"),
+    ]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 4])
+def test_the_bytes_do_not_depend_on_the_executor(num_threads):
+    segments = segments_of()
+    files = [file[:-30] if i == 4 else file for i, file in enumerate(FILES)]
+    rows, rejected = fill_rows(segments, files.__getitem__, CONFIG)
+    with ThreadPoolExecutor(num_threads) as executor:
+        threaded, also_rejected = fill_rows(segments, files.__getitem__, CONFIG, executor)
+    assert len(rows) > 1
+    assert threaded.patches.tobytes() == rows.patches.tobytes()
+    assert threaded.segment_ids.tobytes() == rows.segment_ids.tobytes()
+    assert threaded.coords.tobytes() == rows.coords.tobytes()
+    assert threaded.segments.example_index.tolist() == rows.segments.example_index.tolist()
+    assert also_rejected == rejected
+    assert [reject.example_index for reject in rejected] == [4]
+
+
+def test_a_size_that_is_not_the_planned_one_names_the_example_and_both_sizes():
+    files = [*FILES[:4], encode(random_image("RGB", 9, 8), "PNG"), *FILES[5:]]
+    message = (
+        "example 4: image size is 9x8 (height x width), expected 20x8 as planned; "
+        "plan again, the source has changed"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        fill_rows(segments_of(), files.__getitem__, CONFIG)
+
+
+def test_images_are_resized_to_their_grid():
+    config = PackConfig(seq_len=12, patch_size=4)
+    plan = plan_epoch([(50, 70)], config)
+    assert plan.grid_hw.tolist() == [[3, 4]]
+    segments = planned_segments(plan, range(1), None)
+    file = encode(Image.new("RGB", (70, 50), (1, 2, 3)), "PNG")
+    rows, _ = fill_rows(segments, lambda _: file, config)
+    assert (rows.patches.reshape(-1, 3) == [1, 2, 3]).all()
+    assert rows.segment_ids.tolist() == [[1] * 12]
+
+
+def test_no_rows_at_all():
+    plan = plan_epoch([], CONFIG)
+    rows, rejected = fill_rows(planned_segments(plan, range(0), None), FILES.__getitem__, CONFIG)
+    assert len(rows) == 0
+    assert rows.patches.shape == (0, 24, 48)
+    assert rows.segment_ids.shape == (0, 24)
+    assert rows.coords.shape == (0, 24, 2)
+    assert rejected == []
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_planned_segments_of_some_packs_are_a_part_of_all(cut):
+    plan = plan_epoch(SIZES, CONFIG)
+    assert len(plan) > cut
+    whole = planned_segments(plan, range(len(plan)), LABELS)
+    parts = [
+        planned_segments(plan, range(cut), LABELS),
+        planned_segments(plan, range(cut, len(plan)), LABELS),
+    ]
+    rows = [row for part in parts for row in by_row(part, part.example_index)]
+    assert rows == by_row(whole, whole.example_index) == [pack.tolist() for pack in plan]
+    assert [int(part.offsets[0]) for part in parts] == [0, 0]
+    labels = [label for part in parts for label in part.labels.to_pylist()]
+    assert labels == whole.labels.to_pylist()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pa.chunked_array([LABELS[:3], LABELS[3:]]),
+        pa.array(["none", *LABELS.to_pylist()])[1:],
+        LABELS,
+    ],
+    ids=["chunked", "sliced", "plain"],
+)
+def test_labels_are_taken_by_source_row(labels):
+    segments = segments_of(labels)
+    assert isinstance(segments.labels, pa.Array)
+    assert segments.labels.to_pylist() == [f"label {i}" for i in segments.example_index]
+
+
+def test_keep_leaves_rows_where_they_are():
+    segments = Segments(
+        offsets=np.array([0, 2, 3, 3, 5]),
+        seq_lens=np.array([1, 2, 3, 4, 5], np.int32),
+        grid_hw=np.array([[1, n] for n in (1, 2, 3, 4, 5)], np.int16),
+        image_hw=np.array([[9, n] for n in (1, 2, 3, 4, 5)], np.int32),
+        example_index=np.array([10, 20, 30, 40, 50]),
+        labels=pa.array(["a", "b", "c", "d", "e"]),
+    )
+    kept = segments.keep(np.array([False, True, False, True, True]))
+    assert kept.offsets.tolist() == [0, 1, 1, 1, 3]
+    assert kept.seq_lens.tolist() == [2, 4, 5]
+    assert kept.grid_hw.tolist() == [[1, 2], [1, 4], [1, 5]]
+    assert kept.image_hw.tolist() == [[9, 2], [9, 4], [9, 5]]
+    assert kept.example_index.tolist() == [20, 40, 50]
+    assert kept.labels.to_pylist() == ["b", "d", "e"]
+    assert len(kept) == len(segments) == 4
