@@ -59,7 +59,7 @@ def run(folder: Path, seq_len: int, steps: int, num_workers: int) -> None:
     by_segments = np.argsort(-np.diff(segments.offsets), kind="stable")
     chosen = by_segments[np.array([0, 1, 3, 6]) * len(by_segments) // 32]
     picture = folder / "rows.png"
-    plot_rows(packpipe.read_rows(packed, chosen)).savefig(picture, dpi=110)
+    plot_rows(packpipe.read_rows(packed, chosen)).savefig(picture, dpi=100)
     console.print(f"rows     {output}\npicture  {picture}")
     if steps:
         _train(packed, images.features["label"].num_classes, steps, folder, console)
@@ -117,7 +117,7 @@ def _train(packed, num_classes: int, steps: int, folder: Path, console) -> None:
     seconds = time.perf_counter() - started
     per_epoch = len(packed) // batch_size
     picture = folder / "loss.png"
-    plot_losses(losses, per_epoch).savefig(picture, dpi=110)
+    plot_losses(losses, per_epoch).savefig(picture, dpi=100)
     first, last = np.mean(losses[:per_epoch]), np.mean(losses[-per_epoch:])
     console.print(
         f"training loss, mean over {per_epoch} steps: {first:.3f} at first, {last:.3f} at last "
