@@ -4,7 +4,8 @@ Two backends of one function, exact twins of each other:
 
 * ``"reference"``: one SDPA call with a boolean mask. Runs anywhere, compiles, costs O(L²) a
   row whatever the segments; the oracle.
-* ``"segments"``: one SDPA call a segment. Costs Σ l², which makes it the CPU default.
+* ``"segments"``: one SDPA call a segment. Costs Σ l², which makes it the CPU default. Inside
+  ``torch.compile`` it becomes the masked form: one graph must serve every batch.
 
 Shape letters: B rows, L tokens a row, H heads, E channels a head.
 """
@@ -33,7 +34,10 @@ def segment_attention(batch: PackedBatch, backend: str) -> Attention:
         batch: whose segments.
         backend: ``"segments"`` or ``"reference"``.
     """
-    return _one_call_a_segment(batch) if backend == "segments" else _masked(batch)
+    # A loop over segments would be another graph for every batch.
+    if backend == "reference" or torch.compiler.is_compiling():
+        return _masked(batch)
+    return _one_call_a_segment(batch)
 
 
 def segment_mask(segment_ids: Tensor) -> Tensor:
@@ -75,7 +79,7 @@ def _one_call_a_segment(batch: PackedBatch) -> Attention:
             _attend_alone(q, k, v) if real else torch.zeros_like(v)
             for q, k, v, real in zip(*tokens, is_segment, strict=True)
         ]
-        return torch.cat(outputs).view(queries.shape)
+        return torch.cat(outputs).view(queries.shape) if outputs else torch.zeros_like(values)
 
     return attend
 

@@ -59,13 +59,14 @@ class PackedBatch:
             ValueError: a row holds more segments than max_segments.
             TypeError: the labels are no integers.
         """
+        remedy = "pass the max_segments the rows were packed with"
+        max_segments = checks.whole_number("max_segments", max_segments, 1, 2**31 - 1, remedy)
         num_segments = np.diff(rows.segments.offsets)
         too_many = np.flatnonzero(num_segments > max_segments)
         if too_many.size:
-            found = f"{num_segments[too_many[0]]} segments"
+            name, found = f"num_segments[{too_many[0]}]", int(num_segments[too_many[0]])
             expected = f"at most {max_segments} (max_segments)"
-            remedy = "pass the max_segments the rows were packed with"
-            raise ValueError(checks.sentence(f"rows[{too_many[0]}]", found, expected, remedy))
+            raise ValueError(checks.sentence(name, found, expected, remedy))
         # Where each segment goes in a flattened [B, S] column.
         row_of = np.repeat(np.arange(len(rows)), num_segments)
         number = np.arange(len(row_of)) - rows.segments.offsets[:-1][row_of]
@@ -79,9 +80,9 @@ class PackedBatch:
 
         segments = rows.segments
         return cls(
-            patches=_tensor(rows.patches),
-            segment_ids=_tensor(rows.segment_ids),
-            coords=_tensor(rows.coords),
+            patches=torch.from_numpy(rows.patches.copy()),
+            segment_ids=torch.from_numpy(rows.segment_ids.copy()),
+            coords=torch.from_numpy(rows.coords.copy()),
             seq_lens=padded(segments.seq_lens, 0),
             grid_hw=padded(segments.grid_hw, 0),
             example_index=padded(segments.example_index, NO_EXAMPLE),
@@ -117,13 +118,8 @@ class PackedBatch:
         return self.example_index[present], values[present]
 
 
-def _tensor(array: NDArray[Any]) -> Tensor:
-    """Return an array as a tensor; one copy if it is a view of a file mapped read-only."""
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
 def _integer_labels(labels: pa.Array) -> NDArray[np.int64]:
     if not pa.types.is_integer(labels.type):
         remedy = "class_encode_column it before packing, or pack with label_column=None"
-        raise TypeError(checks.sentence("labels", f"of type {labels.type}", "integers", remedy))
+        raise TypeError(checks.sentence("labels.type", str(labels.type), "an integer type", remedy))
     return np.asarray(labels).astype(np.int64)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import datasets
 import PIL
@@ -31,6 +31,7 @@ from packpipe import checks, schema, table
 from packpipe.config import PackConfig
 from packpipe.features import packed_features
 from packpipe.lazy import LazyRows
+from packpipe.packing import fill
 from packpipe.plan import EpochPlan, plan_epoch
 from packpipe.quarantine import Budget
 from packpipe.rows import Reject, fill_rows, planned_segments
@@ -70,6 +71,7 @@ class Build:
             "pillow": PIL.__version__,
             "codecs": {name: codecs.version(name) for name in _CODECS if codecs.check(name)},
             "source_fingerprint": self.dataset._fingerprint,
+            "source_files": self._source.files_digest(),
             "image_column": self.image_column,
             "label_column": self.label_column,
             "config": self.config.to_dict(),
@@ -80,8 +82,7 @@ class Build:
 
     def cache_folder(self) -> Path:
         """Return the folder of the `datasets` cache that is this build's own."""
-        digest = hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
-        return Path(datasets.config.HF_DATASETS_CACHE) / "packpipe" / digest[:32]
+        return Path(datasets.config.HF_DATASETS_CACHE) / "packpipe" / self._digest()[:32]
 
     def is_at(self, folder: Path) -> bool:
         """Return whether this build is complete in folder; refuse a folder of anything else."""
@@ -101,7 +102,7 @@ class Build:
 
     def make(self, target: Path, num_workers: int, budget: Budget, progress: bool) -> None:
         """Write the folder under a temporary name, then rename it to target."""
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        partial = target.with_name(f".{target.name}.{uuid4().hex}.partial")
         partial.mkdir(parents=True)
         try:
             self._write(partial, num_workers, budget, progress)
@@ -113,15 +114,18 @@ class Build:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def open(self, folder: Path) -> Dataset:
-        """Return the dataset a complete folder holds."""
+    def open(self, folder: Path, on_error: str) -> Dataset:
+        """Return the dataset a complete folder holds; on_error is for rows computed when read."""
         names = sorted(name for name in read_manifest(folder)["files"] if name != REJECTS)
         packed = datasets.concatenate_datasets(
             [Dataset.from_file(str(folder / name)) for name in names]
         )
         if self.materialize:
             return packed
-        return packed.with_transform(LazyRows(self._source, self.config, self._label))
+        return packed.with_transform(LazyRows(self._source, self.config, self._label, on_error))
+
+    def _digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
 
     @property
     def _source(self) -> ImageSource:
@@ -135,11 +139,11 @@ class Build:
     def _features(self) -> Features:
         return packed_features(self.config, self._label, tokens=self.materialize)
 
-    def _labels(self) -> pa.ChunkedArray | None:
+    def _labels(self) -> pa.Array | None:
         if self.label_column is None:
             return None
         rows = self.dataset.select_columns([self.label_column]).with_format("arrow")
-        return rows[:].column(0)
+        return rows[:].column(0).combine_chunks()  # `take` searches every chunk of a column
 
     def _write(self, folder: Path, num_workers: int, budget: Budget, progress: bool) -> None:
         labels = self._labels()
@@ -166,8 +170,9 @@ class Build:
                     segments = planned_segments(plan, some, labels)
                     if self.materialize:
                         rows, undecodable = fill_rows(segments, self._source, self.config, executor)
-                        rejects.extend(undecodable)
-                        budget.check(rejects)
+                        if undecodable:
+                            rejects.extend(undecodable)
+                            budget.check(rejects)
                         yield schema.rows_table(rows, stored)
                     else:
                         yield schema.segments_table(segments, stored)
@@ -193,15 +198,14 @@ class Build:
             )
         # `datasets.load_from_disk` opens the folder by these two.
         DatasetInfo(features=self._features).write_to_directory(str(folder))
-        table.write_json(folder / "state.json", _state(list(files), self.dataset._fingerprint))
+        table.write_json(folder / "state.json", _state(list(files), self._digest()[:16]))
         files[REJECTS] = table.write_table(
             folder / REJECTS, schema.REJECTS, [schema.rejects_table(rejects)]
         )
         counts = _counts(plan, found, rejects, len(self.dataset))
-        slots = max(1, len(plan)) * self.config.seq_len
+        share = fill(counts["tokens"], len(plan), self.config.seq_len)
         table.write_json(
-            folder / MANIFEST,
-            {**self.record(), "counts": counts, "fill": counts["tokens"] / slots, "files": files},
+            folder / MANIFEST, {**self.record(), "counts": counts, "fill": share, "files": files}
         )
 
 
@@ -209,6 +213,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a complete folder."""
     found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return found
+
+
+def read_rejects(folder: Path) -> list[Reject]:
+    """Return the rejects of a complete folder."""
+    stored = Dataset.from_file(str(folder / REJECTS))
+    return [Reject(**row) for row in stored]
 
 
 def _cut(packs: range, step: int) -> list[range]:
@@ -241,7 +251,7 @@ def _counts(
 def _state(data_files: list[str], fingerprint: str) -> dict[str, Any]:
     return {
         "_data_files": [{"filename": name} for name in data_files],
-        "_fingerprint": hashlib.sha256(f"packpipe {fingerprint}".encode()).hexdigest()[:16],
+        "_fingerprint": fingerprint,
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from datasets import Dataset
 
 from packpipe import checks
-from packpipe.build import MANIFEST, REJECTS, Build, read_manifest
+from packpipe.build import MANIFEST, REJECTS, Build, read_manifest, read_rejects
 from packpipe.config import PackOptions, config_from
 from packpipe.quarantine import Budget
 from packpipe.source import image_column_of, label_column_of
@@ -49,9 +49,10 @@ def pack(
         epoch: likewise.
         output: folder to write; None is a folder of the `datasets` cache.
         materialize: False writes the plan only and computes the same rows, byte for byte, each
-            time they are read, from the images in ``dataset``.
+            time they are read, from the images in ``dataset``. An image whose header is sound but
+            whose pixels are not is then found when read, not listed in `rejects`.
         num_workers: threads that decode.
-        on_error: ``"quarantine"`` lists a bad image in `rejects`; ``"raise"`` stops at it.
+        on_error: ``"quarantine"`` lists a bad image in `rejects`; ``"raise"`` allows none.
         max_bad_fraction: a larger share of rejects stops the build.
         max_consecutive_bad: as many rejects in a row stop the build.
         progress: show a progress bar (where `datasets` shows its own).
@@ -60,8 +61,10 @@ def pack(
             ``max_pixels``.
 
     Returns:
-        Dataset: one row a pack, columns as in `packpipe.schema`. Its segment columns alone are
-        what a dataset of ``materialize=False`` stores.
+        Dataset: one row a pack, columns as in `packpipe.schema`; a dataset of
+        ``materialize=False`` stores its segment columns alone. An image that could not be decoded
+        leaves padding at the end of its row, and a row of such images is padding throughout: the
+        plan is not made again.
 
     Raises:
         TypeError: dataset is no Dataset, or an argument has the wrong type.
@@ -77,9 +80,10 @@ def pack(
     num_workers = checks.whole_number("num_workers", num_workers, 1, 1024, "use 1 thread or more")
     checks.choice("on_error", on_error, ON_ERROR, "choose what a bad image does")
     if not isinstance(dataset, Dataset):
-        remedy = "pass one split, such as dataset['train']"
-        name = type(dataset).__name__
-        raise TypeError(checks.sentence("dataset", name, "a datasets.Dataset", remedy))
+        name, remedy = type(dataset).__name__, "pass one split, such as dataset['train']"
+        raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
+    if not isinstance(materialize, bool):
+        raise TypeError(checks.sentence("materialize", materialize, "True or False", "pass a bool"))
     image_column = image_column_of(dataset.features, image_column)
     label_column = label_column_of(dataset.features, label_column)
     build = Build(
@@ -89,15 +93,17 @@ def pack(
         config=config,
         seed=seed,
         epoch=epoch,
-        materialize=bool(materialize),
+        materialize=materialize,
     )
-    if on_error == "raise":
-        max_bad_fraction, max_consecutive_bad = 0.0, 1
     budget = Budget(len(dataset), max_bad_fraction, max_consecutive_bad)
+    if on_error == "raise":
+        budget = Budget(len(dataset), max_bad_fraction=0.0, max_consecutive_bad=1)
     target = build.cache_folder() if output is None else Path(output).absolute()
-    if not build.is_at(target):
+    if build.is_at(target):
+        budget.check(read_rejects(target))
+    else:
         build.make(target, num_workers, budget, progress)
-    return build.open(target)
+    return build.open(target, on_error)
 
 
 def manifest(packed: Dataset) -> dict[str, Any]:
@@ -111,15 +117,13 @@ def rejects(packed: Dataset) -> Dataset:
 
 
 def _folder_of(packed: Dataset) -> Path:
-    folders = {Path(file["filename"]).parent for file in packed.cache_files}
-    for folder in folders:
-        if (folder / MANIFEST).is_file():
-            return folder
-    raise ValueError(
-        checks.sentence(
-            "packed",
-            f"{type(packed).__name__} of {sorted(map(str, folders))}",
-            "a dataset that packpipe.pack returned",
-            "ask before map or filter writes it elsewhere",
+    folders = sorted({Path(file["filename"]).parent for file in packed.cache_files})
+    if len(folders) != 1 or not (folders[0] / MANIFEST).is_file():
+        expected = "one folder that packpipe.pack wrote"
+        remedy = "ask each dataset that pack returned, before it is joined or saved elsewhere"
+        raise ValueError(
+            checks.sentence(
+                "folders of packed", [str(folder) for folder in folders], expected, remedy
+            )
         )
-    )
+    return folders[0]

@@ -22,16 +22,18 @@ one would mean decoding the image while probing.
 
 from __future__ import annotations
 
+import errno
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
-from pathlib import Path
 from threading import Lock
-from typing import NamedTuple, TypeAlias
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 # The bytes of an encoded image, or the path of its file.
 Encoded: TypeAlias = "bytes | memoryview | str"
@@ -47,6 +49,9 @@ _TRANSPOSE = {
 }
 _EXIF_SHORT = 3
 _WARNINGS = Lock()
+_HEADER_BYTES = 64 * 2**10
+# Errors of one path, which another machine would meet as well.
+_FILE_FAULTS = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG)
 _SIDEWAYS = (5, 6, 7, 8)
 _PLAIN_MODES = ("RGB", "RGBX", "L", "P", "1", "CMYK", "YCbCr", "HSV")
 
@@ -57,6 +62,11 @@ class BadImage(ValueError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+    @property
+    def exception(self) -> str:
+        """The exception behind it and what it said, the same in every run."""
+        return f"{type(self.__cause__ or self).__name__}: {self}"
 
 
 class Probe(NamedTuple):
@@ -72,7 +82,7 @@ def probe(encoded: Encoded, *, max_pixels: int) -> Probe:
     Raises:
         BadImage: no such file, empty, no image, or more than max_pixels pixels.
     """
-    with _open(encoded, max_pixels) as image:
+    with _opened(encoded, max_pixels) as image:
         orientation, broken_exif = _orientation(image)
         return Probe(_upright_hw(image, orientation), broken_exif)
 
@@ -98,20 +108,19 @@ def decode(
         BadImage: it cannot be decoded, or its mode has no rule.
         ValueError: its size is not image_hw, so the plan is out of date.
     """
-    with _open(encoded, max_pixels) as image:
+    with _opened(encoded, max_pixels) as image:
         orientation, _ = _orientation(image)
         found = _upright_hw(image, orientation)
         if found != image_hw:
             raise ValueError(
-                f"image size is {found[0]}x{found[1]} (height x width), expected "
-                f"{image_hw[0]}x{image_hw[1]} as planned; plan again, the source has changed"
+                f"image_hw is {found}, expected {image_hw} as planned; "
+                "plan again, the source has changed"
             )
         try:
             upright = _to_rgb(image, background)
-        except BadImage:
-            raise
         except Exception as error:  # decoders raise whatever they like
-            raise BadImage("undecodable", f"{type(error).__name__}: {error}") from error
+            _reraise_faults(error)
+            raise BadImage("undecodable", str(error)) from error
     if orientation in _TRANSPOSE:
         upright = upright.transpose(_TRANSPOSE[orientation])
     height, width = target_hw
@@ -120,34 +129,48 @@ def decode(
     return np.asarray(upright)
 
 
-def _open(encoded: Encoded, max_pixels: int) -> Image.Image:
-    by_path = isinstance(encoded, str)
-    if not by_path and len(encoded) == 0:
-        raise BadImage("empty", "the file holds no bytes")
-    try:
-        # Pillow warns of large images and of broken EXIF, both of which are settled below; the
-        # filters it consults belong to the whole process, hence the lock.
-        with _WARNINGS, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(encoded if isinstance(encoded, str) else BytesIO(encoded))
-    except FileNotFoundError as error:
-        raise BadImage("missing", f"no file {encoded!r}") from error
-    except Image.DecompressionBombError as error:
-        raise BadImage("too many pixels", str(error)) from error
-    except Exception as error:  # header parsers raise whatever they like
-        if (
-            isinstance(encoded, str)
-            and Path(encoded).is_file()
-            and not Path(encoded).stat().st_size
-        ):
-            raise BadImage("empty", "the file holds no bytes") from None
-        message = str(error) if by_path else "no known image format"
-        raise BadImage("unreadable", message) from error
-    width, height = image.size
-    if width * height > max_pixels:
-        image.close()
-        raise BadImage("too many pixels", f"{height}x{width} pixels, expected at most {max_pixels}")
-    return image
+@contextmanager
+def _opened(encoded: Encoded, max_pixels: int) -> Iterator[Image.Image]:
+    """Yield the image with its header read; everything is closed afterwards."""
+    with ExitStack() as stack:
+        try:
+            file: BinaryIO
+            if isinstance(encoded, str):
+                file = stack.enter_context(open(encoded, "rb", buffering=_HEADER_BYTES))
+                empty = not file.read(1)  # waits for the disk here, not under the lock
+                file.seek(0)
+            else:
+                file, empty = BytesIO(encoded), len(encoded) == 0
+            if empty:
+                raise BadImage("empty", "the file holds no bytes")
+            # Pillow warns of large images and of broken EXIF, both of which are settled below;
+            # the filters it consults belong to the whole process, hence the lock.
+            with _WARNINGS, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image = stack.enter_context(Image.open(file))
+        except Exception as error:  # header parsers raise whatever they like
+            _reraise_faults(error)
+            if isinstance(error, FileNotFoundError):
+                raise BadImage("missing", f"no file {encoded!r}") from error
+            if isinstance(error, Image.DecompressionBombError):
+                raise BadImage("too many pixels", str(error)) from error
+            # Pillow's own message holds an address, which differs from run to run.
+            unknown = isinstance(error, UnidentifiedImageError)
+            message = "no known image format" if unknown else str(error)
+            raise BadImage("unreadable", message) from error
+        width, height = image.size
+        if width * height > max_pixels:
+            message = f"{height}x{width} pixels, expected at most {max_pixels}"
+            raise BadImage("too many pixels", message)
+        yield image
+
+
+def _reraise_faults(error: Exception) -> None:
+    """Raise what is the machine's fault, not the image's: it must not become a reject."""
+    known = (None, *_FILE_FAULTS)  # decoders raise OSError without a number
+    fault = isinstance(error, OSError) and error.errno not in known
+    if fault or isinstance(error, (BadImage, MemoryError)):
+        raise error
 
 
 def _orientation(image: Image.Image) -> tuple[int, bool]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from packpipe import schema
 from packpipe.config import PackConfig
 from packpipe.features import packed_features
+from packpipe.quarantine import bad_example
 from packpipe.rows import Rows, fill_rows
 from packpipe.source import ImageSource
 
@@ -25,22 +26,29 @@ class LazyRows:
         source: the images.
         config: the options the plan was made with.
         label: feature of the label column, or None.
+        on_error: what an image that cannot be decoded does: ``"raise"`` stops the reader,
+            ``"quarantine"`` leaves it out of its row and logs it.
     """
 
     source: ImageSource
     config: PackConfig
     label: Any
+    on_error: str
 
     def rows(self, plans: pa.Table) -> Rows:
         """Return the rows of some plans, the bytes `pack` would have written."""
         rows, rejects = fill_rows(schema.table_segments(plans), self.source, self.config)
         for reject in rejects:
+            if self.on_error == "raise":
+                raise ValueError(bad_example(reject))
             log.warning("example %d left out: %s", reject.example_index, reject.exception)
         return rows
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Return the columns of packed rows: a NumPy array a row, its dtype kept."""
         stored = packed_features(self.config, self.label, tokens=False).arrow_schema
+        if set(batch) != set(stored.names):  # some stored columns were selected: nothing to compute
+            return batch
         row_schema = packed_features(self.config, self.label).arrow_schema
         rows = schema.rows_table(self.rows(pa.table(batch, schema=stored)), row_schema)
         return {name: [_values(row) for row in rows.column(name)] for name in rows.column_names}

@@ -172,9 +172,12 @@ class AttentionPool(nn.Module):
             part.unflatten(-1, (self.heads, -1))
             for part in self.keys_values(self.norm_tokens(x)).chunk(2, dim=-1)
         )  # [B, L, H, E]
-        logits = (self.norm_keys(keys) * self.query).sum(-1)  # [B, L, H]
+        # Sums over up to L tokens need more than the 8 bits of bf16.
+        exact = torch.promote_types(x.dtype, torch.float32)
+        logits = (self.norm_keys(keys) * self.query).sum(-1).to(exact)  # [B, L, H]
         weights = segment_softmax(logits, segment_ids, max_segments)
-        pooled = _sum_by_segment(weights[..., None] * values, segment_ids, max_segments)
+        weighted = weights[..., None] * values.to(exact)
+        pooled = _sum_by_segment(weighted, segment_ids, max_segments).to(values.dtype)
         x = self.project(pooled.flatten(-2))  # [B, S, C]
         widened: Tensor = F.gelu(self.widen(self.norm_mlp(x)))
         out: Tensor = self.norm_out(x + self.narrow(widened))

@@ -9,6 +9,7 @@ from typing import Any, Unpack
 import numpy as np
 import pyarrow as pa
 from datasets import Features
+from datasets.formatting.formatting import LazyBatch
 
 import packpipe
 from packpipe import checks, schema
@@ -72,12 +73,12 @@ class Packer:
             batch: the batch ``map`` passes.
             indices: source row of each example, with ``with_indices=True``.
         """
-        if not hasattr(batch, "pa_table"):
+        if not isinstance(batch, LazyBatch):
             raise TypeError(
                 checks.sentence(
-                    "batch",
+                    "type(batch)",
                     type(batch).__name__,
-                    "a batch of Dataset.map without a format",
+                    "LazyBatch, as Dataset.map passes it",
                     "use map(packer, batched=True) on dataset.with_format(None)",
                 )
             )

@@ -145,10 +145,15 @@ def plan_epoch(
     sizes = _checked_sizes(image_hw)
     rows = _checked_index(index, len(sizes))
     order = philox.permutation(seed=seed, epoch=epoch, index=rows, stream=philox.EXAMPLE_ORDER)
-    repeated = np.flatnonzero(np.diff(np.sort(rows)) == 0)
+    by_row = np.argsort(rows, kind="stable")
+    repeated = by_row[1:][np.diff(rows[by_row]) == 0]
     if repeated.size:
-        again = int(np.sort(rows)[repeated[0]])
-        raise ValueError(f"index has {again} twice, expected no repeats; pass each image once")
+        where = int(repeated.min())
+        raise ValueError(
+            checks.sentence(
+                f"index[{where}]", int(rows[where]), "no repeats", "pass each image once"
+            )
+        )
 
     grid_hw = resolution.patch_grids(
         sizes, config.patch_size, config.token_limit, config.resolution

@@ -48,6 +48,8 @@ class Budget:
             TooManyRejects: names how many, the limit, and the first ones.
         """
         bad = sorted(rejects)
+        if bad and self.max_bad_fraction == 0 and self.max_consecutive_bad == 1:
+            raise TooManyRejects(bad_example(bad[0]), bad)
         share = len(bad) / max(1, self.num_examples)
         if share > self.max_bad_fraction:
             found = f"{len(bad)} of {self.num_examples} examples ({share:.2%})"
@@ -61,6 +63,12 @@ class Budget:
                 found = f"{in_a_row} examples in a row up to example {previous}"
                 limit = f"fewer than {self.max_consecutive_bad} (max_consecutive_bad)"
                 raise TooManyRejects(_message(found, limit, bad), bad)
+
+
+def bad_example(reject: Reject) -> str:
+    """Return the error sentence of one reject."""
+    what = f"example {reject.example_index} is bad ({reject.reason}: {reject.exception})"
+    return f"{what}, expected a usable image and label; repair it, or let bad examples be left out"
 
 
 def _message(found: str, limit: str, bad: list[Reject]) -> str:

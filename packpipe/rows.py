@@ -180,8 +180,7 @@ def _fill_segment(
             max_pixels=config.max_pixels,
         )
     except BadImage as error:
-        cause = error.__cause__ or error
-        return Reject(example, "decode", error.reason, f"{type(cause).__name__}: {cause}")
+        return Reject(example, "decode", error.reason, error.exception)
     except ValueError as error:
         raise ValueError(f"example {example}: {error}") from error
     patchify(pixels, out)

@@ -6,9 +6,11 @@ an image stays the bytes (or the path) it was stored as until a row needs its pi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,32 +42,32 @@ def image_column_of(features: Features, asked: str) -> str:
     if asked not in features:
         raise ValueError(checks.sentence("image_column", asked, f"one of {list(features)}", remedy))
     if asked not in images:
-        found = f"{asked} of type {features[asked]}"
-        raise ValueError(
-            checks.sentence("image_column", found, "an Image (or binary) column", "cast_column it")
-        )
+        expected = "Image() or Value('binary')"
+        name = f"features[{asked!r}]"
+        raise ValueError(checks.sentence(name, features[asked], expected, "cast_column it"))
     return asked
 
 
 def label_column_of(features: Features, asked: str | None) -> str | None:
     """Return the name of the label column: as asked; ``"auto"`` finds one, None means none."""
-    if asked is None:
-        return None
-    if asked != "auto":
-        if asked not in features:
-            expected = f"one of {list(features)}, 'auto' or None"
-            raise ValueError(checks.sentence("label_column", asked, expected, "check its spelling"))
-        return asked
-    named = [name for name in _LABEL_NAMES if name in features]
-    typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    found = named or typed
-    if len(found) > 1:
-        raise ValueError(
-            checks.sentence(
-                "label columns", found, "one at most, for label_column='auto'", "pass label_column"
+    found = asked
+    if asked == "auto":
+        named = [name for name in _LABEL_NAMES if name in features]
+        typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+        if len(named or typed) > 1:
+            expected = "one at most, for label_column='auto'"
+            raise ValueError(
+                checks.sentence("label columns", named or typed, expected, "pass label_column")
             )
-        )
-    return found[0] if found else None
+        found = next(iter(named or typed), None)
+    elif asked is not None and asked not in features:
+        expected = f"one of {list(features)}, 'auto' or None"
+        raise ValueError(checks.sentence("label_column", asked, expected, "check its spelling"))
+    if found is not None and not isinstance(features[found], (ClassLabel, Value)):
+        name, expected = f"features[{found!r}]", "a ClassLabel or a Value"
+        remedy = "pass another label_column, or None"
+        raise ValueError(checks.sentence(name, features[found], expected, remedy))
+    return found
 
 
 def _holds_images(feature: Any) -> bool:
@@ -86,8 +88,26 @@ class ImageSource:
         """Return the encoded image of a row."""
         return encoded_of(self.rows[example].column(0)[0])
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def files_digest(self) -> str | None:
+        """Return a digest of the files that images are stored in by path; None if there are none.
+
+        Path, size and time of change: a dataset's own fingerprint knows the paths alone.
+        """
+        column = self.rows.features[self.rows.column_names[0]]
+        if not isinstance(column, Image):
+            return None
+        digest, found = hashlib.sha256(), False
+        for batch in self.rows.with_format("arrow").iter(batch_size=1000):
+            images = batch.column(0).combine_chunks()
+            stored_inside = images.field("bytes").is_valid()
+            for path in images.field("path").filter(pc.invert(stored_inside)).to_pylist():
+                found = True
+                if path is not None:
+                    file = Path(path).absolute()
+                    status = file.stat() if file.exists() else None
+                    known = (status.st_size, status.st_mtime_ns) if status else None
+                    digest.update(f"{file} {known}\n".encode())
+        return digest.hexdigest() if found else None
 
 
 def encoded_of(value: pa.Scalar) -> Encoded:
@@ -175,19 +195,23 @@ def _probe_or_reject(
     try:
         return probe(read_image(example), max_pixels=max_pixels)
     except BadImage as error:
-        cause = error.__cause__ or error
-        return Reject(example, "probe", error.reason, f"{type(cause).__name__}: {cause}")
+        return Reject(example, "probe", error.reason, error.exception)
 
 
 def _bad_labels(labels: pa.Array | pa.ChunkedArray, feature: Any) -> list[Reject]:
     """Return the examples whose label is null, or no class of its ClassLabel."""
     bad = pc.is_null(labels)
-    expected = "a label"
+    expected, remedy = "a label", "; repair it, or pass label_column=None"
     if isinstance(feature, ClassLabel):
         outside = pc.or_(pc.less(labels, 0), pc.greater_equal(labels, feature.num_classes))
         bad = pc.or_(bad, pc.fill_null(outside, False))
         expected = f"0..{feature.num_classes - 1}"
     return [
-        Reject(row, "label", "bad label", f"label is {labels[row].as_py()}, expected {expected}")
+        Reject(
+            row,
+            "label",
+            "bad label",
+            f"label is {labels[row].as_py()}, expected {expected}{remedy}",
+        )
         for row in np.flatnonzero(np.asarray(bad)).tolist()
     ]

@@ -55,10 +55,11 @@ def test_rows_without_labels_give_a_batch_without_labels():
     assert packed.batch_of(case, labels=None).labels is None
 
 
-def test_a_batch_owns_its_memory():
+@pytest.mark.parametrize("writeable", [False, True])
+def test_a_batch_owns_its_memory(writeable):
     case = packed.RowSet(lens=[[2]], seq_len=4, max_segments=2)
     rows = packed.rows_of(case)
-    rows.patches.flags.writeable = False
+    rows.patches.flags.writeable = writeable
     batch = PackedBatch.from_rows(rows, max_segments=2)
     batch.patches.zero_()
     assert rows.patches.any()
@@ -73,7 +74,7 @@ def test_to_moves_every_tensor():
 def test_too_many_segments_are_refused():
     case = packed.RowSet(lens=[[1], [1, 1, 1]], seq_len=4, max_segments=3)
     message = (
-        "rows[1] is '3 segments', expected at most 2 (max_segments); "
+        "num_segments[1] is 3, expected at most 2 (max_segments); "
         "pass the max_segments the rows were packed with"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -83,8 +84,16 @@ def test_too_many_segments_are_refused():
 def test_labels_that_are_no_integers_are_refused():
     case = packed.RowSet(lens=[[1, 2]], seq_len=4, max_segments=3)
     message = (
-        "labels is 'of type string', expected integers; "
+        "labels.type is 'string', expected an integer type; "
         "class_encode_column it before packing, or pack with label_column=None"
     )
     with pytest.raises(TypeError, match=re.escape(message)):
         packed.batch_of(case, labels=pa.array(["cat", "dog"]))
+
+
+def test_max_segments_must_be_a_number():
+    case = packed.RowSet(lens=[[1, 2]], seq_len=4, max_segments=3)
+    with pytest.raises(
+        TypeError, match=re.escape("max_segments is '4', expected an integer in 1..")
+    ):
+        PackedBatch.from_rows(packed.rows_of(case), max_segments="4")

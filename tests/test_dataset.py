@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -238,7 +239,9 @@ def test_bad_examples_land_in_the_rejects_and_nobody_else_moves(tmp_path, caplog
         (11, "label", "bad label"),
     ]
     assert found[0]["exception"].startswith("OSError: ")
-    assert found[2]["exception"] == "label is None, expected 0..2"
+    assert found[2]["exception"] == (
+        "label is None, expected 0..2; repair it, or pass label_column=None"
+    )
     counts = packpipe.manifest(packed)["counts"]
     assert (counts["read"], counts["packed"], counts["rejected"]) == (108, 105, 3)
     assert counts["rejected_by_reason"] == {"bad label": 1, "empty": 1, "undecodable": 1}
@@ -283,7 +286,7 @@ def test_a_build_with_too_many_bad_images_stops_and_leaves_nothing(tmp_path):
 def test_on_error_raise_stops_at_the_first_bad_image(tmp_path):
     images = pictures.encoded_images() * 30
     images[100] = b"nothing"
-    with pytest.raises(TooManyRejects, match=re.escape("First: example 100 (unreadable: ")):
+    with pytest.raises(TooManyRejects, match=re.escape("example 100 is bad (unreadable: ")):
         packed_in(tmp_path / "out", pictures.dataset_of(images), on_error="raise")
 
 
@@ -335,10 +338,16 @@ def test_an_empty_dataset_gives_no_rows(source, tmp_path):
         ({"num_workers": 0}, ValueError, "num_workers is 0, expected an integer in 1..1024; "),
         ({"on_error": "skip"}, ValueError, "on_error is 'skip', expected one of 'quarantine', "),
         ({"image_column": "img"}, ValueError, "image_column is 'img', expected one of ['image', "),
-        ({"image_column": "n"}, ValueError, "image_column is \"n of type Value('int32')\", expec"),
+        (
+            {"image_column": "n"},
+            ValueError,
+            "features['n'] is Value('int32'), expected Image() or Value('binary'",
+        ),
         ({"label_column": "y"}, ValueError, "label_column is 'y', expected one of ['image', 'lab"),
         ({"max_bad_fraction": 2}, ValueError, "max_bad_fraction is 2, expected 0..1; it is a sh"),
         ({"max_consecutive_bad": 0}, ValueError, "max_consecutive_bad is 0, expected an integer"),
+        ({"materialize": "no"}, TypeError, "materialize is 'no', expected True or False; pass a b"),
+        ({"on_error": "raise", "max_bad_fraction": "x"}, TypeError, "max_bad_fraction is 'x', ex"),
         ({"seed": -1}, ValueError, "seed is -1, expected an integer in 0..18446744073709551615; "),
     ],
 )
@@ -350,8 +359,7 @@ def test_wrong_arguments_are_refused_at_the_front_door(source, tmp_path, options
 
 def test_what_is_no_dataset_is_refused(source):
     message = (
-        "dataset is 'DatasetDict', expected a datasets.Dataset; "
-        "pass one split, such as dataset['train']"
+        "type(dataset) is 'DatasetDict', expected Dataset; pass one split, such as dataset['train']"
     )
     with pytest.raises(TypeError, match=re.escape(message)):
         packpipe.pack(datasets.DatasetDict(train=source))
@@ -366,9 +374,7 @@ def test_a_dataset_without_images_is_refused():
 
 
 def test_a_dataset_pack_did_not_make_has_no_manifest():
-    message = (
-        "packed is 'Dataset of []', expected a dataset that packpipe.pack returned; ask before"
-    )
+    message = "folders of packed is [], expected one folder that packpipe.pack wrote; ask each"
     with pytest.raises(ValueError, match=re.escape(message)):
         packpipe.manifest(Dataset.from_dict({"x": [1]}))
 
@@ -390,3 +396,105 @@ def test_read_rows_takes_an_arrow_table_too(source, tmp_path):
     assert pictures.row_bytes(packpipe.read_rows(arrow)) == pictures.row_bytes(
         packpipe.read_rows(packed)
     )
+
+
+def test_rows_already_written_are_held_to_the_policy_of_every_call(tmp_path):
+    images = [*pictures.encoded_images(), b"junk"]
+    source = pictures.dataset_of(images)
+    packed_in(tmp_path / "out", source, max_bad_fraction=1.0)
+    with pytest.raises(TooManyRejects, match=re.escape("rejected is 1 of 10 examples")):
+        packed_in(tmp_path / "out", source)
+    with pytest.raises(TooManyRejects, match=re.escape("example 9 is bad (unreadable: ")):
+        packed_in(tmp_path / "out", source, on_error="raise")
+    assert len(packpipe.rejects(packed_in(tmp_path / "out", source, max_bad_fraction=0.1))) == 1
+
+
+def test_rejects_are_the_same_bytes_in_every_run(tmp_path):
+    source = pictures.dataset_of([*pictures.encoded_images(), b"junk"])
+    for name in ("a", "b"):
+        packed_in(tmp_path / name, source, max_bad_fraction=1.0)
+    first, second = ((tmp_path / name / "rejects.arrow").read_bytes() for name in ("a", "b"))
+    assert first == second
+
+
+def test_rows_computed_when_read_obey_on_error(tmp_path, caplog):
+    images = pictures.encoded_images()
+    images[4] = pictures.encoded_image(64, 64, 4, "JPEG")[:-900]
+    source = pictures.dataset_of(images)
+    strict = packed_in(tmp_path / "a", source, materialize=False, on_error="raise")
+    with pytest.raises(ValueError, match=re.escape("example 4 is bad (undecodable: OSError: ")):
+        packpipe.read_rows(strict)
+    lenient = packed_in(tmp_path / "b", source, materialize=False)
+    with caplog.at_level(logging.WARNING, logger="packpipe"):
+        rows = packpipe.read_rows(lenient)
+    assert sorted(rows.segments.example_index.tolist()) == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert "example 4 left out: OSError: " in caplog.text
+
+
+def test_stored_columns_of_lazy_rows_can_be_selected(source, tmp_path):
+    lazy = packed_in(tmp_path / "lazy", source, materialize=False)
+    picked = lazy.select_columns(["seq_lens"])
+    assert [row["seq_lens"] for row in picked] == [list(row["seq_lens"]) for row in lazy]
+
+
+def test_changed_files_behind_the_same_paths_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "image.png"
+    path.write_bytes(pictures.encoded_image(40, 60))
+    source = Dataset.from_dict({"image": [str(path)]}).cast_column("image", Image())
+    lazy = packpipe.pack(source, **SMALL, materialize=False)
+    before = packpipe.pack(source, **SMALL)
+    path.write_bytes(pictures.encoded_image(64, 96))
+    after = packpipe.pack(source, **SMALL)
+    assert [before[0]["image_hw"], after[0]["image_hw"]] == [[[40, 60]], [[64, 96]]]
+    message = (
+        "example 0: image_hw is (64, 96), expected (40, 60) as planned; plan again, the source"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        packpipe.read_rows(lazy)
+
+
+def test_a_fault_of_the_machine_is_no_reject(source, tmp_path, monkeypatch):
+    def out_of_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("packpipe.images._to_rgb", out_of_memory)
+    with pytest.raises(MemoryError):
+        packed_in(tmp_path / "out", source, max_bad_fraction=1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_builds_of_the_same_rows_at_once_all_end_with_them(source, tmp_path):
+    with ThreadPoolExecutor(4) as threads:
+        runs = [threads.submit(packed_in, tmp_path / "out", source) for _ in range(4)]
+        found = [pictures.row_bytes(packpipe.read_rows(run.result())) for run in runs]
+    assert all(rows == found[0] for rows in found)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_joined_datasets_have_no_single_manifest(source, tmp_path):
+    parts = [packed_in(tmp_path / str(seed), source, seed=seed) for seed in (0, 1)]
+    with pytest.raises(ValueError, match=r"expected one folder that packpipe.pack wrote; ask each"):
+        packpipe.manifest(datasets.concatenate_datasets(parts))
+
+
+def test_other_rows_have_another_fingerprint_on_disk(source, tmp_path):
+    for seed in (0, 1):
+        packed_in(tmp_path / str(seed), source, seed=seed)
+    opened = [datasets.load_from_disk(str(tmp_path / str(seed))) for seed in (0, 1)]
+    assert opened[0]._fingerprint != opened[1]._fingerprint
+
+
+def test_unlabelled_splits_are_told_what_to_do(tmp_path):
+    source = pictures.dataset_of(pictures.encoded_images(), [-1] * 9)
+    message = "label is -1, expected 0..2; repair it, or pass label_column=None"
+    with pytest.raises(TooManyRejects, match=re.escape(message)):
+        packed_in(tmp_path / "out", source)
+
+
+def test_a_label_that_is_no_single_value_is_refused(tmp_path):
+    features = Features({"image": Image(), "label": List(Value("int32"))})
+    rows = {"image": [{"bytes": pictures.encoded_image(9, 9), "path": None}], "label": [[1]]}
+    message = "features['label'] is List(Value('int32')), expected a ClassLabel or a Value; pass"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        packed_in(tmp_path / "out", Dataset.from_dict(rows, features=features))

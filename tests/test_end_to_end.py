@@ -77,7 +77,7 @@ def test_training_lowers_the_loss_and_repeats_to_the_bit(packed):
     assert np.mean(runs[0][-4:]) < 0.9 * np.mean(runs[0][:4])
 
 
-def test_training_visits_every_row_once_an_epoch():
+def test_an_epoch_takes_no_row_twice_and_the_next_takes_another_order():
     from packpipe.training import _row_numbers
 
     batches = list(_row_numbers(num_rows=7, steps=9, batch_size=2, seed=1))

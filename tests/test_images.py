@@ -287,7 +287,7 @@ GIF_FILE = encode(strategies.random_image("P", 40, 30), "GIF")
         (memoryview(b""), "empty", "the file holds no bytes"),
         (b"<!DOCTYPE html><html>404</html>", "unreadable", "no known image format"),
         (b"\x89PNG\r\n\x1a\n", "unreadable", "no known image format"),
-        (PNG_FILE[:20], "unreadable", "no known image format"),
+        (PNG_FILE[:20], "unreadable", "Truncated File Read"),
         ("/no/such/image.png", "missing", "no file '/no/such/image.png'"),
         (png(1001, 1000, 8, 2), "too many pixels", "1000x1001 pixels, expected at most 1000000"),
     ],
@@ -328,7 +328,7 @@ def test_a_truncated_image_has_a_size_but_no_pixels(encoded):
     with pytest.raises(BadImage) as found:
         decoded(cut, (40, 30))
     assert found.value.reason == "undecodable"
-    assert str(found.value).startswith("OSError: ")
+    assert found.value.exception.startswith("OSError: ")
     assert isinstance(found.value.__cause__, OSError)
 
 
@@ -394,10 +394,7 @@ def test_a_sound_exif_and_no_exif_are_not_flagged(format):  # noqa: A002
 
 
 def test_a_size_that_is_not_the_planned_one_is_an_error_and_no_bad_image():
-    message = (
-        "image size is 5x9 (height x width), expected 9x5 as planned; "
-        "plan again, the source has changed"
-    )
+    message = "image_hw is (5, 9), expected (9, 5) as planned; plan again, the source has changed"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$") as found:
         decoded(encode(Image.fromarray(REFERENCE), "PNG"), (9, 5))
     assert not isinstance(found.value, BadImage)

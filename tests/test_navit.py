@@ -136,9 +136,10 @@ def test_a_row_of_padding_alone_changes_nothing(attention):
     assert all(close(a, b, 1e-12) for a, b in zip(*outputs, strict=True))
 
 
-def test_one_graph_serves_every_batch():
+@backends
+def test_one_graph_serves_every_batch(attention):
     torch._dynamo.reset()
-    model = packed.model_of("reference", torch.float32)
+    model = packed.model_of(attention, torch.float32)
     graphs = []
 
     def count(graph, _):

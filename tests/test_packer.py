@@ -124,8 +124,16 @@ def test_wrong_arguments_are_refused(options, message):
 
 def test_a_formatted_dataset_is_refused_with_its_remedy():
     message = (
-        "batch is 'dict', expected a batch of Dataset.map without a format; "
+        "type(batch) is 'dict', expected LazyBatch, as Dataset.map passes it; "
         "use map(packer, batched=True) on dataset.with_format(None)"
     )
     with pytest.raises(TypeError, match=re.escape(message)):
         packpipe.Packer()({"image": []})
+
+
+def test_a_map_without_batches_is_refused(source):
+    message = (
+        "type(batch) is 'LazyRow', expected LazyBatch, as Dataset.map passes it; use map(packer, "
+    )
+    with pytest.raises(TypeError, match=re.escape(message)):
+        source.map(packpipe.Packer(), remove_columns=source.column_names)

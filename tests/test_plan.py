@@ -261,7 +261,7 @@ KEY = f"expected an integer in 0..{2**64 - 1}; pass a non-negative integer below
         (
             {"index": [5, 5]},
             ValueError,
-            "index has 5 twice, expected no repeats; pass each image once",
+            "index[1] is 5, expected no repeats; pass each image once",
         ),
         ({"index": [5]}, ValueError, "len(index) is 1, expected 2 (images); one row an image"),
         ({"index": [5, -6]}, ValueError, "index[1] is -6, expected 0 or more; count from zero"),

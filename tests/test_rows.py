@@ -140,7 +140,7 @@ def test_the_bytes_do_not_depend_on_the_executor(num_threads):
 def test_a_size_that_is_not_the_planned_one_names_the_example_and_both_sizes():
     files = [*FILES[:4], encode(random_image("RGB", 9, 8), "PNG"), *FILES[5:]]
     message = (
-        "example 4: image size is 9x8 (height x width), expected 20x8 as planned; "
+        "example 4: image_hw is (9, 8), expected (20, 8) as planned; "
         "plan again, the source has changed"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

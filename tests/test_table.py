@@ -163,6 +163,7 @@ def test_another_table_is_refused(wrong):
 
 @pytest.mark.parametrize(("wrong", "name"), [([1, 2], "list"), (None, "NoneType")])
 def test_something_else_is_refused(wrong, name):
-    message = f"dataset is '{name}', expected a Dataset or pyarrow.Table; pass packed rows"
+    expected = "expected Dataset or pyarrow.Table; pass packed rows, one split of them"
+    message = f"type(dataset) is '{name}', {expected}"
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         read_rows(wrong)
