@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packpipe import rules, samples
-from packpipe.packing import pack_lengths
+from packpipe.packing import block_size_of, pack_lengths
 from packpipe.resolution import patch_grids
 
 
@@ -68,7 +68,7 @@ def main() -> None:
         works: list[Callable[[], object]] = [
             lambda a=lengths, b=target: np.copyto(b, a),
             lambda a=lengths: np.sort(a),
-            lambda c=counts, n=seq_len: rules.first_fit_decreasing(c, n, n),
+            lambda c=counts, n=seq_len: rules.first_fit_decreasing(c, n, n, block_size_of(n)),
             lambda a=lengths, n=seq_len: pack_lengths(a, n),
         ]
         copy, sort, plan, everything = (median_seconds(work, options.repeats) for work in works)

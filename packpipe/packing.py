@@ -6,6 +6,7 @@ alone, and says how far the result is from the proven optimum. The kernels are i
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -119,7 +120,9 @@ def pack_lengths(
     array = _checked_lengths(lengths, seq_len)
     counts = np.bincount(array, minlength=seq_len + 1).astype(np.int64, copy=False)
     if strategy == "ffd":
-        rows, used, num_packs = rules.first_fit_decreasing(counts, seq_len, max_segments)
+        rows, used, num_packs = rules.first_fit_decreasing(
+            counts, seq_len, max_segments, block_size_of(seq_len)
+        )
         scratch = np.empty(len(array), np.int32 if len(array) < 2**31 else np.int64)
         order, offsets = rules.expand(array, counts, rows[:used], num_packs, scratch)
     else:
@@ -132,6 +135,11 @@ def pack_lengths(
         num_tokens=int(counts @ np.arange(seq_len + 1)),
         bound=bounds.lower_bound(counts, seq_len, max_segments),
     )
+
+
+def block_size_of(seq_len: int) -> int:
+    """Return the runs a block of `rules.first_fit_decreasing`: √seq_len, 64 at least."""
+    return max(64, math.isqrt(seq_len))
 
 
 def _checked_lengths(lengths: ArrayLike, seq_len: int) -> NDArray[np.int32]:

@@ -5,9 +5,9 @@ example's numbers can be computed alone, in any order, on any machine. Blocks co
 from 1, because NumPy's ``Philox`` steps its counter before each block; so
 
     words(seed=s, epoch=e, index=[i], stream=t, num_words=n)[0]
-        == np.random.Philox(key=[s, e], counter=[0, t, i, 0]).random_raw(n)
+        == np.random.Philox(key=u64(s, e), counter=u64(0, t, i, 0)).random_raw(n)
 
-bit for bit, which is how it is tested. A new decision takes a new stream number; the
+bit for bit (u64 makes a uint64 array), which is how it is tested. A new decision takes a new stream number; the
 numbers below never change meaning. Cost: about 20 ns a block of four words on one core.
 
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), 4.3.
@@ -36,7 +36,7 @@ _32 = np.uint64(32)
 _ZERO = np.uint64(0)
 
 
-@njit(inline="always")
+@njit(inline="always", cache=True)
 def _high_product(a, b):  # type: ignore[no-untyped-def]
     """Return the upper 64 bits of the 128-bit product, from four 32-bit products."""
     a_low, a_high = a & _LOW_32, a >> _32
@@ -45,7 +45,7 @@ def _high_product(a, b):  # type: ignore[no-untyped-def]
     return a_high * b_high + (middle >> _32) + ((a_low * b_high + (middle & _LOW_32)) >> _32)
 
 
-@njit
+@njit(cache=True)
 def _fill_words(seed, epoch, index, stream, out):  # type: ignore[no-untyped-def]
     """Fill out[i] with the words of index[i]; O(index * words / 4) blocks of ten rounds."""
     num_words = out.shape[1]

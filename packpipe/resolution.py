@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 LAWS = ("native", "budget")
 
 
-@njit
+@njit(cache=True)
 def _largest_side(side, other, max_tokens):  # type: ignore[no-untyped-def]
     """Return the largest k with k * ceil(other * k / side) <= max_tokens, or 0.
 
@@ -36,7 +36,7 @@ def _largest_side(side, other, max_tokens):  # type: ignore[no-untyped-def]
     return k
 
 
-@njit
+@njit(cache=True)
 def _budget_grids(image_hw, max_tokens, out):  # type: ignore[no-untyped-def]
     """Fill out with the grid of every image at the largest scale within max_tokens.
 

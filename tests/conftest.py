@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HOME", str(HOME / "huggingface"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLCONFIGDIR", str(HOME / "matplotlib"))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HOME / "inductor"))
 
 set_hypothesis_home_dir(ROOT / ".hypothesis")
 for name, max_examples in (("dev", 50), ("ci", 200), ("nightly", 2000)):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import csv
 import re
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import naive
@@ -44,6 +44,20 @@ def test_many_distinct_lengths_outgrow_the_kernels_first_buffers(seq_len, max_se
     lengths = np.random.default_rng(seq_len).integers(1, seq_len + 1, 1500).tolist()
     found = pack_lengths(lengths, seq_len, max_segments=max_segments)
     assert listed(found) == naive.first_fit_decreasing(lengths, seq_len, max_segments)
+
+
+@pytest.mark.parametrize("block_size", [3, 4, 64])
+@given(case=strategies.packing_cases(max_examples=200, max_seq_len=300))
+def test_the_size_of_the_blocks_changes_nothing(block_size, case):
+    limit = case.max_segments or case.seq_len
+    lengths = np.array(case.lengths, np.int32)
+    counts = np.bincount(lengths, minlength=case.seq_len + 1)
+    rows, used, num_packs = rules.first_fit_decreasing(counts, case.seq_len, limit, block_size)
+    order, offsets = rules.expand(
+        lengths, counts, rows[:used], num_packs, np.empty(len(lengths), np.int32)
+    )
+    found = [order[a:b].tolist() for a, b in pairwise(offsets)]
+    assert found == naive.first_fit_decreasing(case.lengths, case.seq_len, case.max_segments)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -120,7 +134,7 @@ def test_wikipedia_bound_obeys_the_limit_on_segments(wikipedia, depth, bound):
 
 
 def test_wikipedia_in_first_fit_decreasing_is_close_to_the_bound(wikipedia):
-    placements, used, num_packs = rules.first_fit_decreasing(wikipedia, 512, 512)
+    placements, used, num_packs = rules.first_fit_decreasing(wikipedia, 512, 512, 64)
     placed = np.zeros(513, np.int64)
     loads = np.zeros(num_packs, np.int64)
     for length, first, packs, per_pack in placements[:used].tolist():
@@ -134,7 +148,7 @@ def test_wikipedia_in_first_fit_decreasing_is_close_to_the_bound(wikipedia):
 
 
 def test_wikipedia_one_example_a_pack_needs_a_pack_each(wikipedia):
-    assert rules.first_fit_decreasing(wikipedia, 512, 1)[2] == 16_279_552
+    assert rules.first_fit_decreasing(wikipedia, 512, 1, 64)[2] == 16_279_552
 
 
 @pytest.fixture
