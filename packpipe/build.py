@@ -13,9 +13,10 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -34,7 +35,7 @@ from packpipe.lazy import LazyRows
 from packpipe.packing import fill
 from packpipe.plan import EpochPlan, plan_epoch
 from packpipe.quarantine import Budget
-from packpipe.rows import Reject, fill_rows, planned_segments
+from packpipe.rows import Reject, Segments, fill_rows, planned_segments
 from packpipe.source import ImageSource, Survey, survey
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,9 @@ class Build:
     epoch: int
     materialize: bool
 
+    @cached_property
     def record(self) -> dict[str, Any]:
-        """Return everything the bytes of the folder depend on."""
+        """Everything the bytes of the folder depend on."""
         return {
             "schema_version": schema.VERSION,
             "packpipe": packpipe.__version__,
@@ -94,7 +96,7 @@ class Build:
                 checks.sentence("output", str(folder), "an absent or empty folder", remedy)
             )
         found = read_manifest(folder)
-        differing = [name for name, value in self.record().items() if found.get(name) != value]
+        differing = [name for name, value in self.record.items() if found.get(name) != value]
         if differing:
             expected = f"rows made with the same {', '.join(differing)}"
             raise FileExistsError(checks.sentence("output", str(folder), expected, remedy))
@@ -125,7 +127,7 @@ class Build:
         return packed.with_transform(LazyRows(self._source, self.config, self._label, on_error))
 
     def _digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()
 
     @property
     def _source(self) -> ImageSource:
@@ -149,7 +151,8 @@ class Build:
         labels = self._labels()
         # One worker needs no thread: this one probes and fills.
         threads = nullcontext() if num_workers == 1 else ThreadPoolExecutor(num_workers)
-        with threads as executor:
+        bar = datasets.utils.tqdm(desc="Packing", unit=" images", disable=not progress)
+        with threads as executor, bar:
             found = survey(
                 self._source,
                 len(self.dataset),
@@ -158,54 +161,58 @@ class Build:
                 max_pixels=self.config.max_pixels,
                 executor=executor,
             )
-            rejects = found.rejects
-            budget.check(rejects)
+            budget.check(found.rejects)
+            bar.reset(len(found.index))
             plan = plan_epoch(
                 found.image_hw, self.config, seed=self.seed, epoch=self.epoch, index=found.index
             )
 
             def tables(packs: range) -> Iterator[pa.Table]:
-                stored = self._features.arrow_schema
                 for some in _cut(packs, table.BATCH_BYTES // self.config.row_bytes):
                     segments = planned_segments(plan, some, labels)
-                    if self.materialize:
-                        rows, undecodable = fill_rows(segments, self._source, self.config, executor)
-                        if undecodable:
-                            rejects.extend(undecodable)
-                            budget.check(rejects)
-                        yield schema.rows_table(rows, stored)
-                    else:
-                        yield schema.segments_table(segments, stored)
+                    yield self._stored(segments, executor, found.rejects, budget)
                     bar.update(len(segments.seq_lens))
 
             files = {}
-            bar = datasets.utils.tqdm(
-                total=len(found.index), desc="Packing", unit=" images", disable=not progress
-            )
-            with bar:
-                # At least one file, so that an empty dataset has its columns too.
-                per_file = table.FILE_BYTES // self.config.row_bytes
-                for number, packs in enumerate(_cut(range(len(plan)), per_file) or [range(0)]):
-                    name = f"data-{number:05d}.arrow"
-                    files[name] = table.write_table(
-                        folder / name, self._features.arrow_schema, tables(packs)
-                    )
-        if rejects:
+            # At least one file, so that an empty dataset has its columns too.
+            per_file = table.FILE_BYTES // self.config.row_bytes
+            for number, packs in enumerate(_cut(range(len(plan)), per_file) or [range(0)]):
+                name = f"data-{number:05d}.arrow"
+                stored = self._features.arrow_schema
+                files[name] = table.write_table(folder / name, stored, tables(packs))
+        self._write_sidecars(folder, plan, found, files)
+
+    def _stored(
+        self, segments: Segments, executor: Executor | None, rejects: list[Reject], budget: Budget
+    ) -> pa.Table:
+        """Return the stored columns of some rows; adds what could not be decoded to the rejects."""
+        stored = self._features.arrow_schema
+        if not self.materialize:
+            return schema.segments_table(segments, stored)
+        rows, undecodable = fill_rows(segments, self._source, self.config, executor)
+        if undecodable:
+            rejects.extend(undecodable)
+            budget.check(rejects)
+        return schema.rows_table(rows, stored)
+
+    def _write_sidecars(
+        self, folder: Path, plan: EpochPlan, found: Survey, files: dict[str, Any]
+    ) -> None:
+        if found.rejects:
             log.warning(
                 "%d of %d examples rejected; packpipe.rejects(packed) says which and why",
-                len(rejects),
+                len(found.rejects),
                 len(self.dataset),
             )
         # `datasets.load_from_disk` opens the folder by these two.
         DatasetInfo(features=self._features).write_to_directory(str(folder))
         table.write_json(folder / "state.json", _state(list(files), self._digest()[:16]))
-        files[REJECTS] = table.write_table(
-            folder / REJECTS, schema.REJECTS, [schema.rejects_table(rejects)]
-        )
-        counts = _counts(plan, found, rejects, len(self.dataset))
+        rejects = schema.rejects_table(found.rejects)
+        files[REJECTS] = table.write_table(folder / REJECTS, schema.REJECTS, [rejects])
+        counts = _counts(plan, found, len(self.dataset))
         share = fill(counts["tokens"], len(plan), self.config.seq_len)
         table.write_json(
-            folder / MANIFEST, {**self.record(), "counts": counts, "fill": share, "files": files}
+            folder / MANIFEST, {**self.record, "counts": counts, "fill": share, "files": files}
         )
 
 
@@ -227,10 +234,9 @@ def _cut(packs: range, step: int) -> list[range]:
     return [packs[start : start + step] for start in range(0, len(packs), step)]
 
 
-def _counts(
-    plan: EpochPlan, found: Survey, rejects: list[Reject], num_examples: int
-) -> dict[str, Any]:
+def _counts(plan: EpochPlan, found: Survey, num_examples: int) -> dict[str, Any]:
     """Return the manifest's counts; an image that failed when decoded gave no tokens."""
+    rejects = found.rejects
     lost = [reject.example_index for reject in rejects if reject.stage == "decode"]
     lost_tokens = (
         dict(zip(plan.index.tolist(), plan.num_keep.tolist(), strict=True)) if lost else {}

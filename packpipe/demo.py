@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Read when these packages are imported, so set before.
     os.environ.setdefault("HF_HOME", str(folder / "cache"))
     os.environ.setdefault("MPLCONFIGDIR", str(folder / "cache" / "matplotlib"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache" / "inductor"))
     run(folder, options.seq_len, options.steps, options.num_workers)
 
 

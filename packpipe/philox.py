@@ -7,8 +7,9 @@ from 1, because NumPy's ``Philox`` steps its counter before each block; so
     words(seed=s, epoch=e, index=[i], stream=t, num_words=n)[0]
         == np.random.Philox(key=u64(s, e), counter=u64(0, t, i, 0)).random_raw(n)
 
-bit for bit (u64 makes a uint64 array), which is how it is tested. A new decision takes a new stream number; the
-numbers below never change meaning. Cost: about 20 ns a block of four words on one core.
+bit for bit (u64 makes a uint64 array), which is how it is tested. A new decision takes a new
+stream number; the numbers below never change meaning. Cost: about 0.1 µs a block of four words on
+one core.
 
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), 4.3.
 """

@@ -98,9 +98,8 @@ class ImageSource:
             return None
         digest, found = hashlib.sha256(), False
         for batch in self.rows.with_format("arrow").iter(batch_size=1000):
-            images = batch.column(0).combine_chunks()
-            stored_inside = images.field("bytes").is_valid()
-            for path in images.field("path").filter(pc.invert(stored_inside)).to_pylist():
+            by_path = pc.is_null(pc.struct_field(batch.column(0), "bytes"))
+            for path in pc.struct_field(batch.column(0), "path").filter(by_path).to_pylist():
                 found = True
                 if path is not None:
                     file = Path(path).absolute()
