@@ -1,0 +1,29 @@
+"""The README's Python runs as it stands, and its commands are the ones CI calls."""
+
+import re
+from pathlib import Path
+
+import datasets
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_ten_lines_of_python_give_a_vector_for_every_image_of_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    (code,) = blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    found = {}
+    exec(code, found)  # noqa: S102  what a reader would type
+    assert found["values"].shape == (len(found["example"]), 10)
+    assert len(found["example"]) == int(found["batch"].present.sum()) >= 8
+    assert found["packed"].num_rows == 101
+
+
+def test_the_two_commands_come_first_and_second():
+    main_job, tests = blocks("sh")
+    assert main_job.rstrip().endswith("-m packpipe.demo")
+    assert tests.rstrip().endswith("-m pytest --quiet")
