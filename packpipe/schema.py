@@ -72,7 +72,7 @@ def segments_table(segments: Segments, schema: pa.Schema) -> pa.Table:
 def rows_table(rows: Rows, schema: pa.Schema) -> pa.Table:
     """Return packed rows as Arrow, without copying."""
     columns = _segment_columns(rows.segments)
-    for name in ("patches", "segment_ids", "coords"):
+    for name in _TOKEN_TYPES:
         values = getattr(rows, name)
         columns[name] = pa.FixedSizeListArray.from_arrays(
             pa.array(values.reshape(-1)), type=schema.field(name).type

@@ -97,7 +97,7 @@ class ImageSource:
         if not isinstance(column, Image):
             return None
         digest, found = hashlib.sha256(), False
-        for batch in self.rows.with_format("arrow").iter(batch_size=1000):
+        for batch in self.rows.iter(batch_size=1000):
             by_path = pc.is_null(pc.struct_field(batch.column(0), "bytes"))
             for path in pc.struct_field(batch.column(0), "path").filter(by_path).to_pylist():
                 found = True
