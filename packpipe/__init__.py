@@ -11,35 +11,47 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from packpipe.balance import balance_steps as balance_steps
     from packpipe.batch import PackedBatch as PackedBatch
     from packpipe.config import PackConfig as PackConfig
     from packpipe.dataset import manifest as manifest
     from packpipe.dataset import pack as pack
     from packpipe.dataset import rejects as rejects
+    from packpipe.histogram import HistogramPlan as HistogramPlan
+    from packpipe.histogram import count_lengths as count_lengths
+    from packpipe.histogram import plan_histogram as plan_histogram
     from packpipe.navit import NaViT as NaViT
     from packpipe.navit import NaViTConfig as NaViTConfig
+    from packpipe.online import OnlinePacker as OnlinePacker
     from packpipe.packer import Packer as Packer
     from packpipe.packing import Packs as Packs
     from packpipe.packing import pack_lengths as pack_lengths
     from packpipe.plan import EpochPlan as EpochPlan
     from packpipe.plan import plan_epoch as plan_epoch
+    from packpipe.seq_lens import suggest_seq_len as suggest_seq_len
     from packpipe.table import read_rows as read_rows
 
 # Public name: the module that defines it.
 _HOMES = {
     "EpochPlan": "plan",
+    "HistogramPlan": "histogram",
     "NaViT": "navit",
     "NaViTConfig": "navit",
+    "OnlinePacker": "online",
     "PackConfig": "config",
     "PackedBatch": "batch",
     "Packer": "packer",
     "Packs": "packing",
+    "balance_steps": "balance",
+    "count_lengths": "histogram",
     "manifest": "dataset",
     "pack": "dataset",
     "pack_lengths": "packing",
     "plan_epoch": "plan",
+    "plan_histogram": "histogram",
     "read_rows": "table",
     "rejects": "dataset",
+    "suggest_seq_len": "seq_lens",
 }
 __all__ = ["__version__", *_HOMES]
 

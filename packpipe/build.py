@@ -32,8 +32,8 @@ from packpipe import checks, schema, table
 from packpipe.config import PackConfig
 from packpipe.features import packed_features
 from packpipe.lazy import LazyRows
-from packpipe.packing import fill
 from packpipe.plan import EpochPlan, plan_epoch
+from packpipe.quality import fill
 from packpipe.quarantine import Budget
 from packpipe.rows import Reject, Segments, fill_rows, planned_segments
 from packpipe.source import ImageSource, Survey, survey

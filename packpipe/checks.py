@@ -56,14 +56,16 @@ def integer_array(name: str, values: ArrayLike, ndim: int, remedy: str) -> NDArr
 
     An empty list counts as integers, since NumPy would make it float64.
     """
+    if np.ma.is_masked(values):
+        raise ValueError(sentence(name, "masked", "values without a mask", "fill or leave out"))
     try:
         array = np.asarray(values)
     except ValueError:
         expected = f"an integer array of {ndim} dimension{'s' * (ndim > 1)}"
         raise ValueError(sentence(name, "ragged", expected, remedy)) from None
-    if array.size == 0 and not np.issubdtype(array.dtype, np.integer):
+    if array.size == 0 and array.dtype.kind not in "iu":
         array = array.astype(np.int64)
-    if not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "iu":  # NumPy counts time spans as integers, too
         raise TypeError(sentence(f"{name}.dtype", str(array.dtype), "an integer dtype", remedy))
     if array.ndim != ndim:
         raise ValueError(sentence(f"{name}.ndim", array.ndim, str(ndim), remedy))

@@ -9,6 +9,10 @@ from packpipe import checks
 from packpipe.packing import STRATEGIES
 from packpipe.resolution import LAWS
 
+# "optimal" depends on how much a machine gets done in its budget, which a plan must not; "nnlshp"
+# is there to compare with.
+PLAN_STRATEGIES = tuple(name for name in STRATEGIES if name not in ("optimal", "nnlshp"))
+
 # Coordinates are stored as int16, and one image may be seq_len patches wide.
 MAX_IMAGE_SEQ_LEN = 2**15 - 1
 # The limit above which Pillow refuses to open an image.
@@ -39,7 +43,8 @@ class PackConfig:
             (the largest size within max_tokens, as NaFlex).
         max_tokens: most tokens of one image; None means seq_len.
         max_segments: most images a pack may hold.
-        strategy: packing rule, as for `pack_lengths`.
+        strategy: packing rule, as for `pack_lengths`. "balanced" keeps rows of tiny images
+            from reaching max_segments while they are half empty.
         window: examples planned together, in seeded order; a larger one pads less.
         background: (red, green, blue) in 0..255 that transparent pixels are laid on.
         max_pixels: an image with more pixels is rejected before anything is allocated.
@@ -53,7 +58,7 @@ class PackConfig:
     resolution: str = "native"
     max_tokens: int | None = None
     max_segments: int = 64
-    strategy: str = "ffd"
+    strategy: str = "balanced"
     window: int = 16384
     background: tuple[int, int, int] = (255, 255, 255)
     max_pixels: int = MAX_PIXELS
@@ -74,7 +79,7 @@ class PackConfig:
             limit = checks.whole_number("max_tokens", self.max_tokens, 1, self.seq_len, remedy)
             object.__setattr__(self, "max_tokens", limit)
         checks.choice("resolution", self.resolution, LAWS, "choose how images are sized")
-        checks.choice("strategy", self.strategy, STRATEGIES, "choose a packing rule")
+        checks.choice("strategy", self.strategy, PLAN_STRATEGIES, "choose a packing rule")
         object.__setattr__(self, "background", _checked_colour(self.background))
 
     @property

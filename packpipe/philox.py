@@ -26,6 +26,9 @@ from packpipe import checks
 EXAMPLE_ORDER = 0
 PACK_ORDER = 1
 ROW_ORDER = 2
+MEMBERS = 3
+STEP_PACKS = 4
+STEP_ORDER = 5
 
 # Numba turns uint64 mixed with a plain int into float64, so every constant is typed.
 _MULTIPLIER_0 = np.uint64(0xD2E7470EE14C6C93)
@@ -106,7 +109,12 @@ def uniform(*, seed: int, epoch: int, index: ArrayLike, stream: int) -> NDArray[
     Any random value in packpipe is ``distribution.quantile(uniform(...))``. Raises as `words`.
     """
     first = words(seed=seed, epoch=epoch, index=index, stream=stream)[:, 0]
-    return (first >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniform_from(first)
+
+
+def uniform_from(random_words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return the top 53 bits of each word as a number in [0, 1)."""
+    return (random_words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(*, seed: int, epoch: int, index: ArrayLike, stream: int) -> NDArray[np.int64]:

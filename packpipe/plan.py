@@ -16,13 +16,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from packpipe import bounds, checks, philox, resolution
+from packpipe import checks, philox, resolution
 from packpipe.config import PackConfig
-from packpipe.packing import fill, pack_lengths
+from packpipe.limits import Limits
+from packpipe.packing import pack_lengths
+from packpipe.quality import Quality
 
 MAX_SIDE = 2**31 - 1  # image_hw is stored as int32
 
@@ -65,32 +68,44 @@ class EpochPlan:
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         return (self[pack] for pack in range(len(self)))
 
+    @cached_property
+    def quality(self) -> Quality:
+        """Fill, bound (with these token counts in one window), gap and the other figures."""
+        limits = Limits(self.config.seq_len, self.config.max_segments)
+        counts = np.bincount(self.num_keep, minlength=limits.seq_len + 1).astype(np.int64)
+        return Quality(
+            num_examples=len(self.index),
+            num_tokens=int(self.num_keep.sum(dtype=np.int64)),
+            num_packs=len(self),
+            seq_len=limits.seq_len,
+            bound=limits.bound(counts),
+            most_segments=int(np.diff(self.offsets).max(initial=0)),
+        )
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all packs, padding not counted."""
-        return int(self.num_keep.sum(dtype=np.int64))
+        return self.quality.num_tokens
 
     @property
     def fill(self) -> float:
         """Real tokens ÷ slots; 1.0 when there are no packs."""
-        return fill(self.num_tokens, len(self), self.config.seq_len)
+        return self.quality.fill
 
     @property
     def padding(self) -> float:
         """Share of slots that hold no token."""
-        return 1.0 - self.fill
+        return self.quality.padding
 
     @property
     def bound(self) -> int:
         """Packs below which no packer can go, with these token counts in one window."""
-        seq_len = self.config.seq_len
-        counts = np.bincount(self.num_keep, minlength=seq_len + 1)
-        return bounds.lower_bound(counts, seq_len, self.config.max_segments)
+        return self.quality.bound
 
     @property
     def gap(self) -> int:
         """Packs above the proven lower bound."""
-        return len(self) - self.bound
+        return self.quality.gap
 
     @property
     def num_shrunk(self) -> int:

@@ -6,7 +6,8 @@ Nothing here imports packpipe, so that agreement between the two means something
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -40,6 +41,185 @@ def next_fit(
         else:
             packs.append([i])
     return packs
+
+
+def first_fit(
+    lengths: Sequence[int], seq_len: int, max_segments: int | None = None
+) -> list[list[int]]:
+    """Each example as it comes into the first pack that has room."""
+    packs: list[list[int]] = []
+    for i, length in enumerate(lengths):
+        for pack in packs:
+            if len(pack) != max_segments and sum(lengths[j] for j in pack) + length <= seq_len:
+                pack.append(i)
+                break
+        else:
+            packs.append([i])
+    return packs
+
+
+def best_fit(
+    lengths: Sequence[int], seq_len: int, max_segments: int | None = None
+) -> list[list[int]]:
+    """Each example as it comes into the fullest pack with room, of equals the last one touched."""
+    packs: list[list[int]] = []
+    touched: list[int] = []
+    for i, length in enumerate(lengths):
+        open_packs = []
+        for p, pack in enumerate(packs):
+            tokens = sum(lengths[j] for j in pack)
+            if len(pack) != max_segments and tokens + length <= seq_len:
+                open_packs.append((tokens, touched[p], p))
+        if open_packs:
+            p = max(open_packs)[2]
+        else:
+            p = len(packs)
+            packs.append([])
+            touched.append(i)
+        packs[p].append(i)
+        touched[p] = i
+    return packs
+
+
+def by_room(
+    counts: dict[int, int],
+    seq_len: int,
+    max_segments: int | None = None,
+    *,
+    tight_below: int,
+    num_packs: int = 0,
+) -> Counter[tuple[int, ...]] | None:
+    """What the packs hold by the histogram rules of Krell: contents (longest first) and how many.
+
+    Lengths of tight_below and more go to the packs with the most room, one each; shorter ones
+    to those with the least room that suffices. With num_packs, no others are opened (None if
+    they do not suffice).
+    """
+    slots = seq_len if max_segments is None else max_segments
+    # Stacks of (how many packs, what each holds), by room.
+    stacks: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
+    done: Counter[tuple[int, ...]] = Counter()
+
+    def put(packs: int, held: tuple[int, ...]) -> None:
+        room = seq_len - sum(held)
+        if room == 0 or len(held) == slots:
+            done[held] += packs
+        else:
+            stacks.setdefault(room, []).append((packs, held))
+
+    if num_packs:
+        put(num_packs, ())
+    for length in sorted(counts, reverse=True):
+        left = counts[length]
+        spread = length >= tight_below
+        room = seq_len if spread else length
+        while left:
+            while length <= room <= seq_len and not stacks.get(room):
+                room += -1 if spread else 1
+            if not length <= room <= seq_len:
+                if num_packs:
+                    return None
+                copies = 1 if spread else min(seq_len // length, slots, left)
+                put(left // copies, (length,) * copies)
+                left -= left // copies * copies
+                continue
+            packs, held = stacks[room].pop()
+            copies = 1 if spread else min(room // length, slots - len(held), left)
+            served = min(packs, left // copies)
+            if served < packs:
+                stacks[room].append((packs - served, held))
+            put(served, held + (length,) * copies)
+            left -= served * copies
+            room = room if spread else length
+    for stack in stacks.values():
+        for packs, held in stack:
+            done[held] += packs
+    return done
+
+
+def balanced(
+    lengths: Sequence[int], seq_len: int, bound: int, max_segments: int | None = None
+) -> Counter[tuple[int, ...]]:
+    """The fewest packs, as bisection from the bound finds, that take all by least load.
+
+    The shortest lengths, as long as all of them are fewer than bound, go by least room.
+    """
+    counts = dict(Counter(lengths))
+    tight_below = seq_len
+    for length in range(seq_len, 0, -1):
+        if sum(other <= length for other in lengths) >= bound:
+            tight_below = length
+
+    def packed(num_packs: int) -> Counter[tuple[int, ...]] | None:
+        return by_room(counts, seq_len, max_segments, tight_below=tight_below, num_packs=num_packs)
+
+    low, high, step = bound - 1, bound, max(1, bound // 10_000)
+    while packed(high) is None:
+        low, high, step = high, high + step, 2 * step
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        if packed(middle) is None:
+            low = middle
+        else:
+            high = middle
+    found = packed(high)
+    assert found is not None
+    return found
+
+
+def carried_out(packs: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
+    """Examples for packs given as lengths: those of one length go pack by pack, as they come."""
+    waiting = {
+        length: [i for i, other in enumerate(lengths) if other == length] for length in set(lengths)
+    }
+    return [[waiting[length].pop(0) for length in sorted(pack, reverse=True)] for pack in packs]
+
+
+def redrawn(lengths: Sequence[int], seed: int, epoch: int) -> list[int]:
+    """Which example stands in for each: Fisher-Yates inside each length, longest first.
+
+    Place i of all draws the (i % 4)-th word of index i // 4 on stream 3.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    members = list(order)
+    for i, example in enumerate(order):
+        end = sum(other >= lengths[example] for other in lengths)
+        word = random_words(seed, epoch, i // 4, 3, 4)[i % 4]
+        other = i + int((word >> 11) * 2.0**-53 * (end - i))
+        members[i], members[other] = members[other], members[i]
+    stand_in = [0] * len(lengths)
+    for example, member in zip(order, members, strict=True):
+        stand_in[example] = member
+    return stand_in
+
+
+def cut_to_multiple(packs: Sequence[list[int]], multiple: int) -> list[list[int]]:
+    """The last pack of two or more cut in half until the packs are a multiple; then empty ones."""
+    packs = list(packs)
+    while len(packs) % multiple:
+        large = [p for p, pack in enumerate(packs) if len(pack) > 1]
+        if large:
+            pack = packs[large[-1]]
+            half = (len(pack) + 1) // 2
+            packs[large[-1] : large[-1] + 1] = [pack[:half], pack[half:]]
+        else:
+            packs.append([])
+    return packs
+
+
+def most_worth(prices: dict[int, int], seq_len: int, max_segments: int | None = None) -> int:
+    """The most that one pack can be worth, by trying every pack; for small cases."""
+    best = 0
+
+    def add(lengths: list[int], room: int, slots: int, worth: int) -> None:
+        nonlocal best
+        best = max(best, worth)
+        for k, length in enumerate(lengths):
+            if length <= room and slots:
+                add(lengths[k:], room - length, slots - 1, worth + prices[length])
+
+    add(sorted(prices), seq_len, seq_len if max_segments is None else max_segments, 0)
+    return best
 
 
 def martello_toth(lengths: Sequence[int], seq_len: int) -> int:
@@ -125,11 +305,16 @@ def naflex_grid(
     return side_at(low, height) // patch, side_at(low, width) // patch
 
 
-def random_word(seed: int, epoch: int, index: int, stream: int) -> int:
-    """The first word of NumPy's own Philox at (seed, epoch), (stream, index)."""
+def random_words(seed: int, epoch: int, index: int, stream: int, num_words: int) -> list[int]:
+    """The first words of NumPy's own Philox at (seed, epoch), (stream, index)."""
     key = np.array([seed, epoch], np.uint64)
     counter = np.array([0, stream, index, 0], np.uint64)
-    return int(np.random.Philox(key=key, counter=counter).random_raw())
+    return [int(w) for w in np.random.Philox(key=key, counter=counter).random_raw(num_words)]
+
+
+def random_word(seed: int, epoch: int, index: int, stream: int) -> int:
+    """The first of them."""
+    return random_words(seed, epoch, index, stream, 1)[0]
 
 
 def seeded_order(seed: int, epoch: int, index: Sequence[int], stream: int) -> list[int]:
@@ -142,7 +327,7 @@ def plan(
     index: Sequence[int],
     seq_len: int,
     *,
-    strategy: str,
+    rule: Callable[[Sequence[int], int, int], list[list[int]]],
     max_segments: int,
     window: int,
     seed: int,
@@ -152,7 +337,6 @@ def plan(
 
     Stream 0 orders examples, stream 1 packs.
     """
-    rule = {"ffd": first_fit_decreasing, "next_fit": next_fit}[strategy]
     order = seeded_order(seed, epoch, index, 0)
     packs = []
     for start in range(0, len(order), window):

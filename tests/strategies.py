@@ -69,7 +69,7 @@ def configs(draw: st.DrawFn, *, max_seq_len: int = 96, max_window: int = 50) -> 
         resolution=draw(st.sampled_from(["native", "budget"])),
         max_tokens=draw(st.none() | st.integers(1, seq_len)),
         max_segments=draw(st.sampled_from([1, 2, 3, 64])),
-        strategy=draw(st.sampled_from(["ffd", "next_fit"])),
+        strategy=draw(st.sampled_from(["balanced", "ffd", "next_fit", "best_fit"])),
         window=draw(st.integers(1, max_window)),
     )
 

@@ -103,9 +103,12 @@ BAD = [
         ),
     ),
     (
-        {"strategy": "bfd"},
+        {"strategy": "optimal"},
         ValueError,
-        "strategy is 'bfd', expected one of 'ffd', 'next_fit'; choose a packing rule",
+        (
+            "strategy is 'optimal', expected one of 'ffd', 'bfd', 'spfhp', 'balanced', 'next_fit', "
+            "'first_fit', 'best_fit'; choose a packing rule"
+        ),
     ),
     (
         {"window": 0},

@@ -17,7 +17,9 @@ PACKAGE = Path(packpipe.__file__).parent
 
 FLOORS = {
     "0": {
-        "modules": "checks philox rules bounds packing resolution config plan samples",
+        "modules": "checks philox lengths limits quality bounds rules expansion arrival patterns "
+        "cutting_stock least_squares strategies histogram two_limits picture packing online "
+        "balance seq_lens resolution config plan samples",
         "forbidden": "PIL pyarrow datasets torch ray matplotlib",
         "above": ["1", "2 datasets", "2 torch", "3"],
     },

@@ -1,24 +1,42 @@
 """Compiled kernels are kept on disk: never stale, and safe after a fork."""
 
 import multiprocessing
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numba.core.dispatcher import Dispatcher
 
 import packpipe
-from packpipe import packing, philox, resolution, rules
+from packpipe import (
+    arrival,
+    cutting_stock,
+    expansion,
+    online,
+    philox,
+    resolution,
+    rules,
+    two_limits,
+)
 
-KERNEL_FILES = [Path(module.__file__) for module in (rules, philox, resolution)]
-
+KERNEL_MODULES = [
+    arrival,
+    rules,
+    expansion,
+    online,
+    two_limits,
+    cutting_stock,
+    philox,
+    resolution,
+]
 
 COMMAND = """
 import numpy as np
 import copied
-print(copied.next_fit(np.array([5, 5, 5], np.int32), 10, 9).tolist())
+numbers = np.empty(3, np.int32)
+print(copied.next_fit(np.array([5, 5, 5], np.int32), 10, 9, numbers), numbers.tolist())
 print(sum(copied.next_fit.stats.cache_hits.values()))
 """
 
@@ -32,22 +50,37 @@ def offsets_and_cache_hits(folder):
 
 def test_an_edited_kernel_is_compiled_again(tmp_path):
     copied = tmp_path / "copied.py"
-    source = KERNEL_FILES[0].read_text()
+    source = Path(arrival.__file__).read_text()
     copied.write_text(source)
-    assert offsets_and_cache_hits(tmp_path) == ["[0, 2, 3]", "0"]
-    assert offsets_and_cache_hits(tmp_path) == ["[0, 2, 3]", "1"]
+    assert offsets_and_cache_hits(tmp_path) == ["2 [0, 0, 1]", "0"]
+    assert offsets_and_cache_hits(tmp_path) == ["2 [0, 0, 1]", "1"]
     assert source.count("lengths[i] > room") == 1
     copied.write_text(source.replace("lengths[i] > room", "lengths[i] >= room"))
-    assert offsets_and_cache_hits(tmp_path) == ["[0, 1, 2, 3]", "0"]
+    assert offsets_and_cache_hits(tmp_path) == ["3 [0, 1, 2]", "0"]
 
 
-@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.stem)
-def test_a_kernel_calls_kernels_of_its_own_file_only(path):
+@pytest.mark.parametrize("module", KERNEL_MODULES, ids=lambda module: module.__name__)
+def test_a_kernel_calls_kernels_of_its_own_file_only(module):
     # The cache looks at the date of a kernel's own file alone.
-    imported = re.findall(r"^from packpipe(?:\.\w+)? import (.+)$", path.read_text(), re.MULTILINE)
-    names = {name.strip() for line in imported for name in line.split(",")}
-    assert names <= {"checks"}
-    assert "njit" not in Path(packing.__file__).with_name("checks.py").read_text()
+    kernels = [
+        found.py_func
+        for found in vars(module).values()
+        if isinstance(found, Dispatcher) and found.py_func.__module__ == module.__name__
+    ]
+    assert kernels
+    for kernel in kernels:
+        called = [kernel.__globals__.get(name) for name in kernel.__code__.co_names]
+        assert not [
+            other for other in called if getattr(other, "__name__", "").startswith("packpipe")
+        ]
+        elsewhere = {other.py_func.__module__ for other in called if isinstance(other, Dispatcher)}
+        assert elsewhere <= {module.__name__}
+
+
+def test_every_module_with_kernels_is_looked_at():
+    package = Path(packpipe.__file__).parent
+    found = {path.stem for path in package.glob("*.py") if "from numba import" in path.read_text()}
+    assert found == {module.__name__.split(".")[1] for module in KERNEL_MODULES}
 
 
 def _packed(lengths):

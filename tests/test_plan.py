@@ -11,6 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from packpipe.config import PackConfig
+from packpipe.packing import pack_lengths
 from packpipe.plan import EpochPlan, plan_epoch
 
 SMALL = PackConfig(seq_len=24)
@@ -34,6 +35,20 @@ def test_every_image_lands_in_exactly_one_pack_within_the_limits(sizes, config, 
     assert plan.num_keep.max() <= config.token_limit
 
 
+def balanced(lengths, seq_len, max_segments):
+    """The packer itself, which has its own twin in test_packing.py."""
+    packs = pack_lengths(lengths, seq_len, strategy="balanced", max_segments=max_segments)
+    return [pack.tolist() for pack in packs]
+
+
+RULES = {
+    "ffd": naive.first_fit_decreasing,
+    "next_fit": naive.next_fit,
+    "best_fit": naive.best_fit,
+    "balanced": balanced,
+}
+
+
 @given(strategies.size_lists(), strategies.configs(), strategies.keys(), st.data())
 @example([(16, 16)] * 30, PackConfig(seq_len=8, window=7, max_segments=3), (1, 2), None)
 def test_a_plan_is_the_naive_one(sizes, config, key, data):
@@ -51,7 +66,7 @@ def test_a_plan_is_the_naive_one(sizes, config, key, data):
         [rows * columns for rows, columns in grids],
         index,
         config.seq_len,
-        strategy=config.strategy,
+        rule=RULES[config.strategy],
         max_segments=config.max_segments,
         window=config.window,
         seed=key[0],

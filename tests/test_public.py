@@ -8,19 +8,25 @@ import packpipe
 
 PUBLIC = [
     "EpochPlan",
+    "HistogramPlan",
     "NaViT",
     "NaViTConfig",
+    "OnlinePacker",
     "PackConfig",
     "PackedBatch",
     "Packer",
     "Packs",
     "__version__",
+    "balance_steps",
+    "count_lengths",
     "manifest",
     "pack",
     "pack_lengths",
     "plan_epoch",
+    "plan_histogram",
     "read_rows",
     "rejects",
+    "suggest_seq_len",
 ]
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import datasets
+import numpy as np
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -14,13 +15,23 @@ def blocks(language):
 
 def test_the_ten_lines_of_python_give_a_vector_for_every_image_of_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     found = {}
     exec(code, found)  # noqa: S102  what a reader would type
     assert found["values"].shape == (len(found["example"]), 10)
     assert len(found["example"]) == int(found["batch"].present.sum()) >= 8
     assert found["packed"].num_rows == 101
+
+
+def test_the_packers_lines_of_python_pack_a_million_lengths():
+    _, code = blocks("python")
+    found = {}
+    exec(code, found)  # noqa: S102  what a reader would type
+    counts = np.bincount(found["numbers"])
+    assert len(counts) == len(found["plan"])
+    assert counts.sum() == 1_000_000
+    assert len(found["optimal"]) <= len(found["packs"])
 
 
 def test_the_two_commands_come_first_and_second():
