@@ -279,6 +279,7 @@ above the optimum)
     checks.choice(
         "strategy", strategy, strategies.STRATEGIES, "choose a packing rule for histograms"
     )
+    budget_s = checked_budget(budget_s)
     return planned(_checked_counts("counts", counts, limits), limits, strategy, budget_s)
 
 
@@ -287,7 +288,7 @@ def planned(
 ) -> HistogramPlan:
     """`plan_histogram` for arguments that have been checked."""
     patterns, certificate = strategies.patterns_of(
-        limits.unit_counts(counts), limits, strategy, checked_budget(budget_s)
+        limits.unit_counts(counts), limits, strategy, budget_s
     )
     patterns = pattern_lists.split_to_multiple(patterns, limits.ranks)
     return HistogramPlan(limits, counts, patterns, certificate)

@@ -39,6 +39,8 @@ class Packs:
         limits: what a pack may hold.
         plan: the plan on the histogram, or None if examples were taken as they came.
         also_fill: share used of the second limit, or None if there is none.
+        chunks: the lengths as given, not copied; see `lengths`.
+        known_bound: packs that the second limit alone asks for.
     """
 
     order: NDArray[np.integer]
@@ -173,8 +175,10 @@ class Packs:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return (name, value) of each figure, ready to print."""
-        second = f"{self.also_fill or 0:.3%} filled, harmonic mean {self.harmonic_fill or 0:.3%}"
-        return self.quality.rows() + [("second", second)] * (self.also_fill is not None)
+        if self.also_fill is None:
+            return self.quality.rows()
+        second = f"{self.also_fill:.3%} filled, harmonic mean {self.harmonic_fill:.3%}"
+        return [*self.quality.rows(), ("second", second)]
 
     def __str__(self) -> str:
         return "\n".join(f"{name:<9} {value}" for name, value in self.rows())
@@ -201,18 +205,18 @@ def pack_lengths(
     exact, as a slow twin in the tests says. Examples of one length fill their places pack by
     pack, in the order they come.
 
-    ============== =============================================================================
-    ``"ffd"``      longest first, into the first pack with room (first-fit-decreasing)
-    ``"bfd"``      longest first, into the pack with the least room that suffices (LPFHP)
-    ``"spfhp"``    longest first, into the packs with the most room
-    ``"balanced"`` longest first, into the least loaded of as few packs as bisection finds; the
-                   shortest where they fit tightest: few and even numbers of segments a pack
-    ``"optimal"``  column generation: as few packs as are found in budget_s, with a proven bound
-    ``"nnlshp"``   at most three a pack, by non-negative least squares; slow, to compare with
-    ``"next_fit"`` as given, one pack open
+    =============== =============================================================================
+    ``"ffd"``       longest first, into the first pack with room (first-fit-decreasing)
+    ``"bfd"``       longest first, into the pack with the least room that suffices (LPFHP)
+    ``"spfhp"``     longest first, into the packs with the most room
+    ``"balanced"``  longest first, into the least loaded of as few packs as bisection finds; the
+                    shortest where they fit tightest: few and even numbers of segments a pack
+    ``"optimal"``   column generation: as few packs as are found in budget_s, with a proven bound
+    ``"nnlshp"``    at most three a pack, by non-negative least squares; slow, to compare with
+    ``"next_fit"``  as given, one pack open
     ``"first_fit"`` as given, into the first pack with room
-    ``"best_fit"`` as given, into the pack with the least room that suffices
-    ============== =============================================================================
+    ``"best_fit"``  as given, into the pack with the least room that suffices
+    =============== =============================================================================
 
     Args:
         lengths: int[examples], tokens per example, each in 1..seq_len: a sequence, NumPy array

@@ -157,8 +157,9 @@ def first_fit_decreasing(
     Args:
         counts: int64[capacity + 1], examples of each length; counts[0] is not read.
         max_segments: most examples a pack may hold.
-        block_size: runs a block, 4 or more; changes the time alone. √capacity / 2, 32 at least,
-            was best from 512 to 131072, and is taken for None.
+        block_size: runs a block, 4 or more; changes the time alone. None takes √capacity / 2, 32
+            at least: of 16 to 362 the best at 4096 and 16384, within 0.1 ms of it at 512, and
+            at 131072, where 128 to 362 took 145 to 278 ms, no worse than the noise.
     """
     if block_size is None:
         block_size = max(32, math.isqrt(len(counts)) // 2)

@@ -109,7 +109,6 @@ def test_tables_beyond_memory_are_not_begun():
 
 
 def test_it_closes_a_gap_that_first_fit_leaves():
-    # First fit: 4 4 4, 4 3 3, 3 3; better: 4 4 4 and 4 ... take what the LP finds.
     lengths = [51, 27, 26, 23, 51, 27, 26, 23] * 50 + [49, 24] * 60
     counts = Counter(lengths)
     first = pack_lengths(lengths, 100)

@@ -161,7 +161,7 @@ def test_an_empty_histogram_gives_no_packs(strategy):
     assert plan.pack_numbers([]).tolist() == []
 
 
-def test_sixteen_million_packs_of_one_pattern_need_no_more_than_their_counts():
+def test_half_a_trillion_packs_of_one_pattern_are_planned():
     counts = np.zeros(1025, np.int64)
     counts[512] = 2**40
     plan = plan_histogram(counts, 1024)
