@@ -1,7 +1,8 @@
 """Images: an encoded file to upright RGB pixels at a planned size (floor 1).
 
-Obeys the plan and decides nothing. `probe` reads the header only, so sizes cost no decoding;
-`decode` gives exactly the planned grid. Pillow's globals are never touched.
+Obeys the plan and decides nothing. `probe` reads the header only, so sizes cost no decoding, and
+asks Pillow where `headers` is not sure; `decode` gives exactly the planned grid. Pillow's globals
+are never touched.
 
 Every mode becomes RGB by one stated rule:
 
@@ -23,17 +24,20 @@ one would mean decoding the image while probing.
 from __future__ import annotations
 
 import errno
+import os
 import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from io import BytesIO
+from io import BufferedReader, BytesIO, FileIO
 from threading import Lock
 from typing import BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+from packpipe.headers import HEAD_BYTES, exif_orientation, quick_probe, upright_hw
 
 # The bytes of an encoded image, or the path of its file.
 Encoded: TypeAlias = "bytes | memoryview | str"
@@ -47,12 +51,9 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_EXIF_SHORT = 3
 _WARNINGS = Lock()
-_HEADER_BYTES = 64 * 2**10
 # Errors of one path, which another machine would meet as well.
 _FILE_FAULTS = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG)
-_SIDEWAYS = (5, 6, 7, 8)
 _PLAIN_MODES = ("RGB", "RGBX", "L", "P", "1", "CMYK", "YCbCr", "HSV")
 
 
@@ -82,9 +83,20 @@ def probe(encoded: Encoded, *, max_pixels: int) -> Probe:
     Raises:
         BadImage: no such file, empty, no image, or more than max_pixels pixels.
     """
-    with _opened(encoded, max_pixels) as image:
+    with ExitStack() as stack:
+        source: Encoded | FileIO = encoded
+        if isinstance(encoded, str):
+            with _rejecting(encoded):
+                source = stack.enter_context(open(encoded, "rb", buffering=0))
+                head, size = source.read(HEAD_BYTES), os.fstat(source.fileno()).st_size
+        else:
+            head, size = encoded, len(encoded)
+        image_hw = quick_probe(head, size)
+        if image_hw is not None and image_hw[0] * image_hw[1] <= max_pixels:
+            return Probe(image_hw, False)
+        image = stack.enter_context(_opened(source, max_pixels))
         orientation, broken_exif = _orientation(image)
-        return Probe(_upright_hw(image, orientation), broken_exif)
+        return Probe(upright_hw(*image.size, orientation), broken_exif)
 
 
 def decode(
@@ -110,7 +122,7 @@ def decode(
     """
     with _opened(encoded, max_pixels) as image:
         orientation, _ = _orientation(image)
-        found = _upright_hw(image, orientation)
+        found = upright_hw(*image.size, orientation)
         if found != image_hw:
             raise ValueError(
                 f"image_hw is {found}, expected {image_hw} as planned; "
@@ -130,39 +142,47 @@ def decode(
 
 
 @contextmanager
-def _opened(encoded: Encoded, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(source: Encoded | FileIO, max_pixels: int) -> Iterator[Image.Image]:
     """Yield the image with its header read; everything is closed afterwards."""
     with ExitStack() as stack:
-        try:
+        with _rejecting(source):
             file: BinaryIO
-            if isinstance(encoded, str):
-                file = stack.enter_context(open(encoded, "rb", buffering=_HEADER_BYTES))
-                empty = not file.read(1)  # waits for the disk here, not under the lock
-                file.seek(0)
+            if isinstance(source, str):
+                source = stack.enter_context(open(source, "rb", buffering=0))
+            if isinstance(source, FileIO):
+                file = stack.enter_context(BufferedReader(source, HEAD_BYTES))
             else:
-                file, empty = BytesIO(encoded), len(encoded) == 0
-            if empty:
+                file = BytesIO(source)
+            file.seek(0)
+            if not file.read(1):  # waits for the disk here, not under the lock
                 raise BadImage("empty", "the file holds no bytes")
             # Pillow warns of large images and of broken EXIF, both of which are settled below;
             # the filters it consults belong to the whole process, hence the lock.
             with _WARNINGS, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 image = stack.enter_context(Image.open(file))
-        except Exception as error:  # header parsers raise whatever they like
-            _reraise_faults(error)
-            if isinstance(error, FileNotFoundError):
-                raise BadImage("missing", f"no file {encoded!r}") from error
-            if isinstance(error, Image.DecompressionBombError):
-                raise BadImage("too many pixels", str(error)) from error
-            # Pillow's own message holds an address, which differs from run to run.
-            unknown = isinstance(error, UnidentifiedImageError)
-            message = "no known image format" if unknown else str(error)
-            raise BadImage("unreadable", message) from error
         width, height = image.size
         if width * height > max_pixels:
             message = f"{height}x{width} pixels, expected at most {max_pixels}"
             raise BadImage("too many pixels", message)
         yield image
+
+
+@contextmanager
+def _rejecting(source: object) -> Iterator[None]:
+    """Turn what opening and header parsers raise, which may be anything, into a BadImage."""
+    try:
+        yield
+    except Exception as error:
+        _reraise_faults(error)
+        if isinstance(error, FileNotFoundError):
+            raise BadImage("missing", f"no file {source!r}") from error
+        if isinstance(error, Image.DecompressionBombError):
+            raise BadImage("too many pixels", str(error)) from error
+        # Pillow's own message holds an address, which differs from run to run.
+        unknown = isinstance(error, UnidentifiedImageError)
+        message = "no known image format" if unknown else str(error)
+        raise BadImage("unreadable", message) from error
 
 
 def _reraise_faults(error: Exception) -> None:
@@ -181,7 +201,7 @@ def _orientation(image: Image.Image) -> tuple[int, bool]:
     try:
         if exif is None and "Raw profile type exif" in image.info:
             exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
-        value = None if exif is None else _exif_orientation(exif)
+        value = None if exif is None else exif_orientation(exif)
         if value is None:
             # From XMP. PngImageFile.getexif would decode the image in search of a late chunk.
             value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
@@ -190,38 +210,6 @@ def _orientation(image: Image.Image) -> tuple[int, bool]:
     if value in range(1, 9):
         return int(value), False
     return 1, True
-
-
-def _exif_orientation(exif: bytes) -> int | None:
-    """Return the orientation in an EXIF block, None if it has none.
-
-    Pillow drops what it cannot read in silence, or with a warning that depends on the format;
-    here a block that is cut short or malformed raises.
-
-    Raises:
-        ValueError, struct.error: the block is broken.
-    """
-    tiff = exif.removeprefix(b"Exif\x00\x00")
-    byte_order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(tiff[:4])
-    if byte_order is None:
-        raise ValueError("no TIFF header")
-    (directory,) = struct.unpack_from(byte_order + "I", tiff, 4)
-    (num_entries,) = struct.unpack_from(byte_order + "H", tiff, directory)
-    entries: list[tuple[int, ...]] = [
-        struct.unpack_from(byte_order + "HHIHH", tiff, directory + 2 + 12 * entry)
-        for entry in range(num_entries)
-    ]
-    for tag, kind, _, first, second in entries:
-        if tag == ExifTags.Base.Orientation:
-            # A 16-bit value stands in the first half of its field; a 32-bit one fills it.
-            low, high = (first, second) if byte_order == "<" else (second, first)
-            return first if kind == _EXIF_SHORT else low | high << 16
-    return None
-
-
-def _upright_hw(image: Image.Image, orientation: int) -> tuple[int, int]:
-    width, height = image.size
-    return (width, height) if orientation in _SIDEWAYS else (height, width)
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

@@ -19,22 +19,23 @@ FLOORS = {
     "0": {
         "modules": "checks philox lengths limits quality bounds rules expansion arrival patterns "
         "cutting_stock least_squares strategies histogram two_limits picture packing online "
-        "balance seq_lens resolution config plan samples",
+        "balance seq_lens distributions dropping resolution config decisions fit "
+        "explanation epoch_plan plan steps samples",
         "forbidden": "PIL pyarrow datasets torch ray matplotlib",
         "above": ["1", "2 datasets", "2 torch", "3"],
     },
     "1": {
-        "modules": "images patches rows schema table quarantine",
+        "modules": "headers images patches rows schema table stored quarantine",
         "forbidden": "datasets torch ray matplotlib",
         "above": ["2 datasets", "2 torch", "3"],
     },
     "2 datasets": {
-        "modules": "features source lazy build dataset packer",
+        "modules": "features source sizes epochs streams lazy build dataset packer",
         "forbidden": "torch matplotlib",
         "above": ["2 torch", "3"],
     },
     "2 torch": {
-        "modules": "batch attention navit losses training",
+        "modules": "batch filling loader attention navit losses training",
         "forbidden": "datasets matplotlib",
         "above": ["2 datasets", "3"],
     },
