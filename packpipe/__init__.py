@@ -17,31 +17,57 @@ if TYPE_CHECKING:
     from packpipe.dataset import manifest as manifest
     from packpipe.dataset import pack as pack
     from packpipe.dataset import rejects as rejects
+    from packpipe.distributions import Beta as Beta
+    from packpipe.distributions import Choice as Choice
+    from packpipe.distributions import Constant as Constant
+    from packpipe.distributions import TruncatedNormal as TruncatedNormal
+    from packpipe.distributions import Uniform as Uniform
+    from packpipe.dropping import ByResolution as ByResolution
+    from packpipe.dropping import OverTraining as OverTraining
+    from packpipe.epoch_plan import EpochPlan as EpochPlan
+    from packpipe.epochs import EpochPacks as EpochPacks
     from packpipe.histogram import HistogramPlan as HistogramPlan
     from packpipe.histogram import count_lengths as count_lengths
     from packpipe.histogram import plan_histogram as plan_histogram
+    from packpipe.loader import PackedLoader as PackedLoader
     from packpipe.navit import NaViT as NaViT
     from packpipe.navit import NaViTConfig as NaViTConfig
     from packpipe.online import OnlinePacker as OnlinePacker
     from packpipe.packer import Packer as Packer
     from packpipe.packing import Packs as Packs
     from packpipe.packing import pack_lengths as pack_lengths
-    from packpipe.plan import EpochPlan as EpochPlan
     from packpipe.plan import plan_epoch as plan_epoch
+    from packpipe.resolution import Area as Area
+    from packpipe.resolution import Budget as Budget
+    from packpipe.resolution import Side as Side
     from packpipe.seq_lens import suggest_seq_len as suggest_seq_len
+    from packpipe.streams import PackedStream as PackedStream
     from packpipe.table import read_rows as read_rows
 
 # Public name: the module that defines it.
 _HOMES = {
-    "EpochPlan": "plan",
+    "Area": "resolution",
+    "Beta": "distributions",
+    "Budget": "resolution",
+    "ByResolution": "dropping",
+    "Choice": "distributions",
+    "Constant": "distributions",
+    "EpochPacks": "epochs",
+    "EpochPlan": "epoch_plan",
     "HistogramPlan": "histogram",
     "NaViT": "navit",
     "NaViTConfig": "navit",
     "OnlinePacker": "online",
+    "OverTraining": "dropping",
     "PackConfig": "config",
     "PackedBatch": "batch",
+    "PackedLoader": "loader",
+    "PackedStream": "streams",
     "Packer": "packer",
     "Packs": "packing",
+    "Side": "resolution",
+    "TruncatedNormal": "distributions",
+    "Uniform": "distributions",
     "balance_steps": "balance",
     "count_lengths": "histogram",
     "manifest": "dataset",

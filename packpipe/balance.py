@@ -42,7 +42,13 @@ class Steps:
 
 
 def balance_steps(
-    work: ArrayLike, ranks: int, *, window: int = 1024, seed: int = 0, epoch: int = 0
+    work: ArrayLike,
+    ranks: int,
+    *,
+    window: int = 1024,
+    shuffle: bool = True,
+    seed: int = 0,
+    epoch: int = 0,
 ) -> Steps:
     """Return packs in an order in which the ranks of each step carry like work.
 
@@ -55,6 +61,7 @@ def balance_steps(
         work: int[packs], such as ``packs.attention_work``.
         ranks: packs taken together, 1 or more.
         window: packs sorted together, a multiple of ranks after rounding up.
+        shuffle: False cuts the packs into windows as they lie, where their order has a meaning.
         seed: which shuffle, 0..2**64-1.
         epoch: likewise.
 
@@ -74,10 +81,11 @@ def balance_steps(
         name, found = f"work[{where}]", int(loads[where])
         raise ValueError(checks.sentence(name, found, "0 or more", "pass Σ l² of the pack"))
     num_packs = len(loads)
-    shuffled = philox.permutation(
-        seed=seed, epoch=epoch, index=np.arange(num_packs), stream=philox.STEP_PACKS
-    )
-    places = np.arange(num_packs)
+    places = shuffled = np.arange(num_packs)
+    if shuffle:
+        shuffled = philox.permutation(
+            seed=seed, epoch=epoch, index=places, stream=philox.STEP_PACKS
+        )
     window = -(-window // ranks) * ranks
     by_work = np.lexsort((loads[shuffled], places // window))
     step = np.empty(num_packs, np.int64)

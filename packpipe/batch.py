@@ -9,6 +9,7 @@ Shape letters, here and in the model: B rows, L tokens a row (seq_len), S segmen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +49,14 @@ class PackedBatch:
     labels: Tensor | None = None
 
     @classmethod
-    def from_rows(cls, rows: Rows, *, max_segments: int = 64) -> PackedBatch:
-        """Return rows as tensors of their own memory, segments padded to max_segments.
+    def from_rows(cls, rows: Rows, *, max_segments: int = 64, copy: bool = True) -> PackedBatch:
+        """Return rows as tensors, segments padded to max_segments.
 
         Args:
             rows: what `read_rows` returned.
             max_segments: S; as large as the rows were packed with.
+            copy: False lets the tensors share the rows' memory where it may be written to, which
+                views of Arrow's may not.
 
         Raises:
             ValueError: a row holds more segments than max_segments.
@@ -80,9 +83,9 @@ class PackedBatch:
 
         segments = rows.segments
         return cls(
-            patches=torch.from_numpy(rows.patches.copy()),
-            segment_ids=torch.from_numpy(rows.segment_ids.copy()),
-            coords=torch.from_numpy(rows.coords.copy()),
+            patches=_tensor(rows.patches, copy),
+            segment_ids=_tensor(rows.segment_ids, copy),
+            coords=_tensor(rows.coords, copy),
             seq_lens=padded(segments.seq_lens, 0),
             grid_hw=padded(segments.grid_hw, 0),
             example_index=padded(segments.example_index, NO_EXAMPLE),
@@ -98,12 +101,15 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on a device."""
-        moved = {
-            name: tensor.to(device, non_blocking=non_blocking)
-            for name, tensor in vars(self).items()
-            if tensor is not None
-        }
-        return PackedBatch(**moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """Return the batch in page-locked memory, which a GPU copies from without waiting."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        tensors = {name: value for name, value in vars(self).items() if value is not None}
+        return PackedBatch(**{name: change(tensor) for name, tensor in tensors.items()})
 
     def by_example(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return (example_index, values) of the segments that are there: the way back.
@@ -118,7 +124,13 @@ class PackedBatch:
         return self.example_index[present], values[present]
 
 
+def _tensor(values: NDArray[Any], copy: bool) -> Tensor:
+    return torch.from_numpy(values.copy() if copy or not values.flags.writeable else values)
+
+
 def _integer_labels(labels: pa.Array) -> NDArray[np.int64]:
+    if not len(labels):  # of a rank without packs; their type may be unknown
+        return np.empty(0, np.int64)
     if not pa.types.is_integer(labels.type):
         remedy = "class_encode_column it before packing, or pack with label_column=None"
         raise TypeError(checks.sentence("labels.type", str(labels.type), "an integer type", remedy))

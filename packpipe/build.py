@@ -30,13 +30,15 @@ from PIL import features as codecs
 import packpipe
 from packpipe import checks, schema, table
 from packpipe.config import PackConfig
+from packpipe.epoch_plan import EpochPlan
 from packpipe.features import packed_features
 from packpipe.lazy import LazyRows
-from packpipe.plan import EpochPlan, plan_epoch
+from packpipe.plan import plan_epoch
 from packpipe.quality import fill
-from packpipe.quarantine import Budget
+from packpipe.quarantine import Tolerance
 from packpipe.rows import Reject, Segments, fill_rows, planned_segments
-from packpipe.source import ImageSource, Survey, survey
+from packpipe.sizes import column_sizes, kept_sizes
+from packpipe.source import ImageSource, Sizes, Survey, survey
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class Build:
     Attributes:
         dataset: the source.
         image_column, label_column: its columns; no label column is None.
+        size_columns: its columns of heights and widths; None reads headers.
         config, seed, epoch: what the plan is made from.
         materialize: whether pixels are stored, or computed when read.
     """
@@ -59,6 +62,7 @@ class Build:
     dataset: Dataset
     image_column: str
     label_column: str | None
+    size_columns: tuple[str, str] | None
     config: PackConfig
     seed: int
     epoch: int
@@ -76,6 +80,7 @@ class Build:
             "source_files": self._source.files_digest(),
             "image_column": self.image_column,
             "label_column": self.label_column,
+            "size_columns": None if self.size_columns is None else list(self.size_columns),
             "config": self.config.to_dict(),
             "seed": self.seed,
             "epoch": self.epoch,
@@ -102,12 +107,12 @@ class Build:
             raise FileExistsError(checks.sentence("output", str(folder), expected, remedy))
         return True
 
-    def make(self, target: Path, num_workers: int, budget: Budget, progress: bool) -> None:
+    def make(self, target: Path, num_workers: int, tolerance: Tolerance, progress: bool) -> None:
         """Write the folder under a temporary name, then rename it to target."""
         partial = target.with_name(f".{target.name}.{uuid4().hex}.partial")
         partial.mkdir(parents=True)
         try:
-            self._write(partial, num_workers, budget, progress)
+            self._write(partial, num_workers, tolerance, progress)
             try:
                 partial.rename(target)
             except OSError:
@@ -124,7 +129,8 @@ class Build:
         )
         if self.materialize:
             return packed
-        return packed.with_transform(LazyRows(self._source, self.config, self._label, on_error))
+        lazy = LazyRows(self._source, self.config, self.seed, self.epoch, self._label, on_error)
+        return packed.with_transform(lazy)
 
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()
@@ -147,21 +153,19 @@ class Build:
         rows = self.dataset.select_columns([self.label_column]).with_format("arrow")
         return rows[:].column(0).combine_chunks()  # `take` searches every chunk of a column
 
-    def _write(self, folder: Path, num_workers: int, budget: Budget, progress: bool) -> None:
+    def _sizes(self, executor: Executor | None) -> Sizes:
+        if self.size_columns is not None:
+            return column_sizes(self.dataset, self.size_columns, max_pixels=self.config.max_pixels)
+        return kept_sizes(self._source, max_pixels=self.config.max_pixels, executor=executor)
+
+    def _write(self, folder: Path, num_workers: int, tolerance: Tolerance, progress: bool) -> None:
         labels = self._labels()
         # One worker needs no thread: this one probes and fills.
         threads = nullcontext() if num_workers == 1 else ThreadPoolExecutor(num_workers)
         bar = datasets.utils.tqdm(desc="Packing", unit=" images", disable=not progress)
         with threads as executor, bar:
-            found = survey(
-                self._source,
-                len(self.dataset),
-                labels,
-                self._label,
-                max_pixels=self.config.max_pixels,
-                executor=executor,
-            )
-            budget.check(found.rejects)
+            found = survey(self._sizes(executor), labels, self._label)
+            tolerance.check(found.rejects)
             bar.reset(len(found.index))
             plan = plan_epoch(
                 found.image_hw, self.config, seed=self.seed, epoch=self.epoch, index=found.index
@@ -170,7 +174,7 @@ class Build:
             def tables(packs: range) -> Iterator[pa.Table]:
                 for some in _cut(packs, table.BATCH_BYTES // self.config.row_bytes):
                     segments = planned_segments(plan, some, labels)
-                    yield self._stored(segments, executor, found.rejects, budget)
+                    yield self._stored(segments, executor, found.rejects, tolerance)
                     bar.update(len(segments.seq_lens))
 
             files = {}
@@ -183,16 +187,27 @@ class Build:
         self._write_sidecars(folder, plan, found, files)
 
     def _stored(
-        self, segments: Segments, executor: Executor | None, rejects: list[Reject], budget: Budget
+        self,
+        segments: Segments,
+        executor: Executor | None,
+        rejects: list[Reject],
+        tolerance: Tolerance,
     ) -> pa.Table:
         """Return the stored columns of some rows; adds what could not be decoded to the rejects."""
         stored = self._features.arrow_schema
         if not self.materialize:
             return schema.segments_table(segments, stored)
-        rows, undecodable = fill_rows(segments, self._source, self.config, executor)
+        rows, undecodable = fill_rows(
+            segments,
+            self._source,
+            self.config,
+            seed=self.seed,
+            epoch=self.epoch,
+            executor=executor,
+        )
         if undecodable:
             rejects.extend(undecodable)
-            budget.check(rejects)
+            tolerance.check(rejects)
         return schema.rows_table(rows, stored)
 
     def _write_sidecars(

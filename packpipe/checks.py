@@ -6,6 +6,8 @@ Each check returns the value in its one canonical form or raises with
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from collections.abc import Collection
 from typing import Any
@@ -33,6 +35,29 @@ def whole_number(name: str, value: Any, low: int, high: int, remedy: str) -> int
     if not low <= number <= high:
         raise ValueError(sentence(name, number, expected, remedy))
     return number
+
+
+def real_number(name: str, value: Any, remedy: str) -> float:
+    """Return value as an int or a float; bools, strings and what is not finite are refused."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(sentence(name, value, "a number", remedy))
+    if not math.isfinite(value):
+        raise ValueError(sentence(name, value, "a finite number", remedy))
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def real_attributes(values: Any, *names: str) -> None:
+    """Make attributes of a frozen value ints or floats, or refuse them."""
+    for name in names:
+        number = real_number(name, getattr(values, name), "pass a number")
+        object.__setattr__(values, name, number)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Return value if it is a bool; "no" and 0 are refused."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(sentence(name, value, "True or False", "pass a bool"))
+    return bool(value)
 
 
 def choice(name: str, value: Any, options: Collection[str], remedy: str) -> str:

@@ -10,10 +10,9 @@ from datasets import Dataset
 from packpipe import checks
 from packpipe.build import MANIFEST, REJECTS, Build, read_manifest, read_rejects
 from packpipe.config import PackOptions, config_from
-from packpipe.quarantine import Budget
+from packpipe.quarantine import ON_ERROR, tolerance_of
+from packpipe.sizes import checked_columns
 from packpipe.source import image_column_of, label_column_of
-
-ON_ERROR = ("quarantine", "raise")
 
 
 def pack(
@@ -22,6 +21,7 @@ def pack(
     *,
     image_column: str = "auto",
     label_column: str | None = "auto",
+    size_columns: tuple[str, str] | None = None,
     seed: int = 0,
     epoch: int = 0,
     output: str | Path | None = None,
@@ -45,8 +45,11 @@ def pack(
         image_column: its name; ``"auto"`` finds the only one.
         label_column: its name; ``"auto"`` takes ``label``, ``labels`` or the only ClassLabel
             there is; None leaves labels out.
+        size_columns: names of the columns of upright heights and widths in pixels; None reads
+            every header once and keeps the sizes beside the data.
         seed: which permutation of images and rows.
-        epoch: likewise.
+        epoch: likewise. Rows of a drop rate that changes over the training hold one epoch of it, in
+            the order in which they lie.
         output: folder to write; None is a folder of the `datasets` cache.
         materialize: False writes the plan only and computes the same rows, byte for byte, each
             time they are read, from the images in ``dataset``. An image whose header is sound but
@@ -57,7 +60,8 @@ def pack(
         max_consecutive_bad: as many rejects in a row stop the build.
         progress: show a progress bar (where `datasets` shows its own).
         **options: the options of `PackConfig`: ``patch_size``, ``resolution``,
-            ``max_tokens``, ``max_segments``, ``strategy``, ``window``, ``background``,
+            ``max_tokens``, ``max_upscale``, ``drop_rate``, ``epochs``, ``fit_last``,
+            ``fit_limit``, ``max_segments``, ``strategy``, ``window``, ``background``,
             ``max_pixels``.
 
     Returns:
@@ -82,27 +86,27 @@ def pack(
     if not isinstance(dataset, Dataset):
         name, remedy = type(dataset).__name__, "pass one split, such as dataset['train']"
         raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
-    if not isinstance(materialize, bool):
-        raise TypeError(checks.sentence("materialize", materialize, "True or False", "pass a bool"))
+    materialize = checks.boolean("materialize", materialize)
     image_column = image_column_of(dataset.features, image_column)
     label_column = label_column_of(dataset.features, label_column)
+    if size_columns is not None:
+        size_columns = checked_columns(dataset, size_columns)
     build = Build(
         dataset=dataset,
         image_column=image_column,
         label_column=label_column,
+        size_columns=size_columns,
         config=config,
         seed=seed,
         epoch=epoch,
         materialize=materialize,
     )
-    budget = Budget(len(dataset), max_bad_fraction, max_consecutive_bad)
-    if on_error == "raise":
-        budget = Budget(len(dataset), max_bad_fraction=0.0, max_consecutive_bad=1)
+    tolerance = tolerance_of(len(dataset), on_error, max_bad_fraction, max_consecutive_bad)
     target = build.cache_folder() if output is None else Path(output).absolute()
     if build.is_at(target):
-        budget.check(read_rejects(target))
+        tolerance.check(read_rejects(target))
     else:
-        build.make(target, num_workers, budget, progress)
+        build.make(target, num_workers, tolerance, progress)
     return build.open(target, on_error)
 
 

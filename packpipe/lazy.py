@@ -24,7 +24,7 @@ class LazyRows:
 
     Attributes:
         source: the images.
-        config: the options the plan was made with.
+        config, seed, epoch: what the plan was made with.
         label: feature of the label column, or None.
         on_error: what an image that cannot be decoded does: ``"raise"`` stops the reader,
             ``"quarantine"`` leaves it out of its row and logs it.
@@ -32,12 +32,17 @@ class LazyRows:
 
     source: ImageSource
     config: PackConfig
+    seed: int
+    epoch: int
     label: Any
     on_error: str
 
     def rows(self, plans: pa.Table) -> Rows:
         """Return the rows of some plans, the bytes `pack` would have written."""
-        rows, rejects = fill_rows(schema.table_segments(plans), self.source, self.config)
+        segments = schema.table_segments(plans)
+        rows, rejects = fill_rows(
+            segments, self.source, self.config, seed=self.seed, epoch=self.epoch
+        )
         for reject in rejects:
             if self.on_error == "raise":
                 raise ValueError(bad_example(reject))

@@ -18,7 +18,7 @@ from packpipe.features import packed_features
 from packpipe.images import Encoded
 from packpipe.plan import plan_epoch
 from packpipe.rows import Reject, fill_rows, planned_segments
-from packpipe.source import encoded_of, image_column_of, label_column_of, survey
+from packpipe.source import encoded_of, image_column_of, label_column_of, probe_sizes, survey
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Packer:
     Every batch is packed by itself, so the rows depend on ``batch_size`` and ``num_proc``, and
     each batch ends with a pack that is partly empty; `packpipe.pack` has neither limit. Pass
     ``with_indices=True`` to ``map`` to record each image's source row, else
-    ``example_index`` is -1.
+    ``example_index`` is -1; options that draw need it, so that no two images share their draws.
 
     Args:
         seq_len: tokens a pack holds.
@@ -93,29 +93,48 @@ class Packer:
         images = table.column(image_column)
         labels = None if label_column is None else table.column(label_column)
 
-        def read_image(example: int) -> Encoded:
-            return encoded_of(images[example])
+        if indices is None and self.config.draws:
+            raise ValueError(
+                checks.sentence(
+                    "with_indices",
+                    False,
+                    "True for options that draw, since every image draws by its row",
+                    "use map(packer, batched=True, with_indices=True)",
+                )
+            )
+        # Each image's number: its row in the source, where that is known.
+        numbers = np.arange(table.num_rows) if indices is None else np.asarray(indices)
+        place_of = {number: place for place, number in enumerate(numbers.tolist())}
+
+        def read_image(number: int) -> Encoded:
+            return encoded_of(images[place_of[number]])
 
         label = None if label_column is None else features[label_column]
-        found = survey(read_image, table.num_rows, labels, label, max_pixels=self.config.max_pixels)
-        self._settle(found.rejects, indices)
-        plan = plan_epoch(
-            found.image_hw, self.config, seed=self.seed, epoch=self.epoch, index=found.index
+        sizes = probe_sizes(
+            lambda place: encoded_of(images[place]),
+            table.num_rows,
+            max_pixels=self.config.max_pixels,
         )
-        segments = planned_segments(plan, range(len(plan)), labels)
-        rows, undecodable = fill_rows(segments, read_image, self.config)
-        self._settle(undecodable, indices)
-
-        place = rows.segments.example_index
-        known = np.full(len(place), -1) if indices is None else np.asarray(indices)[place]
-        rows = replace(rows, segments=replace(rows.segments, example_index=known))
+        found = survey(sizes, labels, label)
+        rejects = [r._replace(example_index=int(numbers[r.example_index])) for r in found.rejects]
+        self._settle(rejects, indices is not None)
+        seed, epoch = self.seed, self.epoch
+        index = numbers[found.index]
+        plan = plan_epoch(found.image_hw, self.config, seed=seed, epoch=epoch, index=index)
+        segments = planned_segments(plan, range(len(plan)), None)
+        if labels is not None:
+            places = pa.array([place_of[number] for number in segments.example_index.tolist()])
+            segments = replace(segments, labels=labels.take(places).combine_chunks())
+        rows, undecodable = fill_rows(segments, read_image, self.config, seed=seed, epoch=epoch)
+        self._settle(undecodable, indices is not None)
+        if indices is None:
+            unknown = np.full(len(rows.segments.example_index), -1)
+            rows = replace(rows, segments=replace(rows.segments, example_index=unknown))
         return schema.rows_table(rows, packed_features(self.config, label).arrow_schema)
 
-    def _settle(self, rejects: list[Reject], indices: list[int] | None) -> None:
+    def _settle(self, rejects: list[Reject], in_source: bool) -> None:
         for reject in sorted(rejects):
-            name = f"example {reject.example_index} of the batch"
-            if indices is not None:
-                name = f"example {indices[reject.example_index]}"
+            name = f"example {reject.example_index}" + ("" if in_source else " of the batch")
             what = f"{name} is bad ({reject.reason}: {reject.exception}), expected a usable image"
             if self.on_error == "raise":
                 remedy = "pass on_error='drop', or use packpipe.pack, which keeps a rejects table"

@@ -12,17 +12,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def patchify(pixels: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
-    """Write the patches of an image into out, one pass, nothing allocated.
+def patchify(
+    pixels: NDArray[np.uint8], out: NDArray[np.uint8], kept: NDArray[np.integer] | None = None
+) -> None:
+    """Write the patches of an image into out; if all of them, in one pass.
 
     Args:
         pixels: uint8[rows·P, columns·P, 3].
-        out: uint8[rows·columns, P·P·3], contiguous; P follows from its width.
+        out: uint8[tokens, P·P·3], contiguous; P follows from its width.
+        kept: int[tokens], which patches in raster order; None for all, rows·columns.
     """
     patch_size = side_of(out.shape[1])
     rows, columns = pixels.shape[0] // patch_size, pixels.shape[1] // patch_size
-    grid = out.reshape(rows, columns, patch_size, patch_size, 3)
-    grid.transpose(0, 2, 1, 3, 4)[...] = pixels.reshape(rows, patch_size, columns, patch_size, 3)
+    grid = pixels.reshape(rows, patch_size, columns, patch_size, 3)
+    if kept is None:
+        tokens = out.reshape(rows, columns, patch_size, patch_size, 3)
+        tokens.transpose(0, 2, 1, 3, 4)[...] = grid
+    else:
+        out.reshape(-1, patch_size, patch_size, 3)[...] = grid[kept // columns, :, kept % columns]
 
 
 def unpatchify(

@@ -4,121 +4,30 @@ Decides each image's patch grid and kept tokens, which images share a pack, and 
 the packs. A pure function of (sizes, configuration, seed, epoch):
 
 * *local*: an image's grid and tokens depend on its own size, the configuration and
-  (seed, epoch, index) only;
+  (seed, epoch, index) only (`decisions`), but for the one image a pack that `fit` moves;
 * *global*: which images share a pack depends on the token counts in plan order only.
 
-Plan order is a seeded permutation of the images, cut into windows; each window is packed by
-itself, then all packs are put in seeded order.
+Plan order is a seeded permutation of the images, cut into windows of almost equal size, so that
+none is a remainder. Each window is packed by itself and its packs are put in seeded order; windows
+stay in order, so that what changes over the training changes within an epoch.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from packpipe import checks, philox, resolution
+from packpipe import checks, fit, philox
 from packpipe.config import PackConfig
-from packpipe.limits import Limits
+from packpipe.decisions import decide_all
+from packpipe.epoch_plan import EpochPlan
 from packpipe.packing import pack_lengths
-from packpipe.quality import Quality
 
 MAX_SIDE = 2**31 - 1  # image_hw is stored as int32
-
-
-@dataclass(frozen=True, eq=False)
-class EpochPlan:
-    """What every pack of an epoch holds; ``plan[p]`` are the source rows in pack p.
-
-    Attributes:
-        config, seed, epoch: what the plan was made from, besides the sizes.
-        index: int64[images], row of each planned image in its source.
-        image_hw: int32[images, 2], upright source size in pixels.
-        grid_hw: int16[images, 2], (rows, columns) of patches after resizing.
-        num_keep: int32[images], tokens kept.
-        order: int64[images], positions in the arrays above, pack by pack.
-        offsets: int64[packs + 1]; pack p is ``order[offsets[p]:offsets[p + 1]]``.
-    """
-
-    config: PackConfig
-    seed: int
-    epoch: int
-    index: NDArray[np.int64]
-    image_hw: NDArray[np.int32]
-    grid_hw: NDArray[np.int16]
-    num_keep: NDArray[np.int32]
-    order: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def members(self, pack: int) -> NDArray[np.int64]:
-        """Return the positions (into index, image_hw, ...) of the images in a pack."""
-        pack = range(len(self))[operator.index(pack)]
-        return self.order[self.offsets[pack] : self.offsets[pack + 1]]
-
-    def __getitem__(self, pack: int) -> NDArray[np.int64]:
-        return self.index[self.members(pack)]
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        return (self[pack] for pack in range(len(self)))
-
-    @cached_property
-    def quality(self) -> Quality:
-        """Fill, bound (with these token counts in one window), gap and the other figures."""
-        limits = Limits(self.config.seq_len, self.config.max_segments)
-        counts = np.bincount(self.num_keep, minlength=limits.seq_len + 1).astype(np.int64)
-        return Quality(
-            num_examples=len(self.index),
-            num_tokens=int(self.num_keep.sum(dtype=np.int64)),
-            num_packs=len(self),
-            seq_len=limits.seq_len,
-            bound=limits.bound(counts),
-            most_segments=int(np.diff(self.offsets).max(initial=0)),
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all packs, padding not counted."""
-        return self.quality.num_tokens
-
-    @property
-    def fill(self) -> float:
-        """Real tokens ÷ slots; 1.0 when there are no packs."""
-        return self.quality.fill
-
-    @property
-    def padding(self) -> float:
-        """Share of slots that hold no token."""
-        return self.quality.padding
-
-    @property
-    def bound(self) -> int:
-        """Packs below which no packer can go, with these token counts in one window."""
-        return self.quality.bound
-
-    @property
-    def gap(self) -> int:
-        """Packs above the proven lower bound."""
-        return self.quality.gap
-
-    @property
-    def num_shrunk(self) -> int:
-        """Images that had more than the allowed tokens at their own size."""
-        native = resolution.native_grids(self.image_hw, self.config.patch_size)
-        return int((native.prod(axis=1) > self.config.token_limit).sum())
-
-    def __repr__(self) -> str:
-        return (
-            f"EpochPlan({len(self.index)} images, {self.num_tokens} tokens in {len(self)} packs of "
-            f"{self.config.seq_len}: padding {self.padding:.2%}, gap {self.gap}; "
-            f"seed {self.seed}, epoch {self.epoch})"
-        )
+_MANY = 2**18  # images from which on threads are worth starting
 
 
 def plan_epoch(
@@ -143,7 +52,8 @@ def plan_epoch(
 
     Raises:
         TypeError: image_hw or index hold no integers.
-        ValueError: a size or an index is out of range or repeated; the first is named.
+        ValueError: a size or an index is out of range or repeated; the first is named. Or the
+            epoch lies after the training's end.
 
     >>> plan = plan_epoch([[64, 64], [32, 96], [48, 16]], PackConfig(seq_len=24))
     >>> plan
@@ -159,23 +69,26 @@ def plan_epoch(
     seed, epoch = checks.seed_and_epoch(seed, epoch)
     sizes = _checked_sizes(image_hw)
     rows = _checked_index(index, len(sizes))
-    order = philox.permutation(seed=seed, epoch=epoch, index=rows, stream=philox.EXAMPLE_ORDER)
-    by_row = np.argsort(rows, kind="stable")
-    repeated = by_row[1:][np.diff(rows[by_row]) == 0]
-    if repeated.size:
-        where = int(repeated.min())
-        raise ValueError(
-            checks.sentence(
-                f"index[{where}]", int(rows[where]), "no repeats", "pass each image once"
-            )
-        )
 
-    grid_hw = resolution.patch_grids(
-        sizes, config.patch_size, config.token_limit, config.resolution
-    )
-    num_keep = grid_hw.astype(np.int32).prod(axis=1, dtype=np.int32)
-    order, offsets = _pack_windows(num_keep[order], order, config)
-    order, offsets = _shuffle_packs(order, offsets, seed=seed, epoch=epoch)
+    def ordered() -> NDArray[np.int64]:
+        return philox.permutation(seed=seed, epoch=epoch, index=rows, stream=philox.EXAMPLE_ORDER)
+
+    if len(sizes) < _MANY:
+        order = ordered()
+        decided = decide_all(sizes, config, seed=seed, epoch=epoch, index=rows)
+    else:
+        # NumPy and the kernels let go of the interpreter, and every result has its own place.
+        with ThreadPoolExecutor(os.cpu_count()) as executor:
+            order_later = executor.submit(ordered)
+            decided = decide_all(
+                sizes, config, seed=seed, epoch=epoch, index=rows, executor=executor
+            )
+            order = order_later.result()
+    grid_hw, num_keep, num_shrunk = decided
+    order, offsets = _pack_windows(num_keep, order, config, seed=seed, epoch=epoch)
+    num_fitted = 0
+    if config.fit_last is not None:
+        num_fitted = fit.fit_last(sizes, grid_hw, num_keep, order, offsets, config)
     return EpochPlan(
         config=config,
         seed=seed,
@@ -186,38 +99,44 @@ def plan_epoch(
         num_keep=num_keep,
         order=order,
         offsets=offsets,
+        num_shrunk=num_shrunk,
+        num_fitted=num_fitted,
     )
 
 
 def _pack_windows(
-    lengths: NDArray[np.int32], order: NDArray[np.int64], config: PackConfig
+    num_keep: NDArray[np.int32],
+    order: NDArray[np.int64],
+    config: PackConfig,
+    *,
+    seed: int,
+    epoch: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (order, offsets) of the packs of every window, one after the other."""
-    orders, ends = [np.empty(0, np.int64)], [np.zeros(1, np.int64)]
-    for start in range(0, len(lengths), config.window):
-        window = slice(start, start + config.window)
+    """Return (order, offsets) of the packs of every window, one window after the other."""
+    packed = np.empty_like(order)
+    ends = [np.zeros(1, np.int64)]
+    num_packs = 0
+    num_windows = -(-len(order) // config.window)
+    for window in range(num_windows):
+        start = len(order) * window // num_windows
+        stop = len(order) * (window + 1) // num_windows
+        some = order[start:stop]
         packs = pack_lengths(
-            lengths[window],
+            num_keep[some],
             config.seq_len,
             strategy=config.strategy,
             max_segments=config.max_segments,
         )
-        orders.append(order[window][packs.order])
-        ends.append(packs.offsets[1:] + start)
-    return np.concatenate(orders), np.concatenate(ends)
-
-
-def _shuffle_packs(
-    order: NDArray[np.int64], offsets: NDArray[np.int64], *, seed: int, epoch: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (order, offsets) with the packs in seeded order."""
-    packs = philox.permutation(
-        seed=seed, epoch=epoch, index=np.arange(len(offsets) - 1), stream=philox.PACK_ORDER
-    )
-    num_segments = np.diff(offsets)[packs]
-    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(num_segments)])
-    places = np.repeat(offsets[packs] - ends[:-1], num_segments) + np.arange(len(order))
-    return order[places], ends
+        numbers = np.arange(num_packs, num_packs + len(packs))
+        num_packs += len(packs)
+        turn = philox.permutation(seed=seed, epoch=epoch, index=numbers, stream=philox.PACK_ORDER)
+        num_segments = packs.segments_per_pack[turn]
+        end = np.cumsum(num_segments)
+        places = np.repeat(packs.offsets[turn] - end + num_segments, num_segments)
+        places += np.arange(len(some))
+        packed[start:stop] = some[packs.order[places]]
+        ends.append(end + start)
+    return packed, np.concatenate(ends)
 
 
 def _checked_sizes(image_hw: ArrayLike) -> NDArray[np.int32]:
@@ -253,4 +172,15 @@ def _checked_index(index: ArrayLike | None, num_images: int) -> NDArray[np.int64
                 name, found, "0 or more" if found < 0 else "below 2**63", "count from zero"
             )
         )
-    return rows.astype(np.int64)
+    rows = rows.astype(np.int64)
+    if (np.diff(rows) > 0).all():  # as a source is read; saves sorting
+        return rows
+    by_row = np.argsort(rows, kind="stable")
+    repeated = by_row[1:][np.diff(rows[by_row]) == 0]
+    if repeated.size:
+        where = int(repeated.min())
+        name = f"index[{where}]"
+        raise ValueError(
+            checks.sentence(name, int(rows[where]), "no repeats", "pass each image once")
+        )
+    return rows

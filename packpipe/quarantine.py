@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from threading import Lock
 
 from packpipe import checks
 from packpipe.rows import Reject
 
+log = logging.getLogger(__name__)
+
+ON_ERROR = ("quarantine", "raise")
 _NAMED = 5
 
 
@@ -19,7 +24,7 @@ class TooManyRejects(ValueError):
 
 
 @dataclass(frozen=True)
-class Budget:
+class Tolerance:
     """How many rejects a build may have.
 
     Attributes:
@@ -63,6 +68,42 @@ class Budget:
                 found = f"{in_a_row} examples in a row up to example {previous}"
                 limit = f"fewer than {self.max_consecutive_bad} (max_consecutive_bad)"
                 raise TooManyRejects(_message(found, limit, bad), bad)
+
+
+def tolerance_of(
+    num_examples: int, on_error: str, max_bad_fraction: float, max_consecutive_bad: int
+) -> Tolerance:
+    """Return what is allowed: as given, or nothing at all with ``on_error="raise"``."""
+    checks.choice("on_error", on_error, ON_ERROR, "choose what a bad image does")
+    allowed = Tolerance(num_examples, max_bad_fraction, max_consecutive_bad)
+    return allowed if on_error == "quarantine" else Tolerance(num_examples, 0.0, 1)
+
+
+class Undecodable:
+    """Examples that failed when their pack was read, each counted once; safe among threads."""
+
+    def __init__(self) -> None:
+        self._rejects: dict[int, Reject] = {}
+        self._lock = Lock()
+
+    def add(self, rejects: list[Reject], tolerance: Tolerance) -> None:
+        """Log rejects that are new.
+
+        Raises:
+            TooManyRejects: there are more than are tolerated.
+        """
+        if not rejects:
+            return
+        with self._lock:
+            for reject in rejects:
+                if reject.example_index not in self._rejects:
+                    log.warning("example %d left out: %s", reject.example_index, reject.exception)
+                    self._rejects[reject.example_index] = reject
+            found = list(self._rejects.values())
+        tolerance.check(found)
+
+    def __reduce__(self) -> tuple[type[Undecodable], tuple[()]]:
+        return Undecodable, ()  # a worker process counts its own
 
 
 def bad_example(reject: Reject) -> str:

@@ -16,17 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe.config import PackConfig
+from packpipe.dropping import kept_tokens
+from packpipe.epoch_plan import EpochPlan
 from packpipe.images import BadImage, Encoded, decode
 from packpipe.patches import patchify
-from packpipe.plan import EpochPlan
 
 
 class Reject(NamedTuple):
@@ -94,24 +95,79 @@ class Rows:
         return len(self.segments)
 
 
+def gathered(parts: list[Rows], numbers: list[int]) -> Rows:
+    """Return one row of each part, in memory of their own: a single copy.
+
+    Args:
+        parts: rows of one shape, one at least; the same part may come again.
+        numbers: which row of each.
+    """
+    rows = list(zip(parts, numbers, strict=True))
+    tokens = {}
+    for name in ("patches", "segment_ids", "coords"):
+        sample = getattr(parts[0], name)
+        out = np.empty((len(rows), *sample.shape[1:]), sample.dtype)
+        for place, (part, number) in enumerate(rows):
+            out[place] = getattr(part, name)[number]
+        tokens[name] = out
+    spans = [slice(*part.segments.offsets[number : number + 2].tolist()) for part, number in rows]
+    found = [part.segments for part, _ in rows]
+
+    def joined(name: str) -> NDArray[Any]:
+        return np.concatenate(
+            [getattr(some, name)[span] for some, span in zip(found, spans, strict=True)]
+        )
+
+    labels = [
+        some.labels[span]
+        for some, span in zip(found, spans, strict=True)
+        if some.labels is not None
+    ]
+    segments = Segments(
+        offsets=np.cumsum([0, *(span.stop - span.start for span in spans)]),
+        seq_lens=joined("seq_lens"),
+        grid_hw=joined("grid_hw"),
+        image_hw=joined("image_hw"),
+        example_index=joined("example_index"),
+        labels=pa.concat_arrays(labels) if labels else None,
+    )
+    return Rows(segments=segments, **tokens)
+
+
+def spread(rows: Rows, places: NDArray[np.int64], num_rows: int) -> Rows:
+    """Return num_rows rows: those given at their places, which rise, and empty ones elsewhere."""
+    held = np.zeros(num_rows, np.int64)
+    held[places] = np.diff(rows.segments.offsets)
+    tokens = {}
+    for name in ("patches", "segment_ids", "coords"):
+        values = getattr(rows, name)
+        tokens[name] = np.zeros((num_rows, *values.shape[1:]), values.dtype)
+        tokens[name][places] = values
+    segments = replace(rows.segments, offsets=np.concatenate([[0], np.cumsum(held)]))
+    return Rows(segments=segments, **tokens)
+
+
 def planned_segments(
-    plan: EpochPlan, packs: range, labels: pa.Array | pa.ChunkedArray | None
+    plan: EpochPlan, packs: range | NDArray[np.int64], labels: pa.Array | pa.ChunkedArray | None
 ) -> Segments:
-    """Return the segments a plan puts into some consecutive packs.
+    """Return the segments a plan puts into some packs.
 
     Args:
         plan: the plan.
         packs: which of its packs.
         labels: one value a source row, or None.
     """
-    first, last = plan.offsets[packs.start], plan.offsets[packs.stop]
-    members = plan.order[first:last]
+    numbers = np.asarray(packs, np.int64)
+    held = plan.offsets[numbers + 1] - plan.offsets[numbers]
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(held)])
+    places = np.repeat(plan.offsets[numbers] - offsets[:-1], held) + np.arange(offsets[-1])
+    members = plan.order[places]
     example_index = plan.index[members]
     taken = None if labels is None else labels.take(pa.array(example_index))
     if isinstance(taken, pa.ChunkedArray):
         taken = taken.combine_chunks()
     return Segments(
-        offsets=plan.offsets[packs.start : packs.stop + 1] - first,
+        offsets=offsets,
         seq_lens=plan.num_keep[members],
         grid_hw=plan.grid_hw[members],
         image_hw=plan.image_hw[members],
@@ -124,6 +180,9 @@ def fill_rows(
     segments: Segments,
     read_image: Callable[[int], Encoded],
     config: PackConfig,
+    *,
+    seed: int,
+    epoch: int,
     executor: Executor | None = None,
 ) -> tuple[Rows, list[Reject]]:
     """Return the rows of some segments, and the images that could not be decoded.
@@ -134,19 +193,32 @@ def fill_rows(
         segments: what stands where.
         read_image: source row (an ``example_index``) to the encoded image.
         config: the options the plan was made with.
+        seed: likewise.
+        epoch: likewise.
         executor: runs one task a row; None runs them here.
 
     Raises:
         ValueError: an image's size is not the planned one; names the example and both sizes.
     """
     patches = np.zeros((len(segments), config.seq_len, config.patch_bytes), np.uint8)
+    tokens = kept_tokens(
+        seed=seed,
+        epoch=epoch,
+        index=segments.example_index,
+        num_tokens=segments.grid_hw.astype(np.int64).prod(axis=1),
+        num_keep=segments.seq_lens,
+    )
+    ends = np.cumsum(segments.seq_lens)
 
     def fill_row(row: int) -> list[Reject | None]:
         place = 0
         outcomes: list[Reject | None] = []
         for segment in range(segments.offsets[row], segments.offsets[row + 1]):
-            end = place + int(segments.seq_lens[segment])
-            outcome = _fill_segment(segments, segment, read_image, config, patches[row, place:end])
+            length = int(segments.seq_lens[segment])
+            kept = tokens[ends[segment] - length : ends[segment]]
+            end = place + length
+            out = patches[row, place:end]
+            outcome = _fill_segment(segments, segment, kept, read_image, config, out)
             outcomes.append(outcome)
             if outcome is None:
                 place = end
@@ -154,20 +226,26 @@ def fill_rows(
 
     run = map if executor is None else executor.map
     outcomes = [outcome for row in run(fill_row, range(len(segments))) for outcome in row]
-    kept = segments.keep(np.array([outcome is None for outcome in outcomes], np.bool_))
-    segment_ids, coords = _token_columns(kept, config.seq_len)
     rejected = [outcome for outcome in outcomes if outcome is not None]
-    return Rows(segments=kept, patches=patches, segment_ids=segment_ids, coords=coords), rejected
+    if rejected:
+        good = np.array([outcome is None for outcome in outcomes], np.bool_)
+        tokens = tokens[np.repeat(good, segments.seq_lens)]
+        segments = segments.keep(good)
+    segment_ids, coords = _token_columns(segments, tokens, config.seq_len)
+    return Rows(
+        segments=segments, patches=patches, segment_ids=segment_ids, coords=coords
+    ), rejected
 
 
 def _fill_segment(
     segments: Segments,
     segment: int,
+    kept: NDArray[np.int32],
     read_image: Callable[[int], Encoded],
     config: PackConfig,
     out: NDArray[np.uint8],
 ) -> Reject | None:
-    """Write the tokens of one segment into out, or return why not."""
+    """Write the tokens of one segment that are kept into out, or return why not."""
     example = int(segments.example_index[segment])
     rows, columns = segments.grid_hw[segment].tolist()
     height, width = segments.image_hw[segment].tolist()
@@ -183,12 +261,14 @@ def _fill_segment(
         return Reject(example, "decode", error.reason, error.exception)
     except ValueError as error:
         raise ValueError(f"example {example}: {error}") from error
-    patchify(pixels, out)
+    patchify(pixels, out, None if len(kept) == rows * columns else kept)
     return None
 
 
-def _token_columns(segments: Segments, seq_len: int) -> tuple[NDArray[np.int32], NDArray[np.int16]]:
-    """Return (segment_ids, coords) of the rows, derived from lengths and grids alone."""
+def _token_columns(
+    segments: Segments, tokens: NDArray[np.int32], seq_len: int
+) -> tuple[NDArray[np.int32], NDArray[np.int16]]:
+    """Return (segment_ids, coords) of the rows, derived from lengths, grids and kept tokens."""
     num_segments = len(segments.seq_lens)
     per_row = np.diff(segments.offsets)
     row_of = np.repeat(np.arange(len(segments)), per_row)
@@ -196,14 +276,14 @@ def _token_columns(segments: Segments, seq_len: int) -> tuple[NDArray[np.int32],
     start = tokens_before[:-1] - tokens_before[segments.offsets[:-1]][row_of]
     first_place = row_of * seq_len + start  # of each segment, rows laid end to end
 
-    token = np.arange(tokens_before[-1]) - np.repeat(tokens_before[:-1], segments.seq_lens)
-    places = np.repeat(first_place, segments.seq_lens) + token
+    places = np.repeat(first_place - tokens_before[:-1], segments.seq_lens)
+    places += np.arange(tokens_before[-1])
     columns = np.repeat(segments.grid_hw[:, 1], segments.seq_lens)
     ids = np.arange(num_segments) - np.repeat(segments.offsets[:-1], per_row) + 1
 
     segment_ids = np.zeros(len(segments) * seq_len, np.int32)
     segment_ids[places] = np.repeat(ids, segments.seq_lens)
     coords = np.zeros((len(segments) * seq_len, 2), np.int16)
-    coords[places, 0] = token // columns
-    coords[places, 1] = token % columns
+    coords[places, 0] = tokens // columns
+    coords[places, 1] = tokens % columns
     return segment_ids.reshape(-1, seq_len), coords.reshape(-1, seq_len, 2)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain, islice, repeat
 from typing import Any
 
-import numpy as np
 import torch
 
-from packpipe import checks, philox
-from packpipe.batch import PackedBatch
+from packpipe import checks
+from packpipe.loader import PackedLoader
 from packpipe.losses import segment_cross_entropy
 from packpipe.navit import NaViT
-from packpipe.table import read_rows
 
 
 def train(
@@ -54,8 +53,11 @@ def train(
         optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
     )
     model.train()
-    for rows in _row_numbers(num_rows, steps, batch_size, seed):
-        batch = PackedBatch.from_rows(read_rows(packed, rows), max_segments=max_segments)
+    loader = PackedLoader(
+        packed, batch_size, rank=0, world_size=1, seed=seed, max_segments=max_segments
+    )
+    endless = chain.from_iterable(repeat(loader))  # each pass is the next epoch
+    for batch in islice(endless, steps):
         if batch.labels is None:
             raise ValueError(
                 checks.sentence("packed.labels", None, "integer labels", "pack with label_column")
@@ -67,16 +69,3 @@ def train(
         optimizer.step()
         schedule.step()
         yield loss.item()
-
-
-def _row_numbers(num_rows: int, steps: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Yield the rows of each step: whole batches of one epoch's order, then the next epoch."""
-    per_epoch = num_rows // batch_size
-    order = np.empty(0, np.int64)
-    for step in range(steps):
-        epoch, place = divmod(step, per_epoch)
-        if place == 0:
-            order = philox.permutation(
-                seed=seed, epoch=epoch, index=np.arange(num_rows), stream=philox.ROW_ORDER
-            )
-        yield order[place * batch_size : (place + 1) * batch_size].tolist()

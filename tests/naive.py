@@ -6,11 +6,16 @@ Nothing here imports packpipe, so that agreement between the two means something
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from heapq import merge
+from itertools import count
+from typing import Any
 
 import numpy as np
+from scipy import stats
 
 
 def first_fit_decreasing(
@@ -262,28 +267,86 @@ def native_grid(height: int, width: int, patch: int) -> tuple[int, int]:
     return rows, columns
 
 
+def whole_root(square: Fraction, rounding: str) -> int:
+    """The square root of a number as a whole one, one at least, without rounding on the way."""
+    below = math.isqrt(math.floor(square))
+    half = Fraction(2 * below + 1, 2) ** 2
+    up = {
+        "floor": False,
+        "ceil": square > below**2,
+        "nearest": square > half or (square == half and below % 2 == 1),
+    }[rounding]
+    return max(1, below + up)
+
+
+def scaled_grid(
+    scale: float, height: int, width: int, patch: int, rounding: str
+) -> tuple[int, int]:
+    """The grid of an image at a scale, in floating point."""
+    to_whole = {"nearest": round, "floor": math.floor, "ceil": math.ceil}[rounding]
+    rows, columns = (max(1, to_whole(side * scale / patch)) for side in (height, width))
+    return rows, columns
+
+
+def area_grid(
+    area: Fraction,
+    height: int,
+    width: int,
+    patch: int,
+    rounding: str,
+    max_upscale: float | None = None,
+) -> tuple[int, int]:
+    """The grid of an image resized to so many pixels, or as far as it may be enlarged."""
+    scale_squared = area / (height * width)
+    if max_upscale is not None and scale_squared > Fraction(max_upscale) ** 2:
+        return scaled_grid(max_upscale, height, width, patch, rounding)
+    rows, columns = (
+        whole_root(side**2 * scale_squared / patch**2, rounding) for side in (height, width)
+    )
+    return rows, columns
+
+
+def limited_budget_grid(
+    height: int, width: int, patch: int, max_tokens: int, max_upscale: float | None
+) -> tuple[int, int]:
+    """The largest grid within a budget, of those at a scale of max_upscale or less."""
+    if max_upscale is not None:
+        rows, columns = scaled_grid(max_upscale, height, width, patch, "ceil")
+        if rows * columns <= max_tokens:
+            return rows, columns
+    return budget_grid(height, width, patch, max_tokens)
+
+
 def grid_at(scale: Fraction, height: int, width: int, patch: int) -> tuple[int, int]:
     """The grid that covers an image at a scale."""
     rows, columns = (max(1, math.ceil(side * scale / patch)) for side in (height, width))
     return rows, columns
 
 
-def breakpoints(height: int, width: int, patch: int, max_tokens: int) -> list[Fraction]:
-    """Every scale beyond which one axis needs another patch, in rising order."""
-    return sorted(
-        {Fraction(k * patch, side) for side in (height, width) for k in range(1, max_tokens + 1)}
-    )
+def breakpoints(height: int, width: int, patch: int) -> Iterator[Fraction]:
+    """Every scale beyond which an axis needs another patch, in rising order, without end."""
+
+    def of(side: int) -> Iterator[Fraction]:
+        return (Fraction(k * patch, side) for k in count(1))
+
+    return merge(of(height), of(width))
+
+
+def budget_scales(height: int, width: int, patch: int, max_tokens: int) -> list[Fraction]:
+    """The breakpoints whose grid holds at most max_tokens patches, in rising order."""
+    scales: list[Fraction] = []
+    for scale in breakpoints(height, width, patch):
+        rows, columns = grid_at(scale, height, width, patch)
+        if rows * columns > max_tokens:
+            break
+        if scale not in scales[-1:]:
+            scales.append(scale)
+    return scales
 
 
 def budget_grid(height: int, width: int, patch: int, max_tokens: int) -> tuple[int, int]:
-    """The grid at the largest breakpoint whose grid holds at most max_tokens patches."""
-    best = None
-    for scale in breakpoints(height, width, patch, max_tokens):
-        rows, columns = grid_at(scale, height, width, patch)
-        if rows * columns <= max_tokens:
-            best = rows, columns
-    assert best is not None
-    return best
+    """The grid at the largest of them."""
+    return grid_at(budget_scales(height, width, patch, max_tokens)[-1], height, width, patch)
 
 
 def naflex_grid(
@@ -322,6 +385,118 @@ def seeded_order(seed: int, epoch: int, index: Sequence[int], stream: int) -> li
     return sorted(range(len(index)), key=lambda i: random_word(seed, epoch, index[i], stream))
 
 
+def uniform(seed: int, epoch: int, index: int, stream: int) -> float:
+    """The top 53 bits of the first word, as a share of 1."""
+    return (random_word(seed, epoch, index, stream) >> 11) / 2**53
+
+
+def subset(
+    seed: int, epoch: int, index: int, stream: int, num_items: int, num_chosen: int
+) -> list[int]:
+    """Selection sampling: item t of n is taken if word t, as a share of 1, times the items not
+    yet seen is below the number still missing.
+    """
+    chosen: list[int] = []
+    for item, word in enumerate(random_words(seed, epoch, index, stream, num_items)):
+        if (word * (num_items - item)) >> 64 < num_chosen - len(chosen):
+            chosen.append(item)
+    return chosen
+
+
+def quantile(law: Any, u: float) -> float:
+    """The value of a distribution below which the share u lies, by SciPy's."""
+    if isinstance(law, int | float):
+        return law
+    kind = type(law).__name__
+    if kind == "Constant":
+        return law.value
+    if kind == "Uniform":
+        return law.low + u * (law.high - law.low)
+    if kind == "TruncatedNormal":
+        ends = [(end - law.mean) / law.deviation for end in (law.low, law.high)]
+        return float(stats.truncnorm.ppf(u, *ends, loc=law.mean, scale=law.deviation))
+    if kind == "Beta":
+        alpha = 7 / 3 * law.mean / law.maximum
+        cell = math.floor(u * 2**14)
+        left, right = stats.beta.ppf([cell / 2**14, (cell + 1) / 2**14], alpha, 7 / 3 - alpha)
+        return law.maximum * float(left + (u * 2**14 - cell) * (right - left))
+    values, weights = (law, None) if kind in ("list", "tuple") else (law.values, law.weights)
+    weights = weights or [1] * len(values)
+    ends = [sum(weights[: n + 1]) for n in range(len(weights))]
+    return values[bisect_right(ends, u * ends[-1])]
+
+
+def drop_rate(law: Any, u: float, num_tokens: int, progress: float | None) -> float:
+    """The share of an image's tokens that is dropped, by the law's definition."""
+    kind = type(law).__name__
+    if kind == "OverTraining":
+        low, high = (drop_rate(end, u, num_tokens, progress) for end in (law.low, law.high))
+        return low + (high - low) / (1 + math.exp(-(progress - law.midpoint) / law.width))
+    if kind == "ByResolution":
+        ends = [law.min_tokens, law.max_tokens], [law.min_rate, law.max_rate]
+        mean = float(np.interp(num_tokens, *ends))
+        return mean + law.deviation * float(stats.truncnorm.ppf(u, -2, 2))
+    return quantile(law, u)
+
+
+def num_kept(num_tokens: int, rate: float) -> int:
+    """The share of the tokens that is left, to the nearest, half to even, one at least."""
+    return max(1, round(num_tokens * (1 - rate)))
+
+
+def token_limit(config: Any) -> int:
+    """Most tokens of an image before dropping."""
+    if config.max_tokens is not None:
+        return config.max_tokens
+    unlimited = config.drop_rate != 0 and config.resolution != "budget"
+    return 2**15 - 1 if unlimited else config.seq_len
+
+
+def decide(
+    height: int, width: int, config: Any, seed: int, epoch: int, index: int
+) -> tuple[tuple[int, int], int, bool]:
+    """(grid, tokens kept, whether shrunk) of one image.
+
+    Streams 0, 6 and 7 are for the order, the resolution and the drop rate.
+    """
+    law, patch, limit = config.resolution, config.patch_size, token_limit(config)
+    kind = type(law).__name__
+    upscale = config.max_upscale
+    u = uniform(seed, epoch, index, 6)
+    if law == "native":
+        grid = native_grid(height, width, patch)
+        if upscale is not None and upscale < 1:
+            grid = scaled_grid(upscale, height, width, patch, "nearest")
+    elif kind == "Side":
+        side = Fraction(quantile(law.pixels, u))
+        grid = area_grid(side**2, height, width, patch, law.rounding, upscale)
+    elif kind == "Area":
+        area = Fraction(quantile(law.pixels, u))
+        grid = area_grid(area, height, width, patch, law.rounding, upscale)
+    else:
+        budget = limit
+        if law != "budget":
+            budget = max(1, min(limit, math.floor(quantile(law.tokens, u))))
+        grid = limited_budget_grid(height, width, patch, budget, upscale)
+    shrunk = grid[0] * grid[1] > limit
+    if shrunk:
+        grid = budget_grid(height, width, patch, limit)
+    if config.drop_rate == 0:
+        return grid, grid[0] * grid[1], shrunk
+    progress = None
+    if config.epochs is not None:
+        progress = (epoch + uniform(seed, epoch, index, 0)) / config.epochs
+    rate = drop_rate(config.drop_rate, uniform(seed, epoch, index, 7), grid[0] * grid[1], progress)
+    keep = num_kept(grid[0] * grid[1], rate)
+    if keep > config.seq_len:
+        shrunk = True
+        grid = budget_grid(
+            height, width, patch, min(limit, math.floor(config.seq_len / (1 - rate)))
+        )
+        keep = min(config.seq_len, num_kept(grid[0] * grid[1], rate))
+    return grid, keep, shrunk
+
+
 def plan(
     tokens: Sequence[int],
     index: Sequence[int],
@@ -333,17 +508,56 @@ def plan(
     seed: int,
     epoch: int,
 ) -> list[list[int]]:
-    """The source rows of every pack: seeded order, windows, packing rule, seeded pack order.
+    """The positions in every pack: seeded order, equal windows, packing rule, seeded pack order.
 
-    Stream 0 orders examples, stream 1 packs.
+    Stream 0 orders examples, stream 1 the packs of a window by their numbers in the whole.
     """
     order = seeded_order(seed, epoch, index, 0)
-    packs = []
-    for start in range(0, len(order), window):
-        some = order[start : start + window]
-        for pack in rule([tokens[i] for i in some], seq_len, max_segments):
-            packs.append([index[some[j]] for j in pack])
-    return [packs[p] for p in seeded_order(seed, epoch, range(len(packs)), 1)]
+    num_windows = math.ceil(len(order) / window)
+    packs: list[list[int]] = []
+    for w in range(num_windows):
+        some = order[len(order) * w // num_windows : len(order) * (w + 1) // num_windows]
+        found = rule([tokens[i] for i in some], seq_len, max_segments)
+        turn = seeded_order(seed, epoch, range(len(packs), len(packs) + len(found)), 1)
+        packs += [[some[j] for j in found[p]] for p in turn]
+    return packs
+
+
+def fit_last(
+    packs: Sequence[Sequence[int]],
+    sizes: Sequence[tuple[int, int]],
+    grids: Sequence[tuple[int, int]],
+    keeps: Sequence[int],
+    config: Any,
+) -> tuple[list[list[int]], list[tuple[int, int]], list[int], int]:
+    """(packs, grids, tokens kept, images grown), with one image a pack grown into the room."""
+    packs, grids, keeps = [list(pack) for pack in packs], list(grids), list(keeps)
+    grown = 0
+    for pack in packs:
+        room = config.seq_len - sum(keeps[i] for i in pack)
+        best, best_place, best_grid = 0, 0, (0, 0)
+        for place, i in enumerate(pack):
+            target = keeps[i] + min(room, math.floor(keeps[i] * config.fit_limit))
+            grid = grids[i]
+            if config.fit_last == "resolution":
+                # Of so many tokens, as large a share is dropped as now.
+                budget = math.ceil(Fraction(math.prod(grid) * target, keeps[i]))
+                budget = min(budget, token_limit(config))
+                larger = limited_budget_grid(
+                    *sizes[i], config.patch_size, budget, config.max_upscale
+                )
+                if math.prod(larger) > math.prod(grid):
+                    grid = larger
+            growth = min(target, math.prod(grid)) - keeps[i]
+            if growth > best:  # the first of equals
+                best, best_place, best_grid = growth, place, grid
+        if best:
+            i = pack[best_place]
+            pack[best_place], pack[-1] = pack[-1], i
+            keeps[i] += best
+            grids[i] = best_grid
+            grown += 1
+    return packs, grids, keeps, grown
 
 
 def token_columns(

@@ -108,13 +108,13 @@ def fewest_packs(lengths: Sequence[int], costs: Sequence[int], seq_len: int, lim
 
 
 def balanced_steps(
-    work: Sequence[int], ranks: int, window: int, seed: int, epoch: int
+    work: Sequence[int], ranks: int, window: int, seed: int, epoch: int, *, shuffle: bool = True
 ) -> list[list[int]]:
-    """The packs of each step: shuffled, sorted by work in each window, steps shuffled again.
+    """The packs of each step: shuffled or not, sorted by work in each window, steps shuffled again.
 
     Stream 4 orders packs, stream 5 steps; a short step stays the last.
     """
-    shuffled = seeded_order(seed, epoch, range(len(work)), 4)
+    shuffled = seeded_order(seed, epoch, range(len(work)), 4) if shuffle else [*range(len(work))]
     while window % ranks:
         window += 1
     steps: list[list[int]] = []

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from packpipe.config import PackConfig
+from packpipe.distributions import Beta, Choice, Constant, Distribution, TruncatedNormal, Uniform
+from packpipe.dropping import ByResolution, DropLaw, OverTraining
+from packpipe.resolution import Area, Budget, Resolution, Side
 
 WORDS = st.integers(0, 2**64 - 1)
 
@@ -59,15 +62,90 @@ def size_lists(min_size: int = 1, max_size: int = 40) -> st.SearchStrategy[list[
     return st.lists(small | image_sizes(2000), min_size=min_size, max_size=max_size)
 
 
+def numbers(low: float, high: float) -> st.SearchStrategy[float]:
+    """Numbers in a range, its ends and whole ones among them."""
+    whole = st.integers(int(-(-low // 1)), int(high // 1))
+    return st.floats(low, high) | st.sampled_from([low, high]) | whole
+
+
 @st.composite
-def configs(draw: st.DrawFn, *, max_seq_len: int = 96, max_window: int = 50) -> PackConfig:
-    """Small configurations, each option varied."""
+def distributions(draw: st.DrawFn, low: float, high: float) -> Distribution:
+    """Distributions of every kind over a part of low..high."""
+    kind = draw(st.sampled_from(["constant", "uniform", "normal", "choice"]))
+    if kind == "constant":
+        return Constant(draw(numbers(low, high)))
+    if kind == "choice":
+        values = draw(st.lists(numbers(low, high), min_size=1, max_size=4))
+        shares = st.lists(st.integers(0, 3), min_size=len(values), max_size=len(values))
+        weights = draw(st.none() | shares.filter(any).map(tuple))
+        return Choice(tuple(values), weights)
+    start = draw(st.floats(low, low + 0.6 * (high - low)))
+    stop = draw(st.floats(start + 0.2 * (high - low), high))
+    if kind == "uniform":
+        return Uniform(start, stop)
+    mean = draw(st.floats(start - (stop - start), stop + (stop - start)))
+    return TruncatedNormal(mean, draw(st.floats(0.3, 3)) * (stop - start), start, stop)
+
+
+def resolutions() -> st.SearchStrategy[Resolution]:
+    """Resolution laws of every kind, for small packs."""
+    rounding = st.sampled_from(["nearest", "floor", "ceil"])
+    return st.one_of(
+        st.sampled_from(["native", "budget"]),
+        st.builds(Side, distributions(4, 150), rounding),
+        st.builds(Area, distributions(16, 20_000), rounding),
+        st.builds(Budget, distributions(1, 100)),
+    )
+
+
+@st.composite
+def betas(draw: st.DrawFn, largest: float = 0.9) -> Beta:
+    """Beta laws, narrow and wide."""
+    maximum = draw(st.floats(0.1, largest))
+    return Beta(draw(st.floats(0.05, 0.95)) * maximum, maximum)
+
+
+@st.composite
+def by_resolutions(draw: st.DrawFn, largest: float = 0.9) -> ByResolution:
+    """Laws that follow the token count, rising and falling."""
+    deviation = draw(st.sampled_from([0, 0.02, 0.1]))
+    rates = st.floats(2 * deviation, largest - 2 * deviation)
+    least, most = draw(st.integers(0, 60)), draw(st.integers(1, 300))
+    return ByResolution(least, draw(rates), least + most, draw(rates), deviation)
+
+
+def drop_laws(largest: float = 0.9) -> st.SearchStrategy[DropLaw]:
+    """Drop laws that do not change over the training."""
+    return st.one_of(distributions(0, largest), betas(largest), by_resolutions(largest))
+
+
+def schedules() -> st.SearchStrategy[OverTraining]:
+    """Drop laws that do, rising and falling, of numbers and of laws."""
+    rate = st.floats(0, 0.9) | drop_laws()
+    width = st.floats(0.05, 1) | st.floats(-1, -0.05)
+    return st.builds(OverTraining, rate, rate, st.floats(0, 1), width)
+
+
+@st.composite
+def configs(
+    draw: st.DrawFn, *, max_seq_len: int = 96, max_window: int = 50, drops: bool | None = None
+) -> PackConfig:
+    """Small configurations, each option varied; with drops, all or none drop tokens."""
     seq_len = draw(st.integers(1, max_seq_len))
+    none = st.just(0.0)
+    some = st.floats(0.01, 0.9) | drop_laws() | schedules()
+    drop_rate = draw({None: none | some, True: some, False: none}[drops])
     return PackConfig(
         seq_len=seq_len,
         patch_size=draw(st.sampled_from([1, 8, 14, 16, 32])),
-        resolution=draw(st.sampled_from(["native", "budget"])),
+        resolution=draw(resolutions()),
         max_tokens=draw(st.none() | st.integers(1, seq_len)),
+        max_upscale=draw(st.none() | st.sampled_from([0.3, 1, 1.5, 4])),
+        drop_rate=drop_rate,
+        # Keys may have any epoch, so the training is longer than any.
+        epochs=2.0**65 if isinstance(drop_rate, OverTraining) else None,
+        fit_last=draw(st.sampled_from([None, "drop_rate", "resolution"])),
+        fit_limit=draw(st.sampled_from([0.1, 0.25, 1, 10])),
         max_segments=draw(st.sampled_from([1, 2, 3, 64])),
         strategy=draw(st.sampled_from(["balanced", "ffd", "next_fit", "best_fit"])),
         window=draw(st.integers(1, max_window)),

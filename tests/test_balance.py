@@ -222,3 +222,17 @@ WORK = "pass one number a pack"
 def test_a_bad_argument_is_named(arguments, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         balance_steps(**{"work": [1, 2], "ranks": 2, **arguments})
+
+
+@given(balance_cases())
+@example(BalanceCase([5] * 30, 4, 8, (1, 2)))
+def test_without_shuffling_every_window_keeps_the_packs_it_has(case):
+    work, ranks, window, (seed, epoch) = case
+    steps = balance_steps(work, ranks, window=window, shuffle=False, seed=seed, epoch=epoch)
+    order = steps.order.tolist()
+    found = [order[first : first + ranks] for first in range(0, len(order), ranks)]
+    assert found == naive_streams.balanced_steps(work, ranks, window, *case.key, shuffle=False)
+    window = -(-window // ranks) * ranks
+    for start in range(0, len(order), window):
+        some = range(start, min(start + window, len(order)))
+        assert sorted(order[start : start + window]) == list(some)

@@ -97,3 +97,77 @@ def test_max_segments_must_be_a_number():
         TypeError, match=re.escape("max_segments is '4', expected an integer in 1..")
     ):
         PackedBatch.from_rows(packed.rows_of(case), max_segments="4")
+
+
+def arrays_of(rows):
+    return rows.patches, rows.segment_ids, rows.coords
+
+
+def tensors_of(batch):
+    return batch.patches, batch.segment_ids, batch.coords
+
+
+@given(packed.row_sets())
+def test_memory_that_the_rows_own_is_shared_if_asked_for(case):
+    rows = packed.rows_of(case)
+    batch = PackedBatch.from_rows(rows, max_segments=case.max_segments, copy=False)
+    for array, tensor in zip(arrays_of(rows), tensors_of(batch), strict=True):
+        assert np.shares_memory(array, tensor.numpy())
+    batch.patches.fill_(7)
+    assert (rows.patches == 7).all()
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_memory_that_must_not_be_written_to_is_copied(copy):
+    case = packed.RowSet(lens=[[2], [1, 2]], seq_len=4, max_segments=2)
+    rows = packed.rows_of(case)
+    for array in arrays_of(rows):
+        array.flags.writeable = False
+    batch = PackedBatch.from_rows(rows, max_segments=2, copy=copy)
+    for array, tensor in zip(arrays_of(rows), tensors_of(batch), strict=True):
+        assert (tensor.numpy() == array).all()
+        assert not np.shares_memory(array, tensor.numpy())
+        tensor.fill_(1)
+    assert rows.segment_ids.max() == 2
+
+
+@pytest.mark.parametrize("labels", ["random", None])
+def test_pin_memory_pins_every_tensor(labels, monkeypatch):
+    case = packed.RowSet(lens=[[2], [1, 2]], seq_len=4, max_segments=2)
+    batch = packed.batch_of(case, labels=labels)
+    pinned = []
+
+    def pin_memory(tensor):
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    found = batch.pin_memory()
+    assert type(found) is PackedBatch
+    tensors = {name: tensor for name, tensor in vars(found).items() if tensor is not None}
+    assert {id(tensor) for tensor in tensors.values()} == {id(tensor) for tensor in pinned}
+    for name, tensor in vars(batch).items():
+        same = name not in tensors if tensor is None else torch.equal(tensor, tensors[name])
+        assert same, name
+    assert (found.labels is None) == (labels is None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU copies from pinned memory")
+def test_pinned_batches_are_in_page_locked_memory():
+    case = packed.RowSet(lens=[[2], [1, 2]], seq_len=4, max_segments=2)
+    batch = packed.batch_of(case).pin_memory()
+    assert all(tensor.is_pinned() for tensor in vars(batch).values())
+    moved = batch.to("cuda", non_blocking=True)
+    assert all(tensor.is_cuda for tensor in vars(moved).values())
+    assert torch.equal(moved.patches.cpu(), batch.patches)
+
+
+def test_a_batch_that_was_moved_is_the_same_batch():
+    case = packed.RowSet(lens=[[2], [1, 2]], seq_len=4, max_segments=2)
+    for labels in ("random", None):
+        batch = packed.batch_of(case, labels=labels)
+        moved = batch.to("cpu", non_blocking=True)
+        for name, tensor in vars(batch).items():
+            other = getattr(moved, name)
+            assert (other is None) if tensor is None else torch.equal(tensor, other), name
+    assert "labels" in vars(moved)

@@ -6,11 +6,20 @@ from dataclasses import FrozenInstanceError, fields
 
 import numpy as np
 import pytest
+import strategies
+from hypothesis import given
 
-from packpipe.config import MAX_PIXELS, PackConfig, PackOptions, config_from
+from packpipe.config import MAX_IMAGE_SEQ_LEN, MAX_PIXELS, PackConfig, PackOptions, config_from
+from packpipe.distributions import Beta, Choice, Constant, TruncatedNormal, Uniform
+from packpipe.dropping import ByResolution, OverTraining
+from packpipe.resolution import Area, Budget, Side
 
 FIELDS = [field.name for field in fields(PackConfig)]
 COLOUR = "white is (255, 255, 255)"
+LAWS = "expected one of 'native', 'budget'; or pass Side(...), Area(...) or Budget(...)"
+RATES = "expected rates in [0, 1); it is the share that is dropped, and one token has to stay"
+SCALE = "1.0 is the size, or the share, itself"
+FALLING = OverTraining(0.2, 0.8, 2 / 3, -0.2)
 
 BAD = [
     (
@@ -63,12 +72,77 @@ BAD = [
     (
         {"resolution": "naflex"},
         ValueError,
-        "resolution is 'naflex', expected one of 'native', 'budget'; choose how images are sized",
+        f"resolution is 'naflex', {LAWS}",
     ),
     (
         {"resolution": None},
         ValueError,
-        "resolution is None, expected one of 'native', 'budget'; choose how images are sized",
+        f"resolution is None, {LAWS}",
+    ),
+    (
+        {"resolution": Uniform(64, 256)},
+        ValueError,
+        f"resolution is Uniform(low=64, high=256), {LAWS}",
+    ),
+    ({"max_upscale": 0}, ValueError, f"max_upscale is 0, expected a number above 0; {SCALE}"),
+    (
+        {"max_upscale": -0.5},
+        ValueError,
+        f"max_upscale is -0.5, expected a number above 0; {SCALE}",
+    ),
+    ({"max_upscale": "2"}, TypeError, f"max_upscale is '2', expected a number; {SCALE}"),
+    (
+        {"max_upscale": float("inf")},
+        ValueError,
+        f"max_upscale is inf, expected a finite number; {SCALE}",
+    ),
+    ({"drop_rate": 1}, ValueError, f"drop_rate is 1, {RATES}"),
+    ({"drop_rate": -0.5}, ValueError, f"drop_rate is -0.5, {RATES}"),
+    ({"drop_rate": Uniform(0, 1)}, ValueError, f"drop_rate is Uniform(low=0, high=1), {RATES}"),
+    (
+        {"drop_rate": None},
+        TypeError,
+        ("drop_rate is None, expected a number; or pass a distribution, such as Uniform(64, 256)"),
+    ),
+    (
+        {"drop_rate": True},
+        TypeError,
+        ("drop_rate is True, expected a number; or pass a distribution, such as Uniform(64, 256)"),
+    ),
+    ({"epochs": 0}, ValueError, f"epochs is 0, expected a number above 0; {SCALE}"),
+    ({"epochs": [3]}, TypeError, f"epochs is [3], expected a number; {SCALE}"),
+    (
+        {"drop_rate": FALLING, "epochs": None},
+        ValueError,
+        (
+            "epochs is None, expected a number, for OverTraining; "
+            "pass the number of epochs of the training"
+        ),
+    ),
+    (
+        {"fit_last": "size"},
+        ValueError,
+        "fit_last is 'size', expected one of 'drop_rate', 'resolution'; or None for padding",
+    ),
+    (
+        {"fit_last": True},
+        ValueError,
+        "fit_last is True, expected one of 'drop_rate', 'resolution'; or None for padding",
+    ),
+    ({"fit_limit": 0.0}, ValueError, f"fit_limit is 0.0, expected a number above 0; {SCALE}"),
+    ({"fit_limit": None}, TypeError, f"fit_limit is None, expected a number; {SCALE}"),
+    (
+        {"fit_limit": float("nan")},
+        ValueError,
+        f"fit_limit is nan, expected a finite number; {SCALE}",
+    ),
+    (
+        {"drop_rate": 0.5, "max_tokens": 32768},
+        ValueError,
+        (
+            "max_tokens is 32768, expected an integer in 1..32767; "
+            "an image must fit into a pack, so raise seq_len or lower max_tokens"
+        ),
     ),
     (
         {"seq_len": 64, "max_tokens": 65},
@@ -179,7 +253,8 @@ def test_pack_options_are_the_fields_besides_seq_len():
 def test_an_unknown_option_is_refused():
     message = (
         "option is 'patchsize', expected one of seq_len, patch_size, resolution, max_tokens, "
-        "max_segments, strategy, window, background, max_pixels; check its spelling"
+        "max_upscale, drop_rate, epochs, fit_last, fit_limit, max_segments, strategy, window, "
+        "background, max_pixels; check its spelling"
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         config_from(64, {"patch_size": 8, "patchsize": 8})
@@ -203,18 +278,119 @@ def test_numpy_values_become_plain_ones():
     assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
 
 
+@pytest.mark.parametrize("options", [{"drop_rate": np.float32(0.25)}, {"drop_rate": [0.25, 0.5]}])
+def test_a_drop_rate_becomes_plain_and_hashable(options):
+    found = PackConfig(**options)
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+    assert hash(found) == hash(PackConfig.from_dict(found.to_dict()))
+
+
 def test_derived_figures():
     found = PackConfig(seq_len=100, patch_size=4, max_tokens=30)
     assert found.token_limit == 30
     assert PackConfig(seq_len=100).token_limit == 100
+    assert PackConfig(seq_len=100, drop_rate=0.5).token_limit == MAX_IMAGE_SEQ_LEN == 32767
+    assert PackConfig(seq_len=100, drop_rate=0.5, max_tokens=300).token_limit == 300
     assert found.patch_bytes == 48
     assert found.row_bytes == 4800
+
+
+@pytest.mark.parametrize(
+    ("options", "drops", "draws", "uses_progress"),
+    [
+        ({}, False, False, False),
+        ({"resolution": "budget", "fit_last": "resolution"}, False, False, False),
+        ({"drop_rate": 0}, False, False, False),
+        ({"drop_rate": 0.5}, True, True, False),
+        ({"drop_rate": Uniform(0, 0.5)}, True, True, False),
+        ({"resolution": Side(224)}, False, True, False),
+        ({"resolution": Budget([64, 256])}, False, True, False),
+        ({"drop_rate": FALLING, "epochs": 3}, True, True, True),
+        ({"epochs": 3}, False, False, False),
+    ],
+)
+def test_a_configuration_knows_what_its_decisions_depend_on(options, drops, draws, uses_progress):
+    found = PackConfig(**options)
+    assert (found.drops, found.draws, found.uses_progress) == (drops, draws, uses_progress)
 
 
 def test_every_field_is_written_and_read_back():
     config = PackConfig(seq_len=100, background=(1, 2, 3), max_tokens=7, strategy="next_fit")
     assert list(config.to_dict()) == FIELDS
-    assert PackConfig(**config.to_dict()) == config
+    assert PackConfig.from_dict(config.to_dict()) == config
+
+
+def read_back(config):
+    """The configuration from the JSON text of its options."""
+    return PackConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+
+
+EVERY_RESOLUTION = [
+    "native",
+    "budget",
+    Side(224),
+    Side(Uniform(64, 256), "floor"),
+    Side(TruncatedNormal(144, 160, 64, 384)),
+    Area(Choice((4096, 65536), (1, 2.5)), "ceil"),
+    Area(Constant(50176.5)),
+    Budget([128, 256, 576]),
+]
+EVERY_DROP_RATE = [
+    0.0,
+    0.5,
+    Uniform(0.1, 0.6),
+    TruncatedNormal(0.5, 0.1, 0.2, 0.8),
+    Beta(0.25, 0.7),
+    Choice((0.1, 0.5)),
+    ByResolution(16, 0.25, 576, 0.75),
+    FALLING,
+    OverTraining(Beta(0.1, 0.7), ByResolution(16, 0.25, 576, 0.75, 0), 0.5, 0.1),
+    OverTraining(Choice((0.1, 0.2), (1, 3)), Uniform(0.5, 0.9), 0.5, 0.1),
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"resolution": law} for law in EVERY_RESOLUTION]
+    + [{"drop_rate": law, "epochs": 2.5} for law in EVERY_DROP_RATE]
+    + [{"max_upscale": 1.5, "fit_last": "resolution", "fit_limit": 2, "background": (1, 2, 3)}],
+    ids=lambda options: str(next(iter(options.values()))),
+)
+def test_every_law_survives_json(options):
+    config = PackConfig(**options)
+    again = read_back(config)
+    assert again == config
+    assert hash(again) == hash(config)
+    assert repr(again) == repr(config)
+    for name in options:
+        assert type(getattr(again, name)) is type(getattr(config, name))
+        assert getattr(config, name) == options[name]
+
+
+@given(strategies.configs())
+def test_every_configuration_survives_json(config):
+    assert read_back(config) == config
+    assert repr(read_back(config)) == repr(config)
+
+
+def test_a_law_is_written_as_its_name_and_attributes():
+    config = PackConfig(
+        resolution=Side(Uniform(64, 256)), drop_rate=ByResolution(16, 0.25, 576, 0.75)
+    )
+    found = config.to_dict()
+    assert found["resolution"] == {
+        "Side": {"pixels": {"Uniform": {"low": 64, "high": 256}}, "rounding": "nearest"}
+    }
+    assert found["drop_rate"] == {
+        "ByResolution": {
+            "min_tokens": 16,
+            "min_rate": 0.25,
+            "max_tokens": 576,
+            "max_rate": 0.75,
+            "deviation": 0.02,
+        }
+    }
+    assert found["background"] == [255, 255, 255]
 
 
 def test_a_configuration_is_frozen_and_hashable():

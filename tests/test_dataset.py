@@ -305,7 +305,9 @@ def test_without_output_the_datasets_cache_holds_the_rows(source, tmp_path, monk
     other = packpipe.pack(source, **SMALL, seed=1)
     assert packed.cache_files == again.cache_files
     assert packed.cache_files != other.cache_files
-    assert len(list((tmp_path / "packpipe").iterdir())) == 2
+    kept = list((tmp_path / "packpipe").iterdir())
+    assert sum(path.is_dir() for path in kept) == 2
+    assert [path.suffix for path in kept if path.is_file()] == [".arrow"]  # the sizes, once
 
 
 def test_another_build_in_the_folder_is_refused(source, tmp_path):

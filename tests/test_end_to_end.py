@@ -1,7 +1,6 @@
 """The main job on the 176 bundled images, and what the issue's figures rest on."""
 
 import json
-from itertools import chain
 
 import datasets
 import numpy as np
@@ -75,15 +74,6 @@ def test_training_lowers_the_loss_and_repeats_to_the_bit(packed):
         runs.append(list(train(model, few, steps=40, batch_size=4, learning_rate=3e-3)))
     assert runs[0] == runs[1]
     assert np.mean(runs[0][-4:]) < 0.9 * np.mean(runs[0][:4])
-
-
-def test_an_epoch_takes_no_row_twice_and_the_next_takes_another_order():
-    from packpipe.training import _row_numbers
-
-    batches = list(_row_numbers(num_rows=7, steps=9, batch_size=2, seed=1))
-    epochs = [list(chain(*batches[i : i + 3])) for i in range(0, 9, 3)]
-    assert all(len(set(epoch)) == 6 for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 @pytest.mark.parametrize(

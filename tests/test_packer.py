@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import naive
 import numpy as np
 import pictures
 import pytest
@@ -64,6 +65,82 @@ def test_a_sliced_source_loses_no_token(source):
 def test_without_indices_the_source_row_is_unknown_not_wrong(source):
     rows = packpipe.read_rows(mapped(source, packpipe.Packer(seq_len=48)))
     assert set(rows.segments.example_index.tolist()) == {-1}
+
+
+DRAWS = {
+    "resolution": packpipe.Side(packpipe.Uniform(20, 90)),
+    "drop_rate": packpipe.Uniform(0.1, 0.6),
+    "seed": 5,
+    "epoch": 2,
+}
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 100])
+def test_images_draw_by_their_source_row_whatever_the_batch(batch_size):
+    # All of one size, so that only their draws tell them apart.
+    same = pictures.dataset_of([pictures.encoded_image(64, 48, seed) for seed in range(7)])
+    packer = packpipe.Packer(seq_len=48, **DRAWS)
+    rows = packpipe.read_rows(mapped(same, packer, with_indices=True, batch_size=batch_size))
+    segments = rows.segments
+    decided = [naive.decide(64, 48, packer.config, 5, 2, row) for row in range(7)]
+    assert len(set(decided)) > 4
+    found = {
+        row: (tuple(grid), keep)
+        for row, grid, keep in zip(
+            segments.example_index.tolist(),
+            segments.grid_hw.tolist(),
+            segments.seq_lens.tolist(),
+            strict=True,
+        )
+    }
+    assert found == {row: decided[row][:2] for row in range(7)}
+    places = [row for row in range(len(rows)) for _ in np.unique(rows.segment_ids[row])[1:]]
+    numbers = [n for row in range(len(rows)) for n in np.unique(rows.segment_ids[row])[1:]]
+    for place, number, row in zip(places, numbers, segments.example_index.tolist(), strict=True):
+        (height, width), keep, _ = decided[row]
+        tokens = naive.subset(5, 2, row, 8, height * width, keep)
+        coords = rows.coords[place][rows.segment_ids[place] == number]
+        assert coords.tolist() == [list(divmod(token, width)) for token in tokens]
+
+
+NEEDS_ROWS = (
+    "with_indices is False, expected True for options that draw, since every image draws by its "
+    "row; use map(packer, batched=True, with_indices=True)"
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"drop_rate": 0.5},
+        {"drop_rate": packpipe.Uniform(0, 0.5)},
+        {"resolution": packpipe.Side(packpipe.Uniform(64, 256))},
+        {"resolution": packpipe.Budget([64, 256])},
+    ],
+    ids=str,
+)
+def test_options_that_draw_are_refused_without_indices(source, options):
+    with pytest.raises(ValueError, match=f"^{re.escape(NEEDS_ROWS)}$"):
+        mapped(source, packpipe.Packer(seq_len=48, **options))
+
+
+@pytest.mark.parametrize(
+    "options", [{"resolution": "budget"}, {"fit_last": "resolution"}, {"max_upscale": 0.5}], ids=str
+)
+def test_options_that_do_not_draw_need_no_indices(source, options):
+    rows = packpipe.read_rows(mapped(source, packpipe.Packer(seq_len=48, **options)))
+    assert len(rows.segments.example_index) == len(source)
+
+
+def test_bad_images_leave_the_draws_of_the_others_alone():
+    images = [b"junk", *pictures.encoded_images()]
+    packer = packpipe.Packer(seq_len=48, on_error="drop", **DRAWS)
+    rows = packpipe.read_rows(mapped(pictures.dataset_of(images), packer, with_indices=True))
+    index = rows.segments.example_index.tolist()
+    assert sorted(index) == list(range(1, 10))
+    for row, grid in zip(index, rows.segments.grid_hw.tolist(), strict=True):
+        wanted, _, _ = naive.decide(*pictures.SIZES[row - 1], packer.config, 5, 2, row)
+        assert tuple(grid) == wanted
 
 
 def test_a_bad_image_stops_the_map_and_is_named():

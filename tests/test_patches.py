@@ -33,6 +33,26 @@ def test_patches_are_the_naive_ones_byte_by_byte(case):
     assert found.tolist() == naive.patchify(pixels, patch).tolist()
 
 
+@given(GRIDS, st.data())
+@example((2, 3, 2), None)
+@example((1, 1, 1), None)
+def test_the_kept_patches_are_those_of_the_whole_image(case, data):
+    rows, columns, patch = case
+    every = range(rows * columns)
+    kept = list(every)[1::2] if data is None else sorted(data.draw(st.sets(st.sampled_from(every))))
+    pixels = picture(*case)
+    out = np.zeros((len(kept), patch * patch * 3), np.uint8)
+    patchify(pixels, out, np.array(kept, np.int32))
+    assert out.tolist() == naive.patchify(pixels, patch)[kept].tolist()
+
+
+def test_all_patches_kept_are_the_whole_image():
+    pixels = picture(3, 4, 2)
+    out = np.zeros((12, 12), np.uint8)
+    patchify(pixels, out, np.arange(12))
+    assert (out == patches_of(pixels, 3, 4, 2)).all()
+
+
 def test_channel_is_fastest_then_column_then_row():
     pixels = np.arange(2 * 4 * 3, dtype=np.uint8).reshape(2, 4, 3)
     assert patches_of(pixels, 1, 2, 2).tolist() == [
@@ -64,6 +84,13 @@ def test_unpatchify_leaves_black_where_no_patch_is():
 def test_patchify_writes_into_a_slice_and_nothing_else():
     out = np.zeros((6, 12), np.uint8)
     patchify(picture(1, 2, 2), out[2:4])
+    assert (out[2:4] > 0).all()
+    assert out[:2].max() == out[4:].max() == 0
+
+
+def test_kept_patches_are_written_into_a_slice_and_nothing_else():
+    out = np.zeros((6, 12), np.uint8)
+    patchify(picture(2, 2, 2), out[2:4], np.array([1, 2]))
     assert (out[2:4] > 0).all()
     assert out[:2].max() == out[4:].max() == 0
 

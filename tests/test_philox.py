@@ -121,11 +121,125 @@ def test_every_seed_and_epoch_have_an_order_of_their_own(one, other):
     assert first.tolist() != second.tolist()
 
 
-def test_streams_never_share_numbers():
-    streams = [philox.EXAMPLE_ORDER, philox.PACK_ORDER, philox.ROW_ORDER]
-    assert streams == [0, 1, 2]
-    found = [philox.words(seed=0, epoch=0, index=np.arange(50), stream=s) for s in streams]
-    assert len(np.unique(np.concatenate(found))) == 150
+STREAMS = [
+    philox.EXAMPLE_ORDER,
+    philox.PACK_ORDER,
+    philox.ROW_ORDER,
+    philox.MEMBERS,
+    philox.STEP_PACKS,
+    philox.STEP_ORDER,
+    philox.RESOLUTION,
+    philox.DROP_RATE,
+    philox.KEPT_TOKENS,
+]
+
+
+def test_streams_never_share_numbers_and_never_change_theirs():
+    assert STREAMS == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    found = [philox.words(seed=0, epoch=0, index=np.arange(50), stream=s) for s in STREAMS]
+    assert len(np.unique(np.concatenate(found))) == 450
+
+
+SIZES = sorted(
+    {2**power + off for power in range(1, 19) for off in (-1, 0, 1)} | {3 * 2**14, 300_001}
+)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_permutation_of_any_size_is_the_argsort_of_the_words(size):
+    index = np.arange(size) * 3
+    keys = philox.words(seed=size, epoch=1, index=index, stream=0)[:, 0]
+    found = philox.permutation(seed=size, epoch=1, index=index, stream=0)
+    assert (found == np.argsort(keys, kind="stable")).all()
+
+
+def sorted_positions(keys, bits):
+    """What the kernel says of some keys, dealt out to 2**bits buckets first."""
+    keys = np.array(keys, np.uint64)
+    order = np.full(len(keys), -1)
+    sorted_keys = np.zeros(len(keys), np.uint64)
+    spare = np.empty(2**13, np.int64)
+    philox._sort_words(
+        keys,
+        np.zeros(2**bits + 1, np.int64),
+        sorted_keys,
+        np.zeros(2**11 + 1, np.int64),
+        spare,
+        spare.astype(np.uint64),
+        order,
+    )
+    assert (sorted_keys == keys[order]).all()
+    return order.tolist()
+
+
+# Keys that agree in their first bits, in all, or in none.
+CLUSTERS = st.one_of(
+    strategies.WORDS,
+    st.integers(0, 5),
+    st.integers(2**64 - 5, 2**64 - 1),
+    st.integers(2**53 - 3, 2**53 + 3),
+    st.integers(0, 63).map(lambda bit: 2**bit),
+)
+
+
+@given(st.lists(CLUSTERS, max_size=80), st.integers(0, 10))
+@example([2**64 - 1, 0, 2**63, 2**63 - 1], 0)
+@example([1, 0], 10)
+@example([7] * 5 + [2**63] * 5 + [7] * 5, 3)
+def test_equal_and_clustered_keys_are_sorted_too_and_equal_ones_as_they_come(keys, bits):
+    wanted = sorted(range(len(keys)), key=keys.__getitem__)  # sorted() is stable
+    assert sorted_positions(keys, bits) == wanted
+
+
+@pytest.mark.parametrize(
+    "clustered",
+    [
+        np.zeros,  # all alike
+        lambda size: np.arange(size)[::-1] // 3,  # in one bucket, more than fit into the cache
+        lambda size: np.arange(size) % 7 * 2**61,
+        lambda size: np.where(np.arange(size) % 100, 2**63, np.arange(size)),
+        lambda size: np.random.default_rng(1).integers(0, 2**44, size) << 20,
+    ],
+    ids=["equal", "falling", "seven", "one in a hundred", "even"],
+)
+def test_many_clustered_keys_are_sorted_too(clustered):
+    keys = clustered(12_000).astype(np.uint64)
+    assert sorted_positions(keys, 3) == np.argsort(keys, kind="stable").tolist()
+
+
+@st.composite
+def subset_cases(draw):
+    index = draw(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=10))
+    num_items = [draw(st.integers(0, 40)) for _ in index]
+    return index, num_items, [draw(st.integers(0, n)) for n in num_items]
+
+
+@given(strategies.keys(), subset_cases(), strategies.WORDS)
+@example((0, 0), ([1, 2, 3], [5, 0, 9], [5, 0, 0]), 8)
+@example((2**64 - 1, 7), ([2**63 - 1], [7], [6]), 2**64 - 1)
+def test_subsets_are_chosen_by_numpys_words(key, case, stream):
+    index, num_items, num_chosen = case
+    found = philox.subsets(
+        seed=key[0],
+        epoch=key[1],
+        index=np.array(index),
+        stream=stream,
+        num_items=np.array(num_items),
+        num_chosen=np.array(num_chosen),
+    )
+    wanted = [naive.subset(*key, i, stream, n, k) for i, n, k in zip(*case, strict=True)]
+    assert found.dtype == np.int32
+    assert found.tolist() == [item for subset in wanted for item in subset]
+    assert list(map(len, wanted)) == num_chosen
+
+
+@pytest.mark.parametrize("name", ["seed", "epoch"])
+def test_subsets_check_their_key(name):
+    arguments = {"seed": 0, "epoch": 0, name: -1}
+    one = np.ones(1, np.int64)
+    message = f"{name} is -1, expected an integer in 0..{2**64 - 1}; {KEY_REMEDY}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        philox.subsets(**arguments, index=one, stream=8, num_items=one, num_chosen=one)
 
 
 def test_an_empty_index_gives_no_words():

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from packpipe.quarantine import Budget, TooManyRejects
+from packpipe.quarantine import Tolerance, TooManyRejects
 from packpipe.rows import Reject
 
 
@@ -13,7 +13,7 @@ def rejects(*examples: int) -> list[Reject]:
 
 
 def test_a_share_above_the_limit_stops_and_names_the_first_five():
-    budget = Budget(100, 0.05, 100)
+    budget = Tolerance(100, 0.05, 100)
     message = (
         "rejected is 6 of 100 examples (6.00%), expected at most 5.00% (max_bad_fraction); "
         "repair the source or raise it. First: example 1 (empty: error 1); "
@@ -31,14 +31,14 @@ def test_a_share_above_the_limit_stops_and_names_the_first_five():
 )
 def test_a_share_of_exactly_the_limit_passes(num_examples, share):
     num_bad = round(num_examples * share)
-    budget = Budget(num_examples, share, 100)
+    budget = Tolerance(num_examples, share, 100)
     budget.check(rejects(*range(0, 2 * num_bad, 2)))
     with pytest.raises(TooManyRejects):
         budget.check(rejects(*range(0, 2 * num_bad + 2, 2)))
 
 
 def test_neighbours_stop_a_build_of_any_size():
-    budget = Budget(10**9, 0.5, 3)
+    budget = Tolerance(10**9, 0.5, 3)
     budget.check(rejects(4, 5, 7, 8, 10))
     message = (
         "rejected is 3 examples in a row up to example 6, expected fewer than 3 "
@@ -51,23 +51,23 @@ def test_neighbours_stop_a_build_of_any_size():
 
 def test_the_first_examples_count_as_neighbours_too():
     with pytest.raises(TooManyRejects, match=r"^rejected is 2 examples in a row up to example 1,"):
-        Budget(100, 1.0, 2).check(rejects(0, 1))
+        Tolerance(100, 1.0, 2).check(rejects(0, 1))
 
 
 @pytest.mark.parametrize("example", [0, 5])
 def test_a_limit_of_one_stops_at_the_first(example):
     with pytest.raises(TooManyRejects, match=f"^rejected is 1 .* up to example {example},"):
-        Budget(100, 1.0, 1).check(rejects(example))
+        Tolerance(100, 1.0, 1).check(rejects(example))
 
 
 @pytest.mark.parametrize("num_examples", [0, 10])
 def test_no_rejects_are_within_any_budget(num_examples):
-    Budget(num_examples, 0.0, 1).check([])
+    Tolerance(num_examples, 0.0, 1).check([])
 
 
 def test_a_share_of_zero_allows_none():
     with pytest.raises(TooManyRejects, match=re.escape("at most 0.00% (max_bad_fraction)")):
-        Budget(1000, 0.0, 100).check(rejects(5))
+        Tolerance(1000, 0.0, 100).check(rejects(5))
 
 
 CONSECUTIVE = f"expected an integer in 1..{2**63}; 1 stops at the first bad example"
@@ -86,4 +86,4 @@ CONSECUTIVE = f"expected an integer in 1..{2**63}; 1 stops at the first bad exam
 )
 def test_bad_limits_are_named(share, in_a_row, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        Budget(100, share, in_a_row)
+        Tolerance(100, share, in_a_row)

@@ -15,7 +15,7 @@ def blocks(language):
 
 def test_the_ten_lines_of_python_give_a_vector_for_every_image_of_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    code, _ = blocks("python")
+    code, _, _ = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     found = {}
     exec(code, found)  # noqa: S102  what a reader would type
@@ -24,8 +24,18 @@ def test_the_ten_lines_of_python_give_a_vector_for_every_image_of_the_rows(tmp_p
     assert found["packed"].num_rows == 101
 
 
+def test_the_lines_of_python_that_plan_every_epoch_anew(capsys):
+    _, code, _ = blocks("python")
+    found = {}
+    exec(code, found)  # noqa: S102  what a reader would type
+    assert found["loader"].epoch == 0
+    assert found["state"]["finished"]
+    assert found["state"]["packs"] == len(found["packs"].plan(0, 0)) // 4 * 4 > 12
+    assert "Side(pixels=Uniform(low=64, high=256)" in capsys.readouterr().out
+
+
 def test_the_packers_lines_of_python_pack_a_million_lengths():
-    _, code = blocks("python")
+    *_, code = blocks("python")
     found = {}
     exec(code, found)  # noqa: S102  what a reader would type
     counts = np.bincount(found["numbers"])

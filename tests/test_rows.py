@@ -8,7 +8,7 @@ import naive
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from strategies import encode, random_image
@@ -17,7 +17,15 @@ from packpipe.config import PackConfig
 from packpipe.images import BadImage
 from packpipe.patches import unpatchify
 from packpipe.plan import plan_epoch
-from packpipe.rows import Reject, Rows, Segments, fill_rows, planned_segments
+from packpipe.rows import (
+    Reject,
+    Rows,
+    Segments,
+    fill_rows,
+    gathered,
+    planned_segments,
+    spread,
+)
 
 CONFIG = PackConfig(seq_len=24, patch_size=4)
 # Whole patches, so that nothing is resized: what goes in must come out.
@@ -57,14 +65,14 @@ def assert_rows_are_valid(rows: Rows) -> None:
     assert rows.patches.shape == (len(rows), 24, 48)
     assert rows.patches[rows.segment_ids == 0].sum() == 0
     for row, examples_of_row in enumerate(examples):
-        for place, example in enumerate(examples_of_row, start=1):
+        for place, image in enumerate(examples_of_row, start=1):
             tokens = rows.segment_ids[row] == place
-            found = unpatchify(rows.patches[row][tokens], rows.coords[row][tokens], GRIDS[example])
-            assert (found == PIXELS[example]).all()
+            found = unpatchify(rows.patches[row][tokens], rows.coords[row][tokens], GRIDS[image])
+            assert (found == PIXELS[image]).all()
 
 
 def test_rows_hold_every_image_at_its_place():
-    rows, rejected = fill_rows(segments_of(), FILES.__getitem__, CONFIG)
+    rows, rejected = fill_rows(segments_of(), FILES.__getitem__, CONFIG, seed=0, epoch=0)
     assert rejected == []
     assert_rows_are_valid(rows)
     assert sorted(rows.segments.example_index.tolist()) == list(range(10))
@@ -84,11 +92,92 @@ def test_the_drawn_example_of_the_docstring():
         example_index=np.arange(3),
     )
     files = [encode(Image.new("L", size, 9), "PNG") for size in [(2, 2), (1, 1), (3, 1)]]
-    rows, _ = fill_rows(segments, files.__getitem__, config)
+    rows, _ = fill_rows(segments, files.__getitem__, config, seed=0, epoch=0)
     assert rows.segment_ids.tolist() == [[1, 1, 1, 1, 2, 0], [1, 1, 1, 0, 0, 0]]
     assert rows.coords[..., 0].tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]
     assert rows.coords[..., 1].tolist() == [[0, 1, 0, 1, 0, 0], [0, 1, 2, 0, 0, 0]]
     assert rows.patches[..., 0].tolist() == [[9, 9, 9, 9, 9, 0], [9, 9, 9, 0, 0, 0]]
+
+
+DROPPING = PackConfig(seq_len=16, patch_size=4, drop_rate=[0.25, 0.6])
+KEY = 3, 4
+DROPPED = plan_epoch(SIZES, DROPPING, seed=3, epoch=4)
+
+
+def kept_rows(files=FILES, executor=None) -> tuple[Rows, list[Reject]]:
+    segments = planned_segments(DROPPED, range(len(DROPPED)), LABELS)
+    return fill_rows(segments, files.__getitem__, DROPPING, seed=3, epoch=4, executor=executor)
+
+
+def assert_kept_tokens_are_right(rows: Rows) -> None:
+    """Token by token: segment, place in the full grid, and the full image's patch there."""
+    segments = rows.segments
+    examples = by_row(segments, segments.example_index)
+    for row, held in enumerate(examples):
+        ids, coords, patches = [], [], []
+        for number, image in enumerate(held, start=1):
+            height, width = GRIDS[image]
+            keep = int(DROPPED.num_keep[image])
+            tokens = naive.subset(*KEY, image, 8, height * width, keep)
+            ids += [number] * keep
+            coords += [list(divmod(token, width)) for token in tokens]
+            patches += naive.patchify(PIXELS[image], 4)[tokens].tolist()
+        padding = 16 - len(ids)
+        assert rows.segment_ids[row].tolist() == ids + [0] * padding
+        assert rows.coords[row].tolist() == coords + [[0, 0]] * padding
+        assert rows.patches[row].tolist() == patches + [[0] * 48] * padding
+    flat = [image for row in examples for image in row]
+    assert segments.seq_lens.tolist() == DROPPED.num_keep[flat].tolist()
+    assert segments.grid_hw.tolist() == [list(GRIDS[image]) for image in flat]
+    assert segments.labels.to_pylist() == [f"label {image}" for image in flat]
+
+
+def test_rows_hold_the_kept_tokens_only():
+    rows, rejected = kept_rows()
+    assert rejected == []
+    assert_kept_tokens_are_right(rows)
+    assert sorted(rows.segments.example_index.tolist()) == list(range(10))
+    assert rows.segment_ids.max() > 1, "some row must hold several images"
+    tokens = np.array([height * width for height, width in GRIDS])
+    assert (DROPPED.num_keep < tokens).any(), "some image must have lost tokens"
+    assert len({len(row) for row in by_row(rows.segments, rows.segments.seq_lens)}) > 1
+
+
+@given(st.sets(st.integers(0, 9), min_size=1))
+def test_an_image_that_fails_moves_no_kept_token_of_another(failing):
+    whole, _ = kept_rows()
+    files = [file[:-30] if i in failing else file for i, file in enumerate(FILES)]
+    rows, rejected = kept_rows(files)
+    assert {reject.example_index for reject in rejected} == failing
+    assert_kept_tokens_are_right(rows)
+    assert by_row(rows.segments, rows.segments.example_index) == [
+        [example for example in row if example not in failing]
+        for row in by_row(whole.segments, whole.segments.example_index)
+    ]
+
+
+def test_the_bytes_of_kept_tokens_do_not_depend_on_the_executor():
+    rows, _ = kept_rows()
+    with ThreadPoolExecutor(3) as executor:
+        threaded, _ = kept_rows(executor=executor)
+    assert len(rows) > 1
+    for name in ("patches", "segment_ids", "coords"):
+        assert getattr(threaded, name).tobytes() == getattr(rows, name).tobytes()
+
+
+def test_an_image_that_was_fitted_keeps_the_tokens_of_its_new_number():
+    config = PackConfig(seq_len=20, patch_size=4, drop_rate=0.5, fit_last="drop_rate", fit_limit=9)
+    plan = plan_epoch([SIZES[9], SIZES[2]], config, index=[9, 2])
+    (pack,) = plan
+    assert pack.tolist() == [2, 9]
+    assert plan.num_keep.tolist() == [12, 8]  # of 20, not 10, and of 16
+    segments = planned_segments(plan, range(1), None)
+    rows, _ = fill_rows(segments, FILES.__getitem__, config, seed=0, epoch=0)
+    tokens = naive.subset(0, 0, 9, 8, 20, 12)
+    second = rows.segment_ids[0] == 2
+    assert rows.coords[0][second].tolist() == [list(divmod(token, 5)) for token in tokens]
+    patches = naive.patchify(PIXELS[9], 4)[tokens]
+    assert rows.patches[0][second].tolist() == patches.tolist()
 
 
 @given(st.sets(st.integers(0, 9), min_size=1))
@@ -96,7 +185,7 @@ def test_an_image_that_fails_leaves_its_row_valid_and_moves_nobody_else(failing)
     segments = segments_of()
     whole = by_row(segments, segments.example_index)
     files = [file[:-30] if i in failing else file for i, file in enumerate(FILES)]
-    rows, rejected = fill_rows(segments, files.__getitem__, CONFIG)
+    rows, rejected = fill_rows(segments, files.__getitem__, CONFIG, seed=0, epoch=0)
     assert_rows_are_valid(rows)
     assert max(map(len, whole)) > 1
     assert by_row(rows.segments, rows.segments.example_index) == [
@@ -113,7 +202,7 @@ def test_a_reject_says_why():
             raise BadImage("missing", "the image is null")
         return b"" if example == 7 else FILES[example]
 
-    rows, rejected = fill_rows(segments_of(), read_image, CONFIG)
+    rows, rejected = fill_rows(segments_of(), read_image, CONFIG, seed=0, epoch=0)
     assert_rows_are_valid(rows)
     assert sorted(rejected) == [
         Reject(4, "decode", "missing", "BadImage: the image is null"),
@@ -125,9 +214,11 @@ def test_a_reject_says_why():
 def test_the_bytes_do_not_depend_on_the_executor(num_threads):
     segments = segments_of()
     files = [file[:-30] if i == 4 else file for i, file in enumerate(FILES)]
-    rows, rejected = fill_rows(segments, files.__getitem__, CONFIG)
+    rows, rejected = fill_rows(segments, files.__getitem__, CONFIG, seed=0, epoch=0)
     with ThreadPoolExecutor(num_threads) as executor:
-        threaded, also_rejected = fill_rows(segments, files.__getitem__, CONFIG, executor)
+        threaded, also_rejected = fill_rows(
+            segments, files.__getitem__, CONFIG, seed=0, epoch=0, executor=executor
+        )
     assert len(rows) > 1
     assert threaded.patches.tobytes() == rows.patches.tobytes()
     assert threaded.segment_ids.tobytes() == rows.segment_ids.tobytes()
@@ -144,7 +235,7 @@ def test_a_size_that_is_not_the_planned_one_names_the_example_and_both_sizes():
         "plan again, the source has changed"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        fill_rows(segments_of(), files.__getitem__, CONFIG)
+        fill_rows(segments_of(), files.__getitem__, CONFIG, seed=0, epoch=0)
 
 
 def test_images_are_resized_to_their_grid():
@@ -153,14 +244,16 @@ def test_images_are_resized_to_their_grid():
     assert plan.grid_hw.tolist() == [[3, 4]]
     segments = planned_segments(plan, range(1), None)
     file = encode(Image.new("RGB", (70, 50), (1, 2, 3)), "PNG")
-    rows, _ = fill_rows(segments, lambda _: file, config)
+    rows, _ = fill_rows(segments, lambda _: file, config, seed=0, epoch=0)
     assert (rows.patches.reshape(-1, 3) == [1, 2, 3]).all()
     assert rows.segment_ids.tolist() == [[1] * 12]
 
 
 def test_no_rows_at_all():
     plan = plan_epoch([], CONFIG)
-    rows, rejected = fill_rows(planned_segments(plan, range(0), None), FILES.__getitem__, CONFIG)
+    rows, rejected = fill_rows(
+        planned_segments(plan, range(0), None), FILES.__getitem__, CONFIG, seed=0, epoch=0
+    )
     assert len(rows) == 0
     assert rows.patches.shape == (0, 24, 48)
     assert rows.segment_ids.shape == (0, 24)
@@ -182,6 +275,64 @@ def test_planned_segments_of_some_packs_are_a_part_of_all(cut):
     assert [int(part.offsets[0]) for part in parts] == [0, 0]
     labels = [label for part in parts for label in part.labels.to_pylist()]
     assert labels == whole.labels.to_pylist()
+
+
+@given(st.lists(st.integers(0, len(DROPPED) - 1), max_size=8))
+@example([1, 0, 0])
+def test_planned_segments_of_any_packs_are_theirs_in_that_order(packs):
+    found = planned_segments(DROPPED, np.array(packs, np.int64), LABELS)
+    assert by_row(found, found.example_index) == [DROPPED[pack].tolist() for pack in packs]
+    members = [int(i) for pack in packs for i in DROPPED.members(pack)]
+    assert found.seq_lens.tolist() == DROPPED.num_keep[members].tolist()
+    assert found.grid_hw.tolist() == DROPPED.grid_hw[members].tolist()
+    assert found.image_hw.tolist() == DROPPED.image_hw[members].tolist()
+    assert found.labels.to_pylist() == [f"label {i}" for i in found.example_index]
+
+
+def row_of(rows: Rows, number: int) -> list:
+    """All that one row holds."""
+    segments = rows.segments
+    span = slice(*segments.offsets[number : number + 2])
+    names = ("seq_lens", "grid_hw", "image_hw", "example_index")
+    held = [getattr(segments, name)[span].tolist() for name in names]
+    tokens = [getattr(rows, name)[number].tolist() for name in ("patches", "segment_ids", "coords")]
+    return [*held, segments.labels.to_pylist()[span], *tokens]
+
+
+@given(st.lists(st.integers(0, len(DROPPED) - 1), min_size=1, max_size=6))
+@example([1, 0, 0])
+def test_gathered_rows_are_the_ones_asked_for(numbers):
+    rows, _ = kept_rows()
+    found = gathered([rows] * len(numbers), numbers)
+    assert [row_of(found, place) for place in range(len(found))] == [
+        row_of(rows, number) for number in numbers
+    ]
+
+
+def test_gathered_rows_have_memory_of_their_own():
+    rows, _ = kept_rows()
+    found = gathered([rows, rows], [0, 1])
+    before = row_of(found, 0)
+    rows.patches[...] = 0
+    rows.segments.seq_lens[...] = 0
+    assert row_of(found, 0) == before
+
+
+@pytest.mark.parametrize("places", [[0, 2, 5], [1, 3, 4], [2, 3, 4]])
+def test_spread_rows_stand_at_their_places_and_the_others_are_empty(places):
+    rows, _ = kept_rows()
+    assert len(rows) >= 3
+    three = gathered([rows] * 3, [0, 1, 2])
+    found = spread(three, np.array(places), 6)
+    assert len(found) == 6
+    for row in range(6):
+        if row in places:
+            assert row_of(found, row) == row_of(three, places.index(row))
+        else:
+            assert found.segments.offsets[row] == found.segments.offsets[row + 1]
+            assert not found.patches[row].any()
+            assert not found.segment_ids[row].any()
+            assert not found.coords[row].any()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+"""Small sources for loader tests, and digests of batches; as a script, it loads until killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from strategies import encode, random_image
+
+import packpipe
+from packpipe import Beta, EpochPacks, OverTraining, PackedBatch, PackedLoader, Side, Uniform
+
+# What killed processes leave lies in the checkout, too; short, since sockets have short names.
+TEMPORARY = Path(__file__).resolve().parent.parent / ".pytest_tmp_home" / "t"
+
+OPTIONS: dict[str, Any] = {
+    "patch_size": 8,
+    "resolution": Side(Uniform(12, 44)),
+    "drop_rate": OverTraining(Beta(mean=0.3, maximum=0.6), 0.7, 0.5, -0.2),
+    "epochs": 50,
+    "fit_last": "drop_rate",
+    "window": 40,
+    "max_segments": 6,
+}
+
+
+def environment() -> dict[str, str]:
+    """What a subprocess of the tests runs in."""
+    TEMPORARY.mkdir(parents=True, exist_ok=True)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(TEMPORARY)}
+
+
+def source(num_images: int = 270) -> datasets.Dataset:
+    """Labelled images of 8 to 48 pixels a side."""
+    rng = np.random.default_rng(5)
+    sizes = rng.integers(8, 49, (num_images, 2)).tolist()
+    images = [
+        {"bytes": encode(random_image("RGB", height, width, seed), "PNG"), "path": None}
+        for seed, (height, width) in enumerate(sizes)
+    ]
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    return datasets.Dataset.from_dict(
+        {"image": images, "label": rng.integers(0, 9, num_images).tolist()}, features=features
+    )
+
+
+def packs_of(kind: str, folder: Path, *, epochs: int = 50) -> Any:
+    """Packs of that source: ``"stored"``, ``"computed"`` when read, or ``"planned"`` each epoch."""
+    if kind == "planned":
+        return EpochPacks(source(), 24, num_workers=1, **{**OPTIONS, "epochs": epochs})
+    options = {**OPTIONS, "materialize": kind == "stored", "progress": False}
+    return packpipe.pack(source(), 24, output=folder / kind, **options)
+
+
+def digest(batch: PackedBatch) -> str:
+    """A digest of every byte of a batch, and of shapes and dtypes."""
+    found = hashlib.sha256()
+    for name, tensor in vars(batch).items():
+        if tensor is not None:
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def joined(parts: Iterable[PackedBatch]) -> PackedBatch:
+    """The ranks' batches of a step, laid end to end."""
+    columns = [vars(part) for part in parts]
+    return PackedBatch(**{name: torch.cat([c[name] for c in columns]) for name in columns[0]})
+
+
+def steps_of(ranks: list[PackedLoader]) -> list[str]:
+    """The digest of every step of one pass, over all ranks."""
+    return [digest(joined(parts)) for parts in zip(*map(list, ranks), strict=True)]
+
+
+def load_until_killed(arguments: dict[str, Any]) -> None:
+    """Write a line for every batch: its digest and the loader's state after it."""
+    packs = packs_of(arguments["kind"], Path(arguments["folder"]))
+    world_size = arguments["world_size"]
+    loaders = [
+        PackedLoader(
+            packs, 8 // world_size, rank=rank, world_size=world_size, **arguments["options"]
+        )
+        for rank in range(world_size)
+    ]
+    log = Path(arguments["log"])
+    if log.exists():
+        # A line may have been cut short: its batch counts as not taken.
+        lines = log.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        log.write_text("".join(whole))
+        for loader in loaders if whole else []:
+            loader.load_state_dict(json.loads(whole[-1])["state"])
+    with log.open("a") as file:
+        for epoch in range(loaders[0].epoch, arguments["epochs"]):
+            for loader in loaders:
+                loader.set_epoch(epoch)
+            for parts in zip(*loaders, strict=True):
+                line = {"digest": digest(joined(parts)), "state": loaders[0].state_dict()}
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                time.sleep(arguments["pause"])
+
+
+if __name__ == "__main__":
+    load_until_killed(json.loads(sys.argv[1]))
