@@ -7,6 +7,7 @@ imported, since it reads HF_HOME once.
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from hypothesis import settings
@@ -21,6 +22,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLCONFIGDIR", str(HOME / "matplotlib"))
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HOME / "inductor"))
+
+# Worker processes that are killed leave temporary folders; their sockets need short names.
+TEMPORARY = HOME / "t"
+if len(str(TEMPORARY)) < 60:
+    TEMPORARY.mkdir(parents=True, exist_ok=True)
+    os.environ["TMPDIR"] = str(TEMPORARY)
+    tempfile.tempdir = None  # asked for again
 
 set_hypothesis_home_dir(ROOT / ".hypothesis")
 for name, max_examples in (("dev", 50), ("ci", 200), ("nightly", 2000)):
