@@ -37,8 +37,8 @@ from packpipe.plan import plan_epoch
 from packpipe.quality import fill
 from packpipe.quarantine import Tolerance
 from packpipe.rows import Reject, Segments, fill_rows, planned_segments
-from packpipe.sizes import column_sizes, kept_sizes
-from packpipe.source import ImageSource, Sizes, Survey, survey
+from packpipe.sizes import sizes_of
+from packpipe.source import ImageSource, Survey, labels_of, survey
 
 log = logging.getLogger(__name__)
 
@@ -147,24 +147,20 @@ class Build:
     def _features(self) -> Features:
         return packed_features(self.config, self._label, tokens=self.materialize)
 
-    def _labels(self) -> pa.Array | None:
-        if self.label_column is None:
-            return None
-        rows = self.dataset.select_columns([self.label_column]).with_format("arrow")
-        return rows[:].column(0).combine_chunks()  # `take` searches every chunk of a column
-
-    def _sizes(self, executor: Executor | None) -> Sizes:
-        if self.size_columns is not None:
-            return column_sizes(self.dataset, self.size_columns, max_pixels=self.config.max_pixels)
-        return kept_sizes(self._source, max_pixels=self.config.max_pixels, executor=executor)
-
     def _write(self, folder: Path, num_workers: int, tolerance: Tolerance, progress: bool) -> None:
-        labels = self._labels()
+        labels = labels_of(self.dataset, self.label_column)
         # One worker needs no thread: this one probes and fills.
         threads = nullcontext() if num_workers == 1 else ThreadPoolExecutor(num_workers)
         bar = datasets.utils.tqdm(desc="Packing", unit=" images", disable=not progress)
         with threads as executor, bar:
-            found = survey(self._sizes(executor), labels, self._label)
+            sizes = sizes_of(
+                self.dataset,
+                self._source,
+                self.size_columns,
+                max_pixels=self.config.max_pixels,
+                executor=executor,
+            )
+            found = survey(sizes, labels, self._label)
             tolerance.check(found.rejects)
             bar.reset(len(found.index))
             plan = plan_epoch(

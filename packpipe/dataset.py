@@ -10,7 +10,7 @@ from datasets import Dataset
 from packpipe import checks
 from packpipe.build import MANIFEST, REJECTS, Build, read_manifest, read_rejects
 from packpipe.config import PackOptions, config_from
-from packpipe.quarantine import ON_ERROR, tolerance_of
+from packpipe.quarantine import tolerance_of
 from packpipe.sizes import checked_columns
 from packpipe.source import image_column_of, label_column_of
 
@@ -82,10 +82,10 @@ def pack(
     config = config_from(seq_len, dict(options))
     seed, epoch = checks.seed_and_epoch(seed, epoch)
     num_workers = checks.whole_number("num_workers", num_workers, 1, 1024, "use 1 thread or more")
-    checks.choice("on_error", on_error, ON_ERROR, "choose what a bad image does")
     if not isinstance(dataset, Dataset):
         name, remedy = type(dataset).__name__, "pass one split, such as dataset['train']"
         raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
+    tolerance = tolerance_of(len(dataset), on_error, max_bad_fraction, max_consecutive_bad)
     materialize = checks.boolean("materialize", materialize)
     image_column = image_column_of(dataset.features, image_column)
     label_column = label_column_of(dataset.features, label_column)
@@ -101,7 +101,6 @@ def pack(
         epoch=epoch,
         materialize=materialize,
     )
-    tolerance = tolerance_of(len(dataset), on_error, max_bad_fraction, max_consecutive_bad)
     target = build.cache_folder() if output is None else Path(output).absolute()
     if build.is_at(target):
         tolerance.check(read_rejects(target))

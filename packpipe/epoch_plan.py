@@ -24,7 +24,7 @@ from packpipe.config import PackConfig
 from packpipe.decisions import decide
 from packpipe.explanation import Explanation
 from packpipe.limits import Limits
-from packpipe.quality import Quality
+from packpipe.quality import Quality, attention_work
 
 _VERSION = 1  # of the saved file and of the fingerprint
 # The arrays of a plan: dtype, and what else an entry has besides its place.
@@ -133,9 +133,7 @@ class EpochPlan:
     @property
     def attention_work(self) -> NDArray[np.int64]:
         """int64[packs], Σ l² of each pack: what attention costs; see `balance_steps`."""
-        lengths = self.num_keep[self.order].astype(np.int64)
-        ends = np.concatenate([[0], np.cumsum(lengths * lengths)])
-        return np.diff(ends[self.offsets])
+        return attention_work(self.num_keep[self.order], self.offsets)
 
     def pack_of(self, example: int) -> int:
         """Return the pack that holds an example, given by its row in the source.

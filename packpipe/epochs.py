@@ -14,7 +14,6 @@ from threading import Lock
 from typing import Any, Unpack
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
@@ -24,8 +23,8 @@ from packpipe.epoch_plan import EpochPlan
 from packpipe.plan import plan_epoch
 from packpipe.quarantine import Undecodable, tolerance_of
 from packpipe.rows import Reject, Rows, fill_rows, planned_segments
-from packpipe.sizes import column_sizes, kept_sizes
-from packpipe.source import ImageSource, image_column_of, label_column_of, survey
+from packpipe.sizes import sizes_of
+from packpipe.source import ImageSource, image_column_of, label_column_of, labels_of, survey
 
 _PLANS_KEPT = 2  # the epoch under way, and one that a state is checked against
 
@@ -84,19 +83,16 @@ class EpochPacks:
         image_column = image_column_of(dataset.features, image_column)
         label_column = label_column_of(dataset.features, label_column)
         self._source = ImageSource(dataset.select_columns([image_column]).with_format("arrow"))
-        self._labels: pa.Array | None = None
-        label = None
-        if label_column is not None:
-            label = dataset.features[label_column]
-            rows = dataset.select_columns([label_column]).with_format("arrow")
-            self._labels = rows[:].column(0).combine_chunks()
-        if size_columns is not None:
-            sizes = column_sizes(dataset, size_columns, max_pixels=self.config.max_pixels)
-        else:
-            with ThreadPoolExecutor(num_workers or os.cpu_count()) as executor:
-                sizes = kept_sizes(
-                    self._source, max_pixels=self.config.max_pixels, executor=executor
-                )
+        self._labels = labels_of(dataset, label_column)
+        label = None if label_column is None else dataset.features[label_column]
+        with ThreadPoolExecutor(num_workers or os.cpu_count()) as executor:
+            sizes = sizes_of(
+                dataset,
+                self._source,
+                size_columns,
+                max_pixels=self.config.max_pixels,
+                executor=executor,
+            )
         found = survey(sizes, self._labels, label)
         self._tolerance.check(found.rejects)
         self.rejects: list[Reject] = found.rejects

@@ -33,9 +33,8 @@ class PackedLoader:
 
     Each pass goes through one epoch; the pass after it through the next one. A pass that is broken
     off begins again from the start of its epoch: call `set_epoch` to go on to another. The batches
-    depend on the
-    packs, seed, epoch and the global batch, batch_size · world_size; never on workers, and laid
-    end to end over the ranks they are the same for any world size.
+    depend on the packs, seed, epoch and the global batch, batch_size · world_size; never on
+    workers, and laid end to end over the ranks they are the same for any world size.
 
     ``state_dict`` after a batch and ``load_state_dict`` in a new process continue with the batch
     after it. Every rank has the same state.

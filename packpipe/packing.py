@@ -20,7 +20,7 @@ from packpipe import arrival, checks, expansion, histogram, picture, strategies,
 from packpipe import lengths as fronts
 from packpipe.histogram import HistogramPlan
 from packpipe.limits import Limits
-from packpipe.quality import Quality
+from packpipe.quality import Quality, attention_work
 
 ARRIVAL_STRATEGIES = ("next_fit", "first_fit", "best_fit")
 STRATEGIES = (*strategies.STRATEGIES, *ARRIVAL_STRATEGIES)
@@ -124,12 +124,13 @@ class Packs:
     @property
     def tokens_per_pack(self) -> NDArray[np.int64]:
         """int64[packs], tokens in each pack, padding not counted."""
-        return self._sums(self.lengths)
+        ends = np.concatenate([[0], np.cumsum(self.lengths[self.order], dtype=np.int64)])
+        return np.diff(ends[self.offsets])
 
     @property
     def attention_work(self) -> NDArray[np.int64]:
         """int64[packs], Σ l² of each pack: what attention within segments costs."""
-        return self._sums(self.lengths.astype(np.int64) ** 2)
+        return attention_work(self.lengths[self.order], self.offsets)
 
     @property
     def harmonic_fill(self) -> float | None:
@@ -162,10 +163,6 @@ class Packs:
         counts = fronts.count(self.chunks, self.seq_len, self.limits.longest)
         order, offsets = self.plan.place(self.chunks, counts, seed=seed, epoch=epoch)
         return Packs(order, offsets, self.limits, self.plan, chunks=self.chunks)
-
-    def _sums(self, values: NDArray[Any]) -> NDArray[np.int64]:
-        ends = np.concatenate([[0], np.cumsum(values[self.order], dtype=np.int64)])
-        return np.diff(ends[self.offsets])
 
     def __repr__(self) -> str:
         return (

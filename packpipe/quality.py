@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 def fill(num_tokens: int, num_packs: int, seq_len: int) -> float:
     """Return real tokens ÷ slots; 1.0 when there are no packs."""
     return num_tokens / (num_packs * seq_len) if num_packs else 1.0
+
+
+def attention_work(
+    seq_lens: NDArray[np.integer], offsets: NDArray[np.integer]
+) -> NDArray[np.int64]:
+    """Return int64[packs], Σ l² over the segments of each: what attention within them costs.
+
+    Args:
+        seq_lens: int[segments], tokens, pack by pack.
+        offsets: int[packs + 1], where the packs begin among them.
+    """
+    ends = np.concatenate([[0], np.cumsum(seq_lens.astype(np.int64) ** 2)])
+    work: NDArray[np.int64] = np.diff(ends[offsets])
+    return work
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,28 @@ _SCHEMA = pa.schema(
 )
 
 
+def sizes_of(
+    dataset: Dataset,
+    source: ImageSource,
+    size_columns: tuple[str, str] | None,
+    *,
+    max_pixels: int,
+    executor: Executor | None = None,
+) -> Sizes:
+    """Return the sizes of a dataset's images: from two columns, or else from their headers, kept.
+
+    Args:
+        dataset: the source.
+        source: its images.
+        size_columns: as for `column_sizes`, or None.
+        max_pixels: larger images are rejected.
+        executor: runs the probes; None runs them here.
+    """
+    if size_columns is not None:
+        return column_sizes(dataset, size_columns, max_pixels=max_pixels)
+    return kept_sizes(source, max_pixels=max_pixels, executor=executor)
+
+
 def kept_sizes(source: ImageSource, *, max_pixels: int, executor: Executor | None = None) -> Sizes:
     """Return the sizes of a source, from the file they are kept in if it is there.
 

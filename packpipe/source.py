@@ -159,6 +159,14 @@ class Sizes:
     rejects: list[Reject]
 
 
+def labels_of(dataset: Any, label_column: str | None) -> pa.Array | None:
+    """Return the labels of a dataset as one array, or None without a label column."""
+    if label_column is None:
+        return None
+    rows = dataset.select_columns([label_column]).with_format("arrow")
+    return rows[:].column(0).combine_chunks()  # `take` searches every chunk of a column
+
+
 def probe_sizes(
     read_image: Callable[[int], Encoded],
     num_examples: int,

@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe import philox, schema
+from packpipe.quality import attention_work
 from packpipe.rows import Rows, Segments, gathered
 from packpipe.table import read_rows
 
@@ -123,11 +124,8 @@ class StoredPacks:
 
     @cached_property
     def _work(self) -> NDArray[np.int64]:
-        parts = [np.empty(0, np.int64)]
-        for segments in self._segments:
-            ends = np.concatenate([[0], np.cumsum(segments.seq_lens.astype(np.int64) ** 2)])
-            parts.append(np.diff(ends[segments.offsets]))
-        return np.concatenate(parts)
+        parts = [attention_work(some.seq_lens, some.offsets) for some in self._segments]
+        return np.concatenate([np.empty(0, np.int64), *parts])
 
     @cached_property
     def _digest(self) -> str:

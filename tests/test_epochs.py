@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image as PillowImage
 
 from packpipe import epochs
+from packpipe import sizes as sizes_module
 from packpipe.config import PackConfig
 from packpipe.distributions import Uniform
 from packpipe.epochs import EpochPacks
@@ -343,7 +344,7 @@ def test_sizes_from_columns_are_not_probed(source, monkeypatch):
     heights, widths = zip(*(SIZES * 3), strict=True)
     sized = source.add_column("h", list(heights)).add_column("w", list(widths))
     probed = all_rows(EpochPacks(sized, 32), 1, 1)
-    monkeypatch.setattr(epochs, "kept_sizes", no_sizes)
+    monkeypatch.setattr(sizes_module, "kept_sizes", no_sizes)
     packs = EpochPacks(sized, 32, size_columns=("h", "w"))
     assert len(probed) > 1
     assert pictures.row_bytes(all_rows(packs, 1, 1)) == pictures.row_bytes(probed)
