@@ -31,7 +31,7 @@ import torch
 
 import packpipe
 from packpipe import Beta, PackConfig, PackedLoader, Side, Uniform, plan_epoch, samples
-from packpipe.images import decode
+from packpipe.images import decode, pixel_rules
 from packpipe.patches import patchify
 from packpipe.rows import planned_segments
 from packpipe.source import ImageSource, probe_sizes
@@ -235,8 +235,7 @@ def live(name: str, dataset: datasets.Dataset) -> Iterator[list[str]]:
                 encoded[at],
                 image_hw=(height, width),
                 target_hw=(rows * 16, columns * 16),
-                background=(255, 255, 255),
-                max_pixels=packs.config.max_pixels,
+                rules=pixel_rules(packs.config),
             )
             patchify(pixels, out[: rows * columns])
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from packpipe.seq_lens import suggest_seq_len as suggest_seq_len
     from packpipe.streams import PackedStream as PackedStream
     from packpipe.table import read_rows as read_rows
+    from packpipe.verification import verify as verify
 
 # Public name: the module that defines it.
 _HOMES = {
@@ -78,6 +79,7 @@ _HOMES = {
     "read_rows": "table",
     "rejects": "dataset",
     "suggest_seq_len": "seq_lens",
+    "verify": "verification",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -1,8 +1,7 @@
 """A build: the folder of a packed dataset, its contents and its manifest (floor 2).
 
-Probes every header, plans once, then lets threads fill the planned rows: the codecs release
-the interpreter lock, and the plan, not the workers, decides what a row holds. A build happens
-in a hidden folder beside its target and is renamed into place when it is whole.
+Probes every header, plans once, then has the planned rows filled (`ahead`) and written shard by
+shard (`shards`): the plan, not the workers, decides what a row holds.
 """
 
 from __future__ import annotations
@@ -10,16 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import datasets
 import PIL
@@ -28,7 +26,8 @@ from datasets import Dataset, DatasetInfo, Features
 from PIL import features as codecs
 
 import packpipe
-from packpipe import checks, schema, table
+from packpipe import schema, table
+from packpipe.ahead import filled_ahead
 from packpipe.config import PackConfig
 from packpipe.epoch_plan import EpochPlan
 from packpipe.features import packed_features
@@ -36,15 +35,26 @@ from packpipe.lazy import LazyRows
 from packpipe.plan import plan_epoch
 from packpipe.quality import fill
 from packpipe.quarantine import Tolerance
-from packpipe.rows import Reject, Segments, fill_rows, planned_segments
+from packpipe.rows import Reject, planned_segments
+from packpipe.shards import (
+    REJECTS,
+    Shards,
+    alone_in,
+    check_space,
+    clear_if_bare,
+    in_bytes,
+    is_complete,
+    naming_full_disks,
+    read_manifest,
+)
 from packpipe.sizes import sizes_of
 from packpipe.source import ImageSource, Survey, labels_of, survey
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-REJECTS = "rejects.arrow"
-_CODECS = ("jpg", "libjpeg_turbo", "webp", "zlib", "libtiff", "jpg_2000", "avif")
+_CODECS = ("jpg", "libjpeg_turbo", "webp", "zlib", "zlib_ng", "libtiff", "jpg_2000", "avif")
+# A shard's rows, and what a batch of them brought: rejects, and how many images it took.
+_Batch = tuple[pa.Table, list[Reject], int]
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class Build:
         dataset: the source.
         image_column, label_column: its columns; no label column is None.
         size_columns: its columns of heights and widths; None reads headers.
+        image_root: folder that paths are confined to, or None.
         config, seed, epoch: what the plan is made from.
         materialize: whether pixels are stored, or computed when read.
     """
@@ -63,6 +74,7 @@ class Build:
     image_column: str
     label_column: str | None
     size_columns: tuple[str, str] | None
+    image_root: str | None
     config: PackConfig
     seed: int
     epoch: int
@@ -81,6 +93,7 @@ class Build:
             "image_column": self.image_column,
             "label_column": self.label_column,
             "size_columns": None if self.size_columns is None else list(self.size_columns),
+            "image_root": self.image_root,
             "config": self.config.to_dict(),
             "seed": self.seed,
             "epoch": self.epoch,
@@ -93,33 +106,41 @@ class Build:
 
     def is_at(self, folder: Path) -> bool:
         """Return whether this build is complete in folder; refuse a folder of anything else."""
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            return False
-        remedy = "choose another output, or remove it"
-        if not (folder / MANIFEST).is_file():
-            raise FileExistsError(
-                checks.sentence("output", str(folder), "an absent or empty folder", remedy)
-            )
-        found = read_manifest(folder)
-        differing = [name for name, value in self.record.items() if found.get(name) != value]
-        if differing:
-            expected = f"rows made with the same {', '.join(differing)}"
-            raise FileExistsError(checks.sentence("output", str(folder), expected, remedy))
-        return True
+        return is_complete(folder, self.record)
 
-    def make(self, target: Path, num_workers: int, tolerance: Tolerance, progress: bool) -> None:
-        """Write the folder under a temporary name, then rename it to target."""
-        partial = target.with_name(f".{target.name}.{uuid4().hex}.partial")
-        partial.mkdir(parents=True)
+    def make(
+        self,
+        folder: Path,
+        *,
+        num_workers: int,
+        image_seconds: float,
+        tolerance: Tolerance,
+        progress: bool,
+        wait: bool,
+    ) -> None:
+        """Write the folder, or what is missing of it.
+
+        Args:
+            folder: where.
+            num_workers: as for `pack`.
+            image_seconds: likewise.
+            progress: likewise.
+            tolerance: how many rejects there may be.
+            wait: whether to wait for another process that writes it, or to refuse.
+        """
+        existed = folder.exists()
         try:
-            self._write(partial, num_workers, tolerance, progress)
-            try:
-                partial.rename(target)
-            except OSError:
-                if not self.is_at(target):  # another process may have been first
+            with alone_in(folder, wait=wait):
+                if self.is_at(folder):  # another process was first
+                    return
+                try:
+                    self._write(folder, num_workers, image_seconds, tolerance, progress)
+                except BaseException:
+                    clear_if_bare(folder)
                     raise
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not existed and folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def open(self, folder: Path, on_error: str) -> Dataset:
         """Return the dataset a complete folder holds; on_error is for rows computed when read."""
@@ -135,9 +156,10 @@ class Build:
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()
 
-    @property
+    @cached_property
     def _source(self) -> ImageSource:
-        return ImageSource(self.dataset.select_columns([self.image_column]).with_format("arrow"))
+        rows = self.dataset.select_columns([self.image_column]).with_format("arrow")
+        return ImageSource(rows, self.image_root)
 
     @property
     def _label(self) -> Any:
@@ -147,12 +169,16 @@ class Build:
     def _features(self) -> Features:
         return packed_features(self.config, self._label, tokens=self.materialize)
 
-    def _write(self, folder: Path, num_workers: int, tolerance: Tolerance, progress: bool) -> None:
+    def _write(
+        self,
+        folder: Path,
+        num_workers: int,
+        image_seconds: float,
+        tolerance: Tolerance,
+        progress: bool,
+    ) -> None:
         labels = labels_of(self.dataset, self.label_column)
-        # One worker needs no thread: this one probes and fills.
-        threads = nullcontext() if num_workers == 1 else ThreadPoolExecutor(num_workers)
-        bar = datasets.utils.tqdm(desc="Packing", unit=" images", disable=not progress)
-        with threads as executor, bar:
+        with ThreadPoolExecutor(max(1, num_workers)) as executor:
             sizes = sizes_of(
                 self.dataset,
                 self._source,
@@ -160,77 +186,114 @@ class Build:
                 max_pixels=self.config.max_pixels,
                 executor=executor,
             )
-            found = survey(sizes, labels, self._label)
-            tolerance.check(found.rejects)
-            bar.reset(len(found.index))
-            plan = plan_epoch(
-                found.image_hw, self.config, seed=self.seed, epoch=self.epoch, index=found.index
-            )
-
-            def tables(packs: range) -> Iterator[pa.Table]:
-                for some in _cut(packs, table.BATCH_BYTES // self.config.row_bytes):
-                    segments = planned_segments(plan, some, labels)
-                    yield self._stored(segments, executor, found.rejects, tolerance)
-                    bar.update(len(segments.seq_lens))
-
-            files = {}
-            # At least one file, so that an empty dataset has its columns too.
-            per_file = table.FILE_BYTES // self.config.row_bytes
-            for number, packs in enumerate(_cut(range(len(plan)), per_file) or [range(0)]):
-                name = f"data-{number:05d}.arrow"
-                stored = self._features.arrow_schema
-                files[name] = table.write_table(folder / name, stored, tables(packs))
-        self._write_sidecars(folder, plan, found, files)
-
-    def _stored(
-        self,
-        segments: Segments,
-        executor: Executor | None,
-        rejects: list[Reject],
-        tolerance: Tolerance,
-    ) -> pa.Table:
-        """Return the stored columns of some rows; adds what could not be decoded to the rejects."""
-        stored = self._features.arrow_schema
-        if not self.materialize:
-            return schema.segments_table(segments, stored)
-        rows, undecodable = fill_rows(
-            segments,
-            self._source,
-            self.config,
-            seed=self.seed,
-            epoch=self.epoch,
-            executor=executor,
+        found = survey(sizes, labels, self._label)
+        tolerance.check(found.rejects)
+        plan = plan_epoch(
+            found.image_hw, self.config, seed=self.seed, epoch=self.epoch, index=found.index
         )
-        if undecodable:
-            rejects.extend(undecodable)
-            tolerance.check(rejects)
-        return schema.rows_table(rows, stored)
+        # At least one shard, so that an empty dataset has its columns too.
+        per_shard = max(1, table.FILE_BYTES // self.config.row_bytes)
+        packs = _cut(range(len(plan)), per_shard) or [range(0)]
+        shards = Shards(folder, self.record, [len(some) for some in packs])
+        missing = {number: packs[number] for number in shards.missing}
+        rejects = found.rejects + shards.rejects
 
-    def _write_sidecars(
-        self, folder: Path, plan: EpochPlan, found: Survey, files: dict[str, Any]
-    ) -> None:
-        if found.rejects:
+        size = self._stored_bytes(plan, missing)
+        what = f"{len(found.index):,} images in {len(plan):,} rows"
+        check_space(folder, size, what)
+        bar = datasets.utils.tqdm(
+            desc=f"Packing {what}, {in_bytes(size)}",
+            total=_num_images(plan, missing),
+            unit=" images",
+            disable=not progress,
+        )
+
+        def account(batches: Iterator[_Batch], failed: list[Reject]) -> Iterator[pa.Table]:
+            for rows, undecodable, num_images in batches:
+                failed.extend(undecodable)
+                rejects.extend(undecodable)
+                tolerance.check(rejects)
+                bar.set_postfix(rejects=len(rejects), refresh=False)
+                bar.update(num_images)
+                yield rows
+
+        with bar, naming_full_disks(folder):
+            per_batch = max(1, table.BATCH_BYTES // self.config.row_bytes)
+            batches = {number: _cut(some, per_batch) for number, some in missing.items()}
+            every = list(chain(*batches.values()))
+            with closing(self._batches(plan, every, labels, num_workers, image_seconds)) as filled:
+                self._write_shards(shards, batches, filled, account)
+            found = replace(found, rejects=sorted(rejects))
+            self._write_sidecars(folder, plan, found, shards)
+        if rejects:
             log.warning(
                 "%d of %d examples rejected; packpipe.rejects(packed) says which and why",
-                len(found.rejects),
+                len(rejects),
                 len(self.dataset),
             )
+
+    def _batches(
+        self,
+        plan: EpochPlan,
+        batches: list[range],
+        labels: pa.Array | None,
+        num_workers: int,
+        image_seconds: float,
+    ) -> Generator[_Batch, None, None]:
+        """Yield the stored columns of some batches of packs, in order."""
+        stored = self._features.arrow_schema
+        if not self.materialize:
+            for packs in batches:
+                segments = planned_segments(plan, packs, labels)
+                yield schema.segments_table(segments, stored), [], len(segments.seq_lens)
+            return
+        filled = filled_ahead(
+            plan, batches, labels, self._source, num_workers=num_workers, seconds=image_seconds
+        )
+        with closing(filled):
+            for rows, failed in filled:
+                num_images = len(rows.segments.seq_lens) + len(failed)
+                yield schema.rows_table(rows, stored), failed, num_images
+
+    def _write_shards(
+        self,
+        shards: Shards,
+        batches: dict[int, list[range]],
+        filled: Iterator[_Batch],
+        account: Callable[[Iterator[_Batch], list[Reject]], Iterator[pa.Table]],
+    ) -> None:
+        """Write shards from the batches that fill them; one is synced while the next is written."""
+        stored = self._features.arrow_schema
+        committed: Future[None] | None = None
+        with ThreadPoolExecutor(1) as committing:
+            for number, some in batches.items():
+                failed: list[Reject] = []
+                tables = account(islice(filled, len(some)), failed)
+                written = table.write_stream(shards.path(number), stored, tables)
+                if committed is not None:
+                    committed.result()
+                committed = committing.submit(shards.commit, number, written, failed)
+            if committed is not None:
+                committed.result()
+
+    def _write_sidecars(self, folder: Path, plan: EpochPlan, found: Survey, shards: Shards) -> None:
         # `datasets.load_from_disk` opens the folder by these two.
         DatasetInfo(features=self._features).write_to_directory(str(folder))
-        table.write_json(folder / "state.json", _state(list(files), self._digest()[:16]))
-        rejects = schema.rejects_table(found.rejects)
-        files[REJECTS] = table.write_table(folder / REJECTS, schema.REJECTS, [rejects])
+        table.write_json(folder / "state.json", _state(shards.names, self._digest()[:16]))
+        rejects = table.write_table(
+            folder / REJECTS, schema.REJECTS, [schema.rejects_table(found.rejects)]
+        )
         counts = _counts(plan, found, len(self.dataset))
         share = fill(counts["tokens"], len(plan), self.config.seq_len)
-        table.write_json(
-            folder / MANIFEST, {**self.record, "counts": counts, "fill": share, "files": files}
-        )
+        shards.finish(rejects, counts=counts, fill=share)
 
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a complete folder."""
-    found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return found
+    def _stored_bytes(self, plan: EpochPlan, missing: dict[int, range]) -> int:
+        """Return about how many bytes some packs take on the disk."""
+        # Five lists of one offset each; lengths, grid, size, index and (a guess) label.
+        row, segment = 5 * 4, 4 + 4 + 8 + 8 + 8
+        if self.materialize:
+            row += self.config.row_bytes + self.config.seq_len * 8
+        return row * sum(map(len, missing.values())) + segment * _num_images(plan, missing)
 
 
 def read_rejects(folder: Path) -> list[Reject]:
@@ -240,9 +303,13 @@ def read_rejects(folder: Path) -> list[Reject]:
 
 
 def _cut(packs: range, step: int) -> list[range]:
-    """Return consecutive ranges of step packs, at least one each; none if there are no packs."""
-    step = max(1, step)
+    """Return consecutive ranges of step packs; none if there are no packs."""
     return [packs[start : start + step] for start in range(0, len(packs), step)]
+
+
+def _num_images(plan: EpochPlan, packs: dict[int, range]) -> int:
+    """Return how many images are in some packs."""
+    return sum(int(plan.offsets[some.stop] - plan.offsets[some.start]) for some in packs.values())
 
 
 def _counts(plan: EpochPlan, found: Survey, num_examples: int) -> dict[str, Any]:

@@ -46,6 +46,14 @@ def real_number(name: str, value: Any, remedy: str) -> float:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
+def positive_number(name: str, value: Any, remedy: str) -> float:
+    """Return value as an int or a float above 0."""
+    number = real_number(name, value, remedy)
+    if number <= 0:
+        raise ValueError(sentence(name, value, "a number above 0", remedy))
+    return number
+
+
 def real_attributes(values: Any, *names: str) -> None:
     """Make attributes of a frozen value ints or floats, or refuse them."""
     for name in names:

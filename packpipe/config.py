@@ -19,6 +19,7 @@ PLAN_STRATEGIES = tuple(name for name in STRATEGIES if name not in ("optimal", "
 MAX_IMAGE_SEQ_LEN = 2**15 - 1
 # The limit above which Pillow refuses to open an image.
 MAX_PIXELS = 178_956_970
+FILTERS = ("bicubic", "lanczos", "hamming", "bilinear", "box", "nearest")
 FIT_LAST = ("drop_rate", "resolution")
 _LAWS = {
     law.__name__: law for law in (*DISTRIBUTIONS, Side, Area, Budget, ByResolution, OverTraining)
@@ -40,6 +41,9 @@ class PackOptions(TypedDict, total=False):
     strategy: str
     window: int
     background: tuple[int, int, int]
+    reducing_gap: float | None
+    downscale_filter: str
+    upscale_filter: str
     max_pixels: int
 
 
@@ -68,6 +72,12 @@ class PackConfig:
         window: most examples planned together, in seeded order; a larger one pads less. What
             changes over the training changes from window to window: within one, packs are shuffled.
         background: (red, green, blue) in 0..255 that transparent pixels are laid on.
+        reducing_gap: a JPEG is decoded at a fraction of its size, and any image averaged down by
+            whole factors, while it stays this many times as large as planned, 1.0 or more; then
+            comes the resize. Pillow's word, from ``Image.thumbnail``. None resizes in one step.
+        downscale_filter: resampling along an axis that shrinks: "bicubic", "lanczos", "hamming",
+            "bilinear" or "box", all antialiased, or "nearest".
+        upscale_filter: along an axis that grows.
         max_pixels: an image with more pixels is rejected before anything is allocated.
 
     Raises:
@@ -87,6 +97,9 @@ class PackConfig:
     strategy: str = "balanced"
     window: int = 65536
     background: tuple[int, int, int] = (255, 255, 255)
+    reducing_gap: float | None = 1.0
+    downscale_filter: str = "bicubic"
+    upscale_filter: str = "bicubic"
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
@@ -117,6 +130,14 @@ class PackConfig:
         resolution.checked(self.resolution)
         checks.choice("strategy", self.strategy, PLAN_STRATEGIES, "choose a packing rule")
         object.__setattr__(self, "background", _checked_colour(self.background))
+        if self.reducing_gap is not None:
+            remedy = "None decodes in full and resizes in one step"
+            gap = checks.real_number("reducing_gap", self.reducing_gap, remedy)
+            if gap < 1:
+                raise ValueError(checks.sentence("reducing_gap", gap, "1.0 or more", remedy))
+            object.__setattr__(self, "reducing_gap", float(gap))
+        for name in ("downscale_filter", "upscale_filter"):
+            checks.choice(name, getattr(self, name), FILTERS, "choose a resampling filter")
 
     @property
     def drops(self) -> bool:
@@ -190,11 +211,7 @@ def _restored(value: Any) -> Any:
 def _positive(name: str, value: Any) -> float | None:
     if value is None and name != "fit_limit":
         return None
-    remedy = "1.0 is the size, or the share, itself"
-    number = checks.real_number(name, value, remedy)
-    if number <= 0:
-        raise ValueError(checks.sentence(name, value, "a number above 0", remedy))
-    return number
+    return checks.positive_number(name, value, "1.0 is the size, or the share, itself")
 
 
 def _checked_colour(colour: Any) -> tuple[int, int, int]:

@@ -8,11 +8,12 @@ from typing import Any, Unpack
 from datasets import Dataset
 
 from packpipe import checks
-from packpipe.build import MANIFEST, REJECTS, Build, read_manifest, read_rejects
+from packpipe.build import Build, read_rejects
 from packpipe.config import PackOptions, config_from
 from packpipe.quarantine import tolerance_of
+from packpipe.shards import MANIFEST, REJECTS, read_manifest
 from packpipe.sizes import checked_columns
-from packpipe.source import image_column_of, label_column_of
+from packpipe.source import checked_root, image_column_of, label_column_of
 
 
 def pack(
@@ -22,11 +23,13 @@ def pack(
     image_column: str = "auto",
     label_column: str | None = "auto",
     size_columns: tuple[str, str] | None = None,
+    image_root: str | Path | None = None,
     seed: int = 0,
     epoch: int = 0,
     output: str | Path | None = None,
     materialize: bool = True,
     num_workers: int = 1,
+    image_seconds: float = 60.0,
     on_error: str = "quarantine",
     max_bad_fraction: float = 0.01,
     max_consecutive_bad: int = 100,
@@ -47,14 +50,22 @@ def pack(
             there is; None leaves labels out.
         size_columns: names of the columns of upright heights and widths in pixels; None reads
             every header once and keeps the sizes beside the data.
+        image_root: the only folder that paths in the dataset may lead into, for datasets that are
+            not your own; relative ones start there. None follows them all. Only regular files are
+            read in either case.
         seed: which permutation of images and rows.
         epoch: likewise. Rows of a drop rate that changes over the training hold one epoch of it, in
             the order in which they lie.
-        output: folder to write; None is a folder of the `datasets` cache.
+        output: folder to write; None is a folder of the `datasets` cache. It is written shard by
+            shard, each of them whole or not at all; a build that was stopped, however, continues
+            when called again, to the same bytes. One process at a time writes a folder.
         materialize: False writes the plan only and computes the same rows, byte for byte, each
             time they are read, from the images in ``dataset``. An image whose header is sound but
             whose pixels are not is then found when read, not listed in `rejects`.
-        num_workers: threads that decode.
+        num_workers: processes that decode; 0 decodes in this one, where neither a codec that
+            hangs nor one that crashes can be stopped.
+        image_seconds: processor time that decoding an image may take in such a process; one
+            that takes longer is rejected.
         on_error: ``"quarantine"`` lists a bad image in `rejects`; ``"raise"`` allows none.
         max_bad_fraction: a larger share of rejects stops the build.
         max_consecutive_bad: as many rejects in a row stop the build.
@@ -62,7 +73,7 @@ def pack(
         **options: the options of `PackConfig`: ``patch_size``, ``resolution``,
             ``max_tokens``, ``max_upscale``, ``drop_rate``, ``epochs``, ``fit_last``,
             ``fit_limit``, ``max_segments``, ``strategy``, ``window``, ``background``,
-            ``max_pixels``.
+            ``reducing_gap``, ``downscale_filter``, ``upscale_filter``, ``max_pixels``.
 
     Returns:
         Dataset: one row a pack, columns as in `packpipe.schema`; a dataset of
@@ -75,13 +86,17 @@ def pack(
         ValueError: an argument or column is wrong; a bad image with ``on_error="raise"``; an
             image whose size changed while it was packed.
         TooManyRejects: a ValueError; too many images are bad. Names the first ones.
-        FileExistsError: output holds something else.
+        FileExistsError: output holds something else, or another process is writing it.
+        OSError: the rows do not fit on the disk: told before any is written, as far as the plan
+            knows. What is committed stays.
 
     Source: NaViT 2.2, A.3.
     """
     config = config_from(seq_len, dict(options))
     seed, epoch = checks.seed_and_epoch(seed, epoch)
-    num_workers = checks.whole_number("num_workers", num_workers, 1, 1024, "use 1 thread or more")
+    remedy = "0 decodes in this process"
+    num_workers = checks.whole_number("num_workers", num_workers, 0, 1024, remedy)
+    image_seconds = checks.positive_number("image_seconds", image_seconds, "60 is usual")
     if not isinstance(dataset, Dataset):
         name, remedy = type(dataset).__name__, "pass one split, such as dataset['train']"
         raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
@@ -96,6 +111,7 @@ def pack(
         image_column=image_column,
         label_column=label_column,
         size_columns=size_columns,
+        image_root=checked_root(image_root),
         config=config,
         seed=seed,
         epoch=epoch,
@@ -105,7 +121,14 @@ def pack(
     if build.is_at(target):
         tolerance.check(read_rejects(target))
     else:
-        build.make(target, num_workers, tolerance, progress)
+        build.make(
+            target,
+            num_workers=num_workers,
+            image_seconds=image_seconds,
+            tolerance=tolerance,
+            progress=progress,
+            wait=output is None,
+        )
     return build.open(target, on_error)
 
 

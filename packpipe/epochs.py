@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Lock
 from typing import Any, Unpack
 
@@ -24,7 +25,14 @@ from packpipe.plan import plan_epoch
 from packpipe.quarantine import Undecodable, tolerance_of
 from packpipe.rows import Reject, Rows, fill_rows, planned_segments
 from packpipe.sizes import sizes_of
-from packpipe.source import ImageSource, image_column_of, label_column_of, labels_of, survey
+from packpipe.source import (
+    ImageSource,
+    checked_root,
+    image_column_of,
+    label_column_of,
+    labels_of,
+    survey,
+)
 
 _PLANS_KEPT = 2  # the epoch under way, and one that a state is checked against
 
@@ -38,6 +46,7 @@ class EpochPacks:
         image_column: as for `pack`.
         label_column: likewise.
         size_columns: likewise.
+        image_root: likewise.
         num_workers: threads that probe headers, once; None is one a processor.
         on_error: ``"quarantine"`` lists images whose header or label is bad in ``rejects``; one
             that cannot be decoded leaves padding in its row, and is logged. ``"raise"`` allows
@@ -62,6 +71,7 @@ class EpochPacks:
         image_column: str = "auto",
         label_column: str | None = "auto",
         size_columns: tuple[str, str] | None = None,
+        image_root: str | Path | None = None,
         num_workers: int | None = None,
         on_error: str = "quarantine",
         max_bad_fraction: float = 0.01,
@@ -82,7 +92,8 @@ class EpochPacks:
         self._undecodable = Undecodable()
         image_column = image_column_of(dataset.features, image_column)
         label_column = label_column_of(dataset.features, label_column)
-        self._source = ImageSource(dataset.select_columns([image_column]).with_format("arrow"))
+        rows = dataset.select_columns([image_column]).with_format("arrow")
+        self._source = ImageSource(rows, checked_root(image_root))
         self._labels = labels_of(dataset, label_column)
         label = None if label_column is None else dataset.features[label_column]
         with ThreadPoolExecutor(num_workers or os.cpu_count()) as executor:

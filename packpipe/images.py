@@ -1,47 +1,56 @@
-"""Images: an encoded file to upright RGB pixels at a planned size (floor 1).
+"""Images: an encoded file, or pixels, to upright RGB pixels at a planned size (floor 1).
 
 Obeys the plan and decides nothing. `probe` reads the header only, so sizes cost no decoding, and
 asks Pillow where `headers` is not sure; `decode` gives exactly the planned grid. Pillow's globals
 are never touched.
 
-Every mode becomes RGB by one stated rule:
+The planned size is known before a pixel is, so the work is done in the order that costs least:
 
-======================  ====================================================================
-RGB, L, P, 1            as they are (1-bit black and white become 0 and 255)
-any transparency        laid on the background, before resizing
-CMYK, YCCK, YCbCr, HSV  Pillow's conversion (Adobe's inverted CMYK is undone while decoding)
-LAB                     to sRGB by colour profile
-16-bit grey             scaled by depth, value · 255 ÷ 65535 to the nearest; never clipped
-animation               its first frame
-anything else           no rule: rejected
-======================  ====================================================================
+1. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, and any image is averaged down by whole
+   factors, while it stays at least ``reducing_gap`` times as large as planned on both axes.
+2. The mode becomes grey or RGB (`modes`), an animation its first frame.
+3. One resize to the planned size.
+4. The EXIF orientation is applied, to the small image.
 
-The EXIF orientation is applied. An orientation that cannot be read is taken as upright and
-flagged; in PNG files it counts only where it stands before the pixels, since finding a later
-one would mean decoding the image while probing.
+Against decoding in full, turning upright and resizing in one step, 1. changes pixels by a bound
+that tests hold and ``benchmarks/pixels.py`` shows (none with ``reducing_gap=None``), and 4. by two
+levels of 255 at most. An orientation that cannot be read is taken as upright and flagged; in PNG
+files it counts only where it stands before the pixels, since finding a later one would mean
+decoding the image while probing.
+
+Files are not trusted: only the raster formats below are opened, none of which runs another
+program; only regular files are; and sizes are checked before anything is allocated.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
+import stat
 import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from io import BufferedReader, BytesIO, FileIO
-from threading import Lock
-from typing import BinaryIO, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from packpipe.headers import HEAD_BYTES, exif_orientation, quick_probe, upright_hw
+from packpipe.modes import NoRule, image_of, plain
 
-# The bytes of an encoded image, or the path of its file.
-Encoded: TypeAlias = "bytes | memoryview | str"
+# The bytes of an encoded image, the path of its file, or its pixels.
+ImageData: TypeAlias = "bytes | memoryview | str | NDArray[Any] | Image.Image"
 
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "PCX"),
+    *("SGI", "QOI", "DDS", "DIB", "CUR", "DCX", "ICNS", "PSD"),
+)
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,10 +60,24 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_WARNINGS = Lock()
+# Warnings of Pillow's modules, or that it addresses to its caller, which is here.
+_PILLOW_WARNS = ("ignore", None, Warning, re.compile(r"PIL\.|packpipe\.(images|modes)$"), 0)
 # Errors of one path, which another machine would meet as well.
-_FILE_FAULTS = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG)
-_PLAIN_MODES = ("RGB", "RGBX", "L", "P", "1", "CMYK", "YCbCr", "HSV")
+_FILE_FAULTS = (
+    *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP),
+    errno.ENXIO,  # a socket
+    errno.EINVAL,  # a header that points before the file's first byte
+)
+
+
+class _Clipped(BufferedReader):
+    """A file of which nobody reads more than there is: headers ask for gigabytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size > HEAD_BYTES:
+            rest = os.fstat(self.fileno()).st_size - self.tell()
+            size = max(0, rest if size is None else min(size, rest))
+        return super().read(size)
 
 
 class BadImage(ValueError):
@@ -77,50 +100,63 @@ class Probe(NamedTuple):
     broken_exif: bool
 
 
-def probe(encoded: Encoded, *, max_pixels: int) -> Probe:
+class PixelRules(NamedTuple):
+    """How pixels are made: the options of `PackConfig` of the same names."""
+
+    background: tuple[int, int, int]
+    max_pixels: int
+    reducing_gap: float | None
+    downscale_filter: str
+    upscale_filter: str
+
+
+def pixel_rules(options: Any) -> PixelRules:
+    """Return the rules among the attributes of a configuration."""
+    return PixelRules(*(getattr(options, name) for name in PixelRules._fields))
+
+
+def probe(data: ImageData, *, max_pixels: int) -> Probe:
     """Return the upright size of an image from its header; nothing is decoded.
 
     Raises:
         BadImage: no such file, empty, no image, or more than max_pixels pixels.
     """
+    if isinstance(data, np.ndarray):
+        height, width = _array_hw(data, max_pixels)
+        return Probe((height, width), False)
     with ExitStack() as stack:
-        source: Encoded | FileIO = encoded
-        if isinstance(encoded, str):
-            with _rejecting(encoded):
-                source = stack.enter_context(open(encoded, "rb", buffering=0))
-                head, size = source.read(HEAD_BYTES), os.fstat(source.fileno()).st_size
-        else:
-            head, size = encoded, len(encoded)
-        image_hw = quick_probe(head, size)
-        if image_hw is not None and image_hw[0] * image_hw[1] <= max_pixels:
-            return Probe(image_hw, False)
+        source: ImageData | FileIO = data
+        if not isinstance(data, Image.Image):
+            if isinstance(data, str):
+                with _rejecting(data):
+                    source = stack.enter_context(_file(data))
+                    head, size = source.read(HEAD_BYTES), os.fstat(source.fileno()).st_size
+            else:
+                head, size = data, len(data)
+            image_hw = quick_probe(head, size)
+            if image_hw is not None and image_hw[0] * image_hw[1] <= max_pixels:
+                return Probe(image_hw, False)
         image = stack.enter_context(_opened(source, max_pixels))
         orientation, broken_exif = _orientation(image)
         return Probe(upright_hw(*image.size, orientation), broken_exif)
 
 
 def decode(
-    encoded: Encoded,
-    *,
-    image_hw: tuple[int, int],
-    target_hw: tuple[int, int],
-    background: tuple[int, int, int],
-    max_pixels: int,
+    data: ImageData, *, image_hw: tuple[int, int], target_hw: tuple[int, int], rules: PixelRules
 ) -> NDArray[np.uint8]:
-    """Return uint8[height, width, 3], the upright image resized to target_hw (antialiased bicubic).
+    """Return uint8[height, width, 3], the upright image resized to target_hw.
 
     Args:
-        encoded: bytes or path.
+        data: bytes, path or pixels.
         image_hw: upright size in pixels the plan was made for.
         target_hw: (height, width) of the result in pixels.
-        background: (red, green, blue) that transparent pixels are laid on.
-        max_pixels: as for `probe`.
+        rules: how pixels are made.
 
     Raises:
         BadImage: it cannot be decoded, or its mode has no rule.
         ValueError: its size is not image_hw, so the plan is out of date.
     """
-    with _opened(encoded, max_pixels) as image:
+    with _opened(data, rules.max_pixels) as image:
         orientation, _ = _orientation(image)
         found = upright_hw(*image.size, orientation)
         if found != image_hw:
@@ -128,44 +164,137 @@ def decode(
                 f"image_hw is {found}, expected {image_hw} as planned; "
                 "plan again, the source has changed"
             )
+        height, width = upright_hw(target_hw[1], target_hw[0], orientation)  # as it is stored
         try:
-            upright = _to_rgb(image, background)
+            box = (0.0, 0.0, float(image.width), float(image.height))
+            if rules.reducing_gap is not None and image is not data:
+                least = (int(width * rules.reducing_gap), int(height * rules.reducing_gap))
+                drafted = image.draft(None, least)
+                box = box if drafted is None else drafted[1]
+            expected = image.size
+            pixels = plain(image, rules.background)
+            if pixels.size != expected:
+                raise ValueError(f"{pixels.size} pixels, expected {expected} as the header says")
         except Exception as error:  # decoders raise whatever they like
             _reraise_faults(error)
-            raise BadImage("undecodable", str(error)) from error
+            reason = "unsupported mode" if isinstance(error, NoRule) else "undecodable"
+            raise BadImage(reason, str(error)) from error
+        pixels = _resized(pixels, box, (width, height), rules)
     if orientation in _TRANSPOSE:
-        upright = upright.transpose(_TRANSPOSE[orientation])
-    height, width = target_hw
-    if upright.size != (width, height):
-        upright = upright.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(upright)
+        pixels = pixels.transpose(_TRANSPOSE[orientation])
+    return np.asarray(pixels.convert("RGB"))
+
+
+def _resized(
+    image: Image.Image,
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
+    rules: PixelRules,
+) -> Image.Image:
+    """Return what box holds of the image at a size of (width, height)."""
+    if image.size == size and box == (0, 0, *size):
+        return image
+    across, down = (
+        _filter(rules.upscale_filter if pixels > box[side] else rules.downscale_filter)
+        for side, pixels in zip((2, 3), size, strict=True)
+    )
+    gap = rules.reducing_gap
+    if across == down:
+        return image.resize(size, across, box, gap)
+    wide = image.resize((size[0], image.size[1]), across, (0, 0, box[2], image.size[1]), gap)
+    return wide.resize(size, down, (0, 0, size[0], box[3]), gap)
+
+
+def _filter(name: str) -> Image.Resampling:
+    return Image.Resampling[name.upper()]
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return those of FORMATS this Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _file(path: str) -> FileIO:
+    """Open a regular file for reading."""
+    file = open(path, "rb", buffering=0, opener=_at_once)  # noqa: SIM115 the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise BadImage("unreadable", f"{path!r} is no regular file")
+    return file
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
 
 
 @contextmanager
-def _opened(source: Encoded | FileIO, max_pixels: int) -> Iterator[Image.Image]:
-    """Yield the image with its header read; everything is closed afterwards."""
+def _opened(source: ImageData | FileIO, max_pixels: int) -> Iterator[Image.Image]:
+    """Yield the image with its header read; what was opened here is closed afterwards.
+
+    Pillow warns of large images, of broken EXIF and of much else while it opens and decodes, all
+    of which is settled here. One entry of the process's filters comes and goes, which other
+    threads do not notice; `catch_warnings` would put back a whole list, theirs included.
+    """
     with ExitStack() as stack:
+        stack.enter_context(_quiet())
         with _rejecting(source):
-            file: BinaryIO
-            if isinstance(source, str):
-                source = stack.enter_context(open(source, "rb", buffering=0))
-            if isinstance(source, FileIO):
-                file = stack.enter_context(BufferedReader(source, HEAD_BYTES))
-            else:
-                file = BytesIO(source)
-            file.seek(0)
-            if not file.read(1):  # waits for the disk here, not under the lock
-                raise BadImage("empty", "the file holds no bytes")
-            # Pillow warns of large images and of broken EXIF, both of which are settled below;
-            # the filters it consults belong to the whole process, hence the lock.
-            with _WARNINGS, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                image = stack.enter_context(Image.open(file))
-        width, height = image.size
-        if width * height > max_pixels:
-            message = f"{height}x{width} pixels, expected at most {max_pixels}"
-            raise BadImage("too many pixels", message)
+            image = _image(source, stack, max_pixels)
+            width, height = image.size
+            if width * height > max_pixels:
+                raise _too_many(height, width, max_pixels)
+            if width * height == 0:
+                raise BadImage("empty", f"{height}x{width} pixels")
+            if isinstance(image, TiffImageFile):  # decoded by tiles, which may be larger than it
+                rows, columns = (int(image.tag_v2.get(side, 0)) for side in (TILELENGTH, TILEWIDTH))
+                if rows * columns > max_pixels:
+                    raise _too_many(rows, columns, max_pixels)
         yield image
+
+
+def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        _array_hw(source, max_pixels)
+        return image_of(source)
+    file: BinaryIO
+    if isinstance(source, str):
+        source = stack.enter_context(_file(source))
+    if isinstance(source, FileIO):
+        file = stack.enter_context(_Clipped(source, HEAD_BYTES))
+    else:
+        file = BytesIO(source)
+    file.seek(0)
+    if not file.read(1):
+        raise BadImage("empty", "the file holds no bytes")
+    return stack.enter_context(Image.open(file, formats=_formats()))
+
+
+def _array_hw(pixels: NDArray[Any], max_pixels: int) -> tuple[int, int]:
+    height, width = pixels.shape[:2] if pixels.ndim > 1 else (0, 0)
+    if height * width > max_pixels:
+        raise _too_many(height, width, max_pixels)
+    if height * width == 0:
+        raise BadImage("empty", f"an array of shape {list(pixels.shape)} holds no pixels")
+    return height, width
+
+
+def _too_many(height: int, width: int, max_pixels: int) -> BadImage:
+    message = f"{height}x{width} pixels, expected at most {max_pixels}"
+    return BadImage("too many pixels", message)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    filters: Any = warnings.filters
+    filters.insert(0, _PILLOW_WARNS)
+    try:
+        yield
+    finally:
+        if _PILLOW_WARNS in filters:
+            filters.remove(_PILLOW_WARNS)
 
 
 @contextmanager
@@ -179,6 +308,8 @@ def _rejecting(source: object) -> Iterator[None]:
             raise BadImage("missing", f"no file {source!r}") from error
         if isinstance(error, Image.DecompressionBombError):
             raise BadImage("too many pixels", str(error)) from error
+        if isinstance(error, NoRule):
+            raise BadImage("unsupported mode", str(error)) from error
         # Pillow's own message holds an address, which differs from run to run.
         unknown = isinstance(error, UnidentifiedImageError)
         message = "no known image format" if unknown else str(error)
@@ -210,27 +341,3 @@ def _orientation(image: Image.Image) -> tuple[int, bool]:
     if value in range(1, 9):
         return int(value), False
     return 1, True
-
-
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Return the image as RGB by the rules in the module's table."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # Pillow's own conversion clips at 255.
-        values = np.asarray(image).astype(np.uint32)
-        rgb = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-        if "transparency" in image.info:
-            rgb.paste(background, mask=Image.fromarray(values == image.info["transparency"]))
-        return rgb
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        below = Image.new("RGBA", layer.size, (*background, 255))
-        return Image.alpha_composite(below, layer).convert("RGB")
-    if image.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-        if converted is None:
-            raise BadImage("undecodable", "the colour profile conversion gave no image")
-        return converted
-    if image.mode in _PLAIN_MODES:
-        return image.convert("RGB")
-    raise BadImage("unsupported mode", f"mode {image.mode} has no rule to become RGB")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
@@ -15,10 +16,17 @@ import packpipe
 from packpipe import checks, schema
 from packpipe.config import PackConfig, PackOptions, config_from
 from packpipe.features import packed_features
-from packpipe.images import Encoded
+from packpipe.images import ImageData
 from packpipe.plan import plan_epoch
 from packpipe.rows import Reject, fill_rows, planned_segments
-from packpipe.source import encoded_of, image_column_of, label_column_of, probe_sizes, survey
+from packpipe.source import (
+    checked_root,
+    image_column_of,
+    image_data,
+    label_column_of,
+    probe_sizes,
+    survey,
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +45,7 @@ class Packer:
         seq_len: tokens a pack holds.
         image_column: its name; ``"auto"`` finds the only one.
         label_column: its name; ``"auto"`` finds it, None leaves labels out.
+        image_root: as for `pack`.
         seed: which permutation of a batch's images and packs.
         epoch: likewise.
         on_error: ``"raise"`` stops at the first image that cannot be used; ``"drop"`` leaves
@@ -53,6 +62,7 @@ class Packer:
         *,
         image_column: str = "auto",
         label_column: str | None = "auto",
+        image_root: str | Path | None = None,
         seed: int = 0,
         epoch: int = 0,
         on_error: str = "raise",
@@ -61,6 +71,7 @@ class Packer:
         self.config: PackConfig = config_from(seq_len, dict(options))
         self.image_column = image_column
         self.label_column = label_column
+        self.image_root = checked_root(image_root)
         self.seed, self.epoch = checks.seed_and_epoch(seed, epoch)
         self.on_error = checks.choice("on_error", on_error, ON_ERROR, "choose what bad images do")
         # `datasets` fingerprints this object by its class name and these plain values.
@@ -106,12 +117,12 @@ class Packer:
         numbers = np.arange(table.num_rows) if indices is None else np.asarray(indices)
         place_of = {number: place for place, number in enumerate(numbers.tolist())}
 
-        def read_image(number: int) -> Encoded:
-            return encoded_of(images[place_of[number]])
+        def read_image(number: int) -> ImageData:
+            return image_data(images[place_of[number]], self.image_root)
 
         label = None if label_column is None else features[label_column]
         sizes = probe_sizes(
-            lambda place: encoded_of(images[place]),
+            lambda place: image_data(images[place], self.image_root),
             table.num_rows,
             max_pixels=self.config.max_pixels,
         )

@@ -14,9 +14,9 @@ tokens become padding, and nobody changes rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from packpipe.config import PackConfig
 from packpipe.dropping import kept_tokens
 from packpipe.epoch_plan import EpochPlan
-from packpipe.images import BadImage, Encoded, decode
-from packpipe.patches import patchify
+from packpipe.images import BadImage, ImageData, pixel_rules
+from packpipe.orders import Failure, Order, fill_row
 
 
 class Reject(NamedTuple):
@@ -178,94 +178,103 @@ def planned_segments(
 
 def fill_rows(
     segments: Segments,
-    read_image: Callable[[int], Encoded],
+    read_image: Callable[[int], ImageData],
     config: PackConfig,
     *,
     seed: int,
     epoch: int,
-    executor: Executor | None = None,
 ) -> tuple[Rows, list[Reject]]:
     """Return the rows of some segments, and the images that could not be decoded.
 
-    The same bytes whatever the executor: rows are filled in place, each by one task.
-
     Args:
         segments: what stands where.
-        read_image: source row (an ``example_index``) to the encoded image.
+        read_image: source row (an ``example_index``) to the image.
         config: the options the plan was made with.
         seed: likewise.
         epoch: likewise.
-        executor: runs one task a row; None runs them here.
 
     Raises:
         ValueError: an image's size is not the planned one; names the example and both sizes.
     """
-    patches = np.zeros((len(segments), config.seq_len, config.patch_bytes), np.uint8)
-    tokens = kept_tokens(
+    tokens = planned_tokens(segments, seed=seed, epoch=epoch)
+    patches = np.empty((len(segments), config.seq_len, config.patch_bytes), np.uint8)
+    rules = pixel_rules(config)
+    outcomes = [
+        fill_row(orders, out, rules)
+        for orders, out in zip(row_orders(segments, tokens, read_image), patches, strict=True)
+    ]
+    return filled_rows(segments, tokens, patches, outcomes)
+
+
+def planned_tokens(segments: Segments, *, seed: int, epoch: int) -> NDArray[np.int32]:
+    """Return int32[tokens], which patches of its grid each segment keeps, one after the other."""
+    return kept_tokens(
         seed=seed,
         epoch=epoch,
         index=segments.example_index,
         num_tokens=segments.grid_hw.astype(np.int64).prod(axis=1),
         num_keep=segments.seq_lens,
     )
-    ends = np.cumsum(segments.seq_lens)
 
-    def fill_row(row: int) -> list[Reject | None]:
-        place = 0
-        outcomes: list[Reject | None] = []
-        for segment in range(segments.offsets[row], segments.offsets[row + 1]):
-            length = int(segments.seq_lens[segment])
-            kept = tokens[ends[segment] - length : ends[segment]]
-            end = place + length
-            out = patches[row, place:end]
-            outcome = _fill_segment(segments, segment, kept, read_image, config, out)
-            outcomes.append(outcome)
-            if outcome is None:
-                place = end
-        return outcomes
 
-    run = map if executor is None else executor.map
-    outcomes = [outcome for row in run(fill_row, range(len(segments))) for outcome in row]
-    rejected = [outcome for outcome in outcomes if outcome is not None]
+def row_orders(
+    segments: Segments, tokens: NDArray[np.int32], read_image: Callable[[int], ImageData]
+) -> Iterator[list[Order]]:
+    """Yield what each row takes of its images.
+
+    Args:
+        segments: what stands where.
+        tokens: their `planned_tokens`.
+        read_image: source row to the image.
+    """
+    lens, ends = segments.seq_lens.tolist(), np.cumsum(segments.seq_lens).tolist()
+    grids, sizes = segments.grid_hw.tolist(), segments.image_hw.tolist()
+    examples, offsets = segments.example_index.tolist(), segments.offsets.tolist()
+
+    def order(at: int) -> Order:
+        data: ImageData | Failure
+        try:
+            data = read_image(examples[at])
+        except BadImage as error:
+            data = Failure(error.reason, error.exception)
+        rows, columns = grids[at]
+        kept = None if lens[at] == rows * columns else tokens[ends[at] - lens[at] : ends[at]]
+        return Order(examples[at], data, tuple(sizes[at]), (rows, columns), kept)
+
+    for start, stop in pairwise(offsets):
+        yield [order(at) for at in range(start, stop)]
+
+
+def filled_rows(
+    segments: Segments,
+    tokens: NDArray[np.int32],
+    patches: NDArray[np.uint8],
+    outcomes: Sequence[Sequence[Failure | None]],
+) -> tuple[Rows, list[Reject]]:
+    """Return the rows whose patches are written, and the images that failed: they are left out.
+
+    Args:
+        segments: what was to stand where.
+        tokens: their `planned_tokens`.
+        patches: uint8[rows, seq_len, P·P·3], as `fill_row` wrote them.
+        outcomes: what it returned, row by row.
+    """
+    flat = [outcome for row in outcomes for outcome in row]
+    rejected = [
+        Reject(example, "decode", *failure)
+        for example, failure in zip(segments.example_index.tolist(), flat, strict=True)
+        if failure is not None
+    ]
     if rejected:
-        good = np.array([outcome is None for outcome in outcomes], np.bool_)
+        good = np.array([failure is None for failure in flat], np.bool_)
         tokens = tokens[np.repeat(good, segments.seq_lens)]
         segments = segments.keep(good)
-    segment_ids, coords = _token_columns(segments, tokens, config.seq_len)
-    return Rows(
-        segments=segments, patches=patches, segment_ids=segment_ids, coords=coords
-    ), rejected
+    segment_ids, coords = token_columns(segments, tokens, patches.shape[1])
+    rows = Rows(segments=segments, patches=patches, segment_ids=segment_ids, coords=coords)
+    return rows, rejected
 
 
-def _fill_segment(
-    segments: Segments,
-    segment: int,
-    kept: NDArray[np.int32],
-    read_image: Callable[[int], Encoded],
-    config: PackConfig,
-    out: NDArray[np.uint8],
-) -> Reject | None:
-    """Write the tokens of one segment that are kept into out, or return why not."""
-    example = int(segments.example_index[segment])
-    rows, columns = segments.grid_hw[segment].tolist()
-    height, width = segments.image_hw[segment].tolist()
-    try:
-        pixels = decode(
-            read_image(example),
-            image_hw=(height, width),
-            target_hw=(rows * config.patch_size, columns * config.patch_size),
-            background=config.background,
-            max_pixels=config.max_pixels,
-        )
-    except BadImage as error:
-        return Reject(example, "decode", error.reason, error.exception)
-    except ValueError as error:
-        raise ValueError(f"example {example}: {error}") from error
-    patchify(pixels, out, None if len(kept) == rows * columns else kept)
-    return None
-
-
-def _token_columns(
+def token_columns(
     segments: Segments, tokens: NDArray[np.int32], seq_len: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int16]]:
     """Return (segment_ids, coords) of the rows, derived from lengths, grids and kept tokens."""

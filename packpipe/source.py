@@ -1,12 +1,14 @@
 """The source dataset: encoded images, sizes and labels, taken without decoding (floor 2).
 
 `datasets` decodes image columns when they are read; here the Arrow storage is read instead, so
-an image stays the bytes (or the path) it was stored as until a row needs its pixels.
+an image stays what it was stored as, bytes, path or array, until a row needs its pixels. Decoded
+images that are stored in a dataset are bytes again, since `datasets` encodes them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -17,11 +19,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Features, Image, Value
+from datasets import Array2D, Array3D, ClassLabel, Features, Image, LargeList, List, Value
 from numpy.typing import NDArray
 
 from packpipe import checks
-from packpipe.images import BadImage, Encoded, Probe, probe
+from packpipe.images import BadImage, ImageData, Probe, probe
 from packpipe.rows import Reject
 
 _LABEL_NAMES = ("label", "labels")
@@ -43,7 +45,7 @@ def image_column_of(features: Features, asked: str) -> str:
     if asked not in features:
         raise ValueError(checks.sentence("image_column", asked, f"one of {list(features)}", remedy))
     if asked not in images:
-        expected = "Image() or Value('binary')"
+        expected = "Image(), Value('binary') or arrays of bool, uint8 or uint16"
         name = f"features[{asked!r}]"
         raise ValueError(checks.sentence(name, features[asked], expected, "cast_column it"))
     return asked
@@ -72,23 +74,55 @@ def label_column_of(features: Features, asked: str | None) -> str | None:
 
 
 def _holds_images(feature: Any) -> bool:
-    return isinstance(feature, Image) or feature in (Value("binary"), Value("large_binary"))
+    if isinstance(feature, Image) or feature in (Value("binary"), Value("large_binary")):
+        return True
+    return pixel_type(feature) is not None
+
+
+def pixel_type(feature: Any) -> np.dtype[Any] | None:
+    """Return the type of the pixels of an array column, None if it is no such column."""
+    depth = 0
+    while isinstance(feature, List | LargeList):
+        feature, depth = feature.feature, depth + 1
+    if isinstance(feature, Array2D | Array3D):
+        depth += len(feature.shape)
+    dtype = getattr(feature, "dtype", None)
+    found = depth in (2, 3) and dtype in ("bool", "uint8", "uint16")
+    return np.dtype(dtype) if found else None
+
+
+def checked_root(image_root: Any) -> str | None:
+    """Return the folder that paths are confined to, None for none."""
+    if image_root is None:
+        return None
+    remedy = "pass the folder that holds the images, or None to follow every path"
+    if not isinstance(image_root, str | Path):
+        raise TypeError(checks.sentence("image_root", image_root, "a folder", remedy))
+    if not Path(image_root).is_dir():
+        raise ValueError(checks.sentence("image_root", str(image_root), "a folder", remedy))
+    return os.path.realpath(image_root)
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Encoded images by row number: ``source(i)`` is the bytes, or the path, of row i.
+    """Images by row number: ``source(i)`` is the bytes, the path or the pixels of row i.
 
     Attributes:
         rows: a Dataset with just the image column, in Arrow format.
+        root: the only folder that paths may lead into, as `checked_root` returns it; None for any.
     """
 
     rows: Any
+    root: str | None = None
 
-    def __call__(self, example: int) -> Encoded:
-        """Return the encoded image of a row."""
+    def __call__(self, example: int) -> ImageData:
+        """Return the image of a row, undecoded.
+
+        Raises:
+            BadImage: as `image_data`.
+        """
         where = example if self._indices is None else self._indices[example]
-        return encoded_of(self._column[int(where)])
+        return image_data(self._column[int(where)], self.root)
 
     # `datasets` takes some 100 µs to hand out a row; Arrow's own column, some 5.
     @cached_property
@@ -101,7 +135,13 @@ class ImageSource:
         return None if indices is None else indices.column(0).to_numpy()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"rows": self.rows}
+        return {"rows": self.rows, "root": self.root}
+
+    def _allows(self, path: str) -> bool:
+        try:
+            return bool(confined(path, self.root))
+        except BadImage:
+            return False
 
     def files_digest(self) -> str | None:
         """Return a digest of the files that images are stored in by path; None if there are none.
@@ -116,32 +156,69 @@ class ImageSource:
             by_path = pc.is_null(pc.struct_field(batch.column(0), "bytes"))
             for path in pc.struct_field(batch.column(0), "path").filter(by_path).to_pylist():
                 found = True
-                if path is not None:
-                    file = Path(path).absolute()
+                if path is not None and self._allows(path):
+                    file = Path(self.root or "", path).absolute()
                     status = file.stat() if file.exists() else None
                     known = (status.st_size, status.st_mtime_ns) if status else None
                     digest.update(f"{file} {known}\n".encode())
         return digest.hexdigest() if found else None
 
 
-def encoded_of(value: pa.Scalar) -> Encoded:
-    """Return the bytes or path an image column's Arrow value holds.
+def image_data(value: pa.Scalar, root: str | None = None) -> ImageData:
+    """Return the bytes, the path or the pixels that an image column's Arrow value holds.
+
+    Args:
+        value: of a column of images.
+        root: as for `ImageSource`.
 
     Raises:
-        BadImage: it holds neither.
+        BadImage: it holds neither; its array is ragged; its path leads out of root.
     """
-    if pa.types.is_struct(value.type) and value.is_valid:
-        stored = {field.name: value[field.name] for field in value.type}
-        for name in ("bytes", "path"):
-            if name in stored and stored[name].is_valid:
-                return encoded_of(stored[name])
-        raise BadImage("missing", "the image has neither bytes nor path")
+    kind = value.type
     if not value.is_valid:
         raise BadImage("missing", "the image is null")
-    encoded: Encoded = (
-        value.as_py() if pa.types.is_string(value.type) else memoryview(value.as_buffer())
-    )
-    return encoded
+    if pa.types.is_struct(kind):
+        stored = {field.name: value[field.name] for field in kind}
+        for name in ("bytes", "path"):
+            if name in stored and stored[name].is_valid:
+                return image_data(stored[name], root)
+        raise BadImage("missing", "the image has neither bytes nor path")
+    if isinstance(kind, pa.ExtensionType):
+        return image_data(value.value, root)
+    if hasattr(value, "values"):
+        return _pixels(value.values)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return confined(value.as_py(), root)
+    return memoryview(value.as_buffer())
+
+
+def confined(path: str, root: str | None) -> str:
+    """Return where a path leads, within root if there is one.
+
+    Raises:
+        BadImage: it leads out of it.
+    """
+    if root is None:
+        return path
+    found = os.path.realpath(os.path.join(root, path))
+    if os.path.commonpath([root, found]) != root:
+        raise BadImage("outside image_root", f"the path {path!r} leads out of image_root")
+    return found
+
+
+def _pixels(rows: pa.Array) -> NDArray[Any]:
+    """Return the pixels of nested lists: [height, width] or [height, width, channels]."""
+    shape, values = [len(rows)], rows
+    while hasattr(values, "flatten") and pa.types.is_nested(values.type):
+        lengths = pc.unique(pc.list_value_length(values)).to_pylist() or [0]
+        if len(lengths) > 1 or None in lengths:
+            raise BadImage("unreadable", f"an array whose rows hold {lengths} values each")
+        shape.append(lengths[0])
+        values = values.flatten()
+    if values.null_count:
+        raise BadImage("unreadable", f"an array with {values.null_count} values missing")
+    found: NDArray[Any] = values.to_numpy(zero_copy_only=False)
+    return found.reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +245,7 @@ def labels_of(dataset: Any, label_column: str | None) -> pa.Array | None:
 
 
 def probe_sizes(
-    read_image: Callable[[int], Encoded],
+    read_image: Callable[[int], ImageData],
     num_examples: int,
     *,
     max_pixels: int,
@@ -239,7 +316,7 @@ def survey(sizes: Sizes, labels: pa.Array | pa.ChunkedArray | None, label: Any) 
 
 
 def _probe_or_reject(
-    read_image: Callable[[int], Encoded], example: int, max_pixels: int
+    read_image: Callable[[int], ImageData], example: int, max_pixels: int
 ) -> Probe | Reject:
     try:
         return probe(read_image(example), max_pixels=max_pixels)

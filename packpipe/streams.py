@@ -16,21 +16,29 @@ from collections.abc import Generator, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Features, Image, IterableDataset
 from datasets import iterable_dataset as sources
+from PIL.Image import Image as PillowImage
 
 from packpipe import checks
 from packpipe.config import PackConfig, PackOptions, config_from
 from packpipe.decisions import decide
-from packpipe.images import BadImage, Encoded, probe
+from packpipe.images import BadImage, ImageData, probe
 from packpipe.online import OnlinePacker
 from packpipe.quarantine import Undecodable, tolerance_of
 from packpipe.rows import Reject, Rows, Segments, fill_rows
-from packpipe.source import image_column_of, label_column_of
+from packpipe.source import (
+    checked_root,
+    confined,
+    image_column_of,
+    label_column_of,
+    pixel_type,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +49,7 @@ class Held(NamedTuple):
     """An example that waits in an open pack, undecoded."""
 
     number: int
-    encoded: Encoded
+    data: ImageData
     image_hw: tuple[int, int]
     grid_hw: tuple[int, int]
     num_keep: int
@@ -89,6 +97,7 @@ class PackedStream:
         seq_len: tokens a row holds, 1..32767.
         image_column: as for `pack`; ``"auto"`` needs a dataset with features.
         label_column: likewise.
+        image_root: likewise.
         open_packs: packs open at once.
         num_examples: examples of an epoch, as far as is known; for a drop rate that changes over
             the training.
@@ -109,6 +118,7 @@ class PackedStream:
         *,
         image_column: str = "auto",
         label_column: str | None = "auto",
+        image_root: str | Path | None = None,
         open_packs: int = 64,
         num_examples: int | None = None,
         on_error: str = "quarantine",
@@ -159,6 +169,8 @@ class PackedStream:
             if isinstance(features[image_column], Image):
                 dataset = dataset.cast_column(image_column, Image(decode=False))
         self._image_column, self._label_column = image_column, label_column
+        self._root = checked_root(image_root)
+        self._pixels = pixel_type(self._features.get(image_column))
         self._dataset = dataset
         try:
             self._copy()
@@ -256,7 +268,7 @@ class PackedStream:
 
     def rows(self, seed: int, epoch: int, packs: list[list[Held]]) -> Rows:
         """Return packs as rows, their images decoded."""
-        images = {held.number: held.encoded for pack in packs for held in pack}
+        images = {held.number: held.data for pack in packs for held in pack}
         segments = self._segments(packs)
         rows, rejects = fill_rows(segments, images.__getitem__, self.config, seed=seed, epoch=epoch)
         self._undecodable.add(rejects, self._tolerance)
@@ -316,8 +328,8 @@ class PackedStream:
                     raise ValueError(checks.sentence(f"{what}_column", name, expected, remedy))
             label = None if self._label_column is None else example[self._label_column]
             try:
-                encoded = _encoded(example[self._image_column])
-                found = probe(encoded, max_pixels=self.config.max_pixels)
+                data = _image_data(example[self._image_column], self._pixels, self._root)
+                found = probe(data, max_pixels=self.config.max_pixels)
                 if label is None and self._label_column is not None:
                     raise BadImage("bad label", "the label is null")
                 feature = self._features.get(self._label_column)
@@ -332,7 +344,7 @@ class PackedStream:
                 log.warning("example %d left out: %s", number, error.exception)
                 rejects.append(reject)
                 continue
-            good.append((number, encoded, found.image_hw, label))
+            good.append((number, data, found.image_hw, label))
         if not good:
             return []
         index = np.array([number for number, *_ in good])
@@ -350,10 +362,8 @@ class PackedStream:
         )
         grids, keeps = decisions.grid_hw.tolist(), decisions.num_keep.tolist()
         return [
-            Held(number, encoded, image_hw, tuple(grid), keep, label)
-            for (number, encoded, image_hw, label), grid, keep in zip(
-                good, grids, keeps, strict=True
-            )
+            Held(number, data, image_hw, tuple(grid), keep, label)
+            for (number, data, image_hw, label), grid, keep in zip(good, grids, keeps, strict=True)
         ]
 
     def _segments(self, packs: list[list[Held]]) -> Segments:
@@ -390,15 +400,26 @@ def _taken(
         yield [waiting.pop(place) for place in order[start:stop].tolist()]
 
 
-def _encoded(value: Any) -> Encoded:
-    """Return the bytes or the path of an undecoded image.
+def _image_data(value: Any, pixels: np.dtype[Any] | None, root: str | None) -> ImageData:
+    """Return the bytes, the path or the pixels of an image as its dataset yields it.
+
+    Args:
+        value: what it yields.
+        pixels: type of the pixels, where the dataset says it: arrays then may come as lists.
+        root: as for `packpipe.source.ImageSource`.
 
     Raises:
-        BadImage: there is neither.
+        BadImage: there is none of them.
     """
     if isinstance(value, dict):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
-    if isinstance(value, bytes | memoryview | str):
+    if isinstance(value, str):
+        return confined(value, root)
+    if isinstance(value, bytes | memoryview | np.ndarray | PillowImage):
         return value
-    remedy = "cast_column(..., Image(decode=False)) before mapping"
-    raise BadImage("missing", f"the image is {type(value).__name__}, not bytes or a path; {remedy}")
+    if isinstance(value, list) and pixels is not None:
+        try:
+            return np.array(value, pixels)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise BadImage("unreadable", str(error)) from error
+    raise BadImage("missing", f"the image is {type(value).__name__}, not bytes, a path or pixels")

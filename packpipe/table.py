@@ -1,21 +1,22 @@
 """Packed tables on disk: written whole or not at all, read without copying (floor 1).
 
 Files are Arrow streams, the format `datasets` maps into memory. A file is written under a
-temporary name, synced, then renamed; its SHA-256 goes into the manifest.
+temporary name, synced, then renamed. Its checksum is XXH3-128, taken while it is written: against
+accidents, not against forgers. SHA-256 reads 1.1 GB/s on the machine that packs 0.3, XXH3 12.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import operator
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from packpipe import checks, schema
 from packpipe.rows import Rows
@@ -24,33 +25,92 @@ from packpipe.rows import Rows
 BATCH_BYTES = 64 * 2**20
 # Bytes of a file, before the last; whole rows, at least one.
 FILE_BYTES = 512 * 2**20
+# Name of the checksum in a file's record.
+CHECKSUM = "xxh3_128"
+_BLOCK = 2**20
 
 
 def write_table(path: Path, file_schema: pa.Schema, tables: Iterable[pa.Table]) -> dict[str, Any]:
-    """Write tables as one Arrow stream and return its record: rows, bytes, sha256."""
-    partial = path.with_name(path.name + ".partial")
+    """Write tables as one Arrow stream and return its record: rows, bytes, checksum."""
+    record = write_stream(path, file_schema, tables)
+    commit(path)
+    return record
+
+
+def write_stream(path: Path, file_schema: pa.Schema, tables: Iterable[pa.Table]) -> dict[str, Any]:
+    """Write a table under its temporary name; `commit` gives it its own."""
     num_rows = 0
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, file_schema) as writer:
-        for table in tables:
-            writer.write_table(table)
-            num_rows += table.num_rows
+    try:
+        with partial_of(path).open("wb") as file:
+            sink = _Checksummed(file)
+            with pa.PythonFile(sink, "w") as out, pa.ipc.new_stream(out, file_schema) as writer:
+                for table in tables:
+                    writer.write_table(table)
+                    num_rows += table.num_rows
+            file.flush()
+    except BaseException:
+        partial_of(path).unlink(missing_ok=True)  # a full disk needs its room
+        raise
+    return {"rows": num_rows, "bytes": sink.tell(), CHECKSUM: sink.digest.hexdigest()}
+
+
+def commit(path: Path) -> None:
+    """Give a file that is whole its name, for good: it is on the disk before and after."""
+    partial = partial_of(path)
     with partial.open("rb") as written:
-        digest = hashlib.file_digest(written, "sha256").hexdigest()
         os.fsync(written.fileno())
-    size = partial.stat().st_size
     partial.replace(path)
-    return {"rows": num_rows, "bytes": size, "sha256": digest}
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def partial_of(path: Path) -> Path:
+    """Return the temporary name of a file."""
+    return path.with_name(path.name + ".partial")
+
+
+def checksum_of(path: Path) -> str:
+    """Return the checksum of a file, as its record has it."""
+    with path.open("rb") as file:
+        digest = xxhash.xxh3_128()
+        while block := file.read(_BLOCK):
+            digest.update(block)
+        return digest.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with partial_of(path).open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    commit(path)
+
+
+class _Checksummed:
+    """A file that is written from front to back, and the checksum of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size = file, 0
+        self.digest = xxhash.xxh3_128()
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        written = self._file.write(data)
+        self._size += written
+        return written
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self.closed = True  # the file is its opener's
 
 
 def read_rows(dataset: Any, rows: Any = None) -> Rows:

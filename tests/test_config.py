@@ -220,6 +220,27 @@ BAD = [
         f"background[2] is 0.5, expected an integer in 0..255; {COLOUR}",
     ),
     (
+        {"reducing_gap": 0.5},
+        ValueError,
+        "reducing_gap is 0.5, expected 1.0 or more; None decodes in full and resizes in one step",
+    ),
+    (
+        {"reducing_gap": "2"},
+        TypeError,
+        "reducing_gap is '2', expected a number; None decodes in full and resizes in one step",
+    ),
+    *(
+        (
+            {name: "cubic"},
+            ValueError,
+            (
+                f"{name} is 'cubic', expected one of 'bicubic', 'lanczos', 'hamming', 'bilinear', "
+                "'box', 'nearest'; choose a resampling filter"
+            ),
+        )
+        for name in ("downscale_filter", "upscale_filter")
+    ),
+    (
         {"max_pixels": 0},
         ValueError,
         f"max_pixels is 0, expected an integer in 1..{MAX_PIXELS}; Pillow opens no larger image",
@@ -254,7 +275,7 @@ def test_an_unknown_option_is_refused():
     message = (
         "option is 'patchsize', expected one of seq_len, patch_size, resolution, max_tokens, "
         "max_upscale, drop_rate, epochs, fit_last, fit_limit, max_segments, strategy, window, "
-        "background, max_pixels; check its spelling"
+        "background, reducing_gap, downscale_filter, upscale_filter, max_pixels; check its spelling"
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         config_from(64, {"patch_size": 8, "patchsize": 8})

@@ -76,6 +76,7 @@ def some_options(draw):
         "max_segments": draw(st.sampled_from([1, 3, 64])),
         "strategy": draw(st.sampled_from(["balanced", "ffd", "next_fit", "best_fit"])),
         "window": draw(st.integers(3, 40)),
+        "reducing_gap": None,
     }
 
 
@@ -377,7 +378,8 @@ WRONG_OPTIONS = [
         (
             "option is 'patch', expected one of seq_len, patch_size, resolution, max_tokens, "
             "max_upscale, drop_rate, epochs, fit_last, fit_limit, max_segments, strategy, "
-            "window, background, max_pixels; check its spelling"
+            "window, background, reducing_gap, downscale_filter, upscale_filter, max_pixels; "
+            "check its spelling"
         ),
     ),
     (
@@ -421,7 +423,10 @@ WRONG_OPTIONS = [
     (
         {"image_column": "n"},
         ValueError,
-        "features['n'] is Value('int32'), expected Image() or Value('binary'); cast_column it",
+        (
+            "features['n'] is Value('int32'), expected Image(), Value('binary') or arrays of bool, "
+            "uint8 or uint16; cast_column it"
+        ),
     ),
     (
         {"label_column": "y"},

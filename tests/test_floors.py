@@ -25,12 +25,13 @@ FLOORS = {
         "above": ["1", "2 datasets", "2 torch", "3"],
     },
     "1": {
-        "modules": "headers images patches rows schema table stored quarantine",
+        "modules": "headers modes images patches orders decoder decoders rows ahead schema table "
+        "shards stored quarantine invariants",
         "forbidden": "datasets torch ray matplotlib",
         "above": ["2 datasets", "2 torch", "3"],
     },
     "2 datasets": {
-        "modules": "features source sizes epochs streams lazy build dataset packer",
+        "modules": "features source sizes epochs streams lazy build dataset packer verification",
         "forbidden": "torch matplotlib",
         "above": ["2 torch", "3"],
     },
@@ -39,7 +40,7 @@ FLOORS = {
         "forbidden": "datasets matplotlib",
         "above": ["2 datasets", "3"],
     },
-    "3": {"modules": "plots demo", "forbidden": "", "above": []},
+    "3": {"modules": "plots demo cli", "forbidden": "", "above": []},
 }
 LAZY = {"torch", "datasets", "ray", "matplotlib", "PIL", "numba", "numpy", "pyarrow", "scipy"}
 

@@ -61,6 +61,8 @@ def test_lightning_resumes_from_its_checkpoint(tmp_path, kind, more):
 
 @pytest.mark.parametrize("framework", ["accelerate", "lightning"])
 def test_two_ranks_take_each_its_own_half(framework, tmp_path):
+    kind = "planned" if framework == "accelerate" else "stored"
+    loading.packs_of(kind, tmp_path, epochs=2)  # one process at a time writes a folder
     launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     subprocess.run(
         [sys.executable, "-W", "ignore", *launch, frameworks.__file__, framework, str(tmp_path)],
@@ -70,6 +72,5 @@ def test_two_ranks_take_each_its_own_half(framework, tmp_path):
     )
     for rank in range(2):
         found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
-        kind = "planned" if framework == "accelerate" else "stored"
         assert found == taken_by(rank, 2, tmp_path, kind)
         assert len(found) > 10

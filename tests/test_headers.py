@@ -443,7 +443,7 @@ def opened_with(monkeypatch, file_class):
     """Let images open files of a class; return the list of what it opened."""
     opened = []
 
-    def opening(path, mode, buffering):
+    def opening(path, mode, buffering, opener):  # noqa: ARG001
         assert (mode, buffering) == ("rb", 0)
         opened.append(file_class(path))
         return opened[-1]

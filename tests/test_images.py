@@ -16,19 +16,23 @@ from PIL import Image, ImageFile
 from strategies import encode
 
 from packpipe.config import MAX_PIXELS
-from packpipe.images import BadImage, Probe, decode, probe
+from packpipe.images import BadImage, PixelRules, Probe, decode, probe
 
 BACKGROUND = (10, 20, 30)
 
 
-def decoded(encoded, image_hw, target_hw=None, background=BACKGROUND):
-    return decode(
-        encoded,
-        image_hw=image_hw,
-        target_hw=target_hw or image_hw,
-        background=background,
-        max_pixels=10**6,
-    )
+RULES = PixelRules(
+    background=BACKGROUND,
+    max_pixels=10**6,
+    reducing_gap=None,
+    downscale_filter="bicubic",
+    upscale_filter="bicubic",
+)
+
+
+def decoded(encoded, image_hw, target_hw=None, **rules):
+    target_hw = target_hw or image_hw
+    return decode(encoded, image_hw=image_hw, target_hw=target_hw, rules=RULES._replace(**rules))
 
 
 def png(width, height, depth, colour, pixels=b"", chunks=()):
@@ -353,15 +357,20 @@ def test_a_damaged_file_is_decoded_or_rejected_and_nothing_else(image, data):
             bytes(damaged),
             image_hw=found.image_hw,
             target_hw=(3, 5),
-            background=BACKGROUND,
-            max_pixels=10**5,
+            rules=RULES._replace(max_pixels=10**5, reducing_gap=1.0),
         )
     except BadImage as error:
         reason = error.reason
     if reason is None:
         assert pixels.shape == (3, 5, 3)
     else:
-        assert reason in {"unreadable", "undecodable", "too many pixels", "unsupported mode"}
+        assert reason in {
+            "unreadable",
+            "undecodable",
+            "too many pixels",
+            "unsupported mode",
+            "empty",
+        }
 
 
 GOOD_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"

@@ -40,6 +40,7 @@ PUBLIC = [
     "read_rows",
     "rejects",
     "suggest_seq_len",
+    "verify",
 ]
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import naive
 import numpy as np
@@ -104,9 +103,9 @@ KEY = 3, 4
 DROPPED = plan_epoch(SIZES, DROPPING, seed=3, epoch=4)
 
 
-def kept_rows(files=FILES, executor=None) -> tuple[Rows, list[Reject]]:
+def kept_rows(files=FILES) -> tuple[Rows, list[Reject]]:
     segments = planned_segments(DROPPED, range(len(DROPPED)), LABELS)
-    return fill_rows(segments, files.__getitem__, DROPPING, seed=3, epoch=4, executor=executor)
+    return fill_rows(segments, files.__getitem__, DROPPING, seed=3, epoch=4)
 
 
 def assert_kept_tokens_are_right(rows: Rows) -> None:
@@ -156,15 +155,6 @@ def test_an_image_that_fails_moves_no_kept_token_of_another(failing):
     ]
 
 
-def test_the_bytes_of_kept_tokens_do_not_depend_on_the_executor():
-    rows, _ = kept_rows()
-    with ThreadPoolExecutor(3) as executor:
-        threaded, _ = kept_rows(executor=executor)
-    assert len(rows) > 1
-    for name in ("patches", "segment_ids", "coords"):
-        assert getattr(threaded, name).tobytes() == getattr(rows, name).tobytes()
-
-
 def test_an_image_that_was_fitted_keeps_the_tokens_of_its_new_number():
     config = PackConfig(seq_len=20, patch_size=4, drop_rate=0.5, fit_last="drop_rate", fit_limit=9)
     plan = plan_epoch([SIZES[9], SIZES[2]], config, index=[9, 2])
@@ -208,24 +198,6 @@ def test_a_reject_says_why():
         Reject(4, "decode", "missing", "BadImage: the image is null"),
         Reject(7, "decode", "empty", "BadImage: the file holds no bytes"),
     ]
-
-
-@pytest.mark.parametrize("num_threads", [1, 2, 3, 4])
-def test_the_bytes_do_not_depend_on_the_executor(num_threads):
-    segments = segments_of()
-    files = [file[:-30] if i == 4 else file for i, file in enumerate(FILES)]
-    rows, rejected = fill_rows(segments, files.__getitem__, CONFIG, seed=0, epoch=0)
-    with ThreadPoolExecutor(num_threads) as executor:
-        threaded, also_rejected = fill_rows(
-            segments, files.__getitem__, CONFIG, seed=0, epoch=0, executor=executor
-        )
-    assert len(rows) > 1
-    assert threaded.patches.tobytes() == rows.patches.tobytes()
-    assert threaded.segment_ids.tobytes() == rows.segment_ids.tobytes()
-    assert threaded.coords.tobytes() == rows.coords.tobytes()
-    assert threaded.segments.example_index.tolist() == rows.segments.example_index.tolist()
-    assert also_rejected == rejected
-    assert [reject.example_index for reject in rejected] == [4]
 
 
 def test_a_size_that_is_not_the_planned_one_names_the_example_and_both_sizes():

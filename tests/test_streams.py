@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PillowImage
 
-from packpipe import rows
+from packpipe import orders
 from packpipe.batch import PackedBatch
 from packpipe.config import PackConfig
 from packpipe.distributions import Uniform
@@ -455,7 +455,7 @@ def test_what_was_taken_is_not_decoded_again(sources, monkeypatch):
     undecoded = state["packs"] - state["stream"]["num_packs"]
     assert undecoded > 0
     wanted = by_epoch(sources, "dataset", 0)[3:]
-    monkeypatch.setattr(rows, "decode", counted)
+    monkeypatch.setattr(orders, "decode", counted)
     assert rest_of(sources["dataset"], state) == wanted != []
     assert len(decoded) == sum(map(len, whole[12:]))
 
@@ -775,15 +775,16 @@ def test_a_column_that_is_not_there_is_named():
         list(loader_of(stored().to_iterable_dataset(), 4, options))
 
 
-def test_images_that_were_decoded_are_refused_with_the_remedy():
+def test_images_that_were_decoded_give_the_rows_of_their_files():
     """What maps and filters hand on, `datasets` decodes, unless the column is cast before."""
-    dataset = stored().to_iterable_dataset().filter(lambda row: row["n"] >= 0)
-    message = (
-        "the image is PngImageFile, not bytes or a path; "
-        "cast_column(..., Image(decode=False)) before mapping"
-    )
-    with pytest.raises(ValueError, match=re.escape(message)):
-        list(loader_of(dataset, 4))
+    encoded, decoded = (stored().to_iterable_dataset() for _ in range(2))
+    decoded = decoded.filter(lambda row: row["n"] >= 0)
+    assert not isinstance(next(iter(decoded))["image"], dict)
+    batches = [list(loader_of(dataset, 4)) for dataset in (encoded, decoded)]
+    assert len(batches[0]) > 1
+    for one, other in zip(*batches, strict=True):
+        assert bool((one.patches == other.patches).all())
+        assert bool((one.example_index == other.example_index).all())
 
 
 def test_a_stream_has_no_length(sources):
@@ -825,7 +826,8 @@ WRONG_OPTIONS = [
         (
             "option is 'patch', expected one of seq_len, patch_size, resolution, max_tokens, "
             "max_upscale, drop_rate, epochs, fit_last, fit_limit, max_segments, strategy, "
-            "window, background, max_pixels; check its spelling"
+            "window, background, reducing_gap, downscale_filter, upscale_filter, max_pixels; "
+            "check its spelling"
         ),
     ),
     (
@@ -888,7 +890,10 @@ WRONG_OPTIONS = [
     (
         {"image_column": "n"},
         ValueError,
-        ("features['n'] is Value('int32'), expected Image() or Value('binary'); cast_column it"),
+        (
+            "features['n'] is Value('int32'), expected Image(), Value('binary') or arrays of bool, "
+            "uint8 or uint16; cast_column it"
+        ),
     ),
     (
         {"label_column": "y"},

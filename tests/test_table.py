@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 
@@ -9,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import test_schema
+import xxhash
 
 from packpipe.table import read_rows, write_json, write_table
 
@@ -23,7 +23,7 @@ def test_a_table_is_written_whole_with_its_record(tmp_path):
     assert record == {
         "rows": 6,
         "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "xxh3_128": xxhash.xxh3_128(content).hexdigest(),
     }
     assert [file.name for file in tmp_path.iterdir()] == ["rows.arrow"]
     with pa.memory_map(str(path)) as source:
