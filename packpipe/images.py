@@ -25,6 +25,7 @@ program; only regular files are; and sizes are checked before anything is alloca
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import stat
@@ -62,6 +63,8 @@ _TRANSPOSE = {
 }
 # Warnings of Pillow's modules, or that it addresses to its caller, which is here.
 _PILLOW_WARNS = ("ignore", None, Warning, re.compile(r"PIL\.|packpipe\.(images|modes)$"), 0)
+_FARTHEST = 2**40  # file systems go no farther than a few times that
+_PILLOW_LOG = logging.getLogger("PIL.TiffImagePlugin")
 # Errors of one path, which another machine would meet as well.
 _FILE_FAULTS = (
     *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP),
@@ -71,13 +74,22 @@ _FILE_FAULTS = (
 
 
 class _Clipped(BufferedReader):
-    """A file of which nobody reads more than there is: headers ask for gigabytes."""
+    """A file that bears what headers ask for as bytes do: gigabytes, and places outside of it."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size > HEAD_BYTES:
-            rest = os.fstat(self.fileno()).st_size - self.tell()
+            rest = self._size() - self.tell()
             size = max(0, rest if size is None else min(size, rest))
         return super().read(size)
+
+    def seek(self, target: int, whence: int = os.SEEK_SET, /) -> int:
+        if whence != os.SEEK_SET:
+            target += self.tell() if whence == os.SEEK_CUR else self._size()
+            target = max(target, 0)
+        return super().seek(min(target, _FARTHEST))
+
+    def _size(self) -> int:
+        return os.fstat(self.fileno()).st_size
 
 
 class BadImage(ValueError):
@@ -231,12 +243,7 @@ def _at_once(path: str, flags: int) -> int:
 
 @contextmanager
 def _opened(source: ImageData | FileIO, max_pixels: int) -> Iterator[Image.Image]:
-    """Yield the image with its header read; what was opened here is closed afterwards.
-
-    Pillow warns of large images, of broken EXIF and of much else while it opens and decodes, all
-    of which is settled here. One entry of the process's filters comes and goes, which other
-    threads do not notice; `catch_warnings` would put back a whole list, theirs included.
-    """
+    """Yield the image with its header read; what was opened here is closed afterwards."""
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         with _rejecting(source):
@@ -288,11 +295,19 @@ def _too_many(height: int, width: int, max_pixels: int) -> BadImage:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    """Hear nothing of what Pillow warns of while it opens and decodes: all of it is settled here.
+
+    One entry of the process's filters comes and goes, which other threads do not notice;
+    `catch_warnings` would put back a whole list, theirs included. Likewise the one error it logs.
+    """
     filters: Any = warnings.filters
     filters.insert(0, _PILLOW_WARNS)
+    log_filter = logging.Filter("nobody")
+    _PILLOW_LOG.addFilter(log_filter)
     try:
         yield
     finally:
+        _PILLOW_LOG.removeFilter(log_filter)
         if _PILLOW_WARNS in filters:
             filters.remove(_PILLOW_WARNS)
 

@@ -262,6 +262,10 @@ def _source_problems(
     rows = dataset.select_columns([image_column]).with_format("arrow")
     source = ImageSource(rows, manifest["image_root"])
     labels = labels_of(dataset, label_column)
+    stored_type = _label_type(contents)
+    if labels is not None and stored_type not in (None, labels.type):
+        yield Problem("dataset", f"has labels of type {labels.type}, expected {stored_type}")
+        labels = None
     ends = np.cumsum(contents.segments, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
     number = total if sample is None else min(sample, total)
@@ -274,6 +278,14 @@ def _source_problems(
         where = f"{name}, row {row}, segment {segment + 1} (example {found.example_index})"
         for what in _differences(found, source, labels, manifest):
             yield Problem(where, what)
+
+
+def _label_type(contents: _Contents) -> pa.DataType | None:
+    """Return the type of the stored labels, None if there are none."""
+    for _, stored, _ in contents.places[:1]:
+        if "labels" in stored.column_names:
+            return stored.schema.field("labels").type.value_type
+    return None
 
 
 class _Segment(NamedTuple):

@@ -23,12 +23,14 @@ def outcome_of(data):
 
 @pytest.mark.parametrize("by", ["bytes", "path"])
 @pytest.mark.parametrize("path", FINDS, ids=lambda path: path.name)
-def test_a_damaged_file_is_pixels_or_a_reject(path, by):
+def test_a_damaged_file_is_pixels_or_a_reject(path, by, caplog):
     data = path.read_bytes() if by == "bytes" else str(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         outcome = outcome_of(data)
     assert outcome in {(16, 32, 3), "unreadable", "undecodable", "too many pixels"}
+    assert outcome == outcome_of(path.read_bytes())
+    assert caplog.records == []
 
 
 def test_a_tile_larger_than_the_limit_is_refused_before_it_is_allocated():
