@@ -197,6 +197,7 @@ class Build:
         shards = Shards(folder, self.record, [len(some) for some in packs])
         missing = {number: packs[number] for number in shards.missing}
         rejects = found.rejects + shards.rejects
+        packs_done = [len(plan) - sum(map(len, missing.values()))]
 
         size = self._stored_bytes(plan, missing)
         what = f"{len(found.index):,} images in {len(plan):,} rows"
@@ -213,7 +214,8 @@ class Build:
                 failed.extend(undecodable)
                 rejects.extend(undecodable)
                 tolerance.check(rejects)
-                bar.set_postfix(rejects=len(rejects), refresh=False)
+                packs_done.append(len(rows))
+                bar.set_postfix(packs=sum(packs_done), rejects=len(rejects), refresh=False)
                 bar.update(num_images)
                 yield rows
 

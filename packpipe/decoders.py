@@ -34,6 +34,8 @@ _START = (
     "from packpipe.decoder import serve; serve(setup)"
 )
 _STOPPED = "the decoding processes were stopped"
+# Signals that come from outside: the system that runs out of memory, or somebody.
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 _STARTS = 3  # of a process that does not come as far as its first image
 
 
@@ -207,6 +209,9 @@ def _fill(process: _Process, task: list[RowOrders]) -> list[list[Failure | None]
         if status == -signal.SIGPROF:
             what = f"not decoded within {process.seconds:g} s of processor time"
             task[row].orders[at] = order._replace(data=Failure("too slow", what))
+        elif order is suspect and status in _KILLED:
+            what = f"was killed twice at example {order.example}, by signal {-status}"
+            raise DecoderError(f"a decoding process {what}; is there enough memory?")
         elif order is suspect:
             what = f"decoding it ended the process with {status}"
             task[row].orders[at] = order._replace(data=Failure("crashed", what))

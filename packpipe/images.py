@@ -30,6 +30,7 @@ import os
 import re
 import stat
 import struct
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -86,7 +87,9 @@ class _Clipped(BufferedReader):
         if whence != os.SEEK_SET:
             target += self.tell() if whence == os.SEEK_CUR else self._size()
             target = max(target, 0)
-        return super().seek(min(target, _FARTHEST))
+        if _FARTHEST < target <= sys.maxsize:
+            target = _FARTHEST
+        return super().seek(target)
 
     def _size(self) -> int:
         return os.fstat(self.fileno()).st_size

@@ -15,7 +15,7 @@ def blocks(language):
 
 def test_the_ten_lines_of_python_give_a_vector_for_every_image_of_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    code, _, _ = blocks("python")
+    code, *_ = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     found = {}
     exec(code, found)  # noqa: S102  what a reader would type
@@ -24,8 +24,17 @@ def test_the_ten_lines_of_python_give_a_vector_for_every_image_of_the_rows(tmp_p
     assert found["packed"].num_rows == 101
 
 
+def test_the_lines_of_python_that_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, code, _, _ = blocks("python")
+    found = {}
+    exec(code, found)  # noqa: S102  what a reader would type
+    assert found["packed"].num_rows == 101
+    assert (tmp_path / "packed" / "manifest.json").is_file()
+
+
 def test_the_lines_of_python_that_plan_every_epoch_anew(capsys):
-    _, code, _ = blocks("python")
+    _, _, code, _ = blocks("python")
     found = {}
     exec(code, found)  # noqa: S102  what a reader would type
     assert found["loader"].epoch == 0
