@@ -33,6 +33,8 @@ _START = (
     "import json, sys; setup = json.loads(sys.argv[1]); sys.path[:] = setup['path']; "
     "from packpipe.decoder import serve; serve(setup)"
 )
+# glibc: keep the memory of one image for the next; clean pages cost 5 to 10 % of the time.
+_MEMORY = {"MALLOC_MMAP_THRESHOLD_": f"{2**26}", "MALLOC_TRIM_THRESHOLD_": f"{2**26}"}
 _STOPPED = "the decoding processes were stopped"
 # Signals that come from outside: the system that runs out of memory, or somebody.
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
@@ -146,6 +148,7 @@ class _Process:
                 [sys.executable, "-c", _START, json.dumps(setup)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), self._setup["memory"]),
+                env={**_MEMORY, **os.environ},
                 process_group=0,  # Ctrl-C is for this process to answer
             )
             self._stream = ours.makefile("rwb")

@@ -6,17 +6,16 @@ are never touched.
 
 The planned size is known before a pixel is, so the work is done in the order that costs least:
 
-1. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, and any image is averaged down by whole
-   factors, while it stays at least ``reducing_gap`` times as large as planned on both axes.
+1. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size while it stays at least ``reducing_gap`` times
+   as large as planned on both axes.
 2. The mode becomes grey or RGB (`modes`), an animation its first frame.
-3. One resize to the planned size.
-4. The EXIF orientation is applied, to the small image.
+3. The EXIF orientation is applied.
+4. One resize to the planned size; first, pixels are averaged by whole factors within the same gap.
 
-Against decoding in full, turning upright and resizing in one step, 1. changes pixels by a bound
-that tests hold and ``benchmarks/pixels.py`` shows (none with ``reducing_gap=None``), and 4. by two
-levels of 255 at most. An orientation that cannot be read is taken as upright and flagged; in PNG
-files it counts only where it stands before the pixels, since finding a later one would mean
-decoding the image while probing.
+Against decoding in full and resizing in one step, the gap changes pixels by a bound that tests
+hold and ``benchmarks/pixels.py`` shows; ``reducing_gap=None`` gives exactly those. An orientation
+that cannot be read is taken as upright and flagged; in PNG files it counts only where it stands
+before the pixels, since finding a later one would mean decoding the image while probing.
 
 Files are not trusted: only the raster formats below are opened, none of which runs another
 program; only regular files are; and sizes are checked before anything is allocated.
@@ -40,14 +39,16 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
+from packpipe import checks
 from packpipe.headers import HEAD_BYTES, exif_orientation, quick_probe, upright_hw
 from packpipe.modes import NoRule, image_of, plain
 
 # The bytes of an encoded image, the path of its file, or its pixels.
 ImageData: TypeAlias = "bytes | memoryview | str | NDArray[Any] | Image.Image"
+Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "PCX"),
@@ -179,10 +180,10 @@ def decode(
                 f"image_hw is {found}, expected {image_hw} as planned; "
                 "plan again, the source has changed"
             )
-        height, width = upright_hw(target_hw[1], target_hw[0], orientation)  # as it is stored
         try:
             box = (0.0, 0.0, float(image.width), float(image.height))
             if rules.reducing_gap is not None and image is not data:
+                height, width = upright_hw(*target_hw[::-1], orientation)  # as it is stored
                 least = (int(width * rules.reducing_gap), int(height * rules.reducing_gap))
                 drafted = image.draft(None, least)
                 box = box if drafted is None else drafted[1]
@@ -194,30 +195,38 @@ def decode(
             _reraise_faults(error)
             reason = "unsupported mode" if isinstance(error, NoRule) else "undecodable"
             raise BadImage(reason, str(error)) from error
-        pixels = _resized(pixels, box, (width, height), rules)
     if orientation in _TRANSPOSE:
+        box = _turned(box, pixels.size, orientation)
         pixels = pixels.transpose(_TRANSPOSE[orientation])
-    return np.asarray(pixels.convert("RGB"))
+    pixels = _resized(pixels, box, target_hw[::-1], rules)
+    return np.asarray(pixels if pixels.mode == "RGB" else pixels.convert("RGB"))
 
 
-def _resized(
-    image: Image.Image,
-    box: tuple[float, float, float, float],
-    size: tuple[int, int],
-    rules: PixelRules,
-) -> Image.Image:
+def _turned(box: Box, size: tuple[int, int], orientation: int) -> Box:
+    """Return where a box of an image of a size of (width, height) is once it is upright."""
+    left, top, right, bottom = box
+    if orientation in (2, 3, 7, 8):
+        left, right = size[0] - right, size[0] - left
+    if orientation in (3, 4, 6, 7):
+        top, bottom = size[1] - bottom, size[1] - top
+    return (left, top, right, bottom) if orientation < 5 else (top, left, bottom, right)
+
+
+def _resized(image: Image.Image, box: Box, size: tuple[int, int], rules: PixelRules) -> Image.Image:
     """Return what box holds of the image at a size of (width, height)."""
     if image.size == size and box == (0, 0, *size):
         return image
     across, down = (
-        _filter(rules.upscale_filter if pixels > box[side] else rules.downscale_filter)
-        for side, pixels in zip((2, 3), size, strict=True)
+        _filter(
+            rules.upscale_filter if pixels > box[side + 2] - box[side] else rules.downscale_filter
+        )
+        for side, pixels in enumerate(size)
     )
     gap = rules.reducing_gap
     if across == down:
         return image.resize(size, across, box, gap)
-    wide = image.resize((size[0], image.size[1]), across, (0, 0, box[2], image.size[1]), gap)
-    return wide.resize(size, down, (0, 0, size[0], box[3]), gap)
+    wide = image.resize((size[0], image.height), across, (box[0], 0, box[2], image.height), gap)
+    return wide.resize(size, down, (0, box[1], size[0], box[3]), gap)
 
 
 def _filter(name: str) -> Image.Resampling:
@@ -247,6 +256,7 @@ def _at_once(path: str, flags: int) -> int:
 @contextmanager
 def _opened(source: ImageData | FileIO, max_pixels: int) -> Iterator[Image.Image]:
     """Yield the image with its header read; what was opened here is closed afterwards."""
+    _check_settings(max_pixels)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         with _rejecting(source):
@@ -261,6 +271,17 @@ def _opened(source: ImageData | FileIO, max_pixels: int) -> Iterator[Image.Image
                 if rows * columns > max_pixels:
                     raise _too_many(rows, columns, max_pixels)
         yield image
+
+
+def _check_settings(max_pixels: int) -> None:
+    """Raise if Pillow is set to something that rows would depend on."""
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        name, remedy = "PIL.ImageFile.LOAD_TRUNCATED_IMAGES", "cut images would become rows"
+        raise ValueError(checks.sentence(name, True, "False", remedy))
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and 2 * limit < max_pixels:  # Pillow refuses twice as many
+        name, expected = "PIL.Image.MAX_IMAGE_PIXELS", f"{-(-max_pixels // 2)} or more"
+        raise ValueError(checks.sentence(name, limit, expected, "lower max_pixels instead"))
 
 
 def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Image.Image:

@@ -7,7 +7,7 @@ RGB, L, P, 1            as they are (1-bit black and white become 0 and 255)
 any transparency        laid on the background, before resizing
 CMYK, YCCK, YCbCr, HSV  Pillow's conversion (Adobe's inverted CMYK is undone while decoding)
 LAB                     to sRGB by colour profile
-16-bit grey             scaled by depth, value · 255 ÷ 65535 to the nearest; never clipped
+12- and 16-bit grey     scaled by depth, value · 255 ÷ 65535 to the nearest; never clipped
 anything else           no rule: rejected
 ======================  ====================================================================
 
@@ -16,9 +16,11 @@ Grey stays one channel until it is resized, at a third of the cost and with the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
 _CONVERTED = ("RGBX", "P", "CMYK", "YCbCr", "HSV")
 _CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -41,13 +43,14 @@ def plain(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         # Pillow's own conversion clips at 255.
         values = np.asarray(image)
-        grey = Image.fromarray(_scaled(values.astype(np.uint32)))
+        grey = Image.fromarray(_grey(values, image))
         if "transparency" not in image.info:
             return grey
         rgb = grey.convert("RGB")
         rgb.paste(background, mask=Image.fromarray(values == image.info["transparency"]))
         return rgb
     if image.has_transparency_data:
+        image = _with_transparent_value(image)
         layer = image.convert("RGBA")
         below = Image.new("RGB", layer.size, background)
         below.paste(layer, mask=layer)  # the bytes of alpha_composite, in one pass
@@ -94,6 +97,32 @@ def image_of(pixels: NDArray[np.generic]) -> Image.Image:
     return Image.frombytes(_CHANNELS[channels], (width, height), values.tobytes())
 
 
-def _scaled(values: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    """Return 16-bit values in 8 bits, to the nearest."""
-    return ((values * 255 + 32767) // 65535).astype(np.uint8)
+def _scaled(values: NDArray[np.uint32], most: int = 65535) -> NDArray[np.uint8]:
+    """Return values of 0..most in 8 bits, to the nearest."""
+    return ((values * 255 + most // 2) // most).astype(np.uint8)
+
+
+def _grey(values: NDArray[Any], image: Image.Image) -> NDArray[np.uint8]:
+    """Return grey of more than 8 bits in 8; a TIFF file says in how many, and what is white."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+    most = (1 << bits) - 1
+    grey = _scaled(np.minimum(values.astype(np.uint32), most), most)
+    zero_is_white = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    return 255 - grey if zero_is_white else grey
+
+
+def _with_transparent_value(image: Image.Image) -> Image.Image:
+    """Return a PNG image with its transparent value as its pixels have it: in 8 bits."""
+    value: Any = image.info.get("transparency")
+    tiles = getattr(image, "tile", [])  # none once it is loaded
+    depth = tiles[0].args if tiles and image.format == "PNG" else None
+    if depth in ("L;2", "L;4"):
+        value = value * (85 if depth == "L;2" else 17)
+    elif depth == "RGB;16B":
+        value = tuple(level >> 8 for level in value)
+    else:
+        return image
+    image = image.copy()
+    image.info["transparency"] = value
+    return image

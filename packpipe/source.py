@@ -41,9 +41,13 @@ def image_column_of(features: Features, asked: str) -> str:
                     "image columns", images, "exactly one, for image_column='auto'", remedy
                 )
             )
-        return str(images[0])
+        asked = str(images[0])
     if asked not in features:
         raise ValueError(checks.sentence("image_column", asked, f"one of {list(features)}", remedy))
+    mode = getattr(features[asked], "mode", None)
+    if mode not in (None, "RGB"):
+        name, remedy = f"features[{asked!r}].mode", "cast_column it to Image()"
+        raise ValueError(checks.sentence(name, mode, "None or 'RGB'", remedy))
     if asked not in images:
         expected = "Image(), Value('binary') or arrays of bool, uint8 or uint16"
         name = f"features[{asked!r}]"
@@ -84,8 +88,8 @@ def pixel_type(feature: Any) -> np.dtype[Any] | None:
     depth = 0
     while isinstance(feature, List | LargeList):
         feature, depth = feature.feature, depth + 1
-    if isinstance(feature, Array2D | Array3D):
-        depth += len(feature.shape)
+    if isinstance(feature, Array2D | Array3D) and not depth:
+        depth = len(feature.shape)
     dtype = getattr(feature, "dtype", None)
     found = depth in (2, 3) and dtype in ("bool", "uint8", "uint16")
     return np.dtype(dtype) if found else None
@@ -157,11 +161,18 @@ class ImageSource:
             for path in pc.struct_field(batch.column(0), "path").filter(by_path).to_pylist():
                 found = True
                 if path is not None and self._allows(path):
-                    file = Path(self.root or "", path).absolute()
-                    status = file.stat() if file.exists() else None
-                    known = (status.st_size, status.st_mtime_ns) if status else None
-                    digest.update(f"{file} {known}\n".encode())
+                    file = os.path.abspath(os.path.join(self.root or "", path))
+                    digest.update(f"{file} {_known(file)}\n".encode(errors="surrogatepass"))
         return digest.hexdigest() if found else None
+
+
+def _known(file: str) -> tuple[int, int] | None:
+    """Return size and time of change of a file, None if there is none."""
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def image_data(value: pa.Scalar, root: str | None = None) -> ImageData:
@@ -200,7 +211,10 @@ def confined(path: str, root: str | None) -> str:
     """
     if root is None:
         return path
-    found = os.path.realpath(os.path.join(root, path))
+    try:
+        found = os.path.realpath(os.path.join(root, path))
+    except ValueError as error:  # a NUL
+        raise BadImage("unreadable", f"the path {path!r}: {error}") from error
     if os.path.commonpath([root, found]) != root:
         raise BadImage("outside image_root", f"the path {path!r} leads out of image_root")
     return found
