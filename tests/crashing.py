@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +18,7 @@ from unittest.mock import patch
 import datasets
 import filelock
 import pictures
+from processes import of_session, wait_until
 from traps import say
 
 import packpipe
@@ -43,8 +46,13 @@ def source(num_images: int = 40) -> datasets.Dataset:
         bad = number % 9 == 4
         size = sides[number % len(sides)]
         image = pictures.encoded_image(*size, number, "JPEG" if bad else "PNG")
-        images.append(image[:-60] if bad else image)
+        images.append(header_of(image) if bad else image)
     return pictures.dataset_of(images)
+
+
+def header_of(image: bytes) -> bytes:
+    """A JPEG as far as its pixels."""
+    return image[: image.index(b"\xff\xda")]
 
 
 def build(dataset: datasets.Dataset, folder: Path, **options: Any) -> datasets.Dataset:
@@ -89,38 +97,92 @@ def watching(step: Callable[[str], bool | None]) -> Iterator[None]:
             If it returns False before something, that is not done.
     """
 
-    def watched(owner: Any, name: str, file_of: Callable[..., str | None]) -> Any:
+    def watched(owner: Any, name: str, name_of: Callable[..., str | None]) -> Any:
         real = getattr(owner, name)
 
         def instead(*args: Any, **options: Any) -> Any:
-            file = file_of(*args, **options)
+            file = name_of(*args, **options)
             if file is None:
                 return real(*args, **options)
             if step(f"before {name} {file}") is False:
                 return None
             result = real(*args, **options)
-            step(f"after {name} {file}")
+            try:
+                step(f"after {name} {file}")
+            except BaseException:
+                if name == "open":
+                    result.close()
+                raise
             return result
 
         return patch.object(owner, name, instead)
 
-    def name_of(path: Path, *_: Any, **__: Any) -> str:
+    def own_name(path: Path, *_: Any, **__: Any) -> str:
         return path.name
 
     def written(path: Path, mode: str = "r", *_: Any, **__: Any) -> str | None:
         return path.name if "w" in mode else None
 
+    def synced(descriptor: int) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+
     with ExitStack() as stack:
         for name in ("mkdir", "rmdir", "unlink", "replace"):
-            stack.enter_context(watched(Path, name, name_of))
+            stack.enter_context(watched(Path, name, own_name))
         stack.enter_context(watched(Path, "open", written))
-        stack.enter_context(watched(os, "fsync", lambda file: os.readlink(f"/proc/self/fd/{file}")))
+        stack.enter_context(watched(os, "fsync", synced))
         stack.enter_context(watched(table._Checksummed, "write", lambda *_: "rows"))
         stack.enter_context(watched(filelock.FileLock, "acquire", lambda *_, **__: ".lock"))
         stack.enter_context(
             watched(datasets.DatasetInfo, "write_to_directory", lambda *_, **__: "info")
         )
         yield
+
+
+def send(number: int, leader: int, *, group: bool) -> None:
+    """Send a signal to the leader of a session, or to all of it; the leader may be us, so last."""
+    others = [pid for pid in of_session(leader) if pid != leader] if group else []
+    for pid in [*others, leader]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+class Stopped(Exception):
+    """What stops a build."""
+
+
+def raising_at(name: str, nth: int, error: BaseException) -> Callable[[str], None]:
+    """Return a step for `watching` that raises from the nth step of a name on."""
+    left = [nth]
+
+    def step(at: str) -> None:
+        if at == name:
+            left[0] -= 1
+            if left[0] < 0:
+                raise error
+
+    return step
+
+
+def stopped_build(
+    dataset: datasets.Dataset, folder: Path, name: str, nth: int = 0, **options: Any
+) -> None:
+    """Build as far as a step; fails if it is never reached."""
+    with suppress(Stopped), watching(raising_at(name, nth, Stopped())):
+        build(dataset, folder, **options)
+        raise AssertionError(f"{name} was not reached")
+
+
+def started(arguments: dict[str, Any], command: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """This script, in a process and a session of its own, if need be as arguments of a command."""
+    return subprocess.Popen(
+        [*command, sys.executable, "-W", "ignore", __file__, json.dumps(arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        start_new_session=True,
+    )
 
 
 class Run:
@@ -144,20 +206,14 @@ class Run:
         signal_at: tuple[int, int] | None = None,
         group: bool = False,
     ) -> None:
-        arguments = {
-            "source": str(source_folder),
-            "folder": str(folder),
-            "num_workers": num_workers,
-            "signal_at": signal_at,
-            "group": group,
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, json.dumps(arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            start_new_session=True,
+        self.process = started(
+            {
+                "source": str(source_folder),
+                "folder": str(folder),
+                "num_workers": num_workers,
+                "signal_at": signal_at,
+                "group": group,
+            }
         )
 
     def wait_until_ready(self) -> None:
@@ -169,32 +225,78 @@ class Run:
     def kill(self, *, group: bool) -> None:
         """Kill the process, or its whole session, if it has not ended."""
         if self.process.poll() is None:
-            (os.killpg if group else os.kill)(self.process.pid, signal.SIGKILL)
+            send(signal.SIGKILL, self.process.pid, group=group)
 
     def result(self) -> tuple[int, list[str]]:
         """Wait for the end; return the status, and the number of steps if it counted them."""
         said, complaint = self.process.communicate(timeout=120)
         assert self.process.returncode in (0, -signal.SIGKILL), complaint
-        return self.process.returncode, said.split()
+        return self.process.returncode, said.removeprefix(READY).split()
 
 
-def main(arguments: dict[str, Any]) -> None:
+def build_once(arguments: dict[str, Any]) -> None:
     """Build; say when it begins, and how many steps it took."""
     dataset = datasets.load_from_disk(arguments["source"])
-    steps = 0
+    steps = count()
 
     def step(_: str) -> None:
-        nonlocal steps
-        if arguments["signal_at"] is not None and steps == arguments["signal_at"][0]:
-            number = arguments["signal_at"][1]
-            (os.killpg if arguments["group"] else os.kill)(os.getpid(), number)
-        steps += 1
+        number = next(steps)
+        if arguments["signal_at"] is not None and number == arguments["signal_at"][0]:
+            send(arguments["signal_at"][1], os.getpid(), group=arguments["group"])
 
     say(READY)
     with watching(step):
         build(dataset, Path(arguments["folder"]), num_workers=arguments["num_workers"])
-    say(steps)
+    say(next(steps))
+
+
+def fill_up(arguments: dict[str, Any]) -> None:
+    """Build on a disk that is full, that fills up meanwhile, and that has room again; say how.
+
+    Args:
+        arguments: the source; the disk: a folder; whether it is to be filled by another file, or
+            its files are just not allowed to grow.
+    """
+    dataset, disk = datasets.load_from_disk(arguments["source"]), Path(arguments["disk"])
+    folder, other = disk / "out", disk / "other"
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> None:
+        if not arguments["by_another"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+            return
+        with suppress(OSError), open(other, "ab", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+
+    def make_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        other.unlink(missing_ok=True)
+
+    def error_of(step: Callable[[str], None]) -> str:
+        try:
+            with watching(step):
+                build(dataset, folder)
+        except OSError as error:
+            return str(error)
+        return ""
+
+    def fill_at(name: str) -> None:
+        if name == "before open data-00002.arrow.partial":
+            wait_until(lambda: len(committed(folder)) == 2)
+            fill()
+
+    found: dict[str, Any] = {"filled": error_of(fill_at), "stays": sorted(committed(folder))}
+    assert_committed_files_are_whole(folder)
+    before = stamps(folder)
+    found["again"] = error_of(lambda _: None)
+    make_room()
+    found["with room"] = error_of(lambda _: None)
+    found["kept"] = before.items() <= stamps(folder).items()
+    found["contents"] = {name: content.hex() for name, content in contents(folder).items()}
+    say(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    asked = json.loads(sys.argv[1])
+    (fill_up if "disk" in asked else build_once)(asked)

@@ -19,6 +19,7 @@ from packpipe import images
 from packpipe.headers import HEAD_BYTES, exif_orientation, quick_probe, upright_hw
 from packpipe.images import BadImage, Probe, probe
 
+MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow refuses more
 BUNDLED = sorted(
     path
     for path in (Path(packpipe.__file__).parent / "data" / "images").rglob("*")
@@ -31,7 +32,7 @@ def by_pillow(encoded):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with images._opened(encoded, 2**62) as image:
+            with images._opened(encoded, MOST_PIXELS) as image:
                 orientation, broken_exif = images._orientation(image)
                 return Probe(upright_hw(*image.size, orientation), broken_exif)
         except BadImage as error:
@@ -277,7 +278,7 @@ def test_what_is_not_plain_is_left_to_pillow(name):
     encoded = LEFT[name]
     assert quick_probe(encoded, len(encoded)) is None
     try:
-        found = probe(encoded, max_pixels=2**62)
+        found = probe(encoded, max_pixels=MOST_PIXELS)
     except BadImage as error:
         found = error.reason, str(error)
     assert found == by_pillow(encoded)
