@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -139,8 +139,9 @@ class Build:
                     clear_if_bare(folder)
                     raise
         finally:
-            if not existed and folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
+            with suppress(OSError):  # another process may be in already
+                if not existed and not any(folder.iterdir()):
+                    folder.rmdir()
 
     def open(self, folder: Path, on_error: str) -> Dataset:
         """Return the dataset a complete folder holds; on_error is for rows computed when read."""
@@ -187,16 +188,17 @@ class Build:
                 executor=executor,
             )
         found = survey(sizes, labels, self._label)
-        tolerance.check(found.rejects)
         plan = plan_epoch(
             found.image_hw, self.config, seed=self.seed, epoch=self.epoch, index=found.index
         )
         # At least one shard, so that an empty dataset has its columns too.
         per_shard = max(1, table.FILE_BYTES // self.config.row_bytes)
         packs = _cut(range(len(plan)), per_shard) or [range(0)]
-        shards = Shards(folder, self.record, [len(some) for some in packs])
+        with naming_full_disks(folder):
+            shards = Shards(folder, self.record, [len(some) for some in packs])
         missing = {number: packs[number] for number in shards.missing}
         rejects = found.rejects + shards.rejects
+        tolerance.check(rejects)
         packs_done = [len(plan) - sum(map(len, missing.values()))]
 
         size = self._stored_bytes(plan, missing)

@@ -11,7 +11,7 @@ from packpipe import checks
 from packpipe.build import Build, read_rejects
 from packpipe.config import PackOptions, config_from
 from packpipe.quarantine import tolerance_of
-from packpipe.shards import MANIFEST, REJECTS, read_manifest
+from packpipe.shards import MANIFEST, REJECTS, drop_stale_lock, read_manifest
 from packpipe.sizes import checked_columns
 from packpipe.source import checked_root, image_column_of, label_column_of
 
@@ -119,6 +119,7 @@ def pack(
     )
     target = build.cache_folder() if output is None else Path(output).absolute()
     if build.is_at(target):
+        drop_stale_lock(target)
         tolerance.check(read_rejects(target))
     else:
         build.make(

@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,13 @@ def is_complete(folder: Path, record: dict[str, Any]) -> bool:
                 checks.sentence("output", str(folder), "an absent or empty folder", remedy)
             )
         return False
-    found = read_manifest(folder)
+    try:
+        found = read_manifest(folder)
+    except ValueError:
+        found = {}
+    if not isinstance(found, dict) or not {"complete", "files"} <= found.keys():
+        expected = f"{MANIFEST} written by packpipe, or none"
+        raise FileExistsError(checks.sentence("output", str(folder), expected, remedy))
     differing = [name for name, value in record.items() if found.get(name) != value]
     # What a build of other rows began, and never committed a file of, is in nobody's way.
     if differing and (found["complete"] or found["files"]):
@@ -69,10 +75,9 @@ def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
     Raises:
         FileExistsError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / _LOCK)
     try:
-        lock.acquire(timeout=0)
+        _acquire(lock, folder, timeout=0)
     except Timeout:
         if not wait:
             expected = "a folder of its own"
@@ -80,13 +85,20 @@ def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
             value = f"{folder} (being written by another process)"
             raise FileExistsError(checks.sentence("output", value, expected, remedy)) from None
         log.warning("waiting for the process that is writing %s", folder)
-        lock.acquire()
+        _acquire(lock, folder, timeout=-1)
     try:
         yield
     finally:
         # Whoever opened the file before finds that it has no name any more, and tries again.
         (folder / _LOCK).unlink(missing_ok=True)
         lock.release()
+
+
+def drop_stale_lock(folder: Path) -> None:
+    """Remove the lock that a build left which was killed after its last file."""
+    if (folder / _LOCK).exists():
+        with suppress(OSError), alone_in(folder, wait=False):  # whoever holds it removes it
+            pass
 
 
 class Shards:
@@ -154,8 +166,7 @@ class Shards:
 
 def clear_if_bare(folder: Path) -> None:
     """Remove what a build has begun in a folder if no file of it was committed."""
-    manifest = folder / MANIFEST
-    if manifest.is_file() and not read_manifest(folder)["files"]:
+    if not (folder / MANIFEST).is_file() or not read_manifest(folder)["files"]:
         for name in ("data-*.arrow", "*.partial", MANIFEST):
             for leftover in folder.glob(name):
                 leftover.unlink()
@@ -201,6 +212,17 @@ def in_bytes(number: int) -> str:
         if number >= size:
             return f"{number / size:.1f} {unit}"
     return f"{number / 1000:.1f} kB"
+
+
+def _acquire(lock: FileLock, folder: Path, *, timeout: float) -> None:
+    """Acquire a lock in a folder, made anew if whoever held the lock removed it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=timeout)
+            return
+        except FileNotFoundError:
+            continue
 
 
 def _others(folder: Path) -> Iterator[Path]:
