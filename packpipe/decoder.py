@@ -1,9 +1,11 @@
 """The process that decodes: reads orders from a socket, fills rows in shared memory (floor 1).
 
 Started by `decoders`, with plain values on its command line. A message is a line of JSON and the
-bytes it announces; nothing is unpickled. An image that takes too much processor time, or crashes
-its codec, takes this process with it: its place in the task, which stands in shared memory, then
-says which image it was.
+bytes it announces; nothing is unpickled. A task is a line that says how many images go into which
+rows, then image after image: one is on its way while another is decoded, and none is held.
+
+An image that takes too much processor time, or crashes its codec, takes this process with it: its
+place in the task, which stands in shared memory, then says which image it was.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import os
 import signal
 import socket
 import traceback
+from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,10 +32,10 @@ PLACE_BYTES = 8
 _NOTHING, _BYTES, _PATH, _PIXELS = range(4)
 
 
-def head_of(order: Order) -> tuple[list[Any], list[Any]]:
-    """Return what JSON says of an order, and its bytes."""
+def message_of(order: Order) -> list[bytes | memoryview]:
+    """Return what goes through the socket for an order, whose image is read now."""
     kept = b"" if order.kept is None else order.kept.astype(np.int32).tobytes()
-    data = order.data
+    data = order.read()
     payload: bytes | memoryview
     details: list[Any]
     if isinstance(data, Failure):
@@ -45,11 +49,15 @@ def head_of(order: Order) -> tuple[list[Any], list[Any]]:
     else:
         raise TypeError(f"an image of type {type(data).__name__} cannot go to another process")
     sizes = [-1 if order.kept is None else len(kept), len(payload)]
-    return [order.example, order.image_hw, order.grid_hw, sizes, details], [kept, payload]
+    head = [order.example, order.image_hw, order.grid_hw, sizes, details]
+    return [json.dumps(head).encode() + b"\n", kept, payload]
 
 
-def _order(head: list[Any], stream: Any) -> Order:
-    example, image_hw, grid_hw, (kept_bytes, size), (kind, *details) = head
+def _order(stream: Any) -> Order:
+    line = stream.readline()
+    if not line:
+        raise EOFError("nobody waits for the rest of the task")
+    example, image_hw, grid_hw, (kept_bytes, size), (kind, *details) = json.loads(line)
     kept = None if kept_bytes < 0 else np.frombuffer(stream.read(kept_bytes), np.int32)
     payload = stream.read(size)
     data: Any = payload
@@ -79,16 +87,17 @@ def serve(setup: dict[str, Any]) -> None:
     place = memory[: setup["first_row"]].view(np.int64)[setup["worker"] :][:1]
     with socket.socket(fileno=setup["socket"]) as channel, channel.makefile("rwb") as stream:
         while line := stream.readline():
-            task = [
-                (row, [_order(head, stream) for head in heads]) for row, heads in json.loads(line)
-            ]
-            answer = _answer(task, rows, rules, place, setup["seconds"])
+            task = json.loads(line)
+            orders = (_order(stream) for _ in range(sum(number for _, number in task)))
+            answer = _answer(task, orders, rows, rules, place, setup["seconds"])
+            deque(orders, maxlen=0)  # what is still on its way after an error
             stream.write(json.dumps(answer).encode() + b"\n")
             stream.flush()
 
 
 def _answer(
-    task: list[tuple[int, list[Order]]],
+    task: list[tuple[int, int]],
+    orders: Iterator[Order],
     rows: NDArray[np.uint8],
     rules: PixelRules,
     place: NDArray[np.int64],
@@ -96,8 +105,8 @@ def _answer(
 ) -> dict[str, Any]:
     """Return {"outcomes": of every order of every row}, or what went wrong."""
 
-    def announced(orders: list[Order]) -> Iterator[Order]:
-        for order in orders:
+    def announced(number: int) -> Iterator[Order]:
+        for order in islice(orders, number):
             place[0] += 1
             # Processor time, so that a busy machine rejects nothing; its signal ends the process.
             signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -105,7 +114,8 @@ def _answer(
         signal.setitimer(signal.ITIMER_PROF, 0)
 
     try:
-        return {"outcomes": [fill_row(announced(orders), rows[row], rules) for row, orders in task]}
+        outcomes = [fill_row(announced(number), rows[row], rules) for row, number in task]
+        return {"outcomes": outcomes}
     except OSError as error:
         return {"fault": [error.errno, error.strerror or str(error)]}
     except MemoryError as error:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from queue import SimpleQueue
 from threading import Lock
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from packpipe.decoder import PLACE_BYTES, head_of
+from packpipe.decoder import PLACE_BYTES, message_of
 from packpipe.images import PixelRules
 from packpipe.orders import Failure, Order
 
@@ -158,20 +159,26 @@ class _Process:
         if self._popen is None:
             self.start()
         self._place[0] = -1
-        heads, payloads = [], []
-        for row, orders in task:
-            found = [head_of(order) for order in orders]
-            heads.append([row, [head for head, _ in found]])
-            payloads += [payload for _, some in found for payload in some]
         try:
-            self._stream.write(json.dumps(heads).encode() + b"\n")
-            self._stream.writelines(payloads)
-            self._stream.flush()
-            line = self._stream.readline()
-        except OSError:  # a broken pipe
-            line = b""
+            line = self._answer(task)
+        except BaseException:  # an image that is not to be read; the process waits for it
+            self._end()
+            raise
         answer: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
         return answer
+
+    def _answer(self, task: list[RowOrders]) -> bytes:
+        """Return the line that answers a task; not a whole one if the process ends."""
+        rows = [(row, len(orders)) for row, orders in task]
+        head: list[bytes | memoryview] = [json.dumps(rows).encode() + b"\n"]
+        images = (message_of(order) for _, orders in task for order in orders)
+        for message in chain([head], images):
+            with suppress(OSError):  # a broken pipe: no answer will come either
+                self._stream.writelines(message)
+                self._stream.flush()  # the process begins with the first image
+        with suppress(OSError):
+            return self._stream.readline()
+        return b""
 
     def ended(self) -> tuple[int, int]:
         """Return the exit status of a process that ended, and the place in its task (-1: none)."""
@@ -182,8 +189,11 @@ class _Process:
         return status, int(self._place[0])
 
     def stop(self) -> None:
+        self._stopped = True
+        self._end()
+
+    def _end(self) -> None:
         with self._starting_or_stopping:
-            self._stopped = True
             if self._popen is not None:
                 self._popen.kill()
                 self._popen.wait()

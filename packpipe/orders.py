@@ -5,7 +5,7 @@ A row is filled from its orders alone, here or in another process (`decoders`): 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -27,14 +27,15 @@ class Order(NamedTuple):
 
     Attributes:
         example: row in the source.
-        data: the image, or why there is none.
+        data: the image, why there is none, or what returns one of both: memory then holds no
+            image before its turn.
         image_hw: upright source size in pixels, as planned.
         grid_hw: patches of the full grid.
         kept: int32[tokens], which patches in raster order; None for all of the grid.
     """
 
     example: int
-    data: ImageData | Failure
+    data: ImageData | Failure | Callable[[], ImageData | Failure]
     image_hw: tuple[int, int]
     grid_hw: tuple[int, int]
     kept: NDArray[np.int32] | None
@@ -43,6 +44,10 @@ class Order(NamedTuple):
     def num_tokens(self) -> int:
         """Tokens of the row that it takes."""
         return self.grid_hw[0] * self.grid_hw[1] if self.kept is None else len(self.kept)
+
+    def read(self) -> ImageData | Failure:
+        """Return the image, or why there is none."""
+        return self.data() if callable(self.data) else self.data
 
 
 def fill_row(
@@ -67,13 +72,14 @@ def fill_row(
     outcomes: list[Failure | None] = []
     end = 0
     for order in orders:
-        if isinstance(order.data, Failure):
-            outcomes.append(order.data)
+        data = order.read()
+        if isinstance(data, Failure):
+            outcomes.append(data)
             continue
         rows, columns = order.grid_hw
         try:
             pixels = decode(
-                order.data,
+                data,
                 image_hw=order.image_hw,
                 target_hw=(rows * patch_size, columns * patch_size),
                 rules=rules,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -225,20 +226,22 @@ def row_orders(
     Args:
         segments: what stands where.
         tokens: their `planned_tokens`.
-        read_image: source row to the image.
+        read_image: source row to the image; called for one when its turn comes.
     """
     lens, ends = segments.seq_lens.tolist(), np.cumsum(segments.seq_lens).tolist()
     grids, sizes = segments.grid_hw.tolist(), segments.image_hw.tolist()
     examples, offsets = segments.example_index.tolist(), segments.offsets.tolist()
 
-    def order(at: int) -> Order:
-        data: ImageData | Failure
+    def read(example: int) -> ImageData | Failure:
         try:
-            data = read_image(examples[at])
+            return read_image(example)
         except BadImage as error:
-            data = Failure(error.reason, error.exception)
+            return Failure(error.reason, error.exception)
+
+    def order(at: int) -> Order:
         rows, columns = grids[at]
         kept = None if lens[at] == rows * columns else tokens[ends[at] - lens[at] : ends[at]]
+        data = partial(read, examples[at])
         return Order(examples[at], data, tuple(sizes[at]), (rows, columns), kept)
 
     for start, stop in pairwise(offsets):

@@ -397,6 +397,52 @@ def test_a_process_that_is_being_started_again_while_decoders_are_closed_ends_to
     assert task.done()
 
 
+@pytest.mark.usefixtures("trapped")
+def test_images_are_read_as_they_are_decoded_and_not_held(tmp_path):
+    mark, read = tmp_path / "mark", []
+    waits = f"import os, time\nwhile not os.path.exists({str(mark)!r}): time.sleep(0.01)"
+
+    def image(number: int) -> bytes:
+        read.append(number)
+        return traps.running(waits, FILES[0]) if number == 0 else FILES[0] + bytes(10**6)
+
+    orders = [order_of(0, partial(image, number)) for number in range(12)]
+    with decoding() as found:
+        task = found.submit([RowOrders(0, orders[:6]), RowOrders(1, orders[6:])])
+        wait_until(lambda: 1 in read)
+        time.sleep(0.3)
+        assert read == [0, 1]  # a socket holds less than one
+        mark.touch()
+        task.result(60)
+    assert read == list(range(12))
+
+
+def test_an_image_that_cannot_be_read_for_no_known_reason_is_raised_and_disturbs_no_other():
+    def unreadable() -> bytes:
+        raise RuntimeError("no such thing")
+
+    with decoding() as found:
+        for _ in range(2):
+            task = found.submit([RowOrders(0, [*sound(0), order_of(1, unreadable), *sound(2)])])
+            with pytest.raises(RuntimeError, match="no such thing"):
+                task.result(60)
+            assert filled(found, sound(1)) == [[None]]
+            assert found.rows[0].tobytes() == row_of(sound(1))
+
+
+def test_what_follows_an_image_of_another_size_is_taken_off_the_line():
+    large = FILES[1] + bytes(10**6)
+    assert PIXELS[0].shape != PIXELS[1].shape
+    with decoding() as found:
+        for _ in range(2):
+            task = found.submit([RowOrders(row, [order_of(0, large)] * 3) for row in range(2)])
+            with pytest.raises(ValueError, match="example 0: "):
+                task.result(60)
+            before = children()
+            assert filled(found, sound(1)) == [[None]]
+            assert children() == before, "it was started again"
+
+
 @contextmanager
 def busy(
     tmp_path: Path, code: str, start: str = "", *, deaf: bool = False
