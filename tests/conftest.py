@@ -7,6 +7,7 @@ imported, since it reads HF_HOME once.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from hypothesis.configuration import set_hypothesis_home_dir
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / ".pytest_tmp_home"
 
+# No run finds the sizes that another has measured.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    shutil.rmtree(HOME / "huggingface", ignore_errors=True)
 os.environ.setdefault("HF_HOME", str(HOME / "huggingface"))
 # Small tensors: threads of several test processes would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

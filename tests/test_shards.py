@@ -90,6 +90,7 @@ def half(source, tmp_path):
     return folder
 
 
+@pytest.mark.usefixtures("whole")  # Which has measured the images and kept their sizes.
 def test_all_that_a_build_does_is_among_the_steps(source, tmp_path):
     seen = Counter()
     with watching(lambda step: seen.update([step])):
