@@ -31,6 +31,7 @@ from packpipe.ahead import filled_ahead
 from packpipe.config import PackConfig
 from packpipe.epoch_plan import EpochPlan
 from packpipe.features import packed_features
+from packpipe.images import check_settings
 from packpipe.lazy import LazyRows
 from packpipe.plan import plan_epoch
 from packpipe.quality import fill
@@ -178,6 +179,7 @@ class Build:
         tolerance: Tolerance,
         progress: bool,
     ) -> None:
+        check_settings(self.config.max_pixels)  # processes that decode have their own
         labels = labels_of(self.dataset, self.label_column)
         with ThreadPoolExecutor(max(1, num_workers)) as executor:
             sizes = sizes_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Unpack
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from packpipe import checks
 from packpipe.build import Build, read_rejects
@@ -99,6 +99,8 @@ def pack(
     image_seconds = checks.positive_number("image_seconds", image_seconds, "60 is usual")
     if not isinstance(dataset, Dataset):
         name, remedy = type(dataset).__name__, "pass one split, such as dataset['train']"
+        if isinstance(dataset, IterableDataset):
+            remedy = "packpipe.PackedStream packs what comes as a stream"
         raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
     tolerance = tolerance_of(len(dataset), on_error, max_bad_fraction, max_consecutive_bad)
     materialize = checks.boolean("materialize", materialize)

@@ -130,7 +130,11 @@ class Decoders:
 
 
 class _Process:
-    """One process, started again when it has ended."""
+    """One process, started again when it has ended.
+
+    Attributes:
+        place: of the image it is at, or was last, in its task; -1 before the first.
+    """
 
     def __init__(self, setup: dict[str, Any], place: NDArray[np.int64]) -> None:
         self._setup, self._place = setup, place
@@ -146,7 +150,7 @@ class _Process:
                 raise DecoderError(_STOPPED)
             setup = {**self._setup, "socket": theirs.fileno()}
             self._popen = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-c", _START, json.dumps(setup)],
+                [sys.executable, "-P", "-c", _START, json.dumps(setup)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), self._setup["memory"]),
                 env={**_MEMORY, **os.environ},
@@ -181,12 +185,16 @@ class _Process:
         return b""
 
     def ended(self) -> tuple[int, int]:
-        """Return the exit status of a process that ended, and the place in its task (-1: none)."""
+        """Return the exit status of a process that ended, and its place."""
         if self._stopped or self._popen is None:
             raise DecoderError(_STOPPED)
         status = self._popen.wait()
         self._close()
-        return status, int(self._place[0])
+        return status, self.place
+
+    @property
+    def place(self) -> int:
+        return int(self._place[0])
 
     def stop(self) -> None:
         self._stopped = True
@@ -230,7 +238,11 @@ def _fill(process: _Process, task: list[RowOrders]) -> list[list[Failure | None]
             task[row].orders[at] = order._replace(data=Failure("crashed", what))
         else:
             suspect = order  # or somebody ended the process: see whether it happens again
-    return _outcomes(answer)
+    ((kind, said),) = answer.items()
+    if kind != "outcomes":
+        row, at = _place(task, process.place)
+        raise _fault(kind, said, task[row].orders[at].example)
+    return [[None if one is None else Failure(*one) for one in row] for row in said]
 
 
 def _place(task: list[RowOrders], place: int) -> tuple[int, int]:
@@ -242,18 +254,15 @@ def _place(task: list[RowOrders], place: int) -> tuple[int, int]:
     raise DecoderError(f"a decoding process says it was at an image {place} beyond its task")
 
 
-def _outcomes(answer: dict[str, Any]) -> list[list[Failure | None]]:
-    """Return what an answer says, or raise what the process met."""
-    ((kind, said),) = answer.items()
-    if kind == "outcomes":
-        return [[None if one is None else Failure(*one) for one in row] for row in said]
+def _fault(kind: str, said: Any, example: int) -> Exception:
+    """Return what a process met at an example that is not the image's fault."""
     if kind == "error":
-        raise ValueError(said)
+        return ValueError(said)  # names the example
     if kind == "fault":
-        raise OSError(*said)
+        return OSError(said[0], f"example {example}: {said[1]}")
     if kind == "memory":
-        raise MemoryError(said)
-    raise DecoderError(said)
+        return MemoryError(f"example {example}: {said or 'not enough to decode it in'}")
+    return DecoderError(said)
 
 
 def _shared_file(size: int) -> int:

@@ -7,14 +7,18 @@ segment or chunk, 4 to 15 µs an image, where opening one with Pillow takes 70 t
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from struct import unpack_from
+from typing import BinaryIO
 
 from PIL import ExifTags, Image, features
 
 # How much of a file is looked at; longer headers are left to Pillow.
 HEAD_BYTES = 64 * 2**10
+# What an icon file starts with.
+ICON = b"\x00\x00\x01\x00"
 
 _ORIENTATION, _X_RESOLUTION = int(ExifTags.Base.Orientation), int(ExifTags.Base.XResolution)
 _EXIF_SHORT, _EXIF_RATIONAL = 3, 5
@@ -68,6 +72,32 @@ def quick_probe(head: bytes | memoryview, size: int) -> tuple[int, int] | None:
     if found is None or 0 in found or (limit is not None and found[0] * found[1] > 2 * limit):
         return None
     return found
+
+
+def icon_hw(file: BinaryIO) -> tuple[int, int]:
+    """Return the largest (height, width) that an image in an ICO file says it has.
+
+    Pillow decodes such a file when it opens it, and its directory says no more than 256.
+
+    Args:
+        file: one that starts with ICON; left anywhere.
+    """
+    file.seek(4)
+    largest = 0, 0
+    try:
+        entries = file.read(16 * unpack_from("<H", file.read(2))[0])
+        for at in range(0, len(entries), 16):
+            file.seek(unpack_from("<I", entries, at + 12)[0])
+            head = file.read(24)
+            if head.startswith(b"\x89PNG"):
+                width, height = unpack_from(">II", head, 16)
+            else:  # a bitmap, and its mask below it
+                width, height = unpack_from("<II", head, 4)
+                height = min(height, 2**32 - height) // 2
+            largest = max(largest, (height, width), key=math.prod)
+    except struct.error:  # Pillow says what is wrong
+        pass
+    return largest
 
 
 def exif_orientation(exif: bytes) -> int | None:

@@ -39,11 +39,18 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from packpipe import checks
-from packpipe.headers import HEAD_BYTES, exif_orientation, quick_probe, upright_hw
+from packpipe.headers import (
+    HEAD_BYTES,
+    ICON,
+    exif_orientation,
+    icon_hw,
+    quick_probe,
+    upright_hw,
+)
 from packpipe.modes import NoRule, image_of, plain
 
 # The bytes of an encoded image, the path of its file, or its pixels.
@@ -66,6 +73,8 @@ _TRANSPOSE = {
 # Warnings of Pillow's modules, or that it addresses to its caller, which is here.
 _PILLOW_WARNS = ("ignore", None, Warning, re.compile(r"PIL\.|packpipe\.(images|modes)$"), 0)
 _FARTHEST = 2**40  # file systems go no farther than a few times that
+# Of text that a PNG file may inflate, in bytes.
+_TEXT_LIMITS = {"MAX_TEXT_CHUNK": 2**20, "MAX_TEXT_MEMORY": 2**26}
 _PILLOW_LOG = logging.getLogger("PIL.TiffImagePlugin")
 # Errors of one path, which another machine would meet as well.
 _FILE_FAULTS = (
@@ -225,8 +234,12 @@ def _resized(image: Image.Image, box: Box, size: tuple[int, int], rules: PixelRu
     gap = rules.reducing_gap
     if across == down:
         return image.resize(size, across, box, gap)
-    wide = image.resize((size[0], image.height), across, (box[0], 0, box[2], image.height), gap)
-    return wide.resize(size, down, (0, box[1], size[0], box[3]), gap)
+    left, top, right, bottom = box
+    if size[0] > right - left:  # down first: an image of one column must not be made wide at once
+        low = image.resize((image.width, size[1]), down, (0, top, image.width, bottom), gap)
+        return low.resize(size, across, (left, 0, right, size[1]), gap)
+    narrow = image.resize((size[0], image.height), across, (left, 0, right, image.height), gap)
+    return narrow.resize(size, down, (0, top, size[0], bottom), gap)
 
 
 def _filter(name: str) -> Image.Resampling:
@@ -256,7 +269,7 @@ def _at_once(path: str, flags: int) -> int:
 @contextmanager
 def _opened(source: ImageData | FileIO, max_pixels: int) -> Iterator[Image.Image]:
     """Yield the image with its header read; what was opened here is closed afterwards."""
-    _check_settings(max_pixels)
+    check_settings(max_pixels)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         with _rejecting(source):
@@ -273,8 +286,8 @@ def _opened(source: ImageData | FileIO, max_pixels: int) -> Iterator[Image.Image
         yield image
 
 
-def _check_settings(max_pixels: int) -> None:
-    """Raise if Pillow is set to something that rows would depend on."""
+def check_settings(max_pixels: int) -> None:
+    """Raise if Pillow is set, in this process, to something that rows would depend on."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         name, remedy = "PIL.ImageFile.LOAD_TRUNCATED_IMAGES", "cut images would become rows"
         raise ValueError(checks.sentence(name, True, "False", remedy))
@@ -282,6 +295,11 @@ def _check_settings(max_pixels: int) -> None:
     if limit is not None and 2 * limit < max_pixels:  # Pillow refuses twice as many
         name, expected = "PIL.Image.MAX_IMAGE_PIXELS", f"{-(-max_pixels // 2)} or more"
         raise ValueError(checks.sentence(name, limit, expected, "lower max_pixels instead"))
+    for setting, usual in _TEXT_LIMITS.items():
+        value = getattr(PngImagePlugin, setting)
+        if value != usual:
+            name, remedy = f"PIL.PngImagePlugin.{setting}", "such a PNG file is a reject"
+            raise ValueError(checks.sentence(name, value, str(usual), remedy))
 
 
 def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Image.Image:
@@ -298,8 +316,13 @@ def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Ima
     else:
         file = BytesIO(source)
     file.seek(0)
-    if not file.read(1):
+    start = file.read(len(ICON))
+    if not start:
         raise BadImage("empty", "the file holds no bytes")
+    if start == ICON:
+        height, width = icon_hw(file)
+        if height * width > max_pixels:
+            raise _too_many(height, width, max_pixels)
     return stack.enter_context(Image.open(file, formats=_formats()))
 
 

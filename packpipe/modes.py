@@ -8,6 +8,7 @@ any transparency        laid on the background, before resizing
 CMYK, YCCK, YCbCr, HSV  Pillow's conversion (Adobe's inverted CMYK is undone while decoding)
 LAB                     to sRGB by colour profile
 12- and 16-bit grey     scaled by depth, value · 255 ÷ 65535 to the nearest; never clipped
+16-bit RGB              the upper 8 bits, as Pillow decodes it: at most one level lower
 anything else           no rule: rejected
 ======================  ====================================================================
 

@@ -125,8 +125,14 @@ class Shards:
             if all(found.get(name) == value for name, value in record.items()) and all(
                 planned.get(name) == file["rows"] for name, file in found["files"].items()
             ):
-                self._files = found["files"]
+                self._files = {
+                    name: file for name, file in found["files"].items() if self._holds(name, file)
+                }
         self._note()
+
+    def _holds(self, name: str, file: dict[str, Any]) -> bool:
+        path = self._folder / name
+        return path.is_file() and path.stat().st_size == file["bytes"]
 
     @property
     def missing(self) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, Features
 from numpy.typing import NDArray
 
 from packpipe import checks, schema, table
@@ -33,6 +33,7 @@ _KEYS = (
     *("image_column", "label_column", "image_root"),
 )
 _COMPLETE = ("counts", "fill")
+_KINDS: dict[str, type] = {"files": dict, "counts": dict, "seed": int, "epoch": int}
 
 
 class Problem(NamedTuple):
@@ -137,6 +138,11 @@ def _manifest(folder: Path) -> dict[str, Any] | str:
         if manifest["schema_version"] != schema.VERSION:
             return f"schema_version is {manifest['schema_version']!r}, expected {schema.VERSION}"
         PackConfig.from_dict(manifest["config"])
+        for key, kind in _KINDS.items():
+            if not isinstance(manifest.get(key, kind()), kind):
+                return f"{key} is {manifest[key]!r}, expected {kind.__name__}"
+        if manifest["complete"] and REJECTS not in manifest["files"]:
+            return f"files lacks {REJECTS}"
         for name, record in manifest["files"].items():
             if Path(name).name != name or not {"rows", "bytes", table.CHECKSUM} <= record.keys():
                 return f"files[{name!r}] is {record!r}, expected rows, bytes and checksum"
@@ -244,6 +250,14 @@ def _opening_problems(folder: Path, contents: _Contents) -> Iterator[Problem]:
     if len(opened) != len(contents.places):
         what = f"opens {len(opened)} rows, expected {len(contents.places)}"
         yield Problem("state.json", what)
+        return
+    found = opened.data.column("example_index").combine_chunks().flatten().to_numpy()
+    if not np.array_equal(found, np.concatenate([np.empty(0, np.int64), *contents.example_index])):
+        yield Problem("state.json", "opens other rows than the files hold, or in another order")
+    for _, stored, _ in contents.places[:1]:
+        if opened.features != Features.from_arrow_schema(stored.schema):
+            what = f"has the features {opened.features}, expected those of the files"
+            yield Problem("dataset_info.json", what)
 
 
 def _source_problems(

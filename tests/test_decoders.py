@@ -243,22 +243,34 @@ def test_a_process_that_somebody_kills_costs_no_image(tmp_path, at_work):
 @pytest.mark.parametrize(
     ("code", "error", "message"),
     [
-        ("raise OSError(5, 'Input/output error')", OSError, "[Errno 5] Input/output error"),
-        ("raise OSError(12, 'Cannot allocate')", OSError, "[Errno 12] Cannot allocate"),
-        ("raise MemoryError('all of it')", MemoryError, "all of it"),
-        ("raise MemoryError", MemoryError, ""),
+        (
+            "raise OSError(5, 'Input/output error')",
+            OSError,
+            "[Errno 5] example 41: Input/output error",
+        ),
+        ("raise OSError(12, 'Cannot allocate')", OSError, "[Errno 12] example 41: Cannot allocate"),
+        ("raise MemoryError('all of it')", MemoryError, "example 41: all of it"),
+        ("raise MemoryError", MemoryError, "example 41: not enough to decode it in"),
     ],
 )
 @pytest.mark.usefixtures("trapped")
 def test_a_fault_of_the_machine_is_raised_here_and_no_failure(code, error, message):
     with decoding() as found:
         with pytest.raises(error) as caught:
-            filled(found, [*sound(0), running(code), *sound(1)])
+            filled(found, [*sound(0), running(code, example=41), *sound(1)])
         assert filled(found, sound(1)) == [[None]], "the process goes on"
     assert type(caught.value) is error
     assert str(caught.value) == message
     if error is OSError:
         assert caught.value.errno == int(re.findall(r"\d+", message)[0])
+
+
+def test_nothing_is_imported_from_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
+    with decoding() as found:
+        assert filled(found, sound(1)) == [[None]]
 
 
 @pytest.mark.parametrize("code", ["{}['a key']", "assert False", "raise RuntimeError('a key')"])

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
 import re
 import struct
 import warnings
 import zlib
 from io import BytesIO
+from unittest.mock import patch
 
 import naive
 import numpy as np
@@ -420,3 +422,33 @@ def test_pillows_globals_are_never_touched():
             decoded(encoded, (40, 30))
     assert settings() == before
     assert warnings.filters == filters
+
+
+def test_an_icon_is_not_decoded_before_its_size_is_known():
+    large = encode(Image.new("L", (3000, 2000)), "PNG")
+    directory = struct.pack("<HHH", 0, 1, 1)
+    directory += struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 8, len(large), 22)
+    message = "2000x3000 pixels, expected at most 1000000"
+    with (
+        patch.object(ImageFile.ImageFile, "load", side_effect=AssertionError("decoded")),
+        pytest.raises(BadImage, match=message) as caught,
+    ):
+        probe(directory + large, max_pixels=10**6)
+    assert caught.value.reason == "too many pixels"
+    assert probe(directory + large, max_pixels=6 * 10**6).image_hw == (2000, 3000)
+
+
+@pytest.mark.parametrize("height_and_width", [(5000, 1), (1, 5000)])
+def test_two_filters_make_no_image_larger_than_need_be(height_and_width):
+    height, width = height_and_width
+    image = Image.fromarray(np.arange(height * width, dtype=np.uint8).reshape(height, width))
+    sizes, real = [], Image.Image.resize
+
+    def resize(self, size, *given):
+        sizes.append(math.prod(size))
+        return real(self, size, *given)
+
+    with patch.object(Image.Image, "resize", resize):
+        pixels = decoded(encode(image, "PNG"), (height, width), (16, 16), upscale_filter="bilinear")
+    assert pixels.shape == (16, 16, 3)
+    assert max(sizes) == 256

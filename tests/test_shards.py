@@ -111,6 +111,13 @@ def test_a_build_that_is_stopped_continues_to_the_same_bytes(source, whole, tmp_
     assert before.items() <= stamps(folder).items(), "what was committed was written again"
 
 
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: os.truncate(path, 100)])
+def test_a_committed_file_that_is_gone_or_cut_is_written_again(source, whole, half, harm):
+    harm(half / DATA[0])
+    build(source, half)
+    assert contents(half) == whole
+
+
 BARE = [
     "after mkdir out",
     "before acquire .lock",

@@ -626,6 +626,15 @@ def test_a_setting_of_the_callers_makes_no_rows_of_cut_images(tmp_path, monkeypa
         packed_by(column([cut], Value("binary")), tmp_path / "out", num_workers=num_workers)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_limit_of_the_callers_on_text_makes_no_other_rows(tmp_path, monkeypatch, num_workers):
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 100 * 2**20)
+    source = column([pictures.encoded_image(HIGH, WIDE)], Value("binary"))
+    message = "PIL.PngImagePlugin.MAX_TEXT_CHUNK is 104857600, expected 1048576; such a PNG file"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        packed_by(source, tmp_path / "out", num_workers=num_workers)
+
+
 def test_a_limit_of_the_callers_rejects_no_image_in_silence(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     source = column([encode(photo(12, 20), "TIFF")], Value("binary"))

@@ -263,7 +263,9 @@ MANIFEST_HARM = {
     "schema_version is 0, expected 1": lambda found: found.update(schema_version=0),
     "cannot be read: TypeError: .*": lambda found: found["config"].update(colour=3),
     "cannot be read: ValueError: seq_len is 0, .*": lambda found: found["config"].update(seq_len=0),
-    "cannot be read: AttributeError: .*": lambda found: found.update(files=[]),
+    r"files is \[\], expected dict": lambda found: found.update(files=[]),
+    "counts is None, expected dict": lambda found: found.update(counts=None),
+    "seed is '0', expected int": lambda found: found.update(seed="0"),
     r"files\['data-00000.arrow'\] is {}, expected rows, bytes and checksum": (
         lambda found: found["files"].update({FIRST: {}})
     ),
@@ -295,6 +297,34 @@ def test_a_manifest_that_is_none(folder):
     assert problem.startswith("manifest.json: lacks schema_version, config, ")
     (folder / "manifest.json").unlink()
     assert said(folder) == ["manifest.json: is missing: the folder is none that pack wrote"]
+
+
+def test_a_complete_folder_without_rejects(folder):
+    (folder / "rejects.arrow").unlink()
+    change_manifest(folder, lambda found: found["files"].pop("rejects.arrow"))
+    assert said(folder) == ["manifest.json: files lacks rejects.arrow"]
+    change_manifest(folder, lambda found: found.update(files={}))
+    assert "manifest.json: files lacks rejects.arrow" in said(folder)
+
+
+def test_a_state_that_opens_one_file_twice_and_another_never(folder):
+    state = json.loads((folder / "state.json").read_text())
+    first, second, *others = state["_data_files"]
+    assert len(pa.ipc.open_stream(folder / first["filename"]).read_all()) == len(
+        pa.ipc.open_stream(folder / second["filename"]).read_all()
+    )
+    state["_data_files"] = [first, first, *others]
+    (folder / "state.json").write_text(json.dumps(state))
+    assert said(folder) == ["state.json: opens other rows than the files hold, or in another order"]
+
+
+def test_features_that_are_not_those_of_the_files(folder):
+    path = folder / "dataset_info.json"
+    info = json.loads(path.read_text())
+    info["features"]["example_index"]["feature"]["dtype"] = "int32"
+    path.write_text(json.dumps(info))
+    (problem,) = said(folder)
+    assert problem.startswith(("dataset_info.json: has the features", "state.json, dataset_info"))
 
 
 MANY = "rows 0, 1, 2 and 1 more"
