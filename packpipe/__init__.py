@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from packpipe.resolution import Area as Area
     from packpipe.resolution import Budget as Budget
     from packpipe.resolution import Side as Side
+    from packpipe.resolution import Square as Square
     from packpipe.seq_lens import suggest_seq_len as suggest_seq_len
     from packpipe.streams import PackedStream as PackedStream
     from packpipe.table import read_rows as read_rows
@@ -67,6 +68,7 @@ _HOMES = {
     "Packer": "packer",
     "Packs": "packing",
     "Side": "resolution",
+    "Square": "resolution",
     "TruncatedNormal": "distributions",
     "Uniform": "distributions",
     "balance_steps": "balance",

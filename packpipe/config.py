@@ -9,7 +9,7 @@ from packpipe import checks, dropping, resolution
 from packpipe.distributions import DISTRIBUTIONS
 from packpipe.dropping import ByResolution, DropLaw, OverTraining
 from packpipe.packing import STRATEGIES
-from packpipe.resolution import Area, Budget, Resolution, Side
+from packpipe.resolution import Area, Budget, Resolution, Side, Square
 
 # "optimal" depends on how much a machine gets done in its budget, which a plan must not; "nnlshp"
 # is there to compare with.
@@ -22,7 +22,8 @@ MAX_PIXELS = 178_956_970
 FILTERS = ("bicubic", "lanczos", "hamming", "bilinear", "box", "nearest")
 FIT_LAST = ("drop_rate", "resolution")
 _LAWS = {
-    law.__name__: law for law in (*DISTRIBUTIONS, Side, Area, Budget, ByResolution, OverTraining)
+    law.__name__: law
+    for law in (*DISTRIBUTIONS, Side, Area, Budget, Square, ByResolution, OverTraining)
 }
 
 
@@ -55,10 +56,12 @@ class PackConfig:
         seq_len: tokens a pack holds, 1..32767.
         patch_size: pixels a side of a patch, 1..128.
         resolution: ``"native"`` (own size), ``"budget"`` (the largest size within max_tokens, as
-            NaFlex), or a size that is drawn: `Side`, `Area` or `Budget` of a distribution.
+            NaFlex), or a size that is drawn: `Side`, `Area`, `Budget` or `Square` (which does not
+            keep the aspect ratio) of a distribution.
         max_tokens: most tokens of one image before dropping, 1..32767; a larger one is shrunk. None
             for seq_len, on what is kept; with "budget", before dropping.
-        max_upscale: most an image's sides may be enlarged by; None for any. "native" enlarges none.
+        max_upscale: most an image's sides may be enlarged by; None for any. "native" enlarges
+            none, and a `Square` has no such limit.
         drop_rate: share of an image's tokens that is dropped, in [0, 1): a number, a distribution,
             `ByResolution` or `OverTraining`.
         epochs: length of the training, for a drop rate that changes over it.
@@ -128,6 +131,11 @@ class PackConfig:
         if self.fit_last is not None:
             checks.choice("fit_last", self.fit_last, FIT_LAST, "or None for padding")
         resolution.checked(self.resolution)
+        if self.max_upscale is not None and isinstance(self.resolution, Square):
+            remedy = "a square is as large whatever the image, so leave it out or use Side"
+            raise ValueError(
+                checks.sentence("max_upscale", self.max_upscale, "None, for Square", remedy)
+            )
         checks.choice("strategy", self.strategy, PLAN_STRATEGIES, "choose a packing rule")
         object.__setattr__(self, "background", _checked_colour(self.background))
         if self.reducing_gap is not None:

@@ -4,7 +4,7 @@
 only, so that any image's can be made again alone. In this order:
 
 1. The resolution law gives a grid (`resolution`). Over the configuration's token limit it is
-   shrunk.
+   shrunk, a square to a smaller square.
 2. The drop law gives the share of its tokens that is dropped (`dropping`). Progress, for a law
    that changes over training, is (epoch + p) ÷ epochs, p being the place in the epoch's order:
    the uniform number the example is sorted by.
@@ -81,8 +81,9 @@ def decide(
         law, image_hw, config.patch_size, limit, u=u, max_upscale=config.max_upscale
     )
     num_tokens = grids[:, 0] * grids[:, 1]
+    shape_hw = resolution.shape_hw(law, image_hw)
     shrunk = num_tokens > limit
-    _shrink(grids, num_tokens, shrunk, image_hw, limit)
+    _shrink(grids, num_tokens, shrunk, shape_hw, limit)
     if not config.drops:
         return Decisions(grids.astype(np.int16), num_tokens.astype(np.int32), shrunk, drawn, None)
 
@@ -95,7 +96,7 @@ def decide(
     over = num_keep > config.seq_len
     if over.any():
         most = np.minimum(limit, np.floor(config.seq_len / (1 - rates))).astype(np.int64)
-        _shrink(grids, num_tokens, over, image_hw, most)
+        _shrink(grids, num_tokens, over, shape_hw, most)
         num_keep = np.minimum(dropping.num_kept(num_tokens, rates), config.seq_len)
     return Decisions(grids.astype(np.int16), num_keep.astype(np.int32), shrunk | over, drawn, rates)
 
@@ -127,11 +128,11 @@ def _shrink(
     grids: NDArray[np.int64],
     num_tokens: NDArray[np.int64],
     where: NDArray[np.bool_],
-    image_hw: NDArray[np.integer],
+    shape_hw: NDArray[np.integer],
     limit: NDArray[np.int64] | int,
 ) -> None:
-    """Make the grids of some images the largest within their limit."""
+    """Make the grids of some images the largest of their shape within their limit."""
     if where.any():
         limits = np.broadcast_to(limit, len(grids))[where]
-        grids[where] = resolution.budget_grids(image_hw[where], limits)
+        grids[where] = resolution.budget_grids(shape_hw[where], limits)
         num_tokens[where] = grids[where, 0] * grids[where, 1]

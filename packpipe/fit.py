@@ -63,8 +63,9 @@ def _fit_some(
     if config.fit_last == "resolution":
         # So many tokens would keep the rate; whole patches allow a few less.
         budget = np.minimum(-(-tokens * wanted // held), config.token_limit)
+        shape_hw = resolution.shape_hw(config.resolution, image_hw[order])
         larger = resolution.budget_grids(
-            image_hw[order], budget, patch_size=config.patch_size, max_upscale=config.max_upscale
+            shape_hw, budget, patch_size=config.patch_size, max_upscale=config.max_upscale
         )
         enlarged = larger[:, 0] * larger[:, 1] > tokens
         grids[enlarged] = larger[enlarged]

@@ -1,16 +1,18 @@
 """Resolution: the patch grid an image is resized to, from its size alone (floor 0).
 
-Five laws. A grid covers the image at some scale s, the aspect ratio kept as far as whole patches
-allow:
+Six laws. A grid covers the image at some scale s, the aspect ratio kept as far as whole patches
+allow, but for the last:
 
 * ``"native"``: the own size, each axis rounded to the nearest whole number of patches (half
   to even, one at least).
 * `Side`, `Area`: the scale at which the image has r² pixels, r or r² drawn, rounded likewise.
 * ``"budget"``, `Budget`: an axis covers max(1, ⌈side·s/P⌉) patches; the largest s whose grid
   stays within max_tokens (or within the budget drawn) is taken, enlarging small images too.
+* `Square`: every image becomes a square of r pixels a side, r drawn, rounded as for `Side`.
 
 An image that ends over the limit is shrunk by the budget law, and so is one that, once dropped,
-would keep more than seq_len tokens (`decisions`).
+would keep more than seq_len tokens (`decisions`). It keeps its shape, or a square its own
+(`shape_hw`).
 
 The largest s is found exactly, in integers: the official search bisects s in [1e-6, 100] to
 1e-5 and so can stop one step short of it, and never enlarges more than a hundredfold.
@@ -89,15 +91,40 @@ class Budget:
         _freeze(self, "tokens")
 
 
-Resolution: TypeAlias = str | Side | Area | Budget
+@dataclass(frozen=True)
+class Square:
+    """Resize to a square of r pixels a side, r drawn; the aspect ratio is not kept.
+
+    What a plain ViT sees: with ``seq_len=196, max_segments=1, resolution=Square(224)`` every row
+    is one image without padding.
+
+    Attributes:
+        pixels: of r, as for `Side`.
+        rounding: of r to whole patches, as for `Side`.
+    """
+
+    pixels: Distribution | float
+    rounding: str = "nearest"
+
+    def __post_init__(self) -> None:
+        _freeze(self, "pixels")
+        checks.choice("rounding", self.rounding, _ROUNDINGS, "choose how axes become patches")
+
+
+Resolution: TypeAlias = str | Side | Area | Budget | Square
 
 
 def checked(value: Any) -> Resolution:
     """Return a resolution law, or say which there are."""
-    if isinstance(value, Side | Area | Budget):
+    if isinstance(value, Side | Area | Budget | Square):
         return value
-    remedy = "or pass Side(...), Area(...) or Budget(...)"
+    remedy = "or pass Side(...), Area(...), Budget(...) or Square(...)"
     return checks.choice("resolution", value, LAWS, remedy)
+
+
+def shape_hw(law: Resolution, image_hw: NDArray[np.integer]) -> NDArray[np.integer]:
+    """Return int[images, 2], (height, width) in the ratio a law keeps: the images' own, or 1:1."""
+    return np.ones_like(image_hw) if isinstance(law, Square) else image_hw
 
 
 @njit(cache=True, nogil=True)
@@ -177,7 +204,7 @@ def patch_grids(
         max_tokens: most patches a budget may have, below 2**15.
         u: float64[images], uniform in [0, 1); for laws that draw.
         max_upscale: most an image's sides may be enlarged by, but for the rounding to patches;
-            None for any.
+            None for any. A `Square` knows no scale, so None.
 
     Returns:
         int64[images, 2], (rows, columns), one at least, of up to 2**31 patches an axis: only
@@ -186,16 +213,19 @@ def patch_grids(
     >>> hw = np.array([[300, 400], [30, 40]])
     >>> patch_grids(Side(160), hw, 16, 1024, u=np.zeros(2), max_upscale=1)[0].tolist()
     [[9, 12], [2, 2]]
+    >>> patch_grids(Square(160), hw, 16, 1024, u=np.zeros(2))[0].tolist()
+    [[10, 10], [10, 10]]
     """
     if law == "native":
         scale = 1.0 if max_upscale is None else min(1.0, max_upscale)
         return _rounded(image_hw, scale, patch_size, "nearest"), None
-    if isinstance(law, Side | Area):
+    if isinstance(law, Side | Area | Square):
         assert u is not None  # noqa: S101
         pixels = distribution("pixels", law.pixels).quantile(u)
-        areas = pixels * pixels if isinstance(law, Side) else pixels
+        areas = pixels if isinstance(law, Area) else pixels * pixels
+        shape = shape_hw(law, image_hw)
         # One root of one quotient, so that a whole number of pixels comes out as just that.
-        sides = np.sqrt(areas[:, None] * image_hw / image_hw[:, ::-1])
+        sides = np.sqrt(areas[:, None] * shape / shape[:, ::-1])
         if max_upscale is not None:
             sides = np.minimum(sides, image_hw * max_upscale)
         return _rounded(sides, 1.0, patch_size, law.rounding), pixels
@@ -215,7 +245,7 @@ def _rounded(
     return np.clip(axes, 1, _MAX_AXIS, out=axes).astype(np.int64)
 
 
-def _freeze(law: Side | Area | Budget, name: str) -> None:
+def _freeze(law: Side | Area | Budget | Square, name: str) -> None:
     """Make the attribute of a law a distribution of positive numbers."""
     value = getattr(law, name)
     found = distribution(name, value)

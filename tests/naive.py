@@ -317,6 +317,23 @@ def limited_budget_grid(
     return budget_grid(height, width, patch, max_tokens)
 
 
+def square_grid(side: Fraction, patch: int, rounding: str) -> tuple[int, int]:
+    """A square of so many pixels a side, in whole patches, one at least."""
+    to_whole = {"nearest": round, "floor": math.floor, "ceil": math.ceil}[rounding]
+    patches = max(1, to_whole(side / patch))
+    return patches, patches
+
+
+def largest_grid(
+    height: int, width: int, config: Any, max_tokens: int, max_upscale: float | None = None
+) -> tuple[int, int]:
+    """The largest grid within a budget: for a law of squares the largest square."""
+    if type(config.resolution).__name__ == "Square":
+        side = next(k for k in count(1) if (k + 1) ** 2 > max_tokens)
+        return side, side
+    return limited_budget_grid(height, width, config.patch_size, max_tokens, max_upscale)
+
+
 def grid_at(scale: Fraction, height: int, width: int, patch: int) -> tuple[int, int]:
     """The grid that covers an image at a scale."""
     rows, columns = (max(1, math.ceil(side * scale / patch)) for side in (height, width))
@@ -473,6 +490,8 @@ def decide(
     elif kind == "Area":
         area = Fraction(quantile(law.pixels, u))
         grid = area_grid(area, height, width, patch, law.rounding, upscale)
+    elif kind == "Square":
+        grid = square_grid(Fraction(quantile(law.pixels, u)), patch, law.rounding)
     else:
         budget = limit
         if law != "budget":
@@ -480,7 +499,7 @@ def decide(
         grid = limited_budget_grid(height, width, patch, budget, upscale)
     shrunk = grid[0] * grid[1] > limit
     if shrunk:
-        grid = budget_grid(height, width, patch, limit)
+        grid = largest_grid(height, width, config, limit)
     if config.drop_rate == 0:
         return grid, grid[0] * grid[1], shrunk
     progress = None
@@ -490,9 +509,8 @@ def decide(
     keep = num_kept(grid[0] * grid[1], rate)
     if keep > config.seq_len:
         shrunk = True
-        grid = budget_grid(
-            height, width, patch, min(limit, math.floor(config.seq_len / (1 - rate)))
-        )
+        most = min(limit, math.floor(config.seq_len / (1 - rate)))
+        grid = largest_grid(height, width, config, most)
         keep = min(config.seq_len, num_kept(grid[0] * grid[1], rate))
     return grid, keep, shrunk
 
@@ -543,9 +561,7 @@ def fit_last(
                 # Of so many tokens, as large a share is dropped as now.
                 budget = math.ceil(Fraction(math.prod(grid) * target, keeps[i]))
                 budget = min(budget, token_limit(config))
-                larger = limited_budget_grid(
-                    *sizes[i], config.patch_size, budget, config.max_upscale
-                )
+                larger = largest_grid(*sizes[i], config, budget, config.max_upscale)
                 if math.prod(larger) > math.prod(grid):
                     grid = larger
             growth = min(target, math.prod(grid)) - keeps[i]

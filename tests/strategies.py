@@ -12,7 +12,7 @@ from PIL import Image
 from packpipe.config import PackConfig
 from packpipe.distributions import Beta, Choice, Constant, Distribution, TruncatedNormal, Uniform
 from packpipe.dropping import ByResolution, DropLaw, OverTraining
-from packpipe.resolution import Area, Budget, Resolution, Side
+from packpipe.resolution import Area, Budget, Resolution, Side, Square
 
 WORDS = st.integers(0, 2**64 - 1)
 
@@ -95,6 +95,7 @@ def resolutions() -> st.SearchStrategy[Resolution]:
         st.builds(Side, distributions(4, 150), rounding),
         st.builds(Area, distributions(16, 20_000), rounding),
         st.builds(Budget, distributions(1, 100)),
+        st.builds(Square, distributions(4, 150), rounding),
     )
 
 
@@ -135,12 +136,14 @@ def configs(
     none = st.just(0.0)
     some = st.floats(0.01, 0.9) | drop_laws() | schedules()
     drop_rate = draw({None: none | some, True: some, False: none}[drops])
+    resolution = draw(resolutions())
+    upscales = st.none() | st.sampled_from([0.3, 1, 1.5, 4])
     return PackConfig(
         seq_len=seq_len,
         patch_size=draw(st.sampled_from([1, 8, 14, 16, 32])),
-        resolution=draw(resolutions()),
+        resolution=resolution,
         max_tokens=draw(st.none() | st.integers(1, seq_len)),
-        max_upscale=draw(st.none() | st.sampled_from([0.3, 1, 1.5, 4])),
+        max_upscale=None if isinstance(resolution, Square) else draw(upscales),
         drop_rate=drop_rate,
         # Keys may have any epoch, so the training is longer than any.
         epochs=2.0**65 if isinstance(drop_rate, OverTraining) else None,

@@ -12,11 +12,13 @@ from hypothesis import given
 from packpipe.config import MAX_IMAGE_SEQ_LEN, MAX_PIXELS, PackConfig, PackOptions, config_from
 from packpipe.distributions import Beta, Choice, Constant, TruncatedNormal, Uniform
 from packpipe.dropping import ByResolution, OverTraining
-from packpipe.resolution import Area, Budget, Side
+from packpipe.resolution import Area, Budget, Side, Square
 
 FIELDS = [field.name for field in fields(PackConfig)]
 COLOUR = "white is (255, 255, 255)"
-LAWS = "expected one of 'native', 'budget'; or pass Side(...), Area(...) or Budget(...)"
+LAWS = (
+    "expected one of 'native', 'budget'; or pass Side(...), Area(...), Budget(...) or Square(...)"
+)
 RATES = "expected rates in [0, 1); it is the share that is dropped, and one token has to stay"
 SCALE = "1.0 is the size, or the share, itself"
 FALLING = OverTraining(0.2, 0.8, 2 / 3, -0.2)
@@ -95,6 +97,14 @@ BAD = [
         {"max_upscale": float("inf")},
         ValueError,
         f"max_upscale is inf, expected a finite number; {SCALE}",
+    ),
+    (
+        {"max_upscale": 1.5, "resolution": Square(224)},
+        ValueError,
+        (
+            "max_upscale is 1.5, expected None, for Square; "
+            "a square is as large whatever the image, so leave it out or use Side"
+        ),
     ),
     ({"drop_rate": 1}, ValueError, f"drop_rate is 1, {RATES}"),
     ({"drop_rate": -0.5}, ValueError, f"drop_rate is -0.5, {RATES}"),
@@ -326,6 +336,7 @@ def test_derived_figures():
         ({"drop_rate": Uniform(0, 0.5)}, True, True, False),
         ({"resolution": Side(224)}, False, True, False),
         ({"resolution": Budget([64, 256])}, False, True, False),
+        ({"resolution": Square(224), "fit_last": "resolution"}, False, True, False),
         ({"drop_rate": FALLING, "epochs": 3}, True, True, True),
         ({"epochs": 3}, False, False, False),
     ],
@@ -355,6 +366,8 @@ EVERY_RESOLUTION = [
     Area(Choice((4096, 65536), (1, 2.5)), "ceil"),
     Area(Constant(50176.5)),
     Budget([128, 256, 576]),
+    Square(224),
+    Square(Choice((160, 224)), "floor"),
 ]
 EVERY_DROP_RATE = [
     0.0,

@@ -14,7 +14,7 @@ from packpipe.decisions import Decisions, decide, decide_all
 from packpipe.distributions import Beta, Choice, Uniform
 from packpipe.dropping import ByResolution, OverTraining
 from packpipe.plan import plan_epoch
-from packpipe.resolution import Area, Budget, Side
+from packpipe.resolution import Area, Budget, Side, Square
 
 MANY = np.random.default_rng(7).integers(1, 400, (300, 2))
 PAPERS = PackConfig(
@@ -50,6 +50,8 @@ def cases(draw, **options):
 @example(([(500, 500)] * 9, PackConfig(resolution=Side([224, 232]), seq_len=300), (0, 1)))
 @example(([(90, 90)], PackConfig(resolution=Area(7000), drop_rate=Beta(0.2, 0.5)), (0, 1)))
 @example(([(90, 90)] * 4, PackConfig(resolution=Budget([4, 9]), drop_rate=[0.1, 0.5]), (0, 1)))
+@example(([(9, 500)] * 9, PackConfig(resolution=Square([64, 224]), seq_len=50), (0, 1)))
+@example(([(9, 500)] * 9, PackConfig(resolution=Square(224), drop_rate=0.5, seq_len=50), (0, 1)))
 def test_every_decision_is_its_slow_twin(case):
     sizes, config, key = case
     found = listed(decided(sizes, config, key))
@@ -80,6 +82,25 @@ def test_every_image_keeps_a_token_and_fits_into_a_pack(case):
         assert ((found.drop_rate >= 0) & (found.drop_rate < 1)).all()
     widths = [found.grid_hw.dtype, found.num_keep.dtype, found.shrunk.dtype]
     assert widths == [np.int16, np.int32, np.bool_]
+
+
+@given(cases(), strategies.distributions(4, 400))
+@example(([(9, 500)], PackConfig(seq_len=50, drop_rate=0.5), (0, 1)), 224)
+@example(([(2**31 - 1, 1)], PackConfig(seq_len=50), (0, 1)), 1e9)
+def test_squares_are_square_however_far_they_are_shrunk_and_much_is_dropped(case, pixels):
+    sizes, config, key = case
+    config = replace(config, resolution=Square(pixels), max_upscale=None)
+    found = decided(sizes, config, key)
+    sides = found.grid_hw[:, 0].astype(int)
+    assert (found.grid_hw[:, 1] == sides).all()
+    assert (sides**2 <= config.token_limit).all()
+    assert (found.num_keep <= config.seq_len).all()
+    rounded = np.maximum(np.rint(found.drawn / config.patch_size), 1)
+    assert (sides[~found.shrunk] == rounded[~found.shrunk]).all()
+    assert (sides[found.shrunk] < rounded[found.shrunk]).all()
+    # No size of an image matters, but for the draws of its number.
+    other = decided([(7, 7)] * len(sizes), config, key)
+    assert listed(other) == listed(found)
 
 
 @given(cases(), st.data())
@@ -149,6 +170,15 @@ def test_no_images_need_no_decisions():
             (320, 320),
             ((16, 16), 64, True),
         ),
+        # A square is shrunk to a square: of 14 patches a side, 7 at most are within 50 tokens.
+        (PackConfig(seq_len=196, resolution=Square(224)), (9, 999), ((14, 14), 196, False)),
+        (PackConfig(seq_len=50, resolution=Square(224)), (9, 999), ((7, 7), 49, True)),
+        (PackConfig(max_tokens=9, resolution=Square(224)), (9, 999), ((3, 3), 9, True)),
+        (
+            PackConfig(seq_len=50, resolution=Square(224), drop_rate=0.5),
+            (9, 999),
+            ((10, 10), 50, True),
+        ),
         (PackConfig(seq_len=400), (320, 320), ((20, 20), 400, False)),
         (PackConfig(seq_len=399), (320, 320), ((19, 19), 361, True)),
         (PackConfig(seq_len=399, max_tokens=100), (320, 320), ((10, 10), 100, True)),
@@ -176,7 +206,7 @@ def test_an_image_over_seq_len_is_shrunk_at_the_same_rate_and_only_as_far_as_nee
         # A larger scale's grid would keep too many, at this rate.
         assert found.drop_rate[i] == free.drop_rate[i]
         most = int(np.floor(config.seq_len / (1 - found.drop_rate[i])))
-        wanted = naive.budget_grid(*sizes[i], config.patch_size, min(most, config.token_limit))
+        wanted = naive.largest_grid(*sizes[i], config, min(most, config.token_limit))
         assert tuple(found.grid_hw[i].tolist()) == wanted
     assert (found.grid_hw[~over] == free.grid_hw[~over]).all()
     assert (found.num_keep[~over] == free.num_keep[~over]).all()

@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import packpipe
 from packpipe import demo, samples
@@ -33,6 +34,32 @@ def test_all_bundled_images_pack_within_one_pack_of_the_bound(packed):
     assert (counts["read"], counts["packed"], counts["rejected"]) == (176, 176, 0)
     assert counts["packs"] - counts["bound"] <= 1
     assert packpipe.manifest(packed)["fill"] > 0.98
+
+
+def squashed(path, side):
+    """uint8[side, side, 3] by Pillow alone, transparent pixels on white."""
+    image = Image.open(path).convert("RGBA")
+    upon = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return np.asarray(upon.resize((side, side), Image.Resampling.BICUBIC))
+
+
+def test_squares_are_a_plain_vits_rows(images, tmp_path):
+    options = {"max_segments": 1, "resolution": packpipe.Square(224), "reducing_gap": None}
+    packed = packpipe.pack(images, 196, output=tmp_path / "out", num_workers=2, **options)
+    rows = packpipe.read_rows(packed)
+    index = rows.segments.example_index.tolist()
+    assert sorted(index) == list(range(176))
+    assert len(rows) == 176
+    assert (rows.segment_ids == 1).all()
+    assert np.unique(rows.segments.grid_hw).tolist() == [14]
+    paths = [
+        image["path"]
+        for image in images.cast_column("image", datasets.Image(decode=False))["image"]
+    ]
+    for row, example in enumerate(index):
+        patches = rows.patches[row].reshape(14, 14, 16, 16, 3)
+        pixels = patches.transpose(0, 2, 1, 3, 4).reshape(224, 224, 3)
+        assert (pixels == squashed(paths[example], 224)).all(), paths[example]
 
 
 @pytest.mark.parametrize("window", [1024, 4096, 16384])

@@ -14,7 +14,7 @@ from packpipe.config import FIT_LAST, PackConfig
 from packpipe.decisions import decide_all
 from packpipe.distributions import Beta, Uniform
 from packpipe.plan import plan_epoch
-from packpipe.resolution import Side
+from packpipe.resolution import Side, Square
 
 MANY = np.random.default_rng(7).integers(1, 200, (400, 2))
 PAPERS = PackConfig(
@@ -48,6 +48,7 @@ GROWS = ([(40, 60), (16, 16), (90, 33), (64, 64)] * 5, replace(PAPERS, seq_len=2
 ENLARGES = (GROWS[0], PackConfig(seq_len=40, fit_last="resolution", fit_limit=2), (1, 2))
 LIMITED = ([(64, 64), (8, 64)] * 5, replace(ENLARGES[1], seq_len=24, max_tokens=16), (0, 0))
 CAPPED = (GROWS[0], replace(ENLARGES[1], max_upscale=1), (1, 2))
+SQUARES = (GROWS[0], replace(ENLARGES[1], seq_len=43, resolution=Square([48, 64, 80])), (0, 1))
 BOTH = (GROWS[0], replace(PAPERS, seq_len=24, fit_last="resolution", fit_limit=1), (3, 4))
 
 
@@ -56,6 +57,7 @@ BOTH = (GROWS[0], replace(PAPERS, seq_len=24, fit_last="resolution", fit_limit=1
 @example(ENLARGES)
 @example(LIMITED)
 @example(CAPPED)
+@example(SQUARES)
 @example(BOTH)
 def test_fitting_is_the_slow_twins(case):
     sizes, config, _ = case
@@ -119,6 +121,7 @@ def test_growth_stays_within_the_pack_the_limits_and_the_grid(case):
 @example(CAPPED)
 def test_no_image_grows_beyond_max_upscale(case):
     sizes, config, key = case
+    assume(not isinstance(config.resolution, Square))
     config = replace(config, max_upscale=config.max_upscale or 1.5, fit_last="resolution")
     plan, _, grid_hw, _ = planned((sizes, config, key))
     enlarged = (plan.grid_hw != grid_hw).any(axis=1)
@@ -156,6 +159,15 @@ def test_enlarging_fills_packs_as_far_as_whole_patches_allow():
     plan = plan_epoch(sizes, replace(config, window=100))
     assert plan.num_fitted > 100
     assert plan.padding < plain.padding
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.5])
+def test_squares_grow_to_squares(drop_rate):
+    config = replace(SQUARES[1], drop_rate=drop_rate, max_segments=2, strategy="next_fit")
+    plan, _, grid_hw, _ = planned((MANY, config, (0, 1)))
+    assert (plan.grid_hw[:, 0] == plan.grid_hw[:, 1]).all()
+    assert (np.diff(plan.offsets) > 1).any()
+    assert (plan.grid_hw > grid_hw).all(axis=1).sum() > 10
 
 
 def test_with_dropping_an_image_that_cannot_be_enlarged_keeps_more_of_its_tokens():

@@ -17,7 +17,7 @@ from packpipe.distributions import Beta, Uniform
 from packpipe.dropping import ByResolution, OverTraining
 from packpipe.packing import pack_lengths
 from packpipe.plan import EpochPlan, plan_epoch
-from packpipe.resolution import Area, Budget, Side
+from packpipe.resolution import Area, Budget, Side, Square
 
 SMALL = PackConfig(seq_len=24)
 MANY = np.random.default_rng(7).integers(1, 120, (300, 2))
@@ -739,6 +739,22 @@ def test_a_full_explanation():
         "rounding='nearest') drew 160)\n"
         "  keeps   54 of 108 tokens (rate 0.5000 by 0.5)\n"
         "  fitted  12 x 9 patches, keeps 60 of 108 tokens (fit_last='drop_rate')"
+    )
+
+
+def test_a_plain_vits_rows_are_one_square_each_without_padding():
+    config = PackConfig(seq_len=196, max_segments=1, resolution=Square(224))
+    plan = plan_epoch(MANY, config)
+    assert len(plan) == len(MANY)
+    assert plan.fill == 1
+    assert np.unique(plan.grid_hw).tolist() == [14]
+    assert plan.num_shrunk == plan.gap == 0
+    height, width = MANY[5].tolist()
+    assert str(plan.explain(5)) == (
+        f"example 5: pack {plan.pack_of(5)}, segment 0\n"
+        f"  size    {height} x {width} pixels\n"
+        "  grid    14 x 14 patches of 16 (Square(pixels=Constant(value=224), rounding='nearest') "
+        "drew 224)"
     )
 
 

@@ -27,6 +27,7 @@ PUBLIC = [
     "Packer",
     "Packs",
     "Side",
+    "Square",
     "TruncatedNormal",
     "Uniform",
     "__version__",

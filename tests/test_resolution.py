@@ -18,6 +18,7 @@ from packpipe.resolution import (
     Area,
     Budget,
     Side,
+    Square,
     budget_grids,
     checked,
     patch_grids,
@@ -178,6 +179,11 @@ def test_an_image_asked_for_a_whole_multiple_of_itself_becomes_just_that(scale, 
         (Budget(256.9), (1080, 1920), (12, 21)),
         (Budget(15.9), (500, 500), (3, 3)),  # rounded down
         (Budget(0.5), (1080, 1920), (1, 1)),
+        (Square(224), (300, 400), (14, 14)),
+        (Square(224), (1, 4000), (14, 14)),
+        (Square(229), (300, 400), (14, 14)),  # 14.31 patches
+        (Square(229, "ceil"), (300, 400), (15, 15)),
+        (Square(8, "floor"), (300, 400), (1, 1)),
     ],
 )
 def test_worked_sizes(law, size, expected):
@@ -200,6 +206,33 @@ def test_budgets_of_a_choice_are_all_used():
     found, drawn = patch_grids(law, sizes, 16, 256, u=np.array([0.1, 0.3, 0.6, 0.9]))
     assert found.tolist() == [[4, 4], [8, 8], [10, 10], [16, 16]]
     assert drawn.tolist() == [16, 64, 100, 400]
+
+
+@given(strategies.image_sizes(), PATCHES, st.integers(1, 600), ROUNDINGS)
+@example((300, 1200), 16, 232, "nearest")  # 14.5 patches: half to even
+@example((300, 1200), 16, 232, "floor")
+@example((300, 1200), 16, 232, "ceil")
+@example((1, 4000), 16, 1, "floor")
+def test_a_square_has_its_side_rounded_on_both_axes(size, patch, side, rounding):
+    wanted = naive.square_grid(Fraction(side), patch, rounding)
+    assert grid(*size, patch, NO_LIMIT, Square(side, rounding)) == wanted
+    assert wanted[0] == wanted[1]
+
+
+@given(strategies.image_sizes(), PATCHES, UNITS, ROUNDINGS)
+def test_a_drawn_square_is_the_quantile_of_the_images_number(size, patch, u, rounding):
+    found, drawn = patch_grids(
+        Square(Uniform(64, 256), rounding), np.array([size]), patch, 1, u=np.array([u])
+    )
+    assert drawn.tolist() == [64 + u * 192]
+    assert tuple(found[0].tolist()) == naive.square_grid(Fraction(drawn[0]), patch, rounding)
+
+
+@given(strategies.image_sizes())
+def test_a_square_image_is_the_same_as_a_square_and_as_a_side(size):
+    side, _ = size
+    for pixels in (100, 224, 232):
+        assert grid(*size, 16, 1, Square(pixels)) == grid(side, side, 16, 1, Side(pixels))
 
 
 UPSCALES = st.sampled_from([0.25, 0.3, 0.5, 1, 1.0, 1.1, 1.5, 2, 7])
@@ -251,7 +284,9 @@ def test_worked_upscales():
 
 
 SIDES = st.integers(1, 2**31 - 1) | st.integers(1, 5000)
-EVERY_LAW = [*LAWS, Side(224), Side(Uniform(64, 256), "ceil"), Area(50_000), Budget([16, 256])]
+SCALED = [*LAWS, Side(224), Side(Uniform(64, 256), "ceil"), Area(50_000), Budget([16, 256])]
+SQUARES = [Square(224), Square(Uniform(64, 256), "ceil")]
+EVERY_LAW = [*SCALED, *SQUARES]
 
 
 @given(
@@ -269,8 +304,11 @@ def test_a_budget_gives_one_token_at_least_and_the_limit_at_most(size, patch, ma
     assert again.tolist() == [[rows, columns]], "the scale of the image does not matter"
 
 
-@pytest.mark.parametrize("law", EVERY_LAW, ids=str)
-@pytest.mark.parametrize("max_upscale", [None, 0.5, 1, 1000])
+@pytest.mark.parametrize(
+    ("law", "max_upscale"),
+    [*itertools.product(SCALED, [None, 0.5, 1, 1000]), *((law, None) for law in SQUARES)],
+    ids=str,
+)
 @given(size=st.tuples(SIDES, SIDES), patch=st.integers(1, 128), u=UNITS)
 @example(size=(2**31 - 1, 1), patch=1, u=0.0)
 @example(size=(2**31 - 1, 2**31 - 1), patch=1, u=0.0)
@@ -282,16 +320,22 @@ def test_a_turned_image_has_the_turned_grid(law, max_upscale, size, patch, u):
     assert turned == (columns, rows)
 
 
-@pytest.mark.parametrize("law", EVERY_LAW, ids=str)
+@pytest.mark.parametrize(
+    ("law", "max_upscale"),
+    [*((law, 1.5) for law in SCALED), *((law, None) for law in SQUARES)],
+    ids=str,
+)
 @given(sizes=strategies.size_lists(min_size=2), max_tokens=st.integers(1, 200), data=st.data())
-def test_an_images_grid_depends_on_its_own_size_and_number_only(law, sizes, max_tokens, data):
+def test_an_images_grid_depends_on_its_own_size_and_number_only(
+    law, max_upscale, sizes, max_tokens, data
+):
     u = data.draw(st.lists(UNITS, min_size=len(sizes), max_size=len(sizes)))
     together, drawn = patch_grids(
-        law, np.array(sizes), 16, max_tokens, u=np.array(u), max_upscale=1.5
+        law, np.array(sizes), 16, max_tokens, u=np.array(u), max_upscale=max_upscale
     )
     for i, size in enumerate(sizes):
         alone, also_drawn = patch_grids(
-            law, np.array([size]), 16, max_tokens, u=np.array(u[i : i + 1]), max_upscale=1.5
+            law, np.array([size]), 16, max_tokens, u=np.array(u[i : i + 1]), max_upscale=max_upscale
         )
         assert alone.tolist() == together[i : i + 1].tolist()
         assert (drawn is None) == (also_drawn is None)
@@ -310,7 +354,9 @@ def test_a_number_is_a_constant_and_a_list_a_choice():
     assert Area([100, 200], "floor") == Area(Choice((100, 200)), "floor")
     assert Budget([128, 256, 576]) == Budget(Choice((128, 256, 576)))
     assert Side(224) != Area(224)
-    assert len({Side(224), Side(224, "floor"), Area(224), Budget(224), Side([224])}) == 5
+    assert Square(224) == Square(Constant(224))
+    laws = {Side(224), Side(224, "floor"), Area(224), Budget(224), Side([224]), Square(224)}
+    assert len(laws) == 6
     with pytest.raises(FrozenInstanceError):
         Side(224).pixels = 3
 
@@ -323,7 +369,9 @@ def test_a_law_is_returned_as_it_is(law):
 CHOOSE = "expected one of 'nearest', 'floor', 'ceil'; choose how axes become patches"
 POSITIVE = "expected numbers above 0; an image has at least one"
 A_NUMBER = "expected a number; or pass a distribution, such as Uniform(64, 256)"
-A_LAW = "expected one of 'native', 'budget'; or pass Side(...), Area(...) or Budget(...)"
+A_LAW = (
+    "expected one of 'native', 'budget'; or pass Side(...), Area(...), Budget(...) or Square(...)"
+)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +379,9 @@ A_LAW = "expected one of 'native', 'budget'; or pass Side(...), Area(...) or Bud
     [
         (lambda: Side(224, "up"), ValueError, f"rounding is 'up', {CHOOSE}"),
         (lambda: Area(224, None), ValueError, f"rounding is None, {CHOOSE}"),
+        (lambda: Square(224, "round"), ValueError, f"rounding is 'round', {CHOOSE}"),
+        (lambda: Square(None), TypeError, f"pixels is None, {A_NUMBER}"),
+        (lambda: Square(0), ValueError, f"pixels is 0, {POSITIVE}"),
         (lambda: Side("224"), TypeError, f"pixels is '224', {A_NUMBER}"),
         (lambda: Area(None), TypeError, f"pixels is None, {A_NUMBER}"),
         (lambda: Budget(True), TypeError, f"tokens is True, {A_NUMBER}"),
