@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from packpipe.histogram import count_lengths as count_lengths
     from packpipe.histogram import plan_histogram as plan_histogram
     from packpipe.loader import PackedLoader as PackedLoader
+    from packpipe.model_config import NaViTConfig as NaViTConfig
     from packpipe.navit import NaViT as NaViT
-    from packpipe.navit import NaViTConfig as NaViTConfig
     from packpipe.online import OnlinePacker as OnlinePacker
     from packpipe.packer import Packer as Packer
     from packpipe.packing import Packs as Packs
@@ -58,7 +58,7 @@ _HOMES = {
     "EpochPlan": "epoch_plan",
     "HistogramPlan": "histogram",
     "NaViT": "navit",
-    "NaViTConfig": "navit",
+    "NaViTConfig": "model_config",
     "OnlinePacker": "online",
     "OverTraining": "dropping",
     "PackConfig": "config",

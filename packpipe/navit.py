@@ -1,105 +1,112 @@
 """NaViT: a vision transformer that consumes packed rows (floor 2, torch).
 
 It resizes nothing, drops nothing and packs nothing. Every image of a row is seen alone:
-attention and pooling stay within segments, positions come from coordinates.
+attention and pooling stay within segments, positions come from coordinates. The same model is a
+plain ViT on rows of one square each, and a padded one on rows of one image each.
 
-Shape letters: B rows, L tokens a row, S segments a row, D bytes a patch, C channels,
-H heads, E channels a head (C = H·E).
+Shape letters: B rows, L tokens a row, S segments a row, D bytes a patch, T tokens of all rows,
+C channels, H heads, E channels a head (C = H·E), K classes.
 
 Source: NaViT 2.1, 3.4, B.1.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from packpipe import checks
-from packpipe.attention import BACKENDS, Attention, segment_attention
+from packpipe.attention import Attention, choose_backend, flatten
 from packpipe.batch import PackedBatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class NaViTConfig:
-    """The model's shape.
-
-    Attributes:
-        num_classes: logits a segment.
-        patch_size: pixels a side of a patch, as packed.
-        dim: channels, a multiple of heads.
-        depth: transformer blocks.
-        heads: attention heads.
-        mlp_ratio: width of the MLPs ÷ dim.
-        max_side: most patches an axis of an image may have (rows of the position tables).
-        attention: backend, ``"segments"`` (one call a segment) or ``"reference"`` (masked).
-
-    Raises:
-        TypeError, ValueError: ``name is VALUE, expected REQUIREMENT; remedy``.
-    """
-
-    num_classes: int
-    patch_size: int = 16
-    dim: int = 192
-    depth: int = 12
-    heads: int = 3
-    mlp_ratio: int = 4
-    max_side: int = 1024
-    attention: str = "segments"
-
-    def __post_init__(self) -> None:
-        limits = {"patch_size": 128, "max_side": 2**15 - 1}
-        for name in (
-            "num_classes", "patch_size", "dim", "depth", "heads", "mlp_ratio", "max_side",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            checks.whole_number(name, value, 1, limits.get(name, 2**31 - 1), "choose a usual size")
-        if self.dim % self.heads:
-            expected = f"a multiple of {self.heads} (heads)"
-            raise ValueError(checks.sentence("dim", self.dim, expected, "change dim or heads"))
-        checks.choice("attention", self.attention, BACKENDS, "choose a backend")
+from packpipe.model_config import NaViTConfig
+from packpipe.pooling import AttentionPool, pool_plainly
+from packpipe.positions import is_indexed, position_embedding, rotate, rotation
 
 
 class NaViT(nn.Module):
-    """Maps a `PackedBatch` to logits [B, S, num_classes], one vector a segment.
+    """Maps a `PackedBatch` to logits, one vector a segment or, without pooling, a token.
 
-    Logits of absent segments are finite and mean nothing; ``batch.present`` tells them apart.
-    Pre-norm blocks, query-key normalisation, no biases, factorised absolute positions, one
-    learned query that pools each segment.
+    Pre-norm blocks, query-key normalisation, no biases. Logits of absent segments are finite and
+    mean nothing; ``batch.present`` tells them apart.
 
     Raises:
-        ValueError: (on call) the patches are not of patch_size, or an image has more than
-            max_side patches on an axis.
+        ValueError: (on call) the patches are not of patch_size, or an image has more patches on
+            an axis than the position table has places.
     """
 
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Linear(config.patch_size**2 * 3, config.dim, bias=False)
-        self.row_position = nn.Embedding(config.max_side, config.dim)
-        self.column_position = nn.Embedding(config.max_side, config.dim)
+        dim = config.dim
+        self.embed = nn.Linear(config.patch_size**2 * 3, dim, bias=False)
+        self.position = position_embedding(config.position, dim, config.side)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.pool = AttentionPool(config)
-        self.head = nn.Linear(config.dim, config.num_classes, bias=False)
+        self.norm = nn.LayerNorm(dim, bias=False)
+        self.pool = (
+            AttentionPool(dim, config.heads, config.mlp_width)
+            if config.pooling == "attention"
+            else None
+        )
+        self.head: nn.Linear | None = None
+        if config.num_classes is not None:
+            self.head = nn.Linear(dim, config.num_classes, bias=False)
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Return logits [B, S, num_classes]."""
+        """Return logits [B, S, K]; [B, L, K], 0 or meaningless in padding, if pooling is "none".
+
+        Without num_classes, K is C: the pooled features. ``head="unit"`` gives vectors of length 1.
+        """
         self._check(batch)
-        pixels = batch.patches.to(self.embed.weight.dtype) / 127.5 - 1  # [B, L, D] in -1..1
-        x = self.embed(pixels)  # [B, L, C]
-        y_coord, x_coord = batch.coords.long().unbind(-1)
-        x = x + self.row_position(y_coord) + self.column_position(x_coord)
-        attend = segment_attention(batch, self.config.attention)
+        rows, seq_len = batch.segment_ids.shape
+        tokens = flatten(batch, self.backend())
+        dtype = self.embed.weight.dtype
+        pixels = tokens.take(batch.patches).to(dtype) / 127.5 - 1
+        x = self.embed(pixels)  # [T, D] in -1..1 -> [T, C]
+        coords = tokens.take(batch.coords).long()
+        turn = None
+        if self.position is not None:
+            grids = F.pad(batch.grid_hw.flatten(0, 1).long(), (0, 0, 0, 1))  # padding has none
+            x = x + self.position(coords, grids[tokens.segments], dtype)
+        elif self.config.position == "rotary":
+            turn = rotation(coords, self.config.dim // self.config.heads, dtype)
         for block in self.blocks:
-            x = block(x, attend)
-        pooled = self.pool(x, batch.segment_ids, batch.seq_lens.shape[1])  # [B, S, C]
-        logits: Tensor = self.head(pooled)
-        return logits
+            x = block(x, tokens.attend, turn)
+        x = self.norm(x)
+        if self.pool is not None:
+            x = self.pool(x, tokens)  # [B·S, C]
+        elif self.config.pooling != "none":
+            x = pool_plainly(x, tokens, self.config.pooling)
+        if self.head is not None:
+            x = self.head(x)
+        if self.config.head == "unit":
+            x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+        if self.config.pooling == "none":
+            return tokens.put_back(x, rows, seq_len)
+        by_segment: Tensor = x.unflatten(0, (rows, -1))
+        return by_segment
+
+    def backend(self) -> str:
+        """Return the attention backend: the configured one, or the fastest of the device."""
+        if self.config.attention != "auto":
+            return self.config.attention
+        weight = self.embed.weight
+        kind = weight.device.type
+        half = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if half else weight.dtype
+        return choose_backend(weight.device, dtype)
+
+    def predict(self, images: Iterable[Any], **options: Any) -> Tensor | list[Tensor]:
+        """Return logits [images, K] of images of any size, in their order; see `predict_images`."""
+        from packpipe.prediction import predict_images
+
+        return predict_images(self, images, **options)
 
     def _check(self, batch: PackedBatch) -> None:
         patch_bytes = self.config.patch_size**2 * 3
@@ -110,8 +117,8 @@ class NaViT(nn.Module):
         # Reading a value back would stall a GPU and break a compiled graph.
         if batch.coords.device.type == "cpu" and not torch.compiler.is_compiling():
             side = int(batch.grid_hw.max()) if batch.grid_hw.numel() else 0
-            if side > self.config.max_side:
-                expected = f"at most {self.config.max_side} patches an axis (max_side)"
+            if is_indexed(self.config.position) and side > self.config.side:
+                expected = f"at most {self.config.side} patches an axis (max_side)"
                 remedy = "raise max_side, or pack with fewer max_tokens"
                 raise ValueError(checks.sentence("batch.grid_hw", side, expected, remedy))
 
@@ -121,89 +128,55 @@ class Block(nn.Module):
 
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__()
+        dim, head_dim = config.dim, config.dim // config.heads
         self.heads = config.heads
-        width = config.dim * config.mlp_ratio
-        self.norm_attention = nn.LayerNorm(config.dim, bias=False)
-        self.queries_keys_values = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.norm_queries = nn.RMSNorm(config.dim // config.heads)
-        self.norm_keys = nn.RMSNorm(config.dim // config.heads)
-        self.project = nn.Linear(config.dim, config.dim, bias=False)
-        self.norm_mlp = nn.LayerNorm(config.dim, bias=False)
-        self.widen = nn.Linear(config.dim, width, bias=False)
-        self.narrow = nn.Linear(width, config.dim, bias=False)
+        self.norm_attention = nn.LayerNorm(dim, bias=False)
+        self.queries_keys_values = nn.Linear(dim, 3 * dim, bias=False)
+        self.norm_queries = nn.RMSNorm(head_dim)
+        self.norm_keys = nn.RMSNorm(head_dim)
+        self.project = nn.Linear(dim, dim, bias=False)
+        self.norm_mlp = nn.LayerNorm(dim, bias=False)
+        self.widen = nn.Linear(dim, config.mlp_width, bias=False)
+        self.narrow = nn.Linear(config.mlp_width, dim, bias=False)
 
-    def forward(self, x: Tensor, attend: Attention) -> Tensor:
-        """Return tokens [B, L, C]."""
+    def forward(self, x: Tensor, attend: Attention, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return tokens [T, C]."""
         projected = self.queries_keys_values(self.norm_attention(x))
         queries, keys, values = (
             part.unflatten(-1, (self.heads, -1)) for part in projected.chunk(3, dim=-1)
-        )  # [B, L, H, E]
-        seen = attend(self.norm_queries(queries), self.norm_keys(keys), values)
+        )  # [T, H, E]
+        queries, keys = self.norm_queries(queries), self.norm_keys(keys)
+        if turn is not None:
+            queries, keys = rotate(queries, turn), rotate(keys, turn)
+        # Autocast normalises in float32, which kernels for half precision do not take.
+        seen = attend(queries.to(values.dtype), keys.to(values.dtype), values)
         x = x + self.project(seen.flatten(-2))
         widened: Tensor = F.gelu(self.widen(self.norm_mlp(x)))
         out: Tensor = x + self.narrow(widened)
         return out
 
 
-class AttentionPool(nn.Module):
-    """One learned query a head pools the tokens of each segment; an MLP refines the result.
-
-    A softmax over segments by scatter: logits are [B, L, H], no [B, S, L] mask is built.
-    """
-
-    def __init__(self, config: NaViTConfig) -> None:
-        super().__init__()
-        head_dim = config.dim // config.heads
-        width = config.dim * config.mlp_ratio
-        self.heads = config.heads
-        self.query = nn.Parameter(torch.randn(config.heads, head_dim) * head_dim**-0.5)
-        self.norm_tokens = nn.LayerNorm(config.dim, bias=False)
-        self.keys_values = nn.Linear(config.dim, 2 * config.dim, bias=False)
-        self.norm_keys = nn.RMSNorm(head_dim)
-        self.project = nn.Linear(config.dim, config.dim, bias=False)
-        self.norm_mlp = nn.LayerNorm(config.dim, bias=False)
-        self.widen = nn.Linear(config.dim, width, bias=False)
-        self.narrow = nn.Linear(width, config.dim, bias=False)
-        self.norm_out = nn.LayerNorm(config.dim, bias=False)
-
-    def forward(self, x: Tensor, segment_ids: Tensor, max_segments: int) -> Tensor:
-        """Return one vector a segment, [B, S, C]; absent segments give 0 before the MLP."""
-        keys, values = (
-            part.unflatten(-1, (self.heads, -1))
-            for part in self.keys_values(self.norm_tokens(x)).chunk(2, dim=-1)
-        )  # [B, L, H, E]
-        # Sums over up to L tokens need more than the 8 bits of bf16.
-        exact = torch.promote_types(x.dtype, torch.float32)
-        logits = (self.norm_keys(keys) * self.query).sum(-1).to(exact)  # [B, L, H]
-        weights = segment_softmax(logits, segment_ids, max_segments)
-        weighted = weights[..., None] * values.to(exact)
-        pooled = _sum_by_segment(weighted, segment_ids, max_segments).to(values.dtype)
-        x = self.project(pooled.flatten(-2))  # [B, S, C]
-        widened: Tensor = F.gelu(self.widen(self.norm_mlp(x)))
-        out: Tensor = self.norm_out(x + self.narrow(widened))
-        return out
-
-
-def segment_softmax(logits: Tensor, segment_ids: Tensor, max_segments: int) -> Tensor:
-    """Return weights [B, L, H] that sum to 1 over the tokens of each segment, 0 in padding.
+def token_maps(batch: PackedBatch, values: Tensor) -> list[tuple[int, Tensor]]:
+    """Return (example_index, map) of every segment: its tokens back in their image's grid.
 
     Args:
-        logits: float[B, L, H].
-        segment_ids: int[B, L], 0 in padding.
-        max_segments: S.
+        batch: which tokens lie where.
+        values: [B, L, ...], one entry a token, such as logits of a model without pooling.
+
+    Returns:
+        in row order; each map is [rows, columns, ...], 0 where tokens were dropped.
     """
-    bucket = segment_ids.long()[..., None].expand_as(logits)
-    shape = (logits.shape[0], max_segments + 1, logits.shape[2])  # bucket 0 is padding
-    largest = logits.new_full(shape, -torch.inf).scatter_reduce(1, bucket, logits.detach(), "amax")
-    raised = (logits - largest.gather(1, bucket)).exp() * (segment_ids > 0)[..., None]
-    total = logits.new_zeros(shape).scatter_add(1, bucket, raised)
-    # Padding divides 0 by the 1 put into its bucket.
-    total = total + (torch.arange(shape[1], device=total.device) == 0)[None, :, None]
-    return raised / total.gather(1, bucket)
-
-
-def _sum_by_segment(values: Tensor, segment_ids: Tensor, max_segments: int) -> Tensor:
-    """Return [B, S, H, E], the sum of values [B, L, H, E] over each segment's tokens."""
-    bucket = segment_ids.long()[..., None, None].expand_as(values)
-    shape = (values.shape[0], max_segments + 1, *values.shape[2:])
-    return values.new_zeros(shape).scatter_add(1, bucket, values)[:, 1:]
+    maps = []
+    for row, lens in enumerate(batch.seq_lens.tolist()):
+        start = 0
+        for number, length in enumerate(lens):
+            if not length:
+                continue
+            place = slice(start, start + length)
+            start += length
+            height, width = batch.grid_hw[row, number].tolist()
+            grid = values.new_zeros(height, width, *values.shape[2:])
+            y, x = batch.coords[row, place].long().unbind(-1)
+            filled = grid.index_put((y, x), values[row, place])
+            maps.append((int(batch.example_index[row, number]), filled))
+    return maps

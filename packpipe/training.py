@@ -64,7 +64,7 @@ def train(
             )
         loss = segment_cross_entropy(model(batch.to(device)), batch.labels.to(device))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

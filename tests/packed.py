@@ -8,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 
 from packpipe.batch import PackedBatch
-from packpipe.navit import NaViT, NaViTConfig
+from packpipe.model_config import NaViTConfig
+from packpipe.navit import NaViT
 from packpipe.rows import Rows, Segments
 
 PATCH_SIZE = 2
@@ -105,17 +106,21 @@ def alone(batch):
                 place += length
 
 
-def model_of(attention, dtype=torch.float64, seed=0):
+def model_of(attention="auto", dtype=torch.float64, seed=0, **options):
     """Return a small model whose every weight matters (larger than the usual start)."""
     torch.manual_seed(seed)
     config = NaViTConfig(
-        num_classes=NUM_CLASSES,
-        patch_size=PATCH_SIZE,
-        dim=16,
-        depth=2,
-        heads=2,
-        max_side=65,
-        attention=attention,
+        **{
+            "num_classes": NUM_CLASSES,
+            "patch_size": PATCH_SIZE,
+            "dim": 16,
+            "depth": 2,
+            "heads": 2,
+            "mlp_dim": 24,
+            "max_side": 65,
+            "attention": attention,
+            **options,
+        }
     )
     model = NaViT(config).to(dtype)
     with torch.no_grad():

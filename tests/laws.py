@@ -1,0 +1,156 @@
+"""Laws 4 and 5 as functions of a setting, for the CPU's tests and for the GPU's."""
+
+from dataclasses import dataclass, replace
+
+import packed
+import torch
+from torch.nn import functional as F
+
+from packpipe.batch import NO_LABEL, PackedBatch
+from packpipe.losses import segment_cross_entropy
+
+MANY = packed.RowSet(lens=[[1] * 6, [20, 1, 7, 3, 2], [33]], seq_len=33, max_segments=6)
+LONG = packed.RowSet(lens=[[100, 57, 43], [200], [150, 1]], seq_len=200, max_segments=3)
+# As many columns of logits as classes, whatever is pooled; texts of a contrastive loss.
+TEXTS = torch.randn(256, packed.NUM_CLASSES, generator=torch.Generator().manual_seed(9))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the laws must not depend on."""
+
+    attention: str
+    position: str = "factorised_absolute_sum"
+    pooling: str = "attention"
+    loss: str = "softmax"
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+
+    def model(self):
+        model = packed.model_of(
+            self.attention, self.dtype, position=self.position, pooling=self.pooling
+        )
+        return model.to(self.device)
+
+    def batch(self, case):
+        return packed.batch_of(case).to(self.device)
+
+
+def targets(outputs, batch):
+    """int64[B, S], the labels of outputs; of outputs a token each has its image's."""
+    if outputs.shape[:2] == batch.labels.shape:
+        return batch.labels
+    labels = F.pad(batch.labels, (1, 0), value=NO_LABEL)
+    return labels.gather(1, batch.segment_ids.long())
+
+
+LOSSES = {"softmax": segment_cross_entropy}
+
+
+def loss_of(setting, outputs, batch):
+    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    return LOSSES[setting.loss](outputs, targets(outputs, batch))
+
+
+def one_at_a_time(model, batch):
+    """Return what the model gives a batch if it sees each image alone; NaN where nothing is."""
+    outputs = None
+    shape = batch.segment_ids.shape if model.config.pooling == "none" else batch.seq_lens.shape
+    for row, number, one in packed.alone(batch):
+        out = model(one)[0]
+        if outputs is None:
+            outputs = out.new_full((*shape, out.shape[-1]), torch.nan)
+        if model.config.pooling == "none":
+            place = (batch.segment_ids[row] == number + 1).nonzero()[:, 0]
+        else:
+            place = torch.tensor([number], device=out.device)
+        row = torch.full_like(place, row)
+        outputs = outputs.index_put((row, place), out)
+    return outputs
+
+
+def present(model, batch):
+    """bool[B, S] or, without pooling, bool[B, L]: which outputs are of an image."""
+    return batch.segment_ids > 0 if model.config.pooling == "none" else batch.present
+
+
+def close(found, wanted, tolerance):
+    """Whether all are equal but for tolerance of the largest, or of 1 if that is larger."""
+    scale = max(1.0, wanted.abs().max().item())
+    return (found - wanted).abs().max().item() <= tolerance * scale
+
+
+def packed_equals_alone(setting, case, tolerance):
+    """Outputs, loss and gradients."""
+    batch, model = setting.batch(case), setting.model()
+    results = []
+    for forward in (lambda: model(batch), lambda: one_at_a_time(model, batch)):
+        model.zero_grad()
+        outputs = forward()
+        loss = loss_of(setting, outputs, batch)
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        results.append((outputs.detach()[present(model, batch)], loss.detach(), gradients))
+    (outputs, loss, gradients), (alone, alone_loss, alone_gradients) = results
+    assert close(outputs, alone, tolerance), (outputs - alone).abs().max()
+    assert close(loss, alone_loss, tolerance), (loss, alone_loss)
+    for name, gradient in gradients.items():
+        assert close(gradient, alone_gradients[name], tolerance), name
+
+
+def busiest(case):
+    """Return the row with most segments."""
+    return max(range(len(case.lens)), key=lambda row: len(case.lens[row]))
+
+
+def others_keep_every_bit(setting, case):
+    """Changing the first segment of a row changes that one's output and no other bit."""
+    batch, model, row = setting.batch(case), setting.model(), busiest(case)
+    assert len(case.lens[row]) > 1
+    pixels = batch.patches.clone()
+    first = batch.segment_ids[row] == 1
+    pixels[row, first] = 255 - pixels[row, first]
+    with torch.no_grad():
+        before, after = model(batch), model(replace_patches(batch, pixels))
+    others = present(model, batch).clone()
+    own = first if setting.pooling == "none" else torch.arange(others.shape[1]) == 0
+    others[row] &= ~own.to(others.device)
+    assert others.any()
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[row][own], after[row][own])
+
+
+def no_gradient_crosses(setting, case):
+    """The output of one segment has a gradient by its own pixels, and by no other's."""
+    batch, model, row = setting.batch(case), setting.model(), busiest(case)
+    last = len(case.lens[row])
+    assert last > 1
+    own = torch.zeros_like(batch.segment_ids, dtype=torch.bool)
+    own[row] = batch.segment_ids[row] == last
+    pixels = batch.patches.to(setting.dtype).requires_grad_()
+    outputs = model(replace_patches(batch, pixels))
+    outputs = outputs[own] if setting.pooling == "none" else outputs[row, last - 1]
+    (outputs * torch.arange(1, packed.NUM_CLASSES + 1, device=outputs.device)).sum().backward()
+    assert torch.equal(pixels.grad.abs().sum(-1) > 0, own)
+
+
+def every_parameter_learns(setting, case):
+    """One backward pass gives every parameter a finite gradient that is not all zero."""
+    assert any(length > 1 for lens in case.lens for length in lens)  # one token has no softmax
+    batch, model = setting.batch(case), setting.model()
+    loss_of(setting, model(batch), batch).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def replace_patches(batch, patches):
+    """Return the batch with other pixels."""
+    return replace(batch, patches=patches)
+
+
+def without_padding_rows(batch):
+    """Return the batch without its rows of padding alone."""
+    kept = batch.present.any(1)
+    return PackedBatch(**{name: value[kept] for name, value in vars(batch).items()})

@@ -1,0 +1,43 @@
+"""Plain twins of the attention kernels that run on a GPU alone: dense masks, any device."""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def varlen_kernel(q, k, v, bounds, longest):
+    """Attention within bounds, by a mask of all tokens."""
+    del longest
+    number = torch.searchsorted(bounds[1:].contiguous(), torch.arange(len(q)), right=True)
+    mask = number[:, None] == number[None, :]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
+
+
+def flex_kernel(q, k, v, mask):
+    """Attention under a block mask, by the dense mask it stands for."""
+    return scaled_dot_product_attention(q, k, v, attn_mask=dense(mask)[:, None])
+
+
+def dense(mask):
+    """bool[B, L, L] of a BlockMask: its full blocks, and its partial ones where mask_mod agrees."""
+    block = mask.BLOCK_SIZE[0]
+    length = mask.seq_lengths[0]
+    full = spread(listed(mask.full_kv_num_blocks, mask.full_kv_indices), block, length)
+    partial = spread(listed(mask.kv_num_blocks, mask.kv_indices), block, length)
+    place = torch.arange(length)
+    batch = torch.arange(len(full))
+    agrees = mask.mask_mod(
+        batch[:, None, None], torch.zeros(()), place[None, :, None], place[None, None, :]
+    )
+    return full | (partial & agrees)
+
+
+def listed(count, order):
+    """bool[B, blocks, blocks]: whether a block is among the first count of its row's order."""
+    return (order.argsort(-1) < count[..., None])[:, 0]
+
+
+def spread(blocks, block, length):
+    """bool[B, L, L] of bool[B, blocks, blocks]."""
+    tall = blocks.repeat_interleave(block, 1)[:, :length]
+    return tall.repeat_interleave(block, 2)[:, :, :length]

@@ -1,0 +1,139 @@
+"""The model for one image, from its weights, in plain loops: nothing of the package runs here."""
+
+import math
+
+import torch
+
+
+def forward(model, image):
+    """Return the output of one image: {"patches": [n, D], "coords": [n, 2], "grid_hw": (h, w)}."""
+    config, weights = model.config, dict(model.named_parameters())
+    x = (image["patches"].to(weights["embed.weight"].dtype) / 127.5 - 1) @ weights["embed.weight"].T
+    places = [position(config, weights, y, x_, image["grid_hw"]) for y, x_ in image["coords"]]
+    if places[0] is not None:
+        x = x + torch.stack(places)
+    for number in range(config.depth):
+        own = {
+            name.removeprefix(f"blocks.{number}."): value
+            for name, value in weights.items()
+            if name.startswith(f"blocks.{number}.")
+        }
+        x = x + attended(config, own, layer_norm(x, own["norm_attention.weight"]), image["coords"])
+        x = x + mlp(own, layer_norm(x, own["norm_mlp.weight"]))
+    x = layer_norm(x, weights["norm.weight"])
+    pooled = {
+        "attention": lambda: attention_pool(config, weights, x),
+        "mean": lambda: x.sum(0) / len(x),
+        "max": lambda: x.max(0).values,
+        "first": lambda: x[0],
+        "none": lambda: x,
+    }[config.pooling]()
+    if "head.weight" in weights:
+        pooled = pooled @ weights["head.weight"].T
+    if config.head == "unit":
+        pooled = pooled / (pooled**2).sum(-1, keepdim=True).sqrt()
+    return pooled
+
+
+def attended(config, weights, x, coords):
+    size = config.dim // config.heads
+    parts = x @ weights["queries_keys_values.weight"].T
+    heads = []
+    for head in range(config.heads):
+        cut = [parts[:, part * config.dim + head * size :][:, :size] for part in range(3)]
+        q, k, v = (
+            rms_norm(cut[0], weights["norm_queries.weight"]),
+            rms_norm(cut[1], weights["norm_keys.weight"]),
+            cut[2],
+        )
+        if config.position == "rotary":
+            q = torch.stack([turned(t, place) for t, place in zip(q, coords, strict=True)])
+            k = torch.stack([turned(t, place) for t, place in zip(k, coords, strict=True)])
+        heads.append((q @ k.T / math.sqrt(size)).softmax(-1) @ v)
+    return torch.cat(heads, -1) @ weights["project.weight"].T
+
+
+def turned(vector, place):
+    """Channel i and channel i + E/2 turn by an angle: of y for the first E/4, of x for the rest."""
+    size = len(vector)
+    out = list(vector)
+    for i in range(size // 2):
+        axis, power = divmod(i, size // 4)
+        angle = place[axis] * 100.0 ** (-power / (size // 4))
+        cos, sin = math.cos(angle), math.sin(angle)
+        out[i] = vector[i] * cos - vector[i + size // 2] * sin
+        out[i + size // 2] = vector[i] * sin + vector[i + size // 2] * cos
+    return torch.stack(out)
+
+
+def attention_pool(config, weights, x):
+    size = config.dim // config.heads
+    parts = x @ weights["pool.keys_values.weight"].T
+    heads = []
+    for head in range(config.heads):
+        k = rms_norm(parts[:, head * size :][:, :size], weights["pool.norm_keys.weight"])
+        v = parts[:, config.dim + head * size :][:, :size]
+        heads.append((k @ weights["pool.query"][head]).softmax(0) @ v)
+    own = {name.removeprefix("pool."): value for name, value in weights.items()}
+    out = torch.cat(heads) @ own["project.weight"].T
+    out = out + mlp(own, layer_norm(out, own["norm_mlp.weight"]))
+    return layer_norm(out, own["norm_out.weight"])
+
+
+def mlp(weights, x):
+    wide = x @ weights["widen.weight"].T
+    wide = wide * 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
+    return wide @ weights["narrow.weight"].T
+
+
+def layer_norm(x, weight):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / ((centred**2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+
+def rms_norm(x, weight):
+    return x / ((x**2).mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt() * weight
+
+
+def position(config, weights, y, x, grid_hw):
+    """Return the vector of a patch, or None."""
+    kind, (h, w) = config.position, grid_hw
+    side = config.side
+    fy, fx = (y / (h - 1) if h > 1 else 0.0), (x / (w - 1) if w > 1 else 0.0)
+    if kind in ("none", "rotary"):
+        return None
+    if kind.startswith("factorised"):
+        rows, columns = weights["position.rows"], weights["position.columns"]
+        if "fractional" in kind:
+            a, b = between(rows, fy * (side - 1)), between(columns, fx * (side - 1))
+        else:
+            a, b = rows[y], columns[x]
+        if kind.endswith("sum"):
+            return a + b
+        return a * b if kind.endswith("product") else torch.cat([a, b])
+    if kind.startswith("fourier"):
+        v = (fy, fx) if "fractional" in kind else (y, x)
+        angles = [v[0] * f[0] + v[1] * f[1] for f in weights["position.frequencies"].T]
+        return torch.stack([*(a.sin() for a in angles), *(a.cos() for a in angles)])
+    if kind.startswith("sinusoidal"):
+        v = (fy * (side - 1), fx * (side - 1)) if "fractional" in kind else (y, x)
+        quarter = config.dim // 4
+        waves = []
+        for value in v:
+            angles = [value * 10_000 ** (-i / quarter) for i in range(quarter)]
+            waves += [*map(math.sin, angles), *map(math.cos, angles)]
+        return torch.tensor(waves, dtype=weights["embed.weight"].dtype)
+    table = weights["position.table"]
+    if kind == "learned_1d":
+        flat, last = y * w + x, h * w - 1
+        return between(table, (flat / last if last else 0.0) * (len(table) - 1))
+    if kind == "learned_2d":
+        return table[y * side + x]
+    rows = table.reshape(side, side, -1)
+    return between(torch.stack([between(row, fx * (side - 1)) for row in rows]), fy * (side - 1))
+
+
+def between(table, place):
+    low = min(math.floor(place), max(len(table) - 2, 0))
+    high = min(low + 1, len(table) - 1)
+    return table[low] * (1 - (place - low)) + table[high] * (place - low)
