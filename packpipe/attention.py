@@ -8,8 +8,8 @@ Four backends of one function, twins of each other:
   padding: the choice on a CPU. Inside ``torch.compile`` it becomes the masked form, since one
   graph must serve every batch.
 * ``"varlen"``: one flash kernel over all segments. Costs Σ l²: the choice on a GPU in half
-  precision. Skips padding too, but inside ``torch.compile``, where shapes must not change, keeps
-  a row's padding as one more segment.
+  precision. Skips padding too, but in compiled code, where shapes must not change, keeps a
+  row's padding as one more segment.
 * ``"flex"``: FlexAttention with a block mask made from segment bounds, on a GPU in any
   precision. Costs whole blocks of 128 × 128.
 
@@ -89,21 +89,22 @@ def backends_of(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     return ("reference", "segments", *(("varlen",) if half else ()), *flex)
 
 
-def flatten(batch: PackedBatch, backend: str) -> FlatTokens:
+def flatten(batch: PackedBatch, backend: str, *, keep_padding: bool = False) -> FlatTokens:
     """Return the tokens of a batch for a backend; what it needs is worked out once.
 
     Args:
         batch: whose segments.
         backend: one of `BACKENDS`.
+        keep_padding: give every batch one shape, for compiled code; so it is in torch.compile.
     """
     rows, seq_len = batch.segment_ids.shape
     max_segments = batch.seq_lens.shape[1]
-    compiling = torch.compiler.is_compiling()
+    keep_padding = keep_padding or torch.compiler.is_compiling()
     ids = batch.segment_ids.long()
     row = torch.arange(rows, device=ids.device)[:, None]
     segments = torch.where(ids > 0, row * max_segments + ids - 1, rows * max_segments).flatten()
     lens = batch.seq_lens.long()
-    if backend == "reference" or backend == "flex" or compiling:
+    if keep_padding or backend in ("reference", "flex"):
         starts = (row * seq_len + lens.cumsum(1) - lens).flatten()
         if backend == "varlen":
             padding = seq_len - lens.sum(1, keepdim=True)
