@@ -36,7 +36,7 @@ FLOORS = {
         "above": ["2 torch", "3"],
     },
     "2 torch": {
-        "modules": "batch filling loader positions attention pooling model_config navit prediction "
+        "modules": "batch filling loader positions attention pooling model_config navit flops prediction "
         "losses contrastive training",
         "forbidden": "datasets matplotlib",
         "above": ["2 datasets", "3"],

@@ -1,0 +1,63 @@
+"""Useful FLOPs: what a model must compute, padding and foreign tokens not counted (floor 2, torch).
+
+Multiplications and additions of matrix products, counted as two; normalisations, softmaxes and
+positions are left out, as usual. Attention counts Σ l², whatever a backend does.
+
+Source: NaViT 2.1 (24·D² + 4·n·D a token and layer).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from packpipe.model_config import NaViTConfig
+
+# A backward pass costs two forward ones: gradients by inputs and by weights.
+TRAINING = 3
+
+
+def forward_flops(config: NaViTConfig, seq_lens: Tensor) -> int:
+    """Return the FLOPs of a forward pass over some segments; a training step takes `TRAINING` times.
+
+    Args:
+        config: the model's shape.
+        seq_lens: int[...], tokens of each segment; 0 where absent.
+    """
+    dim, width = config.dim, config.mlp_width
+    lens = seq_lens.long()
+    tokens, segments = int(lens.sum()), int((lens > 0).sum())
+    embed = 2 * config.patch_size**2 * 3 * dim
+    layer = 8 * dim**2 + 4 * dim * width
+    flops = tokens * (embed + config.depth * layer)
+    flops += config.depth * 4 * dim * int((lens**2).sum())
+    if config.pooling == "attention":
+        # Keys and values of each token; logits and weighted sums; then an MLP a segment.
+        flops += tokens * (4 * dim**2 + 4 * dim) + segments * (2 * dim**2 + 4 * dim * width)
+    if config.num_classes is not None:
+        answers = tokens if config.pooling == "none" else segments
+        flops += answers * 2 * dim * config.num_classes
+    return flops
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 8192) -> float:
+    """Return the FLOP/s of a large matrix product on a GPU: what 100 % of a rate is here.
+
+    Args:
+        device: a CUDA device.
+        dtype: of the matrices, random ones, since zeros run faster.
+        size: rows and columns.
+    """
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    for _ in range(3):
+        a @ b
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(5):
+            a @ b
+        end.record()
+        torch.cuda.synchronize(device)
+        times.append(start.elapsed_time(end) / 5e3)
+    return 2 * size**3 / sorted(times)[len(times) // 2]
