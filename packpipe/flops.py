@@ -18,7 +18,7 @@ TRAINING = 3
 
 
 def forward_flops(config: NaViTConfig, seq_lens: Tensor) -> int:
-    """Return the FLOPs of a forward pass over some segments; a training step takes `TRAINING` times.
+    """Return the FLOPs of a forward pass; a training step takes `TRAINING` times as many.
 
     Args:
         config: the model's shape.
@@ -60,4 +60,4 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 8192) -
         end.record()
         torch.cuda.synchronize(device)
         times.append(start.elapsed_time(end) / 5e3)
-    return 2 * size**3 / sorted(times)[len(times) // 2]
+    return 2 * size**3 / float(sorted(times)[len(times) // 2])

@@ -149,8 +149,8 @@ class Block(nn.Module):
         self.heads = config.heads
         self.norm_attention = nn.LayerNorm(dim, bias=False)
         self.queries_keys_values = nn.Linear(dim, 3 * dim, bias=False)
-        self.norm_queries = nn.RMSNorm(head_dim)
-        self.norm_keys = nn.RMSNorm(head_dim)
+        self.norm_queries = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm_keys = nn.RMSNorm(head_dim, eps=1e-6)
         self.project = nn.Linear(dim, dim, bias=False)
         self.norm_mlp = nn.LayerNorm(dim, bias=False)
         self.widen = nn.Linear(dim, config.mlp_width, bias=False)

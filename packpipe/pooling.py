@@ -28,7 +28,7 @@ class AttentionPool(nn.Module):
         self.heads = heads
         self.query = nn.Parameter(torch.randn(heads, head_dim) * head_dim**-0.5)
         self.keys_values = nn.Linear(dim, 2 * dim, bias=False)
-        self.norm_keys = nn.RMSNorm(head_dim)
+        self.norm_keys = nn.RMSNorm(head_dim, eps=1e-6)
         self.project = nn.Linear(dim, dim, bias=False)
         self.norm_mlp = nn.LayerNorm(dim, bias=False)
         self.widen = nn.Linear(dim, mlp_dim, bias=False)

@@ -25,12 +25,22 @@ class Setting:
     loss: str = "softmax"
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
+    dim: int = 16
 
     def model(self):
         model = packed.model_of(
-            self.attention, self.dtype, position=self.position, pooling=self.pooling
+            self.attention,
+            self.dtype,
+            position=self.position,
+            pooling=self.pooling,
+            dim=self.dim,
+            max_side=256,
         )
         return model.to(self.device)
+
+    def alone(self):
+        """The same model for images alone, where no backend has anything to keep apart."""
+        return replace(self, attention="reference").model()
 
     def batch(self, case):
         return packed.batch_of(case).to(self.device)
@@ -82,11 +92,10 @@ def close(found, wanted, tolerance):
 
 def packed_equals_alone(setting, case, tolerance):
     """Outputs, loss and gradients."""
-    batch, model = setting.batch(case), setting.model()
+    batch = setting.batch(case)
     results = []
-    for forward in (lambda: model(batch), lambda: one_at_a_time(model, batch)):
-        model.zero_grad()
-        outputs = forward()
+    for model, forward in ((setting.model(), lambda m, b: m(b)), (setting.alone(), one_at_a_time)):
+        outputs = forward(model, batch)
         loss = loss_of(setting, outputs, batch)
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}

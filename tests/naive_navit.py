@@ -92,7 +92,7 @@ def layer_norm(x, weight):
 
 
 def rms_norm(x, weight):
-    return x / ((x**2).mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt() * weight
+    return x / ((x**2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
 def position(config, weights, y, x, grid_hw):

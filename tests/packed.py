@@ -95,7 +95,7 @@ def alone(batch):
                     number,
                     PackedBatch(
                         patches=batch.patches[row : row + 1, tokens],
-                        segment_ids=torch.ones(1, length, dtype=torch.int32),
+                        segment_ids=torch.ones_like(batch.segment_ids[row : row + 1, tokens]),
                         coords=batch.coords[row : row + 1, tokens],
                         seq_lens=batch.seq_lens[row : row + 1, segment],
                         grid_hw=batch.grid_hw[row : row + 1, segment],

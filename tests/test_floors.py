@@ -36,8 +36,8 @@ FLOORS = {
         "above": ["2 torch", "3"],
     },
     "2 torch": {
-        "modules": "batch filling loader positions attention pooling model_config navit flops prediction "
-        "losses contrastive training",
+        "modules": "batch filling loader positions attention pooling model_config navit flops "
+        "prediction losses contrastive training",
         "forbidden": "datasets matplotlib",
         "above": ["2 datasets", "3"],
     },
