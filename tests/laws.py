@@ -34,7 +34,7 @@ class Setting:
             position=self.position,
             pooling=self.pooling,
             dim=self.dim,
-            max_side=256,
+            max_side=512,
         )
         return model.to(self.device)
 
