@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -50,16 +51,14 @@ class Images:
 
 
 def drawn_images(num_images: int, seq_len: int, sides: tuple[int, int]) -> Images:
-    """Return images of the sizes of real pictures, r ~ U(sides) in NaViT's way, no token dropped."""
+    """Return images of the sizes of real pictures, r ~ U(sides), no token dropped."""
     sizes = samples.image_sizes("pictures")
     sizes = sizes[np.random.default_rng(0).integers(0, len(sizes), num_images)]
     config = PackConfig(seq_len=seq_len, patch_size=PATCH, resolution=Side(Uniform(*sides)))
     plan = plan_epoch(sizes, config)
     grids = np.empty((num_images, 2), np.int64)
     grids[plan.index] = plan.grid_hw
-    packs = [
-        plan.index[plan.order[a:b]] for a, b in zip(plan.offsets, plan.offsets[1:], strict=False)
-    ]
+    packs = [plan.index[plan.order[a:b]] for a, b in pairwise(plan.offsets)]
     return Images(grids, packs, seq_len)
 
 
@@ -68,16 +67,18 @@ class Step:
     """A batch as a model takes it, and what it is worth."""
 
     inputs: Any
-    labels: Tensor
+    labels: Any
     seq_lens: Tensor
     slots: int
 
     @property
     def images(self) -> int:
+        """Images in the batch."""
         return int((self.seq_lens > 0).sum())
 
     @property
     def tokens(self) -> int:
+        """Real tokens."""
         return int(self.seq_lens.sum())
 
 
@@ -138,7 +139,6 @@ def batch_of(
 
 
 def _step(batch: PackedBatch) -> Step:
-    assert batch.labels is not None
     return Step(batch, batch.labels, batch.seq_lens, batch.segment_ids.numel())
 
 
