@@ -310,9 +310,9 @@ def table(records: list[dict[str, Any]]) -> str:
     for record in records:
         key = record["model"], record["seq_len"]
         name = f"| {record['model']}/16, {record['seq_len']} | {record['arm']} |"
+        if "failed" in record:
+            lines.append(f"{name} failed: {record['failed']} |" + " |" * 6)
         if "images/s" not in record:
-            what = next(f"{k}: {v}" for k, v in record.items() if k in ("left out", "failed"))
-            lines.append(f"{name} {what} |" + " |" * 6)
             continue
         ratio = record["images/s"] / padded[key] if key in padded else float("nan")
         cells = [
@@ -325,6 +325,9 @@ def table(records: list[dict[str, Any]]) -> str:
             f"{record['data wait']:.1%}" if "data wait" in record else "",
         ]
         lines.append(f"{name} " + " | ".join(cells) + " |")
+    missing = sorted({f"{r['model']}/16, {r['seq_len']}" for r in records if "left out" in r})
+    if missing:
+        lines += ["", f"No time was left for all arms of {'; '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
