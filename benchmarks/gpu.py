@@ -297,11 +297,8 @@ def synchronize(device: torch.device) -> None:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return a Markdown table."""
-    lines = [
-        "| model, seq_len | arm | images/s | of padded | tokens/s | real tokens | useful MFU "
-        "| peak GB | data wait |",
-        "| --- | --- " + "| ---: " * 7 + "|",
-    ]
+    columns = "images/s | of padded | tokens/s | real tokens | useful MFU | peak GB | data wait"
+    lines = [f"| model, seq_len | arm | {columns} |", "| --- | --- " + "| ---: " * 7 + "|"]
     padded = {
         (record["model"], record["seq_len"]): record["images/s"]
         for record in records

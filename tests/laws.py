@@ -7,7 +7,12 @@ import torch
 from torch.nn import functional as F
 
 from packpipe.batch import NO_LABEL, PackedBatch
-from packpipe.losses import segment_cross_entropy
+from packpipe.contrastive import sigmoid_contrastive, softmax_contrastive
+from packpipe.losses import (
+    segment_cross_entropy,
+    segment_sigmoid_cross_entropy,
+    segment_squared_error,
+)
 
 MANY = packed.RowSet(lens=[[1] * 6, [20, 1, 7, 3, 2], [33]], seq_len=33, max_segments=6)
 LONG = packed.RowSet(lens=[[100, 57, 43], [200], [150, 1]], seq_len=200, max_segments=3)
@@ -54,7 +59,36 @@ def targets(outputs, batch):
     return labels.gather(1, batch.segment_ids.long())
 
 
-LOSSES = {"softmax": segment_cross_entropy}
+def regression(outputs, labels):
+    slope = torch.linspace(-1, 1, outputs.shape[-1]).to(outputs)
+    wanted = labels[..., None].to(outputs.dtype) * slope
+    return segment_squared_error(outputs, wanted, present=labels != NO_LABEL)
+
+
+def contrast(loss):
+    def of(outputs, labels):
+        vectors = F.normalize(outputs.flatten(0, 1), dim=-1)
+        # A text a label and place, of those a table has.
+        place = torch.arange(len(vectors), device=vectors.device)
+        texts = TEXTS.to(vectors)[place % len(TEXTS)]
+        numbers = [torch.tensor(value).to(vectors) for value in (4.0, -2.0)]
+        present = labels.flatten() != NO_LABEL
+        return loss(vectors, F.normalize(texts, dim=-1), *numbers, present=present, chunk=5)
+
+    return of
+
+
+def clip(images, texts, scale, _, **options):
+    return softmax_contrastive(images, texts, scale, **options)
+
+
+LOSSES = {
+    "softmax": segment_cross_entropy,
+    "sigmoid": segment_sigmoid_cross_entropy,
+    "regression": regression,
+    "contrastive softmax": contrast(clip),
+    "contrastive sigmoid": contrast(sigmoid_contrastive),
+}
 
 
 def loss_of(setting, outputs, batch):
