@@ -103,7 +103,7 @@ def _train(packed, num_classes: int, steps: int, folder: Path, console) -> None:
 
     import packpipe
     from packpipe.plots import plot_losses
-    from packpipe.training import train
+    from packpipe.training import TrainConfig, train
 
     torch.manual_seed(0)
     config = packpipe.NaViTConfig(num_classes=num_classes, dim=64, depth=2, heads=2)
@@ -111,9 +111,11 @@ def _train(packed, num_classes: int, steps: int, folder: Path, console) -> None:
     batch_size = min(4, len(packed))
     started = time.perf_counter()
     losses = []
-    run = train(model, packed, steps=steps, batch_size=batch_size, learning_rate=2e-3)
-    for loss in track(run, description="Training", total=steps, console=console):
-        losses.append(loss)
+    loader = packpipe.PackedLoader(packed, batch_size)
+    training = TrainConfig(steps=steps, learning_rate=2e-3, loss="softmax")
+    run = train(model, loader, training)
+    for record in track(run, description="Training", total=steps, console=console):
+        losses.append(record.loss)
         if time.perf_counter() - started > TRAINING_SECONDS:
             break
     seconds = time.perf_counter() - started

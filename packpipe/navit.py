@@ -162,10 +162,10 @@ class Block(nn.Module):
         queries, keys, values = (
             part.unflatten(-1, (self.heads, -1)) for part in projected.chunk(3, dim=-1)
         )  # [T, H, E]
-        queries, keys = self.norm_queries(queries), self.norm_keys(keys)
+        exact = self.norm_queries.weight.dtype  # under autocast the weights' float32
+        queries, keys = self.norm_queries(queries.to(exact)), self.norm_keys(keys.to(exact))
         if turn is not None:
             queries, keys = rotate(queries, turn), rotate(keys, turn)
-        # Autocast normalises in float32, which kernels for half precision do not take.
         seen = attend(queries.to(values.dtype), keys.to(values.dtype), values)
         x = x + self.project(seen.flatten(-2))
         widened: Tensor = F.gelu(self.widen(self.norm_mlp(x)))

@@ -40,7 +40,8 @@ class AttentionPool(nn.Module):
         keys, values = (
             part.unflatten(-1, (self.heads, -1)) for part in self.keys_values(x).chunk(2, dim=-1)
         )  # [T, H, E]
-        logits = (self.norm_keys(keys) * self.query).sum(-1)  # [T, H]
+        keys = self.norm_keys(keys.to(self.query.dtype))
+        logits = (keys * self.query).sum(-1)  # [T, H]
         num_segments = len(tokens.starts)
         weights = segment_softmax(_exact(logits), tokens.segments, num_segments)
         weighted = (weights[..., None] * _exact(values)).flatten(1)

@@ -1,0 +1,60 @@
+"""A small training on random rows; run as a process of its own, alone or on several ranks."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import packed
+import pyarrow as pa
+import torch
+
+from packpipe import PackConfig, PackedLoader, schema
+from packpipe.training import TrainConfig, train
+
+STEPS = 12
+
+
+def table(num_rows=10):
+    """A packed table of random pixels whose label is how bright they are."""
+    rng = np.random.default_rng(0)
+    lens = [[int(n) for n in rng.integers(1, 6, rng.integers(1, 4))] for _ in range(num_rows)]
+    case = packed.RowSet(lens, seq_len=16, max_segments=4)
+    labels = pa.array(rng.integers(0, packed.NUM_CLASSES, sum(map(len, lens))))
+    rows = packed.rows_of(case, labels=labels)
+    config = PackConfig(seq_len=16, patch_size=packed.PATCH_SIZE)
+    return schema.rows_table(rows, schema.row_schema(config, pa.int64()))
+
+
+def loader_of(batch_size=2, **options):
+    return PackedLoader(table(), batch_size, seed=3, max_segments=4, **options)
+
+
+def model_of(dtype=torch.float32):
+    return packed.model_of("auto", dtype)
+
+
+def config_of(**options):
+    return TrainConfig(**{"steps": STEPS, "learning_rate": 1e-2, "save_every": 2, **options})
+
+
+def main(folder, batch_size="2"):
+    """Train, on this rank if there are several, and say when each step is done."""
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    model = model_of(torch.float64 if "RANK" in os.environ else torch.float32)
+    losses = []
+    for record in train(model, loader_of(int(batch_size)), config_of(), folder=folder):
+        losses.append(record.loss)
+        sys.stdout.write(f"{record.step}\n")
+        sys.stdout.flush()
+    if "RANK" in os.environ:
+        rank = torch.distributed.get_rank()
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+        (Path(folder) / f"rank-{rank}.json").write_text(json.dumps([losses, weights]))
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
