@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -62,22 +62,37 @@ def predict_images(
             raise ValueError(checks.sentence(name, getattr(config, name), expected, remedy))
     data = [fspath(image) if isinstance(image, PathLike) else image for image in images]
     packs = _ImagePacks(config, data, plan_epoch(_sizes(data, config), config))
-    return predict_packs(model, packs, batch_size=batch_size, num_workers=num_workers)[1]
+    answers = predict_packs(model, packs, batch_size=batch_size, num_workers=num_workers)
+    return cast("Tensor | list[Tensor]", answers.outputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model said of the images of some packs, in the order of the source, on the CPU.
+
+    Attributes:
+        example_index: int64[n], ascending.
+        outputs: [n, K]; of a model without pooling a list of n maps, each [rows, columns, K].
+        seq_lens: int64[n], tokens each image was seen with.
+        labels: int64[n]; None without labels.
+    """
+
+    example_index: Tensor
+    outputs: Any
+    seq_lens: Tensor
+    labels: Tensor | None
 
 
 def predict_packs(
     model: NaViT, packs: Any, *, batch_size: int = 8, num_workers: int = 0
-) -> tuple[Tensor, Tensor | list[Tensor]]:
-    """Return (example_index, outputs) of all packs in the order of the source, on the CPU.
+) -> Answers:
+    """Return what the model says of the images of all packs.
 
     Args:
         model: as for `predict_images`.
         packs: whatever `PackedLoader` takes; its first epoch is predicted.
         batch_size: rows a step.
         num_workers: threads that fill batches ahead.
-
-    Returns:
-        int64[n], ascending, and [n, K]; of a model without pooling a list of n maps.
     """
     device = next(model.parameters()).device
     loader = PackedLoader(
@@ -91,26 +106,35 @@ def predict_packs(
     )
     was_training = model.training
     model.eval()
-    indices: list[int] = []
-    outputs: list[Tensor] = []
+    width = model.config.dim if model.config.num_classes is None else model.config.num_classes
+    nothing = torch.empty(0, dtype=torch.int64)
+    indices, lens, labels, outputs = [nothing], [nothing], [nothing], [torch.empty(0, width)]
+    maps: list[Tensor] = []
+    labelled = True
     with torch.inference_mode():
         for batch in loader:
             values = model(batch.to(device, non_blocking=True)).cpu()
             if model.config.pooling == "none":
-                found = token_maps(batch, values)
-                indices += [index for index, _ in found]
-                outputs += [one for _, one in found]
+                maps += [one for _, one in token_maps(batch, values)]
             else:
-                index, values = batch.by_example(values)
-                indices += index.tolist()
-                outputs.append(values)
+                outputs.append(values[batch.present])
+            indices.append(batch.example_index[batch.present])
+            lens.append(batch.seq_lens[batch.present].long())
+            labelled = labelled and batch.labels is not None
+            if batch.labels is not None:
+                labels.append(batch.labels[batch.present])
     model.train(was_training)
-    example_index = torch.tensor(indices, dtype=torch.int64)
+    example_index = torch.cat(indices)
     order = example_index.argsort()
-    if model.config.pooling == "none":
-        return example_index[order], [outputs[place] for place in order.tolist()]
-    width = model.config.dim if model.config.num_classes is None else model.config.num_classes
-    return example_index[order], torch.cat([torch.empty(0, width), *outputs])[order]
+    found: Any = torch.cat(outputs)
+    dense = model.config.pooling == "none"
+    found = [maps[place] for place in order.tolist()] if dense else found[order]
+    return Answers(
+        example_index=example_index[order],
+        outputs=found,
+        seq_lens=torch.cat(lens)[order],
+        labels=torch.cat(labels)[order] if labelled else None,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,335 @@
+"""NaViT against the same trunk on squares: accuracy by compute, on real pictures.
+
+    pip install -e '.[torch,plots]'
+    python benchmarks/navit_vs_vit.py --data FOLDER                # a GPU: a few minutes
+    python benchmarks/navit_vs_vit.py --data FOLDER --device cpu --tiny
+
+FOLDER holds pictures.parquet (columns image, label, split, source). Same trunk, optimiser, rate,
+images a step, no augmentation but NaViT's own: r ~ U(64, 224), dropping that falls slowly from 0.8
+to 0.2. The square model sees 224 × 224. Lengths of training are shares of the square model's
+FLOPs; each is a run with its own schedule. Controls: every image at one area, so that its size
+tells nothing; pictures of one source alone. Writes navit_vs_vit.md, .json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from PIL import Image
+
+from packpipe import Constant, EpochPacks, OverTraining, PackedLoader, Side, Square, Uniform
+from packpipe.evaluation import accuracy, calibration_error
+from packpipe.flops import TRAINING, forward_flops
+from packpipe.model_config import NaViTConfig
+from packpipe.navit import NaViT
+from packpipe.prediction import predict_packs
+from packpipe.training import TrainConfig, train
+
+RESULTS = Path(__file__).parent / "results"
+SIDE = 224
+IMAGES_A_STEP = 128
+ONE_SOURCE = "openclipart-png"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the experiment is."""
+
+    model: dict[str, Any]
+    epochs: int  # of the square model
+    side: int
+    patch: int
+    learning_rate: float
+
+
+FULL = Scale(
+    {"dim": 192, "depth": 12, "heads": 3}, epochs=30, side=224, patch=16, learning_rate=1e-3
+)
+TINY = Scale({"dim": 64, "depth": 3, "heads": 2}, epochs=6, side=96, patch=16, learning_rate=2e-3)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training: which images, how they are seen, for which share of the square model's FLOPs."""
+
+    name: str
+    resolution: str
+    share: float
+    source: str = ""
+
+
+RUNS = [
+    Run("square", "square", 1.0),
+    Run("NaViT", "drawn", 0.25),
+    Run("NaViT", "drawn", 0.5),
+    Run("NaViT, one area", "one area", 0.25),
+    Run("square", "square", 0.25),
+    Run("square, one source", "square", 1.0, ONE_SOURCE),
+    Run("NaViT, one source", "drawn", 0.25, ONE_SOURCE),
+    Run("NaViT", "drawn", 1.0),
+]
+
+
+def main() -> None:
+    """Train what the time allows, print a table, draw it and write both."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a small model and few epochs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no run after that")
+    parser.add_argument("--num-workers", type=int, default=8)
+    parser.add_argument("--epochs", type=int, help="of the square model")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    datasets.disable_progress_bars()
+    started = time.perf_counter()
+    scale = TINY if options.tiny else FULL
+    epochs = options.epochs or scale.epochs
+    pictures = datasets.load_dataset(
+        "parquet", data_files=str(options.data / "pictures.parquet"), split="train"
+    )
+    pictures = decoded_once(pictures, options.num_workers)
+    print(
+        f"{len(pictures)} pictures decoded after {time.perf_counter() - started:.0f} s", flush=True
+    )
+    device = torch.device(options.device)
+    records: list[dict[str, Any]] = []
+    for run in RUNS:
+        chosen = where(pictures, "source", run.source) if run.source else pictures
+        trial = Trial(chosen, run, scale, epochs, device, options.num_workers)
+        for seed in range(options.seeds):
+            if time.perf_counter() - started > options.seconds:
+                break
+            records.append(trial.result(seed))
+            print(records[-1], flush=True)
+            write(options.results, records, options, scale, epochs, device)
+    print((options.results / "navit_vs_vit.md").read_text())
+
+
+def decoded_once(pictures: datasets.Dataset, num_workers: int) -> datasets.Dataset:
+    """Return the pictures as BMP, which costs nothing to decode: the codec is not compared."""
+    raw = pictures.cast_column("image", datasets.Image(decode=False))
+
+    def bmp(encoded: dict[str, Any]) -> dict[str, Any]:
+        out = BytesIO()
+        with Image.open(BytesIO(encoded["bytes"])) as image:
+            image.convert("RGB").save(out, "BMP")
+        return {"bytes": out.getvalue(), "path": None}
+
+    with ThreadPoolExecutor(num_workers) as executor:
+        images = list(executor.map(bmp, raw["image"]))
+    columns = {name: pictures[name][:] for name in ("label", "split", "source")}
+    features = {name: pictures.features[name] for name in ("label", "split", "source")}
+    return datasets.Dataset.from_dict(
+        {"image": images, **columns},
+        features=datasets.Features({"image": datasets.Image(), **features}),
+    )
+
+
+def where(pictures: datasets.Dataset, column: str, value: str) -> datasets.Dataset:
+    """Return the pictures that have a value in a column."""
+    return pictures.filter(lambda one: one == value, input_columns=column)
+
+
+class Trial:
+    """A model trained once a seed on one choice of images; compiled once."""
+
+    def __init__(
+        self,
+        pictures: datasets.Dataset,
+        run: Run,
+        scale: Scale,
+        epochs: int,
+        device: torch.device,
+        num_workers: int,
+    ) -> None:
+        self.run, self.scale, self.device, self.num_workers = run, scale, device, num_workers
+        training, test = (where(pictures, "split", which) for which in ("train", "test"))
+        num_classes = pictures.features["label"].num_classes
+        self.shape = NaViTConfig(
+            num_classes=num_classes, patch_size=scale.patch, max_side=256, **scale.model
+        )
+        torch._dynamo.reset()
+        self.model = NaViT(self.shape).to(device)
+        square = self.packs(training, "square", 1)
+        budget = run.share * epochs * self.flops(square, [0])
+        # The falling schedule depends on how many epochs there will be.
+        count = epochs
+        if run.resolution != "square":
+            for _ in range(3):
+                packs = self.packs(training, run.resolution, count)
+                sampled = sorted({round(place * (count - 1) / 8) for place in range(9)})
+                count = max(1, round(budget * len(sampled) / self.flops(packs, sampled)))
+        else:
+            count = max(1, round(run.share * epochs))
+        self.epochs, self.training = count, self.packs(training, run.resolution, count)
+        self.test = self.packs(
+            test, "square" if run.resolution == "square" else "one area", 1, False
+        )
+
+    def packs(
+        self, pictures: datasets.Dataset, resolution: str, epochs: int, training: bool = True
+    ) -> EpochPacks:
+        """Return the images as a model sees them."""
+        side, patch = self.scale.side, self.scale.patch
+        tokens = (side // patch) ** 2
+        laws = {
+            "square": Square(Constant(side)),
+            "one area": Side(Constant(side)),
+            "drawn": Side(Uniform(64 if side > 128 else 32, side)),
+        }
+        falling = OverTraining(0.2, 0.8, midpoint=2 / 3, width=-0.2)
+        return EpochPacks(
+            pictures,
+            5 * tokens,  # squares fill it exactly
+            patch_size=patch,
+            resolution=laws[resolution],
+            drop_rate=falling if training and resolution != "square" else 0.0,
+            epochs=epochs if training and resolution != "square" else None,
+            label_column="label",
+            num_workers=self.num_workers,
+        )
+
+    def flops(self, packs: EpochPacks, epochs: Iterable[int]) -> int:
+        """Return the FLOPs of training on some epochs."""
+        lens = (packs.plan(0, epoch).num_keep.copy() for epoch in epochs)
+        return sum(
+            TRAINING * forward_flops(self.shape, torch.from_numpy(one.copy())) for one in lens
+        )
+
+    def result(self, seed: int) -> dict[str, Any]:
+        """Return what one training gives."""
+        torch.manual_seed(seed)
+        self.model.load_state_dict(NaViT(self.shape).state_dict())
+        counted = [self.training.plan(seed, epoch) for epoch in range(self.epochs)]
+        images, packs = (sum(map(len, many)) for many in ([p.index for p in counted], counted))
+        rows = max(1, round(IMAGES_A_STEP * packs / images))
+        flops = sum(
+            TRAINING * forward_flops(self.shape, torch.from_numpy(one.num_keep.copy()))
+            for one in counted
+        )
+        steps = sum(len(one) // rows for one in counted)
+        loader = PackedLoader(
+            self.training,
+            rows,
+            rank=0,
+            world_size=1,
+            seed=seed,
+            num_workers=self.num_workers,
+            pin_memory=True,
+        )
+        config = TrainConfig(
+            steps=steps,
+            learning_rate=self.scale.learning_rate,
+            loss="softmax",
+            head_weight_decay=0.03,
+            log_every=max(1, steps // 20),
+        )
+        began = time.perf_counter()
+        waits = [record.data_wait for record in train(self.model, loader, config)]
+        seconds = time.perf_counter() - began
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            answers = predict_packs(
+                self.model, self.test, batch_size=rows, num_workers=self.num_workers
+            )
+        return {
+            "run": self.run.name,
+            "share": self.run.share,
+            "seed": seed,
+            "accuracy": accuracy(answers),
+            "calibration error": calibration_error(answers),
+            "PFLOPs": flops / 1e15,
+            "seconds": seconds,
+            "data wait": statistics.mean(waits),
+            "images seen": images,
+            "steps": steps,
+        }
+
+
+def write(
+    folder: Path,
+    records: list[dict[str, Any]],
+    options: argparse.Namespace,
+    scale: Scale,
+    epochs: int,
+    device: torch.device,
+) -> None:
+    """Write what has been measured so far, as JSON, as a table and as a picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "navit_vs_vit.json").write_text(json.dumps(records, indent=1) + "\n")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    command = f"python benchmarks/navit_vs_vit.py --data FOLDER{' --tiny' if options.tiny else ''}"
+    columns = "share of FLOPs | PFLOPs | images seen | accuracy | calibration error | seconds"
+    heading = (
+        f"# NaViT against the same trunk on squares\n\n`{command}`, {datetime.date.today()}: {name}, "  # noqa: E501
+        f"torch {torch.__version__}, Python {platform.python_version()}. Trunk {scale.model}, "
+        f"patches of {scale.patch}, {epochs} epochs of the square model, {options.seeds} seeds; "
+        f"mean ± half the range (runs). Seconds include waiting for images, which {options.num_workers} "
+        "threads resize anew each epoch.\n"
+    )
+    lines = [heading, f"| model | {columns} |", "| --- " + "| ---: " * 6 + "|"]
+    for (run, share), group in grouped(records).items():
+        values = {key: [one[key] for one in group] for key in group[0] if key not in ("run",)}
+        mean = {key: statistics.mean(value) for key, value in values.items()}
+        spread = (max(values["accuracy"]) - min(values["accuracy"])) / 2
+        lines.append(
+            f"| {run} | {share:.2f} | {mean['PFLOPs']:.3g} | {mean['images seen']:,.0f} "
+            f"| {mean['accuracy']:.1%} ± {spread:.1%} ({len(group)}) "
+            f"| {mean['calibration error']:.3f} | {mean['seconds']:.0f} |"
+        )
+    (folder / "navit_vs_vit.md").write_text("\n".join(lines) + "\n")
+    draw(folder / "navit_vs_vit.png", records)
+
+
+def grouped(records: list[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:
+    """Return the records by run and share."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["run"], record["share"]), []).append(record)
+    return groups
+
+
+def draw(path: Path, records: list[dict[str, Any]]) -> None:
+    """Draw accuracy against FLOPs and seconds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for place, (key, label) in enumerate((("PFLOPs", "training PFLOPs"), ("seconds", "seconds"))):
+        axes = figure.add_subplot(1, 2, place + 1)
+        names = list(dict.fromkeys(record["run"] for record in records))
+        for number, name in enumerate(names):
+            own = [record for record in records if record["run"] == name]
+            points = sorted(
+                (
+                    statistics.mean(one[key] for one in own if one["share"] == share),
+                    statistics.mean(one["accuracy"] for one in own if one["share"] == share),
+                )
+                for share in {one["share"] for one in own}
+            )
+            colour = f"C{number}"
+            axes.plot(*zip(*points, strict=True), "-", color=colour, lw=1)
+            axes.plot(
+                [o[key] for o in own], [o["accuracy"] for o in own], "o", color=colour, label=name
+            )
+        axes.set(xscale="log", xlabel=label, ylabel="test accuracy")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
