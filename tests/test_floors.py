@@ -37,7 +37,7 @@ FLOORS = {
     },
     "2 torch": {
         "modules": "batch filling loader positions attention pooling model_config navit flops "
-        "prediction losses contrastive checkpoints training",
+        "prediction evaluation losses contrastive checkpoints training",
         "forbidden": "datasets matplotlib",
         "above": ["2 datasets", "3"],
     },
