@@ -275,11 +275,11 @@ def write(
     command = f"python benchmarks/navit_vs_vit.py --data FOLDER{' --tiny' if options.tiny else ''}"
     columns = "share of FLOPs | PFLOPs | images seen | accuracy | calibration error | seconds"
     heading = (
-        "# NaViT against the same trunk on squares\n\n"
-        f"`{command}`, {datetime.date.today()}: {name}, torch {torch.__version__}, Python {platform.python_version()}. Trunk {scale.model}, "
-        f"patches of {scale.patch}, {epochs} epochs of the square model, {options.seeds} seeds; "
-        "mean ± half the range (runs). Seconds include waiting for images, which "
-        f"{options.num_workers} threads resize anew each epoch.\n"
+        f"# NaViT against the same trunk on squares\n\n`{command}`, {datetime.date.today()}: "
+        f"{name}, torch {torch.__version__}, Python {platform.python_version()}. Trunk "
+        f"{scale.model}, patches of {scale.patch}, {epochs} epochs of the square model, "
+        f"{options.seeds} seeds; mean ± half the range (runs). Seconds include waiting for images, "
+        f"which {options.num_workers} threads resize anew each epoch.\n"
     )
     lines = [heading, f"| model | {columns} |", "| --- " + "| ---: " * 6 + "|"]
     for (run, share), group in grouped(records).items():

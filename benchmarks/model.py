@@ -1,0 +1,153 @@
+"""The model on a CPU: training steps and inference, beside the peers, at equal trunk and images.
+
+    pip install -e '.[torch]' timm vit-pytorch
+    python benchmarks/model.py
+
+ViT-Ti/16 in float32, images of real pictures' sizes at most 224² pixels, packed into rows of 1024
+tokens. *Limit* is the same trunk with one SDPA call a segment and no padding anywhere. All arms
+take turns on the same images; medians of the rounds, ratios to the limit. Writes model.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import arms
+import torch
+from arms import Arm, Step
+
+from packpipe.model_config import NaViTConfig
+from packpipe.navit import NaViT
+
+RESULTS = Path(__file__).parent / "results"
+SEQ_LEN = 1024
+SIDE = 256
+
+
+def main() -> None:
+    """Measure, print a table and write it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=4, help="packs a step")
+    parser.add_argument("--steps", type=int, default=2, help="batches of an arm, each round")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    config = NaViTConfig.preset("Ti/16", num_classes=arms.NUM_CLASSES, max_side=SIDE)
+    chosen = arms_of(config, options.rows, options.steps)
+    text = heading(options) + "\n"
+    for training in (True, False):
+        text += "\n" + table(measured(chosen, options.rounds, training), training)
+    print(text)
+    options.results.mkdir(exist_ok=True, parents=True)
+    (options.results / "model.md").write_text(text)
+
+
+def arms_of(config: NaViTConfig, rows: int, steps: int) -> list[Arm]:
+    """Return the arms, the limit first."""
+    images = arms.drawn_images(1500, SEQ_LEN, (64, 224))
+    longest, mean = int(images.lens.max()), float(images.lens.mean())
+    padded_rows = round(rows * SEQ_LEN / mean)
+    most = max(len(pack) for pack in images.packs)
+
+    def model(attention: str) -> NaViT:
+        torch.manual_seed(0)
+        return NaViT(NaViTConfig(**{**vars(config), "attention": attention}))
+
+    def packed() -> list[Step]:
+        return list(arms.packed_steps(images, rows, steps, most))
+
+    def padded() -> list[Step]:
+        return list(arms.padded_steps(images, padded_rows, steps))
+
+    def bucketed() -> list[Step]:
+        return list(arms.bucketed_steps(images, padded_rows * longest // 2, 1))
+
+    def timm_steps(found: list[Step]) -> list[Step]:
+        return [arms.timm_step(step) for step in found]
+
+    return [
+        Arm("limit: one SDPA call a segment", lambda: model("segments"), arms.limit, packed),
+        Arm("packed, segments", lambda: model("segments"), arms.ours, packed),
+        Arm("packed, dense mask", lambda: model("reference"), arms.ours, packed),
+        Arm("bucketed", lambda: model("reference"), arms.ours, bucketed),
+        Arm("padded", lambda: model("reference"), arms.ours, padded),
+        Arm(
+            "lucidrains na_vit",
+            lambda: arms.lucidrains_model(config, SIDE),
+            arms.lucidrains,
+            lambda: [arms.lucidrains_step(step) for step in packed()],
+        ),
+        Arm(
+            "timm NaFlexViT, padded",
+            lambda: arms.timm_model(config, 16),
+            arms.timm,
+            lambda: timm_steps(padded()),
+        ),
+        Arm(
+            "timm NaFlexViT, bucketed",
+            lambda: arms.timm_model(config, 16),
+            arms.timm,
+            lambda: timm_steps(bucketed()),
+        ),
+    ]
+
+
+def measured(chosen: list[Arm], rounds: int, training: bool) -> dict[str, tuple[float, float]]:
+    """Return (images a second, share of real tokens) of each arm; all take turns."""
+    prepared = []
+    for arm in chosen:
+        model = arm.make().train(training)
+        prepared.append(
+            (arm, model, arm.steps(), torch.optim.AdamW(model.parameters(), fused=True))
+        )
+    times: dict[str, list[float]] = {arm.name: [] for arm in chosen}
+    for _ in range(rounds + 1):
+        for arm, model, steps, optimizer in prepared:
+            began = time.perf_counter()
+            for step in steps:
+                if training:
+                    arm.loss(model, step).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                else:
+                    with torch.inference_mode():
+                        arm.loss(model, step)
+            times[arm.name].append(time.perf_counter() - began)
+    figures = {}
+    for arm, _, steps, _ in prepared:
+        images, tokens = sum(step.images for step in steps), sum(step.tokens for step in steps)
+        seconds = statistics.median(times[arm.name][1:])
+        figures[arm.name] = (images / seconds, tokens / sum(step.slots for step in steps))
+    return figures
+
+
+def table(figures: dict[str, tuple[float, float]], training: bool) -> str:
+    """Return a Markdown table."""
+    title = "training step" if training else "inference"
+    lines = [f"| {title} | images/s | of the limit | real tokens |", "| --- | ---: | ---: | ---: |"]
+    best = next(iter(figures.values()))[0]
+    for name, (rate, real) in figures.items():
+        lines.append(f"| {name} | {rate:.1f} | {rate / best:.2f} | {real:.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+def heading(options: argparse.Namespace) -> str:
+    """Return what ran where."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("timm", "vit-pytorch"))
+    return (
+        f"# The model on a CPU\n\n`python benchmarks/model.py`, {datetime.date.today()}: "
+        f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, {versions}. "
+        f"ViT-Ti/16, float32, {options.rows} packs of {SEQ_LEN} tokens a step or as many images; "
+        f"{options.rounds} rounds.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
