@@ -59,8 +59,8 @@ def main() -> None:
     text = (
         "# Agreement with independent models\n\n"
         f"`python benchmarks/agreement.py`, {datetime.date.today()}: CPU, {versions}. {len(GRIDS)} "
-        f"images of {counts.min()} to {counts.max()} patches, random weights; largest difference of "
-        f"a logit ÷ largest logit.\n\n{NOTES}\n| model | precision | choice | difference |\n"
+        f"images of {counts.min()} to {counts.max()} patches, random weights; largest difference "
+        f"of a logit ÷ largest logit.\n\n{NOTES}\n| model | precision | choice | difference |\n"
         "| --- | --- | --- | ---: |\n" + "\n".join(lines) + f"\n\n{leaks()}"
     )
     options.results.mkdir(exist_ok=True, parents=True)

@@ -300,7 +300,7 @@ def table(records: list[dict[str, Any]]) -> str:
     columns = "images/s | of padded | tokens/s | real tokens | useful MFU | peak GB | data wait"
     lines = [f"| model, seq_len | arm | {columns} |", "| --- | --- " + "| ---: " * 7 + "|"]
     padded = {
-        (record["model"], record["seq_len"]): record["images/s"]
+        (record["model"], record["seq_len"]): record["tokens/s"]
         for record in records
         if record["arm"] == "padded" and "images/s" in record
     }
@@ -311,7 +311,7 @@ def table(records: list[dict[str, Any]]) -> str:
             lines.append(f"{name} failed: {record['failed']} |" + " |" * 6)
         if "images/s" not in record:
             continue
-        ratio = record["images/s"] / padded[key] if key in padded else float("nan")
+        ratio = record["tokens/s"] / padded[key] if key in padded else float("nan")
         cells = [
             f"{record['images/s']:,.0f}",
             f"{ratio:.2f}",

@@ -3,9 +3,9 @@
     pip install -e '.[torch]' timm vit-pytorch
     python benchmarks/model.py
 
-ViT-Ti/16 in float32, images of real pictures' sizes at most 224² pixels, packed into rows of 1024
-tokens. *Limit* is the same trunk with one SDPA call a segment and no padding anywhere. All arms
-take turns on the same images; medians of the rounds, ratios to the limit. Writes model.md.
+ViT-Ti/16 in float32, images of real pictures' sizes, r ~ U(64, 224), packed into rows of 1024 and
+of 2048 tokens. *Limit* is the same trunk with one SDPA call a segment and no padding anywhere. All
+arms take turns; medians of the rounds, ratios of real tokens a second. Writes model.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from packpipe.model_config import NaViTConfig
 from packpipe.navit import NaViT
 
 RESULTS = Path(__file__).parent / "results"
-SEQ_LEN = 1024
+SEQ_LENS = (1024, 2048)
 SIDE = 256
 
 
@@ -35,25 +35,27 @@ def main() -> None:
     """Measure, print a table and write it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--rows", type=int, default=4, help="packs a step")
-    parser.add_argument("--steps", type=int, default=2, help="batches of an arm, each round")
+    parser.add_argument("--tokens", type=int, default=4096, help="a step, about")
+    parser.add_argument("--steps", type=int, default=1, help="batches of an arm, each round")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     config = NaViTConfig.preset("Ti/16", num_classes=arms.NUM_CLASSES, max_side=SIDE)
-    chosen = arms_of(config, options.rows, options.steps)
     text = heading(options) + "\n"
-    for training in (True, False):
-        text += "\n" + table(measured(chosen, options.rounds, training), training)
+    for seq_len in SEQ_LENS:
+        chosen = arms_of(config, seq_len, options.tokens // seq_len, options.steps)
+        for training in (True, False):
+            figures = measured(chosen, options.rounds, training)
+            text += f"\n{table(figures, seq_len, training)}"
     print(text)
     options.results.mkdir(exist_ok=True, parents=True)
     (options.results / "model.md").write_text(text)
 
 
-def arms_of(config: NaViTConfig, rows: int, steps: int) -> list[Arm]:
+def arms_of(config: NaViTConfig, seq_len: int, rows: int, steps: int) -> list[Arm]:
     """Return the arms, the limit first."""
-    images = arms.drawn_images(1500, SEQ_LEN, (64, 224))
+    images = arms.drawn_images(1500, seq_len, (64, 224))
     longest, mean = int(images.lens.max()), float(images.lens.mean())
-    padded_rows = round(rows * SEQ_LEN / mean)
+    padded_rows = round(rows * seq_len / mean)
     most = max(len(pack) for pack in images.packs)
 
     def model(attention: str) -> NaViT:
@@ -100,7 +102,7 @@ def arms_of(config: NaViTConfig, rows: int, steps: int) -> list[Arm]:
 
 
 def measured(chosen: list[Arm], rounds: int, training: bool) -> dict[str, tuple[float, float]]:
-    """Return (images a second, share of real tokens) of each arm; all take turns."""
+    """Return (real tokens a second, their share of all) of each arm; all take turns."""
     prepared = []
     for arm in chosen:
         model = arm.make().train(training)
@@ -122,19 +124,19 @@ def measured(chosen: list[Arm], rounds: int, training: bool) -> dict[str, tuple[
             times[arm.name].append(time.perf_counter() - began)
     figures = {}
     for arm, _, steps, _ in prepared:
-        images, tokens = sum(step.images for step in steps), sum(step.tokens for step in steps)
+        tokens = sum(step.tokens for step in steps)
         seconds = statistics.median(times[arm.name][1:])
-        figures[arm.name] = (images / seconds, tokens / sum(step.slots for step in steps))
+        figures[arm.name] = (tokens / seconds, tokens / sum(step.slots for step in steps))
     return figures
 
 
-def table(figures: dict[str, tuple[float, float]], training: bool) -> str:
+def table(figures: dict[str, tuple[float, float]], seq_len: int, training: bool) -> str:
     """Return a Markdown table."""
-    title = "training step" if training else "inference"
-    lines = [f"| {title} | images/s | of the limit | real tokens |", "| --- | ---: | ---: | ---: |"]
+    title = f"{'training step' if training else 'inference'}, rows of {seq_len}"
+    lines = [f"| {title} | tokens/s | of the limit | real tokens |", "| --- | ---: | ---: | ---: |"]
     best = next(iter(figures.values()))[0]
     for name, (rate, real) in figures.items():
-        lines.append(f"| {name} | {rate:.1f} | {rate / best:.2f} | {real:.1%} |")
+        lines.append(f"| {name} | {rate:,.0f} | {rate / best:.2f} | {real:.1%} |")
     return "\n".join(lines) + "\n"
 
 
@@ -144,8 +146,7 @@ def heading(options: argparse.Namespace) -> str:
     return (
         f"# The model on a CPU\n\n`python benchmarks/model.py`, {datetime.date.today()}: "
         f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, {versions}. "
-        f"ViT-Ti/16, float32, {options.rows} packs of {SEQ_LEN} tokens a step or as many images; "
-        f"{options.rounds} rounds.\n"
+        f"ViT-Ti/16, float32, about {options.tokens} real tokens a step; {options.rounds} rounds.\n"
     )
 
 

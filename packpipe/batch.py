@@ -10,7 +10,7 @@ Shape letters, here and in the model: B rows, L tokens a row (seq_len), S segmen
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +110,20 @@ class PackedBatch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         tensors = {name: value for name, value in vars(self).items() if value is not None}
         return PackedBatch(**{name: change(tensor) for name, tensor in tensors.items()})
+
+    def trim(self, multiple: int) -> PackedBatch:
+        """Return rows without the last tokens that are padding in all of them.
+
+        Rows of one image each, those of like length in one batch, become NaFlex's buckets.
+
+        Args:
+            multiple: the length stays a multiple of that many tokens, so that few shapes occur.
+        """
+        multiple = checks.whole_number("multiple", multiple, 1, 2**31 - 1, "64 is usual")
+        longest = int(self.seq_lens.sum(1).max())
+        end = max(1, -(-longest // multiple)) * multiple
+        columns = ("patches", "segment_ids", "coords")
+        return replace(self, **{name: getattr(self, name)[:, :end] for name in columns})
 
     def by_example(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return (example_index, values) of the segments that are there: the way back.

@@ -52,7 +52,80 @@ def verify(
     typer.echo(f"{folder}: nothing is wrong")
 
 
-def _opened(source: Path) -> Dataset:
+@app.command()
+def train(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, help="Images and labels: a Parquet file, a folder, or save_to_disk's."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(file_okay=False, help="Checkpoints, log and plot.")],
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 1000,
+    model: Annotated[str, typer.Option(help="Ti, S, B, L or So400m, and the patch size.")] = "S/16",
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="packed: NaViT. padded: one image a row. bucketed: the same, rows cut to like "
+            "lengths. square: a plain ViT."
+        ),
+    ] = "packed",
+    seq_len: Annotated[int, typer.Option(help="Tokens a row, of packed.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step of each rank.")] = 8,
+    sides: Annotated[
+        tuple[int, int],
+        typer.Option(
+            help="Images are of as many pixels as "
+            "squares of a side drawn between these; square takes the second."
+        ),
+    ] = (64, 256),
+    drop_rate: Annotated[float, typer.Option(help="Share of tokens dropped, of packed.")] = 0.0,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 8e-4,
+    loss: Annotated[str, typer.Option(help="sigmoid or softmax.")] = "sigmoid",
+    position: Annotated[str, typer.Option(help="Position embedding.")] = "factorised_absolute_sum",
+    pooling: Annotated[str, typer.Option(help="Of an image's tokens.")] = "attention",
+    attention: Annotated[str, typer.Option(help="Backend; auto is the fastest.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    num_workers: Annotated[int, typer.Option(min=0, help="Threads that decode ahead.")] = 4,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 1000,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps a record speaks of.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and resolutions.")] = 0,
+    tensorboard: Annotated[bool, typer.Option(help="Log for TensorBoard, too.")] = False,
+) -> None:
+    """Train a NaViT on a dataset of labelled images; started again, it goes on.
+
+    Examples: packpipe train pictures.parquet runs/navit --steps 5000; packpipe train
+    pictures.parquet runs/vit --layout square; torchrun --nproc-per-node 8 -m packpipe.cli train ...
+    """
+    from packpipe.running import Layout, run_training
+
+    dataset = _opened(source, "SOURCE")
+    try:
+        run_training(
+            dataset,
+            output,
+            layout=Layout(layout, seq_len, sides, drop_rate),
+            model=model,
+            shape={"position": position, "pooling": pooling, "attention": attention},
+            batch_size=batch_size,
+            training={
+                "steps": steps,
+                "learning_rate": learning_rate,
+                "loss": loss,
+                "precision": precision,
+                "save_every": save_every,
+                "log_every": log_every,
+            },
+            num_workers=num_workers,
+            seed=seed,
+            tensorboard=tensorboard,
+        )
+    except (TypeError, ValueError) as error:
+        typer.echo(f"packpipe train: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _opened(source: Path, name: str = "--source") -> Dataset:
     import datasets
 
     datasets.disable_progress_bars()
@@ -64,4 +137,4 @@ def _opened(source: Path) -> Dataset:
         return datasets.load_dataset("imagefolder", data_dir=str(source), split="train")
     except Exception as error:
         message = f"datasets cannot load {source}: {error}"
-        raise typer.BadParameter(message, param_hint="--source") from error
+        raise typer.BadParameter(message, param_hint=name) from error

@@ -58,6 +58,33 @@ def plot_losses(losses: Sequence[float], rows_per_epoch: int) -> Figure:
     return figure
 
 
+def plot_training(records: Sequence[dict[str, Any]]) -> Figure:
+    """Return a figure of a training: loss, accuracy and images a second over the steps.
+
+    Args:
+        records: what `packpipe.training.read_log` returned.
+    """
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    steps = [record["step"] for record in records]
+    columns = (
+        ("loss", "loss an image"),
+        ("accuracy", "accuracy, training images"),
+        ("images_per_s", "images a second"),
+    )
+    for place, (name, label) in enumerate(columns):
+        axes = figure.add_subplot(1, 3, place + 1)
+        values = np.array([record[name] for record in records])
+        axes.plot(steps, values, lw=0.8, alpha=0.5, label="each record")
+        width = max(1, len(values) // 20)
+        if width > 1:
+            smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+            axes.plot(steps[width - 1 :], smooth, label=f"mean of {width}")
+            axes.legend(fontsize=8)
+        axes.set(xlabel="step", ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    return figure
+
+
 def _colours(num_segments: int) -> list[Any]:
     # Steps of the golden ratio keep neighbours apart however many there are.
     hues = (np.arange(max(1, num_segments)) * 0.61803398875) % 1.0

@@ -55,6 +55,7 @@ class TrainConfig:
         loss: ``"sigmoid"`` or ``"softmax"``.
         precision: of matrix products; ``"auto"`` is bfloat16 on a GPU.
         compiled: whether `compile_parts` is used; None: on a GPU.
+        trim: what `PackedBatch.trim` cuts rows to a multiple of; None keeps all at one length.
         log_every: steps a record speaks of. Each makes a GPU wait.
         save_every: steps between checkpoints; None saves the last step alone.
 
@@ -73,14 +74,15 @@ class TrainConfig:
     loss: str = "sigmoid"
     precision: str = "auto"
     compiled: bool | None = None
+    trim: int | None = None
     log_every: int = 1
     save_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("timescale", 1), ("log_every", 1), ("save_every", 1)):
+        for name in ("steps", "timescale", "log_every", "save_every", "trim"):
             value = getattr(self, name)
             if value is not None:
-                checks.whole_number(name, value, low, 2**63, "count steps")
+                checks.whole_number(name, value, 1, 2**63, "choose a usual number")
         for name in ("warm_up", "cool_down"):
             value = getattr(self, name)
             tenth = self.steps // 10
@@ -186,6 +188,8 @@ def train(
         asked = time.perf_counter()
         batch = next(batches)
         figures.waited += time.perf_counter() - asked
+        if config.trim:
+            batch = batch.trim(config.trim)
         moved = batch.to(device, non_blocking=True)
         labels = moved.labels
         if labels is None:

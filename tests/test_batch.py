@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from packpipe.batch import PackedBatch
 
@@ -171,3 +172,16 @@ def test_a_batch_that_was_moved_is_the_same_batch():
             other = getattr(moved, name)
             assert (other is None) if tensor is None else torch.equal(tensor, other), name
     assert "labels" in vars(moved)
+
+
+@given(case=packed.row_sets(), multiple=st.integers(1, 40))
+def test_trimming_takes_padding_alone(case, multiple):
+    batch = packed.batch_of(case)
+    trimmed = batch.trim(multiple)
+    length = trimmed.segment_ids.shape[1]
+    longest = int(batch.seq_lens.sum(1).max())
+    assert length == min(case.seq_len, max(1, -(-longest // multiple)) * multiple)
+    assert (batch.segment_ids[:, length:] == 0).all()
+    for name in ("patches", "segment_ids", "coords"):
+        assert torch.equal(getattr(trimmed, name), getattr(batch, name)[:, :length])
+    assert trimmed.seq_lens is batch.seq_lens

@@ -41,7 +41,7 @@ FLOORS = {
         "forbidden": "datasets matplotlib",
         "above": ["2 datasets", "3"],
     },
-    "3": {"modules": "plots demo cli", "forbidden": "", "above": []},
+    "3": {"modules": "plots demo running cli", "forbidden": "", "above": []},
 }
 LAZY = {"torch", "datasets", "ray", "matplotlib", "PIL", "numba", "numpy", "pyarrow", "scipy"}
 

@@ -190,7 +190,7 @@ def test_two_ranks_train_as_one(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps is 0, expected an integer in 1..9223372036854775808; count steps"),
+        ({"steps": 0}, "steps is 0, expected an integer in 1..9223372036854775808; choose a"),
         ({"warm_up": 13}, "warm_up is 13, expected an integer in 0..12; steps is 12"),
         ({"learning_rate": 0}, "learning_rate is 0, expected a number above 0; choose a usual"),
         ({"weight_decay": -1}, "weight_decay is -1, expected 0 or more; 0 is none"),
