@@ -26,7 +26,7 @@ def test_the_ten_lines_of_python_give_a_vector_for_every_image_of_the_rows(tmp_p
 
 def test_the_lines_of_python_that_lose_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _, code, _, _ = blocks("python")
+    _, code, *_ = blocks("python")
     found = {}
     exec(code, found)  # noqa: S102  what a reader would type
     assert found["packed"].num_rows == 101
@@ -34,7 +34,7 @@ def test_the_lines_of_python_that_lose_nothing(tmp_path, monkeypatch):
 
 
 def test_the_lines_of_python_that_plan_every_epoch_anew(capsys):
-    _, _, code, _ = blocks("python")
+    _, _, code, *_ = blocks("python")
     found = {}
     exec(code, found)  # noqa: S102  what a reader would type
     assert found["loader"].epoch == 0
@@ -57,3 +57,14 @@ def test_the_two_commands_come_first_and_second():
     main_job, tests = blocks("sh")
     assert main_job.rstrip().endswith("-m packpipe.demo")
     assert tests.rstrip().endswith("-m pytest --quiet")
+
+
+def test_the_lines_of_python_that_train_go_on_and_predict(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _, _, _, code, _ = blocks("python")
+    found = {}
+    exec(code, found)  # noqa: S102  what a reader would type
+    assert found["logits"].shape == (4, 10)
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    exec(code, found)  # noqa: S102
+    assert capsys.readouterr().out == ""
