@@ -27,15 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
-from packpipe import Constant, EpochPacks, OverTraining, PackedLoader, Side, Square, Uniform
+from packpipe import Constant, EpochPacks, OverTraining, PackedLoader, Side, Square, Uniform, pack
 from packpipe.evaluation import accuracy, calibration_error
 from packpipe.flops import TRAINING, forward_flops
 from packpipe.model_config import NaViTConfig
 from packpipe.navit import NaViT
 from packpipe.prediction import predict_packs
+from packpipe.rows import Rows
 from packpipe.training import TrainConfig, train
 
 RESULTS = Path(__file__).parent / "results"
@@ -145,6 +148,39 @@ def where(pictures: datasets.Dataset, column: str, value: str) -> datasets.Datas
     return pictures.filter(lambda one: one == value, input_columns=column)
 
 
+@dataclass(frozen=True)
+class AllEpochs:
+    """The epochs of a training as one, whose batches worker processes fill without a break.
+
+    Attributes:
+        packs: what each epoch is planned from.
+        firsts: int64[epochs + 1], the first pack of each epoch; batches do not cross them.
+    """
+
+    packs: EpochPacks
+    firsts: NDArray[np.int64]
+
+    @property
+    def max_segments(self) -> int:
+        """Most segments a pack may hold."""
+        return self.packs.max_segments
+
+    def num_packs(self, seed: int, epoch: int) -> int:
+        """Return the packs of all epochs."""
+        del seed, epoch
+        return int(self.firsts[-1])
+
+    def fingerprint(self, seed: int, epoch: int) -> str:
+        """Return the fingerprint of the first epoch's plan."""
+        return self.packs.fingerprint(seed, epoch)
+
+    def rows(self, seed: int, epoch: int, packs: NDArray[np.int64]) -> Rows:
+        """Return some packs, all of one epoch."""
+        del epoch
+        within = int(np.searchsorted(self.firsts, packs[0], side="right")) - 1
+        return self.packs.rows(seed, within, packs - self.firsts[within])
+
+
 class Trial:
     """A model trained once a seed on one choice of images; compiled once."""
 
@@ -177,31 +213,38 @@ class Trial:
         else:
             count = max(1, round(run.share * epochs))
         self.epochs, self.training = count, self.packs(training, run.resolution, count)
-        self.test = self.packs(
-            test, "square" if run.resolution == "square" else "one area", 1, False
+        self.test = pack(
+            test,
+            label_column="label",
+            num_workers=num_workers,
+            progress=False,
+            **self.options("square" if run.resolution == "square" else "one area"),
         )
 
-    def packs(
-        self, pictures: datasets.Dataset, resolution: str, epochs: int, training: bool = True
-    ) -> EpochPacks:
-        """Return the images as a model sees them."""
+    def options(self, resolution: str) -> dict[str, Any]:
+        """Return how a model sees images."""
         side, patch = self.scale.side, self.scale.patch
-        tokens = (side // patch) ** 2
         laws = {
             "square": Square(Constant(side)),
             "one area": Side(Constant(side)),
             "drawn": Side(Uniform(64 if side > 128 else 32, side)),
         }
-        falling = OverTraining(0.2, 0.8, midpoint=2 / 3, width=-0.2)
+        tokens = (side // patch) ** 2
+        seq_len = 5 * tokens  # squares fill it exactly
+        return {"seq_len": seq_len, "patch_size": patch, "resolution": laws[resolution]}
+
+    def packs(self, pictures: datasets.Dataset, resolution: str, epochs: int) -> EpochPacks:
+        """Return the images as a model is trained on them: planned anew each epoch."""
+        dropping: dict[str, Any] = {}
+        if resolution != "square":
+            falling = OverTraining(0.2, 0.8, midpoint=2 / 3, width=-0.2)
+            dropping = {"drop_rate": falling, "epochs": epochs}
         return EpochPacks(
             pictures,
-            5 * tokens,  # squares fill it exactly
-            patch_size=patch,
-            resolution=laws[resolution],
-            drop_rate=falling if training and resolution != "square" else 0.0,
-            epochs=epochs if training and resolution != "square" else None,
             label_column="label",
             num_workers=self.num_workers,
+            **self.options(resolution),
+            **dropping,
         )
 
     def flops(self, packs: EpochPacks, epochs: Iterable[int]) -> int:
@@ -222,16 +265,19 @@ class Trial:
             TRAINING * forward_flops(self.shape, torch.from_numpy(one.num_keep.copy()))
             for one in counted
         )
-        steps = sum(len(one) // rows for one in counted)
+        sizes = [len(one) // rows * rows for one in counted]  # unfilled batches are left out
+        firsts = np.cumsum([0, *sizes])
         loader = PackedLoader(
-            self.training,
+            AllEpochs(self.training, firsts),
             rows,
             rank=0,
             world_size=1,
             seed=seed,
             num_workers=self.num_workers,
-            pin_memory=True,
+            workers="processes",
+            pin_memory=self.device.type == "cuda",
         )
+        steps = int(firsts[-1]) // rows
         config = TrainConfig(
             steps=steps,
             learning_rate=self.scale.learning_rate,
@@ -243,9 +289,7 @@ class Trial:
         waits = [record.data_wait for record in train(self.model, loader, config)]
         seconds = time.perf_counter() - began
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            answers = predict_packs(
-                self.model, self.test, batch_size=rows, num_workers=self.num_workers
-            )
+            answers = predict_packs(self.model, self.test, batch_size=rows)
         return {
             "run": self.run.name,
             "share": self.run.share,
@@ -279,7 +323,7 @@ def write(
         f"{name}, torch {torch.__version__}, Python {platform.python_version()}. Trunk "
         f"{scale.model}, patches of {scale.patch}, {epochs} epochs of the square model, "
         f"{options.seeds} seeds; mean ± half the range (runs). Seconds include waiting for images, "
-        f"which {options.num_workers} threads resize anew each epoch.\n"
+        f"which {options.num_workers} processes resize anew each epoch.\n"
     )
     lines = [heading, f"| model | {columns} |", "| --- " + "| ---: " * 6 + "|"]
     for (run, share), group in grouped(records).items():
