@@ -1,14 +1,15 @@
 """NaViT against the same trunk on squares: accuracy by compute, on real pictures.
 
     pip install -e '.[torch,plots]'
-    python benchmarks/navit_vs_vit.py --data FOLDER                # a GPU: a few minutes
+    python benchmarks/navit_vs_vit.py --data FOLDER    # a GPU, 16 processors: half an hour
     python benchmarks/navit_vs_vit.py --data FOLDER --device cpu --tiny
 
 FOLDER holds pictures.parquet (columns image, label, split, source). Same trunk, optimiser, rate,
 images a step, no augmentation but NaViT's own: r ~ U(64, 224), dropping that falls slowly from 0.8
 to 0.2. The square model sees 224 × 224. Lengths of training are shares of the square model's
 FLOPs; each is a run with its own schedule. Controls: every image at one area, so that its size
-tells nothing; pictures of one source alone. Writes navit_vs_vit.md, .json and .png.
+tells nothing; pictures of one source alone. Writes navit_vs_vit.md, .json and .png
+(navit_vs_vit_tiny of --tiny).
 """
 
 from __future__ import annotations
@@ -119,8 +120,8 @@ def main() -> None:
                 break
             records.append(trial.result(seed))
             print(records[-1], flush=True)
-            write(options.results, records, options, scale, epochs, device)
-    print((options.results / "navit_vs_vit.md").read_text())
+            write(records, options, scale, epochs, device)
+    print(written(options, ".md").read_text())
 
 
 def decoded_once(pictures: datasets.Dataset, num_workers: int) -> datasets.Dataset:
@@ -304,8 +305,13 @@ class Trial:
         }
 
 
+def written(options: argparse.Namespace, suffix: str) -> Path:
+    """Return where a result goes."""
+    name = "navit_vs_vit_tiny" if options.tiny else "navit_vs_vit"
+    return Path(options.results) / f"{name}{suffix}"
+
+
 def write(
-    folder: Path,
     records: list[dict[str, Any]],
     options: argparse.Namespace,
     scale: Scale,
@@ -313,10 +319,12 @@ def write(
     device: torch.device,
 ) -> None:
     """Write what has been measured so far, as JSON, as a table and as a picture."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "navit_vs_vit.json").write_text(json.dumps(records, indent=1) + "\n")
+    options.results.mkdir(parents=True, exist_ok=True)
+    written(options, ".json").write_text(json.dumps(records, indent=1) + "\n")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     command = f"python benchmarks/navit_vs_vit.py --data FOLDER{' --tiny' if options.tiny else ''}"
+    if device.type == "cpu":
+        command += " --device cpu"
     columns = "share of FLOPs | PFLOPs | images seen | accuracy | calibration error | seconds"
     heading = (
         f"# NaViT against the same trunk on squares\n\n`{command}`, {datetime.date.today()}: "
@@ -335,8 +343,8 @@ def write(
             f"| {mean['accuracy']:.1%} ± {spread:.1%} ({len(group)}) "
             f"| {mean['calibration error']:.3f} | {mean['seconds']:.0f} |"
         )
-    (folder / "navit_vs_vit.md").write_text("\n".join(lines) + "\n")
-    draw(folder / "navit_vs_vit.png", records)
+    written(options, ".md").write_text("\n".join(lines) + "\n")
+    draw(written(options, ".png"), records)
 
 
 def grouped(records: list[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:
