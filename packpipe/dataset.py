@@ -1,19 +1,30 @@
-"""`pack`: a dataset of images in, a dataset of packed rows out (floor 2)."""
+"""`pack`: a dataset of images or token sequences in, a dataset of packed rows out (floor 2)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
 from datasets import Dataset, IterableDataset
 
 from packpipe import checks
-from packpipe.build import Build, read_rejects
-from packpipe.config import PackOptions, config_from
+from packpipe.build import Build, Contents, read_rejects
+from packpipe.config import config_from
+from packpipe.image_build import ImageContents
 from packpipe.quarantine import tolerance_of
 from packpipe.shards import MANIFEST, REJECTS, drop_stale_lock, read_manifest
 from packpipe.sizes import checked_columns
 from packpipe.source import checked_root, image_column_of, label_column_of
+from packpipe.token_build import TokenContents
+from packpipe.token_config import token_config_from
+from packpipe.token_source import (
+    Options,
+    check_paddings,
+    holds_tokens,
+    token_columns_of,
+    value_columns_of,
+)
 
 
 def pack(
@@ -24,6 +35,8 @@ def pack(
     label_column: str | None = "auto",
     size_columns: tuple[str, str] | None = None,
     image_root: str | Path | None = None,
+    token_columns: str | Sequence[str] = "auto",
+    value_columns: str | Sequence[str] = "auto",
     seed: int = 0,
     epoch: int = 0,
     output: str | Path | None = None,
@@ -34,17 +47,22 @@ def pack(
     max_bad_fraction: float = 0.01,
     max_consecutive_bad: int = 100,
     progress: bool = True,
-    **options: Unpack[PackOptions],
+    **options: Unpack[Options],
 ) -> Dataset:
-    """Pack images into rows of exactly seq_len tokens, as memory-mapped Arrow.
+    """Pack images, or token sequences, into rows of exactly seq_len tokens: memory-mapped Arrow.
 
-    Every image is in exactly one row, or in `rejects` with its reason. The rows depend on the
-    sizes, the options, seed and epoch; never on num_workers. Called again with the same
+    Every example is in exactly one row, or in `rejects` with its reason. The rows depend on the
+    sizes or lengths, the options, seed and epoch; never on num_workers. Called again with the same
     arguments it returns the rows it has already written.
 
+    A dataset without an image column, or with token_columns named, holds token sequences: all its
+    lists of numbers travel together, ``input_ids``, ``labels`` and so on, and its other columns
+    become lists of one value a segment.
+
     Args:
-        dataset: a Dataset with an image column; encoded images are read undecoded.
-        seq_len: tokens a row holds, 1..32767.
+        dataset: a Dataset with an image column, whose encoded images are read undecoded; or with
+            columns of tokens.
+        seq_len: tokens a row holds, 1..32767, of tokens to 2**24.
         image_column: its name; ``"auto"`` finds the only one.
         label_column: its name; ``"auto"`` takes ``label``, ``labels`` or the only ClassLabel
             there is; None leaves labels out.
@@ -53,6 +71,9 @@ def pack(
         image_root: the only folder that paths in the dataset may lead into, for datasets that are
             not your own; relative ones start there. None follows them all. Only regular files are
             read in either case.
+        token_columns: names of the columns of tokens, of one length an example; ``"auto"`` takes
+            all lists of numbers of a dataset without images.
+        value_columns: names of the columns that go with each sequence; ``"auto"`` takes all others.
         seed: which permutation of images and rows.
         epoch: likewise. Rows of a drop rate that changes over the training hold one epoch of it, in
             the order in which they lie.
@@ -73,10 +94,12 @@ def pack(
         **options: the options of `PackConfig`: ``patch_size``, ``resolution``,
             ``max_tokens``, ``max_upscale``, ``drop_rate``, ``epochs``, ``fit_last``,
             ``fit_limit``, ``max_segments``, ``strategy``, ``window``, ``background``,
-            ``reducing_gap``, ``downscale_filter``, ``upscale_filter``, ``max_pixels``.
+            ``reducing_gap``, ``downscale_filter``, ``upscale_filter``, ``max_pixels``. Of tokens,
+            those of `TokenConfig`: ``overflow``, ``layout``, ``pad_token_id``,
+            ``mask_first_label``, ``max_segments``, ``strategy``, ``window``.
 
     Returns:
-        Dataset: one row a pack, columns as in `packpipe.schema`; a dataset of
+        Dataset: one row a pack, columns as in `packpipe.schema` or `token_rows`; a dataset of
         ``materialize=False`` stores its segment columns alone. An image that could not be decoded
         leaves padding at the end of its row, and a row of such images is padding throughout: the
         plan is not made again.
@@ -90,9 +113,8 @@ def pack(
         OSError: the rows do not fit on the disk: told before any is written, as far as the plan
             knows. What is committed stays.
 
-    Source: NaViT 2.2, A.3.
+    Source: NaViT 2.2, A.3; Ding 3.
     """
-    config = config_from(seq_len, dict(options))
     seed, epoch = checks.seed_and_epoch(seed, epoch)
     remedy = "0 decodes in this process"
     num_workers = checks.whole_number("num_workers", num_workers, 0, 1024, remedy)
@@ -104,21 +126,34 @@ def pack(
         raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
     tolerance = tolerance_of(len(dataset), on_error, max_bad_fraction, max_consecutive_bad)
     materialize = checks.boolean("materialize", materialize)
-    image_column = image_column_of(dataset.features, image_column)
-    label_column = label_column_of(dataset.features, label_column)
-    if size_columns is not None:
-        size_columns = checked_columns(dataset, size_columns)
-    build = Build(
-        dataset=dataset,
-        image_column=image_column,
-        label_column=label_column,
-        size_columns=size_columns,
-        image_root=checked_root(image_root),
-        config=config,
-        seed=seed,
-        epoch=epoch,
-        materialize=materialize,
-    )
+    contents: Contents
+    if holds_tokens(dataset.features, image_column, token_columns):
+        if not materialize:
+            remedy = "leave it out, since rows of tokens are as small as their source"
+            raise ValueError(checks.sentence("materialize", False, "True for tokens", remedy))
+        contents = _token_contents(
+            dataset, seq_len, token_columns, value_columns, seed, epoch, dict(options)
+        )
+    else:
+        image_column = image_column_of(dataset.features, image_column)
+        config = config_from(seq_len, dict(options))
+        label_column = label_column_of(dataset.features, label_column)
+        if size_columns is not None:
+            size_columns = checked_columns(dataset, size_columns)
+        contents = ImageContents(
+            dataset=dataset,
+            image_column=image_column,
+            label_column=label_column,
+            size_columns=size_columns,
+            image_root=checked_root(image_root),
+            config=config,
+            seed=seed,
+            epoch=epoch,
+            materialize=materialize,
+            num_workers=num_workers,
+            image_seconds=image_seconds,
+        )
+    build = Build(contents)
     target = build.cache_folder() if output is None else Path(output).absolute()
     if build.is_at(target):
         drop_stale_lock(target)
@@ -126,13 +161,33 @@ def pack(
     else:
         build.make(
             target,
-            num_workers=num_workers,
-            image_seconds=image_seconds,
             tolerance=tolerance,
             progress=progress,
             wait=output is None,
         )
     return build.open(target, on_error)
+
+
+def _token_contents(
+    dataset: Dataset,
+    seq_len: int,
+    token_columns: str | Sequence[str],
+    value_columns: str | Sequence[str],
+    seed: int,
+    epoch: int,
+    options: dict[str, Any],
+) -> TokenContents:
+    config = token_config_from(seq_len, options)
+    columns = token_columns_of(dataset.features, token_columns)
+    check_paddings(dataset.features, columns, config)
+    return TokenContents(
+        dataset=dataset,
+        token_columns=columns,
+        value_columns=value_columns_of(dataset.features, columns, value_columns),
+        config=config,
+        seed=seed,
+        epoch=epoch,
+    )
 
 
 def manifest(packed: Dataset) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -14,7 +15,7 @@ from datasets.formatting.formatting import LazyBatch
 
 import packpipe
 from packpipe import checks, schema
-from packpipe.config import PackConfig, PackOptions, config_from
+from packpipe.config import MAX_IMAGE_SEQ_LEN, PackConfig, config_from
 from packpipe.features import packed_features
 from packpipe.images import ImageData
 from packpipe.plan import plan_epoch
@@ -26,6 +27,17 @@ from packpipe.source import (
     label_column_of,
     probe_sizes,
     survey,
+)
+from packpipe.token_build import packed_table, token_features, too_long
+from packpipe.token_columns import rejected, token_column
+from packpipe.token_config import TokenConfig, token_config_from
+from packpipe.token_plan import plan_tokens
+from packpipe.token_source import (
+    Options,
+    check_paddings,
+    holds_tokens,
+    token_columns_of,
+    value_columns_of,
 )
 
 log = logging.getLogger(__name__)
@@ -46,11 +58,13 @@ class Packer:
         image_column: its name; ``"auto"`` finds the only one.
         label_column: its name; ``"auto"`` finds it, None leaves labels out.
         image_root: as for `pack`.
+        token_columns: as for `pack`.
+        value_columns: likewise.
         seed: which permutation of a batch's images and packs.
         epoch: likewise.
-        on_error: ``"raise"`` stops at the first image that cannot be used; ``"drop"`` leaves
-            it out and logs it, since ``map`` has no place for a rejects table.
-        **options: the options of `PackConfig`.
+        on_error: ``"raise"`` stops at the first image or sequence that cannot be used; ``"drop"``
+            leaves it out and logs it, since ``map`` has no place for a rejects table.
+        **options: the options of `PackConfig` or, of tokens, `TokenConfig`.
 
     Raises:
         TypeError, ValueError: an argument is wrong; or, when called, a column or an image is.
@@ -63,12 +77,17 @@ class Packer:
         image_column: str = "auto",
         label_column: str | None = "auto",
         image_root: str | Path | None = None,
+        token_columns: str | Sequence[str] = "auto",
+        value_columns: str | Sequence[str] = "auto",
         seed: int = 0,
         epoch: int = 0,
         on_error: str = "raise",
-        **options: Unpack[PackOptions],
+        **options: Unpack[Options],
     ) -> None:
-        self.config: PackConfig = config_from(seq_len, dict(options))
+        # Which configuration it is shows in the options or, at last, in the dataset.
+        self.config: PackConfig | TokenConfig = _config_from(seq_len, dict(options), token_columns)
+        self.seq_len, self.options = seq_len, dict(options)
+        self.token_columns, self.value_columns = token_columns, value_columns
         self.image_column = image_column
         self.label_column = label_column
         self.image_root = checked_root(image_root)
@@ -99,12 +118,22 @@ class Packer:
             features = Features(
                 {name: batch.formatter.features[name] for name in table.column_names}
             )
+        if holds_tokens(features, self.image_column, self.token_columns):
+            return self._packed_tokens(table, features, indices)
+        return self._packed_images(table, features, indices)
+
+    def _packed_images(
+        self, table: pa.Table, features: Features, indices: list[int] | None
+    ) -> pa.Table:
+        config = self.config
+        if not isinstance(config, PackConfig):
+            config = config_from(self.seq_len, self.options)
         image_column = image_column_of(features, self.image_column)
         label_column = label_column_of(features, self.label_column)
         images = table.column(image_column)
         labels = None if label_column is None else table.column(label_column)
 
-        if indices is None and self.config.draws:
+        if indices is None and config.draws:
             raise ValueError(
                 checks.sentence(
                     "with_indices",
@@ -124,24 +153,64 @@ class Packer:
         sizes = probe_sizes(
             lambda place: image_data(images[place], self.image_root),
             table.num_rows,
-            max_pixels=self.config.max_pixels,
+            max_pixels=config.max_pixels,
         )
         found = survey(sizes, labels, label)
         rejects = [r._replace(example_index=int(numbers[r.example_index])) for r in found.rejects]
         self._settle(rejects, indices is not None)
         seed, epoch = self.seed, self.epoch
         index = numbers[found.index]
-        plan = plan_epoch(found.image_hw, self.config, seed=seed, epoch=epoch, index=index)
+        plan = plan_epoch(found.image_hw, config, seed=seed, epoch=epoch, index=index)
         segments = planned_segments(plan, range(len(plan)), None)
         if labels is not None:
             places = pa.array([place_of[number] for number in segments.example_index.tolist()])
             segments = replace(segments, labels=labels.take(places).combine_chunks())
-        rows, undecodable = fill_rows(segments, read_image, self.config, seed=seed, epoch=epoch)
+        rows, undecodable = fill_rows(segments, read_image, config, seed=seed, epoch=epoch)
         self._settle(undecodable, indices is not None)
         if indices is None:
             unknown = np.full(len(rows.segments.example_index), -1)
             rows = replace(rows, segments=replace(rows.segments, example_index=unknown))
-        return schema.rows_table(rows, packed_features(self.config, label).arrow_schema)
+        return schema.rows_table(rows, packed_features(config, label).arrow_schema)
+
+    def _packed_tokens(
+        self, table: pa.Table, features: Features, indices: list[int] | None
+    ) -> pa.Table:
+        config = self.config
+        if not isinstance(config, TokenConfig):
+            config = token_config_from(self.seq_len, self.options)
+        names = token_columns_of(features, self.token_columns)
+        check_paddings(features, names, config)
+        values = value_columns_of(features, names, self.value_columns)
+        columns = {name: token_column(table.column(name)) for name in names}
+        numbers = np.arange(table.num_rows) if indices is None else np.asarray(indices)
+        bad = rejected(columns)
+        good = np.ones(table.num_rows, np.bool_)
+        good[[reject.example_index for reject in bad]] = False
+        index = np.flatnonzero(good)
+        lens = columns[names[0]].lens[index]
+        plan = plan_tokens(lens, config, seed=self.seed, epoch=self.epoch, index=index)
+        in_source = [
+            reject._replace(example_index=int(numbers[reject.example_index])) for reject in bad
+        ]
+        self._settle(in_source, indices is not None)
+        for reject in too_long(plan, columns[names[0]]):
+            log.warning("example %d dropped: %s", numbers[reject.example_index], reject.exception)
+        rows = packed_table(
+            plan,
+            range(len(plan)),
+            columns,
+            {name: table.column(name).combine_chunks() for name in values},
+            token_features(features, names, values, config).arrow_schema,
+        )
+        place = rows.schema.get_field_index("example_index")
+        known = rows.column(place).combine_chunks()
+        known_numbers = (
+            np.full(len(known.values), -1)
+            if indices is None
+            else numbers[known.flatten().to_numpy()]
+        )
+        renumbered = pa.ListArray.from_arrays(known.offsets, pa.array(known_numbers))
+        return rows.set_column(place, rows.schema.field(place), renumbered)
 
     def _settle(self, rejects: list[Reject], in_source: bool) -> None:
         for reject in sorted(rejects):
@@ -151,3 +220,15 @@ class Packer:
                 remedy = "pass on_error='drop', or use packpipe.pack, which keeps a rejects table"
                 raise ValueError(f"{what} and label; {remedy}")
             log.warning("%s; dropped", what)
+
+
+def _config_from(
+    seq_len: int, options: dict[str, Any], token_columns: str | Sequence[str]
+) -> PackConfig | TokenConfig:
+    """Return the configuration that options can only mean, or that of images."""
+    own = {"overflow", "layout", "pad_token_id", "mask_first_label"}
+    of_tokens = token_columns != "auto" or bool(own & options.keys())
+    long = isinstance(seq_len, int) and seq_len > MAX_IMAGE_SEQ_LEN
+    if of_tokens or (long and not options.keys() - TokenConfig.__dataclass_fields__.keys()):
+        return token_config_from(seq_len, options)
+    return config_from(seq_len, options)

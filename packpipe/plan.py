@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,6 +29,26 @@ from packpipe.packing import pack_lengths
 
 MAX_SIDE = 2**31 - 1  # image_hw is stored as int32
 _MANY = 2**18  # images from which on threads are worth starting
+
+
+class Packing(Protocol):
+    """The part of a configuration that packs lengths."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens a pack holds."""
+
+    @property
+    def max_segments(self) -> int | None:
+        """Most examples it may hold."""
+
+    @property
+    def strategy(self) -> str:
+        """The packing rule."""
+
+    @property
+    def window(self) -> int:
+        """Most examples packed together."""
 
 
 def plan_epoch(
@@ -85,7 +106,7 @@ def plan_epoch(
             )
             order = order_later.result()
     grid_hw, num_keep, num_shrunk = decided
-    order, offsets = _pack_windows(num_keep, order, config, seed=seed, epoch=epoch)
+    order, offsets = pack_windows(num_keep, order, config, seed=seed, epoch=epoch)
     num_fitted = 0
     if config.fit_last is not None:
         num_fitted = fit.fit_last(sizes, grid_hw, num_keep, order, offsets, config)
@@ -104,15 +125,23 @@ def plan_epoch(
     )
 
 
-def _pack_windows(
+def pack_windows(
     num_keep: NDArray[np.int32],
     order: NDArray[np.int64],
-    config: PackConfig,
+    config: Packing,
     *,
     seed: int,
     epoch: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (order, offsets) of the packs of every window, one window after the other."""
+    """Return (order, offsets) of the packs of every window, one window after the other.
+
+    Args:
+        num_keep: int32[examples], tokens of each.
+        order: int64[examples], plan order.
+        config: what a pack may hold, and how many are packed together.
+        seed: which order of the packs of a window.
+        epoch: likewise.
+    """
     packed = np.empty_like(order)
     ends = [np.zeros(1, np.int64)]
     num_packs = 0

@@ -33,7 +33,7 @@ _PROBES_A_TASK = 256
 def image_column_of(features: Features, asked: str) -> str:
     """Return the name of the image column: the one asked for, or the only one there is."""
     remedy = "pass image_column"
-    images = [name for name, feature in features.items() if _holds_images(feature)]
+    images = [name for name, feature in features.items() if holds_images(feature)]
     if asked == "auto":
         if len(images) != 1:
             raise ValueError(
@@ -77,7 +77,8 @@ def label_column_of(features: Features, asked: str | None) -> str | None:
     return found
 
 
-def _holds_images(feature: Any) -> bool:
+def holds_images(feature: Any) -> bool:
+    """Return whether a feature is one of images: encoded, or arrays of pixels."""
     if isinstance(feature, Image) or feature in (Value("binary"), Value("large_binary")):
         return True
     return pixel_type(feature) is not None

@@ -20,18 +20,19 @@ FLOORS = {
         "modules": "checks philox lengths limits quality bounds rules expansion arrival patterns "
         "cutting_stock least_squares strategies histogram two_limits picture packing online "
         "balance seq_lens distributions dropping resolution config decisions fit "
-        "explanation epoch_plan plan steps samples",
+        "explanation epoch_plan plan steps samples token_config token_plan gathering",
         "forbidden": "PIL pyarrow datasets torch ray matplotlib",
         "above": ["1", "2 datasets", "2 torch", "3"],
     },
     "1": {
         "modules": "headers modes images patches orders decoder decoders rows ahead schema table "
-        "shards stored quarantine invariants",
+        "shards stored quarantine invariants token_columns token_rows",
         "forbidden": "datasets torch ray matplotlib",
         "above": ["2 datasets", "2 torch", "3"],
     },
     "2 datasets": {
-        "modules": "features source sizes epochs streams lazy build dataset packer verification",
+        "modules": "features source sizes epochs streams lazy build image_build token_source token_build "
+        "dataset packer verification",
         "forbidden": "torch matplotlib",
         "above": ["2 torch", "3"],
     },

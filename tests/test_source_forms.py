@@ -506,7 +506,7 @@ AFTERWARDS = {
     "nothing": (b"", "empty"),
 }
 PLANS = {
-    "pack": "packpipe.build.plan_epoch",
+    "pack": "packpipe.image_build.plan_epoch",
     "map": "packpipe.packer.plan_epoch",
     "stream": "packpipe.streams.fill_rows",
 }

@@ -1,0 +1,225 @@
+"""Rows of tokens, for a build: lengths, then a plan, then one copy of every token (floor 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, List
+
+import packpipe
+from packpipe.build import Batch
+from packpipe.rows import Reject
+from packpipe.token_columns import TokenColumn, rejected, token_column
+from packpipe.token_config import TokenConfig
+from packpipe.token_plan import TokenPlan, plan_tokens
+from packpipe.token_rows import fill_tokens, planned_segments, token_schema, tokens_table
+from packpipe.token_source import value_type
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TokenContents:
+    """What `pack` was asked to make of token sequences.
+
+    Attributes:
+        dataset: the source.
+        token_columns: its columns of tokens; the first gives a sequence's length.
+        value_columns: its columns with one value a sequence.
+        config, seed, epoch: what the plan is made from.
+    """
+
+    dataset: Dataset
+    token_columns: list[str]
+    value_columns: list[str]
+    config: TokenConfig
+    seed: int
+    epoch: int
+
+    @property
+    def num_examples(self) -> int:
+        """Sequences of the source."""
+        return len(self.dataset)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Everything the bytes of the folder depend on."""
+        return {
+            "token_schema_version": _VERSION,
+            "packpipe": packpipe.__version__,
+            "source_fingerprint": self.dataset._fingerprint,
+            "token_columns": self.token_columns,
+            "value_columns": self.value_columns,
+            "config": self.config.to_dict(),
+            "seed": self.seed,
+            "epoch": self.epoch,
+        }
+
+    @property
+    def features(self) -> Features:
+        """Features of the stored rows."""
+        return token_features(
+            self.dataset.features, self.token_columns, self.value_columns, self.config
+        )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a full row's tokens."""
+        schema = self.features.arrow_schema
+        names = [
+            name for name in schema.names if pa.types.is_fixed_size_list(schema.field(name).type)
+        ]
+        names = names or self.token_columns
+        widths = [schema.field(name).type.value_type.bit_width // 8 for name in names]
+        return self.config.seq_len * int(sum(widths))
+
+    def plan(self) -> PlannedTokens:
+        """Return the packs."""
+        columns = {
+            name: token_column(self.dataset.data.column(name)) for name in self.token_columns
+        }
+        indices = self.dataset._indices
+        if indices is not None:
+            rows = indices.column(0).to_numpy().astype(np.int64)
+            columns = {name: column.take(rows) for name, column in columns.items()}
+        bad = rejected(columns)
+        good = np.ones(self.num_examples, np.bool_)
+        good[[reject.example_index for reject in bad]] = False
+        index = np.flatnonzero(good)
+        lens = columns[self.token_columns[0]].lens
+        plan = plan_tokens(lens[index], self.config, seed=self.seed, epoch=self.epoch, index=index)
+        return PlannedTokens(self, bad, columns, self._values(), plan)
+
+    def opened(self, stored: Dataset, on_error: str) -> Dataset:
+        """Return the stored rows."""
+        del on_error
+        return stored
+
+    def _values(self) -> dict[str, pa.Array]:
+        if not self.value_columns:
+            return {}
+        # `take` searches every chunk of a column.
+        table = self.dataset.select_columns(self.value_columns).with_format("arrow")[:]
+        return {name: table.column(name).combine_chunks() for name in self.value_columns}
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedTokens:
+    """Packs of tokens, before they are copied."""
+
+    contents: TokenContents
+    rejects: list[Reject]
+    columns: dict[str, TokenColumn]
+    values: dict[str, pa.Array]
+    token_plan: TokenPlan
+    unit: str = "sequence"
+
+    @property
+    def num_packs(self) -> int:
+        """How many packs there are."""
+        return len(self.token_plan)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens a pack holds."""
+        return self.contents.config.seq_len
+
+    @property
+    def left_out(self) -> list[Reject]:
+        """Sequences that ``overflow="drop"`` leaves out."""
+        return too_long(self.token_plan, self.columns[self.contents.token_columns[0]])
+
+    @property
+    def what(self) -> str:
+        """What is packed, for a reader."""
+        return f"{len(self.token_plan.index):,} sequences in {self.num_packs:,} rows"
+
+    def num_examples(self, packs: range) -> int:
+        """Return how many sequences, or pieces of them, are in some packs."""
+        offsets = self.token_plan.offsets
+        return int(offsets[packs.stop] - offsets[packs.start])
+
+    def stored_bytes(self, packs: list[range]) -> int:
+        """Return about how many bytes some packs take on the disk."""
+        lists = 4 + 4 + 8 + 8 * len(self.values)  # a guess at those of the source
+        segments = sum(map(self.num_examples, packs))
+        return self.contents.row_bytes * sum(map(len, packs)) + lists * segments
+
+    def batches(self, packs: list[range]) -> Generator[Batch, None, None]:
+        """Yield the rows of packs, one batch for each range of them."""
+        schema = self.contents.features.arrow_schema
+        with ThreadPoolExecutor() as executor:
+            for some in packs:
+                rows = packed_table(
+                    self.token_plan,
+                    some,
+                    self.columns,
+                    self.values,
+                    schema,
+                    executor,
+                )
+                yield Batch(rows, [], self.num_examples(some))
+
+    def counts(self, rejects: list[Reject]) -> dict[str, int]:
+        """Return the manifest's counts of packs, tokens and what was cut."""
+        del rejects  # all of them are known to the plan
+        plan = self.token_plan
+        return {
+            "cut": plan.num_cut,
+            "truncated_tokens": plan.num_truncated_tokens,
+            "pieces": len(plan.index),
+            "packs": len(plan),
+            "bound": plan.quality.bound,
+            "tokens": plan.quality.num_tokens,
+        }
+
+
+def packed_table(
+    plan: TokenPlan,
+    packs: range,
+    columns: dict[str, TokenColumn],
+    values: dict[str, pa.Array],
+    schema: pa.Schema,
+    executor: ThreadPoolExecutor | None = None,
+) -> pa.Table:
+    """Return some packs of a plan as rows.
+
+    Args:
+        plan: the plan.
+        packs: which of its packs.
+        columns: the source's token columns.
+        values: its other columns.
+        schema: of the rows.
+        executor: copies with several threads.
+    """
+    segments, members = planned_segments(plan, packs, values)
+    tokens = fill_tokens(segments, plan.starts[members], columns, plan.config, executor=executor)
+    return tokens_table(segments, tokens, schema)
+
+
+def too_long(plan: TokenPlan, column: TokenColumn) -> list[Reject]:
+    """Return the sequences that a plan leaves out for their length."""
+    what = f"expected at most {plan.config.seq_len} (seq_len), with overflow='drop'"
+    return [
+        Reject(row, "tokens", "too long", f"{column.lens[row]} tokens, {what}")
+        for row in plan.dropped.tolist()
+    ]
+
+
+def token_features(
+    features: Features, token_columns: list[str], value_columns: list[str], config: TokenConfig
+) -> Features:
+    """Return the features of packed rows; other columns keep their source's own feature."""
+    tokens = {name: value_type(features, name) for name in token_columns}
+    if config.mask_first_label and "labels" not in tokens:
+        tokens["labels"] = value_type(features, "input_ids")
+    values = {name: features[name].pa_type for name in value_columns}
+    found = Features.from_arrow_schema(token_schema(config, tokens, values))
+    for name in value_columns:
+        found[name] = List(features[name])
+    return found
