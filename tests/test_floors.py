@@ -31,8 +31,8 @@ FLOORS = {
         "above": ["2 datasets", "2 torch", "3"],
     },
     "2 datasets": {
-        "modules": "features source sizes epochs streams lazy build image_build token_source token_build "
-        "dataset packer verification",
+        "modules": "features source sizes epochs streams lazy build image_build token_source "
+        "token_build dataset packer verification",
         "forbidden": "torch matplotlib",
         "above": ["2 torch", "3"],
     },
