@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from packpipe.seq_lens import suggest_seq_len as suggest_seq_len
     from packpipe.streams import PackedStream as PackedStream
     from packpipe.table import read_rows as read_rows
+    from packpipe.table import read_tokens as read_tokens
+    from packpipe.token_batch import TokenBatch as TokenBatch
+    from packpipe.token_config import TokenConfig as TokenConfig
     from packpipe.verification import verify as verify
 
 # Public name: the module that defines it.
@@ -69,6 +72,8 @@ _HOMES = {
     "Packs": "packing",
     "Side": "resolution",
     "Square": "resolution",
+    "TokenBatch": "token_batch",
+    "TokenConfig": "token_config",
     "TruncatedNormal": "distributions",
     "Uniform": "distributions",
     "balance_steps": "balance",
@@ -79,6 +84,7 @@ _HOMES = {
     "plan_epoch": "plan",
     "plan_histogram": "histogram",
     "read_rows": "table",
+    "read_tokens": "table",
     "rejects": "dataset",
     "suggest_seq_len": "seq_lens",
     "verify": "verification",

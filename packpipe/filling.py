@@ -18,6 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from packpipe.batch import PackedBatch
 from packpipe.rows import Rows, spread
+from packpipe.token_batch import TokenBatch
+from packpipe.token_rows import TokenRows, spread_tokens
+
+Batch: TypeAlias = PackedBatch | TokenBatch
 
 # The packs a rank takes at a step, and their places in its batch.
 Part: TypeAlias = tuple[Any, NDArray[np.int64]]
@@ -37,7 +41,7 @@ class Packs(Protocol):
     def fingerprint(self, seed: int, epoch: int) -> str:
         """Return what two epochs share if their packs hold the same."""
 
-    def rows(self, seed: int, epoch: int, packs: Any) -> Rows:
+    def rows(self, seed: int, epoch: int, packs: Any) -> Rows | TokenRows:
         """Return the rows of some packs."""
 
 
@@ -59,15 +63,19 @@ class Fill:
     max_segments: int
     pin_memory: bool
 
-    def rows(self, part: Part) -> PackedBatch:
+    def rows(self, part: Part) -> Batch:
         """Return the batch of a part, in ordinary memory."""
         packs, places = part
         rows = self.packs.rows(*self.key, packs)
+        if isinstance(rows, TokenRows):
+            if len(places) < self.batch_size:
+                rows = spread_tokens(rows, places, self.batch_size)
+            return TokenBatch.from_rows(rows, max_segments=self.max_segments)
         if len(places) < self.batch_size:
             rows = spread(rows, places, self.batch_size)
         return PackedBatch.from_rows(rows, max_segments=self.max_segments, copy=False)
 
-    def __call__(self, part: Part) -> PackedBatch:
+    def __call__(self, part: Part) -> Batch:
         """Return the batch of a part."""
         batch = self.rows(part)
         return batch.pin_memory() if self.pin_memory else batch
@@ -75,9 +83,9 @@ class Fill:
 
 def in_threads(
     fill: Fill, parts: Iterator[Part], num_workers: int, prefetch: int
-) -> Iterator[PackedBatch]:
+) -> Iterator[Batch]:
     """Yield the batches in order, filled ahead by threads that stop when nobody wants more."""
-    waiting: deque[Future[PackedBatch]] = deque()
+    waiting: deque[Future[Batch]] = deque()
     executor = ThreadPoolExecutor(num_workers, thread_name_prefix="packpipe")
     try:
         for part in parts:
@@ -92,7 +100,7 @@ def in_threads(
 
 def in_processes(
     fill: Fill, parts: Iterator[Part], num_workers: int, prefetch: int
-) -> Iterator[PackedBatch]:
+) -> Iterator[Batch]:
     """Yield the batches in order, filled ahead by the workers of torch's own DataLoader."""
     steps = _Steps(fill, list(parts))
     yield from DataLoader(
@@ -108,13 +116,13 @@ def in_processes(
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset[PackedBatch]):
+class _Steps(Dataset[Batch]):
     """Batches by step."""
 
     fill: Fill
     parts: list[Part]
 
-    def __getitem__(self, step: int) -> PackedBatch:
+    def __getitem__(self, step: int) -> Batch:
         return self.fill.rows(self.parts[step])
 
 

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from packpipe import checks
-from packpipe.batch import PackedBatch
-from packpipe.filling import Fill, Part, in_processes, in_threads
+from packpipe.filling import Batch, Fill, Part, in_processes, in_threads
 from packpipe.steps import NO_PACK, TAILS, even_places, num_steps, step_packs
 from packpipe.stored import StoredPacks
 
@@ -172,8 +171,11 @@ class PackedLoader:
             self._stream = self._reading = None
         self._finished = False
 
-    def __iter__(self) -> Iterator[PackedBatch]:
-        """Yield the batches of an epoch, from its beginning or where a loaded state stopped."""
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches of an epoch, from its beginning or where a loaded state stopped.
+
+        `PackedBatch`; of rows of tokens `TokenBatch`.
+        """
         if self._finished:
             self.set_epoch(self._epoch + 1)
         self._taken = self._start
@@ -273,7 +275,7 @@ class PackedLoader:
             return distributed.get_rank(), distributed.get_world_size()
         return 0, 1
 
-    def _batches(self) -> Iterator[PackedBatch]:
+    def _batches(self) -> Iterator[Batch]:
         """Return this rank's batches of the epoch, from the start on."""
         fill = Fill(
             self.packs,

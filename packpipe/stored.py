@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 from packpipe import philox, schema
 from packpipe.quality import attention_work
 from packpipe.rows import Rows, Segments, gathered
-from packpipe.table import read_rows
+from packpipe.table import read_rows, read_tokens
+from packpipe.token_rows import (
+    TokenRows,
+    TokenSegments,
+    gathered_tokens,
+    is_token_rows,
+    table_tokens,
+)
 
 
 class StoredPacks:
@@ -34,11 +41,12 @@ class StoredPacks:
     """
 
     def __init__(self, dataset: Any, *, shuffle: bool = True) -> None:
-        read_rows(dataset, range(0))  # says what is wrong with it
+        self._of_tokens = is_token_rows(getattr(dataset, "column_names", ()))
         self._dataset = dataset
+        self._read(range(0))  # says what is wrong with it
         self._shuffle = shuffle
         self._order: tuple[tuple[int, int], NDArray[np.int64]] | None = None
-        self._views: dict[int, Rows] = {}
+        self._views: dict[int, Rows | TokenRows] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Mapped files are mapped again where this arrives.
@@ -65,15 +73,18 @@ class StoredPacks:
         """Return int64[packs], Σ l² of each pack in the order of the epoch."""
         return self._work[self._stored_row(self.order(seed, epoch))]
 
-    def rows(self, seed: int, epoch: int, packs: NDArray[np.int64]) -> Rows:
+    def rows(self, seed: int, epoch: int, packs: NDArray[np.int64]) -> Rows | TokenRows:
         """Return the rows at some places of the epoch's order, in memory of their own."""
         numbers = self.order(seed, epoch)[packs]
         if self._is_computed or not len(numbers):
-            return read_rows(self._dataset, numbers)
+            return self._read(numbers)
         stored = self._stored_row(numbers)
         batches = np.searchsorted(self._starts, stored, side="right") - 1
         views = [self._view(batch) for batch in batches.tolist()]
-        return gathered(views, (stored - self._starts[batches]).tolist())
+        within = (stored - self._starts[batches]).tolist()
+        gather: Any = gathered_tokens if self._of_tokens else gathered
+        found: Rows | TokenRows = gather(views, within)
+        return found
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """Return int64[packs], rows of the dataset in the order of an epoch."""
@@ -112,15 +123,23 @@ class StoredPacks:
     def _stored_row(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         return numbers if self._indices is None else self._indices[numbers]
 
-    def _view(self, batch: int) -> Rows:
+    def _read(self, numbers: Any) -> Rows | TokenRows:
+        read: Any = read_tokens if self._of_tokens else read_rows
+        found: Rows | TokenRows = read(self._dataset, numbers)
+        return found
+
+    def _view(self, batch: int) -> Rows | TokenRows:
         if batch not in self._views:
             table = pa.Table.from_batches([self._batches[batch]])
-            self._views[batch] = schema.table_rows(table)
+            self._views[batch] = (table_tokens if self._of_tokens else schema.table_rows)(table)
         return self._views[batch]
 
     @property
-    def _segments(self) -> list[Segments]:
-        return [schema.table_segments(pa.Table.from_batches([batch])) for batch in self._batches]
+    def _segments(self) -> list[Segments | TokenSegments]:
+        return [self._segments_of(pa.Table.from_batches([batch])) for batch in self._batches]
+
+    def _segments_of(self, table: pa.Table) -> Segments | TokenSegments:
+        return table_tokens(table).segments if self._of_tokens else schema.table_segments(table)
 
     @cached_property
     def _work(self) -> NDArray[np.int64]:
@@ -130,14 +149,20 @@ class StoredPacks:
     @cached_property
     def _digest(self) -> str:
         digest = hashlib.sha256(b"shuffled" if self._shuffle else b"as they lie")
-        rows = read_rows(self._dataset, range(0))
-        digest.update(f"{rows.patches.shape[1:]}".encode())
-        if self._batches:
+        rows = self._read(range(0))
+        if isinstance(rows, TokenRows):
+            shape: Any = {name: values.shape[1:] for name, values in sorted(rows.tokens.items())}
+            names = ["seq_lens", "fragment", "example_index"]
+        else:
+            shape = rows.patches.shape[1:]
             names = ["seq_lens", "grid_hw", "image_hw", "example_index"]
-            table = pa.Table.from_batches(self._batches).select(names)
+        digest.update(f"{shape}".encode())
+        if self._batches:
+            table = pa.Table.from_batches(self._batches)
+            table = table if self._of_tokens else table.select(names)
             if self._indices is not None:
                 table = table.take(pa.array(self._indices))
-            segments = schema.table_segments(table)
+            segments = self._segments_of(table)
             digest.update(np.ascontiguousarray(np.diff(segments.offsets)).data)
             for name in names:
                 digest.update(np.ascontiguousarray(getattr(segments, name)).data)

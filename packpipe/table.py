@@ -20,6 +20,7 @@ import xxhash
 
 from packpipe import checks, schema
 from packpipe.rows import Rows
+from packpipe.token_rows import TokenRows, table_tokens
 
 # Bytes of a record batch: large enough to write at disk speed, small enough to hold two.
 BATCH_BYTES = 64 * 2**20
@@ -131,21 +132,42 @@ def read_rows(dataset: Any, rows: Any = None) -> Rows:
         ValueError: the columns are not those of packed rows.
         TypeError: dataset is something else.
     """
-    if isinstance(dataset, pa.Table):
-        selection = _selection(rows, dataset.num_rows)
-        if isinstance(selection, range):
-            return schema.table_rows(dataset.slice(selection.start, len(selection)))
-        return schema.table_rows(dataset.take(pa.array(selection, pa.int64())))
-    if not hasattr(dataset, "_indices"):
-        name, remedy = type(dataset).__name__, "pass packed rows, one split of them"
-        raise TypeError(checks.sentence("type(dataset)", name, "Dataset or pyarrow.Table", remedy))
-    table = _stored_rows(dataset, _selection(rows, len(dataset)))
+    table = _picked(dataset, rows)
     # Rows computed when read carry what computes them as the dataset's transform.
-    transform = dataset.format["format_kwargs"].get("transform")
+    kwargs = {} if isinstance(dataset, pa.Table) else dataset.format["format_kwargs"]
+    transform = kwargs.get("transform")
     if transform is not None and hasattr(transform, "rows"):
         computed: Rows = transform.rows(table)
         return computed
     return schema.table_rows(table)
+
+
+def read_tokens(dataset: Any, rows: Any = None) -> TokenRows:
+    """Return packed rows of tokens as NumPy arrays, views of Arrow's memory where they can be.
+
+    Args:
+        dataset: as for `read_rows`.
+        rows: likewise.
+
+    Raises:
+        IndexError: a row number is out of range.
+        ValueError: the columns are not those of packed rows of tokens, or the rows are ragged.
+        TypeError: dataset is something else.
+    """
+    return table_tokens(_picked(dataset, rows))
+
+
+def _picked(dataset: Any, rows: Any) -> pa.Table:
+    """Return the rows that are asked for as Arrow."""
+    if isinstance(dataset, pa.Table):
+        selection = _selection(rows, dataset.num_rows)
+        if isinstance(selection, range):
+            return dataset.slice(selection.start, len(selection))
+        return dataset.take(pa.array(selection, pa.int64()))
+    if not hasattr(dataset, "_indices"):
+        name, remedy = type(dataset).__name__, "pass packed rows, one split of them"
+        raise TypeError(checks.sentence("type(dataset)", name, "Dataset or pyarrow.Table", remedy))
+    return _stored_rows(dataset, _selection(rows, len(dataset)))
 
 
 def _stored_rows(dataset: Any, selection: Any) -> pa.Table:

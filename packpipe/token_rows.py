@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -232,8 +232,12 @@ def table_tokens(table: pa.Table) -> TokenRows:
     """Return the rows of a table; views where a column is one chunk, else one copy.
 
     Raises:
-        ValueError: the rows are ragged.
+        ValueError: a column of packed rows of tokens is missing, or the rows are ragged.
     """
+    for name in _SEGMENT_TYPES:
+        if name not in table.column_names:
+            expected, remedy = "a column of packed tokens", "read rows that packpipe has written"
+            raise ValueError(checks.sentence(f"column {name!r}", "missing", expected, remedy))
     whole = {name: _one_chunk(table.column(name)) for name in table.column_names}
     tokens = {}
     for name, column in whole.items():
@@ -252,6 +256,59 @@ def table_tokens(table: pa.Table) -> TokenRows:
         segments=TokenSegments(offsets=offsets - offsets[0], **segments, values=lists),
         tokens=tokens,
         **numbers,
+    )
+
+
+def gathered_tokens(parts: list[TokenRows], numbers: list[int]) -> TokenRows:
+    """Return one row of each part, in memory of their own.
+
+    Args:
+        parts: rows of one shape and the same columns, one at least; a part may come again.
+        numbers: which row of each.
+    """
+    rows = list(zip(parts, numbers, strict=True))
+    spans = [slice(*part.segments.offsets[number : number + 2].tolist()) for part, number in rows]
+    found = [(part.segments, span) for (part, _), span in zip(rows, spans, strict=True)]
+    segments = {
+        name: np.concatenate([getattr(some, name)[span] for some, span in found])
+        for name in _SEGMENT_TYPES
+    }
+    values = {
+        name: pa.concat_arrays([some.values[name][span] for some, span in found])
+        for name in parts[0].segments.values
+    }
+    offsets = np.cumsum([0, *(span.stop - span.start for span in spans)])
+    return TokenRows(
+        segments=TokenSegments(offsets=offsets, **segments, values=values),
+        tokens={
+            name: np.stack([part.tokens[name][number] for part, number in rows])
+            for name in parts[0].tokens
+        },
+        segment_ids=np.stack([part.segment_ids[number] for part, number in rows]),
+        position_ids=np.stack([part.position_ids[number] for part, number in rows]),
+    )
+
+
+def spread_tokens(rows: TokenRows, places: NDArray[np.int64], num_rows: int) -> TokenRows:
+    """Return num_rows rows: those given at their places, which rise, and empty ones elsewhere."""
+
+    def at_places(values: NDArray[Any], absent: int) -> NDArray[Any]:
+        out = np.full((num_rows, *values.shape[1:]), absent, values.dtype)
+        out[places] = values
+        return out
+
+    held = np.zeros(num_rows, np.int64)
+    held[places] = np.diff(rows.segments.offsets)
+    # input_ids: no row says what its padding is; a token nobody sees may be any.
+    tokens = {
+        name: at_places(values, NO_LABEL if name == "labels" else 0)
+        for name, values in rows.tokens.items()
+    }
+    return TokenRows(
+        segments=replace(rows.segments, offsets=np.concatenate([[0], np.cumsum(held)])),
+        tokens=tokens,
+        segment_ids=at_places(rows.segment_ids, 0),
+        position_ids=at_places(rows.position_ids, 0),
     )
 
 

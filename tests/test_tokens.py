@@ -10,11 +10,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from datasets import Dataset, Features, LargeList, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packpipe import Packer, manifest, pack, rejects
+from packpipe import PackedLoader, Packer, TokenBatch, manifest, pack, read_tokens, rejects
 from packpipe.gathering import gather, number_tokens, one_view
 from packpipe.quarantine import TooManyRejects
 from packpipe.token_columns import token_column
@@ -391,3 +392,61 @@ def test_more_bad_calls_are_refused(tmp_path):
 
 def test_overflows_are_all_known():
     assert OVERFLOWS == ("error", "split", "truncate", "drop")
+
+
+@settings(max_examples=25, deadline=None)
+@given(sequences, st.integers(1, 24), st.integers(1, 4), st.integers(0, 5))
+def test_batches_hold_the_rows_and_resume_at_any_step(tmp_path_factory, rows, seq_len, size, stop):
+    packed = pack(
+        made(rows, "uint16", large=False),
+        seq_len,
+        output=tmp_path_factory.mktemp("rows") / "packed",
+        overflow="split",
+        max_bad_fraction=1.0,
+        progress=False,
+    )
+    if not len(packed):
+        return
+
+    def loader(**options: Any) -> PackedLoader:
+        return PackedLoader(packed, size, rank=0, world_size=1, seed=3, tail="pad", **options)
+
+    batches = list(loader())
+    stored = read_tokens(packed)
+    seen = []
+    for batch in batches:
+        assert batch.tokens["input_ids"].dtype == torch.int64
+        assert batch.tokens["input_ids"].shape == (size, seq_len)
+        assert (batch.seq_lens.sum(1) == (batch.segment_ids > 0).sum(1)).all()
+        for row in range(size):
+            tokens = batch.tokens["input_ids"][row][batch.segment_ids[row] > 0]
+            seen.append((batch.example_index[row].tolist(), tokens.tolist()))
+    wanted = []
+    for row, ids in enumerate(stored.segment_ids):
+        start, end = stored.segments.offsets[row : row + 2]
+        examples = stored.segments.example_index[start:end].tolist()
+        absent = [-1] * (batches[0].example_index.shape[1] - len(examples))
+        wanted.append((examples + absent, stored.tokens["input_ids"][row][ids > 0].tolist()))
+    empty = ([-1] * batches[0].example_index.shape[1], [])
+    assert sorted(one for one in seen if one != empty) == sorted(wanted)
+    first = loader()
+    taken = [batch for _, batch in zip(range(stop), first, strict=False)]
+    resumed = loader(num_workers=1)
+    resumed.load_state_dict(first.state_dict())
+    rest = [] if len(taken) == len(batches) else list(resumed)
+    for one, other in zip([*taken, *rest], batches, strict=True):
+        assert torch.equal(one.tokens["input_ids"], other.tokens["input_ids"])
+        assert torch.equal(one.position_ids, other.position_ids)
+        assert torch.equal(one.example_index, other.example_index)
+
+
+def test_token_rows_that_are_not_there_are_refused(tmp_path):
+    ragged = pack(TEXT, 32, layout="ragged", output=tmp_path / "a", progress=False)
+    with pytest.raises(ValueError, match="layout is 'ragged', expected rows of one length"):
+        read_tokens(ragged)
+    with pytest.raises(ValueError, match="column 'seq_lens' is 'missing', expected a column of"):
+        read_tokens(TEXT)
+    fixed = pack(TEXT, 64, output=tmp_path / "b", progress=False)
+    with pytest.raises(ValueError, match=r"num_segments\[0\] is 2, expected at most 1"):
+        TokenBatch.from_rows(read_tokens(fixed), max_segments=1)
+    assert read_tokens(fixed, [0]).segments.values["name"].to_pylist() == fixed["name"][0]
