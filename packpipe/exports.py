@@ -31,8 +31,9 @@ from packpipe.token_rows import NO_LABEL
 def to_transformers(batch: TokenBatch) -> dict[str, Any]:
     """Return what transformers' ``DataCollatorWithFlattening`` returns of the batch's segments.
 
-    Pass it to a model with ``attn_implementation="flash_attention_2"``; with "sdpa" leave out
-    all but ``input_ids``, ``labels`` and ``position_ids``.
+    Pass it to a model with ``attn_implementation="flash_attention_2"``; with "sdpa" leave out all
+    but ``input_ids``, ``labels`` and ``position_ids``, and pass ``use_cache=False``: a model that
+    makes a cache does not look for positions that restart, and mixes the sequences.
 
     Returns:
         ``input_ids``, ``labels``, ``position_ids`` int64[1, T]; ``cu_seq_lens_q`` and
