@@ -358,6 +358,7 @@ def grouped(records: list[dict[str, Any]]) -> dict[tuple[str, float], list[dict[
 def draw(path: Path, records: list[dict[str, Any]]) -> None:
     """Draw accuracy against FLOPs and seconds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     for place, (key, label) in enumerate((("PFLOPs", "training PFLOPs"), ("seconds", "seconds"))):
@@ -378,6 +379,7 @@ def draw(path: Path, records: list[dict[str, Any]]) -> None:
                 [o[key] for o in own], [o["accuracy"] for o in own], "o", color=colour, label=name
             )
         axes.set(xscale="log", xlabel=label, ylabel="test accuracy")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
