@@ -82,18 +82,21 @@ def _in_tasks(run: Callable[[slice], None], size: int, executor: Executor | None
 @njit(cache=True, nogil=True)
 def _copy_runs(values, starts, lens, places, out):  # type: ignore[no-untyped-def]
     for k in range(starts.shape[0]):
-        start, place = starts[k], places[k]
+        # Slices of their own: an index that cannot be negative is copied in vectors.
+        source = values[starts[k] : starts[k] + lens[k]]
+        target = out[places[k] : places[k] + lens[k]]
         for j in range(lens[k]):
-            out[place + j] = values[start + j]
+            target[j] = source[j]
 
 
 @njit(cache=True, nogil=True)
 def _number(lens, numbers, places, segment_ids, position_ids):  # type: ignore[no-untyped-def]
     for k in range(lens.shape[0]):
-        place, number = places[k], numbers[k]
+        ids = segment_ids[places[k] : places[k] + lens[k]]
+        positions = position_ids[places[k] : places[k] + lens[k]]
         for j in range(lens[k]):
-            segment_ids[place + j] = number
-            position_ids[place + j] = j
+            ids[j] = numbers[k]
+            positions[j] = j
 
 
 def one_view(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:

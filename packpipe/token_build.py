@@ -17,7 +17,7 @@ from packpipe.rows import Reject
 from packpipe.token_columns import TokenColumn, rejected, token_column
 from packpipe.token_config import TokenConfig
 from packpipe.token_plan import TokenPlan, plan_tokens
-from packpipe.token_rows import fill_tokens, planned_segments, token_schema, tokens_table
+from packpipe.token_rows import Memory, fill_tokens, planned_segments, token_schema, tokens_table
 from packpipe.token_source import value_type
 
 _VERSION = 1
@@ -151,8 +151,8 @@ class PlannedTokens:
         return self.contents.row_bytes * sum(map(len, packs)) + lists * segments
 
     def batches(self, packs: list[range]) -> Generator[Batch, None, None]:
-        """Yield the rows of packs, one batch for each range of them."""
-        schema = self.contents.features.arrow_schema
+        """Yield the rows of packs, one batch for each range of them; the next overwrites it."""
+        schema, memory = self.contents.features.arrow_schema, Memory()
         with ThreadPoolExecutor() as executor:
             for some in packs:
                 rows = packed_table(
@@ -162,6 +162,7 @@ class PlannedTokens:
                     self.values,
                     schema,
                     executor,
+                    memory,
                 )
                 yield Batch(rows, [], self.num_examples(some))
 
@@ -186,6 +187,7 @@ def packed_table(
     values: dict[str, pa.Array],
     schema: pa.Schema,
     executor: ThreadPoolExecutor | None = None,
+    memory: Memory | None = None,
 ) -> pa.Table:
     """Return some packs of a plan as rows.
 
@@ -196,9 +198,11 @@ def packed_table(
         values: its other columns.
         schema: of the rows.
         executor: copies with several threads.
+        memory: what the rows are written into; None takes new memory.
     """
     segments, members = planned_segments(plan, packs, values)
-    tokens = fill_tokens(segments, plan.starts[members], columns, plan.config, executor=executor)
+    starts = plan.starts[members]
+    tokens = fill_tokens(segments, starts, columns, plan.config, executor=executor, memory=memory)
     return tokens_table(segments, tokens, schema)
 
 

@@ -98,6 +98,19 @@ def token_schema(
     return pa.schema([*fields, *(pa.field(n, pa.list_(kind)) for n, kind in segment_types.items())])
 
 
+class Memory:
+    """Arrays that are written again and again: new memory costs more than what is put into it."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, NDArray[Any]] = {}
+
+    def array(self, name: str, size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return an array of this size, which overwrites the last of this name."""
+        if name not in self._kept or len(self._kept[name]) < size:
+            self._kept[name] = np.empty(size, dtype)
+        return self._kept[name][:size]
+
+
 def planned_segments(
     plan: TokenPlan, packs: range, values: dict[str, pa.Array]
 ) -> tuple[TokenSegments, NDArray[np.int64]]:
@@ -140,6 +153,7 @@ def fill_tokens(
     config: TokenConfig,
     *,
     executor: Executor | None = None,
+    memory: Memory | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Return the token columns of rows by name, laid end to end; of fixed rows the numbers too.
 
@@ -149,14 +163,16 @@ def fill_tokens(
         columns: of the source, by name; segments take ``example_index`` of them.
         config: the options.
         executor: copies with several threads.
+        memory: what to write into; None takes new memory.
     """
+    memory = Memory() if memory is None else memory
     places = first_places(segments, config)
     lens, rows = segments.seq_lens, segments.example_index
     fixed = config.layout == "fixed"
     size = len(segments) * config.seq_len if fixed else int(lens.sum(dtype=np.int64))
     out: dict[str, NDArray[Any]] = {}
     for name, column in columns.items():
-        out[name] = np.empty(size, column.values.dtype)
+        out[name] = memory.array(name, size, column.values.dtype)
         if fixed:
             _pad(out[name], segments, config.seq_len, padding_of(name, config))
         gather(
@@ -171,7 +187,7 @@ def fill_tokens(
     if fixed:
         numbers = np.arange(len(lens)) - np.repeat(segments.offsets[:-1], np.diff(segments.offsets))
         for name in _NUMBERS:
-            out[name] = np.empty(size, np.int32)
+            out[name] = memory.array(name, size, np.dtype(np.int32))
             _pad(out[name], segments, config.seq_len, 0)
         number_tokens(
             lens,
