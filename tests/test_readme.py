@@ -61,10 +61,20 @@ def test_the_two_commands_come_first_and_second():
 
 def test_the_lines_of_python_that_train_go_on_and_predict(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    _, _, _, code, _ = blocks("python")
+    _, _, _, code, *_ = blocks("python")
     found = {}
     exec(code, found)  # noqa: S102  what a reader would type
     assert found["logits"].shape == (4, 10)
     assert len(capsys.readouterr().out.splitlines()) == 6
     exec(code, found)  # noqa: S102
     assert capsys.readouterr().out == ""
+
+
+def test_the_lines_of_python_that_pack_tokens(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    (code,) = (code for code in blocks("python") if "to_transformers" in code)
+    found = {}
+    exec(code, found)  # noqa: S102  what a reader would type
+    assert sum(map(sum, found["packed"]["input_ids"])) == 55
+    assert found["arguments"]["cu_seq_lens_q"][-1] == found["arguments"]["input_ids"].numel()
+    assert "[" in capsys.readouterr().out
