@@ -62,13 +62,16 @@ def verify(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: folder is no folder, or sample is negative.
+        ValueError: folder is no folder, or holds rows of tokens; or sample is negative.
     """
     remedy = "pass the folder that pack was given as output"
     if not isinstance(folder, str | Path):
         raise TypeError(checks.sentence("folder", folder, "a path", remedy))
     if not Path(folder).is_dir():
         raise ValueError(checks.sentence("folder", str(folder), "a folder", remedy))
+    if _holds_tokens(Path(folder)):
+        expected, remedy = "rows of images", "rows of tokens are not verified yet"
+        raise ValueError(checks.sentence("folder", str(folder), expected, remedy))
     if dataset is not None and not isinstance(dataset, Dataset):
         remedy = "pass the dataset that was packed"
         raise TypeError(checks.sentence("type(dataset)", type(dataset).__name__, "Dataset", remedy))
@@ -124,6 +127,13 @@ def _problems(folder: Path, dataset: Dataset | None, sample: int | None) -> Iter
         yield from _opening_problems(folder, contents)
     if dataset is not None:
         yield from _source_problems(dataset, sample, manifest, contents)
+
+
+def _holds_tokens(folder: Path) -> bool:
+    try:
+        return "token_schema_version" in read_manifest(folder)
+    except (OSError, ValueError):
+        return False
 
 
 def _manifest(folder: Path) -> dict[str, Any] | str:

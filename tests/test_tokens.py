@@ -15,7 +15,16 @@ from datasets import Dataset, Features, LargeList, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packpipe import PackedLoader, Packer, TokenBatch, manifest, pack, read_tokens, rejects
+from packpipe import (
+    PackedLoader,
+    Packer,
+    TokenBatch,
+    manifest,
+    pack,
+    read_tokens,
+    rejects,
+    verify,
+)
 from packpipe.gathering import gather, number_tokens, one_view
 from packpipe.quarantine import TooManyRejects
 from packpipe.token_columns import token_column
@@ -388,6 +397,12 @@ def test_more_bad_calls_are_refused(tmp_path):
         pack(empty, 8, output=tmp_path / "b")
     with pytest.raises(ValueError, match="example 0 of the batch is bad \\(empty"):
         empty.map(Packer(8, token_columns="auto"), batched=True, remove_columns=empty.column_names)
+
+
+def test_rows_of_tokens_are_not_called_damaged(tmp_path):
+    pack(TEXT, 64, output=tmp_path / "a", progress=False)
+    with pytest.raises(ValueError, match="rows of tokens are not verified yet"):
+        verify(tmp_path / "a")
 
 
 def test_overflows_are_all_known():
