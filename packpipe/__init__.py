@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from packpipe.packer import Packer as Packer
     from packpipe.packing import Packs as Packs
     from packpipe.packing import pack_lengths as pack_lengths
+    from packpipe.pairs import pack_pairs as pack_pairs
     from packpipe.plan import plan_epoch as plan_epoch
     from packpipe.resolution import Area as Area
     from packpipe.resolution import Budget as Budget
@@ -81,6 +82,7 @@ _HOMES = {
     "manifest": "dataset",
     "pack": "dataset",
     "pack_lengths": "packing",
+    "pack_pairs": "pairs",
     "plan_epoch": "plan",
     "plan_histogram": "histogram",
     "read_rows": "table",

@@ -103,6 +103,25 @@ def sigmoid_contrastive(
     return total / global_count(here)
 
 
+def in_order_of(wanted: Tensor, example_index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values of some segments in the order of others: texts in that of their images.
+
+    Rows hold the same examples, as those of `pack_pairs` do, but for images that were not decoded.
+
+    Args:
+        wanted: int64[B, S], example_index of the images; -1 where absent.
+        example_index: int64[B, S2], of the texts.
+        values: float[B, S2, C], one vector a text.
+
+    Returns:
+        float[B, S, C], 0 where absent; bool[B, S], which pairs are there.
+    """
+    same = (wanted[:, :, None] == example_index[:, None, :]) & (wanted >= 0)[:, :, None]
+    present = same.any(-1)
+    place = same.int().argmax(-1)[..., None].expand(-1, -1, values.shape[-1])
+    return values.gather(1, place).masked_fill(~present[..., None], 0), present
+
+
 def _in_chunks(
     missed: Callable[..., Tensor], rows: Tensor, others: Tensor, numbers: Any, chunk: int
 ) -> Tensor:

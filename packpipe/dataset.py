@@ -12,7 +12,7 @@ from packpipe import checks
 from packpipe.build import Build, Contents, read_rejects
 from packpipe.config import config_from
 from packpipe.image_build import ImageContents
-from packpipe.quarantine import tolerance_of
+from packpipe.quarantine import Tolerance, tolerance_of
 from packpipe.shards import MANIFEST, REJECTS, drop_stale_lock, read_manifest
 from packpipe.sizes import checked_columns
 from packpipe.source import checked_root, image_column_of, label_column_of
@@ -153,18 +153,25 @@ def pack(
             num_workers=num_workers,
             image_seconds=image_seconds,
         )
+    return built(contents, output, tolerance, on_error=on_error, progress=progress)
+
+
+def built(
+    contents: Contents,
+    output: str | Path | None,
+    tolerance: Tolerance,
+    *,
+    on_error: str,
+    progress: bool,
+) -> Dataset:
+    """Return the rows of some contents: written now, continued, or as they were written before."""
     build = Build(contents)
     target = build.cache_folder() if output is None else Path(output).absolute()
     if build.is_at(target):
         drop_stale_lock(target)
         tolerance.check(read_rejects(target))
     else:
-        build.make(
-            target,
-            tolerance=tolerance,
-            progress=progress,
-            wait=output is None,
-        )
+        build.make(target, tolerance=tolerance, progress=progress, wait=output is None)
     return build.open(target, on_error)
 
 

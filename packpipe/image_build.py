@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import PIL
 import pyarrow as pa
 from datasets import Dataset, Features
+from numpy.typing import NDArray
 from PIL import features as codecs
 
 import packpipe
@@ -31,6 +33,23 @@ from packpipe.source import ImageSource, Survey, labels_of, survey
 _CODECS = ("jpg", "libjpeg_turbo", "webp", "zlib", "zlib_ng", "libtiff", "jpg_2000", "avif")
 
 
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What packs hold of each example beside its image, in rows of their own.
+
+    Attributes:
+        lens: int64[rows of the source], its tokens.
+        seq_len: most of them in a pack.
+        rejects: examples that have none that can be packed.
+        record: everything the above depend on.
+    """
+
+    lens: NDArray[np.int64]
+    seq_len: int
+    rejects: list[Reject]
+    record: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class ImageContents:
     """What `pack` was asked to make of images.
@@ -43,6 +62,7 @@ class ImageContents:
         config, seed, epoch: what the plan is made from.
         materialize: whether pixels are stored, or computed when read.
         num_workers, image_seconds: as for `pack`; no byte depends on them.
+        beside: what else packs hold of each example, or None.
     """
 
     dataset: Dataset
@@ -56,6 +76,7 @@ class ImageContents:
     materialize: bool
     num_workers: int
     image_seconds: float
+    beside: Beside | None = None
 
     @property
     def num_examples(self) -> int:
@@ -80,6 +101,7 @@ class ImageContents:
             "seed": self.seed,
             "epoch": self.epoch,
             "materialized": self.materialize,
+            **({} if self.beside is None else {"beside": self.beside.record}),
         }
 
     @property
@@ -116,8 +138,17 @@ class ImageContents:
                 executor=executor,
             )
         found = survey(sizes, labels, self.label)
+        also = None
+        if self.beside is not None:
+            found = found.without(self.beside.rejects)
+            also = self.beside.lens[found.index], self.beside.seq_len
         plan = plan_epoch(
-            found.image_hw, self.config, seed=self.seed, epoch=self.epoch, index=found.index
+            found.image_hw,
+            self.config,
+            seed=self.seed,
+            epoch=self.epoch,
+            index=found.index,
+            also=also,
         )
         return PlannedImages(self, found, labels, plan)
 

@@ -58,6 +58,7 @@ def plan_epoch(
     seed: int = 0,
     epoch: int = 0,
     index: ArrayLike | None = None,
+    also: tuple[ArrayLike, int] | None = None,
 ) -> EpochPlan:
     """Return the plan of an epoch: every image in exactly one pack of at most seq_len tokens.
 
@@ -70,6 +71,8 @@ def plan_epoch(
         seed: which permutation of images and packs; 0..2**64-1.
         epoch: likewise; a new epoch is a new permutation.
         index: int[images], each image's row in its source, without repeats; 0, 1, ... if None.
+        also: (cost, limit), a second limit of a pack, as for `pack_lengths`: int[images] costs,
+            such as the tokens of captions. Packs are then found by "ffd", whatever the strategy.
 
     Raises:
         TypeError: image_hw or index hold no integers.
@@ -106,7 +109,7 @@ def plan_epoch(
             )
             order = order_later.result()
     grid_hw, num_keep, num_shrunk = decided
-    order, offsets = pack_windows(num_keep, order, config, seed=seed, epoch=epoch)
+    order, offsets = pack_windows(num_keep, order, config, seed=seed, epoch=epoch, also=also)
     num_fitted = 0
     if config.fit_last is not None:
         num_fitted = fit.fit_last(sizes, grid_hw, num_keep, order, offsets, config)
@@ -132,6 +135,7 @@ def pack_windows(
     *,
     seed: int,
     epoch: int,
+    also: tuple[ArrayLike, int] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return (order, offsets) of the packs of every window, one window after the other.
 
@@ -141,6 +145,7 @@ def pack_windows(
         config: what a pack may hold, and how many are packed together.
         seed: which order of the packs of a window.
         epoch: likewise.
+        also: as for `plan_epoch`.
     """
     packed = np.empty_like(order)
     ends = [np.zeros(1, np.int64)]
@@ -153,8 +158,9 @@ def pack_windows(
         packs = pack_lengths(
             num_keep[some],
             config.seq_len,
-            strategy=config.strategy,
+            strategy=config.strategy if also is None else "ffd",
             max_segments=config.max_segments,
+            also=None if also is None else (np.asarray(also[0])[some], also[1]),
         )
         numbers = np.arange(num_packs, num_packs + len(packs))
         num_packs += len(packs)

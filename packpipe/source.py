@@ -308,6 +308,18 @@ class Survey:
     rejects: list[Reject]
     broken_exif: int
 
+    def without(self, rejects: list[Reject]) -> Survey:
+        """Return the survey with more examples rejected."""
+        known = {reject.example_index for reject in self.rejects}
+        more = [reject for reject in rejects if reject.example_index not in known]
+        good = ~np.isin(self.index, [reject.example_index for reject in more])
+        return Survey(
+            image_hw=self.image_hw[good],
+            index=self.index[good],
+            rejects=sorted(self.rejects + more),
+            broken_exif=self.broken_exif,
+        )
+
 
 def survey(sizes: Sizes, labels: pa.Array | pa.ChunkedArray | None, label: Any) -> Survey:
     """Return the usable images of a source, and the rejects for their size or label.

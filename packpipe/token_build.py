@@ -13,10 +13,11 @@ from datasets import Dataset, Features, List
 
 import packpipe
 from packpipe.build import Batch
+from packpipe.epoch_plan import EpochPlan
 from packpipe.rows import Reject
 from packpipe.token_columns import TokenColumn, rejected, token_column
 from packpipe.token_config import TokenConfig
-from packpipe.token_plan import TokenPlan, plan_tokens
+from packpipe.token_plan import TokenPlan, accompanying, plan_tokens
 from packpipe.token_rows import Memory, fill_tokens, planned_segments, token_schema, tokens_table
 from packpipe.token_source import value_type
 
@@ -32,6 +33,8 @@ class TokenContents:
         token_columns: its columns of tokens; the first gives a sequence's length.
         value_columns: its columns with one value a sequence.
         config, seed, epoch: what the plan is made from.
+        beside: the plan of the images whose rows these accompany, or None.
+        longest: what their sequences are truncated to.
     """
 
     dataset: Dataset
@@ -40,6 +43,8 @@ class TokenContents:
     config: TokenConfig
     seed: int
     epoch: int
+    beside: EpochPlan | None = None
+    longest: int = 0
 
     @property
     def num_examples(self) -> int:
@@ -58,6 +63,8 @@ class TokenContents:
             "config": self.config.to_dict(),
             "seed": self.seed,
             "epoch": self.epoch,
+            **({} if self.beside is None else {"beside": self.beside.fingerprint}),
+            **({"longest": self.longest} if self.longest else {}),
         }
 
     @property
@@ -78,21 +85,29 @@ class TokenContents:
         widths = [schema.field(name).type.value_type.bit_width // 8 for name in names]
         return self.config.seq_len * int(sum(widths))
 
+    def read(self) -> tuple[dict[str, TokenColumn], list[Reject]]:
+        """Return the token columns, and the examples that cannot be packed."""
+        table = self.dataset.data
+        columns = {name: token_column(table.column(name)) for name in self.token_columns}
+        if self.dataset._indices is not None:
+            rows = self.dataset._indices.column(0).to_numpy().astype(np.int64)
+            columns = {name: column.take(rows) for name, column in columns.items()}
+        return columns, rejected(columns)
+
     def plan(self) -> PlannedTokens:
         """Return the packs."""
-        columns = {
-            name: token_column(self.dataset.data.column(name)) for name in self.token_columns
-        }
-        indices = self.dataset._indices
-        if indices is not None:
-            rows = indices.column(0).to_numpy().astype(np.int64)
-            columns = {name: column.take(rows) for name, column in columns.items()}
-        bad = rejected(columns)
-        good = np.ones(self.num_examples, np.bool_)
-        good[[reject.example_index for reject in bad]] = False
-        index = np.flatnonzero(good)
+        columns, bad = self.read()
         lens = columns[self.token_columns[0]].lens
-        plan = plan_tokens(lens[index], self.config, seed=self.seed, epoch=self.epoch, index=index)
+        if self.beside is None:
+            good = np.ones(self.num_examples, np.bool_)
+            good[[reject.example_index for reject in bad]] = False
+            index = np.flatnonzero(good)
+            plan = plan_tokens(
+                lens[index], self.config, seed=self.seed, epoch=self.epoch, index=index
+            )
+        else:
+            plan = accompanying(self.beside, lens, self.longest, self.config)
+            bad = []  # in the rejects of the images
         return PlannedTokens(self, bad, columns, self._values(), plan)
 
     def opened(self, stored: Dataset, on_error: str) -> Dataset:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from packpipe import checks, philox
+from packpipe.epoch_plan import EpochPlan
 from packpipe.limits import Limits
 from packpipe.plan import pack_windows
 from packpipe.quality import Quality
@@ -149,4 +150,33 @@ def plan_tokens(
         dropped=dropped,
         num_cut=0 if config.overflow == "drop" else num_long,
         num_truncated_tokens=lost,
+    )
+
+
+def accompanying(
+    plan: EpochPlan, lengths: NDArray[np.int64], longest: int, config: TokenConfig
+) -> TokenPlan:
+    """Return the plan whose packs hold the texts of the images in a plan's packs, in their order.
+
+    Args:
+        plan: of the images, made with the texts as a second limit.
+        lengths: int64[rows of the source], tokens of each text.
+        longest: what they are truncated to.
+        config: the options of the texts.
+    """
+    whole = lengths[plan.index]
+    lens = np.minimum(whole, longest)
+    return TokenPlan(
+        config=config,
+        seed=plan.seed,
+        epoch=plan.epoch,
+        index=plan.index,
+        starts=np.zeros(len(lens), np.int64),
+        seq_lens=lens.astype(np.int32),
+        fragments=np.zeros(len(lens), np.int32),
+        order=plan.order,
+        offsets=plan.offsets,
+        dropped=np.empty(0, np.int64),
+        num_cut=int((whole > lens).sum()),
+        num_truncated_tokens=int((whole - lens).sum()),
     )

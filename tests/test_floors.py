@@ -32,7 +32,7 @@ FLOORS = {
     },
     "2 datasets": {
         "modules": "features source sizes epochs streams lazy build image_build token_source "
-        "token_build dataset packer verification",
+        "token_build dataset packer pairs verification",
         "forbidden": "torch matplotlib",
         "above": ["2 torch", "3"],
     },

@@ -38,6 +38,7 @@ PUBLIC = [
     "manifest",
     "pack",
     "pack_lengths",
+    "pack_pairs",
     "plan_epoch",
     "plan_histogram",
     "read_rows",
