@@ -152,7 +152,8 @@ class PlannedTokens:
     @property
     def what(self) -> str:
         """What is packed, for a reader."""
-        return f"{len(self.token_plan.index):,} sequences in {self.num_packs:,} rows"
+        name = "pieces of sequences" if self.token_plan.num_cut else "sequences"
+        return f"{len(self.token_plan.index):,} {name} in {self.num_packs:,} rows"
 
     def num_examples(self, packs: range) -> int:
         """Return how many sequences, or pieces of them, are in some packs."""
