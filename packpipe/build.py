@@ -62,11 +62,7 @@ class Planned(Protocol):
 
     @property
     def rejects(self) -> list[Reject]:
-        """Examples that cannot be packed."""
-
-    @property
-    def left_out(self) -> list[Reject]:
-        """Examples that are not packed because the caller wants it so."""
+        """Examples that are in no pack."""
 
     @property
     def what(self) -> str:
@@ -243,7 +239,7 @@ class Build:
         # `datasets.load_from_disk` opens the folder by these two.
         DatasetInfo(features=self.contents.features).write_to_directory(str(folder))
         table.write_json(folder / "state.json", _state(shards.names, self._digest()[:16]))
-        absent = sorted(rejects + planned.left_out)
+        absent = sorted(rejects)
         record = table.write_table(folder / REJECTS, schema.REJECTS, [schema.rejects_table(absent)])
         num_examples = self.contents.num_examples
         counts: dict[str, Any] = {

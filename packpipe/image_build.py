@@ -187,11 +187,6 @@ class PlannedImages:
         return self.found.rejects
 
     @property
-    def left_out(self) -> list[Reject]:
-        """None: images that are too large are made smaller."""
-        return []
-
-    @property
     def what(self) -> str:
         """What is packed, for a reader."""
         return f"{len(self.found.index):,} images in {self.num_packs:,} rows"

@@ -109,7 +109,13 @@ def pack_pairs(
         image_seconds=checks.positive_number("image_seconds", image_seconds, "60 is usual"),
         beside=_beside(texts, max_text, overflow),
     )
-    texts = replace(texts, beside=images.plan().epoch_plan, longest=max_text)
+    planned = images.plan()
+    texts = replace(
+        texts,
+        beside=planned.epoch_plan,
+        longest=max_text,
+        rejects=tuple(planned.rejects),
+    )
     folder = None if output is None else Path(output)
     return (
         built(

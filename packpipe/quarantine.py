@@ -12,6 +12,8 @@ from packpipe.rows import Reject
 log = logging.getLogger(__name__)
 
 ON_ERROR = ("quarantine", "raise")
+# The stage of rejects that the caller has asked for, which are not bad.
+ASKED = "overflow"
 _NAMED = 5
 
 
@@ -52,7 +54,7 @@ class Tolerance:
         Raises:
             TooManyRejects: names how many, the limit, and the first ones.
         """
-        bad = sorted(rejects)
+        bad = sorted(reject for reject in rejects if reject.stage != ASKED)
         if bad and self.max_bad_fraction == 0 and self.max_consecutive_bad == 1:
             raise TooManyRejects(bad_example(bad[0]), bad)
         share = len(bad) / max(1, self.num_examples)

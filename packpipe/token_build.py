@@ -14,6 +14,7 @@ from datasets import Dataset, Features, List
 import packpipe
 from packpipe.build import Batch
 from packpipe.epoch_plan import EpochPlan
+from packpipe.quarantine import ASKED
 from packpipe.rows import Reject
 from packpipe.token_columns import TokenColumn, rejected, token_column
 from packpipe.token_config import TokenConfig
@@ -35,6 +36,7 @@ class TokenContents:
         config, seed, epoch: what the plan is made from.
         beside: the plan of the images whose rows these accompany, or None.
         longest: what their sequences are truncated to.
+        rejects: the examples that are in no pack of that plan.
     """
 
     dataset: Dataset
@@ -45,6 +47,7 @@ class TokenContents:
     epoch: int
     beside: EpochPlan | None = None
     longest: int = 0
+    rejects: tuple[Reject, ...] = ()
 
     @property
     def num_examples(self) -> int:
@@ -107,7 +110,8 @@ class TokenContents:
             )
         else:
             plan = accompanying(self.beside, lens, self.longest, self.config)
-            bad = []  # in the rejects of the images
+            bad = list(self.rejects)
+        bad += too_long(plan, columns[self.token_columns[0]])
         return PlannedTokens(self, bad, columns, self._values(), plan)
 
     def opened(self, stored: Dataset, on_error: str) -> Dataset:
@@ -143,11 +147,6 @@ class PlannedTokens:
     def seq_len(self) -> int:
         """Tokens a pack holds."""
         return self.contents.config.seq_len
-
-    @property
-    def left_out(self) -> list[Reject]:
-        """Sequences that ``overflow="drop"`` leaves out."""
-        return too_long(self.token_plan, self.columns[self.contents.token_columns[0]])
 
     @property
     def what(self) -> str:
@@ -226,7 +225,7 @@ def too_long(plan: TokenPlan, column: TokenColumn) -> list[Reject]:
     """Return the sequences that a plan leaves out for their length."""
     what = f"expected at most {plan.config.seq_len} (seq_len), with overflow='drop'"
     return [
-        Reject(row, "tokens", "too long", f"{column.lens[row]} tokens, {what}")
+        Reject(row, ASKED, "too long", f"{column.lens[row]} tokens, {what}")
         for row in plan.dropped.tolist()
     ]
 

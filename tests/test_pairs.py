@@ -78,6 +78,8 @@ def test_rows_of_both_hold_the_same_examples(tmp_path_factory, dataset, text_seq
             place += len(own)
     empty = [reject["example_index"] for reject in rejects_of(images)]
     assert empty == [row for row, text in enumerate(wanted) if not text]
+    for rows in (images, texts):
+        assert manifest(rows)["counts"]["packed"] == len(index)
     lost = sum(max(0, len(text) - 6) for text in wanted)
     assert manifest(texts)["counts"]["truncated_tokens"] == lost
 

@@ -399,6 +399,12 @@ def test_more_bad_calls_are_refused(tmp_path):
         empty.map(Packer(8, token_columns="auto"), batched=True, remove_columns=empty.column_names)
 
 
+def test_what_is_dropped_as_asked_is_not_bad(tmp_path):
+    for _ in range(2):  # written, then opened again
+        packed = pack(TEXT, 8, overflow="drop", output=tmp_path / "a", progress=False)
+    assert [reject["reason"] for reject in rejects(packed)] == ["too long"]
+
+
 def test_rows_of_tokens_are_not_called_damaged(tmp_path):
     pack(TEXT, 64, output=tmp_path / "a", progress=False)
     with pytest.raises(ValueError, match="rows of tokens are not verified yet"):
