@@ -219,18 +219,18 @@ def test_an_image_whose_decoder_ends_once_is_there(tmp_path):
 @pytest.mark.parametrize("at_work", [True, False], ids=["at work", "idle"])
 @pytest.mark.usefixtures("trapped")
 def test_a_process_that_somebody_kills_costs_no_image(tmp_path, at_work):
-    mark = tmp_path / "pid"
-    says = f"import os; open({str(mark)!r} + 'x', 'w').write(str(os.getpid()))"
-    says += f"; os.rename({str(mark)!r} + 'x', {str(mark)!r})"
-    waits = once(mark, says + "; import time; time.sleep(60)" * at_work)
+    pid, written = tmp_path / "pid", tmp_path / "written"
+    says = f"open({str(written)!r}, 'w').write(str(os.getpid()))"
+    says += f"; os.rename({str(written)!r}, {str(pid)!r})"
+    waits = once(tmp_path / "ran", says + "; import time; time.sleep(60)" * at_work)
     rows = [sound(0, 1), [*sound(4), running(waits, image=2), *sound(3)]]
     with decoding() as found:
         task = found.submit([RowOrders(row, orders) for row, orders in enumerate(rows)])
-        wait_until(mark.exists)
+        wait_until(pid.exists)
         if not at_work:
             assert task.result(60) == [[None] * 2, [None] * 3]
             found.rows[...] = 77
-        os.kill(int(mark.read_text()), signal.SIGKILL)
+        os.kill(int(pid.read_text()), signal.SIGKILL)
         if not at_work:
             task = found.submit([RowOrders(row, orders) for row, orders in enumerate(rows)])
         assert task.result(60) == [[None] * 2, [None] * 3]
