@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,15 +12,8 @@ from numpy.typing import NDArray
 from packpipe import schema
 from packpipe.config import PackConfig
 from packpipe.decisions import decide_all
+from packpipe.problems import Broken
 from packpipe.rows import Rows, Segments, planned_tokens, token_columns
-
-
-class Broken(NamedTuple):
-    """What is wrong, with which rows (int64[n]), and whether they can be read all the same."""
-
-    what: str
-    rows: NDArray[np.int64]
-    readable: bool
 
 
 def broken_rows(rows: pa.Table, config: PackConfig, *, seed: int, epoch: int) -> Iterator[Broken]:
@@ -44,7 +36,7 @@ def broken_rows(rows: pa.Table, config: PackConfig, *, seed: int, epoch: int) ->
         if found != wanted:
             yield Broken(f"column {name!r} is {found}, expected {wanted}", every, False)
             return
-        if _has_nulls(rows.column(name)):
+        if has_nulls(rows.column(name)):
             yield Broken(f"column {name!r} holds nulls", every, False)
             return
     counts = [
@@ -119,13 +111,14 @@ def _broken_tokens(rows: Rows, *, seed: int, epoch: int) -> Iterator[tuple[str, 
     )
 
 
-def _has_nulls(column: pa.ChunkedArray | pa.Array) -> bool:
+def has_nulls(column: pa.ChunkedArray | pa.Array) -> bool:
+    """Return whether a column, or a list in it, holds a null."""
     if column.null_count:
         return True
     if isinstance(column, pa.ChunkedArray):
-        return any(_has_nulls(chunk) for chunk in column.chunks)
+        return any(has_nulls(chunk) for chunk in column.chunks)
     return (
         hasattr(column, "flatten")
         and pa.types.is_nested(column.type)
-        and _has_nulls(column.flatten())
+        and has_nulls(column.flatten())
     )

@@ -22,7 +22,7 @@ from packpipe.token_plan import TokenPlan, accompanying, plan_tokens
 from packpipe.token_rows import Memory, fill_tokens, planned_segments, token_schema, tokens_table
 from packpipe.token_source import value_type
 
-_VERSION = 1
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TokenContents:
     def record(self) -> dict[str, Any]:
         """Everything the bytes of the folder depend on."""
         return {
-            "token_schema_version": _VERSION,
+            "token_schema_version": VERSION,
             "packpipe": packpipe.__version__,
             "source_fingerprint": self.dataset._fingerprint,
             "token_columns": self.token_columns,
@@ -112,14 +112,15 @@ class TokenContents:
             plan = accompanying(self.beside, lens, self.longest, self.config)
             bad = list(self.rejects)
         bad += too_long(plan, columns[self.token_columns[0]])
-        return PlannedTokens(self, bad, columns, self._values(), plan)
+        return PlannedTokens(self, bad, columns, self.values(), plan)
 
     def opened(self, stored: Dataset, on_error: str) -> Dataset:
         """Return the stored rows."""
         del on_error
         return stored
 
-    def _values(self) -> dict[str, pa.Array]:
+    def values(self) -> dict[str, pa.Array]:
+        """Return the other columns."""
         if not self.value_columns:
             return {}
         # `take` searches every chunk of a column.

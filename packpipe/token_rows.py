@@ -263,16 +263,26 @@ def table_tokens(table: pa.Table) -> TokenRows:
     if not set(_NUMBERS) <= tokens.keys():
         found, expected = "ragged", "rows of one length"
         raise ValueError(checks.sentence("layout", found, expected, "pack with layout='fixed'"))
-    # A list array may be a slice: its offsets then start above zero, and `flatten` obeys them.
-    offsets = whole["seq_lens"].offsets.to_numpy().astype(np.int64)
-    lists = {name: whole[name].flatten() for name in whole if name not in tokens}
-    segments = {name: lists.pop(name).to_numpy() for name in _SEGMENT_TYPES}
+    values = {
+        name: column.flatten()
+        for name, column in whole.items()
+        if name not in tokens and name not in _SEGMENT_TYPES
+    }
     numbers = {name: tokens.pop(name) for name in _NUMBERS}
     return TokenRows(
-        segments=TokenSegments(offsets=offsets - offsets[0], **segments, values=lists),
+        segments=replace(table_token_segments(table), values=values),
         tokens=tokens,
         **numbers,
     )
+
+
+def table_token_segments(table: pa.Table) -> TokenSegments:
+    """Return the segments of a table of rows, fixed or ragged, without the source's values."""
+    whole = {name: _one_chunk(table.column(name)) for name in _SEGMENT_TYPES}
+    # A list array may be a slice: its offsets then start above zero, and `flatten` obeys them.
+    offsets = whole["seq_lens"].offsets.to_numpy().astype(np.int64)
+    segments = {name: column.flatten().to_numpy() for name, column in whole.items()}
+    return TokenSegments(offsets=offsets - offsets[0], **segments, values={})
 
 
 def gathered_tokens(parts: list[TokenRows], numbers: list[int]) -> TokenRows:

@@ -23,7 +23,6 @@ from packpipe import (
     pack,
     read_tokens,
     rejects,
-    verify,
 )
 from packpipe.gathering import gather, number_tokens, one_view
 from packpipe.quarantine import TooManyRejects
@@ -403,12 +402,6 @@ def test_what_is_dropped_as_asked_is_not_bad(tmp_path):
     for _ in range(2):  # written, then opened again
         packed = pack(TEXT, 8, overflow="drop", output=tmp_path / "a", progress=False)
     assert [reject["reason"] for reject in rejects(packed)] == ["too long"]
-
-
-def test_rows_of_tokens_are_not_called_damaged(tmp_path):
-    pack(TEXT, 64, output=tmp_path / "a", progress=False)
-    with pytest.raises(ValueError, match="rows of tokens are not verified yet"):
-        verify(tmp_path / "a")
 
 
 def test_overflows_are_all_known():
