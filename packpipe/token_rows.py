@@ -34,7 +34,8 @@ from packpipe.token_plan import TokenPlan
 NO_LABEL = -100
 _NUMBERS = ("segment_ids", "position_ids")
 _SEGMENT_TYPES = {"seq_lens": pa.int32(), "fragment": pa.int32(), "example_index": pa.int64()}
-RESERVED = (*_NUMBERS, *_SEGMENT_TYPES)
+SEGMENT_COLUMNS = tuple(_SEGMENT_TYPES)
+RESERVED = (*_NUMBERS, *SEGMENT_COLUMNS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,7 +41,7 @@ def verify(
     Args:
         folder: what `pack` was given as ``output``.
         dataset: what it packed, or None.
-        sample: images that are decoded again if there is a dataset; None for all.
+        sample: images, of the dataset if there is one, that are decoded again; None for all.
 
     Raises:
         TypeError: an argument has the wrong type.

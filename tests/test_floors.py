@@ -26,7 +26,8 @@ FLOORS = {
     },
     "1": {
         "modules": "headers modes images patches orders decoder decoders rows ahead schema table "
-        "shards stored quarantine problems invariants token_columns token_rows",
+        "shards stored quarantine problems invariants token_columns token_rows "
+        "token_invariants",
         "forbidden": "datasets torch ray matplotlib",
         "above": ["2 datasets", "2 torch", "3"],
     },
