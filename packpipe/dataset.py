@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 
 from packpipe import checks
 from packpipe.build import Build, Contents, read_rejects
@@ -15,7 +15,7 @@ from packpipe.image_build import ImageContents
 from packpipe.quarantine import Tolerance, tolerance_of
 from packpipe.shards import MANIFEST, REJECTS, drop_stale_lock, read_manifest
 from packpipe.sizes import checked_columns
-from packpipe.source import checked_root, image_column_of, label_column_of
+from packpipe.source import check_dataset, checked_root, image_column_of, label_column_of
 from packpipe.token_build import TokenContents
 from packpipe.token_config import token_config_from
 from packpipe.token_source import (
@@ -119,11 +119,7 @@ def pack(
     remedy = "0 decodes in this process"
     num_workers = checks.whole_number("num_workers", num_workers, 0, 1024, remedy)
     image_seconds = checks.positive_number("image_seconds", image_seconds, "60 is usual")
-    if not isinstance(dataset, Dataset):
-        name, remedy = type(dataset).__name__, "pass one split, such as dataset['train']"
-        if isinstance(dataset, IterableDataset):
-            remedy = "packpipe.PackedStream packs what comes as a stream"
-        raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
+    check_dataset(dataset)
     tolerance = tolerance_of(len(dataset), on_error, max_bad_fraction, max_consecutive_bad)
     materialize = checks.boolean("materialize", materialize)
     contents: Contents

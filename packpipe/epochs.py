@@ -27,6 +27,7 @@ from packpipe.rows import Reject, Rows, fill_rows, planned_segments
 from packpipe.sizes import sizes_of
 from packpipe.source import (
     ImageSource,
+    check_dataset,
     checked_root,
     image_column_of,
     label_column_of,
@@ -79,10 +80,7 @@ class EpochPacks:
         **options: Unpack[PackOptions],
     ) -> None:
         self.config: PackConfig = config_from(seq_len, dict(options))
-        if not isinstance(dataset, Dataset):
-            name = type(dataset).__name__
-            remedy = "pass one split, such as dataset['train'], or a stream to PackedStream"
-            raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
+        check_dataset(dataset)
         if num_workers is not None:
             remedy = "None is one thread a processor"
             num_workers = checks.whole_number("num_workers", num_workers, 1, 1024, remedy)

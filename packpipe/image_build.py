@@ -127,6 +127,10 @@ class ImageContents:
 
     def plan(self) -> PlannedImages:
         """Return the packs; reads every header that is not known yet."""
+        return self._planned
+
+    @cached_property
+    def _planned(self) -> PlannedImages:
         check_settings(self.config.max_pixels)  # processes that decode have their own
         labels = labels_of(self.dataset, self.label_column)
         with ThreadPoolExecutor(max(1, self.num_workers)) as executor:

@@ -19,6 +19,7 @@ from packpipe.config import MAX_IMAGE_SEQ_LEN, PackConfig, config_from
 from packpipe.features import packed_features
 from packpipe.images import ImageData
 from packpipe.plan import plan_epoch
+from packpipe.quarantine import bad_because
 from packpipe.rows import Reject, fill_rows, planned_segments
 from packpipe.source import (
     checked_root,
@@ -29,7 +30,7 @@ from packpipe.source import (
     survey,
 )
 from packpipe.token_build import packed_table, token_features, too_long
-from packpipe.token_columns import rejected, token_column
+from packpipe.token_columns import rejected, token_column, usable
 from packpipe.token_config import TokenConfig, token_config_from
 from packpipe.token_plan import plan_tokens
 from packpipe.token_source import (
@@ -184,9 +185,7 @@ class Packer:
         columns = {name: token_column(table.column(name)) for name in names}
         numbers = np.arange(table.num_rows) if indices is None else np.asarray(indices)
         bad = rejected(columns)
-        good = np.ones(table.num_rows, np.bool_)
-        good[[reject.example_index for reject in bad]] = False
-        index = np.flatnonzero(good)
+        index = usable(table.num_rows, bad)
         lens = columns[names[0]].lens[index]
         plan = plan_tokens(lens, config, seed=self.seed, epoch=self.epoch, index=index)
         in_source = [
@@ -215,10 +214,10 @@ class Packer:
     def _settle(self, rejects: list[Reject], in_source: bool) -> None:
         for reject in sorted(rejects):
             name = f"example {reject.example_index}" + ("" if in_source else " of the batch")
-            what = f"{name} is bad ({reject.reason}: {reject.exception}), expected a usable image"
+            what = f"{name} {bad_because(reject)}"
             if self.on_error == "raise":
                 remedy = "pass on_error='drop', or use packpipe.pack, which keeps a rejects table"
-                raise ValueError(f"{what} and label; {remedy}")
+                raise ValueError(f"{what}; {remedy}")
             log.warning("%s; dropped", what)
 
 

@@ -21,7 +21,7 @@ from packpipe.config import PackOptions, config_from
 from packpipe.dataset import built
 from packpipe.image_build import Beside, ImageContents
 from packpipe.quarantine import tolerance_of
-from packpipe.source import checked_root, image_column_of, label_column_of
+from packpipe.source import check_dataset, checked_root, image_column_of, label_column_of
 from packpipe.token_build import TokenContents
 from packpipe.token_config import TokenConfig
 from packpipe.token_source import check_paddings, token_columns_of
@@ -82,9 +82,7 @@ def pack_pairs(
     Raises:
         TypeError, ValueError: as `pack`; or a text is too long.
     """
-    if not isinstance(dataset, Dataset):
-        name, remedy = type(dataset).__name__, "pass one split, such as dataset['train']"
-        raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
+    check_dataset(dataset)
     config = config_from(seq_len, dict(options))
     text_config = TokenConfig(seq_len=text_seq_len, overflow="error", pad_token_id=pad_token_id)
     remedy = "a text must fit into a row"

@@ -110,8 +110,14 @@ class Undecodable:
 
 def bad_example(reject: Reject) -> str:
     """Return the error sentence of one reject."""
-    what = f"example {reject.example_index} is bad ({reject.reason}: {reject.exception})"
-    return f"{what}, expected a usable image and label; repair it, or let bad examples be left out"
+    what = f"example {reject.example_index} {bad_because(reject)}"
+    return f"{what}; repair it, or let bad examples be left out"
+
+
+def bad_because(reject: Reject) -> str:
+    """Return what is bad of a reject's example, and what was expected."""
+    expected = "a usable sequence" if reject.stage == "tokens" else "a usable image and label"
+    return f"is bad ({reject.reason}: {reject.exception}), expected {expected}"
 
 
 def _message(found: str, limit: str, bad: list[Reject]) -> str:

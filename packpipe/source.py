@@ -19,7 +19,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Array2D, Array3D, ClassLabel, Features, Image, LargeList, List, Value
+from datasets import (
+    Array2D,
+    Array3D,
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    LargeList,
+    List,
+    Value,
+)
 from numpy.typing import NDArray
 
 from packpipe import checks
@@ -94,6 +105,15 @@ def pixel_type(feature: Any) -> np.dtype[Any] | None:
     dtype = getattr(feature, "dtype", None)
     found = depth in (2, 3) and dtype in ("bool", "uint8", "uint16")
     return np.dtype(dtype) if found else None
+
+
+def check_dataset(dataset: Any) -> None:
+    """Raise TypeError if it is no Dataset."""
+    if not isinstance(dataset, Dataset):
+        name, remedy = type(dataset).__name__, "pass one split, such as dataset['train']"
+        if isinstance(dataset, IterableDataset):
+            remedy = "packpipe.PackedStream packs what comes as a stream"
+        raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
 
 
 def checked_root(image_root: Any) -> str | None:

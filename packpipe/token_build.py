@@ -16,7 +16,7 @@ from packpipe.build import Batch
 from packpipe.epoch_plan import EpochPlan
 from packpipe.quarantine import ASKED
 from packpipe.rows import Reject
-from packpipe.token_columns import TokenColumn, rejected, token_column
+from packpipe.token_columns import TokenColumn, rejected, token_column, usable
 from packpipe.token_config import TokenConfig
 from packpipe.token_plan import TokenPlan, accompanying, plan_tokens
 from packpipe.token_rows import Memory, fill_tokens, planned_segments, token_schema, tokens_table
@@ -81,10 +81,8 @@ class TokenContents:
     def row_bytes(self) -> int:
         """Bytes of a full row's tokens."""
         schema = self.features.arrow_schema
-        names = [
-            name for name in schema.names if pa.types.is_fixed_size_list(schema.field(name).type)
-        ]
-        names = names or self.token_columns
+        # Columns of tokens, those that are made too, stand before those of segments.
+        names = schema.names[: schema.get_field_index("seq_lens")]
         widths = [schema.field(name).type.value_type.bit_width // 8 for name in names]
         return self.config.seq_len * int(sum(widths))
 
@@ -102,9 +100,7 @@ class TokenContents:
         columns, bad = self.read()
         lens = columns[self.token_columns[0]].lens
         if self.beside is None:
-            good = np.ones(self.num_examples, np.bool_)
-            good[[reject.example_index for reject in bad]] = False
-            index = np.flatnonzero(good)
+            index = usable(self.num_examples, bad)
             plan = plan_tokens(
                 lens[index], self.config, seed=self.seed, epoch=self.epoch, index=index
             )

@@ -104,3 +104,10 @@ def rejected(columns: dict[str, TokenColumn]) -> list[Reject]:
     for row in np.flatnonzero(lens == 0).tolist():
         found.setdefault(row, Reject(row, "tokens", "empty", f"{first} holds nothing"))
     return sorted(found.values())
+
+
+def usable(num_examples: int, rejects: list[Reject]) -> NDArray[np.int64]:
+    """Return int64[usable examples], the rows of those that are no rejects."""
+    good = np.ones(num_examples, np.bool_)
+    good[[reject.example_index for reject in rejects]] = False
+    return np.flatnonzero(good)

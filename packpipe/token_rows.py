@@ -181,7 +181,8 @@ def fill_tokens(
         )
     if config.mask_first_label:
         if "labels" not in out:
-            out["labels"] = out["input_ids"].copy()
+            out["labels"] = memory.array("labels", size, out["input_ids"].dtype)
+            np.copyto(out["labels"], out["input_ids"])
             if fixed:
                 _pad(out["labels"], segments, config.seq_len, NO_LABEL)
         out["labels"][places] = NO_LABEL

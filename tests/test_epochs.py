@@ -470,10 +470,10 @@ def test_wrong_options_are_refused(source, options, error, message):
     ],
 )
 def test_what_is_no_dataset_is_refused(source, wrong, name):
-    message = (
-        f"type(dataset) is {name!r}, expected Dataset; pass one split, such as dataset['train'], "
-        "or a stream to PackedStream"
-    )
+    remedy = "pass one split, such as dataset['train']"
+    if name == "IterableDataset":
+        remedy = "packpipe.PackedStream packs what comes as a stream"
+    message = f"type(dataset) is {name!r}, expected Dataset; {remedy}"
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         EpochPacks(wrong(source), 32)
 
