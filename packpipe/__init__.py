@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from packpipe.resolution import Square as Square
     from packpipe.seq_lens import suggest_seq_len as suggest_seq_len
     from packpipe.streams import PackedStream as PackedStream
+    from packpipe.summary import summarize as summarize
     from packpipe.table import read_rows as read_rows
     from packpipe.table import read_tokens as read_tokens
     from packpipe.token_batch import TokenBatch as TokenBatch
@@ -89,6 +90,7 @@ _HOMES = {
     "read_tokens": "table",
     "rejects": "dataset",
     "suggest_seq_len": "seq_lens",
+    "summarize": "summary",
     "verify": "verification",
 }
 __all__ = ["__version__", *_HOMES]

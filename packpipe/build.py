@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features
+from numpy.typing import NDArray
 
 from packpipe import schema, table
-from packpipe.quality import fill
+from packpipe.quality import Quality, fill
 from packpipe.quarantine import Tolerance
 from packpipe.rows import Reject
 from packpipe.shards import (
@@ -59,6 +61,14 @@ class Planned(Protocol):
     @property
     def seq_len(self) -> int:
         """Tokens a pack holds."""
+
+    @property
+    def quality(self) -> Quality:
+        """Fill, bound, gap and the other figures."""
+
+    @property
+    def seq_lens(self) -> NDArray[np.int32]:
+        """int32[segments], tokens of each, in no order that matters."""
 
     @property
     def rejects(self) -> list[Reject]:

@@ -115,41 +115,73 @@ def pack(
 
     Source: NaViT 2.2, A.3; Ding 3.
     """
+    check_dataset(dataset)
+    tolerance = tolerance_of(len(dataset), on_error, max_bad_fraction, max_consecutive_bad)
+    contents = contents_of(
+        dataset,
+        seq_len,
+        image_column=image_column,
+        label_column=label_column,
+        size_columns=size_columns,
+        image_root=image_root,
+        token_columns=token_columns,
+        value_columns=value_columns,
+        seed=seed,
+        epoch=epoch,
+        materialize=materialize,
+        num_workers=num_workers,
+        image_seconds=image_seconds,
+        options=dict(options),
+    )
+    return built(contents, output, tolerance, on_error=on_error, progress=progress)
+
+
+def contents_of(
+    dataset: Dataset,
+    seq_len: int,
+    *,
+    image_column: str = "auto",
+    label_column: str | None = "auto",
+    size_columns: tuple[str, str] | None = None,
+    image_root: str | Path | None = None,
+    token_columns: str | Sequence[str] = "auto",
+    value_columns: str | Sequence[str] = "auto",
+    seed: int = 0,
+    epoch: int = 0,
+    materialize: bool = True,
+    num_workers: int = 1,
+    image_seconds: float = 60.0,
+    options: dict[str, Any],
+) -> Contents:
+    """Return what `pack` is asked to make: its arguments, checked, with the options as a dict."""
     seed, epoch = checks.seed_and_epoch(seed, epoch)
     remedy = "0 decodes in this process"
     num_workers = checks.whole_number("num_workers", num_workers, 0, 1024, remedy)
     image_seconds = checks.positive_number("image_seconds", image_seconds, "60 is usual")
-    check_dataset(dataset)
-    tolerance = tolerance_of(len(dataset), on_error, max_bad_fraction, max_consecutive_bad)
     materialize = checks.boolean("materialize", materialize)
-    contents: Contents
     if holds_tokens(dataset.features, image_column, token_columns):
         if not materialize:
             remedy = "leave it out, since rows of tokens are as small as their source"
             raise ValueError(checks.sentence("materialize", False, "True for tokens", remedy))
-        contents = _token_contents(
-            dataset, seq_len, token_columns, value_columns, seed, epoch, dict(options)
-        )
-    else:
-        image_column = image_column_of(dataset.features, image_column)
-        config = config_from(seq_len, dict(options))
-        label_column = label_column_of(dataset.features, label_column)
-        if size_columns is not None:
-            size_columns = checked_columns(dataset, size_columns)
-        contents = ImageContents(
-            dataset=dataset,
-            image_column=image_column,
-            label_column=label_column,
-            size_columns=size_columns,
-            image_root=checked_root(image_root),
-            config=config,
-            seed=seed,
-            epoch=epoch,
-            materialize=materialize,
-            num_workers=num_workers,
-            image_seconds=image_seconds,
-        )
-    return built(contents, output, tolerance, on_error=on_error, progress=progress)
+        return _token_contents(dataset, seq_len, token_columns, value_columns, seed, epoch, options)
+    image_column = image_column_of(dataset.features, image_column)
+    config = config_from(seq_len, options)
+    label_column = label_column_of(dataset.features, label_column)
+    if size_columns is not None:
+        size_columns = checked_columns(dataset, size_columns)
+    return ImageContents(
+        dataset=dataset,
+        image_column=image_column,
+        label_column=label_column,
+        size_columns=size_columns,
+        image_root=checked_root(image_root),
+        config=config,
+        seed=seed,
+        epoch=epoch,
+        materialize=materialize,
+        num_workers=num_workers,
+        image_seconds=image_seconds,
+    )
 
 
 def built(

@@ -25,12 +25,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=200, help="training steps; 0 trains nothing")
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
-    folder = options.folder.absolute()
-    # Read when these packages are imported, so set before.
+    prepare(options.folder)
+    run(options.folder.absolute(), options.seq_len, options.steps, options.num_workers)
+
+
+def prepare(folder: Path) -> None:
+    """Have caches lie in folder; they are read when packages are imported, so before."""
+    folder = folder.absolute()
     os.environ.setdefault("HF_HOME", str(folder / "cache"))
     os.environ.setdefault("MPLCONFIGDIR", str(folder / "cache" / "matplotlib"))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache" / "inductor"))
-    run(folder, options.seq_len, options.steps, options.num_workers)
 
 
 def run(folder: Path, seq_len: int, steps: int, num_workers: int) -> None:

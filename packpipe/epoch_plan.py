@@ -24,6 +24,7 @@ from packpipe.config import PackConfig
 from packpipe.decisions import decide
 from packpipe.explanation import Explanation
 from packpipe.limits import Limits
+from packpipe.picture import html
 from packpipe.quality import Quality, attention_work
 
 _VERSION = 1  # of the saved file and of the fingerprint
@@ -281,6 +282,11 @@ class EpochPlan:
             name, remedy = "example", "see plan.index, and the rejects"
             raise KeyError(checks.sentence(name, example, "an example of the plan", remedy))
         return int(self._by_index[at])
+
+    def _repr_html_(self) -> str:
+        return html(
+            self.quality.rows(), self.num_keep[self.order], self.offsets, self.config.seq_len
+        )
 
     def __repr__(self) -> str:
         return (

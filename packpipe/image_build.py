@@ -26,6 +26,7 @@ from packpipe.features import packed_features
 from packpipe.images import check_settings
 from packpipe.lazy import LazyRows
 from packpipe.plan import plan_epoch
+from packpipe.quality import Quality
 from packpipe.rows import Reject, planned_segments
 from packpipe.sizes import sizes_of
 from packpipe.source import ImageSource, Survey, labels_of, survey
@@ -184,6 +185,16 @@ class PlannedImages:
     def seq_len(self) -> int:
         """Tokens a pack holds."""
         return self.contents.config.seq_len
+
+    @property
+    def quality(self) -> Quality:
+        """Fill, bound, gap and the other figures."""
+        return self.epoch_plan.quality
+
+    @property
+    def seq_lens(self) -> NDArray[np.int32]:
+        """int32[images], tokens kept of each."""
+        return self.epoch_plan.num_keep
 
     @property
     def rejects(self) -> list[Reject]:

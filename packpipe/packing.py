@@ -181,7 +181,7 @@ class Packs:
         return "\n".join(f"{name:<9} {value}" for name, value in self.rows())
 
     def _repr_html_(self) -> str:
-        return picture.html(self)
+        return picture.html(self.rows(), self.lengths[self.order], self.offsets, self.seq_len)
 
 
 def pack_lengths(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
 
 from packpipe.patches import unpatchify
+from packpipe.quality import Quality
+from packpipe.row_picture import colours, row_picture
 from packpipe.rows import Rows
-
-_TOKENS_A_LINE = 64
 
 
 def plot_rows(rows: Rows, *, max_thumbnails: int = 8) -> Figure:
@@ -27,16 +27,81 @@ def plot_rows(rows: Rows, *, max_thumbnails: int = 8) -> Figure:
         rows: what `read_rows` returned; a handful.
         max_thumbnails: images drawn of each row, the first ones.
     """
-    lines = -(-rows.segment_ids.shape[1] // _TOKENS_A_LINE)
     figure = Figure(figsize=(13, 0.5 + 1.9 * len(rows)), layout="constrained")
     grid = figure.add_gridspec(len(rows), 2, width_ratios=[1.0, 1.35])
     for row in range(len(rows)):
-        _draw_tokens(figure.add_subplot(grid[row, 0]), rows, row, lines)
+        _draw_tokens(figure.add_subplot(grid[row, 0]), rows, row)
         _draw_images(figure.add_subplot(grid[row, 1]), rows, row, max_thumbnails)
     figure.suptitle(
         "packed rows: the tokens as stored (left, padding hatched), the images they hold (right)",
         fontsize=10,
     )
+    return figure
+
+
+def plot_mask(segment_ids: NDArray[np.int32]) -> Figure:
+    """Return a figure of a row's attention mask: which token (down) sees which (across).
+
+    Args:
+        segment_ids: int32[seq_len], of one row; 0 in padding, which sees nothing.
+    """
+    ids = np.asarray(segment_ids)
+    sees = (ids[:, None] == ids) & (ids > 0)
+    tint = np.concatenate([[(1.0, 1.0, 1.0)], colours(int(ids.max(initial=0)))])
+    picture = np.where(sees[..., None], tint[ids][:, None], 1.0)
+    figure = Figure(figsize=(5, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(picture, interpolation="nearest")
+    axes.set(xlabel="token that is seen", ylabel="token that sees")
+    axes.set_title(f"{sees.mean():.1%} of all pairs", fontsize=10)
+    return figure
+
+
+def plot_fill(
+    tokens: NDArray[np.integer], segments: NDArray[np.integer], quality: Quality
+) -> Figure:
+    """Return a figure of how full rows are, and how many segments they hold.
+
+    Args:
+        tokens: int[rows], tokens of each.
+        segments: int[rows], segments of each.
+        quality: the figures of all.
+    """
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shares = np.sort(tokens)[::-1] / quality.seq_len
+    left.stairs(shares, np.linspace(0, 1, len(shares) + 1), fill=True)
+    left.axhline(1, color="0.4", lw=0.8)
+    left.set(xlabel="rows, fullest first", ylabel="tokens ÷ seq_len", xlim=(0, 1), ylim=(0, 1.05))
+    gap = f"{quality.num_packs:,} rows, gap to the bound {quality.gap:,}"
+    left.set_title(f"padding {quality.padding:.3%}; {gap}", fontsize=10)
+    counts = np.bincount(segments)
+    right.bar(np.arange(len(counts)), counts, width=0.9)
+    right.set(xlabel="segments a row", ylabel="rows")
+    right.set_title(f"{quality.packing_factor:.2f} segments a row", fontsize=10)
+    return figure
+
+
+def plot_lengths(
+    seq_lens: NDArray[np.integer], seq_len: int, image_hw: NDArray[np.integer] | None = None
+) -> Figure:
+    """Return a figure of how many tokens segments have; of images how large they are, too.
+
+    Args:
+        seq_lens: int[segments], tokens of each.
+        seq_len: tokens a row holds.
+        image_hw: int[segments, 2], size in pixels, or None.
+    """
+    figure = Figure(figsize=(10 if image_hw is not None else 5, 3), layout="constrained")
+    axes = figure.add_subplot(1, 1 if image_hw is None else 2, 1)
+    axes.hist(seq_lens, bins=min(64, seq_len), range=(0, seq_len))
+    axes.set(xlabel="tokens a segment", ylabel="segments", xlim=(0, seq_len))
+    if image_hw is not None:
+        axes = figure.add_subplot(1, 2, 2)
+        height, width = np.asarray(image_hw).T
+        axes.scatter(width, height, s=4, alpha=0.4, lw=0, rasterized=True)
+        axes.set(xlabel="width in pixels", ylabel="height in pixels", xscale="log", yscale="log")
+        axes.set_title("images of the source", fontsize=10)
     return figure
 
 
@@ -85,53 +150,21 @@ def plot_training(records: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _colours(num_segments: int) -> list[Any]:
-    # Steps of the golden ratio keep neighbours apart however many there are.
-    hues = (np.arange(max(1, num_segments)) * 0.61803398875) % 1.0
-    return [mpl.colors.hsv_to_rgb((hue, 0.85, 0.85)) for hue in hues]
-
-
-def _draw_tokens(axes: Any, rows: Rows, row: int, lines: int) -> None:
-    side = rows.patches.shape[2]
-    seq_len = rows.segment_ids.shape[1]
-    padded = np.zeros((lines * _TOKENS_A_LINE, side), np.uint8)
-    padded[:seq_len] = rows.patches[row]
-    ids = np.zeros(lines * _TOKENS_A_LINE, np.int32)
-    ids[:seq_len] = rows.segment_ids[row]
-    coords = np.stack(np.divmod(np.arange(len(ids)), _TOKENS_A_LINE), axis=1)
-    picture = unpatchify(padded, coords, (lines, _TOKENS_A_LINE)).astype(np.float64) / 255
-    size = picture.shape[0] // lines
-    colours = np.array([(1.0, 1.0, 1.0), *_colours(int(ids.max()))])
-    tint = colours[ids].reshape(lines, _TOKENS_A_LINE, 3)
-    tint = tint.repeat(size, axis=0).repeat(size, axis=1)
-    axes.imshow(np.where(tint.min(-1, keepdims=True) == 1, 1.0, 0.5 * picture + 0.5 * tint))
-    # Padding is a tail: the rest of one line, then whole lines.
-    used = int((ids > 0).sum())
-    line, column = divmod(used, _TOKENS_A_LINE)
-    gaps = [
-        (line, column, _TOKENS_A_LINE - column, 1),
-        (line + 1, 0, _TOKENS_A_LINE, lines - line - 1),
-    ]
-    for top, left, width, height in gaps:
-        if used < seq_len and height > 0 and top < lines:
-            corner = (left * size - 0.5, top * size - 0.5)
-            axes.add_patch(
-                Rectangle(
-                    corner, width * size, height * size, fc="white", ec="0.3", hatch="////", lw=0.5
-                )
-            )
+def _draw_tokens(axes: Any, rows: Rows, row: int) -> None:
+    ids = rows.segment_ids[row]
+    axes.imshow(row_picture(rows.patches[row], ids))
     axes.set_xticks([])
     axes.set_yticks([])
     num_segments = int(ids.max())
     images = "1 image" if num_segments == 1 else f"{num_segments} images"
-    axes.set_title(f"{images}, {used} of {seq_len} tokens", fontsize=8, loc="left")
+    axes.set_title(f"{images}, {int((ids > 0).sum())} of {len(ids)} tokens", fontsize=8, loc="left")
 
 
 def _draw_images(axes: Any, rows: Rows, row: int, max_thumbnails: int) -> None:
     segments = rows.segments
     first, last = segments.offsets[row], segments.offsets[row + 1]
     shown = range(int(first), int(min(last, first + max_thumbnails)))
-    colours = _colours(int(last - first))
+    found = colours(int(last - first))
     place, tallest, left = 0, 1, 0.0
     for number, segment in enumerate(shown):
         tokens = slice(place, place + int(segments.seq_lens[segment]))
@@ -139,7 +172,7 @@ def _draw_images(axes: Any, rows: Rows, row: int, max_thumbnails: int) -> None:
         height, width = segments.grid_hw[segment].tolist()
         picture = unpatchify(rows.patches[row, tokens], rows.coords[row, tokens], (height, width))
         axes.imshow(picture, extent=(left, left + width, height, 0))
-        frame = Rectangle((left, 0), width, height, fill=False, ec=colours[number], lw=2.5)
+        frame = Rectangle((left, 0), width, height, fill=False, ec=found[number], lw=2.5)
         axes.add_patch(frame)
         left += width + 1.5
         tallest = max(tallest, height)

@@ -29,6 +29,7 @@ from packpipe.dropping import kept_tokens
 from packpipe.epoch_plan import EpochPlan
 from packpipe.images import BadImage, ImageData, pixel_rules
 from packpipe.orders import Failure, Order, fill_row
+from packpipe.row_picture import png
 
 
 class Reject(NamedTuple):
@@ -94,6 +95,9 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.segments)
+
+    def _repr_png_(self) -> bytes:
+        return png(self.patches, self.segment_ids)
 
 
 def gathered(parts: list[Rows], numbers: list[int]) -> Rows:

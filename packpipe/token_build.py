@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List
+from numpy.typing import NDArray
 
 import packpipe
 from packpipe.build import Batch
 from packpipe.epoch_plan import EpochPlan
+from packpipe.quality import Quality
 from packpipe.quarantine import ASKED
 from packpipe.rows import Reject
 from packpipe.token_columns import TokenColumn, rejected, token_column, usable
@@ -144,6 +146,16 @@ class PlannedTokens:
     def seq_len(self) -> int:
         """Tokens a pack holds."""
         return self.contents.config.seq_len
+
+    @property
+    def quality(self) -> Quality:
+        """Fill, bound, gap and the other figures."""
+        return self.token_plan.quality
+
+    @property
+    def seq_lens(self) -> NDArray[np.int32]:
+        """int32[pieces], tokens of each."""
+        return self.token_plan.seq_lens
 
     @property
     def what(self) -> str:

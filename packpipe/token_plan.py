@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from packpipe import checks, philox
 from packpipe.epoch_plan import EpochPlan
 from packpipe.limits import Limits
+from packpipe.picture import html
 from packpipe.plan import pack_windows
 from packpipe.quality import Quality
 from packpipe.token_config import TokenConfig
@@ -65,6 +66,11 @@ class TokenPlan:
             seq_len=limits.seq_len,
             bound=limits.bound(counts),
             most_segments=int(np.diff(self.offsets).max(initial=0)),
+        )
+
+    def _repr_html_(self) -> str:
+        return html(
+            self.quality.rows(), self.seq_lens[self.order], self.offsets, self.config.seq_len
         )
 
     def __repr__(self) -> str:

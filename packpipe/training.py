@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -129,7 +129,8 @@ class Record:
         tokens_per_s: real tokens a second.
         fill: real tokens ÷ slots.
         data_wait: share of the time in which the loader was waited for.
-        mfu: useful FLOPs a second ÷ the measured rate of matrix products; None on a CPU.
+        flops_per_s: useful FLOPs a second (`packpipe.flops`).
+        mfu: that ÷ the measured rate of matrix products; None on a CPU.
     """
 
     step: int
@@ -140,6 +141,7 @@ class Record:
     tokens_per_s: float
     fill: float
     data_wait: float
+    flops_per_s: float
     mfu: float | None
 
 
@@ -149,6 +151,7 @@ def train(
     config: TrainConfig,
     *,
     folder: Path | str | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Record]:
     """Yield a record every log_every steps, of a model that is trained in place.
 
@@ -158,6 +161,7 @@ def train(
         config: how.
         folder: where checkpoints and log.jsonl go; if there is a checkpoint in it, training goes
             on from there. None keeps nothing.
+        stop: asked after every step; if it says True, that step is saved and is the last.
 
     Raises:
         ValueError: the rows have no labels, or the folder's checkpoint is of another model.
@@ -206,15 +210,18 @@ def train(
         optimizer.step()
         figures.add(batch, labels, logits.detach(), loss.detach())
         done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
+        stopped = stop()
+        if done % config.log_every == 0 or done == config.steps or stopped:
             record = figures.record(done, config.rate(step))
             if writer:
                 writer.write(record)
             yield record
         if folder and (
-            done == config.steps or (config.save_every and done % config.save_every == 0)
+            done == config.steps or stopped or (config.save_every and done % config.save_every == 0)
         ):
             save_checkpoint(folder, model, optimizer, loader, done)
+        if stopped:
+            return
 
 
 def loss_of(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
@@ -264,8 +271,7 @@ class _Figures:
         self.images += int(batch.present.sum())
         self.tokens += int(batch.seq_lens.sum())
         self.slots += batch.segment_ids.numel()
-        if self.rate is not None:
-            self.flops += TRAINING * forward_flops(self.config, batch.seq_lens)
+        self.flops += TRAINING * forward_flops(self.config, batch.seq_lens)
         self.loss = self.loss + loss
         self.right = self.right + (logits.argmax(-1) == labels).sum()
         self.labelled = self.labelled + (labels != NO_LABEL).sum()
@@ -284,6 +290,7 @@ class _Figures:
             tokens_per_s=self.tokens / seconds,
             fill=self.tokens / self.slots,
             data_wait=self.waited / seconds,
+            flops_per_s=self.flops / seconds,
             mfu=None if self.rate is None else self.flops / seconds / self.rate,
         )
         self._reset(step)

@@ -26,14 +26,15 @@ FLOORS = {
     },
     "1": {
         "modules": "headers modes images patches orders decoder decoders rows ahead schema table "
-        "shards stored quarantine problems invariants token_columns token_rows "
+        "shards stored quarantine problems invariants row_picture token_columns token_rows "
         "token_invariants",
         "forbidden": "datasets torch ray matplotlib",
         "above": ["2 datasets", "2 torch", "3"],
     },
     "2 datasets": {
         "modules": "features source sizes epochs streams lazy build image_build token_source "
-        "token_build dataset packer pairs image_verification token_verification verification",
+        "token_build dataset packer pairs image_verification token_verification verification "
+        "summary",
         "forbidden": "torch matplotlib",
         "above": ["2 torch", "3"],
     },

@@ -45,6 +45,7 @@ PUBLIC = [
     "read_tokens",
     "rejects",
     "suggest_seq_len",
+    "summarize",
     "verify",
 ]
 
