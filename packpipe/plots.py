@@ -57,51 +57,66 @@ def plot_mask(segment_ids: NDArray[np.int32]) -> Figure:
     return figure
 
 
-def plot_fill(
-    tokens: NDArray[np.integer], segments: NDArray[np.integer], quality: Quality
-) -> Figure:
-    """Return a figure of how full rows are, and how many segments they hold.
+def plot_fill(tokens: NDArray[np.integer], quality: Quality) -> Figure:
+    """Return a figure of how full rows are.
 
     Args:
         tokens: int[rows], tokens of each.
-        segments: int[rows], segments of each.
         quality: the figures of all.
     """
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, axes = _small_figure()
     shares = np.sort(tokens)[::-1] / quality.seq_len
-    left.stairs(shares, np.linspace(0, 1, len(shares) + 1), fill=True)
-    left.axhline(1, color="0.4", lw=0.8)
-    left.set(xlabel="rows, fullest first", ylabel="tokens ÷ seq_len", xlim=(0, 1), ylim=(0, 1.05))
-    gap = f"{quality.num_packs:,} rows, gap to the bound {quality.gap:,}"
-    left.set_title(f"padding {quality.padding:.3%}; {gap}", fontsize=10)
-    counts = np.bincount(segments)
-    right.bar(np.arange(len(counts)), counts, width=0.9)
-    right.set(xlabel="segments a row", ylabel="rows")
-    right.set_title(f"{quality.packing_factor:.2f} segments a row", fontsize=10)
+    axes.stairs(shares, np.linspace(0, 1, len(shares) + 1), fill=True)
+    axes.axhline(1, color="0.4", lw=0.8)
+    axes.set(xlabel="rows, fullest first", ylabel="tokens ÷ seq_len", xlim=(0, 1), ylim=(0, 1.05))
+    gap = f"{quality.num_packs:,} rows, {quality.gap:,} above the proven least"
+    axes.set_title(f"padding {quality.padding:.3%}; {gap}", fontsize=9)
     return figure
 
 
-def plot_lengths(
-    seq_lens: NDArray[np.integer], seq_len: int, image_hw: NDArray[np.integer] | None = None
-) -> Figure:
-    """Return a figure of how many tokens segments have; of images how large they are, too.
+def plot_segments(segments: NDArray[np.integer], unit: str) -> Figure:
+    """Return a figure of how many segments rows hold.
+
+    Args:
+        segments: int[rows], segments of each.
+        unit: what a segment is, such as ``"image"``.
+    """
+    figure, axes = _small_figure()
+    counts = np.bincount(segments)
+    axes.bar(np.arange(len(counts)), counts, width=0.9)
+    axes.set(xlabel=f"{unit}s a row", ylabel="rows", xlim=(0.4, len(counts) - 0.4))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(f"{np.mean(segments) if len(segments) else 0:.2f} {unit}s a row", fontsize=9)
+    return figure
+
+
+def plot_lengths(seq_lens: NDArray[np.integer], seq_len: int, unit: str) -> Figure:
+    """Return a figure of how many tokens segments have.
 
     Args:
         seq_lens: int[segments], tokens of each.
         seq_len: tokens a row holds.
-        image_hw: int[segments, 2], size in pixels, or None.
+        unit: what a segment is.
     """
-    figure = Figure(figsize=(10 if image_hw is not None else 5, 3), layout="constrained")
-    axes = figure.add_subplot(1, 1 if image_hw is None else 2, 1)
+    figure, axes = _small_figure()
     axes.hist(seq_lens, bins=min(64, seq_len), range=(0, seq_len))
-    axes.set(xlabel="tokens a segment", ylabel="segments", xlim=(0, seq_len))
-    if image_hw is not None:
-        axes = figure.add_subplot(1, 2, 2)
-        height, width = np.asarray(image_hw).T
-        axes.scatter(width, height, s=4, alpha=0.4, lw=0, rasterized=True)
-        axes.set(xlabel="width in pixels", ylabel="height in pixels", xscale="log", yscale="log")
-        axes.set_title("images of the source", fontsize=10)
+    axes.set(xlabel=f"tokens of an {unit}" if unit == "image" else f"tokens of a {unit}")
+    axes.set(ylabel=f"{unit}s", xlim=(0, seq_len))
+    axes.set_title(f"{len(seq_lens):,} {unit}s", fontsize=9)
+    return figure
+
+
+def plot_sizes(image_hw: NDArray[np.integer]) -> Figure:
+    """Return a figure of how large images are.
+
+    Args:
+        image_hw: int[images, 2], size in pixels.
+    """
+    figure, axes = _small_figure()
+    height, width = np.asarray(image_hw).T
+    axes.scatter(width, height, s=8, alpha=0.5, lw=0)
+    axes.set(xlabel="width in pixels", ylabel="height in pixels", xscale="log", yscale="log")
+    axes.set_title("images of the source", fontsize=9)
     return figure
 
 
@@ -148,6 +163,11 @@ def plot_training(records: Sequence[dict[str, Any]]) -> Figure:
         axes.set(xlabel="step", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
     return figure
+
+
+def _small_figure() -> tuple[Figure, Any]:
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    return figure, figure.add_subplot()
 
 
 def _draw_tokens(axes: Any, rows: Rows, row: int) -> None:

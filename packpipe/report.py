@@ -14,7 +14,14 @@ from matplotlib.figure import Figure
 
 from packpipe import checks
 from packpipe.picture import bars
-from packpipe.plots import plot_fill, plot_lengths, plot_mask, plot_rows
+from packpipe.plots import (
+    plot_fill,
+    plot_lengths,
+    plot_mask,
+    plot_rows,
+    plot_segments,
+    plot_sizes,
+)
 from packpipe.summary import Summary, open_packed
 from packpipe.table import read_rows, read_tokens
 from packpipe.token_rows import is_token_rows
@@ -31,12 +38,14 @@ p.note { color: #555; margin: .2rem 0; overflow-wrap: anywhere; }
   margin: 1rem 0; }
 .figures div { background: #f3f5f8; border-radius: .5rem; padding: .6rem .8rem; }
 .figures b { display: block; font-size: 1.35rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
+  gap: .5rem; }
+img, svg { width: 100%; height: auto; display: block; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0;
   border-bottom: 1px solid #e4e4e4; overflow-wrap: anywhere; }
 th { font-weight: 600; white-space: nowrap; }
-img, svg { max-width: 100%; height: auto; display: block; }
 """
 
 
@@ -95,10 +104,15 @@ def report(summary: Summary) -> str:
         bars(summary.seq_lens, summary.offsets, quality.seq_len),
     ]
     if len(summary.seq_lens):
-        fill = plot_fill(summary.tokens, summary.segments, quality)
-        lengths = plot_lengths(summary.seq_lens, quality.seq_len, summary.image_hw)
-        parts += ["<h2>How full rows are</h2>", _image(fill, "fill of rows, segments of rows")]
-        parts += ["<h2>Lengths</h2>", _image(lengths, "tokens of segments")]
+        charts = [
+            (plot_fill(summary.tokens, quality), "fill of each row"),
+            (plot_segments(summary.segments, summary.unit), "segments of each row"),
+            (plot_lengths(summary.seq_lens, quality.seq_len, summary.unit), "tokens of segments"),
+        ]
+        if summary.image_hw is not None:
+            charts.append((plot_sizes(summary.image_hw), "sizes of images"))
+        images = "".join(_image(figure, alt) for figure, alt in charts)
+        parts += ["<h2>Fill and lengths</h2>", f'<div class="charts">{images}</div>']
         if summary.unit == "image" and summary.manifest["materialized"]:
             chosen = _chosen(summary)
             picture = draw_rows(summary.folder, chosen)
