@@ -4,6 +4,9 @@
     python benchmarks/text.py                              # 1 million sequences: some 15 minutes
     python benchmarks/text.py --texts FOLDER/texts.parquet  # documents, bytes as tokens, too
 
+axolotl's multipack sampler runs where it can be imported (``pip install --no-deps axolotl``); it
+gives the rows' members alone, so that it is compared with packpipe's plan.
+
 Every arm reads one Arrow file, mapped into memory, and writes packed rows to another, after a
 warm-up on 2,000 sequences. Memory is the most that is not a mapped file (RssAnon). Grain packs
 a part, for it makes one sequence at a time. Writes benchmarks/results/text.md.
@@ -12,10 +15,12 @@ a part, for it makes one sequence at a time. Writes benchmarks/results/text.md.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import datetime
 import json
 import os
 import platform
+import pstats
 import statistics
 import subprocess
 import sys
@@ -53,6 +58,12 @@ ARMS: dict[str, tuple[str, ...]] = {
     "trl, wrapped": ("trl", "wrapped"),
     "grain, first fit": ("grain",),
 }
+# What packpipe does: module and function that does it.
+PHASES = {
+    "lengths and plan": ("token_build.py", "plan"),
+    "tokens moved, out of the mapped source": ("token_rows.py", "fill_tokens"),
+    "rows written, with their checksum": ("table.py", "write"),
+}
 
 
 def main() -> None:
@@ -75,6 +86,7 @@ def main() -> None:
         written(source, drawn_lengths(options.sequences))
         name = f"{options.sequences:,} sequences, log-normal of median 400, seq_len {SEQ_LEN}"
         text += table(name, source, options.rounds)
+        text += plans(drawn_lengths(options.sequences)) + phases(source)
         if options.texts:
             documents = Path(folder) / "documents.arrow"
             encoded = [
@@ -84,6 +96,7 @@ def main() -> None:
             written(documents, np.array([len(one) for one in encoded]), encoded)
             title = f"{len(encoded):,} documents of real text, a token a byte, seq_len {SEQ_LEN}"
             text += table(title, documents, options.rounds)
+            text += plans(np.array([len(one) for one in encoded]))
             text += cuts(np.array([len(one) for one in encoded]))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "text.md").write_text(text)
@@ -146,6 +159,58 @@ def table(name: str, source: Path, rounds: int) -> str:
             f"| {one['memory'] / one['output']:.2f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def plans(lens: Any) -> str:
+    """Return how long it takes to say which sequences share a row, and how full rows are."""
+
+    def ours() -> tuple[int, int]:
+        plan = plan_tokens(lens, TokenConfig(seq_len=SEQ_LEN, overflow="drop"))
+        return len(plan), int(plan.seq_lens.sum(dtype=np.int64))
+
+    def multipack() -> tuple[int, int]:
+        from axolotl.utils.samplers.multipack import MultipackBatchSampler
+
+        fitting = lens[lens <= SEQ_LEN]
+        sampler = MultipackBatchSampler(
+            range(len(fitting)), 1, SEQ_LEN, fitting, SEQ_LEN, drop_last=False, num_processes=1
+        )
+        rows = [row for batch in sampler.generate_batches(set_stats=True) for row in batch]
+        return len(rows), int(sampler.total_tokens_used)
+
+    lines = ["\n| plan alone | seconds | fill |", "| --- | ---: | ---: |"]
+    for name, run in (("packpipe", ours), ("axolotl, multipack", multipack)):
+        try:
+            run()
+        except ImportError:
+            lines.append(f"| {name} | not installed | |")
+            continue
+        began = time.perf_counter()
+        rows, tokens = run()
+        seconds = time.perf_counter() - began
+        lines.append(f"| {name} | {seconds:.3f} | {tokens / (rows * SEQ_LEN):.3%} |")
+    return "\n".join(lines) + "\n"
+
+
+def phases(source: Path) -> str:
+    """Return where packpipe's time goes, on ragged rows."""
+    dataset, arm = Dataset.from_file(str(source)), ARMS["packpipe, ragged rows"]
+    with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+        run_packpipe(dataset.select(range(min(2000, len(dataset)))), arm, Path(folder) / "warm")
+        profile = cProfile.Profile()
+        began = time.perf_counter()
+        profile.runcall(run_packpipe, dataset, arm, Path(folder) / "rows")
+        whole = time.perf_counter() - began
+    spent = {
+        name: sum(
+            figures[3]
+            for (path, _, function), figures in pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
+            if function == called and path.endswith(module)
+        )
+        for name, (module, called) in PHASES.items()
+    }
+    each = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in spent.items())
+    return f"\nOf {whole:.2f} s for ragged rows (profiled): {each}.\n"
 
 
 def measured(arm: tuple[str, ...], source: Path) -> dict[str, Any]:
