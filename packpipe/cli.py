@@ -85,10 +85,21 @@ def told(command: Callable[_Given, None]) -> Callable[_Given, None]:
     return run
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        import packpipe
+
+        typer.echo(packpipe.__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def main(
     debug: Annotated[bool, typer.Option("--debug", help="Errors with their traceback.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+    ] = False,
 ) -> None:
     """Pack images of any size, or token sequences, into rows of exactly seq_len tokens.
 
@@ -96,11 +107,7 @@ def main(
     """
     global _debug
     _debug = debug
-    if version:
-        import packpipe
-
-        typer.echo(packpipe.__version__)
-        raise typer.Exit
+    del version
 
 
 @app.command(

@@ -52,6 +52,11 @@ def run(*arguments):
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
+def picture(path):
+    with Image.open(path) as found:
+        return found.convert("RGB")
+
+
 def told(*arguments):
     """Return what a command that is fine has printed."""
     result = run(*arguments)
@@ -114,13 +119,13 @@ def test_token_sequences_are_planned_and_packed(texts, tmp_path):
     assert (found["unit"], found["counts"]["cut"], found["counts"]["tokens"]) == ("sequence", 2, 37)
     assert told("verify", tmp_path / "a", "--source", texts).endswith("nothing is wrong\n")
     assert told("show", tmp_path / "a", 0, "-o", tmp_path / "mask.png")
-    assert Image.open(tmp_path / "mask.png").size[0] > 100
+    assert picture(tmp_path / "mask.png").size[0] > 100
     told("stats", tmp_path / "a", "--html", tmp_path / "a.html")
 
 
 def test_rejects_are_counted_by_reason(few, tmp_path):
     broken = shutil.copytree(few, tmp_path / "images")
-    next(broken.rglob("*.jpg")).write_bytes(b"no image")
+    next(broken.rglob("*.*")).write_bytes(b"no image")
     told("pack", broken, tmp_path / "a", "--seq-len", 256, "--max-bad-fraction", 0.5)
     assert "1 (1 " in told("stats", tmp_path / "a")
     result = run("pack", broken, tmp_path / "b", "--seq-len", 256)
@@ -139,11 +144,11 @@ def test_stats_are_those_of_the_summary(packed):
 
 def test_rows_are_drawn(packed, tmp_path):
     assert told("show", packed, 0, 1, "--output", tmp_path / "rows.png").strip().endswith("rows.png")
-    rows = Image.open(tmp_path / "rows.png")
+    rows = picture(tmp_path / "rows.png")
     told("show", packed, 1, "--mask", "--output", tmp_path / "mask.png")
-    mask = Image.open(tmp_path / "mask.png")
+    mask = picture(tmp_path / "mask.png")
     assert rows.size != mask.size
-    assert len(rows.convert("RGB").getcolors(2**24)) > 1000
+    assert len(rows.getcolors(2**24)) > 1000
 
 
 def test_problems_are_json_too(packed, tmp_path):
@@ -274,7 +279,7 @@ def test_a_training_that_is_stopped_saves_its_step_and_goes_on(few, tmp_path):
 def test_packing_that_is_stopped_leaves_no_process_and_goes_on(few, tmp_path):
     many = tmp_path / "many"
     for number in range(40):
-        for path in few.rglob("*.jpg"):
+        for path in few.rglob("*.*"):
             (many / str(number)).mkdir(parents=True, exist_ok=True)
             os.link(path, many / str(number) / path.name)
     process = started("pack", many, tmp_path / "a", "--seq-len", 1024, "--num-workers", 1)

@@ -29,8 +29,9 @@ def folder(tmp_path_factory):
     """All bundled images, packed, and one that is none."""
     images = datasets.load_dataset("imagefolder", data_dir=str(images_folder()), split="train")
     images = images.cast_column("image", datasets.Image(decode=False))
+    images = images.select_columns(["image", "label"])
     bad = Dataset.from_dict(
-        {"image": [{"bytes": b"<b>no image</b>", "path": None}], "label": [0]},
+        {"image": [{"bytes": b"<b>no image</b>", "path": None}], "label": ["none"]},
         features=images.features,
     )
     where = tmp_path_factory.mktemp("packed") / "rows & <columns>"
@@ -178,7 +179,8 @@ def test_a_browser_shows_the_whole_report(folder, tmp_path, width):
     assert found["wide"] <= max(found["seen"], width)
     assert len(found["images"]) == 5
     assert min(found["images"]) > 0.6 * min(found["seen"], 560)
-    shown = Image.open(tmp_path / "page.png").convert("RGB")
+    with Image.open(tmp_path / "page.png") as found:
+        shown = found.convert("RGB")
     assert shown.size == (width, 2600)
     assert len(shown.getcolors(2**24)) > 5000
 

@@ -484,4 +484,4 @@ def test_the_command_ends_with_2_if_the_call_is_wrong(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     result = ran(folder, "--source", tmp_path / "empty")
     assert result.exit_code == 2
-    assert "datasets cannot load" in result.stderr
+    assert "expected a dataset that datasets can load" in result.stderr
