@@ -98,7 +98,7 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Errors with their traceback.")] = False,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
     ] = False,
 ) -> None:
     """Pack images of any size, or token sequences, into rows of exactly seq_len tokens.

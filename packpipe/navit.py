@@ -72,12 +72,33 @@ class NaViT(nn.Module):
 
         Without num_classes, K is C: the pooled features. ``head="unit"`` gives vectors of length 1.
         """
+        x, tokens = self._encode(batch)
+        return self.answer(x, batch, tokens)
+
+    def pool_weights(self, batch: PackedBatch) -> Tensor:
+        """Return how much each head of the pool looks at each token: [B, L, heads].
+
+        An image's weights sum to 1 in every head; padding has 0.
+
+        Raises:
+            ValueError: the model does not pool by attention.
+        """
+        if self.pool is None:
+            remedy = "make the model with pooling='attention'"
+            raise ValueError(checks.sentence("pooling", self.config.pooling, "attention", remedy))
+        x, tokens = self._encode(batch)
+        weights, _ = self.pool.weigh(self.norm(x), tokens)
+        ids = batch.segment_ids
+        return tokens.put_back(weights, *ids.shape) * (ids > 0)[..., None]
+
+    def _encode(self, batch: PackedBatch) -> tuple[Tensor, FlatTokens]:
+        """Return tokens [T, C] that went through all blocks, and what is known of them."""
         self._check(batch)
         tokens = flatten(batch, self.backend(), keep_padding=self.keep_padding)
         x, turn = self.read(batch, tokens)
         for block in self.blocks:
             x = block(x, tokens.attend, turn)
-        return self.answer(x, batch, tokens)
+        return x, tokens
 
     def read(self, batch: PackedBatch, tokens: FlatTokens) -> tuple[Tensor, Turn]:
         """Return patches as vectors [T, C], with their positions or how these turn queries."""

@@ -37,19 +37,22 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor, tokens: FlatTokens) -> Tensor:
         """Return [N, C] of [T, C]; absent segments give 0 before the MLP."""
+        weights, values = self.weigh(x, tokens)
+        weighted = (weights[..., None] * _exact(values)).flatten(1)
+        pooled = segment_sum(weighted, tokens.segments, len(tokens.starts)).to(values.dtype)
+        x = self.project(pooled)
+        widened: Tensor = F.gelu(self.widen(self.norm_mlp(x)))
+        out: Tensor = self.norm_out(x + self.narrow(widened))
+        return out
+
+    def weigh(self, x: Tensor, tokens: FlatTokens) -> tuple[Tensor, Tensor]:
+        """Return weights [T, H], which sum to 1 over a segment's tokens, and values [T, H, E]."""
         keys, values = (
             part.unflatten(-1, (self.heads, -1)) for part in self.keys_values(x).chunk(2, dim=-1)
         )  # [T, H, E]
         keys = self.norm_keys(keys.to(self.query.dtype))
         logits = (keys * self.query).sum(-1)  # [T, H]
-        num_segments = len(tokens.starts)
-        weights = segment_softmax(_exact(logits), tokens.segments, num_segments)
-        weighted = (weights[..., None] * _exact(values)).flatten(1)
-        pooled = segment_sum(weighted, tokens.segments, num_segments).to(values.dtype)
-        x = self.project(pooled)
-        widened: Tensor = F.gelu(self.widen(self.norm_mlp(x)))
-        out: Tensor = self.norm_out(x + self.narrow(widened))
-        return out
+        return segment_softmax(_exact(logits), tokens.segments, len(tokens.starts)), values
 
 
 def pool_plainly(x: Tensor, tokens: FlatTokens, pooling: str) -> Tensor:

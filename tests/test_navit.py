@@ -238,6 +238,27 @@ def test_pooling_weights_sum_to_one_in_every_segment(case):
         assert close(weights[mine], logits[mine].softmax(0), 1e-12)
 
 
+@pytest.mark.parametrize("backend", ["reference", "segments"])
+@given(case=packed.row_sets())
+def test_what_the_pool_looks_at_is_shared_out_over_an_image(backend, case):
+    batch = packed.batch_of(case)
+    model = packed.model_of(backend, pooling="attention")
+    model.requires_grad_(False)
+    weights = model.pool_weights(batch)
+    assert weights.shape == (*batch.segment_ids.shape, model.config.heads)
+    assert (weights[batch.segment_ids == 0] == 0).all()
+    for row in range(len(batch.seq_lens)):
+        for number in range(1, int((batch.seq_lens[row] > 0).sum()) + 1):
+            sums = weights[row, batch.segment_ids[row] == number].sum(0)
+            assert close(sums, torch.ones_like(sums), 1e-6)
+
+
+def test_what_no_pool_looks_at_is_refused():
+    model = packed.model_of("reference", pooling="mean")
+    with pytest.raises(ValueError, match="pooling is 'mean', expected attention; make the model"):
+        model.pool_weights(packed.batch_of(packed.RowSet(lens=[[3]], seq_len=3, max_segments=1)))
+
+
 def test_the_mask_of_a_small_row_is_as_drawn():
     mask = segment_mask(torch.tensor([[1, 1, 2, 0]]))[0, 0]
     assert mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]

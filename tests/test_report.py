@@ -108,12 +108,12 @@ def test_rows_plans_and_summaries_have_a_picture_in_a_notebook(folder, tokens):
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda found, rows: plots.plot_rows(rows),
-        lambda found, rows: plots.plot_mask(rows.segment_ids[0]),
-        lambda found, rows: plots.plot_fill(found.tokens, found.quality),
-        lambda found, rows: plots.plot_segments(found.segments, found.unit),
-        lambda found, rows: plots.plot_lengths(found.seq_lens, 1024, found.unit),
-        lambda found, rows: plots.plot_sizes(found.image_hw),
+        lambda _, rows: plots.plot_rows(rows),
+        lambda _, rows: plots.plot_mask(rows.segment_ids[0]),
+        lambda found, _: plots.plot_fill(found.tokens, found.quality),
+        lambda found, _: plots.plot_segments(found.segments, found.unit),
+        lambda found, _: plots.plot_lengths(found.seq_lens, 1024, found.unit),
+        lambda found, _: plots.plot_sizes(found.image_hw),
     ],
     ids=["rows", "mask", "fill", "segments", "lengths", "sizes"],
 )
@@ -171,7 +171,8 @@ def test_a_browser_shows_the_whole_report(folder, tmp_path, width):
     write_report(packpipe.summarize(folder), page)
     asked = """<script>onload = () => document.body.dataset.found = JSON.stringify({
       wide: document.documentElement.scrollWidth, seen: innerWidth,
-      images: [...document.images].map(image => image.naturalWidth && image.clientWidth)})</script>"""
+      images: [...document.images].map(image => image.naturalWidth && image.clientWidth)
+    })</script>"""
     page.write_text(page.read_text().replace("</body>", asked + "</body>"))
     browse(page, tmp_path, width, f"--screenshot={tmp_path / 'page.png'}")
     dom = browse(page, tmp_path, width, "--dump-dom")
