@@ -1,80 +1,150 @@
-"""The README's Python runs as it stands, and its commands are the ones CI calls."""
+"""The README's code, and that of the pages, runs as it stands; its commands are those CI calls."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+from packpipe.samples import images_folder
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language, page=PAGES[0]):
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def test_the_ten_lines_of_python_give_a_vector_for_every_image_of_the_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    code, *_ = blocks("python")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder of its own, with its own cache, as the one who reads has."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ran(about):
+    """Run the README's one block of Python that names something, and return what it defined."""
+    (code,) = (code for code in blocks("python") if about in code)
     found = {}
     exec(code, found)  # noqa: S102  what a reader would type
+    return found
+
+
+def test_every_block_is_run_by_a_test_of_its_own():
+    assert len(blocks("python")) == 8
+    assert {len(blocks("sh")), len(blocks("sh", PAGES[-1]))} == {3, 0}
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_ten_lines_of_python_give_a_vector_for_every_image_of_the_rows():
+    code = blocks("python")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    found = ran("batch.by_example(logits)  # back")
     assert found["values"].shape == (len(found["example"]), 10)
     assert len(found["example"]) == int(found["batch"].present.sum()) >= 8
     assert found["packed"].num_rows == 101
 
 
-def test_the_lines_of_python_that_lose_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    _, code, *_ = blocks("python")
-    found = {}
-    exec(code, found)  # noqa: S102  what a reader would type
-    assert found["packed"].num_rows == 101
-    assert (tmp_path / "packed" / "manifest.json").is_file()
+def test_the_lines_of_python_that_lose_nothing(elsewhere):
+    assert ran("packpipe.verify")["packed"].num_rows == 101
+    assert (elsewhere / "packed" / "manifest.json").is_file()
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_lines_of_python_inside_map():
+    found = ran("packpipe.Packer")
+    assert sorted(np.concatenate(found["rows"]["example_index"])) == list(range(176))
 
 
 def test_the_lines_of_python_that_plan_every_epoch_anew(capsys):
-    _, _, code, *_ = blocks("python")
-    found = {}
-    exec(code, found)  # noqa: S102  what a reader would type
+    found = ran("OverTraining")
     assert found["loader"].epoch == 0
     assert found["state"]["finished"]
     assert found["state"]["packs"] == len(found["packs"].plan(0, 0)) // 4 * 4 > 12
     assert "Side(pixels=Uniform(low=64, high=256)" in capsys.readouterr().out
 
 
+def test_the_lines_of_python_that_pack_a_stream(capsys):
+    found = ran("PackedStream")
+    printed = capsys.readouterr().out
+    assert printed.count("PackedBatch(") >= 25
+    assert found["batch"].patches.shape == (4, 1024, 768)
+
+
 def test_the_packers_lines_of_python_pack_a_million_lengths():
-    *_, code = blocks("python")
-    found = {}
-    exec(code, found)  # noqa: S102  what a reader would type
+    found = ran("pack_numbers")
     counts = np.bincount(found["numbers"])
     assert len(counts) == len(found["plan"])
     assert counts.sum() == 1_000_000
     assert len(found["optimal"]) <= len(found["packs"])
 
 
-def test_the_two_commands_come_first_and_second():
-    main_job, tests = blocks("sh")
-    assert main_job.rstrip().endswith("-m packpipe.demo")
-    assert tests.rstrip().endswith("-m pytest --quiet")
-
-
-def test_the_lines_of_python_that_train_go_on_and_predict(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    _, _, _, code, *_ = blocks("python")
-    found = {}
-    exec(code, found)  # noqa: S102  what a reader would type
-    assert found["logits"].shape == (4, 10)
+@pytest.mark.usefixtures("elsewhere")
+def test_the_lines_of_python_that_train_go_on_and_predict(capsys):
+    assert ran("TrainConfig")["logits"].shape == (4, 10)
     assert len(capsys.readouterr().out.splitlines()) == 6
-    exec(code, found)  # noqa: S102
+    ran("TrainConfig")
     assert capsys.readouterr().out == ""
 
 
-def test_the_lines_of_python_that_pack_tokens(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    (code,) = (code for code in blocks("python") if "to_transformers" in code)
-    found = {}
-    exec(code, found)  # noqa: S102  what a reader would type
+@pytest.mark.usefixtures("elsewhere")
+def test_the_lines_of_python_that_pack_tokens(capsys):
+    found = ran("to_transformers")
     assert sum(map(sum, found["packed"]["input_ids"])) == 55
     assert found["arguments"]["cu_seq_lens_q"][-1] == found["arguments"]["input_ids"].numel()
     assert "[" in capsys.readouterr().out
+
+
+def test_the_two_commands_come_first_and_second():
+    main_job, tests, _ = blocks("sh")
+    assert main_job.rstrip().endswith("-m packpipe.demo")
+    assert "-m pytest --quiet" in tests.splitlines()[-1]
+
+
+def test_the_commands_for_one_s_own_photos(elsewhere):
+    for folder in sorted(one for one in images_folder().iterdir() if one.is_dir())[:3]:
+        shutil.copytree(folder, elsewhere / "photos" / folder.name)
+    done = subprocess.run(
+        ["/bin/bash", "-euo", "pipefail", "-c", blocks("sh")[2]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+    assert done.returncode == 0, done.stderr
+    for said in (
+        "gap 0",
+        "nothing is wrong",
+        "report.html",
+        "step 4 ",
+        "times the images a second",
+    ):
+        assert said in done.stdout
+    for name in ("rows.png", "report.html", "run/training.png"):
+        assert (elsewhere / name).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
+@pytest.mark.usefixtures("elsewhere")
+def test_a_page_s_code_prints_what_stands_below_it(page, capsys):
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", text, re.M | re.S)
+    assert len(found) == len(blocks("python", page))
+    for code, printed in found:
+        exec(code, {})  # noqa: S102
+        assert capsys.readouterr().out == printed
+
+
+def test_links_within_the_repository_lead_somewhere():
+    for page in [PAGES[0], ROOT / "CHANGELOG.md"]:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            assert link.startswith("https://") or (page.parent / link).exists(), link
