@@ -89,6 +89,7 @@ def compare_layouts(
     batch_size: int,
     steps: int,
     num_workers: int,
+    max_bad_fraction: float = 0.01,
 ) -> Comparison:
     """Return how fast a model trains on packed and on padded rows of a dataset.
 
@@ -103,6 +104,7 @@ def compare_layouts(
         batch_size: packed rows a step.
         steps: measured, of each.
         num_workers: threads that decode ahead.
+        max_bad_fraction: a larger share of images that cannot be read is an error.
 
     Raises:
         TypeError, ValueError: an option is wrong.
@@ -110,7 +112,7 @@ def compare_layouts(
     device = device_of_this_rank()
     runs, dtype = [], torch.bfloat16 if device.type == "cuda" else torch.float32
     for name in ("packed", "padded"):
-        layout = Layout(name, seq_len, sides, 0.0)
+        layout = Layout(name, seq_len, sides, 0.0, max_bad_fraction)
         training = Training(
             dataset,
             layout=layout,

@@ -45,6 +45,9 @@ Overflow = Annotated[
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 Epoch = Annotated[int, typer.Option(help="Likewise.")]
+MaxBadFraction = Annotated[
+    float, typer.Option(help="A larger share of examples that cannot be read stops it.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -87,11 +87,12 @@ class ImageContents:
     @cached_property
     def record(self) -> dict[str, Any]:
         """Everything the bytes of the folder depend on."""
+        supported = codecs.get_supported()
         return {
             "schema_version": schema.VERSION,
             "packpipe": packpipe.__version__,
             "pillow": PIL.__version__,
-            "codecs": {name: codecs.version(name) for name in _CODECS if codecs.check(name)},
+            "codecs": {name: codecs.version(name) for name in _CODECS if name in supported},
             "source_fingerprint": self.dataset._fingerprint,
             "source_files": self.source.files_digest(),
             "image_column": self.image_column,

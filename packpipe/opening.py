@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _HUB_NAME = re.compile(r"[\w-]+(/[\w.-]+)?")
+_NAMED = 3  # files
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
 
 
@@ -48,6 +51,31 @@ def open_source(source: str, split: str) -> Dataset:
         expected = f"one of {', '.join(found)}"
         raise ValueError(checks.sentence("split", split, expected, "pass --split"))
     return found[split]
+
+
+@contextmanager
+def naming_files(dataset: Dataset) -> Iterator[None]:
+    """Have an error about too many rejects say in which files the first ones lie."""
+    from packpipe.quarantine import TooManyRejects
+
+    try:
+        yield
+    except TooManyRejects as error:
+        found = [file_of(dataset, reject.example_index) for reject in error.rejects[:_NAMED]]
+        files = ", ".join(file for file in found if file)
+        raise TooManyRejects(
+            f"{error} ({files})" if files else str(error), error.rejects
+        ) from error
+
+
+def file_of(dataset: Dataset, example: int) -> str | None:
+    """Return the file that an example's image lies in; None if it lies in the dataset."""
+    row = dataset.with_format("arrow")[example]
+    for name in row.column_names:
+        value = row.column(name)[0].as_py()
+        if isinstance(value, dict) and value.get("path") and not value.get("bytes"):
+            return str(value["path"])
+    return None
 
 
 def _loaded(path: Path, source: str, split: str) -> Any:

@@ -13,6 +13,7 @@ from packpipe.command_options import (
     DropRate,
     Epoch,
     Folder,
+    MaxBadFraction,
     MaxSegments,
     MaxTokens,
     Overflow,
@@ -26,8 +27,10 @@ from packpipe.command_options import (
     Strategy,
     told,
 )
-from packpipe.opening import open_source
+from packpipe.opening import file_of, naming_files, open_source
 from packpipe.telling import print_json, print_table
+
+_SHOWN_REJECTS = 5
 
 
 @told
@@ -65,7 +68,7 @@ def pack(
     on_error: Annotated[str, typer.Option(help="Of bad images: quarantine, raise.")] = (
         "quarantine"
     ),
-    max_bad_fraction: Annotated[float, typer.Option(help="More rejects stop it.")] = 0.01,
+    max_bad_fraction: MaxBadFraction = 0.01,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, and write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -100,21 +103,25 @@ def pack(
     if dry_run:
         _print_plan(dataset, seq_len, where, options, as_json)
         return
-    packpipe.pack(
-        dataset,
-        seq_len,
-        **where,
-        output=output,
-        on_error=on_error,
-        max_bad_fraction=max_bad_fraction,
-        progress=sys.stderr.isatty(),
-        **options,
-    )
+    with naming_files(dataset):
+        packpipe.pack(
+            dataset,
+            seq_len,
+            **where,
+            output=output,
+            on_error=on_error,
+            max_bad_fraction=max_bad_fraction,
+            progress=sys.stderr.isatty(),
+            **options,
+        )
     found = packpipe.summarize(output)
     if as_json:
         print_json(found.to_dict())
-    else:
-        print_table(f"{output}", found.rows())
+        return
+    print_table(str(output), found.rows())
+    for reject in found.rejects[:_SHOWN_REJECTS]:
+        name = file_of(dataset, reject.example_index) or f"example {reject.example_index}"
+        typer.echo(f"rejected {name}: {reject.exception}", err=True)
 
 
 @told

@@ -43,12 +43,14 @@ class Layout:
         sides: images have as many pixels as squares of a side drawn between these; square takes
             the second.
         drop_rate: share of tokens dropped, of packed.
+        max_bad_fraction: a larger share of images that cannot be read stops the training.
     """
 
     name: str
     seq_len: int
     sides: tuple[int, int]
     drop_rate: float
+    max_bad_fraction: float = 0.01
 
     def packs(self, dataset: Dataset, patch_size: int, num_workers: int) -> EpochPacks:
         """Return the packs of a dataset."""
@@ -63,7 +65,12 @@ class Layout:
         if self.name == "square":
             options["resolution"] = Square(Constant(high))
         return EpochPacks(
-            dataset, seq_len, patch_size=patch_size, num_workers=max(1, num_workers), **options
+            dataset,
+            seq_len,
+            patch_size=patch_size,
+            num_workers=max(1, num_workers),
+            max_bad_fraction=self.max_bad_fraction,
+            **options,
         )
 
 

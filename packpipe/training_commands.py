@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from packpipe.command_options import AsJson, SeqLen, Source, Split, told
-from packpipe.opening import open_source
+from packpipe.command_options import AsJson, MaxBadFraction, SeqLen, Source, Split, told
+from packpipe.opening import naming_files, open_source
 from packpipe.telling import print_json, print_table
 
 
@@ -23,21 +23,25 @@ def bench(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Measured, of each layout.")] = 10,
     num_workers: Annotated[int, typer.Option(min=0, help="Threads that decode.")] = 2,
+    max_bad_fraction: MaxBadFraction = 0.01,
     split: Split = "train",
     as_json: AsJson = False,
 ) -> None:
     """Train on your own images, packed and padded by turns: images/s, tokens/s, fill, MFU."""
     from packpipe.bench import compare_layouts
 
-    found = compare_layouts(
-        open_source(source, split),
-        model=model,
-        seq_len=seq_len,
-        sides=sides,
-        batch_size=batch_size,
-        steps=steps,
-        num_workers=num_workers,
-    )
+    dataset = open_source(source, split)
+    with naming_files(dataset):
+        found = compare_layouts(
+            dataset,
+            model=model,
+            seq_len=seq_len,
+            sides=sides,
+            batch_size=batch_size,
+            steps=steps,
+            num_workers=num_workers,
+            max_bad_fraction=max_bad_fraction,
+        )
     if as_json:
         print_json(found.to_dict())
     else:
@@ -78,6 +82,7 @@ def train(
     log_every: Annotated[int, typer.Option(min=1, help="Steps a record speaks of.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order and resolutions.")] = 0,
     tensorboard: Annotated[bool, typer.Option(help="Log for TensorBoard, too.")] = False,
+    max_bad_fraction: MaxBadFraction = 0.01,
     split: Split = "train",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained; train nothing.")
@@ -87,9 +92,10 @@ def train(
     """Train a NaViT on labelled images; stopped or killed, the same command goes on."""
     from packpipe.running import Layout, Training
 
+    dataset = open_source(source, split)
     training = Training(
-        open_source(source, split),
-        layout=Layout(layout, seq_len, sides, drop_rate),
+        dataset,
+        layout=Layout(layout, seq_len, sides, drop_rate, max_bad_fraction),
         model=model,
         shape={"position": position, "pooling": pooling, "attention": attention},
         batch_size=batch_size,
@@ -104,14 +110,16 @@ def train(
         num_workers=num_workers,
         seed=seed,
     )
-    if dry_run:
+    with naming_files(dataset):
+        if not dry_run:
+            if not training.run(output, tensorboard=tensorboard, as_json=as_json):
+                raise KeyboardInterrupt
+            return
         found = training.described()
-        if as_json:
-            print_json(found)
-        else:
-            print_table(str(source), [(name, f"{value:,}") for name, value in found.items()])
-    elif not training.run(output, tensorboard=tensorboard, as_json=as_json):
-        raise KeyboardInterrupt
+    if as_json:
+        print_json(found)
+    else:
+        print_table(source, [(name, f"{value:,}") for name, value in found.items()])
 
 
 @told

@@ -21,6 +21,9 @@ from packpipe.cli import app
 from packpipe.samples import images_folder
 from packpipe.training import read_log
 
+QUICK = ["--model", "Ti/32", "--seq-len", 64, "--sides", 32, 128, "--batch-size", 2]
+QUICK += ["--num-workers", 0, "--log-every", 1]
+
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
@@ -125,13 +128,20 @@ def test_token_sequences_are_planned_and_packed(texts, tmp_path):
 
 def test_rejects_are_counted_by_reason(few, tmp_path):
     broken = shutil.copytree(few, tmp_path / "images")
-    next(broken.rglob("*.*")).write_bytes(b"no image")
-    told("pack", broken, tmp_path / "a", "--seq-len", 256, "--max-bad-fraction", 0.5)
+    bad = sorted(broken.rglob("*.*"))[4]
+    bad.write_bytes(b"no image")
+    result = run("pack", broken, tmp_path / "a", "--seq-len", 256, "--max-bad-fraction", 0.5)
+    assert result.exit_code == 0
+    assert f"rejected {bad}: UnidentifiedImageError: no known image format" in result.stderr
     assert "1 (1 " in told("stats", tmp_path / "a")
     result = run("pack", broken, tmp_path / "b", "--seq-len", 256)
     assert result.exit_code == 1
     assert result.stderr.startswith("packpipe pack: rejected is 1 of 14 examples (7.14%), expected")
+    assert result.stderr.endswith(f"({bad})\n")
     assert len(result.stderr.splitlines()) == 1
+    result = run("train", broken, tmp_path / "run", *QUICK, "--steps", 1)
+    assert (result.exit_code, result.stderr[-len(str(bad)) - 3 :]) == (1, f"({bad})\n")
+    told("train", broken, tmp_path / "run", *QUICK, "--steps", 1, "--max-bad-fraction", 0.5)
 
 
 def test_stats_are_those_of_the_summary(packed):
@@ -172,10 +182,6 @@ def test_bench_compares_packed_with_padded(few):
     assert found["speedup"] == packed["images_per_s"] / padded["images_per_s"] > 0
     assert all(0 < one["mfu"] < 1 for one in found["layouts"])
     assert "times the images a second of padded" in told("bench", few, *options)
-
-
-QUICK = ["--model", "Ti/32", "--seq-len", 64, "--sides", 32, 128, "--batch-size", 2]
-QUICK += ["--num-workers", 0, "--log-every", 1]
 
 
 def test_a_training_is_described_without_training(few, tmp_path):

@@ -45,8 +45,8 @@ FLOORS = {
         "above": ["2 datasets", "3"],
     },
     "3": {
-        "modules": "plots opening telling demo running bench report command_options packing_commands "
-        "training_commands cli",
+        "modules": "plots opening telling demo running bench report command_options "
+        "packing_commands training_commands cli",
         "forbidden": "",
         "above": [],
     },
