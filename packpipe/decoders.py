@@ -36,6 +36,8 @@ _START = (
 )
 # glibc: keep the memory of one image for the next; clean pages cost 5 to 10 % of the time.
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": f"{2**26}", "MALLOC_TRIM_THRESHOLD_": f"{2**26}"}
+# A broken pipe, or a stream that another thread has closed: no answer will come.
+_NO_ANSWER = (OSError, ValueError)
 _STOPPED = "the decoding processes were stopped"
 # Signals that come from outside: the system that runs out of memory, or somebody.
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
@@ -177,10 +179,10 @@ class _Process:
         head: list[bytes | memoryview] = [json.dumps(rows).encode() + b"\n"]
         images = (message_of(order) for _, orders in task for order in orders)
         for message in chain([head], images):
-            with suppress(OSError):  # a broken pipe: no answer will come either
+            with suppress(*_NO_ANSWER):
                 self._stream.writelines(message)
                 self._stream.flush()  # the process begins with the first image
-        with suppress(OSError):
+        with suppress(*_NO_ANSWER):
             return self._stream.readline()
         return b""
 

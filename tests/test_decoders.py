@@ -368,6 +368,15 @@ def test_closed_decoders_leave_no_child_and_no_descriptor(num_workers, restarted
     assert rows == [row_of(sound(0))] * NUM_ROWS, "rows outlive the processes"
 
 
+def test_a_stream_that_another_thread_has_closed_is_an_end_like_others():
+    with decoding() as found:
+        (process, *_) = found._processes
+        process._stream.close()
+        process._stopped = True
+        with pytest.raises(DecoderError, match=r"^the decoding processes were stopped$"):
+            decoders._fill(process, [RowOrders(0, sound(0))])
+
+
 @pytest.mark.usefixtures("trapped")
 def test_decoders_that_are_closed_at_work_end_at_once(tmp_path):
     mark = tmp_path / "at work"
