@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from packpipe.table import read_tokens as read_tokens
     from packpipe.token_batch import TokenBatch as TokenBatch
     from packpipe.token_config import TokenConfig as TokenConfig
+    from packpipe.token_plan import plan_tokens as plan_tokens
     from packpipe.verification import verify as verify
 
 # Public name: the module that defines it.
@@ -86,6 +87,7 @@ _HOMES = {
     "pack_pairs": "pairs",
     "plan_epoch": "plan",
     "plan_histogram": "histogram",
+    "plan_tokens": "token_plan",
     "read_rows": "table",
     "read_tokens": "table",
     "rejects": "dataset",

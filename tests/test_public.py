@@ -41,6 +41,7 @@ PUBLIC = [
     "pack_pairs",
     "plan_epoch",
     "plan_histogram",
+    "plan_tokens",
     "read_rows",
     "read_tokens",
     "rejects",
