@@ -139,9 +139,10 @@ def test_rejects_are_counted_by_reason(few, tmp_path):
     assert result.stderr.startswith("packpipe pack: rejected is 1 of 14 examples (7.14%), expected")
     assert result.stderr.endswith(f"({bad})\n")
     assert len(result.stderr.splitlines()) == 1
-    result = run("train", broken, tmp_path / "run", *QUICK, "--steps", 1)
+    result = run("train", broken, tmp_path / "run", *QUICK, "--batch-size", 1, "--steps", 1)
     assert (result.exit_code, result.stderr[-len(str(bad)) - 3 :]) == (1, f"({bad})\n")
-    told("train", broken, tmp_path / "run", *QUICK, "--steps", 1, "--max-bad-fraction", 0.5)
+    options = [*QUICK, "--batch-size", 1, "--steps", 1, "--max-bad-fraction", 0.5]
+    told("train", broken, tmp_path / "run", *options)
 
 
 def test_stats_are_those_of_the_summary(packed):
