@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -192,5 +193,8 @@ def browse(page: Path, folder: Path, width: int, *arguments: str) -> str:
     command += ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
     command += ["--disable-sync", "--hide-scrollbars", f"--user-data-dir={folder / 'browser'}"]
     command += [f"--window-size={width},2600", *arguments, page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    home = {**os.environ, "HOME": str(folder), "TMPDIR": str(folder)}  # it leaves things there
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=True, env=home
+    )
     return done.stdout
