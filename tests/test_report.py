@@ -193,7 +193,7 @@ def browse(page: Path, folder: Path, width: int, *arguments: str) -> str:
     command += ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
     command += ["--disable-sync", "--hide-scrollbars", f"--user-data-dir={folder / 'browser'}"]
     command += [f"--window-size={width},2600", *arguments, page.as_uri()]
-    home = {**os.environ, "HOME": str(folder), "TMPDIR": str(folder)}  # it leaves things there
+    home = {**os.environ, "HOME": str(folder)}  # it leaves things there
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=True, env=home
     )
