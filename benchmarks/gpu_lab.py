@@ -1,0 +1,566 @@
+"""Where a NaViT step on a card can be cut: every lead measured in one run, under 7 minutes.
+
+    pip install -e '.[torch]'
+    python benchmarks/gpu_lab.py --out benchmarks/results
+    python benchmarks/gpu_lab.py --device cpu --tiny   # walks what a CPU can; figures mean nothing
+
+Parts, the most telling first: ``ceilings`` (the card's matrix and copy rates, the rates of the
+models' own shapes), ``attention`` (each kernel against float32, forward and backward), ``norms``,
+``train`` (a step at Ti, S, B and L: as it is, and with each change), ``whole``, ``clip``,
+``autotune``. Each is tried by itself; what fails is said, and the next goes on. Writes one JSON
+object a line to gpu_lab.jsonl, heading first, and prints a table.
+
+Changes of a training step:
+
+* ``bound``: the attention kernel is told the longest segment, not the row's length;
+* ``bf16``: the residual stream stays in bf16 under autocast;
+* ``own``: attention and query-key normalisation by segment_attention.py;
+* a graph: the whole step captured once and replayed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import arms
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from packpipe import attention, navit
+from packpipe.attention import FlatTokens
+from packpipe.batch import PackedBatch
+from packpipe.flops import TRAINING, matrix_rate
+from packpipe.losses import segment_cross_entropy
+from packpipe.model_config import NaViTConfig
+
+HALF = torch.bfloat16
+MULTIPLE = 128  # the flash kernel's block: bounds are rounded up to it
+PARTS = ("ceilings", "attention", "norms", "train", "whole", "clip", "autotune")
+# Shapes of each model's matrix products: tokens of a step, channels.
+MATRICES = (("Ti", 65536, 192), ("S", 65536, 384), ("B", 32768, 768), ("L", 16384, 1024))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training step to be timed: which model, how many rows, what is changed, how it is run."""
+
+    size: str
+    rows: int
+    changes: tuple[str, ...] = ()
+    graph: bool = False
+    mode: str | None = None
+    whole: bool = False
+    clip: bool = False
+    profile: bool = False
+
+
+NOW, BOUND, STREAM, OWN = (), ("bound",), ("bound", "bf16"), ("bf16", "own")
+STEPS = [  # the most telling first
+    Trained("B", 32, NOW),
+    Trained("B", 32, BOUND),
+    Trained("B", 32, BOUND, graph=True),
+    Trained("B", 32, STREAM, graph=True),
+    Trained("B", 32, OWN, graph=True, profile=True),
+    Trained("B", 32, OWN),
+    Trained("S", 64, NOW),
+    Trained("S", 64, STREAM, graph=True),
+    Trained("S", 64, OWN, graph=True, profile=True),
+    Trained("L", 16, NOW),
+    Trained("L", 16, OWN, graph=True),
+    Trained("L", 32, OWN, graph=True),
+    Trained("Ti", 64, NOW),
+    Trained("Ti", 64, OWN, graph=True),
+    Trained("Ti", 128, OWN, graph=True),
+    Trained("B", 64, OWN, graph=True),
+    Trained("S", 128, OWN, graph=True),
+    Trained("L", 16, STREAM, graph=True),
+]
+AUTOTUNE = "max-autotune-no-cudagraphs"
+MORE = {
+    "whole": [
+        Trained("B", 32, OWN, graph=True, whole=True),
+        Trained("S", 64, OWN, graph=True, whole=True),
+    ],
+    "clip": [Trained("B", 32, OWN, graph=True, clip=True)],
+    "autotune": [
+        Trained("B", 32, OWN, graph=True, mode=AUTOTUNE, profile=True),
+        Trained("S", 64, OWN, graph=True, mode=AUTOTUNE),
+    ],
+}
+
+
+@dataclass
+class Lab:
+    """What a run has to go by, and what it has found."""
+
+    device: torch.device
+    tiny: bool
+    seconds: float
+    path: Path
+    rate: float = 1.0  # of matrix products, FLOP/s
+    began: float = field(default_factory=time.perf_counter)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether there is a card."""
+        return self.device.type == "cuda"
+
+    def say(self, **record: Any) -> None:
+        """Keep a record: in the file at once, since the next part may end the process."""
+        self.records.append(record)
+        line = json.dumps(record)
+        print(line, flush=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def attempt(self, part: str, run: Callable[[], None]) -> None:
+        """Run a part if there is time for it; say so if there is not, or if it fails."""
+        if time.perf_counter() - self.began > self.seconds:
+            self.say(part=part, left_out="no time")
+            return
+        try:
+            run()
+        except Exception as error:  # noqa: BLE001  the next part may work
+            traceback.print_exc(limit=4)
+            self.say(part=part, failed=f"{type(error).__name__}: {str(error)[:300]}")
+        torch._dynamo.reset()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def wait(self) -> None:
+        """Wait until the card has done what it was asked."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def time_of(self, call: Callable[[], Any], repeats: int = 20) -> float:
+        """Return the median milliseconds of a call on the card; of one call on a CPU."""
+        if not self.on_gpu:
+            began = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - began)
+        for _ in range(3):
+            call()
+        times = []
+        for _ in range(repeats):
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            call()
+            after.record()
+            torch.cuda.synchronize()
+            times.append(before.elapsed_time(after))
+        return statistics.median(times)
+
+    def images(self, rows: int) -> arms.Images:
+        """Return images enough for four batches of so many rows."""
+        if self.tiny:
+            return arms.drawn_images(rows * 40, 256, (64, 128))
+        return arms.drawn_images(max(6000, rows * 40), 1024, (64, 256))
+
+
+def main() -> None:
+    """Run the parts that are asked for, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes: does every path run?")
+    parser.add_argument("--seconds", type=float, default=420, help="begin no part after these")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, comma separated")
+    options = parser.parse_args()
+    chosen = options.only.split(",")
+    if unknown := set(chosen) - set(PARTS):
+        parser.error(f"--only names {sorted(unknown)}, expected some of {', '.join(PARTS)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "gpu_lab.jsonl"
+    path.unlink(missing_ok=True)
+    lab = Lab(torch.device(options.device), options.tiny, options.seconds, path)
+    torch.set_float32_matmul_precision("high")
+    lab.rate = matrix_rate(lab.device, HALF, size=256 if lab.tiny else None)
+    lab.say(
+        part="heading",
+        date=f"{datetime.date.today()}",
+        command=" ".join(sys.argv),
+        machine=machine_of(lab.device),
+    )
+    for part, run in (("ceilings", ceilings), ("attention", attentions), ("norms", norms)):
+        if part in chosen:
+            lab.attempt(part, lambda run=run: run(lab))
+    for part, steps in {"train": STEPS, **MORE}.items():
+        for step in steps_here(lab, steps) if part in chosen else []:
+            lab.attempt(part, lambda step=step, part=part: train(lab, part, step))
+    print_table(lab)
+
+
+def steps_here(lab: Lab, steps: list[Trained]) -> list[Trained]:
+    """Return the steps that the device can do: a CPU has no flash kernel, no Triton, no graph."""
+    if lab.on_gpu:
+        return steps
+    plain = [
+        replace(step, rows=2, changes=tuple(c for c in step.changes if c == "bf16"), graph=False)
+        for step in steps
+    ]
+    return list({(step.changes, step.clip, step.whole, step.mode): step for step in plain}.values())
+
+
+def machine_of(device: torch.device) -> str:
+    """Return what this runs on, and with which versions."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    found = [f"{name} {version(name)}" for name in ("torch", "triton") if find_spec(name)]
+    return ", ".join([card, *found, f"Python {platform.python_version()}"])
+
+
+def ceilings(lab: Lab) -> None:
+    """What the card can do at most: a large matrix product, a copy, the models' own products."""
+    size = 2**20 if lab.tiny else 2**30
+    source = torch.empty(size, dtype=torch.uint8, device=lab.device)
+    target = torch.empty_like(source)
+    copied = 2 * size / lab.time_of(lambda: target.copy_(source)) * 1e3
+    lab.say(part="ceilings", tflops=lab.rate / 1e12, copy_tb_s=copied / 1e12)
+    for name, tokens, dim in MATRICES:
+        rates = {}
+        t, c = (64, 32) if lab.tiny else (tokens, dim)
+        for m, n, k in ((t, 3 * c, c), (t, c, c), (t, 4 * c, c), (t, c, 4 * c), (4 * c, c, t)):
+            a, b = (torch.randn(s, device=lab.device).to(HALF) for s in ((m, k), (k, n)))
+            took = lab.time_of(lambda a=a, b=b: a @ b, 10)
+            rates[f"{m}x{n}x{k}"] = round(2 * m * n * k / took / 1e9)
+        lab.say(part="matmuls", size=name, tflops=rates)
+
+
+def attentions(lab: Lab) -> None:
+    """Attention at B's shape, each kernel forward and backward, beside float32 as the truth."""
+    rows, length, heads, head_dim = (2, 256, 2, 64) if lab.tiny else (32, 1024, 12, 64)
+    images = lab.images(rows)
+    most = max(map(len, images.packs))
+    batch = next(arms.packed_steps(images, rows, 1, most)).inputs.to(lab.device)
+    torch.manual_seed(0)
+    qkv = torch.randn(rows * length, 3, heads, head_dim, device=lab.device).to(HALF)
+    gains = [torch.rand(head_dim, device=lab.device) + 0.5 for _ in range(2)]
+    real = (batch.segment_ids > 0).flatten()[:, None, None]
+    dout = torch.randn(rows * length, heads, head_dim, device=lab.device).to(HALF) * real
+
+    def normed(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.unbind(1)
+        q, k = (
+            F.rms_norm(x.float(), (head_dim,), gain, 1e-6).to(qkv.dtype)
+            for x, gain in zip((q, k), gains, strict=True)
+        )
+        return q, k, v
+
+    wide = qkv.float().requires_grad_()
+    truth = attention._masked(batch)(*normed(wide))
+    (wide_grad,) = torch.autograd.grad(truth, wide, dout.float())
+    truth = truth.detach() * real
+
+    def error(found: Tensor, wanted: Tensor) -> float:
+        mask = real if found.ndim == 3 else real[..., None]
+        return round(float((found.float() * mask - wanted).norm() / wanted.norm()), 5)
+
+    def measure(name: str, attend: Callable[..., Tensor], *, normalises: bool = False) -> None:
+        """Say how long a kernel takes and how far it is from the truth."""
+        leaf = qkv.clone().requires_grad_()
+        inputs = [leaf] if normalises else [x.detach().requires_grad_() for x in normed(qkv)]
+        out = attend(*inputs)
+        forward = lab.time_of(lambda: attend(*inputs))
+        backward = lab.time_of(lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True))
+        seen = attend(leaf) if normalises else attend(*normed(leaf))
+        (grad,) = torch.autograd.grad(seen, leaf, dout)
+        lab.say(
+            part="attention",
+            name=name,
+            forward_ms=round(forward, 4),
+            backward_ms=round(backward, 4),
+            out_error=error(out.detach(), truth),
+            grad_error=error(grad, wide_grad),
+        )
+
+    measure("masked", attention._masked(batch))
+    if not lab.on_gpu:
+        return
+    # cuDNN is left out: torch 2.11's varlen backward reads head_dim as max_seqlen (pytorch PR
+    # 186142) and writes out of bounds, which would end this process.
+    lens = segments_and_padding(batch)
+    flat = lens.flatten()
+    longest = bound_of(images)
+    measure(f"flash, told {length} (now)", attention._varlen(flat, length))
+    measure(f"flash, told {longest}", attention._varlen(cut_padding(lens, longest), longest))
+    lab.attempt("flex", lambda: measure("flex (now)", attention._flex(batch)))
+    lab.attempt("own", lambda: own_kernels(measure, qkv, gains, lens))
+
+
+def own_kernels(
+    measure: Callable[..., None], qkv: Tensor, gains: list[Tensor], lens: Tensor
+) -> None:
+    """Attention by segment_attention.py, in blocks of several sizes."""
+    import segment_attention as own
+
+    for block in (64, 128):
+        blocks = own.blocks_of(lens.flatten(), are_real(lens), len(qkv), block)
+        for keys, warps, stages in ((64, 4, 1), (64, 4, 2), (32, 4, 2), (64, 8, 1)):
+            name = f"own, {block} x {keys}, {warps} warps, {stages} stages"
+            shape = (block, keys, warps, stages)
+            measure(
+                name,
+                lambda x, blocks=blocks, shape=shape: own.attend(x, *gains, blocks, *shape)[0],
+                normalises=True,
+            )
+
+
+def norms(lab: Lab) -> None:
+    """What query-key normalisation costs by itself today; the own kernel has it within."""
+    rows, dim, heads = (64, 64, 2) if lab.tiny else (32768, 768, 12)
+    x = torch.randn(rows, 3 * dim, device=lab.device).to(HALF).requires_grad_()
+    normed = [nn.RMSNorm(dim // heads, eps=1e-6, device=lab.device) for _ in range(2)]
+
+    def apply(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (part.unflatten(-1, (heads, -1)) for part in x.chunk(3, -1))
+        return normed[0](q.float()).to(HALF), normed[1](k.float()).to(HALF), v
+
+    compiled = torch.compile(apply, dynamic=False, backend="inductor" if lab.on_gpu else "eager")
+    outputs = compiled(x)
+    gradients = [torch.randn_like(one) for one in outputs]
+    inputs = [x, *(norm.weight for norm in normed)]
+    lab.say(
+        part="norms",
+        forward_ms=lab.time_of(lambda: compiled(x)),
+        backward_ms=lab.time_of(
+            lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
+        ),
+    )
+
+
+def segments_and_padding(batch: PackedBatch) -> Tensor:
+    """Return int64[B, S + 1]: the lengths of each row's segments, and of its padding."""
+    lens = batch.seq_lens.long()
+    padding = batch.segment_ids.shape[1] - lens.sum(1, keepdim=True)
+    return torch.cat([lens, padding], 1)
+
+
+def are_real(lens: Tensor) -> Tensor:
+    """Return bool[B · (S + 1)]: all but the padding that ends each row."""
+    real = torch.ones_like(lens, dtype=torch.bool)
+    real[:, -1] = False
+    return real.flatten()
+
+
+def bound_of(images: arms.Images) -> int:
+    """Return the tokens of the largest image, rounded up."""
+    return -(-int(images.lens.max()) // MULTIPLE) * MULTIPLE
+
+
+def cut_padding(lens: Tensor, most: int, seq_len: int = 1024) -> Tensor:
+    """Return the lengths, flat, with each row's padding in pieces of at most `most` tokens."""
+    pieces = torch.arange(-(-seq_len // most), device=lens.device)  # of one number for any batch
+    cut = (lens[:, -1:] - most * pieces).clamp(0, most)
+    return torch.cat([lens[:, :-1], cut], 1).flatten()
+
+
+# The model's changes, each a method put in place of the one that is there.
+
+
+def bf16_read(self: navit.NaViT, batch: PackedBatch, tokens: FlatTokens) -> tuple[Tensor, None]:
+    """`NaViT.read` with one cast more: the stream is then what the embedding's product gives."""
+    dtype = self.embed.weight.dtype
+    x = self.embed(tokens.take(batch.patches).to(dtype) / 127.5 - 1)
+    coords = tokens.take(batch.coords).long()
+    if self.position is not None:
+        grids = F.pad(batch.grid_hw.flatten(0, 1).long(), (0, 0, 0, 1))
+        x = x + self.position(coords, grids[tokens.segments], dtype).to(x.dtype)
+    return x, None
+
+
+def own_block(self: navit.Block, x: Tensor, blocks: Tensor, _: None) -> Tensor:
+    """`Block.forward` by segment_attention.py, which normalises, too."""
+    qkv = self.queries_keys_values(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
+    gains = (self.norm_queries.weight, self.norm_keys.weight)
+    seen, _ = torch.ops.packpipe_lab.attend(qkv, *gains, blocks)
+    x = x + self.project(seen.flatten(-2))
+    return x + self.narrow(F.gelu(self.widen(self.norm_mlp(x))))
+
+
+@contextmanager
+def changed(changes: tuple[str, ...], rows: int, longest: int) -> Iterator[None]:
+    """Train with some changes; afterwards everything is as before."""
+    before = navit.NaViT.read, navit.Block.forward, attention._varlen
+    varlen = attention._varlen
+
+    def bounded(flat: Tensor, seq_len: int) -> attention.Attention:
+        cut = cut_padding(flat.unflatten(0, (rows, -1)), longest, seq_len)
+        return varlen(cut, longest)
+
+    def blocks(flat: Tensor, seq_len: int) -> Tensor:
+        import segment_attention as own
+
+        lens = flat.unflatten(0, (rows, -1))
+        return own.blocks_of(flat, are_real(lens), rows * seq_len)
+
+    try:
+        if "bf16" in changes:
+            navit.NaViT.read = bf16_read
+        if "bound" in changes:
+            attention._varlen = bounded
+        if "own" in changes:
+            navit.Block.forward, attention._varlen = own_block, blocks
+        yield
+    finally:
+        navit.NaViT.read, navit.Block.forward, attention._varlen = before
+
+
+class Captured:
+    """A training step as one CUDA graph: fixed buffers in, the loss out."""
+
+    def __init__(self, step: Callable[[arms.Step], Tensor], batch: arms.Step) -> None:
+        self.batch, side = batch, torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(batch)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = step(batch)
+
+    def __call__(self, other: arms.Step) -> Tensor:
+        """Return the loss of a batch, which is copied into the buffers; the next call's, too."""
+        for name, value in vars(self.batch.inputs).items():
+            if value is not None:
+                value.copy_(getattr(other.inputs, name), non_blocking=True)
+        self.batch.labels.copy_(other.labels, non_blocking=True)
+        self.graph.replay()
+        return self.loss
+
+
+def train(lab: Lab, part: str, how: Trained) -> None:
+    """Say what a step takes: milliseconds, useful MFU, memory; and its loss, which must agree."""
+    images = lab.images(how.rows)
+    with changed(how.changes, how.rows, bound_of(images)):
+        _train(lab, part, how, images)
+
+
+def _train(lab: Lab, part: str, how: Trained, images: arms.Images) -> None:
+    backend = "varlen" if lab.on_gpu else "reference"
+    shape: dict[str, Any] = {"num_classes": 1000, "max_side": 1024, "attention": backend}
+    config = (
+        NaViTConfig(dim=64, depth=2, heads=1, **shape)
+        if lab.tiny
+        else NaViTConfig.preset(f"{how.size}/16", **shape)
+    )
+    torch.manual_seed(0)
+    most = max(map(len, images.packs))
+    batches = [
+        arms.moved(step, lab.device) for step in arms.packed_steps(images, how.rows, 4, most)
+    ]
+    model = navit.NaViT(config).to(lab.device).train()
+    options = {"mode": how.mode} if lab.on_gpu else {"backend": "eager"}
+    if how.whole:
+        model.keep_padding = True
+        model.compile(dynamic=False, **options)
+    else:
+        navit.compile_parts(model, **options)
+    rate = torch.tensor(1e-4, device=lab.device) if how.graph else 1e-4
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True, capturable=how.graph)
+
+    def step(batch: arms.Step) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(lab.device.type, HALF, enabled=lab.on_gpu, cache_enabled=not how.graph):
+            loss = segment_cross_entropy(model(batch.inputs).float(), batch.labels)
+        loss.backward()
+        if how.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    began = time.perf_counter()
+    first = float(step(batches[0]))
+    for batch in batches[1:]:
+        step(batch)
+    lab.wait()
+    start = time.perf_counter() - began
+    run: Callable[[arms.Step], Tensor] = step
+    if how.graph:
+        buffers = arms.moved(arms.moved(batches[0], "cpu"), lab.device)
+        run = Captured(step, buffers)
+    if lab.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(1 if lab.tiny else 5):
+        lab.wait()
+        began = time.perf_counter()
+        for batch in batches:
+            loss = run(batch)
+        lab.wait()
+        times.append((time.perf_counter() - began) / len(batches))
+    seconds = statistics.median(times)
+    flops = TRAINING * arms.useful_flops(config, batches) / len(batches)
+    lab.say(
+        part=part,
+        size=how.size,
+        rows=how.rows,
+        changes="+".join(how.changes) or "now",
+        graph=how.graph,
+        mode="whole" if how.whole else how.mode,
+        clip=how.clip,
+        ms=round(1e3 * seconds, 2),
+        best_ms=round(1e3 * min(times), 2),
+        mfu=round(flops / seconds / lab.rate, 4),
+        images_s=round(sum(batch.images for batch in batches) / len(batches) / seconds),
+        peak_gb=round(torch.cuda.max_memory_allocated() / 1e9, 1) if lab.on_gpu else 0,
+        s_to_start=round(start, 1),
+        first_loss=round(first, 5),
+        loss=round(float(loss), 4),
+    )
+    if how.profile and lab.on_gpu:
+        profile(lab, how, lambda: [run(batch) for batch in batches], len(batches))
+
+
+def profile(lab: Lab, how: Trained, run: Callable[[], Any], steps: int) -> None:
+    """Say which kernels a step consists of, and how long each takes."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    with profiled(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        lab.wait()
+    kernels = [
+        (one.self_device_time_total / 1e3 / steps, one.count // steps, one.key)
+        for one in found.key_averages()
+    ]
+    lab.say(
+        part="profile",
+        size=how.size,
+        changes="+".join(how.changes),
+        kernels=sum(count for _, count, _ in kernels),
+        top=[[round(ms, 3), n, name[:90]] for ms, n, name in sorted(kernels, reverse=True)[:28]],
+    )
+
+
+def print_table(lab: Lab) -> None:
+    """Print the training steps, one a line."""
+    head = ("model", "rows", "changes", "graph", "ms", "MFU", "images/s", "GB")
+    print("\n{:6}{:>5} {:26}{:>6}{:>9}{:>8}{:>10}{:>6}".format(*head))
+    for one in lab.records:
+        if "ms" in one:
+            changes = " ".join(filter(None, (one["changes"], one["mode"])))
+            print(
+                f"{one['size']:6}{one['rows']:5} {changes[:25]:26}{one['graph']!s:>6}"
+                f"{one['ms']:9.2f}{one['mfu']:8.3f}{one['images_s']:10,}{one['peak_gb']:6.1f}"
+            )
+    print(f"{time.perf_counter() - lab.began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
