@@ -18,12 +18,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo  # now: imported by `checkpoint`, it would keep the frames of our callers
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from packpipe import checks
 from packpipe.losses import global_count
+from packpipe.ranks import has_group
 
 
 def softmax_contrastive(
@@ -150,10 +152,9 @@ def _checked(
             raise ValueError(checks.sentence(name, tuple(found), expected, remedy))
     if present is None:
         present = torch.ones(len(images), dtype=torch.bool, device=images.device)
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not has_group():
         return present, lambda rows: rows, 0
-    return present, _Gather.apply, distributed.get_rank() * len(images)
+    return present, _Gather.apply, torch.distributed.get_rank() * len(images)
 
 
 def _clean(vectors: Tensor, present: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 
 from packpipe import checks
 from packpipe.filling import Batch, Fill, Part, in_processes, in_threads
+from packpipe.ranks import rank_of_world
 from packpipe.steps import NO_PACK, TAILS, even_places, num_steps, step_packs
 from packpipe.stored import StoredPacks
 
@@ -270,10 +271,7 @@ class PackedLoader:
         if self._place is not None:
             return self._place
         # Asked when it is needed: frameworks start their processes after the loader is made.
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized():
-            return distributed.get_rank(), distributed.get_world_size()
-        return 0, 1
+        return rank_of_world()
 
     def _batches(self) -> Iterator[Batch]:
         """Return this rank's batches of the epoch, from the start on."""

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from packpipe import checks
 from packpipe.batch import NO_LABEL
+from packpipe.ranks import has_group
 
 
 def segment_cross_entropy(logits: Tensor, labels: Tensor, *, count: Tensor | None = None) -> Tensor:
@@ -98,7 +99,7 @@ def global_count(present: Tensor) -> Tensor:
         present: bool[...], which examples count here.
     """
     number = present.sum().to(torch.float32)
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not has_group():
         return number.clamp(min=1)
     torch.distributed.all_reduce(number)
     return number.clamp(min=1) / torch.distributed.get_world_size()

@@ -24,6 +24,7 @@ from packpipe.loader import PackedLoader
 from packpipe.model_config import NaViTConfig
 from packpipe.navit import NaViT
 from packpipe.plots import plot_training
+from packpipe.ranks import process_group, rank_of_world
 from packpipe.resolution import Side, Square
 from packpipe.source import label_column_of
 from packpipe.training import Record, TrainConfig, read_log, train
@@ -149,8 +150,14 @@ class Training:
         Raises:
             TypeError, ValueError: an option is wrong.
         """
+        if "RANK" not in os.environ:
+            return self._run(output, tensorboard, as_json)
+        with process_group("nccl" if torch.cuda.is_available() else "gloo"):
+            return self._run(output, tensorboard, as_json)
+
+    def _run(self, output: Path, tensorboard: bool, as_json: bool) -> bool:
         device = device_of_this_rank()
-        is_first = int(os.environ.get("RANK", 0)) == 0
+        is_first = rank_of_world()[0] == 0
         options, packs = self.train_config, self.packs
         torch.manual_seed(self.seed)
         navit = NaViT(self.config).to(device)
@@ -180,8 +187,6 @@ class Training:
             plot_training(log).savefig(output / "training.png", dpi=100)
             if not as_json:
                 sys.stdout.write(f"checkpoints, log and plot are in {output}\n")
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
         return not stopped.is_set()
 
 
@@ -218,11 +223,8 @@ def _interrupted() -> Iterator[threading.Event]:
 
 
 def device_of_this_rank() -> torch.device:
-    """Return this rank's device, its process group made if torchrun started it."""
-    cuda = torch.cuda.is_available()
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    if not cuda:
+    """Return the device of this rank: a GPU of its own, or the CPU."""
+    if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -32,6 +32,7 @@ from packpipe.loader import PackedLoader
 from packpipe.losses import global_count, segment_cross_entropy, segment_sigmoid_cross_entropy
 from packpipe.model_config import NaViTConfig
 from packpipe.navit import NaViT, compile_parts
+from packpipe.ranks import has_group, rank_of_world
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ def train(
     compiled = device.type == "cuda" if config.compiled is None else config.compiled
     if compiled and not model.keep_padding:
         compile_parts(model)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if has_group():
         run = DistributedDataParallel(model)
     rate = (
         matrix_rate(device, torch.bfloat16 if half else torch.float32)
@@ -185,7 +186,7 @@ def train(
         else None
     )
     figures = _Figures(model.config, rate, first)
-    writer = _Log(folder, first) if folder and _is_first_rank() else None
+    writer = _Log(folder, first) if folder and rank_of_world()[0] == 0 else None
 
     batches = chain.from_iterable(repeat(loader))  # each pass is the next epoch
     for step in range(first, config.steps):
@@ -327,10 +328,3 @@ def _state_backend(model: NaViT, device: torch.device, half: bool) -> None:
     head_dim = model.config.dim // model.config.heads
     difference = check_backend(backend, device, dtype, head_dim)
     log.info("attention: %s in %s on %s, %.1e from reference", backend, dtype, device, difference)
-
-
-def _is_first_rank() -> bool:
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or (
-        distributed.get_rank() == 0
-    )

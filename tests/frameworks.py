@@ -10,6 +10,7 @@ from typing import Any
 
 import loading
 import torch
+from two_ranks import end_the_group_of_a_framework
 
 from packpipe import PackedLoader
 
@@ -97,3 +98,4 @@ if __name__ == "__main__":
     options = {} if sys.argv[1] == "accelerate" else {"devices": 2}
     rank = os.environ["RANK"]
     (where / f"rank-{rank}.json").write_text(json.dumps(run(where, **options)))
+    end_the_group_of_a_framework()

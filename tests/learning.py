@@ -3,14 +3,18 @@
 import json
 import os
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import packed
 import pyarrow as pa
 import torch
+from two_ranks import one_of_two_ranks
 
 from packpipe import PackConfig, PackedLoader, schema
+from packpipe.ranks import rank_of_world
 from packpipe.training import TrainConfig, train
 
 STEPS = 12
@@ -39,22 +43,25 @@ def config_of(**options):
     return TrainConfig(**{"steps": STEPS, "learning_rate": 1e-2, "save_every": 2, **options})
 
 
-def main(folder, batch_size="2"):
-    """Train, on this rank if there are several, and say when each step is done."""
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group("gloo")
+def main(folder, batch_size="2", most="0"):
+    """Train, on this rank if there are several, and say when each step is done.
+
+    After most steps, unless that is 0, it waits to be killed, which is never too late then.
+    """
     model = model_of(torch.float64 if "RANK" in os.environ else torch.float32)
     losses = []
     for record in train(model, loader_of(int(batch_size)), config_of(), folder=folder):
         losses.append(record.loss)
         sys.stdout.write(f"{record.step}\n")
         sys.stdout.flush()
+        if len(losses) == int(most):
+            time.sleep(600)
     if "RANK" in os.environ:
-        rank = torch.distributed.get_rank()
+        rank, _ = rank_of_world()
         weights = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
         (Path(folder) / f"rank-{rank}.json").write_text(json.dumps([losses, weights]))
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with one_of_two_ranks() if "RANK" in os.environ else nullcontext():
+        main(*sys.argv[1:])

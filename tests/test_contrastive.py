@@ -2,17 +2,15 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import contrasting
-import loading
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from two_ranks import run_on_two_ranks
 
 from packpipe.contrastive import sigmoid_contrastive, softmax_contrastive
 
@@ -119,15 +117,10 @@ def test_memory_is_linear_in_the_chunk(kind):
     assert found == {8: max(8 * number, images.numel()), 64: 64 * number, 256: number**2}
 
 
+@pytest.mark.slow
 @kinds
 def test_two_ranks_together_have_the_loss_of_all_pairs(kind, tmp_path):
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    subprocess.run(
-        [sys.executable, "-W", "ignore", *launch, contrasting.__file__, kind, str(tmp_path)],
-        env={**loading.environment(), "CUDA_VISIBLE_DEVICES": ""},
-        check=True,
-        timeout=300,
-    )
+    run_on_two_ranks(contrasting.__file__, kind, tmp_path)
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     loss, found = contrasting.whole(kind)
     assert sum(rank["loss"] for rank in ranks) / 2 == pytest.approx(loss, abs=1e-10)

@@ -39,7 +39,7 @@ FLOORS = {
         "above": ["2 torch", "3"],
     },
     "2 torch": {
-        "modules": "batch token_batch exports filling loader positions attention pooling "
+        "modules": "ranks batch token_batch exports filling loader positions attention pooling "
         "model_config navit flops prediction evaluation losses contrastive checkpoints training",
         "forbidden": "datasets matplotlib",
         "above": ["2 datasets", "3"],

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import frameworks
 import loading
 import pytest
+from two_ranks import run_on_two_ranks
 
 from packpipe import PackedLoader
 
@@ -59,17 +58,12 @@ def test_lightning_resumes_from_its_checkpoint(tmp_path, kind, more):
     assert before + after == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["accelerate", "lightning"])
 def test_two_ranks_take_each_its_own_half(framework, tmp_path):
     kind = "planned" if framework == "accelerate" else "stored"
     loading.packs_of(kind, tmp_path, epochs=2)  # one process at a time writes a folder
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    subprocess.run(
-        [sys.executable, "-W", "ignore", *launch, frameworks.__file__, framework, str(tmp_path)],
-        env={**loading.environment(), "CUDA_VISIBLE_DEVICES": ""},
-        check=True,
-        timeout=300,
-    )
+    run_on_two_ranks(frameworks.__file__, framework, tmp_path)
     for rank in range(2):
         found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
         assert found == taken_by(rank, 2, tmp_path, kind)

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from two_ranks import run_on_two_ranks
 from typer.testing import CliRunner
 
 from packpipe.checkpoints import checkpoints, load_model
@@ -44,6 +45,14 @@ def test_every_layout_trains(layout, few, tmp_path):
     model = load_model(tmp_path / "out")
     assert (model.config.dim, model.config.num_classes) == (192, 2)
     assert (model.config.attention == "reference") == (layout in ("padded", "bucketed"))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_end(few, tmp_path):
+    options = [*SMALL[:-1], 1, "--num-workers", 1, "--steps", 3, "--log-every", 1]
+    run_on_two_ranks("-m", "packpipe", "train", few, tmp_path / "out", *options)
+    assert [record["step"] for record in read_log(tmp_path / "out")] == [1, 2, 3]
+    assert checkpoints(tmp_path / "out")[-1].name == "step-00000003"
 
 
 def test_stopped_it_goes_on(few, tmp_path):
