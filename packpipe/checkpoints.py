@@ -4,7 +4,8 @@
                     optimizer.safetensors  AdamW's moments, as name of weight, dot, name of moment
                     state.json             step, the loader's state, the model's shape
 
-A folder is filled under another name, synced, then renamed. The last two are kept.
+A folder is filled under another name, synced, then renamed; to be removed, it is renamed first.
+The last two are kept.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from packpipe import checks
 from packpipe.loader import PackedLoader
 from packpipe.model_config import NaViTConfig
 from packpipe.navit import NaViT
+from packpipe.ranks import has_group, rank_of_world
 
 KEPT = 2
 _VERSION = 1
@@ -31,12 +33,10 @@ def save_checkpoint(
     folder: Path, model: NaViT, optimizer: torch.optim.Optimizer, loader: PackedLoader, step: int
 ) -> None:
     """Write the checkpoint of a step; of several ranks the first one does."""
-    distributed = torch.distributed
-    several = distributed.is_available() and distributed.is_initialized()
-    if not several or distributed.get_rank() == 0:
+    if rank_of_world()[0] == 0:
         _save(folder, model, optimizer, loader, step)
-    if several:
-        distributed.barrier()
+    if has_group():
+        torch.distributed.barrier()
 
 
 def _save(
@@ -46,7 +46,8 @@ def _save(
 
     whole = folder / f"step-{step:08d}"
     partial = whole.with_name(whole.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in folder.glob("step-*.partial"):  # by a process that was killed
+        shutil.rmtree(left)
     partial.mkdir(parents=True)
     save_file(
         {k: v.contiguous() for k, v in _weights(model).items()}, partial / "model.safetensors"
@@ -61,11 +62,19 @@ def _save(
     (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     for path in (*partial.iterdir(), partial):
         _sync(path)
-    shutil.rmtree(whole, ignore_errors=True)
+    if whole.exists():
+        _remove(whole)
     partial.rename(whole)
     _sync(folder)
     for old in checkpoints(folder)[:-KEPT]:
-        shutil.rmtree(old)
+        _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, half of which must not be taken for one."""
+    half = checkpoint.with_name(checkpoint.name + ".old.partial")
+    checkpoint.rename(half)
+    shutil.rmtree(half)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from packpipe.images import PixelRules
+from packpipe.images import PixelRules, known_formats
 from packpipe.orders import Failure, Order, fill_row
 
 # Each process has so many bytes at the front of the shared memory, for the image it is at.
@@ -85,6 +85,7 @@ def serve(setup: dict[str, Any]) -> None:
     memory = np.frombuffer(mmap.mmap(setup["memory"], 0), np.uint8)
     rows = memory[setup["first_row"] :].reshape(-1, *setup["row_shape"])
     place = memory[: setup["first_row"]].view(np.int64)[setup["worker"] :][:1]
+    known_formats()  # before the first image, whose time is its own
     with socket.socket(fileno=setup["socket"]) as channel, channel.makefile("rwb") as stream:
         while line := stream.readline():
             task = json.loads(line)

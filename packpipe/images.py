@@ -247,8 +247,8 @@ def _filter(name: str) -> Image.Resampling:
 
 
 @cache
-def _formats() -> tuple[str, ...]:
-    """Return those of FORMATS this Pillow knows."""
+def known_formats() -> tuple[str, ...]:
+    """Return those of FORMATS this Pillow knows; the first call imports all of its modules."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -323,7 +323,7 @@ def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Ima
         height, width = icon_hw(file)
         if height * width > max_pixels:
             raise _too_many(height, width, max_pixels)
-    return stack.enter_context(Image.open(file, formats=_formats()))
+    return stack.enter_context(Image.open(file, formats=known_formats()))
 
 
 def _array_hw(pixels: NDArray[Any], max_pixels: int) -> tuple[int, int]:

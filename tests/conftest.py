@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
@@ -27,6 +31,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLCONFIGDIR", str(HOME / "matplotlib"))
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HOME / "inductor"))
 
+# A shell ignores Ctrl-C for what it starts in the background, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Worker processes that are killed leave temporary folders; their sockets need short names.
 TEMPORARY = HOME / "t"
 if len(str(TEMPORARY)) < 60:
@@ -35,8 +43,28 @@ if len(str(TEMPORARY)) < 60:
     tempfile.tempdir = None  # asked for again
 
 set_hypothesis_home_dir(ROOT / ".hypothesis")
+# The same examples every time, so that no run is red by chance; "nightly" looks for new ones.
 for name, max_examples in (("dev", 50), ("ci", 200), ("nightly", 2000)):
-    settings.register_profile(name, max_examples=max_examples, deadline=None, database=None)
+    settings.register_profile(
+        name,
+        max_examples=max_examples,
+        deadline=None,
+        database=None,
+        derandomize=name != "nightly",
+    )
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the kernels before several test processes do so at once."""
+    config.addinivalue_line("markers", "slow: takes long, and so begins early")
+    if getattr(config.option, "numprocesses", None):
+        kernels = Path(__file__).with_name("kernels.py")
+        subprocess.run([sys.executable, str(kernels)], cwd=ROOT, check=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow tests, so that none is left to one process at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -185,6 +185,16 @@ def started(arguments: dict[str, Any], command: Sequence[str] = ()) -> subproces
     )
 
 
+def said_by(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What a process of a session of its own says; if it does not end, the session is killed."""
+    try:
+        return process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        send(signal.SIGKILL, process.pid, group=True)
+        process.wait()
+        raise
+
+
 class Run:
     """A build in a process and a session of its own.
 
@@ -229,7 +239,7 @@ class Run:
 
     def result(self) -> tuple[int, list[str]]:
         """Wait for the end; return the status, and the number of steps if it counted them."""
-        said, complaint = self.process.communicate(timeout=120)
+        said, complaint = said_by(self.process)
         assert self.process.returncode in (0, -signal.SIGKILL), complaint
         return self.process.returncode, said.removeprefix(READY).split()
 

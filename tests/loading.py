@@ -19,9 +19,6 @@ from strategies import encode, random_image
 import packpipe
 from packpipe import Beta, EpochPacks, OverTraining, PackedBatch, PackedLoader, Side, Uniform
 
-# What killed processes leave lies in the checkout, too; short, since sockets have short names.
-TEMPORARY = Path(__file__).resolve().parent.parent / ".pytest_tmp_home" / "t"
-
 OPTIONS: dict[str, Any] = {
     "patch_size": 8,
     "resolution": Side(Uniform(12, 44)),
@@ -34,9 +31,8 @@ OPTIONS: dict[str, Any] = {
 
 
 def environment() -> dict[str, str]:
-    """What a subprocess of the tests runs in."""
-    TEMPORARY.mkdir(parents=True, exist_ok=True)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(TEMPORARY)}
+    """What a subprocess of the tests runs in; what it leaves lies where conftest.py says."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def source(num_images: int = 270) -> datasets.Dataset:
@@ -83,7 +79,12 @@ def steps_of(ranks: list[PackedLoader]) -> list[str]:
 
 
 def load_until_killed(arguments: dict[str, Any]) -> None:
-    """Write a line for every batch: its digest and the loader's state after it."""
+    """Write a line for every batch: its digest and the loader's state after it.
+
+    Args:
+        arguments: among them how many lines the log may hold at most, or None. After these it
+            waits to be killed, which is never too late then.
+    """
     packs = packs_of(arguments["kind"], Path(arguments["folder"]))
     world_size = arguments["world_size"]
     loaders = [
@@ -93,13 +94,13 @@ def load_until_killed(arguments: dict[str, Any]) -> None:
         for rank in range(world_size)
     ]
     log = Path(arguments["log"])
-    if log.exists():
-        # A line may have been cut short: its batch counts as not taken.
-        lines = log.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        log.write_text("".join(whole))
-        for loader in loaders if whole else []:
-            loader.load_state_dict(json.loads(whole[-1])["state"])
+    # A line may have been cut short: its batch counts as not taken.
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    log.write_text("".join(whole))
+    for loader in loaders if whole else []:
+        loader.load_state_dict(json.loads(whole[-1])["state"])
+    written = len(whole)
     with log.open("a") as file:
         for epoch in range(loaders[0].epoch, arguments["epochs"]):
             for loader in loaders:
@@ -109,7 +110,8 @@ def load_until_killed(arguments: dict[str, Any]) -> None:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-                time.sleep(arguments["pause"])
+                written += 1
+                time.sleep(3600 if written == arguments["most"] else arguments["pause"])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class Process(NamedTuple):
 def all_processes() -> Iterator[Process]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            state, parent, _, session, *_ = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+            state, parent, _, session, *_ = _stat(folder)
         except OSError:  # it has just ended
             continue
         yield Process(int(folder.name), state, int(parent), int(session))
@@ -39,7 +39,20 @@ def of_session(leader: int) -> list[int]:
     ]
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 30) -> None:
+def is_stopped(pid: int) -> bool:
+    """Whether all threads of a process are stopped, which they are one after another."""
+    try:
+        return {_stat(folder)[0] for folder in Path(f"/proc/{pid}/task").iterdir()} == {"T"}
+    except OSError:  # one has just ended
+        return False
+
+
+def _stat(folder: Path) -> list[str]:
+    """What Linux says of a process or thread, behind its name, which may be any bytes."""
+    return (folder / "stat").read_text(errors="replace").rsplit(")", 1)[1].split()
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 300) -> None:
     """Wait until something holds; fail if it takes too long."""
     deadline = time.monotonic() + seconds
     while not holds():

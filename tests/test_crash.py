@@ -135,7 +135,7 @@ def small_disk(tmp_path):
 def filled_up(saved, disk, command=()):
     arguments = {"source": str(saved), "disk": str(disk), "by_another": bool(command)}
     process = crashing.started(arguments, command)
-    said, complaint = process.communicate(timeout=120)
+    said, complaint = crashing.said_by(process)
     assert process.returncode == 0, complaint
     return json.loads(said)
 

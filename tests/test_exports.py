@@ -137,7 +137,8 @@ def test_flex_attention_takes_document_ids(tmp_path_factory, rows, causal):
     real = batch.segment_ids > 0
     assert documents[real].unique().tolist() == list(range(int((batch.seq_lens > 0).sum())))
     shape = (*batch.segment_ids.shape, 2, 8)
-    q, k, v = torch.randn(3, *shape, dtype=torch.float64).transpose(2, 3)
+    seeded = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, *shape, dtype=torch.float64, generator=seeded).transpose(2, 3)
 
     def within(score, b, h, query, key):  # noqa: ARG001
         seen = documents[b, query] == documents[b, key]

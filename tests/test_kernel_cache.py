@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kernels
 import numpy as np
 import pytest
 from numba.core.dispatcher import Dispatcher
@@ -64,19 +65,28 @@ def test_an_edited_kernel_is_compiled_again(tmp_path):
 @pytest.mark.parametrize("module", KERNEL_MODULES, ids=lambda module: module.__name__)
 def test_a_kernel_calls_kernels_of_its_own_file_only(module):
     # The cache looks at the date of a kernel's own file alone.
-    kernels = [
+    found_kernels = [
         found.py_func
         for found in vars(module).values()
         if isinstance(found, Dispatcher) and found.py_func.__module__ == module.__name__
     ]
-    assert kernels
-    for kernel in kernels:
+    assert found_kernels
+    for kernel in found_kernels:
         called = [kernel.__globals__.get(name) for name in kernel.__code__.co_names]
         assert not [
             other for other in called if getattr(other, "__name__", "").startswith("packpipe")
         ]
         elsewhere = {other.py_func.__module__ for other in called if isinstance(other, Dispatcher)}
         assert elsewhere <= {module.__name__}
+
+
+@pytest.mark.parametrize("module", KERNEL_MODULES, ids=lambda module: module.__name__)
+def test_test_processes_find_every_kernel_compiled(module):
+    kernels.compile_all()
+    for name, kernel in vars(module).items():
+        if isinstance(kernel, Dispatcher) and kernel.targetoptions.get("inline") != "always":
+            line = kernel.py_func.__code__.co_firstlineno
+            assert list(Path(kernel.stats.cache_path).glob(f"*.{name}-{line}.*.nbi")), name
 
 
 def test_every_module_with_kernels_is_looked_at():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import loading
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from processes import wait_until
 
 from packpipe import PackedBatch, PackedLoader, read_rows
 from packpipe.stored import StoredPacks
@@ -146,6 +148,16 @@ def test_stopped_after_every_step_it_continues_with_the_next(packs, kind, num_wo
     assert [loading.digest(b) for b in resumed] == uninterrupted(packs[kind], 2, tail="pad")[1]
 
 
+def lines_of(log: Path) -> int:
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def wait_for_lines(log: Path, number: int, child: subprocess.Popen) -> None:
+    """Wait until a child, which has not ended, has written so many lines."""
+    wait_until(lambda: lines_of(log) >= number or child.poll() is not None)
+    assert child.poll() is None
+
+
 @pytest.mark.parametrize(
     ("kind", "runs", "options"),
     [
@@ -162,6 +174,9 @@ def test_killed_again_and_again_the_batches_are_those_of_an_uninterrupted_run(
     whole = list(chain(*uninterrupted(packs[kind], 2, **{**options, "num_workers": 0})))
     for number, world_size in enumerate(runs):
         last = number == len(runs) - 1
+        lines = lines_of(log)
+        left = len(whole) - lines
+        wanted = None if last else lines + int(rng.integers(1, left // 2))
         arguments = {
             "kind": kind,
             "folder": str(tmp_path),
@@ -170,26 +185,23 @@ def test_killed_again_and_again_the_batches_are_those_of_an_uninterrupted_run(
             "options": options,
             "epochs": 2,
             "pause": 0 if last else 0.1,
+            "most": None if last else wanted + 2,
         }
-        lines = len(log.read_text().splitlines()) if log.exists() else 0
         child = subprocess.Popen(
             [sys.executable, "-W", "ignore", loading.__file__, json.dumps(arguments)],
             env=loading.environment(),
             start_new_session=True,
         )
-        if not last:
-            left = len(whole) - lines
-            assert left > 3  # so that it cannot end before it is killed
-            wanted = lines + int(rng.integers(1, left // 2))
-            deadline = time.monotonic() + 200
-            while time.monotonic() < deadline and child.poll() is None:
-                if log.exists() and len(log.read_text().splitlines()) >= wanted:
-                    break
-                time.sleep(0.003)
-            assert child.poll() is None
-            time.sleep(float(rng.uniform(0, 0.04)))
-            os.killpg(child.pid, signal.SIGKILL)
-        assert child.wait(200) == (0 if last else -signal.SIGKILL)
+        try:
+            if not last:
+                wait_for_lines(log, wanted, child)
+                time.sleep(float(rng.uniform(0, 0.04)))
+                os.killpg(child.pid, signal.SIGKILL)
+            assert child.wait(300) == (0 if last else -signal.SIGKILL)
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
     found = [json.loads(line)["digest"] for line in log.read_text().splitlines()]
     assert found == whole
 
@@ -317,6 +329,7 @@ class Failing:
     "options", [{}, {"num_workers": 2}, {"num_workers": 2, "workers": "processes"}]
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_what_goes_wrong_in_a_worker_is_raised_at_its_batch(packs, options):
     loader = PackedLoader(Failing(packs["stored"]), 1, max_segments=6, **options)
     batches = iter(loader)

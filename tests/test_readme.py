@@ -116,7 +116,7 @@ def test_the_commands_for_one_s_own_photos(elsewhere):
         ["/bin/bash", "-euo", "pipefail", "-c", blocks("sh")[2]],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         check=False,
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
     )

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -191,10 +192,12 @@ def browse(page: Path, folder: Path, width: int, *arguments: str) -> str:
     """Open a page without a network and without a window; return what the browser printed."""
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"]
     command += ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
-    command += ["--disable-sync", "--hide-scrollbars", f"--user-data-dir={folder / 'browser'}"]
+    command += ["--disable-sync", "--hide-scrollbars", "--disable-dev-shm-usage"]
+    # A profile of its own: the browser before this one may not have let go of its own yet.
+    command += [f"--user-data-dir={tempfile.mkdtemp(dir=folder)}"]
     command += [f"--window-size={width},2600", *arguments, page.as_uri()]
     home = {**os.environ, "HOME": str(folder)}  # it leaves things there
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=True, env=home
+        command, capture_output=True, text=True, timeout=300, check=True, env=home
     )
     return done.stdout

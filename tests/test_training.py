@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import loading
 import packed
 import pytest
 import torch
+from two_ranks import run_on_two_ranks
 
 from packpipe import PackedLoader
-from packpipe.checkpoints import KEPT, checkpoints, load_model
+from packpipe.checkpoints import KEPT, checkpoints, load_model, save_checkpoint
 from packpipe.training import TrainConfig, optimizer_of, read_log, train
 
 
@@ -111,10 +113,11 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(stop, tmp_path):
 def test_killed_anywhere_it_goes_on_to_the_same_bits(tmp_path):
     _, whole = trained(tmp_path / "whole")
     folder = tmp_path / "killed"
-    seen = set()
-    for wait in (1, 4, 3, 99):  # lines to wait for before each kill
+    seen = []
+    for wait in (1, 4, 3, 0):  # lines to wait for before each kill
+        most = wait + 2 if wait else 0  # every other step has a checkpoint
         process = subprocess.Popen(
-            [sys.executable, learning.__file__, str(folder)],
+            [sys.executable, learning.__file__, str(folder), "2", str(most)],
             stdout=subprocess.PIPE,
             text=True,
             env=loading.environment(),
@@ -127,9 +130,9 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(tmp_path):
                 break
         process.wait()
         process.stdout.close()
-        seen.add(process.returncode)
+        seen.append(process.returncode)
         assert all(path.joinpath("state.json").exists() for path in checkpoints(folder))
-    assert seen == {-signal.SIGKILL, 0}
+    assert seen == [-signal.SIGKILL] * 3 + [0]
     assert lines[0] > 1
     assert bytes_of(tmp_path / "whole") == bytes_of(folder)
     assert losses_of(tmp_path / "whole") == losses_of(folder)
@@ -144,6 +147,33 @@ def test_the_last_checkpoints_are_kept_and_a_half_written_one_is_none(tmp_path):
     assert checkpoints(tmp_path)[-1].name == "step-00000012"
     records, _ = trained(tmp_path)
     assert records == []
+
+
+@pytest.mark.parametrize("steps", [[1, 2, 3], [1, 2, 2]], ids=["the oldest", "the same"])
+def test_a_checkpoint_that_is_half_removed_is_none(steps, tmp_path, monkeypatch):
+    model, loader = learning.model_of(), learning.loader_of()
+    optimizer = optimizer_of(model, learning.config_of())
+
+    def save(step):
+        save_checkpoint(tmp_path, model, optimizer, loader, step)
+
+    def killed(folder, **_):
+        if folder.exists():
+            folder.joinpath("state.json").unlink()
+            raise KeyboardInterrupt
+
+    save(steps[0])
+    save(steps[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(steps[2])
+    whole = checkpoints(tmp_path)
+    assert whole
+    assert all(path.joinpath("state.json").exists() for path in whole)
+    assert same_weights(model, load_model(tmp_path))
+    save(4)
+    assert sorted(tmp_path.iterdir()) == [whole[-1], tmp_path / "step-00000004"]
 
 
 def test_a_trained_model_is_loaded_with_its_shape(tmp_path):
@@ -168,13 +198,7 @@ def test_another_model_or_loader_cannot_go_on(tmp_path):
 
 
 def test_two_ranks_train_as_one(tmp_path):
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    subprocess.run(
-        [sys.executable, "-W", "ignore", *launch, learning.__file__, str(tmp_path), "1"],
-        env={**loading.environment(), "CUDA_VISIBLE_DEVICES": ""},
-        check=True,
-        timeout=300,
-    )
+    run_on_two_ranks(learning.__file__, tmp_path, 1)
     model = learning.model_of(torch.float64)
     records = list(train(model, learning.loader_of(2), learning.config_of()))
     wanted = torch.cat([p.detach().flatten() for p in model.parameters()])

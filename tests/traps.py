@@ -56,7 +56,7 @@ def be_busy(folder: str, code: str, start: str, deaf: bool) -> None:
     Image.new("RGB", (2, 2), (1, 2, 3)).save(file, "PNG")
     decoders._START = start + START
     say("starting")
-    with Decoders(2, 2, (2, 12), RULES, 60) as found:
+    with Decoders(2, 2, (2, 12), RULES, 600) as found:
         tasks = []
         for number in range(2):
             marks = f"open({str(Path(folder, str(number)))!r}, 'w')"

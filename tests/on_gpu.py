@@ -1,6 +1,6 @@
 """The laws on a GPU: every backend with its own kernels, in float64, float32 and bfloat16.
 
-Skipped where there is none. By hand: ``python -m pytest tests/test_gpu.py``.
+Skipped where there is none. By hand: ``python -m pytest tests/on_gpu.py``.
 """
 
 import os

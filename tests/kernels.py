@@ -1,0 +1,48 @@
+"""Compile the kernels and keep them on disk, before test processes need them.
+
+Test processes that start together would each compile the same kernels; and numba's cache is not
+made for several writers of one kernel, which may put one's code under the other's name.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+import packpipe
+from packpipe import gathering, philox
+from packpipe.packing import STRATEGIES
+
+
+def compile_all() -> None:
+    """Call every kernel, by what calls it in the package."""
+    for dtype in (np.int32, np.int64):
+        lengths = np.array([5, 3, 7, 2, 2, 9, 4, 4, 6, 1], dtype)
+        for strategy in STRATEGIES:
+            packpipe.pack_lengths(lengths, 10, strategy=strategy, max_segments=3)
+        for strategy in ("ffd", "bfd"):
+            packpipe.pack_lengths(lengths, 10, strategy=strategy, also=(lengths, 12))
+        packer = packpipe.OnlinePacker(10, open_packs=2)
+        packer.push(lengths)
+        packer.flush()
+        plan = packpipe.plan_histogram(packpipe.count_lengths(lengths, 10), 10)
+        plan.pack_numbers(lengths)
+        plan.expand(lengths, seed=0)
+    sizes = [(20, 30), (64, 64), (48, 90)] * 4
+    config = packpipe.PackConfig(
+        seq_len=24, patch_size=8, resolution="budget", max_tokens=12, drop_rate=0.3
+    )
+    packpipe.plan_epoch(sizes, config)
+    uneven = np.random.default_rng(0).integers(20, 60, 100)
+    packpipe.pack_lengths(uneven, 100, strategy="optimal")
+    philox.subsets(
+        seed=0, epoch=0, index=np.arange(2), stream=0, num_items=[5, 6], num_chosen=[2, 3]
+    )
+    lens, places = np.array([2, 3], np.int32), np.array([0, 2])
+    for dtype in (np.int32, np.int64):
+        tokens = np.arange(5, dtype=dtype)
+        gathering.gather(tokens, places, lens, places, tokens.copy())
+    gathering.number_tokens(lens, lens, places, *np.zeros((2, 5), np.int32))
+
+
+if __name__ == "__main__":
+    compile_all()
