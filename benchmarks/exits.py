@@ -4,6 +4,9 @@ A rank that aborts when Python ends does so in some runs only, and more often on
 
     python benchmarks/exits.py --runs 60 --busy 2 --jobs 2
 
+The two ranks are started as torchrun starts them, by environment variables, without torchrun itself,
+which takes as long as both.
+
 `--checkout` takes the scripts and the package of another checkout: the count before a change.
 Prints a line a script: its failures of its runs, the exit statuses, and the last words of each
 kind of failure.
@@ -14,9 +17,8 @@ from __future__ import annotations
 import argparse
 import collections
 import os
-import re
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,14 +26,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-LAUNCH = ["-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 TRAIN = ["--model", "Ti/32", "--seq-len", "64", "--sides", "32", "128", "--batch-size", "1"]
 TRAIN += ["--num-workers", "1", "--steps", "3", "--log-every", "1"]
 SCRIPTS = ("softmax", "sigmoid", "accelerate", "lightning", "learning", "packpipe train")
 
 
 def command(script: str, checkout: Path, folder: Path) -> list[str]:
-    """Return what torch.distributed.run is told to run."""
+    """Return what Python is told to run."""
     tests = checkout / "tests"
     return {
         "softmax": [f"{tests}/contrasting.py", "softmax", f"{folder}"],
@@ -62,34 +63,44 @@ def packed_rows(checkout: Path, folder: Path) -> None:
 
 
 def run(script: str, checkout: Path, packs: Path | None, timeout: float) -> tuple[int, str]:
-    """Return the exit status of one run, and what it said last."""
-    environment = environment_of(checkout)
-    with tempfile.TemporaryDirectory() as name:
+    """Return the exit status of one run, that of a rank which failed, and what it said last."""
+    with tempfile.TemporaryDirectory() as name, socket.socket() as free:
         folder = Path(name)
-        environment["HF_HOME"] = f"{folder}/huggingface"
-        images = str(checkout / "packpipe" / "data" / "images")
-        arguments = [images if a == "IMAGES" else a for a in command(script, checkout, folder)]
+        free.bind(("127.0.0.1", 0))
+        environment = {
+            **environment_of(checkout),
+            **{"HF_HOME": f"{folder}/huggingface", "TMPDIR": name, "GLOO_SOCKET_IFNAME": "lo"},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])},
+            **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        }
+        free.close()
         if packs:
             shutil.copytree(packs, folder, dirs_exist_ok=True)
-        process = subprocess.Popen(  # noqa: S603
-            [sys.executable, *LAUNCH, *arguments],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            cwd=folder,
-            start_new_session=True,
-        )
+        images = str(checkout / "packpipe" / "data" / "images")
+        arguments = [images if a == "IMAGES" else a for a in command(script, checkout, folder)]
+        ranks = [
+            subprocess.Popen(  # noqa: S603
+                [sys.executable, "-W", "ignore", *arguments],
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.DEVNULL,
+                stderr=(folder / f"said-{rank}").open("w"),
+                cwd=folder,
+            )
+            for rank in range(2)
+        ]
         try:
-            _, stderr = process.communicate(timeout=timeout)
+            statuses = [rank.wait(timeout) for rank in ranks]
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
             return 124, f"took more than {timeout:.0f} s"
-    words = re.search(r"terminate called.*|Signal \d+ \(\w+\)", stderr)
-    lines = stderr.strip().splitlines() or [""]
-    return process.returncode, words[0] if words else lines[-1]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        failed = [rank for rank, status in enumerate(statuses) if status]
+        if not failed:
+            return 0, ""
+        lines = (folder / f"said-{failed[0]}").read_text(errors="replace").strip().splitlines()
+        return statuses[failed[0]], lines[-1] if lines else ""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Where a NaViT step on a card can be cut: every lead measured in one run, under 7 minutes.
+"""Where a NaViT step on a card can be cut: every lead measured in one run of some 7 minutes.
 
     pip install -e '.[torch]'
     python benchmarks/gpu_lab.py --out benchmarks/results
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import platform
 import statistics
@@ -29,7 +30,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -38,6 +39,7 @@ from typing import Any
 
 import arms
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -139,9 +141,11 @@ class Lab:
         except Exception as error:  # noqa: BLE001  the next part may work
             traceback.print_exc(limit=4)
             self.say(part=part, failed=f"{type(error).__name__}: {str(error)[:300]}")
-        torch._dynamo.reset()
-        if self.on_gpu:
-            torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a card that the part has left in disorder
+            torch._dynamo.reset()
+            gc.collect()  # compiled models are cycles, and hold their memory
+            if self.on_gpu:
+                torch.cuda.empty_cache()
 
     def wait(self) -> None:
         """Wait until the card has done what it was asked."""
@@ -199,7 +203,9 @@ def main() -> None:
     )
     for part, run in (("ceilings", ceilings), ("attention", attentions), ("norms", norms)):
         if part in chosen:
-            lab.attempt(part, lambda run=run: run(lab))
+            # Compiled code may else give buffers away that timing a backward pass twice needs.
+            with torch._functorch.config.patch(donated_buffer=False):
+                lab.attempt(part, lambda run=run: run(lab))
     for part, steps in {"train": STEPS, **MORE}.items():
         for step in steps_here(lab, steps) if part in chosen else []:
             lab.attempt(part, lambda step=step, part=part: train(lab, part, step))
@@ -262,8 +268,10 @@ def attentions(lab: Lab) -> None:
         return q, k, v
 
     wide = qkv.float().requires_grad_()
+    torch.set_float32_matmul_precision("highest")
     truth = attention._masked(batch)(*normed(wide))
     (wide_grad,) = torch.autograd.grad(truth, wide, dout.float())
+    torch.set_float32_matmul_precision("high")
     truth = truth.detach() * real
 
     def error(found: Tensor, wanted: Tensor) -> float:
@@ -299,24 +307,25 @@ def attentions(lab: Lab) -> None:
     measure(f"flash, told {length} (now)", attention._varlen(flat, length))
     measure(f"flash, told {longest}", attention._varlen(cut_padding(lens, longest), longest))
     lab.attempt("flex", lambda: measure("flex (now)", attention._flex(batch)))
-    lab.attempt("own", lambda: own_kernels(measure, qkv, gains, lens))
+    lab.attempt("own", lambda: own_kernels(lab, measure, qkv, gains, lens))
 
 
 def own_kernels(
-    measure: Callable[..., None], qkv: Tensor, gains: list[Tensor], lens: Tensor
+    lab: Lab, measure: Callable[..., None], qkv: Tensor, gains: list[Tensor], lens: Tensor
 ) -> None:
-    """Attention by segment_attention.py, in blocks of several sizes."""
+    """Attention by segment_attention.py, in blocks of several sizes, each tried by itself."""
     import segment_attention as own
 
     for block in (64, 128):
         blocks = own.blocks_of(lens.flatten(), are_real(lens), len(qkv), block)
-        for keys, warps, stages in ((64, 4, 1), (64, 4, 2), (32, 4, 2), (64, 8, 1)):
-            name = f"own, {block} x {keys}, {warps} warps, {stages} stages"
-            shape = (block, keys, warps, stages)
-            measure(
-                name,
-                lambda x, blocks=blocks, shape=shape: own.attend(x, *gains, blocks, *shape)[0],
-                normalises=True,
+        for shape in ((64, 4, 1), (64, 4, 2), (32, 4, 2), (64, 8, 1)):
+            name = "own, {} x {}, {} warps, {} stages".format(block, *shape)
+
+            def attend(x: Tensor, blocks: Tensor = blocks, shape: Any = (block, *shape)) -> Tensor:
+                return own.attend(x, *gains, blocks, *shape)[0]
+
+            lab.attempt(
+                "own", lambda name=name, attend=attend: measure(name, attend, normalises=True)
             )
 
 
@@ -427,21 +436,26 @@ class Captured:
         self.batch, side = batch, torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):
-                step(batch)
+            warm_up(step, batch)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.loss = step(batch)
 
     def __call__(self, other: arms.Step) -> Tensor:
-        """Return the loss of a batch, which is copied into the buffers; the next call's, too."""
+        """Return the loss of a batch; the next call overwrites it."""
         for name, value in vars(self.batch.inputs).items():
             if value is not None:
                 value.copy_(getattr(other.inputs, name), non_blocking=True)
         self.batch.labels.copy_(other.labels, non_blocking=True)
         self.graph.replay()
         return self.loss
+
+
+def warm_up(step: Callable[[arms.Step], Tensor], batch: arms.Step) -> None:
+    """Take the steps that a capture needs before it; without one, too, so that losses agree."""
+    for _ in range(3):
+        step(batch)
 
 
 def train(lab: Lab, part: str, how: Trained) -> None:
@@ -490,18 +504,19 @@ def _train(lab: Lab, part: str, how: Trained, images: arms.Images) -> None:
         step(batch)
     lab.wait()
     start = time.perf_counter() - began
+    if lab.on_gpu:
+        torch.cuda.reset_peak_memory_stats()  # before the capture, which takes a graph's memory
     run: Callable[[arms.Step], Tensor] = step
     if how.graph:
         buffers = arms.moved(arms.moved(batches[0], "cpu"), lab.device)
         run = Captured(step, buffers)
-    if lab.on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    else:
+        warm_up(step, batches[0])
     times = []
     for _ in range(1 if lab.tiny else 5):
         lab.wait()
         began = time.perf_counter()
-        for batch in batches:
-            loss = run(batch)
+        losses = [run(batch).clone() for batch in batches]
         lab.wait()
         times.append((time.perf_counter() - began) / len(batches))
     seconds = statistics.median(times)
@@ -521,7 +536,7 @@ def _train(lab: Lab, part: str, how: Trained, images: arms.Images) -> None:
         peak_gb=round(torch.cuda.max_memory_allocated() / 1e9, 1) if lab.on_gpu else 0,
         s_to_start=round(start, 1),
         first_loss=round(first, 5),
-        loss=round(float(loss), 4),
+        losses=[round(float(loss), 4) for loss in losses],
     )
     if how.profile and lab.on_gpu:
         profile(lab, how, lambda: [run(batch) for batch in batches], len(batches))

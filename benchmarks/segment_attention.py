@@ -2,9 +2,10 @@
 
 A candidate for `packpipe.attention`, measured by gpu_lab.py beside the backends that are there.
 It reads queries, keys and values [T, 3, H, E] as the projection leaves them, and normalises them
-itself. Work is a list of blocks of queries, each with the bounds of its segment: no launch depends
-on the longest segment, no empty block is visited, and the list's length is a static bound, T ÷
-block + segments. Sums have one order each (no atomics), so results are the same every time.
+itself. Work is a list of blocks of queries, each with the bounds of its segment, so that no launch
+depends on the longest segment. The list is as long as it could have to be, T ÷ block + segments;
+places that no block takes end at once. Sums have one order each (no atomics), so results are the
+same every time.
 
 Right in Triton's interpreter (float32) to 2e-7; not yet timed on a card. For head sizes of 16, 32
 and 64; row offsets are int32, so T · 3 · C must stay below 2**31.
@@ -96,7 +97,8 @@ def _forward(
     gq, gk = tl.load(gain_q + e), tl.load(gain_k + e)
     rows = first + tl.arange(0, BM)
     inside = rows < end
-    _, _, q = _normed(here, rows, inside, stride, gq, E, EPS)
+    # Names of their own: Triton holds every name of a loop to one shape, `_` too.
+    _q_normed, _q_rate, q = _normed(here, rows, inside, stride, gq, E, EPS)
     q = q.to(qkv.dtype.element_ty)
     top = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -104,7 +106,7 @@ def _forward(
     for j in tl.range(start, tl.maximum(stop, start), BN):
         columns = j + tl.arange(0, BN)
         there = columns < end
-        _, _, k = _normed(here + H * E, columns, there, stride, gk, E, EPS)
+        _k_normed, _k_rate, k = _normed(here + H * E, columns, there, stride, gk, E, EPS)
         place = here + 2 * H * E + columns[:, None] * stride + e[None, :]
         v = tl.load(place, mask=there[:, None], other=0.0)
         logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * (scale * LOG2_E)
@@ -172,7 +174,7 @@ def _backward(
     for i in tl.range(start, last, BN):
         at = i + tl.arange(0, BN)
         there = at < end
-        _, _, q = _normed(here, at, there, stride, gq, E, EPS)
+        _q_normed, _q_rate, q = _normed(here, at, there, stride, gq, E, EPS)
         q = q.to(k.dtype)
         place = (at[:, None] * H + head) * E + e[None, :]
         do = tl.load(dout + place, mask=there[:, None], other=0.0)
@@ -202,7 +204,7 @@ def _backward(
     for j in tl.range(start, last, BN):
         columns = j + tl.arange(0, BN)
         there = columns < end
-        _, _, keys = _normed(here + H * E, columns, there, stride, gk, E, EPS)
+        _k_normed, _k_rate, keys = _normed(here + H * E, columns, there, stride, gk, E, EPS)
         keys = keys.to(q.dtype)
         at = here + 2 * H * E + columns[:, None] * stride + e[None, :]
         values = tl.load(at, mask=there[:, None], other=0.0)
@@ -281,12 +283,12 @@ def attend_back(
 
 def _keep(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4], *output)
-    ctx.block = inputs[4]
+    ctx.shape = inputs[4:7]  # but for the stages of loads, of which the backward pass has one
 
 
 def _back(ctx, dout, _):
     saved = ctx.saved_tensors
-    dqkv, dgain = attend_back(dout.contiguous(), *saved, block=ctx.block)
+    dqkv, dgain = attend_back(dout.contiguous(), *saved, *ctx.shape)
     dq, dk = dgain.sum(0)
     return dqkv, dq, dk, None, None, None, None, None
 

@@ -6,6 +6,7 @@ machine does falls on both. Medians of the steps after the first ones.
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from packpipe import checks
 from packpipe.flops import matrix_rate
 from packpipe.loader import PackedLoader
 from packpipe.navit import NaViT
@@ -109,6 +111,9 @@ def compare_layouts(
     Raises:
         TypeError, ValueError: an option is wrong.
     """
+    if "RANK" in os.environ:
+        expected, remedy = "no rank: one device is measured", "run it without torchrun"
+        raise ValueError(checks.sentence("RANK", os.environ["RANK"], expected, remedy))
     device = device_of_this_rank()
     runs, dtype = [], torch.bfloat16 if device.type == "cuda" else torch.float32
     for name in ("packed", "padded"):

@@ -52,7 +52,12 @@ def process_group(backend: str = "gloo") -> Iterator[None]:
         backend: of torch.distributed, ``"gloo"`` or ``"nccl"``.
     """
     torch.distributed.init_process_group(backend)
-    yield
+    try:
+        yield
+    except SystemExit as ended:
+        if not ended.code:  # no error: `main` calls sys.exit(0)
+            end_process_group()
+        raise
     end_process_group()
 
 

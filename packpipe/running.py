@@ -150,6 +150,8 @@ class Training:
         Raises:
             TypeError, ValueError: an option is wrong.
         """
+        # A wrong option is an error before there is a group.
+        _ = self.config, self.train_config, self.packs
         if "RANK" not in os.environ:
             return self._run(output, tensorboard, as_json)
         with process_group("nccl" if torch.cuda.is_available() else "gloo"):

@@ -37,7 +37,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Worker processes that are killed leave temporary folders; their sockets need short names.
 TEMPORARY = HOME / "t"
-if len(str(TEMPORARY)) < 60:
+if len(str(TEMPORARY)) < 75:  # a socket may have 107, of which its own name takes 31
     TEMPORARY.mkdir(parents=True, exist_ok=True)
     os.environ["TMPDIR"] = str(TEMPORARY)
     tempfile.tempdir = None  # asked for again

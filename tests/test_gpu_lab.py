@@ -1,4 +1,4 @@
-"""The prepared run for a card walks every path that a CPU has; its kernel is right in theory.
+"""The prepared run for a card walks every path that a CPU has; its kernel is right, interpreted.
 
 The kernel's own test needs Triton, whose interpreter (3.6) runs it without a card, and NumPy below
 2.4, which that interpreter needs.
@@ -55,7 +55,7 @@ for one, other in zip(
 
 def test_the_run_walks_every_path_of_a_cpu(tmp_path):
     script = BENCHMARKS / "gpu_lab.py"
-    options = ["--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    options = ["--device", "cpu", "--tiny", "--seconds", "100000", "--out", str(tmp_path)]
     subprocess.run(
         [sys.executable, "-W", "ignore", str(script), *options],
         env=loading.environment(),
@@ -70,7 +70,7 @@ def test_the_run_walks_every_path_of_a_cpu(tmp_path):
     assert parts >= {"clip", "autotune"}
     steps = [record for record in records if "ms" in record]
     assert {record["changes"] for record in steps} == {"now", "bf16"}
-    assert all(0 < record["loss"] < 10 for record in steps)
+    assert all(0 < loss < 10 for record in steps for loss in record["losses"])
     (attention,) = (record for record in records if record["part"] == "attention")
     assert 0 < attention["out_error"] < 0.02
     assert 0 < attention["grad_error"] < 0.02

@@ -7,6 +7,7 @@ import sys
 
 import loading
 import pytest
+import two_ranks
 
 from packpipe import ranks
 
@@ -39,7 +40,7 @@ assert not ranks.has_group()
 def test_nothing_of_a_group_is_left_when_it_has_ended(what):
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, what],
-        env={**loading.environment(), "CUDA_VISIBLE_DEVICES": ""},
+        env={**loading.environment(), **two_ranks.ENVIRONMENT},
         check=True,
         timeout=600,
     )

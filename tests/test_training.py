@@ -197,6 +197,7 @@ def test_another_model_or_loader_cannot_go_on(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path):
     run_on_two_ranks(learning.__file__, tmp_path, 1)
     model = learning.model_of(torch.float64)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,13 +27,14 @@ def run_on_two_ranks(*command: object) -> None:
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        start_new_session=True,
     )
     try:
         _, stderr = process.communicate(timeout=600)
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()  # the launcher ends its ranks, which have sessions of their own
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        process.kill()
     assert process.returncode == 0, stderr
 
 
@@ -43,12 +42,14 @@ def run_on_two_ranks(*command: object) -> None:
 def one_of_two_ranks() -> Iterator[None]:
     """Be one of the ranks; nothing of their group is left to end after Python has."""
     with process_group():
+        assert gloo_threads()
         yield
     assert_no_group_is_left()
 
 
 def end_the_group_of_a_framework() -> None:
     """End the group that Lightning or accelerate made, and leaves."""
+    assert gloo_threads()
     end_process_group()
     assert_no_group_is_left()
 
@@ -56,11 +57,13 @@ def end_the_group_of_a_framework() -> None:
 def assert_no_group_is_left() -> None:
     """Fail if gloo's threads run on, which may abort the interpreter when it ends."""
     # A thread that has been joined may be listed a moment longer.
-    wait_until(lambda: not any("gloo" in name for name in thread_names()), 60)
+    wait_until(lambda: not gloo_threads(), 60)
 
 
-def thread_names() -> Iterator[str]:
-    """The names of this process's threads, as Linux tells of them."""
+def gloo_threads() -> list[str]:
+    """The names of gloo's threads in this process, as Linux tells of them."""
+    names = []
     for path in Path("/proc/self/task").glob("*/comm"):
         with suppress(OSError):  # it has just ended
-            yield path.read_text()
+            names.append(path.read_text().strip())
+    return [name for name in names if "gloo" in name]
