@@ -4,7 +4,7 @@ A rank that aborts when Python ends does so in some runs only, and more often on
 
     python benchmarks/exits.py --runs 60 --busy 2 --jobs 2
 
-The two ranks are started as torchrun starts them, by environment variables, without torchrun itself,
+The two ranks are started as torchrun starts them, by environment variables, but without torchrun,
 which takes as long as both.
 
 `--checkout` takes the scripts and the package of another checkout: the count before a change.
@@ -69,9 +69,13 @@ def run(script: str, checkout: Path, packs: Path | None, timeout: float) -> tupl
         free.bind(("127.0.0.1", 0))
         environment = {
             **environment_of(checkout),
-            **{"HF_HOME": f"{folder}/huggingface", "TMPDIR": name, "GLOO_SOCKET_IFNAME": "lo"},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])},
-            **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            "HF_HOME": f"{folder}/huggingface",
+            "TMPDIR": name,
+            "GLOO_SOCKET_IFNAME": "lo",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
         }
         free.close()
         if packs:
