@@ -308,6 +308,7 @@ def test_a_training_that_is_stopped_saves_its_step_and_goes_on(few, tmp_path):
     assert [line.split()[1] for line in said.splitlines()[:-1]] == [str(done + 1), str(done + 2)]
 
 
+@pytest.mark.slow
 def test_packing_that_is_stopped_leaves_no_process_and_goes_on(few, tmp_path):
     many = tmp_path / "many"
     for number in range(40):

@@ -100,6 +100,7 @@ def test_a_build_that_is_killed_some_time_continues_to_the_same_bytes(
     assert_continues(saved, tmp_path / "out", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_build_that_is_killed_again_and_again_continues_to_the_same_bytes(
     saved, undisturbed, tmp_path
 ):

@@ -97,6 +97,7 @@ def test_the_ranks_batches_end_to_end_are_the_same_at_any_world_size(packs, kind
         assert loading.steps_of(ranks) == alone
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=60 if os.environ.get("CI") else 25)
 def test_resumed_anywhere_the_batches_are_those_of_an_uninterrupted_run(packs, data):
@@ -158,6 +159,7 @@ def wait_for_lines(log: Path, number: int, child: subprocess.Popen) -> None:
     assert child.poll() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "runs", "options"),
     [

@@ -162,6 +162,7 @@ def test_dropped_images_are_logged(caplog):
     assert "example 10 is bad (undecodable: " in caplog.text
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_the_same_in_every_process():
     command = (
         "import packpipe; from datasets.fingerprint import Hasher;"

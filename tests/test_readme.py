@@ -109,6 +109,7 @@ def test_the_two_commands_come_first_and_second():
     assert "-m pytest --quiet" in tests.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_commands_for_one_s_own_photos(elsewhere):
     for folder in sorted(one for one in images_folder().iterdir() if one.is_dir())[:3]:
         shutil.copytree(folder, elsewhere / "photos" / folder.name)

@@ -158,6 +158,7 @@ def test_a_lock_that_was_left_in_a_complete_folder_is_removed(source, whole, tmp
     assert contents(tmp_path) == whole
 
 
+@pytest.mark.slow
 @given(stops=st.lists(st.integers(0, 399), min_size=1, max_size=4))
 def test_a_build_that_is_stopped_again_and_again_ends_in_the_same_bytes(
     source, whole, tmp_path_factory, stops

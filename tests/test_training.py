@@ -110,6 +110,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(stop, tmp_path):
     assert len(losses_of(tmp_path / "parts")) == learning.STEPS
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_goes_on_to_the_same_bits(tmp_path):
     _, whole = trained(tmp_path / "whole")
     folder = tmp_path / "killed"
