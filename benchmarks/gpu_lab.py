@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import gc
 import json
 import platform
@@ -170,11 +171,13 @@ class Lab:
             times.append(before.elapsed_time(after))
         return statistics.median(times)
 
-    def images(self, rows: int) -> arms.Images:
-        """Return images enough for four batches of so many rows."""
-        if self.tiny:
-            return arms.drawn_images(rows * 40, 256, (64, 128))
-        return arms.drawn_images(max(6000, rows * 40), 1024, (64, 256))
+
+@functools.cache
+def images_of(rows: int, tiny: bool) -> arms.Images:
+    """Return images enough for four batches of so many rows; planned once a number of rows."""
+    if tiny:
+        return arms.drawn_images(rows * 40, 256, (64, 128))
+    return arms.drawn_images(max(6000, rows * 40), 1024, (64, 256))
 
 
 def main() -> None:
@@ -250,7 +253,7 @@ def ceilings(lab: Lab) -> None:
 def attentions(lab: Lab) -> None:
     """Attention at B's shape, each kernel forward and backward, beside float32 as the truth."""
     rows, length, heads, head_dim = (2, 256, 2, 64) if lab.tiny else (32, 1024, 12, 64)
-    images = lab.images(rows)
+    images = images_of(rows, lab.tiny)
     most = max(map(len, images.packs))
     batch = next(arms.packed_steps(images, rows, 1, most)).inputs.to(lab.device)
     torch.manual_seed(0)
@@ -460,7 +463,7 @@ def warm_up(step: Callable[[arms.Step], Tensor], batch: arms.Step) -> None:
 
 def train(lab: Lab, part: str, how: Trained) -> None:
     """Say what a step takes: milliseconds, useful MFU, memory; and its loss, which must agree."""
-    images = lab.images(how.rows)
+    images = images_of(how.rows, lab.tiny)
     with changed(how.changes, how.rows, bound_of(images)):
         _train(lab, part, how, images)
 

@@ -1,4 +1,4 @@
-"""The ranks of a training: which this is, and a group that ends before Python (floor 2, torch).
+"""This process among the ranks of a training, whose group ends before Python (floor 2, torch).
 
 A gloo group that is still alive when Python ends may abort it, after all work is done: "terminate
 called without an active exception". Destroying the group is not enough, since it lives as long as
