@@ -24,8 +24,8 @@ from arms import Images
 from torch import Tensor, nn
 
 from packpipe import PackedBatch
-from packpipe.model_config import NaViTConfig
-from packpipe.navit import NaViT
+from packpipe.model.config import NaViTConfig
+from packpipe.model.navit import NaViT
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = {"dim": 64, "depth": 3, "heads": 4, "mlp_dim": 96}

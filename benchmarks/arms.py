@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from packpipe import PackConfig, PackedBatch, Side, Uniform, plan_epoch, samples
-from packpipe.attention import FlatTokens
-from packpipe.flops import forward_flops
-from packpipe.losses import segment_cross_entropy
-from packpipe.model_config import NaViTConfig
-from packpipe.navit import NaViT
-from packpipe.rows import Rows, Segments, token_columns
+from packpipe.model.attention import FlatTokens
+from packpipe.model.config import NaViTConfig
+from packpipe.model.flops import forward_flops
+from packpipe.model.navit import NaViT
+from packpipe.rows.fill_images import token_columns
+from packpipe.rows.rows import Rows, Segments
+from packpipe.training.losses import segment_cross_entropy
 
 PATCH = 16
 NUM_CLASSES = 1000

@@ -40,8 +40,9 @@ import numpy as np
 from datasets import Dataset, Features, Image
 
 import packpipe
-from packpipe import PackConfig, table
-from packpipe.shards import MANIFEST, read_manifest
+from packpipe import PackConfig
+from packpipe.building.shards import MANIFEST, read_manifest
+from packpipe.rows import files as table
 
 ROOT = Path(__file__).parent.parent
 SEQ_LEN = 1024

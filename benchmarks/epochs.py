@@ -31,10 +31,11 @@ import torch
 
 import packpipe
 from packpipe import Beta, PackConfig, PackedLoader, Side, Uniform, plan_epoch, samples
-from packpipe.images import decode, pixel_rules
-from packpipe.patches import patchify
-from packpipe.rows import planned_segments
-from packpipe.source import ImageSource, probe_sizes
+from packpipe.images.decode import decode, pixel_rules
+from packpipe.images.patches import patchify
+from packpipe.rows.fill_images import planned_segments
+from packpipe.sources.image_source import ImageSource
+from packpipe.sources.survey import probe_sizes
 
 ROOT = Path(__file__).parent.parent
 ROUNDINGS = ("nearest", "floor", "ceil")

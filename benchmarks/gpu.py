@@ -32,13 +32,14 @@ import torch
 from arms import Arm, Images, Step
 from torch import nn
 
-from packpipe import PackConfig, PackedLoader, schema
-from packpipe.attention import backends_of
-from packpipe.flops import TRAINING, matrix_rate
-from packpipe.model_config import NaViTConfig
-from packpipe.navit import NaViT, compile_parts
-from packpipe.rows import Rows, Segments
-from packpipe.table import write_table
+from packpipe import PackConfig, PackedLoader
+from packpipe.model.attention import backends_of
+from packpipe.model.config import NaViTConfig
+from packpipe.model.flops import TRAINING, matrix_rate
+from packpipe.model.navit import NaViT, compile_parts
+from packpipe.rows import schema
+from packpipe.rows.files import write_table
+from packpipe.rows.rows import Rows, Segments
 
 RESULTS = Path(__file__).parent / "results"
 # Sides in pixels that images are drawn from: NaViT's, and larger ones for longer rows.

@@ -44,12 +44,12 @@ import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from packpipe import attention, navit
-from packpipe.attention import FlatTokens
-from packpipe.batch import PackedBatch
-from packpipe.flops import TRAINING, matrix_rate
-from packpipe.losses import segment_cross_entropy
-from packpipe.model_config import NaViTConfig
+from packpipe.loading.batch import PackedBatch
+from packpipe.model import attention, navit
+from packpipe.model.attention import FlatTokens
+from packpipe.model.config import NaViTConfig
+from packpipe.model.flops import TRAINING, matrix_rate
+from packpipe.training.losses import segment_cross_entropy
 
 HALF = torch.bfloat16
 MULTIPLE = 128  # the flash kernel's block: bounds are rounded up to it

@@ -23,8 +23,8 @@ import arms
 import torch
 from arms import Arm, Step
 
-from packpipe.model_config import NaViTConfig
-from packpipe.navit import NaViT
+from packpipe.model.config import NaViTConfig
+from packpipe.model.navit import NaViT
 
 RESULTS = Path(__file__).parent / "results"
 SEQ_LENS = (1024, 2048)

@@ -34,13 +34,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from packpipe import Constant, EpochPacks, OverTraining, PackedLoader, Side, Square, Uniform, pack
-from packpipe.evaluation import accuracy, calibration_error
-from packpipe.flops import TRAINING, forward_flops
-from packpipe.model_config import NaViTConfig
-from packpipe.navit import NaViT
-from packpipe.prediction import predict_packs
-from packpipe.rows import Rows
-from packpipe.training import TrainConfig, train
+from packpipe.model.config import NaViTConfig
+from packpipe.model.flops import TRAINING, forward_flops
+from packpipe.model.navit import NaViT
+from packpipe.model.predict import predict_packs
+from packpipe.rows.rows import Rows
+from packpipe.training.evaluation import accuracy, calibration_error
+from packpipe.training.loop import TrainConfig, train
 
 RESULTS = Path(__file__).parent / "results"
 SIDE = 224

@@ -32,7 +32,7 @@ import peers
 from numpy.typing import NDArray
 
 from packpipe import OnlinePacker, count_lengths, pack_lengths, plan_histogram
-from packpipe.histogram import HistogramPlan
+from packpipe.packing.histogram import HistogramPlan
 
 ROOT = Path(__file__).parent.parent
 Lengths = NDArray[np.int32]

@@ -1,6 +1,7 @@
 """Attention within segments with query-key normalisation: one Triton kernel each way.
 
-A candidate for `packpipe.attention`, measured by gpu_lab.py beside the backends that are there.
+A candidate for `packpipe.model.attention`, measured by gpu_lab.py beside the backends that are
+there.
 It reads queries, keys and values [T, 3, H, E] as the projection leaves them, and normalises them
 itself. Work is a list of blocks of queries, each with the bounds of its segment, so that no launch
 depends on the longest segment. The list is as long as it could have to be, T ÷ block + segments;

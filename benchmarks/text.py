@@ -40,10 +40,10 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 import packpipe
-from packpipe.gathering import gather
-from packpipe.token_columns import token_column
-from packpipe.token_config import TokenConfig
-from packpipe.token_plan import plan_tokens
+from packpipe.planning.token_config import TokenConfig
+from packpipe.planning.token_plan import plan_tokens
+from packpipe.rows.copy import gather
+from packpipe.sources.token_source import token_column
 
 RESULTS = Path(__file__).parent / "results"
 SEQ_LEN = 4096

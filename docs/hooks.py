@@ -23,7 +23,7 @@ def help_of(command: list[str]) -> str:
     """Return a command's help as a block."""
     from typer.testing import CliRunner
 
-    from packpipe.cli import app
+    from packpipe.cli.main import app
 
     found = CliRunner().invoke(app, [*command, "--help"], prog_name="packpipe").stdout
     text = "\n".join(line.rstrip() for line in found.strip("\n").splitlines())

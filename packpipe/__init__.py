@@ -8,92 +8,92 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from packpipe._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from packpipe.balance import balance_steps as balance_steps
-    from packpipe.batch import PackedBatch as PackedBatch
-    from packpipe.config import PackConfig as PackConfig
-    from packpipe.dataset import manifest as manifest
-    from packpipe.dataset import pack as pack
-    from packpipe.dataset import rejects as rejects
-    from packpipe.distributions import Beta as Beta
-    from packpipe.distributions import Choice as Choice
-    from packpipe.distributions import Constant as Constant
-    from packpipe.distributions import TruncatedNormal as TruncatedNormal
-    from packpipe.distributions import Uniform as Uniform
-    from packpipe.dropping import ByResolution as ByResolution
-    from packpipe.dropping import OverTraining as OverTraining
-    from packpipe.epoch_plan import EpochPlan as EpochPlan
-    from packpipe.epochs import EpochPacks as EpochPacks
-    from packpipe.histogram import HistogramPlan as HistogramPlan
-    from packpipe.histogram import count_lengths as count_lengths
-    from packpipe.histogram import plan_histogram as plan_histogram
-    from packpipe.loader import PackedLoader as PackedLoader
-    from packpipe.model_config import NaViTConfig as NaViTConfig
-    from packpipe.navit import NaViT as NaViT
-    from packpipe.online import OnlinePacker as OnlinePacker
-    from packpipe.packer import Packer as Packer
-    from packpipe.packing import Packs as Packs
-    from packpipe.packing import pack_lengths as pack_lengths
-    from packpipe.pairs import pack_pairs as pack_pairs
-    from packpipe.plan import plan_epoch as plan_epoch
-    from packpipe.resolution import Area as Area
-    from packpipe.resolution import Budget as Budget
-    from packpipe.resolution import Side as Side
-    from packpipe.resolution import Square as Square
-    from packpipe.seq_lens import suggest_seq_len as suggest_seq_len
-    from packpipe.streams import PackedStream as PackedStream
-    from packpipe.summary import summarize as summarize
-    from packpipe.table import read_rows as read_rows
-    from packpipe.table import read_tokens as read_tokens
-    from packpipe.token_batch import TokenBatch as TokenBatch
-    from packpipe.token_config import TokenConfig as TokenConfig
-    from packpipe.token_plan import plan_tokens as plan_tokens
-    from packpipe.verification import verify as verify
+    from packpipe.building.pack import manifest as manifest
+    from packpipe.building.pack import pack as pack
+    from packpipe.building.pack import rejects as rejects
+    from packpipe.building.packer import Packer as Packer
+    from packpipe.building.pairs import pack_pairs as pack_pairs
+    from packpipe.building.summary import summarize as summarize
+    from packpipe.loading.batch import PackedBatch as PackedBatch
+    from packpipe.loading.batch import TokenBatch as TokenBatch
+    from packpipe.loading.epochs import EpochPacks as EpochPacks
+    from packpipe.loading.loader import PackedLoader as PackedLoader
+    from packpipe.loading.read import read_rows as read_rows
+    from packpipe.loading.read import read_tokens as read_tokens
+    from packpipe.loading.streams import PackedStream as PackedStream
+    from packpipe.model.config import NaViTConfig as NaViTConfig
+    from packpipe.model.navit import NaViT as NaViT
+    from packpipe.packing.balance import balance_steps as balance_steps
+    from packpipe.packing.histogram import HistogramPlan as HistogramPlan
+    from packpipe.packing.histogram import count_lengths as count_lengths
+    from packpipe.packing.histogram import plan_histogram as plan_histogram
+    from packpipe.packing.online import OnlinePacker as OnlinePacker
+    from packpipe.packing.packs import Packs as Packs
+    from packpipe.packing.packs import pack_lengths as pack_lengths
+    from packpipe.packing.suggest import suggest_seq_len as suggest_seq_len
+    from packpipe.planning.distributions import Beta as Beta
+    from packpipe.planning.distributions import Choice as Choice
+    from packpipe.planning.distributions import Constant as Constant
+    from packpipe.planning.distributions import TruncatedNormal as TruncatedNormal
+    from packpipe.planning.distributions import Uniform as Uniform
+    from packpipe.planning.dropping import ByResolution as ByResolution
+    from packpipe.planning.dropping import OverTraining as OverTraining
+    from packpipe.planning.epoch_plan import EpochPlan as EpochPlan
+    from packpipe.planning.image_config import PackConfig as PackConfig
+    from packpipe.planning.plan import plan_epoch as plan_epoch
+    from packpipe.planning.resolution import Area as Area
+    from packpipe.planning.resolution import Budget as Budget
+    from packpipe.planning.resolution import Side as Side
+    from packpipe.planning.resolution import Square as Square
+    from packpipe.planning.token_config import TokenConfig as TokenConfig
+    from packpipe.planning.token_plan import plan_tokens as plan_tokens
+    from packpipe.verification.verify import verify as verify
 
 # Public name: the module that defines it.
 _HOMES = {
-    "Area": "resolution",
-    "Beta": "distributions",
-    "Budget": "resolution",
-    "ByResolution": "dropping",
-    "Choice": "distributions",
-    "Constant": "distributions",
-    "EpochPacks": "epochs",
-    "EpochPlan": "epoch_plan",
-    "HistogramPlan": "histogram",
-    "NaViT": "navit",
-    "NaViTConfig": "model_config",
-    "OnlinePacker": "online",
-    "OverTraining": "dropping",
-    "PackConfig": "config",
-    "PackedBatch": "batch",
-    "PackedLoader": "loader",
-    "PackedStream": "streams",
-    "Packer": "packer",
-    "Packs": "packing",
-    "Side": "resolution",
-    "Square": "resolution",
-    "TokenBatch": "token_batch",
-    "TokenConfig": "token_config",
-    "TruncatedNormal": "distributions",
-    "Uniform": "distributions",
-    "balance_steps": "balance",
-    "count_lengths": "histogram",
-    "manifest": "dataset",
-    "pack": "dataset",
-    "pack_lengths": "packing",
-    "pack_pairs": "pairs",
-    "plan_epoch": "plan",
-    "plan_histogram": "histogram",
-    "plan_tokens": "token_plan",
-    "read_rows": "table",
-    "read_tokens": "table",
-    "rejects": "dataset",
-    "suggest_seq_len": "seq_lens",
-    "summarize": "summary",
-    "verify": "verification",
+    "Area": "planning.resolution",
+    "Beta": "planning.distributions",
+    "Budget": "planning.resolution",
+    "ByResolution": "planning.dropping",
+    "Choice": "planning.distributions",
+    "Constant": "planning.distributions",
+    "EpochPacks": "loading.epochs",
+    "EpochPlan": "planning.epoch_plan",
+    "HistogramPlan": "packing.histogram",
+    "NaViT": "model.navit",
+    "NaViTConfig": "model.config",
+    "OnlinePacker": "packing.online",
+    "OverTraining": "planning.dropping",
+    "PackConfig": "planning.image_config",
+    "PackedBatch": "loading.batch",
+    "PackedLoader": "loading.loader",
+    "PackedStream": "loading.streams",
+    "Packer": "building.packer",
+    "Packs": "packing.packs",
+    "Side": "planning.resolution",
+    "Square": "planning.resolution",
+    "TokenBatch": "loading.batch",
+    "TokenConfig": "planning.token_config",
+    "TruncatedNormal": "planning.distributions",
+    "Uniform": "planning.distributions",
+    "balance_steps": "packing.balance",
+    "count_lengths": "packing.histogram",
+    "manifest": "building.pack",
+    "pack": "building.pack",
+    "pack_lengths": "packing.packs",
+    "pack_pairs": "building.pairs",
+    "plan_epoch": "planning.plan",
+    "plan_histogram": "packing.histogram",
+    "plan_tokens": "planning.token_plan",
+    "read_rows": "loading.read",
+    "read_tokens": "loading.read",
+    "rejects": "building.pack",
+    "suggest_seq_len": "packing.suggest",
+    "summarize": "building.summary",
+    "verify": "verification.verify",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -1,6 +1,6 @@
-"""``python -m packpipe``: the command line (floor 3)."""
+"""``python -m packpipe``: the command line."""
 
-from packpipe.cli import app
+from packpipe.cli.main import app
 
 if __name__ == "__main__":
     app(prog_name="packpipe")

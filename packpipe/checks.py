@@ -1,4 +1,4 @@
-"""Front-door checks: one sentence for every wrong argument (floor 0).
+"""Front-door checks: one sentence for every wrong argument.
 
 Each check returns the value in its one canonical form or raises with
 ``name is VALUE, expected REQUIREMENT; remedy``.

@@ -1,4 +1,4 @@
-"""The main job on the bundled images: pack, measure, draw, train (floor 3).
+"""The main job on the bundled images: pack, measure, draw, train.
 
 ``python -m packpipe.demo [FOLDER]`` writes everything, caches included, into one folder.
 """
@@ -107,7 +107,7 @@ def _train(packed, num_classes: int, steps: int, folder: Path, console) -> None:
 
     import packpipe
     from packpipe.plots import plot_losses
-    from packpipe.training import TrainConfig, train
+    from packpipe.training.loop import TrainConfig, train
 
     torch.manual_seed(0)
     config = packpipe.NaViTConfig(num_classes=num_classes, dim=64, depth=2, heads=2)

@@ -1,4 +1,4 @@
-"""Random numbers addressed by (seed, epoch, index, stream), never drawn in turn (floor 0).
+"""Random numbers addressed by (seed, epoch, index, stream), never drawn in turn.
 
 Philox-4x64-10 with key (seed, epoch) and counter (block, stream, index, 0): any
 example's numbers can be computed alone, in any order, on any machine. Blocks count

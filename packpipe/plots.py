@@ -1,4 +1,4 @@
-"""Pictures of packed rows and of training, as matplotlib figures (floor 3)."""
+"""Pictures of packed rows and of training, as matplotlib figures."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from packpipe.patches import unpatchify
-from packpipe.quality import Quality
-from packpipe.row_picture import colours, row_picture
-from packpipe.rows import Rows
+from packpipe.images.patches import unpatchify
+from packpipe.packing.quality import Quality
+from packpipe.rows.picture import colours, row_picture
+from packpipe.rows.rows import Rows
 
 
 def plot_rows(rows: Rows, *, max_thumbnails: int = 8) -> Figure:
@@ -142,7 +142,7 @@ def plot_training(records: Sequence[dict[str, Any]]) -> Figure:
     """Return a figure of a training: loss, accuracy and images a second over the steps.
 
     Args:
-        records: what `packpipe.training.read_log` returned.
+        records: what `packpipe.training.loop.read_log` returned.
     """
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     steps = [record["step"] for record in records]

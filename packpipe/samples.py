@@ -1,4 +1,4 @@
-"""The bundled data: real images, and the sizes of larger sets (floor 0)."""
+"""The bundled data: real images, and the sizes of larger sets."""
 
 from __future__ import annotations
 

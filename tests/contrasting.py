@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 from two_ranks import one_of_two_ranks
 
-from packpipe.contrastive import sigmoid_contrastive, softmax_contrastive
-from packpipe.losses import global_count, segment_cross_entropy
-from packpipe.ranks import rank_of_world
+from packpipe.loading.ranks import rank_of_world
+from packpipe.training.contrastive import sigmoid_contrastive, softmax_contrastive
+from packpipe.training.losses import global_count, segment_cross_entropy
 
 PRESENT = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
 

@@ -22,8 +22,8 @@ from processes import of_session, wait_until
 from traps import say
 
 import packpipe
-from packpipe import table
-from packpipe.config import PackConfig
+from packpipe.planning.image_config import PackConfig
+from packpipe.rows import files as table
 
 OPTIONS: dict[str, Any] = {
     "seq_len": 6,

@@ -8,7 +8,8 @@ The law: every file becomes pixels of the planned shape or a `BadImage` of a lis
 same when asked again, by its bytes and by its path (fresh memory is filled with other bytes each
 time, so pixels that nobody wrote differ). No other exception, no warning, no crash, no wait, no
 more memory than some copies of the largest image allowed, and nothing printed while probing.
-What codecs print while decoding is counted: `packpipe.decoder` silences it in its own process.
+What codecs print while decoding is counted: `packpipe.images.worker` silences it in its own
+process.
 
 A case follows from its number and the seed, on one version of Pillow. A child process says in
 shared memory which case it is at, so that its end is laid to that case; the parent then starts
@@ -40,8 +41,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from fuzz_damage import Dice, corpus, damaged
 
-from packpipe.config import FILTERS
-from packpipe.images import BadImage, PixelRules, decode, probe
+from packpipe.images.decode import PixelRules, decode, probe
+from packpipe.images.opening import BadImage
+from packpipe.planning.image_config import FILTERS
 
 MAX_PIXELS = 4_000_000
 REASONS = ("empty", "unreadable", "undecodable", "too many pixels", "unsupported mode")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 import packpipe
-from packpipe import gathering, philox
-from packpipe.packing import STRATEGIES
+from packpipe import philox
+from packpipe.packing.packs import STRATEGIES
+from packpipe.rows import copy as gathering
 
 
 def compile_all() -> None:

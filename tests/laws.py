@@ -6,9 +6,9 @@ import packed
 import torch
 from torch.nn import functional as F
 
-from packpipe.batch import NO_LABEL, PackedBatch
-from packpipe.contrastive import sigmoid_contrastive, softmax_contrastive
-from packpipe.losses import (
+from packpipe.loading.batch import NO_LABEL, PackedBatch
+from packpipe.training.contrastive import sigmoid_contrastive, softmax_contrastive
+from packpipe.training.losses import (
     segment_cross_entropy,
     segment_sigmoid_cross_entropy,
     segment_squared_error,

@@ -13,9 +13,10 @@ import pyarrow as pa
 import torch
 from two_ranks import one_of_two_ranks
 
-from packpipe import PackConfig, PackedLoader, schema
-from packpipe.ranks import rank_of_world
-from packpipe.training import TrainConfig, train
+from packpipe import PackConfig, PackedLoader
+from packpipe.loading.ranks import rank_of_world
+from packpipe.rows import schema
+from packpipe.training.loop import TrainConfig, train
 
 STEPS = 12
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from laws import LONG, MANY, Setting, close
 
-from packpipe.attention import BACKENDS, backends_of, check_backend, choose_backend
-from packpipe.losses import segment_cross_entropy
-from packpipe.navit import compile_parts
-from packpipe.pooling import POOLINGS
-from packpipe.positions import POSITIONS
+from packpipe.model.attention import BACKENDS, backends_of, check_backend, choose_backend
+from packpipe.model.navit import compile_parts
+from packpipe.model.pooling import POOLINGS
+from packpipe.model.positions import POSITIONS
+from packpipe.training.losses import segment_cross_entropy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -7,10 +7,10 @@ import pyarrow as pa
 import torch
 from hypothesis import strategies as st
 
-from packpipe.batch import PackedBatch
-from packpipe.model_config import NaViTConfig
-from packpipe.navit import NaViT
-from packpipe.rows import Rows, Segments
+from packpipe.loading.batch import PackedBatch
+from packpipe.model.config import NaViTConfig
+from packpipe.model.navit import NaViT
+from packpipe.rows.rows import Rows, Segments
 
 PATCH_SIZE = 2
 PATCH_BYTES = PATCH_SIZE**2 * 3

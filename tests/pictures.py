@@ -1,4 +1,4 @@
-"""Datasets of small images for the tests of floor 2, encoded for real."""
+"""Datasets of small images for the tests, encoded for real."""
 
 from io import BytesIO
 

@@ -9,10 +9,17 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
-from packpipe.config import PackConfig
-from packpipe.distributions import Beta, Choice, Constant, Distribution, TruncatedNormal, Uniform
-from packpipe.dropping import ByResolution, DropLaw, OverTraining
-from packpipe.resolution import Area, Budget, Resolution, Side, Square
+from packpipe.planning.distributions import (
+    Beta,
+    Choice,
+    Constant,
+    Distribution,
+    TruncatedNormal,
+    Uniform,
+)
+from packpipe.planning.dropping import ByResolution, DropLaw, OverTraining
+from packpipe.planning.image_config import PackConfig
+from packpipe.planning.resolution import Area, Budget, Resolution, Side, Square
 
 WORDS = st.integers(0, 2**64 - 1)
 

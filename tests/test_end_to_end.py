@@ -10,8 +10,8 @@ from PIL import Image
 
 import packpipe
 from packpipe import demo, samples
-from packpipe.batch import PackedBatch
-from packpipe.training import TrainConfig, train
+from packpipe.loading.batch import PackedBatch
+from packpipe.training.loop import TrainConfig, train
 
 
 @pytest.fixture(scope="module")

@@ -11,22 +11,15 @@ import pytest
 from numba.core.dispatcher import Dispatcher
 
 import packpipe
-from packpipe import (
-    arrival,
-    cutting_stock,
-    expansion,
-    gathering,
-    online,
-    philox,
-    resolution,
-    rules,
-    two_limits,
-)
+from packpipe import philox
+from packpipe.packing import cutting_stock, decreasing, in_order, online, placement, two_limits
+from packpipe.planning import resolution
+from packpipe.rows import copy as gathering
 
 KERNEL_MODULES = [
-    arrival,
-    rules,
-    expansion,
+    in_order,
+    decreasing,
+    placement,
     gathering,
     online,
     two_limits,
@@ -53,7 +46,7 @@ def offsets_and_cache_hits(folder):
 
 def test_an_edited_kernel_is_compiled_again(tmp_path):
     copied = tmp_path / "copied.py"
-    source = Path(arrival.__file__).read_text()
+    source = Path(in_order.__file__).read_text()
     copied.write_text(source)
     assert offsets_and_cache_hits(tmp_path) == ["2 [0, 0, 1]", "0"]
     assert offsets_and_cache_hits(tmp_path) == ["2 [0, 0, 1]", "1"]
@@ -110,8 +103,12 @@ def test_test_processes_find_every_kernel_compiled():
 
 def test_every_module_with_kernels_is_looked_at():
     package = Path(packpipe.__file__).parent
-    found = {path.stem for path in package.glob("*.py") if "from numba import" in path.read_text()}
-    assert found == {module.__name__.split(".")[1] for module in KERNEL_MODULES}
+    found = {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts)
+        for path in package.rglob("*.py")
+        if "from numba import" in path.read_text()
+    }
+    assert found == {module.__name__ for module in KERNEL_MODULES}
 
 
 def _packed(lengths):

@@ -10,24 +10,24 @@ from pathlib import Path
 
 from PIL import Image
 
-from packpipe import decoders
-from packpipe.decoders import Decoders, RowOrders
-from packpipe.images import PixelRules
-from packpipe.orders import Order
+from packpipe.images import pool
+from packpipe.images.decode import PixelRules
+from packpipe.images.fill import Order
+from packpipe.images.pool import Decoders, RowOrders
 
 RULES = PixelRules((255, 255, 255), 10_000, 1.0, "bicubic", "bicubic")
 # In a process that is so started, an image that begins with #! is Python to run before decoding.
 _TRAP = """
-from packpipe import orders
-decode = orders.decode
+from packpipe.images import fill
+decode = fill.decode
 def run_and_decode(data, **others):
     if isinstance(data, bytes) and data.startswith(b"#!"):
         code, _, data = data.partition(b"\\0")
         exec(code, {})
     return decode(data, **others)
-orders.decode = run_and_decode
+fill.decode = run_and_decode
 """
-START = decoders._START.replace("serve(setup)", f"exec({_TRAP!r}); serve(setup)")
+START = pool._START.replace("serve(setup)", f"exec({_TRAP!r}); serve(setup)")
 
 
 def running(code: str, file: bytes) -> bytes:
@@ -54,7 +54,7 @@ def be_busy(folder: str, code: str, start: str, deaf: bool) -> None:
         signal.signal(signal.SIGINT, lambda *_: None)
     file = BytesIO()
     Image.new("RGB", (2, 2), (1, 2, 3)).save(file, "PNG")
-    decoders._START = start + START
+    pool._START = start + START
     say("starting")
     with Decoders(2, 2, (2, 12), RULES, 600) as found:
         tasks = []

@@ -11,7 +11,7 @@ from pathlib import Path
 import loading
 from processes import wait_until
 
-from packpipe.ranks import end_process_group, process_group
+from packpipe.loading.ranks import end_process_group, process_group
 
 # Ports are found by the launcher; addresses are this machine's, whatever its name leads to.
 LAUNCH = ["-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]

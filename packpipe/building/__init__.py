@@ -1,0 +1,1 @@
+"""Rows to a folder: `pack`, `Packer`, pairs, shards that survive a kill, summaries."""

@@ -1,0 +1,238 @@
+"""Shards: the folder of a build, continued where it stopped.
+
+A build writes its rows in fixed shards, file by file: under a temporary name, with a checksum,
+synced, renamed, and noted in the manifest, which is replaced whole. Whatever is in the manifest is
+there for good; whatever is not is written again. The manifest says ``"complete": true`` at the very
+end. One build at a time has a folder to itself, by a lock that goes with its process.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from packpipe import checks
+from packpipe.rows import files as table
+from packpipe.rows.rejects import Reject
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+REJECTS = "rejects.arrow"
+_LOCK = ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder, whether its build is complete or not."""
+    found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return found
+
+
+def is_complete(folder: Path, record: dict[str, Any]) -> bool:
+    """Return whether the build of a record is complete in a folder.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+    """
+    remedy = "choose another output, or remove it"
+    if not (folder / MANIFEST).is_file():
+        if folder.exists() and (not folder.is_dir() or any(_others(folder))):
+            raise FileExistsError(
+                checks.sentence("output", str(folder), "an absent or empty folder", remedy)
+            )
+        return False
+    try:
+        found = read_manifest(folder)
+    except ValueError:
+        found = {}
+    if not isinstance(found, dict) or not {"complete", "files"} <= found.keys():
+        expected = f"{MANIFEST} written by packpipe, or none"
+        raise FileExistsError(checks.sentence("output", str(folder), expected, remedy))
+    differing = [name for name, value in record.items() if found.get(name) != value]
+    # What a build of other rows began, and never committed a file of, is in nobody's way.
+    if differing and (found["complete"] or found["files"]):
+        expected = f"rows made with the same {', '.join(differing)}"
+        raise FileExistsError(checks.sentence("output", str(folder), expected, remedy))
+    return bool(found["complete"])
+
+
+@contextmanager
+def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a folder, which is made if there is none, until the block is left.
+
+    Args:
+        folder: where.
+        wait: whether to wait for another process that holds it.
+
+    Raises:
+        FileExistsError: another process holds it.
+    """
+    lock = FileLock(folder / _LOCK)
+    try:
+        _acquire(lock, folder, timeout=0)
+    except Timeout:
+        if not wait:
+            expected = "a folder of its own"
+            remedy = "wait for it, or leave output out: processes that share the cache wait"
+            value = f"{folder} (being written by another process)"
+            raise FileExistsError(checks.sentence("output", value, expected, remedy)) from None
+        log.warning("waiting for the process that is writing %s", folder)
+        _acquire(lock, folder, timeout=-1)
+    try:
+        yield
+    finally:
+        # Whoever opened the file before finds that it has no name any more, and tries again.
+        (folder / _LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def drop_stale_lock(folder: Path) -> None:
+    """Remove the lock that a build left which was killed after its last file."""
+    if (folder / _LOCK).exists():
+        with suppress(OSError), alone_in(folder, wait=False):  # whoever holds it removes it
+            pass
+
+
+class Shards:
+    """The files of a build under way, and what its manifest says of them.
+
+    Args:
+        folder: held by `alone_in`.
+        record: what the bytes depend on.
+        num_rows: of each data file.
+
+    Attributes:
+        names: of the data files.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any], num_rows: list[int]) -> None:
+        self._folder, self._record = folder, record
+        self.names = [f"data-{number:05d}.arrow" for number in range(len(num_rows))]
+        self._files: dict[str, Any] = {}
+        for leftover in folder.glob("*.partial"):
+            leftover.unlink()
+        if (folder / MANIFEST).is_file():
+            found = read_manifest(folder)
+            planned = dict(zip(self.names, num_rows, strict=True))
+            if all(found.get(name) == value for name, value in record.items()) and all(
+                planned.get(name) == file["rows"] for name, file in found["files"].items()
+            ):
+                self._files = {
+                    name: file for name, file in found["files"].items() if self._holds(name, file)
+                }
+        self._note()
+
+    def _holds(self, name: str, file: dict[str, Any]) -> bool:
+        path = self._folder / name
+        return path.is_file() and path.stat().st_size == file["bytes"]
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are still to be written."""
+        return [number for number, name in enumerate(self.names) if name not in self._files]
+
+    @property
+    def rejects(self) -> list[Reject]:
+        """Examples of committed shards that could not be decoded."""
+        return [Reject(*reject) for file in self._files.values() for reject in file["rejects"]]
+
+    def path(self, number: int) -> Path:
+        """Return where a shard goes."""
+        return self._folder / self.names[number]
+
+    def commit(self, number: int, record: dict[str, Any], rejects: list[Reject]) -> None:
+        """Give a written shard its name, and note it with the rejects it brought."""
+        table.commit(self.path(number))
+        self._files[self.names[number]] = {**record, "rejects": [list(one) for one in rejects]}
+        self._note()
+
+    def finish(self, rejects_record: dict[str, Any], **facts: Any) -> None:
+        """Write the manifest of a complete folder."""
+        files = {
+            name: {key: value for key, value in self._files[name].items() if key != "rejects"}
+            for name in self.names
+        }
+        files[REJECTS] = rejects_record
+        self._write({**facts, "complete": True, "files": files})
+
+    def _note(self) -> None:
+        self._write({"complete": False, "files": dict(sorted(self._files.items()))})
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        table.write_json(self._folder / MANIFEST, {**self._record, **facts})
+
+
+def clear_if_bare(folder: Path) -> None:
+    """Remove what a build has begun in a folder if no file of it was committed."""
+    if not (folder / MANIFEST).is_file() or not read_manifest(folder)["files"]:
+        for name in ("data-*.arrow", "*.partial", MANIFEST):
+            for leftover in folder.glob(name):
+                leftover.unlink()
+
+
+def check_space(folder: Path, num_bytes: int, what: str) -> None:
+    """Raise if a folder's disk has no room for so many bytes more.
+
+    Raises:
+        OSError: it has not; names both.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        expected = f"{in_bytes(num_bytes)} for {what}"
+        remedy = (
+            "packed uint8 patches are many times a JPEG: free some, choose another output, or "
+            "pass materialize=False, which stores the plan alone"
+        )
+        message = f"free space of {folder} is {in_bytes(free)}, expected {expected}; {remedy}"
+        raise OSError(errno.ENOSPC, message)
+
+
+@contextmanager
+def naming_full_disks(folder: Path) -> Iterator[None]:
+    """Say what a disk that has filled up means for the build."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free = in_bytes(shutil.disk_usage(folder).free)
+        done = len(read_manifest(folder)["files"]) if (folder / MANIFEST).is_file() else 0
+        message = (
+            f"free space of {folder} is {free}, expected room for the next file "
+            f"({error.strerror}); free some and call again: {done} files are committed and stay"
+        )
+        raise OSError(error.errno, message) from error
+
+
+def in_bytes(number: int) -> str:
+    """Return a number of bytes for a reader."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number / 1000:.1f} kB"
+
+
+def _acquire(lock: FileLock, folder: Path, *, timeout: float) -> None:
+    """Acquire a lock in a folder, made anew if whoever held the lock removed it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=timeout)
+            return
+        except FileNotFoundError:
+            continue
+
+
+def _others(folder: Path) -> Iterator[Path]:
+    """Yield what is in a folder besides the lock and what an interrupted first note leaves."""
+    own = {_LOCK, table.partial_of(folder / MANIFEST).name}
+    return (path for path in folder.iterdir() if path.name not in own)

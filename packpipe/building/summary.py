@@ -1,0 +1,180 @@
+"""`summarize`: what a folder of packed rows holds, in figures.
+
+Counts come from the manifest, lengths from the rows' segment columns; no token is read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from packpipe import checks
+from packpipe.building.build import read_rejects
+from packpipe.building.shards import MANIFEST, read_manifest
+from packpipe.packing.picture import html
+from packpipe.packing.quality import Quality
+from packpipe.rows import schema
+from packpipe.rows.rejects import Reject
+from packpipe.rows.schema import is_token_rows, table_token_segments
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """What packed rows hold; prints as a table.
+
+    Attributes:
+        folder: where they lie.
+        manifest: as `packpipe.manifest` returns it.
+        unit: ``"image"`` or ``"sequence"``.
+        seq_lens: int32[segments], tokens of each, row by row.
+        offsets: int64[rows + 1]; row r holds the segments offsets[r]..offsets[r + 1] - 1.
+        image_hw: int32[segments, 2], size in pixels; None for sequences.
+        rejects: examples that are in no row.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    unit: str
+    seq_lens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    image_hw: NDArray[np.int32] | None
+    rejects: list[Reject]
+
+    @property
+    def quality(self) -> Quality:
+        """Fill, bound, gap and the other figures."""
+        return Quality(
+            num_examples=len(self.seq_lens),
+            num_tokens=int(self.seq_lens.sum(dtype=np.int64)),
+            num_packs=len(self.offsets) - 1,
+            seq_len=self.manifest["config"]["seq_len"],
+            bound=self.manifest["counts"]["bound"],
+            most_segments=int(self.segments.max(initial=0)),
+        )
+
+    @property
+    def segments(self) -> NDArray[np.int64]:
+        """int64[rows], how many segments each holds."""
+        return np.diff(self.offsets)
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """int64[rows], how many tokens each holds."""
+        ends = np.concatenate([[0], np.cumsum(self.seq_lens, dtype=np.int64)])
+        return np.diff(ends[self.offsets])
+
+    @property
+    def padding_alone(self) -> float:
+        """Share of slots that would hold no token with one segment a row."""
+        quality = self.quality
+        slots = quality.num_examples * quality.seq_len
+        return 1.0 - quality.num_tokens / slots if slots else 0.0
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return (name, value) of each figure, ready to print."""
+        counts, quality = self.manifest["counts"], self.quality
+        found = [
+            (f"{self.unit}s", f"{counts['packed']:,} of {counts['read']:,}"),
+            ("rejected", self._rejected()),
+            *quality.rows()[1:],
+            ("alone", f"{self.padding_alone:.3%} padding with one {self.unit} a row"),
+            ("lengths", _spread(self.seq_lens, "tokens")),
+        ]
+        for name, what in (("shrunk", "images shrunk to fit"), ("cut", "sequences cut")):
+            if counts.get(name):
+                found.append((name, f"{counts[name]:,} {what}"))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain JSON values."""
+        quality = self.quality
+        return {
+            "folder": str(self.folder),
+            "unit": self.unit,
+            "counts": self.manifest["counts"],
+            "seq_len": quality.seq_len,
+            "fill": quality.fill,
+            "padding": quality.padding,
+            "padding_alone": self.padding_alone,
+            "gap": quality.gap,
+            "segments_a_pack": quality.packing_factor,
+            "most_segments": quality.most_segments,
+            "lengths": dict(zip(*histogram_of(self.seq_lens), strict=True)),
+            "config": self.manifest["config"],
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<9} {value}" for name, value in self.rows())
+
+    def _repr_html_(self) -> str:
+        return html(self.rows(), self.seq_lens, self.offsets, self.quality.seq_len)
+
+    def _rejected(self) -> str:
+        reasons = Counter(reject.reason for reject in self.rejects)
+        why = ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common())
+        return f"{len(self.rejects):,}" + (f" ({why})" if why else "")
+
+
+def summarize(folder: str | Path) -> Summary:
+    """Return what the folder of a packed dataset holds.
+
+    Args:
+        folder: what `pack` was given as ``output``.
+
+    Raises:
+        TypeError: folder is no path.
+        ValueError: folder is none that `pack` has completed.
+    """
+    remedy = "pass the folder that pack was given as output"
+    if not isinstance(folder, str | Path):
+        raise TypeError(checks.sentence("folder", folder, "a path", remedy))
+    packed, manifest = open_packed(folder)
+    images_hw = None
+    if is_token_rows(packed.column_names):
+        found = table_token_segments(packed.data.table)
+        unit, offsets, seq_lens = "sequence", found.offsets, found.seq_lens
+    else:
+        segments = schema.table_segments(packed.data.table)
+        unit, offsets, seq_lens = "image", segments.offsets, segments.seq_lens
+        images_hw = segments.image_hw
+    rejects = read_rejects(Path(folder))
+    return Summary(Path(folder), manifest, unit, seq_lens, offsets, images_hw, rejects)
+
+
+def open_packed(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
+    """Return the rows that `pack` has written into a folder, and their manifest.
+
+    Rows that are computed when read have their segment columns alone.
+
+    Raises:
+        ValueError: folder is none that `pack` has completed.
+    """
+    place, expected = Path(folder), "a folder that packpipe.pack wrote"
+    if not (place / MANIFEST).is_file():
+        remedy = "pass what pack was given as output"
+        raise ValueError(checks.sentence("folder", str(folder), expected, remedy))
+    manifest = read_manifest(place)
+    if not manifest["complete"]:
+        remedy = "call pack again, and it continues"
+        raise ValueError(checks.sentence("folder", str(folder), "a complete build", remedy))
+    return datasets.load_from_disk(str(place)), manifest
+
+
+def histogram_of(lens: NDArray[np.int32]) -> tuple[list[int], list[int]]:
+    """Return the lengths there are, in rising order, and how many of each."""
+    found, counts = np.unique(lens, return_counts=True)
+    return found.tolist(), counts.tolist()
+
+
+def _spread(lens: NDArray[np.int32], what: str) -> str:
+    if not len(lens):
+        return "none"
+    low, middle, high = np.percentile(lens, [0, 50, 100]).astype(int).tolist()
+    return f"{low:,} to {high:,} {what}, median {middle:,}"

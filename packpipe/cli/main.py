@@ -1,0 +1,92 @@
+"""The command line, `packpipe`: each command is a view of a public call.
+
+Exit status: 0 if all is well, 1 for something wrong with the data, 2 with the call, 130 if
+somebody stopped it. An error is one line, unless ``--debug`` asks for its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+try:
+    import typer
+except ModuleNotFoundError:
+    raise SystemExit("typer is not installed; pip install 'packpipe[cli]'") from None
+
+from packpipe.cli import options
+from packpipe.cli.pack_commands import pack, plan, show, stats, verify
+from packpipe.cli.train_commands import bench, demo, train
+
+_EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
+    pack: (
+        "packpipe pack photos packed --num-workers 4",
+        "packpipe pack train.parquet packed --seq-len 256 --resolution budget --max-tokens 128",
+        "packpipe pack tokenized packed --seq-len 4096 --overflow split",
+    ),
+    plan: (
+        "packpipe plan photos --seq-len 1024",
+        "packpipe plan photos --sides 64 256 --drop-rate 0.5 --seq-len 256 --json",
+    ),
+    stats: (
+        "packpipe stats packed",
+        "packpipe stats packed --html report.html",
+    ),
+    show: (
+        "packpipe show packed 0 3",
+        "packpipe show packed 7 --output row.png",
+    ),
+    verify: (
+        "packpipe verify packed",
+        "packpipe verify packed --source train.parquet --sample 1000",
+    ),
+    bench: (
+        "packpipe bench photos --model Ti/16",
+        "packpipe bench train.parquet --model B/16 --batch-size 16 --steps 30 --json",
+    ),
+    train: (
+        "packpipe train pictures.parquet runs/navit --steps 5000",
+        "packpipe train pictures.parquet runs/vit --layout square",
+        "torchrun --nproc-per-node 8 -m packpipe train pictures.parquet runs/navit",
+    ),
+    demo: ("packpipe demo packpipe-demo",),
+}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        import packpipe
+
+        typer.echo(packpipe.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Errors with their traceback.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """Pack images of any size, or token sequences, into rows of exactly seq_len tokens.
+
+    Exit status: 0 if all is well, 1 for something wrong with the data, 2 with the call.
+    """
+    del version
+    options.debug(debug)
+
+
+for _command, _lines in _EXAMPLES.items():
+    app.command(epilog="\n\n".join(["[b]Examples[/b]", *_lines]))(_command)
+
+if __name__ == "__main__":
+    app()

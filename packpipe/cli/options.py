@@ -1,0 +1,78 @@
+"""What commands share: their options, and errors told in a line."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from packpipe.cli.output import call_is_wrong, in_a_line
+
+_Given = ParamSpec("_Given")
+_debug = False
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A folder of images (one folder a class), a Parquet file or folder, what save_to_disk "
+        "wrote, or a name that datasets.load_dataset knows."
+    ),
+]
+Folder = Annotated[Path, typer.Argument(help="What pack wrote.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens a row.")]
+PatchSize = Annotated[int | None, typer.Option(help="Pixels a side of a patch.  [16]")]
+Sizes = Annotated[
+    str | None,
+    typer.Option(
+        "--resolution", help="native: its own size. budget: the largest within --max-tokens."
+    ),
+]
+Sides = Annotated[
+    tuple[int, int] | None,
+    typer.Option(help="Draw each image's size: the pixels of a square with a side between these."),
+]
+MaxTokens = Annotated[int | None, typer.Option(help="Most tokens of an image.")]
+DropRate = Annotated[float | None, typer.Option(help="Share of an image's tokens that is dropped.")]
+MaxSegments = Annotated[int | None, typer.Option(help="Most images or sequences a row.")]
+Strategy = Annotated[str | None, typer.Option(help="Packing rule, such as ffd, bfd, balanced.")]
+Overflow = Annotated[
+    str | None,
+    typer.Option(help="Of a sequence longer than a row: error, split, truncate, drop."),
+]
+Split = Annotated[str, typer.Option(help="Split of the dataset.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+Epoch = Annotated[int, typer.Option(help="Likewise.")]
+MaxBadFraction = Annotated[
+    float, typer.Option(help="A larger share of examples that cannot be read stops it.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def debug(asked: bool) -> None:
+    """Have errors keep their traceback, or not."""
+    global _debug
+    _debug = asked
+
+
+def told(command: Callable[_Given, None]) -> Callable[_Given, None]:
+    """Return a command whose errors are one line and an exit status."""
+
+    @functools.wraps(command)
+    def run(*args: _Given.args, **kwargs: _Given.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except KeyboardInterrupt:
+            typer.echo("stopped; the same command goes on from here", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if _debug:
+                raise
+            typer.echo(f"packpipe {command.__name__}: {in_a_line(error)}", err=True)
+            raise typer.Exit(2 if call_is_wrong(error) else 1) from None
+
+    return run

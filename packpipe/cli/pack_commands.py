@@ -1,0 +1,262 @@
+"""The commands that pack, and that look at what is packed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from packpipe.cli.open_source import file_of, naming_files, open_source
+from packpipe.cli.options import (
+    AsJson,
+    DropRate,
+    Epoch,
+    Folder,
+    MaxBadFraction,
+    MaxSegments,
+    MaxTokens,
+    Overflow,
+    PatchSize,
+    Seed,
+    SeqLen,
+    Sides,
+    Sizes,
+    Source,
+    Split,
+    Strategy,
+    told,
+)
+from packpipe.cli.output import print_json, print_table
+
+_SHOWN_REJECTS = 5
+
+
+@told
+def pack(
+    source: Source,
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    seq_len: SeqLen = 1024,
+    patch_size: PatchSize = None,
+    resolution: Sizes = None,
+    sides: Sides = None,
+    max_tokens: MaxTokens = None,
+    drop_rate: DropRate = None,
+    max_segments: MaxSegments = None,
+    strategy: Strategy = None,
+    image_column: Annotated[str, typer.Option(help="Its name; auto finds the only one.")] = "auto",
+    label_column: Annotated[str, typer.Option(help="Its name; auto finds it, none is none.")] = (
+        "auto"
+    ),
+    image_root: Annotated[
+        Path | None, typer.Option(help="The only folder that paths may lead into.")
+    ] = None,
+    token_column: Annotated[
+        list[str] | None, typer.Option(help="A column of tokens; may be given again.")
+    ] = None,
+    overflow: Overflow = None,
+    layout: Annotated[str | None, typer.Option(help="Of tokens: fixed or ragged.")] = None,
+    pad_token_id: Annotated[int | None, typer.Option(help="What padding holds.")] = None,
+    mask_first_label: Annotated[
+        bool | None, typer.Option("--mask-first-label", help="Labels that nothing predicts.")
+    ] = None,
+    split: Split = "train",
+    seed: Seed = 0,
+    epoch: Epoch = 0,
+    num_workers: Annotated[int, typer.Option(help="Processes that decode.")] = 1,
+    on_error: Annotated[str, typer.Option(help="Of bad images: quarantine, raise.")] = (
+        "quarantine"
+    ),
+    max_bad_fraction: MaxBadFraction = 0.01,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, and write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Pack a dataset into a folder; stopped or killed, the same command goes on.
+
+    Every example is in exactly one row, or in the rejects with its reason.
+    """
+    import packpipe
+
+    options = _given(
+        patch_size=patch_size,
+        resolution=_resolution(resolution, sides),
+        max_tokens=max_tokens,
+        drop_rate=drop_rate,
+        max_segments=max_segments,
+        strategy=strategy,
+        overflow=overflow,
+        layout=layout,
+        pad_token_id=pad_token_id,
+        mask_first_label=mask_first_label,
+    )
+    where: dict[str, Any] = {
+        "image_column": image_column,
+        "label_column": None if label_column == "none" else label_column,
+        "image_root": image_root,
+        "token_columns": token_column or "auto",
+        "seed": seed,
+        "epoch": epoch,
+        "num_workers": num_workers,
+    }
+    dataset = open_source(source, split)
+    if dry_run:
+        _print_plan(dataset, seq_len, where, options, as_json)
+        return
+    with naming_files(dataset):
+        packpipe.pack(
+            dataset,
+            seq_len,
+            **where,
+            output=output,
+            on_error=on_error,
+            max_bad_fraction=max_bad_fraction,
+            progress=sys.stderr.isatty(),
+            **options,
+        )
+    found = packpipe.summarize(output)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    print_table(str(output), found.rows())
+    for reject in found.rejects[:_SHOWN_REJECTS]:
+        name = file_of(dataset, reject.example_index) or f"example {reject.example_index}"
+        typer.echo(f"rejected {name}: {reject.exception}", err=True)
+
+
+@told
+def plan(
+    source: Source,
+    seq_len: SeqLen = 1024,
+    patch_size: PatchSize = None,
+    resolution: Sizes = None,
+    sides: Sides = None,
+    max_tokens: MaxTokens = None,
+    drop_rate: DropRate = None,
+    max_segments: MaxSegments = None,
+    strategy: Strategy = None,
+    overflow: Overflow = None,
+    split: Split = "train",
+    seed: Seed = 0,
+    epoch: Epoch = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Say how a dataset would be packed, from its sizes alone, and which seq_len suits it."""
+    options = _given(
+        patch_size=patch_size,
+        resolution=_resolution(resolution, sides),
+        max_tokens=max_tokens,
+        drop_rate=drop_rate,
+        max_segments=max_segments,
+        strategy=strategy,
+        overflow=overflow,
+    )
+    where: dict[str, Any] = {"seed": seed, "epoch": epoch}
+    _print_plan(open_source(source, split), seq_len, where, options, as_json)
+
+
+@told
+def stats(
+    folder: Folder,
+    html: Annotated[Path | None, typer.Option(help="Write a report that opens offline.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what packed rows hold: padding, gap, segments a row, lengths, rejects."""
+    import packpipe
+
+    found = packpipe.summarize(folder)
+    if html is not None:
+        from packpipe.cli.report import write_report
+
+        write_report(found, html)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_table(str(folder), found.rows())
+        if html is not None:
+            typer.echo(f"report: {html}")
+
+
+@told
+def show(
+    folder: Folder,
+    rows: Annotated[list[int] | None, typer.Argument(help="Numbers of rows.  [0]")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")] = Path(
+        "rows.png"
+    ),
+    mask: Annotated[
+        bool, typer.Option("--mask", help="Draw the first one's attention mask instead.")
+    ] = False,
+) -> None:
+    """Draw packed rows: patches in place, segments coloured, padding hatched."""
+    from packpipe.cli.report import draw_rows
+
+    draw_rows(folder, rows or [0], mask=mask).savefig(output, dpi=110)
+    typer.echo(output)
+
+
+@told
+def verify(
+    folder: Folder,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="The dataset that was packed. Some of its images are decoded again and compared; "
+            "sequences all are."
+        ),
+    ] = None,
+    sample: Annotated[int, typer.Option(min=0, help="How many images.")] = 100,
+    split: Split = "train",
+    as_json: AsJson = False,
+) -> None:
+    """Check every file, row and count of a packed folder, and that no example is lost."""
+    import packpipe
+
+    dataset = None if source is None else open_source(source, split)
+    problems = packpipe.verify(folder, dataset, sample=sample)
+    if as_json:
+        print_json([problem._asdict() for problem in problems])
+    else:
+        for problem in problems:
+            typer.echo(problem, err=True)
+    if problems:
+        raise typer.Exit(1)
+    if not as_json:
+        typer.echo(f"{folder}: nothing is wrong")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given: the others have defaults of their own."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _resolution(name: str | None, sides: tuple[int, int] | None) -> Any:
+    if sides is None:
+        return name
+    if name is not None:
+        raise ValueError(f"--sides is {sides}, expected none beside --resolution; pass one of them")
+    from packpipe import Constant, Side, Uniform
+
+    low, high = sides
+    return Side(Uniform(low, high) if low != high else Constant(high))
+
+
+def _print_plan(
+    dataset: Any, seq_len: int, where: dict[str, Any], options: dict[str, Any], as_json: bool
+) -> None:
+    from packpipe.building.pack import contents_of
+    from packpipe.building.shards import in_bytes
+    from packpipe.packing.suggest import suggest_seq_len
+
+    planned = contents_of(dataset, seq_len, **where, options=options).plan()
+    quality, size = planned.quality, planned.stored_bytes([range(planned.num_packs)])
+    if as_json:
+        figures = {"fill": quality.fill, "padding": quality.padding, "gap": quality.gap}
+        counts = {"read": len(dataset), **planned.counts(planned.rejects)}
+        counts["rejected"] = len(planned.rejects)
+        print_json({"seq_len": seq_len, "counts": counts, **figures, "bytes": size})
+        return
+    found = [*quality.rows(), ("rejected", f"{len(planned.rejects):,}"), ("rows", in_bytes(size))]
+    print_table(planned.what, found)
+    if len(planned.seq_lens):
+        typer.echo(f"\nother seq_len for these token counts:\n{suggest_seq_len(planned.seq_lens)}")

@@ -1,0 +1,155 @@
+"""Reports on a folder of packed rows: pictures, and one page that opens offline."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from datetime import date
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from packpipe import checks
+from packpipe.building.summary import Summary, open_packed
+from packpipe.loading.read import read_rows, read_tokens
+from packpipe.packing.picture import bars
+from packpipe.plots import (
+    plot_fill,
+    plot_lengths,
+    plot_mask,
+    plot_rows,
+    plot_segments,
+    plot_sizes,
+)
+from packpipe.rows.schema import is_token_rows
+
+_SHOWN_ROWS, _SHOWN_REJECTS = 4, 20
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto;
+  max-width: 60rem; padding: 1rem; }
+h1 { font-size: 1.5rem; margin: .2rem 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+p.note { color: #555; margin: .2rem 0; overflow-wrap: anywhere; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem;
+  margin: 1rem 0; }
+.figures div { background: #f3f5f8; border-radius: .5rem; padding: .6rem .8rem; }
+.figures b { display: block; font-size: 1.35rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
+  gap: .5rem; }
+img, svg { width: 100%; height: auto; display: block; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0;
+  border-bottom: 1px solid #e4e4e4; overflow-wrap: anywhere; }
+th { font-weight: 600; white-space: nowrap; }
+"""
+
+
+def draw_rows(folder: str | Path, rows: Sequence[int], *, mask: bool = False) -> Figure:
+    """Return a picture of some rows of a folder; of sequences, and if asked, their mask.
+
+    Args:
+        folder: what `pack` was given as ``output``.
+        rows: their numbers.
+        mask: whether to draw the attention mask of the first one instead.
+
+    Raises:
+        IndexError: there is no such row.
+        ValueError: the folder is none that `pack` has completed, or holds no tokens.
+    """
+    packed, manifest = open_packed(folder)
+    if not manifest.get("materialized", True):
+        expected, remedy = "rows with their tokens", "pack with materialize=True"
+        raise ValueError(checks.sentence("folder", str(folder), expected, remedy))
+    if is_token_rows(packed.column_names):
+        return plot_mask(read_tokens(packed, list(rows)).segment_ids[0])
+    found = read_rows(packed, list(rows))
+    return plot_mask(found.segment_ids[0]) if mask else plot_rows(found)
+
+
+def write_report(summary: Summary, path: Path) -> None:
+    """Write a page about packed rows: figures, pictures and rejects, in one file.
+
+    Args:
+        summary: of the rows.
+        path: the file, whose folder there must be.
+    """
+    path.write_text(report(summary), encoding="utf-8")
+
+
+def report(summary: Summary) -> str:
+    """Return a page about packed rows as HTML that needs no other file."""
+    quality = summary.quality
+    title = f"{quality.num_packs:,} packed rows"
+    made = f"{summary.folder}, packpipe {summary.manifest['packpipe']}, {date.today()}"
+    tiles = [
+        (f"{quality.padding:.2%}", "padding"),
+        (f"{summary.padding_alone:.2%}", f"with one {summary.unit} a row"),
+        (f"{quality.gap:,}", "rows above the proven least"),
+        (f"{quality.packing_factor:.2f}", f"{summary.unit}s a row"),
+        (f"{len(summary.rejects):,}", "rejected"),
+    ]
+    parts = [
+        f"<h1>{title}</h1>",
+        f'<p class="note">{escape(made)}</p>',
+        '<div class="figures">',
+        *(f"<div><b>{value}</b>{escape(what)}</div>" for value, what in tiles),
+        "</div>",
+        _table(summary.rows()),
+        "<h2>Some rows, and what they hold</h2>",
+        bars(summary.seq_lens, summary.offsets, quality.seq_len),
+    ]
+    if len(summary.seq_lens):
+        charts = [
+            (plot_fill(summary.tokens, quality), "fill of each row"),
+            (plot_segments(summary.segments, summary.unit), "segments of each row"),
+            (plot_lengths(summary.seq_lens, quality.seq_len, summary.unit), "tokens of segments"),
+        ]
+        if summary.image_hw is not None:
+            charts.append((plot_sizes(summary.image_hw), "sizes of images"))
+        images = "".join(_image(figure, alt) for figure, alt in charts)
+        parts += ["<h2>Fill and lengths</h2>", f'<div class="charts">{images}</div>']
+        if summary.unit == "image" and summary.manifest["materialized"]:
+            chosen = _chosen(summary)
+            picture = draw_rows(summary.folder, chosen)
+            named = ", ".join(map(str, chosen))
+            parts += [f"<h2>Rows {named}</h2>", _image(picture, "packed rows", as_photo=True)]
+    if summary.rejects:
+        shown = summary.rejects[:_SHOWN_REJECTS]
+        more = f", the first {len(shown)}" if len(shown) < len(summary.rejects) else ""
+        rows = [(f"example {r.example_index}", f"{r.reason}: {r.exception}") for r in shown]
+        parts += [f"<h2>Rejects{more}</h2>", _table(rows)]
+    config = {name: str(value) for name, value in summary.manifest["config"].items()}
+    parts += ["<h2>Options</h2>", _table(list(config.items()))]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body>"
+        + "\n".join(parts)
+        + "</body></html>\n"
+    )
+
+
+def _chosen(summary: Summary) -> list[int]:
+    """Return rows of few and of many segments."""
+    by_segments = np.argsort(-summary.segments, kind="stable")
+    number = min(_SHOWN_ROWS, len(by_segments))
+    chosen: list[int] = by_segments[np.arange(number) ** 2 * len(by_segments) // 32].tolist()
+    return chosen
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    lines = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _image(figure: Figure, alt: str, *, as_photo: bool = False) -> str:
+    """Return a figure as an image that lies in the page."""
+    out, kind = io.BytesIO(), "jpeg" if as_photo else "png"
+    figure.savefig(out, format=kind, dpi=150, pil_kwargs={"quality": 85} if as_photo else {})
+    data = base64.b64encode(out.getvalue()).decode()
+    return f'<img alt="{escape(alt)}" src="data:image/{kind};base64,{data}">'

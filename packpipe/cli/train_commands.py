@@ -1,0 +1,139 @@
+"""The commands that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from packpipe.cli.open_source import naming_files, open_source
+from packpipe.cli.options import AsJson, MaxBadFraction, SeqLen, Source, Split, told
+from packpipe.cli.output import print_json, print_table
+
+
+@told
+def bench(
+    source: Source,
+    model: Annotated[str, typer.Option(help="Ti, S, B, L or So400m, and the patch size.")] = (
+        "Ti/16"
+    ),
+    seq_len: SeqLen = 1024,
+    sides: Annotated[tuple[int, int], typer.Option(help="Of the images; see pack.")] = (64, 256),
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Measured, of each layout.")] = 10,
+    num_workers: Annotated[int, typer.Option(min=0, help="Threads that decode.")] = 2,
+    max_bad_fraction: MaxBadFraction = 0.01,
+    split: Split = "train",
+    as_json: AsJson = False,
+) -> None:
+    """Train on your own images, packed and padded by turns: images/s, tokens/s, fill, MFU."""
+    from packpipe.cli.bench import compare_layouts
+
+    dataset = open_source(source, split)
+    with naming_files(dataset):
+        found = compare_layouts(
+            dataset,
+            model=model,
+            seq_len=seq_len,
+            sides=sides,
+            batch_size=batch_size,
+            steps=steps,
+            num_workers=num_workers,
+            max_bad_fraction=max_bad_fraction,
+        )
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        typer.echo(found)
+
+
+@told
+def train(
+    source: Source,
+    output: Annotated[Path, typer.Argument(file_okay=False, help="Checkpoints, log and plot.")],
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 1000,
+    model: Annotated[str, typer.Option(help="Ti, S, B, L or So400m, and the patch size.")] = "S/16",
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="packed: NaViT. padded: one image a row. bucketed: the same, rows cut to like "
+            "lengths. square: a plain ViT."
+        ),
+    ] = "packed",
+    seq_len: Annotated[int, typer.Option(help="Tokens a row, of packed.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step of each rank.")] = 8,
+    sides: Annotated[
+        tuple[int, int],
+        typer.Option(
+            help="Images are of as many pixels as "
+            "squares of a side drawn between these; square takes the second."
+        ),
+    ] = (64, 256),
+    drop_rate: Annotated[float, typer.Option(help="Share of tokens dropped, of packed.")] = 0.0,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 8e-4,
+    loss: Annotated[str, typer.Option(help="sigmoid or softmax.")] = "sigmoid",
+    position: Annotated[str, typer.Option(help="Position embedding.")] = "factorised_absolute_sum",
+    pooling: Annotated[str, typer.Option(help="Of an image's tokens.")] = "attention",
+    attention: Annotated[str, typer.Option(help="Backend; auto is the fastest.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    num_workers: Annotated[int, typer.Option(min=0, help="Threads that decode ahead.")] = 4,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 1000,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps a record speaks of.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and resolutions.")] = 0,
+    tensorboard: Annotated[bool, typer.Option(help="Log for TensorBoard, too.")] = False,
+    max_bad_fraction: MaxBadFraction = 0.01,
+    split: Split = "train",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained; train nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a NaViT on labelled images; stopped or killed, the same command goes on."""
+    from packpipe.cli.layouts import Layout
+    from packpipe.cli.training_run import Training
+
+    dataset = open_source(source, split)
+    training = Training(
+        dataset,
+        layout=Layout(layout, seq_len, sides, drop_rate, max_bad_fraction),
+        model=model,
+        shape={"position": position, "pooling": pooling, "attention": attention},
+        batch_size=batch_size,
+        options={
+            "steps": steps,
+            "learning_rate": learning_rate,
+            "loss": loss,
+            "precision": precision,
+            "save_every": save_every,
+            "log_every": log_every,
+        },
+        num_workers=num_workers,
+        seed=seed,
+    )
+    with naming_files(dataset):
+        if not dry_run:
+            if not training.run(output, tensorboard=tensorboard, as_json=as_json):
+                raise KeyboardInterrupt
+            return
+        found = training.described()
+    if as_json:
+        print_json(found)
+    else:
+        print_table(source, [(name, f"{value:,}") for name, value in found.items()])
+
+
+@told
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Everything goes into it, caches too.")] = Path(
+        "packpipe-demo"
+    ),
+    seq_len: SeqLen = 1024,
+    steps: Annotated[int, typer.Option(min=0, help="Training steps; 0 trains nothing.")] = 200,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 2,
+) -> None:
+    """Pack the bundled images, draw some rows and train a small NaViT, in about a minute."""
+    from packpipe.demo import prepare, run
+
+    prepare(folder)
+    run(folder.absolute(), seq_len, steps, num_workers)

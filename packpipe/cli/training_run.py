@@ -1,0 +1,211 @@
+"""`packpipe train`: a dataset to a trained model, on one device or torchrun's ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset
+
+from packpipe import checks
+from packpipe.cli.layouts import Layout
+from packpipe.loading.epochs import EpochPacks
+from packpipe.loading.loader import PackedLoader
+from packpipe.loading.ranks import process_group, rank_of_world
+from packpipe.model.config import NaViTConfig
+from packpipe.model.navit import NaViT
+from packpipe.plots import plot_training
+from packpipe.sources.columns import label_column_of
+from packpipe.training.loop import Record, TrainConfig, read_log, train
+
+TRIM = 64
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training as the command line is told of it.
+
+    Attributes:
+        dataset: labelled images.
+        layout: how images become rows.
+        model: a preset's name.
+        shape: options of `NaViTConfig` beside it.
+        batch_size: rows a step of each rank.
+        options: of `TrainConfig`.
+        num_workers: threads that decode ahead.
+        seed: of weights, order and resolutions.
+    """
+
+    dataset: Dataset
+    layout: Layout
+    model: str
+    shape: dict[str, Any]
+    batch_size: int
+    options: dict[str, Any]
+    num_workers: int
+    seed: int = 0
+
+    @cached_property
+    def labelled(self) -> Dataset:
+        """The dataset, its labels as numbers."""
+        return _labelled(self.dataset)
+
+    @cached_property
+    def config(self) -> NaViTConfig:
+        """The model's shape."""
+        shape = self.shape
+        if self.layout.name in ("padded", "bucketed") and shape["attention"] == "auto":
+            shape = {**shape, "attention": "reference"}  # padding costs what it costs elsewhere
+        column = label_column_of(self.labelled.features, "auto")
+        num_classes = int(self.labelled.features[column].num_classes)
+        return NaViTConfig.preset(self.model, num_classes=num_classes, **shape)
+
+    @cached_property
+    def train_config(self) -> TrainConfig:
+        """How it is trained."""
+        return TrainConfig(**self.options, trim=TRIM if self.layout.name == "bucketed" else None)
+
+    @cached_property
+    def packs(self) -> EpochPacks:
+        """The packs of every epoch."""
+        return self.layout.packs(self.labelled, self.config.patch_size, self.num_workers)
+
+    def described(self) -> dict[str, int]:
+        """Return what would be trained, without training it; every option is checked."""
+        plan = self.packs.plan(self.seed, 0)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in NaViT(self.config).parameters())
+        return {
+            "images": len(self.labelled),
+            "classes": int(self.config.num_classes or 0),
+            "parameters": parameters,
+            "steps": self.train_config.steps,
+            "rows a step": self.batch_size,
+            "rows an epoch": len(plan),
+            "tokens an epoch": plan.num_tokens,
+        }
+
+    def run(self, output: Path, *, tensorboard: bool = False, as_json: bool = False) -> bool:
+        """Train; return whether it came to its end. Ctrl-C saves the step it is at.
+
+        Args:
+            output: folder of checkpoints, log.jsonl and training.png.
+            tensorboard: whether to log for it, too.
+            as_json: whether records are printed as JSON.
+
+        Raises:
+            TypeError, ValueError: an option is wrong.
+        """
+        # A wrong option is an error before there is a group.
+        _ = self.config, self.train_config, self.packs
+        if "RANK" not in os.environ:
+            return self._run(output, tensorboard, as_json)
+        with process_group("nccl" if torch.cuda.is_available() else "gloo"):
+            return self._run(output, tensorboard, as_json)
+
+    def _run(self, output: Path, tensorboard: bool, as_json: bool) -> bool:
+        device = device_of_this_rank()
+        is_first = rank_of_world()[0] == 0
+        options, packs = self.train_config, self.packs
+        torch.manual_seed(self.seed)
+        navit = NaViT(self.config).to(device)
+        loader = PackedLoader(
+            packs,
+            self.batch_size,
+            seed=self.seed,
+            balance=self.layout.name == "bucketed",
+            num_workers=self.num_workers,
+            pin_memory=device.type == "cuda",
+        )
+        writer = _tensorboard(output) if tensorboard and is_first else None
+        with _interrupted() as stopped:
+            # Ranks must not stop at different steps: theirs go on from the last checkpoint.
+            stop = stopped.is_set if "RANK" not in os.environ else lambda: False
+            for record in train(navit, loader, options, folder=output, stop=stop):
+                if is_first:
+                    sys.stdout.write(_line(record, as_json))
+                    sys.stdout.flush()
+                if writer:
+                    for name, value in asdict(record).items():
+                        if name != "step" and value is not None:
+                            writer.add_scalar(name, value, record.step)
+        if writer:
+            writer.close()
+        if is_first and (log := read_log(output)):
+            plot_training(log).savefig(output / "training.png", dpi=100)
+            if not as_json:
+                sys.stdout.write(f"checkpoints, log and plot are in {output}\n")
+        return not stopped.is_set()
+
+
+def _line(record: Record, as_json: bool) -> str:
+    if as_json:
+        return json.dumps(asdict(record)) + "\n"
+    return (
+        f"step {record.step}  loss {record.loss:.4f}  accuracy {record.accuracy:.3f}  "
+        f"{record.images_per_s:,.0f} images/s  fill {record.fill:.3f}  "
+        f"waited {record.data_wait:.0%}\n"
+    )
+
+
+@contextmanager
+def _interrupted() -> Iterator[threading.Event]:
+    """Give an event that Ctrl-C sets; a second Ctrl-C stops at once. Not under torchrun."""
+    asked = threading.Event()
+    alone = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
+    if not alone:
+        yield asked
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: Any) -> None:
+        del number, frame
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def device_of_this_rank() -> torch.device:
+    """Return the device of this rank: a GPU of its own, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _tensorboard(output: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise ValueError(
+            "tensorboard is not installed; pip install 'packpipe[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(output / "tensorboard"))
+
+
+def _labelled(dataset: Dataset) -> Dataset:
+    """Return a dataset whose labels are numbers."""
+    column = label_column_of(dataset.features, "auto")
+    if column is None:
+        expected, remedy = "a label column among them", "name it label"
+        raise ValueError(checks.sentence("columns", dataset.column_names, expected, remedy))
+    if not isinstance(dataset.features[column], ClassLabel):
+        dataset = dataset.class_encode_column(column)
+    return dataset

@@ -1,0 +1,207 @@
+"""Images: an encoded file, or pixels, to upright RGB pixels at a planned size.
+
+Obeys the plan and decides nothing. `probe` reads the header only, so sizes cost no decoding, and
+asks Pillow where `headers` is not sure; `decode` gives exactly the planned grid. Pillow's globals
+are never touched.
+
+The planned size is known before a pixel is, so the work is done in the order that costs least:
+
+1. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size while it stays at least ``reducing_gap`` times
+   as large as planned on both axes.
+2. The mode becomes grey or RGB (`modes`), an animation its first frame.
+3. The EXIF orientation is applied.
+4. One resize to the planned size; first, pixels are averaged by whole factors within the same gap.
+
+Against decoding in full and resizing in one step, the gap changes pixels by a bound that tests
+hold and ``benchmarks/pixels.py`` shows; ``reducing_gap=None`` gives exactly those. An orientation
+that cannot be read is taken as upright and flagged; in PNG files it counts only where it stands
+before the pixels, since finding a later one would mean decoding the image while probing.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from contextlib import ExitStack
+from io import FileIO
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from packpipe.images.headers import (
+    HEAD_BYTES,
+    exif_orientation,
+    quick_probe,
+    upright_hw,
+)
+from packpipe.images.modes import NoRule, plain
+from packpipe.images.opening import (
+    BadImage,
+    ImageData,
+    _array_hw,
+    _file,
+    _opened,
+    _rejecting,
+    _reraise_faults,
+)
+
+Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Probe(NamedTuple):
+    """What a header says: upright (height, width) in pixels; whether its EXIF is broken."""
+
+    image_hw: tuple[int, int]
+    broken_exif: bool
+
+
+class PixelRules(NamedTuple):
+    """How pixels are made: the options of `PackConfig` of the same names."""
+
+    background: tuple[int, int, int]
+    max_pixels: int
+    reducing_gap: float | None
+    downscale_filter: str
+    upscale_filter: str
+
+
+def pixel_rules(options: Any) -> PixelRules:
+    """Return the rules among the attributes of a configuration."""
+    return PixelRules(*(getattr(options, name) for name in PixelRules._fields))
+
+
+def probe(data: ImageData, *, max_pixels: int) -> Probe:
+    """Return the upright size of an image from its header; nothing is decoded.
+
+    Raises:
+        BadImage: no such file, empty, no image, or more than max_pixels pixels.
+    """
+    if isinstance(data, np.ndarray):
+        height, width = _array_hw(data, max_pixels)
+        return Probe((height, width), False)
+    with ExitStack() as stack:
+        source: ImageData | FileIO = data
+        if not isinstance(data, Image.Image):
+            if isinstance(data, str):
+                with _rejecting(data):
+                    source = stack.enter_context(_file(data))
+                    head, size = source.read(HEAD_BYTES), os.fstat(source.fileno()).st_size
+            else:
+                head, size = data, len(data)
+            image_hw = quick_probe(head, size)
+            if image_hw is not None and image_hw[0] * image_hw[1] <= max_pixels:
+                return Probe(image_hw, False)
+        image = stack.enter_context(_opened(source, max_pixels))
+        orientation, broken_exif = _orientation(image)
+        return Probe(upright_hw(*image.size, orientation), broken_exif)
+
+
+def decode(
+    data: ImageData, *, image_hw: tuple[int, int], target_hw: tuple[int, int], rules: PixelRules
+) -> NDArray[np.uint8]:
+    """Return uint8[height, width, 3], the upright image resized to target_hw.
+
+    Args:
+        data: bytes, path or pixels.
+        image_hw: upright size in pixels the plan was made for.
+        target_hw: (height, width) of the result in pixels.
+        rules: how pixels are made.
+
+    Raises:
+        BadImage: it cannot be decoded, or its mode has no rule.
+        ValueError: its size is not image_hw, so the plan is out of date.
+    """
+    with _opened(data, rules.max_pixels) as image:
+        orientation, _ = _orientation(image)
+        found = upright_hw(*image.size, orientation)
+        if found != image_hw:
+            raise ValueError(
+                f"image_hw is {found}, expected {image_hw} as planned; "
+                "plan again, the source has changed"
+            )
+        try:
+            box = (0.0, 0.0, float(image.width), float(image.height))
+            if rules.reducing_gap is not None and image is not data:
+                height, width = upright_hw(*target_hw[::-1], orientation)  # as it is stored
+                least = (int(width * rules.reducing_gap), int(height * rules.reducing_gap))
+                drafted = image.draft(None, least)
+                box = box if drafted is None else drafted[1]
+            expected = image.size
+            pixels = plain(image, rules.background)
+            if pixels.size != expected:
+                raise ValueError(f"{pixels.size} pixels, expected {expected} as the header says")
+        except Exception as error:  # decoders raise whatever they like
+            _reraise_faults(error)
+            reason = "unsupported mode" if isinstance(error, NoRule) else "undecodable"
+            raise BadImage(reason, str(error)) from error
+    if orientation in _TRANSPOSE:
+        box = _turned(box, pixels.size, orientation)
+        pixels = pixels.transpose(_TRANSPOSE[orientation])
+    pixels = _resized(pixels, box, target_hw[::-1], rules)
+    return np.asarray(pixels if pixels.mode == "RGB" else pixels.convert("RGB"))
+
+
+def _turned(box: Box, size: tuple[int, int], orientation: int) -> Box:
+    """Return where a box of an image of a size of (width, height) is once it is upright."""
+    left, top, right, bottom = box
+    if orientation in (2, 3, 7, 8):
+        left, right = size[0] - right, size[0] - left
+    if orientation in (3, 4, 6, 7):
+        top, bottom = size[1] - bottom, size[1] - top
+    return (left, top, right, bottom) if orientation < 5 else (top, left, bottom, right)
+
+
+def _resized(image: Image.Image, box: Box, size: tuple[int, int], rules: PixelRules) -> Image.Image:
+    """Return what box holds of the image at a size of (width, height)."""
+    if image.size == size and box == (0, 0, *size):
+        return image
+    across, down = (
+        _filter(
+            rules.upscale_filter if pixels > box[side + 2] - box[side] else rules.downscale_filter
+        )
+        for side, pixels in enumerate(size)
+    )
+    gap = rules.reducing_gap
+    if across == down:
+        return image.resize(size, across, box, gap)
+    left, top, right, bottom = box
+    if size[0] > right - left:  # down first: an image of one column must not be made wide at once
+        low = image.resize((image.width, size[1]), down, (0, top, image.width, bottom), gap)
+        return low.resize(size, across, (left, 0, right, size[1]), gap)
+    narrow = image.resize((size[0], image.height), across, (left, 0, right, image.height), gap)
+    return narrow.resize(size, down, (0, top, size[0], bottom), gap)
+
+
+def _filter(name: str) -> Image.Resampling:
+    return Image.Resampling[name.upper()]
+
+
+def _orientation(image: Image.Image) -> tuple[int, bool]:
+    """Return (EXIF orientation 1..8, whether the EXIF is broken), before pixels are loaded."""
+    if image.format == "TIFF":  # Pillow turns TIFF files upright itself, their size included
+        return 1, False
+    exif = image.info.get("exif")
+    try:
+        if exif is None and "Raw profile type exif" in image.info:
+            exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+        value = None if exif is None else exif_orientation(exif)
+        if value is None:
+            # From XMP. PngImageFile.getexif would decode the image in search of a late chunk.
+            value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except (struct.error, ValueError, SyntaxError, KeyError, TypeError, OSError, EOFError):
+        return 1, True
+    if value in range(1, 9):
+        return int(value), False
+    return 1, True

@@ -1,0 +1,257 @@
+"""Headers: the upright size of plain JPEG, PNG and WebP files from their first bytes.
+
+`quick_probe` answers only where Pillow would say the same of the whole file, and leaves all else
+to Pillow: it needs no lock, raises no warning and touches no global. It costs some 1 to 2 µs a
+segment or chunk, 4 to 15 µs an image, where opening one with Pillow takes 70 to 150.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from struct import unpack_from
+from typing import BinaryIO
+
+from PIL import ExifTags, Image, features
+
+# How much of a file is looked at; longer headers are left to Pillow.
+HEAD_BYTES = 64 * 2**10
+# What an icon file starts with.
+ICON = b"\x00\x00\x01\x00"
+
+_ORIENTATION, _X_RESOLUTION = int(ExifTags.Base.Orientation), int(ExifTags.Base.XResolution)
+_EXIF_SHORT, _EXIF_RATIONAL = 3, 5
+_SIDEWAYS = (5, 6, 7, 8)
+# The shortest length that Pillow reads without complaint.
+_SEGMENT_LENGTHS = {
+    **dict.fromkeys((0xFFC0, 0xFFC1, 0xFFC2), 11),  # frames: baseline, extended, progressive
+    **dict.fromkeys((0xFFC4, 0xFFDB, 0xFFDD, 0xFFDA, 0xFFFE), 2),  # tables, scan, comment
+    **dict.fromkeys(range(0xFFE0, 0xFFF0), 2),  # applications; longer are:
+    0xFFE0: 14,  # JFIF
+    0xFFE2: 16,  # colour profile
+    0xFFEE: 14,  # Adobe
+}
+# The one length, or None for any.
+_CHUNK_LENGTHS = {
+    **dict.fromkeys((b"PLTE", b"tRNS", b"bKGD", b"sBIT", b"tEXt", b"zTXt", b"iTXt", b"iCCP")),
+    b"IHDR": 13,
+    b"gAMA": 4,
+    b"cHRM": 32,
+    b"sRGB": 1,
+    b"pHYs": 9,
+    b"tIME": 7,
+}
+_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+# Pillow refuses text that inflates beyond 1 MiB; deflate makes at most 1032 bytes of one.
+_MAX_DEFLATED = 1000
+_READS_WEBP = bool(features.check("webp"))
+
+
+def quick_probe(head: bytes | memoryview, size: int) -> tuple[int, int] | None:
+    """Return the upright (height, width) in pixels where the header is plain, else None.
+
+    Never guesses: a size is what Pillow gives too, and its EXIF is sound or absent.
+
+    Args:
+        head: the file's first bytes, HEAD_BYTES or all it has; further ones are not looked at.
+        size: bytes in the whole file.
+    """
+    head = bytes(head[:HEAD_BYTES])
+    found = None
+    try:
+        if head.startswith(b"\xff\xd8\xff"):
+            found = _jpeg_hw(head)
+        elif head.startswith(b"\x89PNG\r\n\x1a\n"):
+            found = _png_hw(head)
+        elif _READS_WEBP and head.startswith(b"RIFF") and head.startswith(b"WEBP", 8):
+            found = _webp_hw(head, size)
+    except (struct.error, IndexError):  # the head ends too early
+        return None
+    limit = Image.MAX_IMAGE_PIXELS  # Pillow opens nothing beyond twice this
+    if found is None or 0 in found or (limit is not None and found[0] * found[1] > 2 * limit):
+        return None
+    return found
+
+
+def icon_hw(file: BinaryIO) -> tuple[int, int]:
+    """Return the largest (height, width) that an image in an ICO file says it has.
+
+    Pillow decodes such a file when it opens it, and its directory says no more than 256.
+
+    Args:
+        file: one that starts with ICON; left anywhere.
+    """
+    file.seek(4)
+    largest = 0, 0
+    try:
+        entries = file.read(16 * unpack_from("<H", file.read(2))[0])
+        for at in range(0, len(entries), 16):
+            file.seek(unpack_from("<I", entries, at + 12)[0])
+            head = file.read(24)
+            if head.startswith(b"\x89PNG"):
+                width, height = unpack_from(">II", head, 16)
+            else:  # a bitmap, and its mask below it
+                width, height = unpack_from("<II", head, 4)
+                height = min(height, 2**32 - height) // 2
+            largest = max(largest, (height, width), key=math.prod)
+    except struct.error:  # Pillow says what is wrong
+        pass
+    return largest
+
+
+def exif_orientation(exif: bytes) -> int | None:
+    """Return the orientation in an EXIF block, None if it has none.
+
+    Pillow drops what it cannot read in silence, or with a warning that depends on the format;
+    here a block that is cut short or malformed raises.
+
+    Raises:
+        ValueError, struct.error: the block is broken.
+    """
+    return _orientation_among(*_exif_entries(exif))
+
+
+def upright_hw(width: int, height: int, orientation: int) -> tuple[int, int]:
+    """Return (height, width) once the EXIF orientation, 1..8, is applied."""
+    return (width, height) if orientation in _SIDEWAYS else (height, width)
+
+
+def _exif_entries(exif: bytes) -> tuple[str, list[tuple[int, ...]]]:
+    """Return the byte order and (tag, type, count, two halves of the value) of each entry."""
+    tiff = exif.removeprefix(b"Exif\x00\x00")
+    byte_order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(tiff[:4])
+    if byte_order is None:
+        raise ValueError("no TIFF header")
+    (directory,) = unpack_from(byte_order + "I", tiff, 4)
+    (num_entries,) = unpack_from(byte_order + "H", tiff, directory)
+    entries: list[tuple[int, ...]] = [
+        unpack_from(byte_order + "HHIHH", tiff, directory + 2 + 12 * entry)
+        for entry in range(num_entries)
+    ]
+    return byte_order, entries
+
+
+def _orientation_among(byte_order: str, entries: list[tuple[int, ...]]) -> int | None:
+    for tag, kind, _, first, second in entries:
+        if tag == _ORIENTATION:
+            # A 16-bit value stands in the first half of its field; a 32-bit one fills it.
+            low, high = (first, second) if byte_order == "<" else (second, first)
+            return first if kind == _EXIF_SHORT else low | high << 16
+    return None
+
+
+def _plain_orientation(exif: bytes) -> int | None:
+    """Return the orientation in a JPEG's EXIF block, 1 if it has none, None if it is odd."""
+    try:
+        byte_order, entries = _exif_entries(exif)
+    except (ValueError, struct.error):
+        return None
+    # Pillow reads the resolution while opening; text in its place can make it reject the file.
+    if any(entry[0] == _X_RESOLUTION and entry[1] != _EXIF_RATIONAL for entry in entries):
+        return None
+    value = _orientation_among(byte_order, entries)
+    if value is None:
+        return 1
+    return value if value in range(1, 9) else None
+
+
+def _jpeg_hw(head: bytes) -> tuple[int, int] | None:
+    """Walk the segments up to the scan; a frame gives the size."""
+    shape, orientation, end = None, None, 2
+    while True:
+        marker, length = unpack_from(">HH", head, end)
+        start, end = end + 4, end + 2 + length
+        if length < _SEGMENT_LENGTHS.get(marker, 2**16) or end > len(head):
+            return None
+        if 0xFFC0 <= marker <= 0xFFC2:
+            bits, height, width, layers = unpack_from(">BHHB", head, start)
+            if shape or bits != 8 or layers not in (1, 3, 4) or length != 8 + 3 * layers:
+                return None
+            shape = width, height
+        elif marker == 0xFFE1:  # EXIF once; XMP may hold an orientation as well
+            if orientation or not head.startswith(b"Exif\x00\x00", start):
+                return None
+            orientation = _plain_orientation(head[start:end])
+            if orientation is None:
+                return None
+        elif marker == 0xFFDA:
+            return upright_hw(*shape, orientation or 1) if shape else None
+        elif (
+            # Anything but tables of 8-bit values, each after its number.
+            (marker == 0xFFDB and (length % 65 != 2 or max(head[start:end:65], default=16) > 15))
+            # It may be the index of a file of several images.
+            or (marker == 0xFFE2 and not head.startswith(b"ICC_PROFILE\x00", start))
+            # A Photoshop block cut here makes Pillow reject the file.
+            or (marker == 0xFFED and head[end - 6 : end - 2] == b"8BIM")
+        ):
+            return None
+
+
+def _png_hw(head: bytes) -> tuple[int, int] | None:
+    """Walk the chunks up to the pixels, each checked by its checksum as Pillow does."""
+    end = 8
+    found, colour = (0, 0), 0
+    while True:
+        length, name = unpack_from(">I4s", head, end)
+        if name == b"IDAT":
+            return found
+        start, end = end + 8, end + 12 + length
+        if _CHUNK_LENGTHS.get(name, -1) not in (None, length) or (name == b"IHDR") != (start == 16):
+            return None
+        (checksum,) = unpack_from(">I", head, end - 4)
+        if zlib.crc32(head[start - 4 : end - 4]) != checksum:
+            return None
+        if name == b"IHDR":
+            width, height, depth, colour, *methods = unpack_from(">IIBBBBB", head, start)
+            if depth not in _DEPTHS.get(colour, ()) or methods not in ([0, 0, 0], [0, 0, 1]):
+                return None
+            found = height, width
+        elif name == b"tRNS" and colour != 3 and length < 6:
+            return None
+        elif name in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            key, _, rest = head[start : end - 4].lower().partition(b"\x00")
+            if b"exif" in key or b"xmp" in key or (name != b"tEXt" and length > _MAX_DEFLATED):
+                return None
+            if name in (b"zTXt", b"iCCP") and rest[:1] != b"\x00":
+                return None
+
+
+def _webp_hw(head: bytes, size: int) -> tuple[int, int] | None:
+    """Read the one picture of a file that holds nothing after it."""
+
+    def chunk(at: int) -> tuple[bytes, int, int, int]:
+        name, length = unpack_from("<4sI", head, at)
+        return name, length, at + 8, at + 8 + length + length % 2
+
+    file_end = unpack_from("<I", head, 4)[0] + 8
+    canvas = None
+    name, length, start, end = chunk(12)
+    if name == b"VP8X":
+        if length != 10 or head[start] & ~0x30:  # flags other than profile and alpha
+            return None
+        canvas = tuple(1 + int.from_bytes(head[at : at + 3], "little") for at in (27, 24))
+        name, length, start, end = chunk(end)
+        if name == b"ICCP":
+            name, length, start, end = chunk(end)
+        if name == b"ALPH":
+            name, length, start, end = chunk(end)
+            if name != b"VP8 ":
+                return None
+    if end != file_end or file_end > size:
+        return None
+    if name == b"VP8 " and length >= 10:
+        low, high, signature, width, height = unpack_from("<HB3sHH", head, start)
+        bits = low | high << 16
+        # A visible key frame of profile 0 to 3, its first part no longer than the whole.
+        if signature != b"\x9d\x01\x2a" or bits & 0x19 != 0x10 or bits >> 5 >= length:
+            return None
+        found = height & 0x3FFF, width & 0x3FFF
+    elif name == b"VP8L" and length >= 5:
+        signature, bits = unpack_from("<BI", head, start)
+        if signature != 0x2F or bits >> 29:
+            return None
+        found = (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    else:
+        return None
+    return found if canvas in (None, found) else None

@@ -1,0 +1,234 @@
+"""Opens image files for their header; what cannot be an image is refused by name.
+
+Files are not trusted: only the raster formats below are opened, none of which runs another
+program; only regular files are; and sizes are checked before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import stat
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from io import BufferedReader, BytesIO, FileIO
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
+
+from packpipe import checks
+from packpipe.images.headers import HEAD_BYTES, ICON, icon_hw
+from packpipe.images.modes import NoRule, image_of
+
+# The bytes of an encoded image, the path of its file, or its pixels.
+ImageData: TypeAlias = "bytes | memoryview | str | NDArray[Any] | Image.Image"
+
+
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "PCX"),
+    *("SGI", "QOI", "DDS", "DIB", "CUR", "DCX", "ICNS", "PSD"),
+)
+
+
+# Warnings of Pillow's modules, or that it addresses to its caller, which is here.
+_PILLOW_WARNS = ("ignore", None, Warning, re.compile(r"PIL\.|packpipe\.images\."), 0)
+
+
+_FARTHEST = 2**40  # file systems go no farther than a few times that
+
+
+# Of text that a PNG file may inflate, in bytes.
+_TEXT_LIMITS = {"MAX_TEXT_CHUNK": 2**20, "MAX_TEXT_MEMORY": 2**26}
+
+
+_PILLOW_LOG = logging.getLogger("PIL.TiffImagePlugin")
+
+
+# Errors of one path, which another machine would meet as well.
+_FILE_FAULTS = (
+    *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP),
+    errno.ENXIO,  # a socket
+    errno.EINVAL,  # a header that points before the file's first byte
+)
+
+
+class _Clipped(BufferedReader):
+    """A file that bears what headers ask for as bytes do: gigabytes, and places outside of it."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size > HEAD_BYTES:
+            rest = self._size() - self.tell()
+            size = max(0, rest if size is None else min(size, rest))
+        return super().read(size)
+
+    def seek(self, target: int, whence: int = os.SEEK_SET, /) -> int:
+        if whence != os.SEEK_SET:
+            target += self.tell() if whence == os.SEEK_CUR else self._size()
+            target = max(target, 0)
+        if _FARTHEST < target <= sys.maxsize:
+            target = _FARTHEST
+        return super().seek(target)
+
+    def _size(self) -> int:
+        return os.fstat(self.fileno()).st_size
+
+
+class BadImage(ValueError):
+    """An image that cannot become a row; ``reason`` is the word the rejects are counted by."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    @property
+    def exception(self) -> str:
+        """The exception behind it and what it said, the same in every run."""
+        return f"{type(self.__cause__ or self).__name__}: {self}"
+
+
+@cache
+def known_formats() -> tuple[str, ...]:
+    """Return those of FORMATS this Pillow knows; the first call imports all of its modules."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _file(path: str) -> FileIO:
+    """Open a regular file for reading."""
+    file = open(path, "rb", buffering=0, opener=_at_once)  # noqa: SIM115 the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise BadImage("unreadable", f"{path!r} is no regular file")
+    return file
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
+
+
+@contextmanager
+def _opened(source: ImageData | FileIO, max_pixels: int) -> Iterator[Image.Image]:
+    """Yield the image with its header read; what was opened here is closed afterwards."""
+    check_settings(max_pixels)
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        with _rejecting(source):
+            image = _image(source, stack, max_pixels)
+            width, height = image.size
+            if width * height > max_pixels:
+                raise _too_many(height, width, max_pixels)
+            if width * height == 0:
+                raise BadImage("empty", f"{height}x{width} pixels")
+            if isinstance(image, TiffImageFile):  # decoded by tiles, which may be larger than it
+                rows, columns = (int(image.tag_v2.get(side, 0)) for side in (TILELENGTH, TILEWIDTH))
+                if rows * columns > max_pixels:
+                    raise _too_many(rows, columns, max_pixels)
+        yield image
+
+
+def check_settings(max_pixels: int) -> None:
+    """Raise if Pillow is set, in this process, to something that rows would depend on."""
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        name, remedy = "PIL.ImageFile.LOAD_TRUNCATED_IMAGES", "cut images would become rows"
+        raise ValueError(checks.sentence(name, True, "False", remedy))
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and 2 * limit < max_pixels:  # Pillow refuses twice as many
+        name, expected = "PIL.Image.MAX_IMAGE_PIXELS", f"{-(-max_pixels // 2)} or more"
+        raise ValueError(checks.sentence(name, limit, expected, "lower max_pixels instead"))
+    for setting, usual in _TEXT_LIMITS.items():
+        value = getattr(PngImagePlugin, setting)
+        if value != usual:
+            name, remedy = f"PIL.PngImagePlugin.{setting}", "such a PNG file is a reject"
+            raise ValueError(checks.sentence(name, value, str(usual), remedy))
+
+
+def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        _array_hw(source, max_pixels)
+        return image_of(source)
+    file: BinaryIO
+    if isinstance(source, str):
+        source = stack.enter_context(_file(source))
+    if isinstance(source, FileIO):
+        file = stack.enter_context(_Clipped(source, HEAD_BYTES))
+    else:
+        file = BytesIO(source)
+    file.seek(0)
+    start = file.read(len(ICON))
+    if not start:
+        raise BadImage("empty", "the file holds no bytes")
+    if start == ICON:
+        height, width = icon_hw(file)
+        if height * width > max_pixels:
+            raise _too_many(height, width, max_pixels)
+    return stack.enter_context(Image.open(file, formats=known_formats()))
+
+
+def _array_hw(pixels: NDArray[Any], max_pixels: int) -> tuple[int, int]:
+    height, width = pixels.shape[:2] if pixels.ndim > 1 else (0, 0)
+    if height * width > max_pixels:
+        raise _too_many(height, width, max_pixels)
+    if height * width == 0:
+        raise BadImage("empty", f"an array of shape {list(pixels.shape)} holds no pixels")
+    return height, width
+
+
+def _too_many(height: int, width: int, max_pixels: int) -> BadImage:
+    message = f"{height}x{width} pixels, expected at most {max_pixels}"
+    return BadImage("too many pixels", message)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hear nothing of what Pillow warns of while it opens and decodes: all of it is settled here.
+
+    One entry of the process's filters comes and goes, which other threads do not notice;
+    `catch_warnings` would put back a whole list, theirs included. Likewise the one error it logs.
+    """
+    filters: Any = warnings.filters
+    filters.insert(0, _PILLOW_WARNS)
+    log_filter = logging.Filter("nobody")
+    _PILLOW_LOG.addFilter(log_filter)
+    try:
+        yield
+    finally:
+        _PILLOW_LOG.removeFilter(log_filter)
+        if _PILLOW_WARNS in filters:
+            filters.remove(_PILLOW_WARNS)
+
+
+@contextmanager
+def _rejecting(source: object) -> Iterator[None]:
+    """Turn what opening and header parsers raise, which may be anything, into a BadImage."""
+    try:
+        yield
+    except Exception as error:
+        _reraise_faults(error)
+        if isinstance(error, FileNotFoundError):
+            raise BadImage("missing", f"no file {source!r}") from error
+        if isinstance(error, Image.DecompressionBombError):
+            raise BadImage("too many pixels", str(error)) from error
+        if isinstance(error, NoRule):
+            raise BadImage("unsupported mode", str(error)) from error
+        # Pillow's own message holds an address, which differs from run to run.
+        unknown = isinstance(error, UnidentifiedImageError)
+        message = "no known image format" if unknown else str(error)
+        raise BadImage("unreadable", message) from error
+
+
+def _reraise_faults(error: Exception) -> None:
+    """Raise what is the machine's fault, not the image's: it must not become a reject."""
+    known = (None, *_FILE_FAULTS)  # decoders raise OSError without a number
+    fault = isinstance(error, OSError) and error.errno not in known
+    if fault or isinstance(error, (BadImage, MemoryError)):
+        raise error

@@ -1,0 +1,198 @@
+"""Packed rows under the names that other libraries know.
+
+===================  ==========================================================================
+here                 there
+===================  ==========================================================================
+seq_lens             ``cu_seq_lens_q/k``, ``max_length_q/k`` (transformers); ``cu_seqlens_q/k``,
+                     ``max_seqlen_q/k`` (flash-attention); ``seq_lengths`` (TRL)
+segment_ids          ``inputs_segment_ids`` (seqio, grain); document ids (FlexAttention);
+                     a 4-D ``attention_mask`` (transformers without flash-attention)
+position_ids         ``position_ids`` (transformers); ``inputs_positions`` (seqio, grain)
+coords               ``patch_coord`` (timm's NaFlexViT)
+grid_hw              ``spatial_shapes`` (SigLIP 2)
+===================  ==========================================================================
+
+Shape letters: B rows, L tokens a row, T tokens without padding, N images, M tokens of the longest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packpipe import checks
+from packpipe.loading.batch import PackedBatch, TokenBatch
+from packpipe.rows.rows import NO_LABEL
+
+
+def to_transformers(batch: TokenBatch) -> dict[str, Any]:
+    """Return what transformers' ``DataCollatorWithFlattening`` returns of the batch's segments.
+
+    Pass it to a model with ``attn_implementation="flash_attention_2"``; with "sdpa" leave out all
+    but ``input_ids``, ``labels`` and ``position_ids``, and pass ``use_cache=False``: a model that
+    makes a cache does not look for positions that restart, and mixes the sequences.
+
+    Returns:
+        ``input_ids``, ``labels``, ``position_ids`` int64[1, T]; ``cu_seq_lens_q`` and
+        ``cu_seq_lens_k`` int32[segments + 1]; ``max_length_q``, ``max_length_k``. Labels of first
+        tokens are -100; without a column of labels they are the input_ids.
+    """
+    real = batch.segment_ids > 0
+    positions = batch.position_ids[real].long()
+    input_ids = _column(batch, "input_ids")[real].long()
+    labels = batch.tokens["labels"][real].long() if "labels" in batch.tokens else input_ids
+    bounds, longest = _bounds(batch)
+    return {
+        "input_ids": input_ids[None],
+        "labels": labels.masked_fill(positions == 0, NO_LABEL)[None],
+        "position_ids": positions[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def to_attention_mask(batch: TokenBatch | PackedBatch, *, causal: bool = False) -> Tensor:
+    """Return bool[B, 1, L, L], True where a query (row) sees a key: transformers' 4-D mask.
+
+    A padding token sees itself, since a softmax over nothing is NaN in some of its backends.
+
+    Args:
+        batch: whose rows.
+        causal: whether a token sees no later one.
+    """
+    ids = batch.segment_ids
+    seq_len = ids.shape[1]
+    same = (ids[:, :, None] == ids[:, None, :]) & (ids > 0)[:, None, :]
+    if causal:
+        same = same & torch.ones(seq_len, seq_len, dtype=torch.bool, device=ids.device).tril()
+    alone = torch.eye(seq_len, dtype=torch.bool, device=ids.device)
+    return (same | alone)[:, None]
+
+
+def to_flash_attention(batch: TokenBatch | PackedBatch) -> dict[str, Any]:
+    """Return the arguments of ``flash_attn_varlen_func`` for the tokens without padding.
+
+    Returns:
+        ``cu_seqlens_q``, ``cu_seqlens_k`` int32[segments + 1]; ``max_seqlen_q``, ``max_seqlen_k``.
+        The tokens they speak of are ``values[batch.segment_ids > 0]``.
+    """
+    bounds, longest = _bounds(batch)
+    return {
+        "cu_seqlens_q": bounds,
+        "cu_seqlens_k": bounds,
+        "max_seqlen_q": longest,
+        "max_seqlen_k": longest,
+    }
+
+
+def to_document_ids(batch: TokenBatch | PackedBatch) -> Tensor:
+    """Return int32[B, L] for FlexAttention: tokens see each other where the numbers are equal.
+
+    Numbers are those of the batch's segments, 0, 1, ...; no two rows share one, so that rows may
+    be flattened. Padding of row b has -1 - b.
+    """
+    ids = batch.segment_ids
+    held = (batch.seq_lens > 0).sum(1)
+    row = torch.arange(len(ids), device=ids.device)
+    before = (held.cumsum(0) - held)[:, None]
+    found: Tensor = torch.where(ids > 0, before + ids - 1, -1 - row[:, None]).to(torch.int32)
+    return found
+
+
+def to_seqio(batch: TokenBatch, feature: str = "inputs") -> dict[str, Tensor]:
+    """Return a batch under the names of seqio and grain.
+
+    Args:
+        batch: the batch.
+        feature: what they call input_ids.
+
+    Returns:
+        [B, L]: ``inputs``, ``inputs_segment_ids`` (0 in padding) and ``inputs_positions``.
+    """
+    return {
+        feature: _column(batch, "input_ids"),
+        f"{feature}_segment_ids": batch.segment_ids,
+        f"{feature}_positions": batch.position_ids,
+    }
+
+
+def to_trl(packed: Any) -> Any:
+    """Return ragged rows as TRL's ``pack_dataset`` returns them, for ``SFTTrainer``.
+
+    Args:
+        packed: a Dataset of `pack` with ``layout="ragged"``.
+
+    Returns:
+        Dataset of the token columns and ``seq_lengths``.
+
+    Raises:
+        ValueError: rows have padding, which its collators would take for tokens.
+    """
+    if "segment_ids" in packed.column_names:
+        remedy = "pack with layout='ragged'"
+        raise ValueError(checks.sentence("layout", "fixed", "rows without padding", remedy))
+    kept = packed.column_names[: packed.column_names.index("seq_lens")]
+    return packed.select_columns([*kept, "seq_lens"]).rename_column("seq_lens", "seq_lengths")
+
+
+def to_naflex(batch: PackedBatch) -> dict[str, Tensor]:
+    """Return the images of a batch as timm's NaFlexViT takes them: one a row, padded.
+
+    Returns:
+        ``patches`` float32[N, M, P·P·3] in -1..1, ``patch_coord`` int64[N, M, 2] (y, x),
+        ``patch_valid`` bool[N, M]; N in the order of ``batch.example_index[batch.present]``.
+    """
+    real = batch.segment_ids > 0
+    lens = batch.seq_lens[batch.present].long()
+    valid = torch.arange(int(lens.max()) if len(lens) else 0, device=lens.device) < lens[:, None]
+    patches = batch.patches.new_zeros(*valid.shape, batch.patches.shape[-1], dtype=torch.float32)
+    patches[valid] = batch.patches[real].float() / 127.5 - 1
+    coords = batch.coords.new_zeros(*valid.shape, 2, dtype=torch.int64)
+    coords[valid] = batch.coords[real].long()
+    return {"patches": patches, "patch_coord": coords, "patch_valid": valid}
+
+
+def to_siglip2(batch: PackedBatch) -> dict[str, Tensor]:
+    """Return the images of a batch as transformers' SigLIP 2 takes them: one a row, padded.
+
+    Returns:
+        ``pixel_values`` float32[N, M, P·P·3] in -1..1, ``pixel_attention_mask`` int32[N, M],
+        ``spatial_shapes`` int64[N, 2]; N as of `to_naflex`.
+
+    Raises:
+        ValueError: tokens were dropped, of which its positions know nothing.
+    """
+    shapes = batch.grid_hw[batch.present].long()
+    lens = batch.seq_lens[batch.present].long()
+    dropped = (shapes.prod(1) != lens).nonzero()[:, 0]
+    if len(dropped):
+        first = int(dropped[0])
+        name, expected = f"seq_lens[{first}]", f"{int(shapes[first].prod())} (all of its grid)"
+        raise ValueError(
+            checks.sentence(name, int(lens[first]), expected, "pack without a drop rate")
+        )
+    found = to_naflex(batch)
+    return {
+        "pixel_values": found["patches"],
+        "pixel_attention_mask": found["patch_valid"].to(torch.int32),
+        "spatial_shapes": shapes,
+    }
+
+
+def _bounds(batch: TokenBatch | PackedBatch) -> tuple[Tensor, int]:
+    """Return int32[segments + 1], where each begins without padding, and the longest."""
+    lens = batch.seq_lens[batch.seq_lens > 0].long()
+    bounds = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).to(torch.int32)
+    return bounds, int(lens.max()) if len(lens) else 0
+
+
+def _column(batch: TokenBatch, name: str) -> Tensor:
+    if name not in batch.tokens:
+        remedy = "rename the column before packing"
+        found = sorted(batch.tokens)
+        raise ValueError(checks.sentence("batch.tokens", found, f"a column {name}", remedy))
+    return batch.tokens[name]

@@ -1,0 +1,384 @@
+"""`PackedStream`: packs of a dataset that is read from front to back.
+
+Sizes are not known ahead. Examples come one at a time; each is decided alone (`decisions`, its
+number in the stream being its index), and its length goes to an `OnlinePacker`. After every window
+of examples all open packs are closed, so that nothing waits at a window's end: the stream is at a
+window's beginning when its source is, and continues from there exactly. A state is that place, and
+how many packs of the window were taken; what lies between is read and planned again, but not
+decoded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Generator, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Features, Image, IterableDataset
+from datasets import iterable_dataset as sources
+from PIL.Image import Image as PillowImage
+
+from packpipe import checks
+from packpipe.images.decode import probe
+from packpipe.images.opening import BadImage, ImageData
+from packpipe.loading.cursors import Anchor, Held, Reading
+from packpipe.packing.online import OnlinePacker
+from packpipe.planning.decisions import decide
+from packpipe.planning.image_config import PackConfig, PackOptions, config_from
+from packpipe.rows.fill_images import fill_rows
+from packpipe.rows.rejects import Reject, Undecodable, tolerance_of
+from packpipe.rows.rows import Rows, Segments
+from packpipe.sources.columns import image_column_of, label_column_of, pixel_type
+from packpipe.sources.image_source import checked_root, confined
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 64  # examples decided and packed together; the packs do not depend on it
+
+
+class PackedStream:
+    """An IterableDataset of images as packs: ``PackedLoader(PackedStream(dataset, 1024), 8)``.
+
+    Every rank reads all examples and decodes those of its own packs. ``example_index`` is the place
+    in the epoch's stream; `datasets` shuffles shards anew each epoch where it shuffles at all.
+
+    Args:
+        dataset: an IterableDataset with an image column. To resume exactly it must do so itself:
+            `datasets` refills the buffer of ``shuffle`` instead of saving it, so shuffle shards, or
+            before.
+        seq_len: tokens a row holds, 1..32767.
+        image_column: as for `pack`; ``"auto"`` needs a dataset with features.
+        label_column: likewise.
+        image_root: likewise.
+        open_packs: packs open at once.
+        num_examples: examples of an epoch, as far as is known; for a drop rate that changes over
+            the training.
+        on_error: ``"quarantine"`` leaves out images that are bad and logs them; ``"raise"`` stops.
+        max_bad_fraction: a larger share of rejects in a window stops the stream.
+        max_consecutive_bad: as many rejects in a row, within a window, stop it.
+        **options: the options of `PackConfig`; ``window`` is the examples from one closing of all
+            packs to the next, ``strategy`` ``"best_fit"`` or ``"first_fit"``.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        dataset: IterableDataset,
+        seq_len: int = 1024,
+        *,
+        image_column: str = "auto",
+        label_column: str | None = "auto",
+        image_root: str | Path | None = None,
+        open_packs: int = 64,
+        num_examples: int | None = None,
+        on_error: str = "quarantine",
+        max_bad_fraction: float = 0.01,
+        max_consecutive_bad: int = 100,
+        **options: Unpack[PackOptions],
+    ) -> None:
+        if not isinstance(dataset, IterableDataset):
+            name, remedy = type(dataset).__name__, "pass a Dataset to EpochPacks instead"
+            raise TypeError(checks.sentence("type(dataset)", name, "IterableDataset", remedy))
+        options.setdefault("strategy", "best_fit")
+        options.setdefault("window", 16384)
+        self.config: PackConfig = config_from(seq_len, dict(options))
+        if self.config.fit_last is not None:
+            remedy = "the open packs of a stream are nearly full"
+            raise ValueError(checks.sentence("fit_last", self.config.fit_last, "None", remedy))
+        if dataset._distributed is not None:
+            remedy = "each rank takes its own packs of all examples"
+            raise ValueError(
+                checks.sentence("dataset", "split by node", "the whole dataset", remedy)
+            )
+        if num_examples is not None:
+            remedy = "pass about as many as an epoch has"
+            num_examples = checks.whole_number("num_examples", num_examples, 1, 2**62, remedy)
+        elif self.config.uses_progress:
+            remedy = "pass about as many as an epoch has"
+            raise ValueError(
+                checks.sentence("num_examples", None, "a number, for OverTraining", remedy)
+            )
+        self._num_examples = num_examples
+        self._open_packs = open_packs
+        self._packer()  # says what is wrong with its options
+        window = self.config.window
+        self._tolerance = tolerance_of(window, on_error, max_bad_fraction, max_consecutive_bad)
+        self._undecodable = Undecodable()
+        features = dataset.features
+        if features is None:
+            if image_column == "auto" or label_column == "auto":
+                remedy = "pass image_column and label_column"
+                raise ValueError(
+                    checks.sentence("dataset.features", None, "known, for 'auto'", remedy)
+                )
+            self._features = Features()
+        else:
+            image_column = image_column_of(features, image_column)
+            label_column = label_column_of(features, label_column)
+            self._features = features
+            if isinstance(features[image_column], Image):
+                dataset = dataset.cast_column(image_column, Image(decode=False))
+        self._image_column, self._label_column = image_column, label_column
+        self._root = checked_root(image_root)
+        self._pixels = pixel_type(self._features.get(image_column))
+        self._dataset = dataset
+        try:
+            self._copy()
+        except TypeError as error:
+            remedy = "open files and the like inside the functions it maps"
+            expected = "one that can be copied, for every pass"
+            raise TypeError(checks.sentence("dataset", str(error), expected, remedy)) from error
+        try:
+            self.check_resumable()
+        except ValueError as error:
+            log.warning("%s (a state of this stream will be refused)", error)
+
+    @property
+    def max_segments(self) -> int:
+        """Most segments a pack may hold."""
+        return self.config.max_segments
+
+    def fingerprint(self, seed: int, epoch: int) -> str:  # noqa: ARG002
+        """Return what two streams share that are packed alike; of the data nothing is known."""
+        columns = f"columns={self._image_column!r}, {self._label_column!r}"
+        packing = f"open_packs={self._open_packs} num_examples={self._num_examples}"
+        return f"{self.config!r} {packing} {columns}"
+
+    def check_state(self, state: Any, num_packs: Any) -> None:
+        """Raise if a state is not one of `Reading.state`.
+
+        Raises:
+            ValueError: says so.
+        """
+        try:
+            found = None if state is None else Anchor(**state)
+        except TypeError:
+            found = Anchor(-1, -1, None)
+        if found is not None:
+            remedy = "pass what state_dict returned"
+            most = num_packs if isinstance(num_packs, int) else 0
+            name = "state['stream']['num_packs']"
+            checks.whole_number(name, found.num_packs, 0, most, remedy)
+            name = "state['stream']['num_examples']"
+            checks.whole_number(name, found.num_examples, 0, 2**62, remedy)
+
+    def check_resumable(self) -> None:
+        """Raise if the dataset cannot continue where it was.
+
+        Raises:
+            ValueError: it shuffles through a buffer.
+        """
+        found = self._dataset._ex_iterable
+        waiting = [found]
+        while waiting:
+            found = waiting.pop()
+            if isinstance(found, sources.BufferShuffledExamplesIterable):
+                expected = "a dataset that continues exactly"
+                remedy = "datasets refills a shuffle buffer; shuffle the rows before they are read"
+                raise ValueError(
+                    checks.sentence("dataset", "shuffled in a buffer", expected, remedy)
+                )
+            inner = getattr(found, "ex_iterable", None)
+            waiting += getattr(found, "ex_iterables", [] if inner is None else [inner])
+
+    def stream_packs(
+        self, seed: int, epoch: int, state: dict[str, Any] | None, num_packs: int
+    ) -> Reading:
+        """Return the examples of pack after pack of an epoch.
+
+        Args:
+            seed: of all draws.
+            epoch: likewise; the dataset is told.
+            state: where to begin reading, as `state` said; None for the beginning.
+            num_packs: packs that were taken, and are left out.
+        """
+        anchor = Anchor(0, 0, None) if state is None else Anchor(**state)
+        dataset = self._copy()
+        dataset.set_epoch(epoch)
+        if anchor.source is not None:
+            dataset.load_state_dict(anchor.source)
+        anchors = deque([anchor])
+        packs = self._packs(dataset, anchors, seed, epoch)
+        return Reading(islice(packs, num_packs - anchor.num_packs, None), anchors)
+
+    def _packs(
+        self, dataset: IterableDataset, anchors: deque[Anchor], seed: int, epoch: int
+    ) -> Iterator[list[Held]]:
+        """Yield all packs from an anchor on, and note the anchors passed."""
+        examples = iter(dataset)
+        num_packs, num_examples, _ = anchors[0]
+        while True:
+            read, packed = yield from self._window(
+                _up_to(examples, self.config.window), num_examples, seed, epoch
+            )
+            if not read:
+                return
+            num_packs, num_examples = num_packs + packed, num_examples + read
+            anchors.append(Anchor(num_packs, num_examples, dataset.state_dict()))
+
+    def rows(self, seed: int, epoch: int, packs: list[list[Held]]) -> Rows:
+        """Return packs as rows, their images decoded."""
+        images = {held.number: held.data for pack in packs for held in pack}
+        segments = self._segments(packs)
+        rows, rejects = fill_rows(segments, images.__getitem__, self.config, seed=seed, epoch=epoch)
+        self._undecodable.add(rejects, self._tolerance)
+        return rows
+
+    def _copy(self) -> IterableDataset:
+        """Return the dataset anew.
+
+        One that has loaded a state begins there ever after, and `datasets` counts in parts that
+        datasets of one origin share.
+        """
+        return deepcopy(self._dataset).with_format(None)
+
+    def _packer(self) -> OnlinePacker:
+        return OnlinePacker(
+            self.config.seq_len,
+            max_segments=self.config.max_segments,
+            strategy=self.config.strategy,
+            open_packs=self._open_packs,
+        )
+
+    def _window(
+        self, examples: Iterator[dict[str, Any]], first: int, seed: int, epoch: int
+    ) -> Generator[list[Held], None, tuple[int, int]]:
+        """Yield the packs of a window; return how many examples and packs it had."""
+        packer = self._packer()
+        waiting: dict[int, Held] = {}
+        rejects: list[Reject] = []
+        read = pushed = 0
+        while some := list(islice(examples, _AT_ONCE)):
+            held = self._decided(some, first + read, seed, epoch, rejects)
+            read += len(some)
+            waiting.update(enumerate(held, pushed))
+            pushed += len(held)
+            lengths = np.array([one.num_keep for one in held], np.int64)
+            yield from _taken(waiting, *packer.push(lengths))
+        # A last window is as long as it happens to be; its share is that of a whole one.
+        num_examples = self.config.window if first else read
+        replace(self._tolerance, num_examples=num_examples).check(rejects)
+        yield from _taken(waiting, *packer.flush())
+        return read, packer.num_packs
+
+    def _decided(
+        self,
+        examples: list[dict[str, Any]],
+        first: int,
+        seed: int,
+        epoch: int,
+        rejects: list[Reject],
+    ) -> list[Held]:
+        """Return the examples that are usable, with what is decided about them."""
+        good = []
+        for number, example in enumerate(examples, first):
+            for what, name in (("image", self._image_column), ("label", self._label_column)):
+                if name is not None and name not in example:
+                    expected, remedy = f"one of {list(example)}", f"pass {what}_column"
+                    raise ValueError(checks.sentence(f"{what}_column", name, expected, remedy))
+            label = None if self._label_column is None else example[self._label_column]
+            try:
+                data = _image_data(example[self._image_column], self._pixels, self._root)
+                found = probe(data, max_pixels=self.config.max_pixels)
+                if label is None and self._label_column is not None:
+                    raise BadImage("bad label", "the label is null")
+                feature = self._features.get(self._label_column)
+                classes = range(feature.num_classes or 0) if isinstance(feature, ClassLabel) else []
+                if classes and label not in classes:
+                    expected = f"0..{classes[-1]}"
+                    raise BadImage("bad label", f"label is {label}, expected {expected}")
+            except BadImage as error:
+                reject = Reject(number, "probe", error.reason, error.exception)
+                if self._tolerance.max_bad_fraction == 0:
+                    self._tolerance.check([reject])
+                log.warning("example %d left out: %s", number, error.exception)
+                rejects.append(reject)
+                continue
+            good.append((number, data, found.image_hw, label))
+        if not good:
+            return []
+        index = np.array([number for number, *_ in good])
+        progress = None
+        if self._num_examples is not None and self.config.epochs is not None:
+            place = np.minimum(index / self._num_examples, 1.0)
+            progress = (epoch + place) / self.config.epochs
+        decisions = decide(
+            np.array([image_hw for _, _, image_hw, _ in good], np.int32),
+            self.config,
+            seed=seed,
+            epoch=epoch,
+            index=index,
+            progress=progress,
+        )
+        grids, keeps = decisions.grid_hw.tolist(), decisions.num_keep.tolist()
+        return [
+            Held(number, data, image_hw, tuple(grid), keep, label)
+            for (number, data, image_hw, label), grid, keep in zip(good, grids, keeps, strict=True)
+        ]
+
+    def _segments(self, packs: list[list[Held]]) -> Segments:
+        held = [one for pack in packs for one in pack]
+        labels = None
+        if self._label_column is not None:
+            feature = self._features.get(self._label_column)
+            kind = None if feature is None else feature.pa_type
+            labels = pa.array([one.label for one in held], kind)
+        return Segments(
+            offsets=np.cumsum([0, *map(len, packs)]),
+            seq_lens=np.array([one.num_keep for one in held], np.int32),
+            grid_hw=np.array([one.grid_hw for one in held], np.int16).reshape(-1, 2),
+            image_hw=np.array([one.image_hw for one in held], np.int32).reshape(-1, 2),
+            example_index=np.array([one.number for one in held], np.int64),
+            labels=labels,
+        )
+
+
+def _up_to(examples: Iterator[dict[str, Any]], most: int) -> Iterator[dict[str, Any]]:
+    """Yield so many examples; unlike islice, take none too many."""
+    for _ in range(most):
+        try:
+            yield next(examples)
+        except StopIteration:
+            return
+
+
+def _taken(
+    waiting: dict[int, Held], order: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any]
+) -> Iterator[list[Held]]:
+    """Yield the examples of closed packs, which wait no longer."""
+    for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        yield [waiting.pop(place) for place in order[start:stop].tolist()]
+
+
+def _image_data(value: Any, pixels: np.dtype[Any] | None, root: str | None) -> ImageData:
+    """Return the bytes, the path or the pixels of an image as its dataset yields it.
+
+    Args:
+        value: what it yields.
+        pixels: type of the pixels, where the dataset says it: arrays then may come as lists.
+        root: as for `packpipe.sources.columns.ImageSource`.
+
+    Raises:
+        BadImage: there is none of them.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, str):
+        return confined(value, root)
+    if isinstance(value, bytes | memoryview | np.ndarray | PillowImage):
+        return value
+    if isinstance(value, list) and pixels is not None:
+        try:
+            return np.array(value, pixels)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise BadImage("unreadable", str(error)) from error
+    raise BadImage("missing", f"the image is {type(value).__name__}, not bytes, a path or pixels")

@@ -1,0 +1,1 @@
+"""NaViT and its answers: positions, attention within segments, pooling, predictions."""

@@ -1,0 +1,211 @@
+"""NaViT: a vision transformer that consumes packed rows.
+
+It resizes nothing, drops nothing and packs nothing. Every image of a row is seen alone:
+attention and pooling stay within segments, positions come from coordinates. The same model is a
+plain ViT on rows of one square each, and a padded one on rows of one image each.
+
+Shape letters: B rows, L tokens a row, S segments a row, D bytes a patch, T tokens of all rows,
+C channels, H heads, E channels a head (C = H·E), K classes.
+
+Source: NaViT 2.1, 3.4, B.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from packpipe import checks
+from packpipe.loading.batch import PackedBatch
+from packpipe.model.attention import Attention, FlatTokens, choose_backend, flatten
+from packpipe.model.config import NaViTConfig
+from packpipe.model.pooling import AttentionPool, pool_plainly
+from packpipe.model.positions import is_indexed, position_embedding, rotate, rotation
+
+# What turns queries and keys, where positions do: cos and sin.
+Turn: TypeAlias = tuple[Tensor, Tensor] | None
+
+
+class NaViT(nn.Module):
+    """Maps a `PackedBatch` to logits, one vector a segment or, without pooling, a token.
+
+    Pre-norm blocks, query-key normalisation, no biases. Logits of absent segments are finite and
+    mean nothing; ``batch.present`` tells them apart.
+
+    Attributes:
+        config: the shape.
+        keep_padding: whether padding goes through the model too, so that all batches have one
+            shape; `compile_parts` sets it.
+
+    Raises:
+        ValueError: (on call) the patches are not of patch_size, or an image has more patches on
+            an axis than the position table has places.
+    """
+
+    def __init__(self, config: NaViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.keep_padding = False
+        dim = config.dim
+        self.embed = nn.Linear(config.patch_size**2 * 3, dim, bias=False)
+        self.position = position_embedding(config.position, dim, config.side)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, bias=False)
+        self.pool = (
+            AttentionPool(dim, config.heads, config.mlp_width)
+            if config.pooling == "attention"
+            else None
+        )
+        self.head: nn.Linear | None = None
+        if config.num_classes is not None:
+            self.head = nn.Linear(dim, config.num_classes, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Return logits [B, S, K]; [B, L, K], 0 or meaningless in padding, if pooling is "none".
+
+        Without num_classes, K is C: the pooled features. ``head="unit"`` gives vectors of length 1.
+        """
+        x, tokens = self._encode(batch)
+        return self.answer(x, batch, tokens)
+
+    def pool_weights(self, batch: PackedBatch) -> Tensor:
+        """Return how much each head of the pool looks at each token: [B, L, heads].
+
+        An image's weights sum to 1 in every head; padding has 0.
+
+        Raises:
+            ValueError: the model does not pool by attention.
+        """
+        if self.pool is None:
+            remedy = "make the model with pooling='attention'"
+            raise ValueError(checks.sentence("pooling", self.config.pooling, "attention", remedy))
+        x, tokens = self._encode(batch)
+        weights, _ = self.pool.weigh(self.norm(x), tokens)
+        ids = batch.segment_ids
+        return tokens.put_back(weights, *ids.shape) * (ids > 0)[..., None]
+
+    def _encode(self, batch: PackedBatch) -> tuple[Tensor, FlatTokens]:
+        """Return tokens [T, C] that went through all blocks, and what is known of them."""
+        self._check(batch)
+        tokens = flatten(batch, self.backend(), keep_padding=self.keep_padding)
+        x, turn = self.read(batch, tokens)
+        for block in self.blocks:
+            x = block(x, tokens.attend, turn)
+        return x, tokens
+
+    def read(self, batch: PackedBatch, tokens: FlatTokens) -> tuple[Tensor, Turn]:
+        """Return patches as vectors [T, C], with their positions or how these turn queries."""
+        dtype = self.embed.weight.dtype
+        pixels = tokens.take(batch.patches).to(dtype) / 127.5 - 1
+        x = self.embed(pixels)  # [T, D] in -1..1 -> [T, C]
+        coords = tokens.take(batch.coords).long()
+        if self.position is not None:
+            grids = F.pad(batch.grid_hw.flatten(0, 1).long(), (0, 0, 0, 1))  # padding has none
+            x = x + self.position(coords, grids[tokens.segments], dtype)
+        if self.config.position == "rotary":
+            return x, rotation(coords, self.config.dim // self.config.heads, dtype)
+        return x, None
+
+    def answer(self, x: Tensor, batch: PackedBatch, tokens: FlatTokens) -> Tensor:
+        """Return the output of tokens [T, C] that went through all blocks."""
+        x = self.norm(x)
+        if self.pool is not None:
+            x = self.pool(x, tokens)  # [B·S, C]
+        elif self.config.pooling != "none":
+            x = pool_plainly(x, tokens, self.config.pooling)
+        if self.head is not None:
+            x = self.head(x)
+        if self.config.head == "unit":
+            x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+        rows, seq_len = batch.segment_ids.shape
+        if self.config.pooling == "none":
+            return tokens.put_back(x, rows, seq_len)
+        by_segment: Tensor = x.unflatten(0, (rows, -1))
+        return by_segment
+
+    def backend(self) -> str:
+        """Return the attention backend: the configured one, or the fastest of the device."""
+        if self.config.attention != "auto":
+            return self.config.attention
+        weight = self.embed.weight
+        kind = weight.device.type
+        half = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if half else weight.dtype
+        return choose_backend(weight.device, dtype)
+
+    def predict(self, images: Iterable[Any], **options: Any) -> Tensor | list[Tensor]:
+        """Return logits [images, K] of images of any size, in their order; see `predict_images`."""
+        from packpipe.model.predict import predict_images
+
+        return predict_images(self, images, **options)
+
+    def _check(self, batch: PackedBatch) -> None:
+        patch_bytes = self.config.patch_size**2 * 3
+        if batch.patches.shape[-1] != patch_bytes:
+            found, expected = batch.patches.shape[-1], f"{patch_bytes} (patch_size² × 3)"
+            remedy = "give the model the patch_size the rows were packed with"
+            raise ValueError(checks.sentence("batch.patches.shape[-1]", found, expected, remedy))
+        # Reading a value back would stall a GPU and break a compiled graph.
+        if batch.coords.device.type == "cpu" and not torch.compiler.is_compiling():
+            side = int(batch.grid_hw.max()) if batch.grid_hw.numel() else 0
+            if is_indexed(self.config.position) and side > self.config.side:
+                expected = f"at most {self.config.side} patches an axis (max_side)"
+                remedy = "raise max_side, or pack with fewer max_tokens"
+                raise ValueError(checks.sentence("batch.grid_hw", side, expected, remedy))
+
+
+class Block(nn.Module):
+    """Attention within segments, then an MLP on every token; both residual, both pre-norm."""
+
+    def __init__(self, config: NaViTConfig) -> None:
+        super().__init__()
+        dim, head_dim = config.dim, config.dim // config.heads
+        self.heads = config.heads
+        self.norm_attention = nn.LayerNorm(dim, bias=False)
+        self.queries_keys_values = nn.Linear(dim, 3 * dim, bias=False)
+        self.norm_queries = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm_keys = nn.RMSNorm(head_dim, eps=1e-6)
+        self.project = nn.Linear(dim, dim, bias=False)
+        self.norm_mlp = nn.LayerNorm(dim, bias=False)
+        self.widen = nn.Linear(dim, config.mlp_width, bias=False)
+        self.narrow = nn.Linear(config.mlp_width, dim, bias=False)
+
+    def forward(self, x: Tensor, attend: Attention, turn: Turn) -> Tensor:
+        """Return tokens [T, C]."""
+        projected = self.queries_keys_values(self.norm_attention(x))
+        queries, keys, values = (
+            part.unflatten(-1, (self.heads, -1)) for part in projected.chunk(3, dim=-1)
+        )  # [T, H, E]
+        exact = self.norm_queries.weight.dtype  # under autocast the weights' float32
+        queries, keys = self.norm_queries(queries.to(exact)), self.norm_keys(keys.to(exact))
+        if turn is not None:
+            queries, keys = rotate(queries, turn), rotate(keys, turn)
+        seen = attend(queries.to(values.dtype), keys.to(values.dtype), values)
+        x = x + self.project(seen.flatten(-2))
+        widened: Tensor = F.gelu(self.widen(self.norm_mlp(x)))
+        out: Tensor = x + self.narrow(widened)
+        return out
+
+
+def compile_parts(model: NaViT, **options: Any) -> NaViT:
+    """Return the model with its parts compiled: one graph for all of its blocks, two around them.
+
+    Costs seconds where ``torch.compile(model)`` costs minutes, and runs as fast.
+
+    Args:
+        model: compiled in place.
+        **options: of ``torch.compile``.
+    """
+    model.keep_padding = True
+    for part in ("read", "answer"):
+        setattr(model, part, torch.compile(getattr(model, part), dynamic=False, **options))
+    for block in model.blocks:
+        block.compile(dynamic=False, **options)
+    return model

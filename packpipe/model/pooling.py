@@ -1,0 +1,104 @@
+"""Pooling: one vector of each segment's tokens, by scatter over flat tokens.
+
+No [rows, segments, tokens] mask is built. What a segment gets depends on its own tokens alone.
+
+Shape letters: T tokens, N segments of all rows, C channels, H heads, E channels a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from packpipe.model.attention import FlatTokens
+
+POOLINGS = ("attention", "mean", "max", "first", "none")
+
+
+class AttentionPool(nn.Module):
+    """One learned query a head pools the tokens of each segment; an MLP refines the result.
+
+    Source: NaViT 2.1 (the MAP head).
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_dim: int) -> None:
+        super().__init__()
+        head_dim = dim // heads
+        self.heads = heads
+        self.query = nn.Parameter(torch.randn(heads, head_dim) * head_dim**-0.5)
+        self.keys_values = nn.Linear(dim, 2 * dim, bias=False)
+        self.norm_keys = nn.RMSNorm(head_dim, eps=1e-6)
+        self.project = nn.Linear(dim, dim, bias=False)
+        self.norm_mlp = nn.LayerNorm(dim, bias=False)
+        self.widen = nn.Linear(dim, mlp_dim, bias=False)
+        self.narrow = nn.Linear(mlp_dim, dim, bias=False)
+        self.norm_out = nn.LayerNorm(dim, bias=False)
+
+    def forward(self, x: Tensor, tokens: FlatTokens) -> Tensor:
+        """Return [N, C] of [T, C]; absent segments give 0 before the MLP."""
+        weights, values = self.weigh(x, tokens)
+        weighted = (weights[..., None] * _exact(values)).flatten(1)
+        pooled = segment_sum(weighted, tokens.segments, len(tokens.starts)).to(values.dtype)
+        x = self.project(pooled)
+        widened: Tensor = F.gelu(self.widen(self.norm_mlp(x)))
+        out: Tensor = self.norm_out(x + self.narrow(widened))
+        return out
+
+    def weigh(self, x: Tensor, tokens: FlatTokens) -> tuple[Tensor, Tensor]:
+        """Return weights [T, H], which sum to 1 over a segment's tokens, and values [T, H, E]."""
+        keys, values = (
+            part.unflatten(-1, (self.heads, -1)) for part in self.keys_values(x).chunk(2, dim=-1)
+        )  # [T, H, E]
+        keys = self.norm_keys(keys.to(self.query.dtype))
+        logits = (keys * self.query).sum(-1)  # [T, H]
+        return segment_softmax(_exact(logits), tokens.segments, len(tokens.starts)), values
+
+
+def pool_plainly(x: Tensor, tokens: FlatTokens, pooling: str) -> Tensor:
+    """Return [N, C] of [T, C]: the ``"mean"``, ``"max"`` or ``"first"`` of each segment's tokens.
+
+    The first is the one in the image's upper left, or the first that was kept. Absent segments
+    give a finite vector that means nothing.
+    """
+    num_segments = len(tokens.starts)
+    if pooling == "first":
+        if not len(x):  # a batch of padding alone
+            return x.new_zeros(num_segments, x.shape[1])
+        return x[tokens.starts]
+    if pooling == "max":
+        bucket = tokens.segments[:, None].expand_as(x)
+        empty = x.new_zeros(num_segments + 1, x.shape[1])
+        largest: Tensor = empty.scatter_reduce(0, bucket, x, "amax", include_self=False)
+        return largest[:-1]
+    ones = torch.ones(len(x), 1, dtype=torch.float32, device=x.device)
+    counts = segment_sum(ones, tokens.segments, num_segments).clamp(min=1)
+    sums = segment_sum(_exact(x), tokens.segments, num_segments)
+    return (sums / counts).to(x.dtype)
+
+
+def segment_softmax(logits: Tensor, segments: Tensor, num_segments: int) -> Tensor:
+    """Return weights [T, H] that sum to 1 over the tokens of each segment.
+
+    Args:
+        logits: float[T, H].
+        segments: int64[T], each token's segment; num_segments in padding.
+        num_segments: N.
+    """
+    bucket = segments[:, None].expand_as(logits)
+    empty = logits.new_full((num_segments + 1, logits.shape[1]), -torch.inf)
+    largest = empty.scatter_reduce(0, bucket, logits.detach(), "amax")
+    raised = (logits - largest[segments]).exp()
+    total = torch.zeros_like(empty).index_add(0, segments, raised)
+    return raised / total[segments]
+
+
+def segment_sum(values: Tensor, segments: Tensor, num_segments: int) -> Tensor:
+    """Return [N, ...], the sum of values [T, ...] over each segment's tokens."""
+    empty = values.new_zeros(num_segments + 1, *values.shape[1:])
+    return empty.index_add(0, segments, values)[:-1]
+
+
+def _exact(x: Tensor) -> Tensor:
+    """Return float32 of half precision: sums over many tokens need more than 8 bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

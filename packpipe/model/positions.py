@@ -1,0 +1,235 @@
+"""Position embeddings: where a patch lies in its own image.
+
+Every kind is a function of a token's coordinates and its image's grid, never of where the token
+stands in a row, so a token's position is the same in any pack. *Absolute* kinds take the patch
+index p of an axis, *fractional* ones p ÷ (n - 1): 0 at the first of n patches, 1 at the last.
+
+Shape letters: T tokens, C channels, E channels a head.
+
+Source: NaViT 2.1, 3.4, Fig 16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FACTORISED = tuple(
+    f"factorised_{coordinates}_{combination}"
+    for coordinates in ("absolute", "fractional")
+    for combination in ("sum", "stack", "product")
+)
+POSITIONS = (
+    *FACTORISED,
+    "fourier_absolute",
+    "fourier_fractional",
+    "sinusoidal_absolute",
+    "sinusoidal_fractional",
+    "learned_1d",
+    "learned_2d",
+    "learned_2d_fractional",
+    "rotary",
+    "none",
+)
+# Rows of a table, on each axis, where a configuration names none.
+_SIDES = {"factorised_absolute": 1024, "learned_2d": 64, "learned_1d": 16}
+_SIDE = 64
+# Sides of images in patches change few angles by more than a turn (Heo et al., arXiv 2403.13298).
+_ROTARY_BASE = 100.0
+_SINUSOIDAL_BASE = 10_000.0
+
+
+def default_side(position: str) -> int:
+    """Return how many places an axis a kind of position is made for."""
+    return _SIDES.get(position.rsplit("_", 1)[0] if position in FACTORISED else position, _SIDE)
+
+
+def is_indexed(position: str) -> bool:
+    """Return whether patch indices look up a table, which then must be as long as a grid."""
+    return position == "learned_2d" or position.startswith("factorised_absolute")
+
+
+def position_embedding(position: str, dim: int, side: int) -> nn.Module | None:
+    """Return the module that maps (coords, grid_hw, dtype), the first two int[T, 2], to [T, C].
+
+    Args:
+        position: one of `POSITIONS`; ``"rotary"`` and ``"none"`` add nothing, so give None.
+        dim: C.
+        side: places an axis of a table; see each kind.
+    """
+    family, _, rest = position.partition("_")
+    fractional = "fractional" in rest
+    if family == "factorised":
+        return Factorised(dim, side, fractional=fractional, combination=rest.split("_")[1])
+    if family == "fourier":
+        return Fourier(dim, side, fractional=fractional)
+    if family == "sinusoidal":
+        return Sinusoidal(dim, side, fractional=fractional)
+    if position == "learned_1d":
+        return Learned1d(dim, side)
+    if family == "learned":
+        return Learned2d(dim, side, fractional=fractional)
+    return None
+
+
+def fractions(coords: Tensor, grid_hw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return [T, 2]: 0 at the first patch of an axis, 1 at its last; 0 of 1 patch.
+
+    Args:
+        coords: int[T, 2].
+        grid_hw: int[T, 2], the grid of each token's image.
+        dtype: of the model; the fractions are float32 at least.
+    """
+    return coords.to(_exact(dtype)) / (grid_hw - 1).clamp(min=1)
+
+
+class Factorised(nn.Module):
+    """A vector for the row and one for the column, summed, multiplied or stacked.
+
+    Fractional coordinates lie between two of the table's side places, which are interpolated.
+    """
+
+    def __init__(self, dim: int, side: int, *, fractional: bool, combination: str) -> None:
+        super().__init__()
+        width = dim // 2 if combination == "stack" else dim
+        self.fractional = fractional
+        self.combination = combination
+        self.rows = nn.Parameter(_small(side, width))
+        self.columns = nn.Parameter(_small(side, width))
+        if combination == "product":  # of two small ones next to nothing would be left
+            nn.init.normal_(self.rows, 1.0, 0.02)
+
+    def forward(self, coords: Tensor, grid_hw: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return [T, C]."""
+        if self.fractional:
+            places = fractions(coords, grid_hw, dtype) * (len(self.rows) - 1)
+            y, x = _between(self.rows, places[:, 0]), _between(self.columns, places[:, 1])
+        else:
+            y, x = F.embedding(coords[:, 0], self.rows), F.embedding(coords[:, 1], self.columns)
+        if self.combination == "sum":
+            return y + x
+        return y * x if self.combination == "product" else torch.cat([y, x], dim=-1)
+
+
+class Learned1d(nn.Module):
+    """ViT's table of side² places in raster order, interpolated along a grid's flat index."""
+
+    def __init__(self, dim: int, side: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(_small(side * side, dim))
+
+    def forward(self, coords: Tensor, grid_hw: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return [T, C]."""
+        flat = coords[:, 0] * grid_hw[:, 1] + coords[:, 1]
+        last = (grid_hw[:, 0] * grid_hw[:, 1] - 1).clamp(min=1)
+        exact = _exact(dtype)
+        return _between(self.table, flat.to(exact) / last * (len(self.table) - 1))
+
+
+class Learned2d(nn.Module):
+    """A table of side × side places: Pix2Struct's if absolute; fractional interpolates it."""
+
+    def __init__(self, dim: int, side: int, *, fractional: bool) -> None:
+        super().__init__()
+        self.side = side
+        self.fractional = fractional
+        self.table = nn.Parameter(_small(side * side, dim))
+
+    def forward(self, coords: Tensor, grid_hw: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return [T, C]."""
+        if not self.fractional:
+            return F.embedding(coords[:, 0] * self.side + coords[:, 1], self.table)
+        places = fractions(coords, grid_hw, dtype) * (self.side - 1)
+        above = places.floor().clamp(max=max(self.side - 2, 0))
+        below = (above + 1).clamp(max=self.side - 1)
+        share = (places - above).to(self.table.dtype)
+        out = torch.zeros((), dtype=self.table.dtype, device=self.table.device)
+        for y, y_share in ((above[:, 0], 1 - share[:, 0]), (below[:, 0], share[:, 0])):
+            for x, x_share in ((above[:, 1], 1 - share[:, 1]), (below[:, 1], share[:, 1])):
+                corner = F.embedding((y * self.side + x).long(), self.table)
+                out = out + (y_share * x_share)[:, None] * corner
+        return out
+
+
+class Fourier(nn.Module):
+    """sin and cos of a learned linear map of (y, x)."""
+
+    def __init__(self, dim: int, side: int, *, fractional: bool) -> None:
+        super().__init__()
+        self.fractional = fractional
+        # Waves of about the length of an image at first, many shorter, few longer ones.
+        scale = 2 * torch.pi if fractional else 2 * torch.pi / side
+        self.frequencies = nn.Parameter(torch.randn(2, dim // 2) * scale)
+
+    def forward(self, coords: Tensor, grid_hw: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return [T, C]."""
+        places = fractions(coords, grid_hw, dtype) if self.fractional else coords
+        y, x = places.to(dtype).split(1, dim=-1)
+        # Two products, not a matmul, whose sums depend on how many tokens there are.
+        angles = y * self.frequencies[0] + x * self.frequencies[1]
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class Sinusoidal(nn.Module):
+    """Fixed waves of either coordinate, stacked; fractions are stretched to side places."""
+
+    def __init__(self, dim: int, side: int, *, fractional: bool) -> None:
+        super().__init__()
+        self.quarter = dim // 4
+        self.stretch = float(side - 1) if fractional else None
+
+    def forward(self, coords: Tensor, grid_hw: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return [T, C]."""
+        places = coords.to(_exact(dtype))
+        if self.stretch is not None:
+            places = fractions(coords, grid_hw, dtype) * self.stretch
+        angles = places[..., None] * _waves(_SINUSOIDAL_BASE, self.quarter, places)  # [T, 2, C/4]
+        return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1).to(dtype)
+
+
+def rotation(coords: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return (cos, sin), each [T, 1, E/2], of 2-D rotary positions: half turn by y, half by x.
+
+    Args:
+        coords: int[T, 2].
+        head_dim: E, a multiple of 4.
+        dtype: of the model; the angles are float32 at least.
+
+    Source: Heo et al., arXiv 2403.13298, axial frequencies.
+    """
+    places = coords.to(_exact(dtype))
+    angles = places[:, :, None] * _waves(_ROTARY_BASE, head_dim // 4, places)  # [T, 2, E/4]
+    angles = angles.flatten(1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Return queries or keys [T, H, E], each turned by its token's `rotation`."""
+    cos, sin = (part.to(x.dtype) for part in turn)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """Return the precision of places: those of half precision would be too coarse."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _waves(base: float, count: int, like: Tensor) -> Tensor:
+    """Return [count] frequencies from 1 down to base to the power of -(count - 1) / count."""
+    return base ** -(torch.arange(count, dtype=like.dtype, device=like.device) / count)
+
+
+def _small(*shape: int) -> Tensor:
+    return nn.init.trunc_normal_(torch.empty(*shape), std=0.02)
+
+
+def _between(table: Tensor, places: Tensor) -> Tensor:
+    """Return [T, C], a table interpolated at places: float[T] in 0..len(table) - 1."""
+    last = len(table) - 1
+    below = places.floor().clamp(max=max(last - 1, 0))
+    share = (places - below).to(table.dtype)[:, None]
+    low = F.embedding(below.long(), table)
+    high = F.embedding((below + 1).clamp(max=last).long(), table)
+    return low + share * (high - low)

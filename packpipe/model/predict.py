@@ -1,0 +1,185 @@
+"""Predictions of images of any size: packed, run, and returned in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from packpipe import checks
+from packpipe.images.decode import probe
+from packpipe.images.opening import BadImage, ImageData
+from packpipe.loading.loader import PackedLoader
+from packpipe.model.maps import token_maps
+from packpipe.model.navit import NaViT
+from packpipe.planning.epoch_plan import EpochPlan
+from packpipe.planning.image_config import PackConfig, config_from
+from packpipe.planning.plan import plan_epoch
+from packpipe.rows.fill_images import fill_rows, planned_segments
+from packpipe.rows.rows import Rows
+
+
+def predict_images(
+    model: NaViT,
+    images: Iterable[Any],
+    *,
+    seq_len: int = 1024,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    **options: Any,
+) -> Tensor | list[Tensor]:
+    """Return what the model says of each image, in the order of the images.
+
+    The images are packed as for training; what comes back does not depend on how.
+
+    Args:
+        model: with its weights, on its device. It sees no gradients; wrap the call in
+            ``torch.autocast`` for half precision.
+        images: encoded bytes, paths, arrays or `PIL` images.
+        seq_len: tokens a row.
+        batch_size: rows a step.
+        num_workers: threads that decode ahead.
+        **options: of `PackConfig`, such as ``resolution="budget", max_tokens=128``; patch_size is
+            the model's.
+
+    Returns:
+        [images, K] on the CPU; of a model without pooling a list of maps, [rows, columns, K].
+
+    Raises:
+        ValueError: an image cannot be read, names its number; or tokens would be dropped.
+    """
+    config = config_from(seq_len, {"patch_size": model.config.patch_size, **options})
+    if config.patch_size != model.config.patch_size:
+        name, expected = "patch_size", f"{model.config.patch_size} (the model's)"
+        raise ValueError(checks.sentence(name, config.patch_size, expected, "leave it out"))
+    for name, dropping in (("drop_rate", config.drops), ("fit_last", config.fit_last)):
+        if dropping:
+            expected = "its default, since fewer tokens come from smaller images"
+            remedy = "resize with resolution='budget' and max_tokens"
+            raise ValueError(checks.sentence(name, getattr(config, name), expected, remedy))
+    data = [fspath(image) if isinstance(image, PathLike) else image for image in images]
+    packs = _ImagePacks(config, data, plan_epoch(_sizes(data, config), config))
+    answers = predict_packs(model, packs, batch_size=batch_size, num_workers=num_workers)
+    return cast("Tensor | list[Tensor]", answers.outputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model said of the images of some packs, in the order of the source, on the CPU.
+
+    Attributes:
+        example_index: int64[n], ascending.
+        outputs: [n, K]; of a model without pooling a list of n maps, each [rows, columns, K].
+        seq_lens: int64[n], tokens each image was seen with.
+        labels: int64[n]; None without labels.
+    """
+
+    example_index: Tensor
+    outputs: Any
+    seq_lens: Tensor
+    labels: Tensor | None
+
+
+def predict_packs(
+    model: NaViT, packs: Any, *, batch_size: int = 8, num_workers: int = 0
+) -> Answers:
+    """Return what the model says of the images of all packs.
+
+    Args:
+        model: as for `predict_images`.
+        packs: whatever `PackedLoader` takes; its first epoch is predicted.
+        batch_size: rows a step.
+        num_workers: threads that fill batches ahead.
+    """
+    device = next(model.parameters()).device
+    loader = PackedLoader(
+        packs,
+        batch_size,
+        rank=0,
+        world_size=1,
+        tail="pad",
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    was_training = model.training
+    model.eval()
+    width = model.config.dim if model.config.num_classes is None else model.config.num_classes
+    nothing = torch.empty(0, dtype=torch.int64)
+    indices, lens, labels, outputs = [nothing], [nothing], [nothing], [torch.empty(0, width)]
+    maps: list[Tensor] = []
+    labelled = True
+    with torch.inference_mode():
+        for batch in loader:
+            values = model(batch.to(device, non_blocking=True)).cpu()
+            if model.config.pooling == "none":
+                maps += [one for _, one in token_maps(batch, values)]
+            else:
+                outputs.append(values[batch.present])
+            indices.append(batch.example_index[batch.present])
+            lens.append(batch.seq_lens[batch.present].long())
+            labelled = labelled and batch.labels is not None
+            if batch.labels is not None:
+                labels.append(batch.labels[batch.present])
+    model.train(was_training)
+    example_index = torch.cat(indices)
+    order = example_index.argsort()
+    found: Any = torch.cat(outputs)
+    dense = model.config.pooling == "none"
+    found = [maps[place] for place in order.tolist()] if dense else found[order]
+    return Answers(
+        example_index=example_index[order],
+        outputs=found,
+        seq_lens=torch.cat(lens)[order],
+        labels=torch.cat(labels)[order] if labelled else None,
+    )
+
+
+@dataclass(frozen=True)
+class _ImagePacks:
+    """Images as packs, for a loader."""
+
+    config: PackConfig
+    images: Sequence[ImageData]
+    plan: EpochPlan
+
+    @property
+    def max_segments(self) -> int:
+        return self.config.max_segments
+
+    def num_packs(self, seed: int, epoch: int) -> int:
+        del seed, epoch
+        return len(self.plan)
+
+    def fingerprint(self, seed: int, epoch: int) -> str:
+        del seed, epoch
+        return self.plan.fingerprint
+
+    def rows(self, seed: int, epoch: int, packs: NDArray[np.int64]) -> Rows:
+        segments = planned_segments(self.plan, packs, None)
+        read = self.images.__getitem__
+        rows, rejects = fill_rows(segments, read, self.config, seed=seed, epoch=epoch)
+        for reject in rejects:
+            raise ValueError(_unreadable(reject.example_index, reject.exception))
+        return rows
+
+
+def _sizes(images: Sequence[ImageData], config: PackConfig) -> NDArray[np.int64]:
+    sizes = np.empty((len(images), 2), np.int64)
+    for number, image in enumerate(images):
+        try:
+            found = probe(image, max_pixels=config.max_pixels)
+        except BadImage as error:
+            raise ValueError(_unreadable(number, error.exception)) from error
+        sizes[number] = found.image_hw
+    return sizes
+
+
+def _unreadable(number: int, why: str) -> str:
+    remedy = "leave it out, or pack a dataset, which lists such images"
+    return checks.sentence(f"images[{number}]", why, "an image that can be read", remedy)

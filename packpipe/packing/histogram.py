@@ -1,0 +1,347 @@
+"""Plans on a histogram: what every pack holds, whatever the number of examples.
+
+Equal lengths are interchangeable, so a plan is made from counts alone, in milliseconds, and
+written as patterns with repeat counts, in pack order. Carrying it out, to each example's pack
+number or to (order, offsets), is a separate pass. Histograms add: many shards plan as one,
+and each is carried out alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from packpipe import checks, philox
+from packpipe.packing import lengths as fronts
+from packpipe.packing import patterns as pattern_lists
+from packpipe.packing import placement, strategies
+from packpipe.packing.cutting_stock import Certificate
+from packpipe.packing.limits import Limits
+from packpipe.packing.patterns import Patterns
+from packpipe.packing.quality import Quality
+
+_SHUFFLED_AT_ONCE = 2**18  # places; their random numbers take 2 MiB
+
+
+@dataclass(frozen=True, eq=False)
+class HistogramPlan:
+    """What every pack of a histogram holds; ``len(plan)`` counts the packs.
+
+    Examples of one length fill their places pack by pack, in the order they come; within a
+    pack the longest stands first.
+
+    Attributes:
+        limits: what a pack may hold.
+        counts: int64[seq_len + 1], examples of each length.
+        patterns: lengths and repeat counts in pack order, in units of ``segment_multiple`` tokens.
+        certificate: the proof of ``"optimal"``, if a search was needed and there was time.
+    """
+
+    limits: Limits
+    counts: NDArray[np.int64]
+    patterns: Patterns
+    certificate: Certificate | None = None
+
+    def __len__(self) -> int:
+        return self.patterns.num_packs
+
+    @cached_property
+    def quality(self) -> Quality:
+        """Fill, bound, gap and the other figures."""
+        proven = self.certificate.bound if self.certificate else 0
+        return Quality(
+            num_examples=int(self.counts.sum()),
+            num_tokens=int(self.counts @ np.arange(len(self.counts))),
+            num_packs=len(self),
+            seq_len=self.limits.seq_len,
+            bound=self.limits.whole_ranks(
+                max(proven, self.limits.bound(self.limits.unit_counts(self.counts)))
+            ),
+            most_segments=int(self.patterns.num_segments.max(initial=0)),
+        )
+
+    @property
+    def fill(self) -> float:
+        """Real tokens ÷ slots; 1.0 when there are no packs."""
+        return self.quality.fill
+
+    @property
+    def padding(self) -> float:
+        """Share of slots that hold no token."""
+        return self.quality.padding
+
+    @property
+    def bound(self) -> int:
+        """Packs below which no packer can go, as far as is proven."""
+        return self.quality.bound
+
+    @property
+    def gap(self) -> int:
+        """Packs above the proven lower bound."""
+        return self.quality.gap
+
+    def __repr__(self) -> str:
+        return (
+            f"HistogramPlan({self.quality.num_examples} examples in {len(self)} packs of "
+            f"{self.limits.seq_len} tokens, {len(self.patterns)} patterns: "
+            f"padding {self.padding:.2%}, at most {self.gap} packs above the optimum)"
+        )
+
+    def __str__(self) -> str:
+        return str(self.quality)
+
+    def expand(
+        self, lengths: Any, *, seed: int | None = None, epoch: int = 0
+    ) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+        """Return (order, offsets): pack p holds the examples ``order[offsets[p]:offsets[p + 1]]``.
+
+        With a seed, examples of one length (after rounding up to segment_multiple) change
+        places among themselves: the same shapes with new members each epoch, without planning
+        again.
+
+        Args:
+            lengths: int[examples], tokens per example; their histogram must be the plan's.
+            seed: which shuffle, 0..2**64-1; None for none.
+            epoch: likewise; a new epoch is a new shuffle.
+
+        Returns:
+            order: int32[examples] (int64 from 2**31 examples on), and offsets: int64[packs + 1].
+
+        Raises:
+            TypeError, ValueError: as `pack_lengths`, or the histogram is another one.
+        """
+        chunks = fronts.chunks_of(lengths)
+        counts = fronts.count(chunks, self.limits.seq_len, self.limits.longest)
+        if seed is not None:
+            seed, epoch = checks.seed_and_epoch(seed, epoch)
+        return self.place(chunks, counts, seed=seed, epoch=epoch)
+
+    def place(
+        self,
+        chunks: list[NDArray[Any]],
+        counts: NDArray[np.int64],
+        *,
+        seed: int | None = None,
+        epoch: int = 0,
+    ) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+        """`expand` for chunks and their counts: the kernels trust these, so they are the plan's."""
+        self._check(counts, self.counts, "")
+        num_examples = sum(map(len, chunks))
+        dtype = fronts.index_dtype(num_examples)
+        members = np.empty(num_examples, dtype)
+        ends = self._longest_first()
+        starts = ends - self.limits.unit_counts(self.counts)
+        next_place = starts.copy()
+        start = 0
+        for chunk in chunks:
+            units = fronts.unit_view(chunk, self.limits.segment_multiple)
+            placement.sort_by_length(units, start, next_place, members)
+            start += len(chunk)
+        if seed is not None:
+            _shuffle(members, ends[::-1], seed, epoch)
+        order = np.empty(num_examples, dtype)
+        held = self.patterns
+        placement.fill_packs(held.repeats, held.offsets, held.entries, starts, members, order)
+        del members  # before the offsets are allocated: at most 8 bytes an example at a time
+        offsets = np.empty(len(self) + 1, np.int64)
+        placement.end_packs(held.repeats, held.num_segments, offsets)
+        return order, offsets
+
+    def pack_numbers(self, lengths: Any, *, before: ArrayLike | None = None) -> NDArray[np.integer]:
+        """Return the number of each example's pack, in one pass and less memory than `expand`.
+
+        Args:
+            lengths: int[examples], tokens per example: all of them, or those of one shard.
+            before: int[seq_len + 1], how many examples of each length the shards before hold
+                (the sum of their histograms); None if there are none.
+
+        Returns:
+            int32[examples] (int64 from 2**31 packs on).
+
+        Raises:
+            TypeError, ValueError: as `pack_lengths`, or the plan has no such examples left.
+        """
+        chunks = fronts.chunks_of(lengths)
+        counts = fronts.count(chunks, self.limits.seq_len, self.limits.longest)
+        skipped = (
+            np.zeros_like(counts)
+            if before is None
+            else _checked_counts("before", before, self.limits)
+        )
+        self._check(skipped, self.counts, "at most ")
+        self._check(counts, self.counts - skipped, "at most ")
+        dtype = fronts.index_dtype(len(self))
+        take, skip = self.limits.unit_counts(counts), self.limits.unit_counts(skipped)
+        next_place = np.concatenate([[0], np.cumsum(take)[:-1]])
+        places = np.empty(int(take.sum()), dtype)
+        first_row, rows = self._rows_by_length
+        placement.number_places(first_row, rows, skip, take, places)
+        numbers = np.empty(len(places), dtype)
+        start = 0
+        for chunk in chunks:
+            found = numbers[start : start + len(chunk)]
+            units = fronts.unit_view(chunk, self.limits.segment_multiple)
+            placement.look_up(units, next_place, places, found)
+            start += len(chunk)
+        return numbers
+
+    @cached_property
+    def _rows_by_length(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where each length's rows begin, and rows of (first pack, packs, copies)."""
+        held = self.patterns
+        patterns = np.repeat(np.arange(len(held)), np.diff(held.offsets))
+        by_length = np.argsort(held.entries[:, 0], kind="stable")
+        first_pack = np.cumsum(held.repeats) - held.repeats
+        of_entry = patterns[by_length]
+        rows = np.stack(
+            [first_pack[of_entry], held.repeats[of_entry], held.entries[by_length, 1]], axis=1
+        )
+        lengths = np.arange(self.limits.capacity + 2)
+        return np.searchsorted(held.entries[by_length, 0], lengths), rows
+
+    def _longest_first(self) -> NDArray[np.int64]:
+        """Where the examples of each length end when the longest come first."""
+        return np.cumsum(self.limits.unit_counts(self.counts)[::-1])[::-1].copy()
+
+    def _check(self, counts: NDArray[np.int64], allowed: NDArray[np.int64], most: str) -> None:
+        wrong = np.flatnonzero(counts > allowed if most else counts != allowed)
+        if wrong.size:
+            length = int(wrong[0])
+            number = f"examples of length {length}"
+            expected = f"{most}{allowed[length]} (the plan's)"
+            remedy = "pass the lengths that were counted"
+            raise ValueError(checks.sentence(number, int(counts[length]), expected, remedy))
+
+
+def count_lengths(lengths: Any, seq_len: int) -> NDArray[np.int64]:
+    """Return int64[seq_len + 1], how many examples there are of each length.
+
+    Histograms add, so shards can be counted anywhere and planned as one.
+
+    Args:
+        lengths: int[examples], tokens per example, each in 1..seq_len; NumPy or Arrow.
+        seq_len: tokens a pack holds, 1..2**24.
+
+    Raises:
+        TypeError, ValueError: as `pack_lengths`.
+
+    >>> count_lengths([5, 3, 5, 1], seq_len=6).tolist()
+    [0, 1, 0, 1, 0, 2, 0]
+    """
+    limits = Limits(seq_len)
+    return fronts.count(fronts.chunks_of(lengths), limits.seq_len, limits.longest)
+
+
+def plan_histogram(
+    counts: ArrayLike,
+    seq_len: int,
+    *,
+    strategy: str = "ffd",
+    max_segments: int | None = None,
+    segment_multiple: int = 1,
+    pack_multiple: int = 1,
+    ranks: int = 1,
+    budget_s: float = 5.0,
+) -> HistogramPlan:
+    """Return a plan for so many examples of each length: patterns with repeat counts.
+
+    The cost depends on the number of distinct lengths, not of examples.
+
+    Args:
+        counts: int[lengths], examples of length 0, 1, 2, ...; none of length 0 or above seq_len.
+        seq_len: tokens a pack holds, 1..2**24.
+        strategy: "ffd", "bfd", "spfhp", "nnlshp", "balanced" or "optimal", as for `pack_lengths`.
+        max_segments: most examples a pack may hold; None for no limit.
+        segment_multiple: each segment takes a multiple of so many tokens.
+        pack_multiple: the tokens of a pack come to at most seq_len rounded down to a multiple.
+        ranks: the number of packs is a multiple of it.
+        budget_s: seconds that "optimal" may take.
+
+    Raises:
+        TypeError: counts or a limit are no integers.
+        ValueError: counts are negative or for lengths that do not fit, or an argument is out
+            of range.
+
+    >>> plan = plan_histogram([0, 0, 2, 4], seq_len=8)
+    >>> [plan.patterns[pattern] for pattern in range(len(plan.patterns))]
+    [(2, ((3, 2), (2, 1)))]
+    >>> plan
+    HistogramPlan(6 examples in 2 packs of 8 tokens, 1 patterns: padding 0.00%, at most 0 packs \
+above the optimum)
+
+    Source: NaViT A.3; Krell 3.1; Johnson, Near-Optimal Bin Packing Algorithms (1973).
+    """
+    limits = Limits(seq_len, max_segments, segment_multiple, pack_multiple, ranks)
+    checks.choice(
+        "strategy", strategy, strategies.STRATEGIES, "choose a packing rule for histograms"
+    )
+    budget_s = checked_budget(budget_s)
+    return planned(_checked_counts("counts", counts, limits), limits, strategy, budget_s)
+
+
+def planned(
+    counts: NDArray[np.int64], limits: Limits, strategy: str, budget_s: float
+) -> HistogramPlan:
+    """`plan_histogram` for arguments that have been checked."""
+    patterns, certificate = strategies.patterns_of(
+        limits.unit_counts(counts), limits, strategy, budget_s
+    )
+    patterns = pattern_lists.split_to_multiple(patterns, limits.ranks)
+    return HistogramPlan(limits, counts, patterns, certificate)
+
+
+def _shuffle(members: NDArray[Any], ends: NDArray[np.int64], seed: int, epoch: int) -> None:
+    """Shuffle members inside each group: place i draws word i % 4 of index i // 4."""
+    group = 0
+    for start in range(0, len(members), _SHUFFLED_AT_ONCE):
+        stop = min(start + _SHUFFLED_AT_ONCE, len(members))
+        words = philox.words(
+            seed=seed,
+            epoch=epoch,
+            index=np.arange(start // 4, -(-stop // 4)),
+            stream=philox.MEMBERS,
+            num_words=4,
+        )
+        uniforms = philox.uniform_from(words.ravel()[: stop - start])
+        group = placement.shuffle(members, ends, group, start, uniforms)
+
+
+def _checked_counts(name: str, counts: ArrayLike, limits: Limits) -> NDArray[np.int64]:
+    """Return counts as int64[seq_len + 1]."""
+    remedy = f"pass examples of length 0, 1, ... {limits.longest}"
+    array = checks.integer_array(name, counts, 1, remedy)
+    wrong = np.flatnonzero(array < 0)
+    if wrong.size:
+        where = int(wrong[0])
+        raise ValueError(
+            checks.sentence(f"{name}[{where}]", int(array[where]), "0 or more", "counts only")
+        )
+    allowed = np.arange(len(array))
+    wrong = np.flatnonzero((array != 0) & ((allowed < 1) | (allowed > limits.longest)))
+    if wrong.size:
+        where = int(wrong[0])
+        expected = f"0, since lengths are 1..{limits.longest}"
+        raise ValueError(checks.sentence(f"{name}[{where}]", int(array[where]), expected, remedy))
+    tokens = float(array.sum(dtype=np.float64)) * limits.seq_len
+    if tokens >= 2.0**62:
+        expected = f"below 2**62 / {limits.seq_len} (seq_len)"
+        total = int(array.astype(object).sum())
+        raise ValueError(checks.sentence(f"sum({name})", total, expected, "plan fewer at once"))
+    padded = np.zeros(limits.seq_len + 1, np.int64)
+    padded[: len(array)] = array[: len(padded)]
+    return padded
+
+
+def checked_budget(budget_s: Any) -> float:
+    """Return a time budget as seconds."""
+    error = checks.sentence("budget_s", budget_s, "seconds above 0", "math.inf sets no limit")
+    if isinstance(budget_s, bool) or not isinstance(budget_s, Real):
+        raise TypeError(error)
+    if not float(budget_s) > 0:
+        raise ValueError(error)
+    return float(budget_s)

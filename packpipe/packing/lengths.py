@@ -1,0 +1,112 @@
+"""The front of every packing function: any integer lengths, checked and not copied."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from packpipe import checks
+from packpipe.packing import placement
+
+
+def chunks_of(
+    lengths: Any, name: str = "lengths", remedy: str = "pass tokens per example"
+) -> list[NDArray[Any]]:
+    """Return lengths as arrays that follow each other: one, or those of a chunked Arrow array.
+
+    Memory is shared wherever a NumPy view can show it: slices and offsets of Arrow arrays are
+    kept.
+
+    Args:
+        lengths: any sequence of integers, a NumPy array, an Arrow Array or ChunkedArray.
+        name: what error messages call it.
+        remedy: what they advise.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: not one-dimensional, or an Arrow array with nulls (the first is named).
+    """
+    # An Arrow array can only come from a pyarrow that is loaded, which this wing never does.
+    pyarrow = sys.modules.get("pyarrow")
+    if pyarrow is None or not isinstance(lengths, (pyarrow.Array, pyarrow.ChunkedArray)):
+        return [checks.integer_array(name, lengths, 1, remedy)]
+    if lengths.null_count:
+        where = lengths.is_null().index(True).as_py()
+        expected = "an integer"
+        raise ValueError(
+            checks.sentence(f"{name}[{where}]", None, expected, "fill or leave out nulls")
+        )
+    if not (pyarrow.types.is_integer(lengths.type) or pyarrow.types.is_null(lengths.type)):
+        kind = str(lengths.type)
+        raise TypeError(checks.sentence(f"{name}.type", kind, "an integer type", remedy))
+    chunks = lengths.chunks if isinstance(lengths, pyarrow.ChunkedArray) else [lengths]
+    arrays = [chunk.to_numpy() for chunk in chunks if len(chunk)]
+    return arrays or [np.empty(0, np.int32)]
+
+
+def joined(chunks: list[NDArray[Any]]) -> NDArray[Any]:
+    """Return the chunks as one array, copied only if there are several."""
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+
+def kernel_view(chunk: NDArray[Any]) -> NDArray[Any]:
+    """Return a chunk as the kernels take it: contiguous, read-only, int32 or int64.
+
+    Unsigned integers of 32 and 64 bits are read as signed: values too large for that turn
+    negative, and out of range they were already.
+    """
+    dtype = np.int64 if chunk.dtype.itemsize == 8 else np.int32
+    native = chunk.dtype.newbyteorder("=")
+    array = np.ascontiguousarray(chunk, native)
+    array = array.view(dtype) if native.itemsize >= 4 else array.astype(dtype)
+    array = array.view()
+    array.flags.writeable = False  # one type for the kernels, as Arrow's buffers are read-only
+    return array
+
+
+def unit_view(chunk: NDArray[Any], multiple: int) -> NDArray[Any]:
+    """Return a chunk as the kernels take it, in units of so many tokens, rounded up."""
+    array = kernel_view(chunk)
+    return array if multiple == 1 else kernel_view(-(-array // multiple))
+
+
+def index_dtype(number: int) -> np.dtype[np.integer[Any]]:
+    """Return the narrowest dtype of the two that holds indices below a number."""
+    return np.dtype(np.int32 if number < 2**31 else np.int64)
+
+
+def count(chunks: list[NDArray[Any]], seq_len: int, longest: int) -> NDArray[np.int64]:
+    """Return int64[seq_len + 1], how many examples there are of each length.
+
+    Raises:
+        ValueError: a length lies outside 1..longest; the first is named.
+    """
+    counts = np.zeros(seq_len + 1, np.int64)
+    start = 0
+    for chunk in chunks:
+        where = placement.count(kernel_view(chunk), counts[: longest + 1])
+        if where >= 0:
+            raise _out_of_range(start + where, chunk[where], seq_len, longest)
+        start += len(chunk)
+    return counts
+
+
+def check(chunks: list[NDArray[Any]], seq_len: int, longest: int) -> None:
+    """Raise as `count` does, without counting: O(examples), whatever seq_len."""
+    start = 0
+    for chunk in chunks:
+        if len(chunk) and not 1 <= chunk.min() <= chunk.max() <= longest:
+            where = int(np.flatnonzero((chunk < 1) | (chunk > longest))[0])
+            raise _out_of_range(start + where, chunk[where], seq_len, longest)
+        start += len(chunk)
+
+
+def _out_of_range(where: int, length: Any, seq_len: int, longest: int) -> ValueError:
+    limit = "seq_len" if longest == seq_len else "what alignment leaves of seq_len"
+    return ValueError(
+        f"lengths[{where}] is {length}, expected 1..{longest} ({limit}); "
+        "raise seq_len, or shorten or reject the example"
+    )

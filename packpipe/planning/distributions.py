@@ -1,0 +1,240 @@
+"""Distributions: what a resolution or a drop rate is drawn from.
+
+Frozen values with one method, ``quantile``: float64[n] uniform numbers in [0, 1) to values. With
+`philox.uniform` it makes any example's draw a function of (seed, epoch, index) alone:
+
+    distribution.quantile(uniform(seed=seed, epoch=epoch, index=index, stream=stream))
+
+Source: NaViT 2.2, A.1, A.4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from packpipe import checks
+
+_CELLS = 2**14
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Always the same value."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        checks.real_attributes(self, "value")
+
+    @property
+    def support(self) -> tuple[float, float]:
+        """(least, largest) value."""
+        return self.value, self.value
+
+    def quantile(self, u: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return float64[n]: the value, for each of u."""
+        return np.full(len(u), self.value, np.float64)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Any value from low to high alike.
+
+    >>> Uniform(64, 256).quantile(np.array([0.0, 0.5])).tolist()
+    [64.0, 160.0]
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        _check_range(self)
+
+    @property
+    def support(self) -> tuple[float, float]:
+        """(least, largest) value."""
+        return self.low, self.high
+
+    def quantile(self, u: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return float64[n], the values below which shares u lie."""
+        return np.minimum(self.low + u * (self.high - self.low), self.high)
+
+
+@dataclass(frozen=True)
+class TruncatedNormal:
+    """A normal distribution of which only low..high is left.
+
+    Attributes:
+        mean, deviation: of the whole normal distribution.
+        low, high: where it is cut.
+    """
+
+    mean: float
+    deviation: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        checks.real_attributes(self, "mean", "deviation")
+        if self.deviation <= 0:
+            remedy = "pass Constant(mean) for none"
+            raise ValueError(checks.sentence("deviation", self.deviation, "above 0", remedy))
+        _check_range(self)
+        start, stop, _ = self._shares()
+        if not start < stop:
+            expected = "a range that holds a share of the distribution"
+            remedy = "move the mean towards it, or raise the deviation"
+            raise ValueError(checks.sentence("(low, high)", self.support, expected, remedy))
+
+    @property
+    def support(self) -> tuple[float, float]:
+        """(least, largest) value."""
+        return self.low, self.high
+
+    def quantile(self, u: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return float64[n], the values below which shares u lie."""
+        start, stop, sign = self._shares()
+        share = start + (u if sign > 0 else 1 - u) * (stop - start)
+        return np.clip(self.mean + sign * self.deviation * special.ndtri(share), *self.support)
+
+    def _shares(self) -> tuple[float, float, int]:
+        """Return (share below low, share below high, sign).
+
+        Of the mirrored distribution, with sign -1, where only its lower tail is precise.
+        """
+        low, high = (
+            (self.low - self.mean) / self.deviation,
+            (self.high - self.mean) / self.deviation,
+        )
+        sign = 1
+        if low > 0:
+            low, high, sign = -high, -low, -1
+        return float(special.ndtr(low)), float(special.ndtr(high)), sign
+
+
+@dataclass(frozen=True)
+class Beta:
+    """The drop rates of NaViT A.4: maximum · Beta(α, β) with the given mean.
+
+    With u = mean ÷ maximum the variance is 0.3·u·(1 - u), so that α + β = 7/3 and α = 7/3·u.
+
+    Attributes:
+        mean: of the values, above 0 and below maximum.
+        maximum: largest value.
+    """
+
+    mean: float
+    maximum: float
+
+    def __post_init__(self) -> None:
+        checks.real_attributes(self, "mean", "maximum")
+        if not 0 < self.mean < self.maximum:
+            expected = f"above 0 and below {self.maximum!r} (maximum)"
+            raise ValueError(checks.sentence("mean", self.mean, expected, "pass a mean within"))
+
+    @property
+    def support(self) -> tuple[float, float]:
+        """(least, largest) value."""
+        return 0.0, self.maximum
+
+    def quantile(self, u: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return float64[n], the values below which shares u lie.
+
+        Straight lines through the exact quantiles of 0, 2**-14, ..., 1: off by less than 2**-14
+        in the share, at a hundredth of the cost (2.4 µs for the exact inverse).
+        """
+        table = _beta_quantiles(7 / 3 * self.mean / self.maximum)
+        place = u * _CELLS
+        cell = np.minimum(place.astype(np.int64), _CELLS - 1)
+        left = table[cell]
+        values: NDArray[np.float64] = left + (place - cell) * (table[cell + 1] - left)
+        return self.maximum * values
+
+
+@lru_cache(maxsize=16)
+def _beta_quantiles(alpha: float) -> NDArray[np.float64]:
+    shares = np.arange(_CELLS + 1) / _CELLS
+    table: NDArray[np.float64] = special.betaincinv(alpha, 7 / 3 - alpha, shares)
+    return table
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some values.
+
+    Attributes:
+        values: what there is to choose from.
+        weights: how often each, in any unit; None for all alike.
+    """
+
+    values: tuple[float, ...]
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", _numbers("values", self.values))
+        if self.weights is None:
+            return
+        object.__setattr__(self, "weights", _numbers("weights", self.weights))
+        if len(self.weights) != len(self.values):
+            expected = f"{len(self.values)} (values)"
+            name = "len(weights)"
+            raise ValueError(checks.sentence(name, len(self.weights), expected, "one a value"))
+        if min(self.weights) < 0 or sum(self.weights) <= 0:
+            expected = "0 or more each, above 0 together"
+            raise ValueError(checks.sentence("weights", self.weights, expected, "pass shares"))
+
+    @property
+    def support(self) -> tuple[float, float]:
+        """(least, largest) value."""
+        return min(self.values), max(self.values)
+
+    def quantile(self, u: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return float64[n]: the values in the order given, each for its share of u."""
+        weights = np.array(self.weights or (1.0,) * len(self.values), np.float64)
+        ends = np.cumsum(weights)
+        drawn: NDArray[np.int64] = np.searchsorted(ends, u * ends[-1], side="right")
+        # u just below 1 may round up to the sum; a value without weight is never drawn.
+        last = np.flatnonzero(weights)[-1]
+        values: NDArray[np.float64] = np.array(self.values, np.float64)[np.minimum(drawn, last)]
+        return values
+
+
+Distribution: TypeAlias = Constant | Uniform | TruncatedNormal | Beta | Choice
+DISTRIBUTIONS = (Constant, Uniform, TruncatedNormal, Beta, Choice)
+
+
+def distribution(name: str, value: Any) -> Distribution:
+    """Return a distribution as it is, a number as a Constant, and a list or tuple as a Choice.
+
+    Args:
+        name: what the value is called in an error.
+        value: as above.
+    """
+    if isinstance(value, DISTRIBUTIONS):
+        return value
+    if isinstance(value, list | tuple):
+        return Choice(tuple(value))
+    remedy = "or pass a distribution, such as Uniform(64, 256)"
+    return Constant(checks.real_number(name, value, remedy))
+
+
+def _check_range(values: Uniform | TruncatedNormal) -> None:
+    checks.real_attributes(values, "low", "high")
+    if values.low >= values.high:
+        expected = f"above {values.low!r} (low)"
+        raise ValueError(checks.sentence("high", values.high, expected, "change them"))
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, list | tuple) or not values:
+        raise ValueError(checks.sentence(name, values, "a tuple of numbers", "pass one or more"))
+    return tuple(
+        checks.real_number(f"{name}[{place}]", value, "pass a number")
+        for place, value in enumerate(values)
+    )

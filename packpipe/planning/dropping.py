@@ -1,0 +1,186 @@
+"""Token dropping: how many of an image's tokens are kept, and which.
+
+A drop rate is a number, a distribution, or one of the two laws below. Which tokens stay is
+uniform without replacement, a function of (seed, epoch, index) alone.
+
+Source: NaViT 2.2, 3.3, A.4, A.5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from packpipe import checks, philox
+from packpipe.planning.distributions import Constant, Distribution, distribution
+
+_CUT = 2.0  # deviations at which the normal of ByResolution is truncated
+
+
+@dataclass(frozen=True)
+class ByResolution:
+    """A drop rate that follows the image's token count (NaViT A.5).
+
+    Normal around a mean that is linear in the token count, truncated at two deviations. Beyond the
+    two given points the mean stays what it is there.
+
+    Attributes:
+        min_tokens, min_rate: the mean rate of an image of min_tokens tokens, before dropping.
+        max_tokens, max_rate: likewise.
+        deviation: of the normal distribution; 0 for none.
+    """
+
+    min_tokens: float
+    min_rate: float
+    max_tokens: float
+    max_rate: float
+    deviation: float = 0.02
+
+    def __post_init__(self) -> None:
+        checks.real_attributes(
+            self, "min_tokens", "min_rate", "max_tokens", "max_rate", "deviation"
+        )
+        if not 0 <= self.min_tokens < self.max_tokens:
+            expected = f"0 or more, below {self.max_tokens!r} (max_tokens)"
+            raise ValueError(checks.sentence("min_tokens", self.min_tokens, expected, "swap them"))
+        if self.deviation < 0:
+            remedy = "0.02 is the paper's"
+            raise ValueError(checks.sentence("deviation", self.deviation, "0 or more", remedy))
+
+    @property
+    def support(self) -> tuple[float, float]:
+        """(least, largest) rate."""
+        spread = _CUT * self.deviation
+        rates = self.min_rate, self.max_rate
+        return min(rates) - spread, max(rates) + spread
+
+
+@dataclass(frozen=True)
+class OverTraining:
+    """A drop rate that changes with the images seen (NaViT A.4, A.5).
+
+    low + (high - low)·σ((progress - midpoint) ÷ width), where progress is images seen ÷ images
+    of the whole training; a negative width falls from high to low. With laws in place of the two
+    numbers, it is their quantiles that are mixed, at one and the same draw.
+
+    The paper's: rising ``OverTraining(0.2, 0.8, 0.5, 0.1)``, fast falling ``(0.2, 0.8, 0.5, -0.1)``
+    and slow falling ``(0.2, 0.8, 2 / 3, -0.2)``, its best.
+
+    Attributes:
+        low, high: a number, a distribution or a ByResolution.
+        midpoint: progress at which both weigh the same.
+        width: progress in which the odds change by a factor of e.
+    """
+
+    low: float | Distribution | ByResolution
+    high: float | Distribution | ByResolution
+    midpoint: float
+    width: float
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            object.__setattr__(self, name, canonical(name, getattr(self, name)))
+        checks.real_attributes(self, "midpoint", "width")
+        if self.width == 0:
+            raise ValueError(checks.sentence("width", self.width, "not 0", "pass 0.001 for a step"))
+
+    @property
+    def support(self) -> tuple[float, float]:
+        """(least, largest) rate."""
+        (a, b), (c, d) = law("low", self.low).support, law("high", self.high).support
+        return min(a, c), max(b, d)
+
+    def share(self, progress: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return float64[n]: how much of high there is in the mixture."""
+        share: NDArray[np.float64] = special.expit((progress - self.midpoint) / self.width)
+        return share
+
+
+DropLaw: TypeAlias = Distribution | ByResolution | OverTraining
+
+
+def law(name: str, value: Any) -> DropLaw:
+    """Return a drop rate as a law: a number becomes a Constant, a list a Choice.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it can reach a rate outside [0, 1).
+    """
+    known = isinstance(value, ByResolution | OverTraining)
+    found: DropLaw = value if known else distribution(name, value)
+    least, largest = found.support
+    if not 0 <= least <= largest < 1:
+        remedy = "it is the share that is dropped, and one token has to stay"
+        raise ValueError(checks.sentence(name, value, "rates in [0, 1)", remedy))
+    return found
+
+
+def canonical(name: str, value: Any) -> float | DropLaw:
+    """Return a drop rate in the one form it is kept in: a float or a law. Raises as `law`."""
+    found = law(name, value)
+    return found.value if isinstance(found, Constant) else found
+
+
+def drop_rates(
+    drop: DropLaw,
+    u: NDArray[np.float64],
+    num_tokens: NDArray[np.integer],
+    progress: NDArray[np.float64] | None,
+) -> NDArray[np.float64]:
+    """Return float64[images], the share of each image's tokens that is dropped.
+
+    Args:
+        drop: the law.
+        u: float64[images], uniform in [0, 1).
+        num_tokens: int[images], tokens before dropping.
+        progress: float64[images], share of the training done; for OverTraining alone.
+    """
+    if isinstance(drop, OverTraining):
+        assert progress is not None  # noqa: S101 (`PackConfig` sees to it)
+        low = drop_rates(law("low", drop.low), u, num_tokens, progress)
+        high = drop_rates(law("high", drop.high), u, num_tokens, progress)
+        return low + (high - low) * drop.share(progress)
+    if isinstance(drop, ByResolution):
+        ends = [drop.min_tokens, drop.max_tokens], [drop.min_rate, drop.max_rate]
+        below = special.ndtr(-_CUT)
+        spread = special.ndtri(below + u * (1 - 2 * below))
+        rates: NDArray[np.float64] = np.interp(num_tokens, *ends) + drop.deviation * spread
+        # Rounding must not leave the support, which may end at 0.
+        return np.clip(rates, *drop.support)
+    return drop.quantile(u)
+
+
+def num_kept(num_tokens: NDArray[np.integer], drop_rate: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return int64[images]: tokens · (1 - rate) to the nearest, half to even, one at least."""
+    return np.maximum(1, np.rint(num_tokens * (1 - drop_rate)).astype(np.int64))
+
+
+def kept_tokens(
+    *,
+    seed: int,
+    epoch: int,
+    index: NDArray[np.integer],
+    num_tokens: NDArray[np.integer],
+    num_keep: NDArray[np.integer],
+) -> NDArray[np.int32]:
+    """Return int32[sum(num_keep)]: which tokens stay, in raster order, image after image.
+
+    Args:
+        seed: of the plan.
+        epoch: likewise.
+        index: int[images], each image's row in its source.
+        num_tokens: int[images], tokens before dropping.
+        num_keep: int[images], tokens that stay.
+    """
+    return philox.subsets(
+        seed=seed,
+        epoch=epoch,
+        index=index,
+        stream=philox.KEPT_TOKENS,
+        num_items=num_tokens,
+        num_chosen=num_keep,
+    )

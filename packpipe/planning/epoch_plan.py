@@ -1,0 +1,296 @@
+"""`EpochPlan`: what every pack of an epoch holds.
+
+A plan prints, explains, saves, loads and compares itself; `plan` makes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+
+from packpipe import checks
+from packpipe.packing.limits import Limits
+from packpipe.packing.picture import html
+from packpipe.packing.quality import Quality, attention_work
+from packpipe.planning.decisions import decide
+from packpipe.planning.explanation import Explanation
+from packpipe.planning.image_config import PackConfig
+
+_VERSION = 1  # of the saved file and of the fingerprint
+# The arrays of a plan: dtype, and what else an entry has besides its place.
+_ARRAYS: dict[str, tuple[Any, ...]] = {
+    "index": (np.int64,),
+    "image_hw": (np.int32, 2),
+    "grid_hw": (np.int16, 2),
+    "num_keep": (np.int32,),
+    "order": (np.int64,),
+    "offsets": (np.int64,),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """What every pack of an epoch holds; ``plan[p]`` are the source rows in pack p.
+
+    Attributes:
+        config, seed, epoch: what the plan was made from, besides the sizes.
+        index: int64[images], row of each planned image in its source.
+        image_hw: int32[images, 2], upright source size in pixels.
+        grid_hw: int16[images, 2], (rows, columns) of patches after resizing.
+        num_keep: int32[images], tokens kept.
+        num_shrunk: how many images had more tokens than they may have.
+        num_fitted: how many were moved to fill their pack.
+        order: int64[images], positions in the arrays above, pack by pack.
+        offsets: int64[packs + 1]; pack p is ``order[offsets[p]:offsets[p + 1]]``.
+    """
+
+    config: PackConfig
+    seed: int
+    epoch: int
+    index: NDArray[np.int64]
+    image_hw: NDArray[np.int32]
+    grid_hw: NDArray[np.int16]
+    num_keep: NDArray[np.int32]
+    order: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    num_shrunk: int
+    num_fitted: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def members(self, pack: int) -> NDArray[np.int64]:
+        """Return the positions (into index, image_hw, ...) of the images in a pack."""
+        pack = range(len(self))[operator.index(pack)]
+        return self.order[self.offsets[pack] : self.offsets[pack + 1]]
+
+    def __getitem__(self, pack: int) -> NDArray[np.int64]:
+        return self.index[self.members(pack)]
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        return (self[pack] for pack in range(len(self)))
+
+    @cached_property
+    def quality(self) -> Quality:
+        """Fill, bound (with these token counts in one window), gap and the other figures."""
+        limits = Limits(self.config.seq_len, self.config.max_segments)
+        counts = np.bincount(self.num_keep, minlength=limits.seq_len + 1).astype(np.int64)
+        return Quality(
+            num_examples=len(self.index),
+            num_tokens=int(self.num_keep.sum(dtype=np.int64)),
+            num_packs=len(self),
+            seq_len=limits.seq_len,
+            bound=limits.bound(counts),
+            most_segments=int(np.diff(self.offsets).max(initial=0)),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all packs, padding not counted."""
+        return self.quality.num_tokens
+
+    @property
+    def fill(self) -> float:
+        """Real tokens ÷ slots; 1.0 when there are no packs."""
+        return self.quality.fill
+
+    @property
+    def padding(self) -> float:
+        """Share of slots that hold no token."""
+        return self.quality.padding
+
+    @property
+    def bound(self) -> int:
+        """Packs below which no packer can go, with these token counts in one window."""
+        return self.quality.bound
+
+    @property
+    def gap(self) -> int:
+        """Packs above the proven lower bound."""
+        return self.quality.gap
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits of all that is in the plan; only equal plans share them."""
+        # Options are equal where their numbers are: 1 and 1.0 are the same max_upscale.
+        options = json.loads(json.dumps(self.config.to_dict()), parse_int=float)
+        header = {**self._header(), "config": options}
+        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+        for name, (dtype, *_) in _ARRAYS.items():
+            digest.update(np.ascontiguousarray(getattr(self, name), dtype).data)
+        return digest.hexdigest()[:32]
+
+    @property
+    def attention_work(self) -> NDArray[np.int64]:
+        """int64[packs], Σ l² of each pack: what attention costs; see `balance_steps`."""
+        return attention_work(self.num_keep[self.order], self.offsets)
+
+    def pack_of(self, example: int) -> int:
+        """Return the pack that holds an example, given by its row in the source.
+
+        Raises:
+            KeyError: the example is not in the plan.
+        """
+        where = int(np.searchsorted(self.offsets, self._place_of[self._position(example)], "right"))
+        return where - 1
+
+    def explain(self, example: int) -> Explanation:
+        """Return what was decided about an example, and why; it is decided again, alone.
+
+        Args:
+            example: its row in the source.
+
+        Raises:
+            KeyError: the example is not in the plan.
+        """
+        at = self._position(example)
+        found = decide(
+            self.image_hw[at : at + 1],
+            self.config,
+            seed=self.seed,
+            epoch=self.epoch,
+            index=self.index[at : at + 1],
+        )
+        pack = self.pack_of(example)
+        return Explanation(
+            example=int(self.index[at]),
+            pack=pack,
+            segment=int(self._place_of[at] - self.offsets[pack]),
+            image_hw=tuple(self.image_hw[at].tolist()),
+            drawn=None if found.drawn is None else float(found.drawn[0]),
+            drop_rate=None if found.drop_rate is None else float(found.drop_rate[0]),
+            shrunk=bool(found.shrunk[0]),
+            decided_grid_hw=tuple(found.grid_hw[0].tolist()),
+            decided_num_keep=int(found.num_keep[0]),
+            grid_hw=tuple(self.grid_hw[at].tolist()),
+            num_keep=int(self.num_keep[at]),
+            config=self.config,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a file, whole or not at all; `load` reads it."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        header = json.dumps({**self._header(), "fingerprint": self.fingerprint})
+        partial = Path(f"{path}.{uuid4().hex}.partial")  # several ranks may save it at once
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, header=np.array(header), **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> EpochPlan:
+        """Return the plan that `save` wrote.
+
+        Raises:
+            ValueError: the file is no plan, of another version, or changed since.
+        """
+        remedy = "pass a file that EpochPlan.save wrote, or plan again"
+        try:
+            # Opened here, since np.load leaves a file open that is no archive.
+            with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                header = json.loads(str(file["header"]))
+                version = header["version"]
+                arrays = {name: file[name] for name in _ARRAYS} if version == _VERSION else {}
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # whatever a changed archive makes its readers raise
+            what = f"unreadable ({error})"
+            raise ValueError(checks.sentence(str(path), what, "a saved plan", remedy)) from error
+        if version != _VERSION:
+            raise ValueError(checks.sentence(f"{path} version", version, str(_VERSION), remedy))
+        try:
+            totals = {name: header[name] for name in ("seed", "epoch", "num_shrunk", "num_fitted")}
+            plan = cls(config=PackConfig.from_dict(header["config"]), **totals, **arrays)
+            expected = header["fingerprint"]
+            plan._check()
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            what = f"amiss ({error})"
+            raise ValueError(checks.sentence(str(path), what, "a saved plan", remedy)) from error
+        if plan.fingerprint != expected:
+            raise ValueError(
+                checks.sentence(f"{path} fingerprint", plan.fingerprint, expected, remedy)
+            )
+        return plan
+
+    def _check(self) -> None:
+        """Raise if the arrays are no plan: kernels trust them.
+
+        Raises:
+            ValueError: says which.
+        """
+        num_images = len(self.index)
+        for name, (dtype, *sides) in _ARRAYS.items():
+            array = getattr(self, name)
+            shape = (len(self.offsets),) if name == "offsets" else (num_images, *sides)
+            if array.dtype != dtype or array.shape != shape:
+                raise ValueError(f"{name} is {array.dtype}{list(array.shape)}")
+        tokens = self.grid_hw[:, 0].astype(np.int64) * self.grid_hw[:, 1]
+        sound = {
+            "order": np.array_equal(np.sort(self.order), np.arange(num_images)),
+            "offsets": self.offsets[0] == 0
+            and self.offsets[-1] == num_images
+            and bool((np.diff(self.offsets) > 0).all()),
+            "grid_hw": bool((self.grid_hw > 0).all()),
+            "num_keep": bool(((self.num_keep >= 1) & (self.num_keep <= tokens)).all()),
+        }
+        for name, is_sound in sound.items():
+            if not is_sound:
+                raise ValueError(f"{name} is no part of a plan")
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "version": _VERSION,
+            "config": self.config.to_dict(),
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "num_shrunk": self.num_shrunk,
+            "num_fitted": self.num_fitted,
+            "num_images": len(self.index),
+            "num_packs": len(self),
+        }
+
+    @cached_property
+    def _by_index(self) -> NDArray[np.int64]:
+        return np.argsort(self.index, kind="stable")
+
+    @cached_property
+    def _place_of(self) -> NDArray[np.int64]:
+        """int64[images], where in ``order`` each position stands."""
+        places = np.empty(len(self.order), np.int64)
+        places[self.order] = np.arange(len(self.order))
+        return places
+
+    def _position(self, example: int) -> int:
+        example = operator.index(example)
+        at = int(np.searchsorted(self.index, example, sorter=self._by_index))
+        if at == len(self.index) or self.index[self._by_index[at]] != example:
+            name, remedy = "example", "see plan.index, and the rejects"
+            raise KeyError(checks.sentence(name, example, "an example of the plan", remedy))
+        return int(self._by_index[at])
+
+    def _repr_html_(self) -> str:
+        return html(
+            self.quality.rows(), self.num_keep[self.order], self.offsets, self.config.seq_len
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"EpochPlan({len(self.index)} images, {self.num_tokens} tokens in {len(self)} packs of "
+            f"{self.config.seq_len}: padding {self.padding:.2%}, gap {self.gap}; "
+            f"seed {self.seed}, epoch {self.epoch})"
+        )

@@ -1,0 +1,64 @@
+"""`Explanation`: what a plan decided about one example, to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from packpipe.planning.image_config import PackConfig
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a plan decided about one example; ``print`` it.
+
+    Attributes:
+        example: its row in the source.
+        pack, segment: where it is; segments count from 0.
+        image_hw: upright source size in pixels.
+        drawn: the side, area or budget drawn for it, or None.
+        drop_rate: the rate drawn, or None.
+        shrunk: whether it had more tokens than it may have.
+        decided_grid_hw, decided_num_keep: what that made of it.
+        grid_hw, num_keep: what it got: more, if it was moved to fill its pack.
+        config: the options.
+    """
+
+    example: int
+    pack: int
+    segment: int
+    image_hw: tuple[int, ...]
+    drawn: float | None
+    drop_rate: float | None
+    shrunk: bool
+    decided_grid_hw: tuple[int, ...]
+    decided_num_keep: int
+    grid_hw: tuple[int, ...]
+    num_keep: int
+    config: PackConfig
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it was moved to fill its pack."""
+        decided = self.decided_grid_hw, self.decided_num_keep
+        return decided != (self.grid_hw, self.num_keep)
+
+    def __str__(self) -> str:
+        (height, width), (rows, columns) = self.image_hw, self.decided_grid_hw
+        law = self.config.resolution
+        why = law if isinstance(law, str) else f"{law} drew {self.drawn:.6g}"
+        tokens = rows * columns
+        lines = [
+            f"example {self.example}: pack {self.pack}, segment {self.segment}",
+            f"  size    {height} x {width} pixels",
+            f"  grid    {rows} x {columns} patches of {self.config.patch_size} ({why})",
+        ]
+        if self.shrunk:
+            lines[-1] += ", shrunk to fit"
+        if self.drop_rate is not None:
+            rate = f"rate {self.drop_rate:.4f} by {self.config.drop_rate}"
+            lines.append(f"  keeps   {self.decided_num_keep} of {tokens} tokens ({rate})")
+        if self.fitted:
+            (rows, columns), keep = self.grid_hw, self.num_keep
+            what = f"{rows} x {columns} patches, keeps {keep} of {rows * columns} tokens"
+            lines.append(f"  fitted  {what} (fit_last={self.config.fit_last!r})")
+        return "\n".join(lines)

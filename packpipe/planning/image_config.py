@@ -1,0 +1,237 @@
+"""The configuration: every choice that decides a packed row, checked when made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypedDict
+
+from packpipe import checks
+from packpipe.packing.packs import STRATEGIES
+from packpipe.planning import dropping, resolution
+from packpipe.planning.distributions import DISTRIBUTIONS
+from packpipe.planning.dropping import ByResolution, DropLaw, OverTraining
+from packpipe.planning.resolution import Area, Budget, Resolution, Side, Square
+
+# "optimal" depends on how much a machine gets done in its budget, which a plan must not; "nnlshp"
+# is there to compare with.
+PLAN_STRATEGIES = tuple(name for name in STRATEGIES if name not in ("optimal", "nnlshp"))
+
+# Coordinates are stored as int16, and one image may be seq_len patches wide.
+MAX_IMAGE_SEQ_LEN = 2**15 - 1
+# The limit above which Pillow refuses to open an image.
+MAX_PIXELS = 178_956_970
+FILTERS = ("bicubic", "lanczos", "hamming", "bilinear", "box", "nearest")
+FIT_LAST = ("drop_rate", "resolution")
+_LAWS = {
+    law.__name__: law
+    for law in (*DISTRIBUTIONS, Side, Area, Budget, Square, ByResolution, OverTraining)
+}
+
+
+class PackOptions(TypedDict, total=False):
+    """The options of `PackConfig` besides ``seq_len``, as keyword arguments."""
+
+    patch_size: int
+    resolution: Resolution
+    max_tokens: int | None
+    max_upscale: float | None
+    drop_rate: float | DropLaw
+    epochs: float | None
+    fit_last: str | None
+    fit_limit: float
+    max_segments: int
+    strategy: str
+    window: int
+    background: tuple[int, int, int]
+    reducing_gap: float | None
+    downscale_filter: str
+    upscale_filter: str
+    max_pixels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """Everything that decides a packed row, besides the source and (seed, epoch).
+
+    Attributes:
+        seq_len: tokens a pack holds, 1..32767.
+        patch_size: pixels a side of a patch, 1..128.
+        resolution: ``"native"`` (own size), ``"budget"`` (the largest size within max_tokens, as
+            NaFlex), or a size that is drawn: `Side`, `Area`, `Budget` or `Square` (which does not
+            keep the aspect ratio) of a distribution.
+        max_tokens: most tokens of one image before dropping, 1..32767; a larger one is shrunk. None
+            for seq_len, on what is kept; with "budget", before dropping.
+        max_upscale: most an image's sides may be enlarged by; None for any. "native" enlarges
+            none, and a `Square` has no such limit.
+        drop_rate: share of an image's tokens that is dropped, in [0, 1): a number, a distribution,
+            `ByResolution` or `OverTraining`.
+        epochs: length of the training, for a drop rate that changes over it.
+        fit_last: makes one image a pack keep more tokens, until the pack is full: with
+            ``"drop_rate"`` more of those it has, with ``"resolution"`` also at a larger size. None
+            leaves the rest as padding.
+        fit_limit: most that this image's token count may grow by, as a share of it.
+        max_segments: most images a pack may hold.
+        strategy: packing rule, as for `pack_lengths`. "balanced" keeps rows of tiny images
+            from reaching max_segments while they are half empty.
+        window: most examples planned together, in seeded order; a larger one pads less. What
+            changes over the training changes from window to window: within one, packs are shuffled.
+        background: (red, green, blue) in 0..255 that transparent pixels are laid on.
+        reducing_gap: a JPEG is decoded at a fraction of its size, and any image averaged down by
+            whole factors, while it stays this many times as large as planned, 1.0 or more; then
+            comes the resize. Pillow's word, from ``Image.thumbnail``. None resizes in one step.
+        downscale_filter: resampling along an axis that shrinks: "bicubic", "lanczos", "hamming",
+            "bilinear" or "box", all antialiased, or "nearest".
+        upscale_filter: along an axis that grows.
+        max_pixels: an image with more pixels is rejected before anything is allocated.
+
+    Raises:
+        TypeError, ValueError: ``name is VALUE, expected REQUIREMENT; remedy``.
+    """
+
+    seq_len: int = 1024
+    patch_size: int = 16
+    resolution: Resolution = "native"
+    max_tokens: int | None = None
+    max_upscale: float | None = None
+    drop_rate: float | DropLaw = 0.0
+    epochs: float | None = None
+    fit_last: str | None = None
+    fit_limit: float = 0.25
+    max_segments: int = 64
+    strategy: str = "balanced"
+    window: int = 65536
+    background: tuple[int, int, int] = (255, 255, 255)
+    reducing_gap: float | None = 1.0
+    downscale_filter: str = "bicubic"
+    upscale_filter: str = "bicubic"
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        limits = {
+            "seq_len": (1, MAX_IMAGE_SEQ_LEN, "coordinates are int16, so choose a shorter pack"),
+            "patch_size": (1, 128, "patches of 8 to 32 pixels are usual"),
+            "max_segments": (1, 2**31 - 1, "a pack must be allowed to hold an image"),
+            "window": (1, 2**62, "1024 or more keeps padding low"),
+            "max_pixels": (1, MAX_PIXELS, "Pillow opens no larger image"),
+        }
+        for name, (low, high, remedy) in limits.items():
+            number = checks.whole_number(name, getattr(self, name), low, high, remedy)
+            object.__setattr__(self, name, number)
+        drop_rate = dropping.canonical("drop_rate", self.drop_rate)
+        object.__setattr__(self, "drop_rate", drop_rate)
+        if self.max_tokens is not None:
+            most = MAX_IMAGE_SEQ_LEN if self.drops else self.seq_len
+            remedy = "an image must fit into a pack, so raise seq_len or lower max_tokens"
+            limit = checks.whole_number("max_tokens", self.max_tokens, 1, most, remedy)
+            object.__setattr__(self, "max_tokens", limit)
+        for name in ("max_upscale", "epochs", "fit_limit"):
+            object.__setattr__(self, name, _positive(name, getattr(self, name)))
+        if self.epochs is None and self.uses_progress:
+            remedy = "pass the number of epochs of the training"
+            raise ValueError(checks.sentence("epochs", None, "a number, for OverTraining", remedy))
+        if self.fit_last is not None:
+            checks.choice("fit_last", self.fit_last, FIT_LAST, "or None for padding")
+        resolution.checked(self.resolution)
+        if self.max_upscale is not None and isinstance(self.resolution, Square):
+            remedy = "a square is as large whatever the image, so leave it out or use Side"
+            raise ValueError(
+                checks.sentence("max_upscale", self.max_upscale, "None, for Square", remedy)
+            )
+        checks.choice("strategy", self.strategy, PLAN_STRATEGIES, "choose a packing rule")
+        object.__setattr__(self, "background", _checked_colour(self.background))
+        if self.reducing_gap is not None:
+            remedy = "None decodes in full and resizes in one step"
+            gap = checks.real_number("reducing_gap", self.reducing_gap, remedy)
+            if gap < 1:
+                raise ValueError(checks.sentence("reducing_gap", gap, "1.0 or more", remedy))
+            object.__setattr__(self, "reducing_gap", float(gap))
+        for name in ("downscale_filter", "upscale_filter"):
+            checks.choice(name, getattr(self, name), FILTERS, "choose a resampling filter")
+
+    @property
+    def drops(self) -> bool:
+        """Whether any tokens may be dropped."""
+        return self.drop_rate != 0
+
+    @property
+    def uses_progress(self) -> bool:
+        """Whether an image's decision depends on how far the training is."""
+        return isinstance(self.drop_rate, OverTraining)
+
+    @property
+    def draws(self) -> bool:
+        """Whether an image's decision depends on (seed, epoch, index), besides its size."""
+        return self.drops or not isinstance(self.resolution, str)
+
+    @property
+    def token_limit(self) -> int:
+        """Most tokens of one image before dropping."""
+        if self.max_tokens is not None:
+            return self.max_tokens
+        # A budget is reached by every image, dropped or not.
+        unlimited = self.drops and self.resolution != "budget"
+        return MAX_IMAGE_SEQ_LEN if unlimited else self.seq_len
+
+    @property
+    def patch_bytes(self) -> int:
+        """Bytes of one patch: patch_size² × 3."""
+        return self.patch_size**2 * 3
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the patches of one row."""
+        return self.seq_len * self.patch_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain JSON values; a law is ``{its name: {its attributes}}``."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> PackConfig:
+        """Return the configuration that `to_dict` described."""
+        return cls(**{name: _restored(value) for name, value in options.items()})
+
+
+def config_from(seq_len: int, options: dict[str, Any]) -> PackConfig:
+    """Return the configuration of seq_len and keyword options; an unknown one is refused."""
+    known = [field.name for field in fields(PackConfig)]
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                checks.sentence("option", name, "one of " + ", ".join(known), "check its spelling")
+            )
+    return PackConfig(seq_len=seq_len, **options)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        attributes = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {type(value).__name__: attributes}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        ((name, attributes),) = value.items()
+        return _LAWS[name](**{key: _restored(one) for key, one in attributes.items()})
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _positive(name: str, value: Any) -> float | None:
+    if value is None and name != "fit_limit":
+        return None
+    return checks.positive_number(name, value, "1.0 is the size, or the share, itself")
+
+
+def _checked_colour(colour: Any) -> tuple[int, int, int]:
+    remedy = "white is (255, 255, 255)"
+    try:
+        red, green, blue = colour
+    except (TypeError, ValueError):
+        expected = "(red, green, blue) in 0..255"
+        raise ValueError(checks.sentence("background", colour, expected, remedy)) from None
+    return (
+        checks.whole_number("background[0]", red, 0, 255, remedy),
+        checks.whole_number("background[1]", green, 0, 255, remedy),
+        checks.whole_number("background[2]", blue, 0, 255, remedy),
+    )

@@ -1,0 +1,1 @@
+"""The packed row: in memory, in Arrow, and how it is filled from images or tokens."""

@@ -1,0 +1,169 @@
+"""Packed tables on disk: written whole or not at all, read without copying.
+
+Files are Arrow streams, the format `datasets` maps into memory. A file is written under a
+temporary name, synced, then renamed. Its checksum is XXH3-128, taken while it is written: against
+accidents, not against forgers. SHA-256 reads 1.1 GB/s on the machine that packs 0.3, XXH3 12.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from packpipe import checks
+
+# Bytes of a record batch: large enough to write at disk speed, small enough to hold two.
+BATCH_BYTES = 64 * 2**20
+# Bytes of a file, before the last; whole rows, at least one.
+FILE_BYTES = 512 * 2**20
+# Name of the checksum in a file's record.
+CHECKSUM = "xxh3_128"
+_BLOCK = 2**20
+
+
+def write_table(path: Path, file_schema: pa.Schema, tables: Iterable[pa.Table]) -> dict[str, Any]:
+    """Write tables as one Arrow stream and return its record: rows, bytes, checksum."""
+    record = write_stream(path, file_schema, tables)
+    commit(path)
+    return record
+
+
+def write_stream(path: Path, file_schema: pa.Schema, tables: Iterable[pa.Table]) -> dict[str, Any]:
+    """Write a table under its temporary name; `commit` gives it its own."""
+    num_rows = 0
+    try:
+        with partial_of(path).open("wb") as file:
+            sink = _Checksummed(file)
+            with pa.PythonFile(sink, "w") as out, pa.ipc.new_stream(out, file_schema) as writer:
+                for table in tables:
+                    writer.write_table(table)
+                    num_rows += table.num_rows
+            file.flush()
+    except BaseException:
+        partial_of(path).unlink(missing_ok=True)  # a full disk needs its room
+        raise
+    return {"rows": num_rows, "bytes": sink.tell(), CHECKSUM: sink.digest.hexdigest()}
+
+
+def commit(path: Path) -> None:
+    """Give a file that is whole its name, for good: it is on the disk before and after."""
+    partial = partial_of(path)
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def partial_of(path: Path) -> Path:
+    """Return the temporary name of a file."""
+    return path.with_name(path.name + ".partial")
+
+
+def checksum_of(path: Path) -> str:
+    """Return the checksum of a file, as its record has it."""
+    with path.open("rb") as file:
+        digest = xxhash.xxh3_128()
+        while block := file.read(_BLOCK):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    with partial_of(path).open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+    commit(path)
+
+
+class _Checksummed:
+    """A file that is written from front to back, and the checksum of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size = file, 0
+        self.digest = xxhash.xxh3_128()
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        written = self._file.write(data)
+        self._size += written
+        return written
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self.closed = True  # the file is its opener's
+
+
+def picked_rows(dataset: Any, rows: Any) -> pa.Table:
+    """Return the rows that are asked for as Arrow."""
+    if isinstance(dataset, pa.Table):
+        selection = _selection(rows, dataset.num_rows)
+        if isinstance(selection, range):
+            return dataset.slice(selection.start, len(selection))
+        return dataset.take(pa.array(selection, pa.int64()))
+    if not hasattr(dataset, "_indices"):
+        name, remedy = type(dataset).__name__, "pass packed rows, one split of them"
+        raise TypeError(checks.sentence("type(dataset)", name, "Dataset or pyarrow.Table", remedy))
+    return _stored_rows(dataset, _selection(rows, len(dataset)))
+
+
+def _stored_rows(dataset: Any, selection: Any) -> pa.Table:
+    """Return rows of a Dataset as Arrow, through its indices if it is a selection or shuffle.
+
+    ``with_format("arrow")`` would copy the description of every file on every call: 82 ms with
+    245 files, against 0.1 ms.
+    """
+    if dataset._indices is not None:
+        selection = dataset._indices.column(0).take(pa.array(selection, pa.int64())).to_pylist()
+    if not selection:
+        return dataset.data.fast_slice(0, 0)
+    if isinstance(selection, range):
+        return dataset.data.fast_slice(selection.start, len(selection))
+    return dataset.data.fast_gather(selection)
+
+
+def _selection(rows: Any, num_rows: int) -> Any:
+    """Return rows as a range (contiguous) or a list of row numbers, negative ones resolved."""
+    if rows is None:
+        return range(num_rows)
+    if isinstance(rows, slice):
+        picked = range(num_rows)[rows]
+        return picked if picked.step == 1 else list(picked)
+    remedy = "pass an int, a slice or a sequence of ints"
+    if isinstance(rows, Sequence | np.ndarray) and not isinstance(rows, str):
+        if isinstance(rows, Sequence) and any(isinstance(row, bool) for row in rows):
+            raise TypeError(checks.sentence("rows", rows, "row numbers, not a mask", remedy))
+        numbers = checks.integer_array("rows", rows, 1, remedy).tolist()
+        for place, row in enumerate(numbers):
+            _check_row(f"rows[{place}]", row, num_rows)
+        return [range(num_rows)[row] for row in numbers]
+    try:
+        row = operator.index(rows)
+    except TypeError:
+        raise TypeError(checks.sentence("rows", rows, "row numbers", remedy)) from None
+    _check_row("rows", row, num_rows)
+    return range(row % num_rows, row % num_rows + 1)
+
+
+def _check_row(name: str, row: int, num_rows: int) -> None:
+    if not -num_rows <= row < num_rows:
+        expected, remedy = f"{-num_rows}..{num_rows - 1}", "ask for a row there is"
+        raise IndexError(checks.sentence(name, row, expected, remedy))

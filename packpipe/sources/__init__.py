@@ -1,0 +1,1 @@
+"""What a dataset gives: its columns, sizes, labels, images and token lists."""

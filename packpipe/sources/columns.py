@@ -1,0 +1,211 @@
+"""Which columns of a dataset hold images, labels or token lists: as asked, or found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import (
+    Array2D,
+    Array3D,
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    LargeList,
+    List,
+    Value,
+)
+
+from packpipe import checks
+from packpipe.planning.image_config import PackOptions
+from packpipe.planning.token_config import TokenConfig
+from packpipe.rows.fill_tokens import padding_of
+from packpipe.rows.rows import NO_LABEL, RESERVED
+
+_LABEL_NAMES = ("label", "labels")
+
+
+def image_column_of(features: Features, asked: str) -> str:
+    """Return the name of the image column: the one asked for, or the only one there is."""
+    remedy = "pass image_column"
+    images = [name for name, feature in features.items() if holds_images(feature)]
+    if asked == "auto":
+        if len(images) != 1:
+            raise ValueError(
+                checks.sentence(
+                    "image columns", images, "exactly one, for image_column='auto'", remedy
+                )
+            )
+        asked = str(images[0])
+    if asked not in features:
+        raise ValueError(checks.sentence("image_column", asked, f"one of {list(features)}", remedy))
+    mode = getattr(features[asked], "mode", None)
+    if mode not in (None, "RGB"):
+        name, remedy = f"features[{asked!r}].mode", "cast_column it to Image()"
+        raise ValueError(checks.sentence(name, mode, "None or 'RGB'", remedy))
+    if asked not in images:
+        expected = "Image(), Value('binary') or arrays of bool, uint8 or uint16"
+        name = f"features[{asked!r}]"
+        raise ValueError(checks.sentence(name, features[asked], expected, "cast_column it"))
+    return asked
+
+
+def label_column_of(features: Features, asked: str | None) -> str | None:
+    """Return the name of the label column: as asked; ``"auto"`` finds one, None means none."""
+    found = asked
+    if asked == "auto":
+        named = [name for name in _LABEL_NAMES if name in features]
+        typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+        if len(named or typed) > 1:
+            expected = "one at most, for label_column='auto'"
+            raise ValueError(
+                checks.sentence("label columns", named or typed, expected, "pass label_column")
+            )
+        found = next(iter(named or typed), None)
+    elif asked is not None and asked not in features:
+        expected = f"one of {list(features)}, 'auto' or None"
+        raise ValueError(checks.sentence("label_column", asked, expected, "check its spelling"))
+    if found is not None and not isinstance(features[found], (ClassLabel, Value)):
+        name, expected = f"features[{found!r}]", "a ClassLabel or a Value"
+        remedy = "pass another label_column, or None"
+        raise ValueError(checks.sentence(name, features[found], expected, remedy))
+    return found
+
+
+def holds_images(feature: Any) -> bool:
+    """Return whether a feature is one of images: encoded, or arrays of pixels."""
+    if isinstance(feature, Image) or feature in (Value("binary"), Value("large_binary")):
+        return True
+    return pixel_type(feature) is not None
+
+
+def pixel_type(feature: Any) -> np.dtype[Any] | None:
+    """Return the type of the pixels of an array column, None if it is no such column."""
+    depth = 0
+    while isinstance(feature, List | LargeList):
+        feature, depth = feature.feature, depth + 1
+    if isinstance(feature, Array2D | Array3D) and not depth:
+        depth = len(feature.shape)
+    dtype = getattr(feature, "dtype", None)
+    found = depth in (2, 3) and dtype in ("bool", "uint8", "uint16")
+    return np.dtype(dtype) if found else None
+
+
+def check_dataset(dataset: Any) -> None:
+    """Raise TypeError if it is no Dataset."""
+    if not isinstance(dataset, Dataset):
+        name, remedy = type(dataset).__name__, "pass one split, such as dataset['train']"
+        if isinstance(dataset, IterableDataset):
+            remedy = "packpipe.PackedStream packs what comes as a stream"
+        raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
+
+
+class Options(PackOptions, total=False):
+    """The options of `PackConfig` and of `TokenConfig`, as keyword arguments."""
+
+    overflow: str
+    layout: str
+    pad_token_id: int
+    mask_first_label: bool
+
+
+def holds_tokens(features: Features, image_column: str, token_columns: str | Sequence[str]) -> bool:
+    """Return whether a dataset is packed as token sequences: asked to be, or without images."""
+    if token_columns != "auto":
+        return True
+    if image_column != "auto" or any(holds_images(feature) for feature in features.values()):
+        return False
+    return any(_holds_tokens(feature) for feature in features.values())
+
+
+def token_columns_of(features: Features, asked: str | Sequence[str]) -> list[str]:
+    """Return the names of the columns that hold tokens; ``"auto"`` finds all lists of numbers.
+
+    The first gives a sequence's length: ``input_ids``, if there is one.
+    """
+    lists = [name for name, feature in features.items() if _holds_tokens(feature)]
+    if asked == "auto":
+        chosen = lists
+        if not chosen:
+            expected, remedy = "a list of numbers", "tokenize first, or pass token_columns"
+            raise ValueError(checks.sentence("token columns", list(features), expected, remedy))
+    else:
+        chosen = [asked] if isinstance(asked, str) else list(asked)
+        for number, name in enumerate(chosen):
+            if name not in lists or name in chosen[:number]:
+                expected, remedy = f"different ones of {lists}", "name lists of numbers"
+                where = f"token_columns[{number}]"
+                raise ValueError(checks.sentence(where, name, expected, remedy))
+        if not chosen:
+            raise ValueError(
+                checks.sentence("token_columns", chosen, "one name at least", "'auto' finds them")
+            )
+    chosen.sort(key=lambda name: name != "input_ids")
+    _refuse_reserved(chosen)
+    return chosen
+
+
+def value_columns_of(
+    features: Features, token_columns: list[str], asked: str | Sequence[str]
+) -> list[str]:
+    """Return the names of the columns with one value a sequence; ``"auto"`` takes all others."""
+    others = [name for name in features if name not in token_columns]
+    chosen = others if asked == "auto" else [asked] if isinstance(asked, str) else list(asked)
+    for name in chosen:
+        if name not in others or not isinstance(features[name], ClassLabel | Value):
+            found = features.get(name)
+            expected = "a column of one number, class or text an example"
+            remedy = "leave it out of value_columns, or name token_columns"
+            raise ValueError(checks.sentence(f"features[{name!r}]", found, expected, remedy))
+    _refuse_reserved(chosen)
+    return chosen
+
+
+def check_paddings(features: Features, columns: list[str], config: TokenConfig) -> None:
+    """Raise if a column cannot hold what the configuration puts into it.
+
+    Raises:
+        ValueError: names it.
+    """
+    if config.mask_first_label and not {"labels", "input_ids"} & set(columns):
+        expected = "False without a column labels or input_ids"
+        raise ValueError(checks.sentence("mask_first_label", True, expected, "rename the column"))
+    written = {name: padding_of(name, config) for name in columns}
+    if config.mask_first_label and "labels" not in columns:
+        written["labels"] = NO_LABEL
+    for name, value in written.items():
+        dtype = np.dtype(value_type(features, name).to_pandas_dtype())
+        if dtype.kind in "iu" and not np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
+            expected = f"a type that holds {value}"
+            remedy = "cast_column it to List(Value('int32'))"
+            raise ValueError(checks.sentence(f"features[{name!r}]", str(dtype), expected, remedy))
+
+
+def value_type(features: Features, name: str) -> Any:
+    """Return the Arrow type of a token column's values; bool is stored as uint8.
+
+    Labels that are made are of the type of input_ids.
+    """
+    feature: Any = features[name if name in features else "input_ids"]
+    kind = feature.feature.pa_type
+    return pa.uint8() if pa.types.is_boolean(kind) else kind
+
+
+def _holds_tokens(feature: Any) -> bool:
+    inner = getattr(feature, "feature", None)
+    if not isinstance(feature, List | LargeList) or not isinstance(inner, ClassLabel | Value):
+        return False
+    return inner.dtype == "bool" or np.dtype(inner.pa_type.to_pandas_dtype()).kind in "iuf"
+
+
+def _refuse_reserved(names: list[str]) -> None:
+    for name in names:
+        if name in RESERVED:
+            remedy = "rename_column or remove_columns it"
+            raise ValueError(
+                checks.sentence("column", name, f"none of {', '.join(RESERVED)}", remedy)
+            )

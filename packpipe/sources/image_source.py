@@ -1,0 +1,172 @@
+"""Images of a dataset by row number, undecoded.
+
+`datasets` decodes image columns when they are read; here the Arrow storage is read instead, so
+an image stays what it was stored as, bytes, path or array, until a row needs its pixels. Decoded
+images that are stored in a dataset are bytes again, since `datasets` encodes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Image
+from numpy.typing import NDArray
+
+from packpipe import checks
+from packpipe.images.opening import BadImage, ImageData
+
+
+def checked_root(image_root: Any) -> str | None:
+    """Return the folder that paths are confined to, None for none."""
+    if image_root is None:
+        return None
+    remedy = "pass the folder that holds the images, or None to follow every path"
+    if not isinstance(image_root, str | Path):
+        raise TypeError(checks.sentence("image_root", image_root, "a folder", remedy))
+    if not Path(image_root).is_dir():
+        raise ValueError(checks.sentence("image_root", str(image_root), "a folder", remedy))
+    return os.path.realpath(image_root)
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images by row number: ``source(i)`` is the bytes, the path or the pixels of row i.
+
+    Attributes:
+        rows: a Dataset with just the image column, in Arrow format.
+        root: the only folder that paths may lead into, as `checked_root` returns it; None for any.
+    """
+
+    rows: Any
+    root: str | None = None
+
+    def __call__(self, example: int) -> ImageData:
+        """Return the image of a row, undecoded.
+
+        Raises:
+            BadImage: as `image_data`.
+        """
+        where = example if self._indices is None else self._indices[example]
+        return image_data(self._column[int(where)], self.root)
+
+    # `datasets` takes some 100 µs to hand out a row; Arrow's own column, some 5.
+    @cached_property
+    def _column(self) -> pa.ChunkedArray:
+        return self.rows.data.column(self.rows.column_names[0])
+
+    @cached_property
+    def _indices(self) -> NDArray[np.int64] | None:
+        indices = self.rows._indices
+        return None if indices is None else indices.column(0).to_numpy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rows": self.rows, "root": self.root}
+
+    def _allows(self, path: str) -> bool:
+        try:
+            return bool(confined(path, self.root))
+        except BadImage:
+            return False
+
+    def files_digest(self) -> str | None:
+        """Return a digest of the files that images are stored in by path; None if there are none.
+
+        Path, size and time of change: a dataset's own fingerprint knows the paths alone.
+        """
+        column = self.rows.features[self.rows.column_names[0]]
+        if not isinstance(column, Image):
+            return None
+        digest, found = hashlib.sha256(), False
+        for batch in self.rows.iter(batch_size=1000):
+            by_path = pc.is_null(pc.struct_field(batch.column(0), "bytes"))
+            for path in pc.struct_field(batch.column(0), "path").filter(by_path).to_pylist():
+                found = True
+                if path is not None and self._allows(path):
+                    file = os.path.abspath(os.path.join(self.root or "", path))
+                    digest.update(f"{file} {_known(file)}\n".encode(errors="surrogatepass"))
+        return digest.hexdigest() if found else None
+
+
+def _known(file: str) -> tuple[int, int] | None:
+    """Return size and time of change of a file, None if there is none."""
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def image_data(value: pa.Scalar, root: str | None = None) -> ImageData:
+    """Return the bytes, the path or the pixels that an image column's Arrow value holds.
+
+    Args:
+        value: of a column of images.
+        root: as for `ImageSource`.
+
+    Raises:
+        BadImage: it holds neither; its array is ragged; its path leads out of root.
+    """
+    kind = value.type
+    if not value.is_valid:
+        raise BadImage("missing", "the image is null")
+    if pa.types.is_struct(kind):
+        stored = {field.name: value[field.name] for field in kind}
+        for name in ("bytes", "path"):
+            if name in stored and stored[name].is_valid:
+                return image_data(stored[name], root)
+        raise BadImage("missing", "the image has neither bytes nor path")
+    if isinstance(kind, pa.ExtensionType):
+        return image_data(value.value, root)
+    if hasattr(value, "values"):
+        return _pixels(value.values)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return confined(value.as_py(), root)
+    return memoryview(value.as_buffer())
+
+
+def confined(path: str, root: str | None) -> str:
+    """Return where a path leads, within root if there is one.
+
+    Raises:
+        BadImage: it leads out of it.
+    """
+    if root is None:
+        return path
+    try:
+        found = os.path.realpath(os.path.join(root, path))
+    except ValueError as error:  # a NUL
+        raise BadImage("unreadable", f"the path {path!r}: {error}") from error
+    if os.path.commonpath([root, found]) != root:
+        raise BadImage("outside image_root", f"the path {path!r} leads out of image_root")
+    return found
+
+
+def _pixels(rows: pa.Array) -> NDArray[Any]:
+    """Return the pixels of nested lists: [height, width] or [height, width, channels]."""
+    shape, values = [len(rows)], rows
+    while hasattr(values, "flatten") and pa.types.is_nested(values.type):
+        lengths = pc.unique(pc.list_value_length(values)).to_pylist() or [0]
+        if len(lengths) > 1 or None in lengths:
+            raise BadImage("unreadable", f"an array whose rows hold {lengths} values each")
+        shape.append(lengths[0])
+        values = values.flatten()
+    if values.null_count:
+        raise BadImage("unreadable", f"an array with {values.null_count} values missing")
+    found: NDArray[Any] = values.to_numpy(zero_copy_only=False)
+    return found.reshape(shape)
+
+
+def labels_of(dataset: Any, label_column: str | None) -> pa.Array | None:
+    """Return the labels of a dataset as one array, or None without a label column."""
+    if label_column is None:
+        return None
+    rows = dataset.select_columns([label_column]).with_format("arrow")
+    return rows[:].column(0).combine_chunks()  # `take` searches every chunk of a column

@@ -1,0 +1,70 @@
+"""Rows computed when read: the transform behind ``pack(..., materialize=False)``."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from packpipe.planning.image_config import PackConfig
+from packpipe.rows import schema
+from packpipe.rows.fill_images import fill_rows
+from packpipe.rows.rejects import bad_example
+from packpipe.rows.rows import Rows
+from packpipe.sources.features import packed_features
+from packpipe.sources.image_source import ImageSource
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LazyRows:
+    """Computes packed rows from stored segment columns and the source's images.
+
+    Attributes:
+        source: the images.
+        config, seed, epoch: what the plan was made with.
+        label: feature of the label column, or None.
+        on_error: what an image that cannot be decoded does: ``"raise"`` stops the reader,
+            ``"quarantine"`` leaves it out of its row and logs it.
+    """
+
+    source: ImageSource
+    config: PackConfig
+    seed: int
+    epoch: int
+    label: Any
+    on_error: str
+
+    def rows(self, plans: pa.Table) -> Rows:
+        """Return the rows of some plans, the bytes `pack` would have written."""
+        segments = schema.table_segments(plans)
+        rows, rejects = fill_rows(
+            segments, self.source, self.config, seed=self.seed, epoch=self.epoch
+        )
+        for reject in rejects:
+            if self.on_error == "raise":
+                raise ValueError(bad_example(reject))
+            log.warning("example %d left out: %s", reject.example_index, reject.exception)
+        return rows
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Return the columns of packed rows: a NumPy array a row, its dtype kept."""
+        stored = packed_features(self.config, self.label, tokens=False).arrow_schema
+        if set(batch) != set(stored.names):  # some stored columns were selected: nothing to compute
+            return batch
+        row_schema = packed_features(self.config, self.label).arrow_schema
+        rows = schema.rows_table(self.rows(pa.table(batch, schema=stored)), row_schema)
+        return {name: [_values(row) for row in rows.column(name)] for name in rows.column_names}
+
+
+def _values(row: pa.Scalar) -> Any:
+    """Return a list scalar as a NumPy array of its own dtype (strings and the like as a list)."""
+    values = row.values
+    if pa.types.is_fixed_size_list(values.type):
+        return values.flatten().to_numpy().reshape(-1, values.type.list_size)
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        return values.to_numpy()
+    return values.to_pylist()

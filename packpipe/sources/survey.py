@@ -1,0 +1,146 @@
+"""Which images of a source are usable, from headers and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel
+from numpy.typing import NDArray
+
+from packpipe.images.decode import Probe, probe
+from packpipe.images.opening import BadImage, ImageData
+from packpipe.rows.rejects import Reject
+
+_PROBES_A_TASK = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes:
+    """What image headers say of every row of a source.
+
+    Attributes:
+        image_hw: int32[rows, 2], upright sizes; (0, 0) for a reject.
+        broken_exif: bool[rows], whether the EXIF could not be read.
+        rejects: the rows without a size.
+    """
+
+    image_hw: NDArray[np.int32]
+    broken_exif: NDArray[np.bool_]
+    rejects: list[Reject]
+
+
+def probe_sizes(
+    read_image: Callable[[int], ImageData],
+    num_examples: int,
+    *,
+    max_pixels: int,
+    executor: Executor | None = None,
+) -> Sizes:
+    """Return the sizes of a source's images from their headers alone.
+
+    Args:
+        read_image: row number to encoded image.
+        num_examples: rows.
+        max_pixels: larger images are rejected.
+        executor: runs the probes, some hundred a task; None runs them here.
+    """
+
+    def outcomes_of(examples: range) -> list[Probe | Reject]:
+        return [_probe_or_reject(read_image, example, max_pixels) for example in examples]
+
+    tasks = [
+        range(num_examples)[i : i + _PROBES_A_TASK] for i in range(0, num_examples, _PROBES_A_TASK)
+    ]
+    run = map if executor is None else executor.map
+    sizes = Sizes(np.zeros((num_examples, 2), np.int32), np.zeros(num_examples, np.bool_), [])
+    for task, outcomes in zip(tasks, run(outcomes_of, tasks), strict=True):
+        for row, outcome in zip(task, outcomes, strict=True):
+            if isinstance(outcome, Reject):
+                sizes.rejects.append(outcome)
+            else:
+                sizes.image_hw[row], sizes.broken_exif[row] = outcome
+    return sizes
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What headers and labels say of a source.
+
+    Attributes:
+        image_hw: int32[good, 2], upright sizes of the usable images.
+        index: int64[good], their rows.
+        rejects: the other examples, by row.
+        broken_exif: how many had an EXIF that could not be read.
+    """
+
+    image_hw: NDArray[np.int32]
+    index: NDArray[np.int64]
+    rejects: list[Reject]
+    broken_exif: int
+
+    def without(self, rejects: list[Reject]) -> Survey:
+        """Return the survey with more examples rejected."""
+        known = {reject.example_index for reject in self.rejects}
+        more = [reject for reject in rejects if reject.example_index not in known]
+        good = ~np.isin(self.index, [reject.example_index for reject in more])
+        return Survey(
+            image_hw=self.image_hw[good],
+            index=self.index[good],
+            rejects=sorted(self.rejects + more),
+            broken_exif=self.broken_exif,
+        )
+
+
+def survey(sizes: Sizes, labels: pa.Array | pa.ChunkedArray | None, label: Any) -> Survey:
+    """Return the usable images of a source, and the rejects for their size or label.
+
+    Args:
+        sizes: of its images.
+        labels: one value a row, or None.
+        label: feature of the labels.
+    """
+    rejects = {reject.example_index: reject for reject in sizes.rejects}
+    for reject in [] if labels is None else _bad_labels(labels, label):
+        rejects.setdefault(reject.example_index, reject)
+    good = np.ones(len(sizes.image_hw), np.bool_)
+    good[list(rejects)] = False
+    return Survey(
+        image_hw=sizes.image_hw[good],
+        index=np.flatnonzero(good),
+        rejects=sorted(rejects.values()),
+        broken_exif=int(sizes.broken_exif[good].sum()),
+    )
+
+
+def _probe_or_reject(
+    read_image: Callable[[int], ImageData], example: int, max_pixels: int
+) -> Probe | Reject:
+    try:
+        return probe(read_image(example), max_pixels=max_pixels)
+    except BadImage as error:
+        return Reject(example, "probe", error.reason, error.exception)
+
+
+def _bad_labels(labels: pa.Array | pa.ChunkedArray, feature: Any) -> list[Reject]:
+    """Return the examples whose label is null, or no class of its ClassLabel."""
+    bad = pc.is_null(labels)
+    expected, remedy = "a label", "; repair it, or pass label_column=None"
+    if isinstance(feature, ClassLabel):
+        outside = pc.or_(pc.less(labels, 0), pc.greater_equal(labels, feature.num_classes))
+        bad = pc.or_(bad, pc.fill_null(outside, False))
+        expected = f"0..{feature.num_classes - 1}"
+    return [
+        Reject(
+            row,
+            "label",
+            "bad label",
+            f"label is {labels[row].as_py()}, expected {expected}{remedy}",
+        )
+        for row in np.flatnonzero(np.asarray(bad)).tolist()
+    ]

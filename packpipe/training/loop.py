@@ -1,0 +1,334 @@
+"""Training: a short loop over batches of packed rows.
+
+AdamW, the reciprocal square root of the step as learning rate, clipped gradients; on a GPU bf16
+and compiled parts; under ``torchrun`` DDP, where every image of all ranks counts the same. With a
+folder, checkpoints that resume to the same loss, on a CPU bit for bit.
+
+Source: NaViT B.1 and Zhai et al., arXiv 2106.04560 (the rate, the two weight decays).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from packpipe import checks
+from packpipe.loading.batch import NO_LABEL, PackedBatch
+from packpipe.loading.loader import PackedLoader
+from packpipe.loading.ranks import has_group, rank_of_world
+from packpipe.model.attention import check_backend
+from packpipe.model.config import NaViTConfig
+from packpipe.model.flops import TRAINING, forward_flops, matrix_rate
+from packpipe.model.navit import NaViT, compile_parts
+from packpipe.training.checkpoints import load_checkpoint, save_checkpoint
+from packpipe.training.losses import (
+    global_count,
+    segment_cross_entropy,
+    segment_sigmoid_cross_entropy,
+)
+
+log = logging.getLogger(__name__)
+
+LOSSES = {"softmax": segment_cross_entropy, "sigmoid": segment_sigmoid_cross_entropy}
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained.
+
+    Attributes:
+        steps: updates.
+        learning_rate: the peak.
+        warm_up: steps in which the rate rises to it; None is a tenth.
+        cool_down: steps in which it falls to 0 at the end; None is a tenth.
+        timescale: steps after which the rate has fallen to 0.7 of the peak.
+        weight_decay: of matrices.
+        head_weight_decay: of the head's.
+        clip: the gradient's largest norm.
+        loss: ``"sigmoid"`` or ``"softmax"``.
+        precision: of matrix products; ``"auto"`` is bfloat16 on a GPU.
+        compiled: whether `compile_parts` is used; None: on a GPU.
+        trim: what `PackedBatch.trim` cuts rows to a multiple of; None keeps all at one length.
+        log_every: steps a record speaks of. Each makes a GPU wait.
+        save_every: steps between checkpoints; None saves the last step alone.
+
+    Raises:
+        TypeError, ValueError: ``name is VALUE, expected REQUIREMENT; remedy``.
+    """
+
+    steps: int
+    learning_rate: float = 8e-4
+    warm_up: int | None = None
+    cool_down: int | None = None
+    timescale: int = 10_000
+    weight_decay: float = 0.03
+    head_weight_decay: float = 3.0
+    clip: float = 1.0
+    loss: str = "sigmoid"
+    precision: str = "auto"
+    compiled: bool | None = None
+    trim: int | None = None
+    log_every: int = 1
+    save_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "timescale", "log_every", "save_every", "trim"):
+            value = getattr(self, name)
+            if value is not None:
+                checks.whole_number(name, value, 1, 2**63, "choose a usual number")
+        for name in ("warm_up", "cool_down"):
+            value = getattr(self, name)
+            tenth = self.steps // 10
+            value = tenth if value is None else value
+            remedy = f"steps is {self.steps}"
+            object.__setattr__(self, name, checks.whole_number(name, value, 0, self.steps, remedy))
+        for name in ("learning_rate", "clip"):
+            checks.positive_number(name, getattr(self, name), "choose a usual one")
+        for name in ("weight_decay", "head_weight_decay"):
+            if checks.real_number(name, getattr(self, name), "0 is none") < 0:
+                raise ValueError(
+                    checks.sentence(name, getattr(self, name), "0 or more", "0 is none")
+                )
+        checks.choice("loss", self.loss, LOSSES, "choose a loss")
+        checks.choice("precision", self.precision, PRECISIONS, "choose a precision")
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, 0 being the first.
+
+        Linear to the peak, then peak · √(τ ÷ (steps since + τ)); times a line to 0 at the end.
+        """
+        warm_up, cool_down = int(self.warm_up or 0), int(self.cool_down or 0)
+        rising = min(1.0, (step + 1) / (warm_up + 1))
+        since = max(0, step - warm_up)
+        falling = min(1.0, (self.steps - step) / (cool_down + 1))
+        return (
+            self.learning_rate
+            * rising
+            * falling
+            * math.sqrt(self.timescale / (since + self.timescale))
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """What some steps of this rank were like.
+
+    Attributes:
+        step: the last of them, 1 being the first.
+        loss: their mean.
+        accuracy: share of images whose largest logit is that of their label.
+        learning_rate: of the last.
+        images_per_s: images a second.
+        tokens_per_s: real tokens a second.
+        fill: real tokens ÷ slots.
+        data_wait: share of the time in which the loader was waited for.
+        flops_per_s: useful FLOPs a second (`packpipe.model.flops`).
+        mfu: that ÷ the measured rate of matrix products; None on a CPU.
+    """
+
+    step: int
+    loss: float
+    accuracy: float
+    learning_rate: float
+    images_per_s: float
+    tokens_per_s: float
+    fill: float
+    data_wait: float
+    flops_per_s: float
+    mfu: float | None
+
+
+def train(
+    model: NaViT,
+    loader: PackedLoader,
+    config: TrainConfig,
+    *,
+    folder: Path | str | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Record]:
+    """Yield a record every log_every steps, of a model that is trained in place.
+
+    Args:
+        model: on the device it is trained on.
+        loader: batches with integer labels, epoch after epoch.
+        config: how.
+        folder: where checkpoints and log.jsonl go; if there is a checkpoint in it, training goes
+            on from there. None keeps nothing.
+        stop: asked after every step; if it says True, that step is saved and is the last.
+
+    Raises:
+        ValueError: the rows have no labels, or the folder's checkpoint is of another model.
+        RuntimeError: attention gives other values here than it should.
+    """
+    device = next(model.parameters()).device
+    half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    optimizer = optimizer_of(model, config)
+    folder = None if folder is None else Path(folder)
+    first = load_checkpoint(folder, model, optimizer, loader) if folder else 0
+    _state_backend(model, device, half)
+    run: nn.Module = model.train()
+    compiled = device.type == "cuda" if config.compiled is None else config.compiled
+    if compiled and not model.keep_padding:
+        compile_parts(model)
+    if has_group():
+        run = DistributedDataParallel(model)
+    rate = (
+        matrix_rate(device, torch.bfloat16 if half else torch.float32)
+        if device.type == "cuda"
+        else None
+    )
+    figures = _Figures(model.config, rate, first)
+    writer = _Log(folder, first) if folder and rank_of_world()[0] == 0 else None
+
+    batches = chain.from_iterable(repeat(loader))  # each pass is the next epoch
+    for step in range(first, config.steps):
+        asked = time.perf_counter()
+        batch = next(batches)
+        figures.waited += time.perf_counter() - asked
+        if config.trim:
+            batch = batch.trim(config.trim)
+        moved = batch.to(device, non_blocking=True)
+        labels = moved.labels
+        if labels is None:
+            remedy = "pack with label_column"
+            raise ValueError(checks.sentence("batch.labels", None, "integer labels", remedy))
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            logits = run(moved)
+        loss = loss_of(logits, labels, config)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        figures.add(batch, labels, logits.detach(), loss.detach())
+        done = step + 1
+        stopped = stop()
+        if done % config.log_every == 0 or done == config.steps or stopped:
+            record = figures.record(done, config.rate(step))
+            if writer:
+                writer.write(record)
+            yield record
+        if folder and (
+            done == config.steps or stopped or (config.save_every and done % config.save_every == 0)
+        ):
+            save_checkpoint(folder, model, optimizer, loader, done)
+        if stopped:
+            return
+
+
+def loss_of(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
+    """Return the loss of a batch: a mean over all ranks' images once ranks are averaged.
+
+    Args:
+        logits: float[B, S, K].
+        labels: int64[B, S], -100 where absent.
+        config: which loss.
+    """
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return LOSSES[config.loss](exact, labels, count=global_count(labels != NO_LABEL))
+
+
+def optimizer_of(model: NaViT, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW: weight decay on matrices of linear maps, the head's with its own, else none."""
+    head = {id(p) for p in model.head.parameters()} if model.head is not None else set()
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - head
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) in chosen], "weight_decay": decay}
+        for chosen, decay in (
+            (head, config.head_weight_decay),
+            (matrices, config.weight_decay),
+            ({id(p) for p in model.parameters()} - head - matrices, 0.0),
+        )
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+
+class _Figures:
+    """Sums over the steps since the last record."""
+
+    def __init__(self, config: NaViTConfig, rate: float | None, step: int) -> None:
+        self.config, self.rate = config, rate
+        self._reset(step)
+
+    def _reset(self, step: int) -> None:
+        self.step, self.began, self.waited = step, time.perf_counter(), 0.0
+        self.images = self.tokens = self.slots = self.flops = 0
+        self.loss: Tensor | float = 0.0
+        self.right: Tensor | float = 0.0
+        self.labelled: Tensor | float = 0.0
+
+    def add(self, batch: PackedBatch, labels: Tensor, logits: Tensor, loss: Tensor) -> None:
+        """Count a step: its batch, on the CPU, and what is on the model's device, which stays."""
+        self.images += int(batch.present.sum())
+        self.tokens += int(batch.seq_lens.sum())
+        self.slots += batch.segment_ids.numel()
+        self.flops += TRAINING * forward_flops(self.config, batch.seq_lens)
+        self.loss = self.loss + loss
+        self.right = self.right + (logits.argmax(-1) == labels).sum()
+        self.labelled = self.labelled + (labels != NO_LABEL).sum()
+
+    def record(self, step: int, learning_rate: float) -> Record:
+        """Return the record of the steps up to this one, and begin anew."""
+        loss, labelled = float(self.loss), max(1.0, float(self.labelled))  # waits for the GPU
+        right = float(self.right)
+        seconds = time.perf_counter() - self.began
+        record = Record(
+            step=step,
+            loss=loss / (step - self.step),
+            accuracy=right / labelled,
+            learning_rate=learning_rate,
+            images_per_s=self.images / seconds,
+            tokens_per_s=self.tokens / seconds,
+            fill=self.tokens / self.slots,
+            data_wait=self.waited / seconds,
+            flops_per_s=self.flops / seconds,
+            mfu=None if self.rate is None else self.flops / seconds / self.rate,
+        )
+        self._reset(step)
+        return record
+
+
+class _Log:
+    """log.jsonl: one record a line; of steps that are done again, the later."""
+
+    def __init__(self, folder: Path, first: int) -> None:
+        self.path = folder / "log.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        before = read_log(folder)
+        kept = [line for line in before if line["step"] <= first]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+
+def read_log(folder: Path | str) -> list[dict[str, Any]]:
+    """Return the records of a training's folder, in order; a line cut short is left out."""
+    path = Path(folder) / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _state_backend(model: NaViT, device: torch.device, half: bool) -> None:
+    """Say which attention runs, and that it has been found right."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        backend = model.backend()
+    dtype = torch.bfloat16 if half else next(model.parameters()).dtype
+    head_dim = model.config.dim // model.config.heads
+    difference = check_backend(backend, device, dtype, head_dim)
+    log.info("attention: %s in %s on %s, %.1e from reference", backend, dtype, device, difference)

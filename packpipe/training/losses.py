@@ -1,0 +1,114 @@
+"""Losses: averaged over examples, not over rows or tokens.
+
+Every image counts the same, whichever row it is in and however many share it. Across ranks, which
+hold different numbers of images, pass ``count=global_count(present)``: then the mean over ranks,
+which DDP takes of gradients, is the mean over all images.
+
+Shape letters: B rows, S segments a row, K classes or channels. Of a model without pooling, S is L.
+
+Source: Krell 3.2.3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from packpipe import checks
+from packpipe.loading.batch import NO_LABEL
+from packpipe.loading.ranks import has_group
+
+
+def segment_cross_entropy(logits: Tensor, labels: Tensor, *, count: Tensor | None = None) -> Tensor:
+    """Return the mean softmax cross-entropy over the segments that have a label; 0 if none has.
+
+    Args:
+        logits: float[B, S, K].
+        labels: int64[B, S], -100 for segments that do not count.
+        count: what the sum is divided by; None is how many have a label.
+    """
+    present = labels != NO_LABEL
+    # What stands where nothing counts may be infinite, which even 0 times a gradient is not.
+    flat = _where(present, logits).flatten(0, 1)
+    total = F.cross_entropy(flat, labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
+    return total / _divisor(present, count)
+
+
+def segment_sigmoid_cross_entropy(
+    logits: Tensor, labels: Tensor, *, present: Tensor | None = None, count: Tensor | None = None
+) -> Tensor:
+    """Return the sigmoid cross-entropy, summed over classes, averaged over segments.
+
+    Args:
+        logits: float[B, S, K].
+        labels: int64[B, S], -100 for segments that do not count; or float[B, S, K], each class's
+            share in [0, 1], as several labels or mixed images have it.
+        present: bool[B, S], which segments count; None is those whose label is not -100.
+        count: what the sum is divided by; None is how many count.
+
+    Raises:
+        ValueError: labels for each class come without present.
+
+    Source: NaViT 3 (classification).
+    """
+    if labels.ndim == logits.ndim:
+        if present is None:
+            expected, remedy = "bool[B, S] with labels for each class", "pass batch.present"
+            raise ValueError(checks.sentence("present", None, expected, remedy))
+        targets = labels.to(logits.dtype)
+    else:
+        present = labels != NO_LABEL if present is None else present & (labels != NO_LABEL)
+        classes = torch.arange(logits.shape[-1], device=logits.device)
+        targets = (labels[..., None] == classes).to(logits.dtype)
+    each = F.binary_cross_entropy_with_logits(
+        _where(present, logits), _where(present, targets), reduction="none"
+    )
+    return _where(present, each).sum() / _divisor(present, count)
+
+
+def segment_squared_error(
+    outputs: Tensor, targets: Tensor, *, present: Tensor, count: Tensor | None = None
+) -> Tensor:
+    """Return the squared error, averaged over channels and over segments.
+
+    Args:
+        outputs: float[B, S, K].
+        targets: float[B, S, K].
+        present: bool[B, S], which segments count.
+        count: what the sum is divided by; None is how many count.
+
+    Raises:
+        ValueError: the shapes differ, which would be broadcast.
+    """
+    if outputs.shape != targets.shape:
+        expected = f"{tuple(outputs.shape)} (outputs.shape)"
+        found, remedy = tuple(targets.shape), "give one number a channel"
+        raise ValueError(checks.sentence("targets.shape", found, expected, remedy))
+    error = _where(present, outputs) - _where(present, targets)
+    return error.square().mean(-1).sum() / _divisor(present, count)
+
+
+def global_count(present: Tensor) -> Tensor:
+    """Return all ranks' examples ÷ ranks: what each rank divides its sum by, at least 1 ÷ ranks.
+
+    The mean over W ranks of S_r ÷ (N ÷ W) is the sum over all examples ÷ N. Without
+    torch.distributed it is the number of examples here.
+
+    Args:
+        present: bool[...], which examples count here.
+    """
+    number = present.sum().to(torch.float32)
+    if not has_group():
+        return number.clamp(min=1)
+    torch.distributed.all_reduce(number)
+    return number.clamp(min=1) / torch.distributed.get_world_size()
+
+
+def _where(present: Tensor, values: Tensor) -> Tensor:
+    """Return values with 0 where absent: what is there may be anything, and has no gradient."""
+    return values.masked_fill(~present[..., None], 0)
+
+
+def _divisor(present: Tensor, count: Tensor | None) -> Tensor:
+    return present.sum().clamp(min=1) if count is None else count

@@ -1,0 +1,1 @@
+"""Is a folder what `pack` wrote: checksums, rows, every example once."""

@@ -1,0 +1,534 @@
+"""`pack`: the whole way from a Dataset of images to packed rows."""
+
+import logging
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import datasets
+import numpy as np
+import pictures
+import pyarrow as pa
+import pytest
+import xxhash
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+
+import packpipe
+from packpipe.building.shards import alone_in
+from packpipe.images.decode import decode, pixel_rules
+from packpipe.images.patches import unpatchify
+from packpipe.planning.image_config import PackConfig
+from packpipe.rows import files
+from packpipe.rows.rejects import TooManyRejects
+
+SMALL = {"seq_len": 32, "progress": False, "num_workers": 0}
+
+
+@pytest.fixture(scope="module")
+def source():
+    return pictures.dataset_of(pictures.encoded_images())
+
+
+def packed_in(folder, dataset, **options):
+    return packpipe.pack(dataset, output=folder, **{**SMALL, **options})
+
+
+def test_every_image_is_in_exactly_one_row_with_its_own_pixels_and_label(source, tmp_path):
+    packed = packed_in(tmp_path / "out", source)
+    rows = packpipe.read_rows(packed)
+    segments = rows.segments
+    assert sorted(segments.example_index.tolist()) == list(range(len(source)))
+    assert np.diff(segments.offsets).max() > 1
+    config = PackConfig(seq_len=32)
+    stored = source.with_format("arrow")[:]["image"]
+    for row in range(len(rows)):
+        place = 0
+        for segment in range(segments.offsets[row], segments.offsets[row + 1]):
+            example = int(segments.example_index[segment])
+            height, width = segments.grid_hw[segment].tolist()
+            tokens = slice(place, place + int(segments.seq_lens[segment]))
+            place = tokens.stop
+            wanted = decode(
+                stored[example]["bytes"].as_py(),
+                image_hw=pictures.SIZES[example],
+                target_hw=(height * 16, width * 16),
+                rules=pixel_rules(config),
+            )
+            coords = rows.coords[row, tokens]
+            found = unpatchify(rows.patches[row, tokens], coords, (height, width))
+            assert np.array_equal(found, wanted)
+            assert tuple(segments.image_hw[segment]) == pictures.SIZES[example]
+            assert segments.labels[segment].as_py() == example % 3
+        assert not rows.patches[row, place:].any()
+
+
+def test_the_rows_follow_the_public_plan(source, tmp_path):
+    packed = packed_in(tmp_path / "out", source, seed=5, epoch=2)
+    plan = packpipe.plan_epoch(pictures.SIZES, PackConfig(seq_len=32), seed=5, epoch=2)
+    assert [row.tolist() for row in plan] == [row["example_index"] for row in packed]
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_the_number_of_workers_changes_no_byte(source, tmp_path, num_workers):
+    packed_in(tmp_path / "one", source)
+    packed_in(tmp_path / "more", source, num_workers=num_workers)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert "data-00000.arrow" in names
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "more" / name).read_bytes()
+
+
+def test_rows_computed_when_read_are_the_rows_stored(source, tmp_path):
+    stored = packed_in(tmp_path / "stored", source)
+    lazy = packed_in(tmp_path / "lazy", source, materialize=False)
+    assert pictures.row_bytes(packpipe.read_rows(stored)) == pictures.row_bytes(
+        packpipe.read_rows(lazy)
+    )
+    for row in range(len(stored)):
+        for name, value in lazy[row].items():
+            assert np.array_equal(np.asarray(value), np.asarray(stored[row][name])), name
+    assert lazy[0]["patches"].dtype == np.uint8
+    assert len(list((tmp_path / "lazy").glob("*.arrow"))) == 2
+    assert packpipe.manifest(lazy)["counts"] == packpipe.manifest(stored)["counts"]
+
+
+def test_small_files_and_batches_change_nothing_but_the_files(source, tmp_path, monkeypatch):
+    whole = packed_in(tmp_path / "whole", source)
+    row_bytes = PackConfig(seq_len=32).row_bytes
+    monkeypatch.setattr(files, "BATCH_BYTES", row_bytes)
+    monkeypatch.setattr(files, "FILE_BYTES", 2 * row_bytes)
+    cut = packed_in(tmp_path / "cut", source, num_workers=2)
+    assert len(whole) > 2
+    assert len(list((tmp_path / "cut").glob("data-*"))) == -(-len(whole) // 2)
+    assert pictures.row_bytes(packpipe.read_rows(cut)) == pictures.row_bytes(
+        packpipe.read_rows(whole)
+    )
+
+
+def test_selections_and_shuffles_of_packed_rows_read_as_they_stand(source, tmp_path):
+    packed = packed_in(tmp_path / "out", source)
+    picked = packed.select([2, 0]).flatten_indices()
+    wanted = pictures.row_bytes(packpipe.read_rows(packed, [2, 0]))
+    assert pictures.row_bytes(packpipe.read_rows(packed.select([2, 0]))) == wanted
+    assert pictures.row_bytes(packpipe.read_rows(picked)) == wanted
+
+
+def test_a_selected_source_is_read_through_its_indices(source, tmp_path):
+    picked = source.select([8, 3, 5])
+    rows = packpipe.read_rows(packed_in(tmp_path / "out", picked))
+    by_example = dict(
+        zip(rows.segments.example_index.tolist(), rows.segments.image_hw.tolist(), strict=True)
+    )
+    assert by_example == {0: [70, 70], 1: [8, 120], 2: [1, 7]}
+
+
+def test_the_columns_have_the_types_the_design_states(source, tmp_path):
+    packed = packed_in(tmp_path / "out", source)
+    assert packed.features == Features(
+        {
+            "patches": List(Value("uint8"), length=32 * 768),
+            "segment_ids": List(Value("int32"), length=32),
+            "coords": List(Value("int16"), length=64),
+            "seq_lens": List(Value("int32")),
+            "grid_hw": List(List(Value("int16"), length=2)),
+            "image_hw": List(List(Value("int32"), length=2)),
+            "labels": List(ClassLabel(names=["cat", "dog", "owl"])),
+            "example_index": List(Value("int64")),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("label_column", "feature"),
+    [(None, None), ("n", Value("int32")), ("auto", ClassLabel(names=["cat", "dog", "owl"]))],
+)
+def test_any_label_column_or_none(source, tmp_path, label_column, feature):
+    packed = packed_in(tmp_path / "out", source, label_column=label_column)
+    assert packed.features.get("labels") == (None if feature is None else List(feature))
+
+
+def test_string_labels_travel_as_strings(tmp_path):
+    images = pictures.encoded_images()[:2]
+    source = Dataset.from_dict(
+        {"image": [{"bytes": b, "path": None} for b in images], "label": ["a", "b"]},
+        features=Features({"image": Image(), "label": Value("string")}),
+    )
+    packed = packed_in(tmp_path / "out", source)
+    lazy = packed_in(tmp_path / "lazy", source, materialize=False)
+    found = {
+        i: name
+        for row in packed
+        for i, name in zip(row["example_index"], row["labels"], strict=True)
+    }
+    assert found == {0: "a", 1: "b"}
+    assert [row["labels"] for row in lazy] == [row["labels"] for row in packed]
+
+
+def test_images_by_path_and_bare_bytes_give_the_rows_of_images_by_bytes(source, tmp_path):
+    paths = []
+    for number, image in enumerate(pictures.encoded_images()):
+        paths.append(str(tmp_path / f"{number}.png"))
+        (tmp_path / f"{number}.png").write_bytes(image)
+    by_path = Dataset.from_dict({"image": paths}).cast_column("image", Image())
+    bare = Dataset.from_dict(
+        {"image": pictures.encoded_images()}, features=Features({"image": Value("binary")})
+    )
+    wanted, *others = (
+        pictures.row_bytes(
+            packpipe.read_rows(packed_in(tmp_path / name, dataset, label_column=None))
+        )
+        for name, dataset in [("a", source), ("b", by_path), ("c", bare)]
+    )
+    assert all(found == wanted for found in others)
+
+
+def test_load_from_disk_opens_the_folder(source, tmp_path):
+    packed = packed_in(tmp_path / "out", source)
+    opened = datasets.load_from_disk(str(tmp_path / "out"))
+    assert opened.features == packed.features
+    assert opened[:] == packed[:]
+    assert {file["filename"] for file in packed.cache_files} == {
+        str(tmp_path / "out" / "data-00000.arrow")
+    }
+
+
+def test_the_manifest_records_what_the_bytes_depend_on_and_their_checksums(source, tmp_path):
+    packed = packed_in(tmp_path / "out", source, patch_size=8, max_tokens=30, seed=3)
+    found = packpipe.manifest(packed)
+    assert found["schema_version"] == 1
+    assert found["packpipe"] == packpipe.__version__
+    assert found["config"]["patch_size"] == 8
+    assert found["config"]["max_tokens"] == 30
+    assert (found["seed"], found["epoch"]) == (3, 0)
+    rows = packpipe.read_rows(packed)
+    tokens = int(rows.segments.seq_lens.sum())
+    assert found["counts"] == {
+        "read": 9,
+        "packed": 9,
+        "rejected": 0,
+        "rejected_by_reason": {},
+        "shrunk": 5,
+        "broken_exif": 0,
+        "packs": len(packed),
+        "bound": found["counts"]["bound"],
+        "tokens": tokens,
+    }
+    assert found["counts"]["bound"] <= len(packed)
+    assert found["fill"] == tokens / (len(packed) * 32)
+    for name, record in found["files"].items():
+        content = (tmp_path / "out" / name).read_bytes()
+        assert xxhash.xxh3_128(content).hexdigest() == record["xxh3_128"]
+        assert len(content) == record["bytes"]
+
+
+def test_bad_examples_land_in_the_rejects_and_nobody_else_moves(tmp_path, caplog):
+    images = pictures.encoded_images() * 12
+    truncated = pictures.encoded_image(90, 33, 2, "JPEG")[:-900]
+    whole = packed_in(tmp_path / "whole", pictures.dataset_of(images))
+    images[2] = truncated  # size as planned; fails when decoded
+    images[7] = b""
+    labels = [row % 3 for row in range(len(images))]
+    labels[11] = None
+    source = pictures.dataset_of(images, labels)
+    with caplog.at_level(logging.WARNING, logger="packpipe"):
+        packed = packed_in(tmp_path / "out", source, max_bad_fraction=0.05)
+    assert "3 of 108 examples rejected; packpipe.rejects(packed) says which and why" in caplog.text
+    found = packpipe.rejects(packed).to_list()
+    assert [(r["example_index"], r["stage"], r["reason"]) for r in found] == [
+        (2, "decode", "undecodable"),
+        (7, "probe", "empty"),
+        (11, "label", "bad label"),
+    ]
+    assert found[0]["exception"].startswith("OSError: ")
+    assert found[2]["exception"] == (
+        "label is None, expected 0..2; repair it, or pass label_column=None"
+    )
+    counts = packpipe.manifest(packed)["counts"]
+    assert (counts["read"], counts["packed"], counts["rejected"]) == (108, 105, 3)
+    assert counts["rejected_by_reason"] == {"bad label": 1, "empty": 1, "undecodable": 1}
+    rows = packpipe.read_rows(packed)
+    kept = rows.segments.example_index.tolist()
+    assert sorted([*kept, 2, 7, 11]) == list(range(108))
+    assert (
+        counts["tokens"] == int(rows.segments.seq_lens.sum()) == int((rows.segment_ids > 0).sum())
+    )
+    assert len(packpipe.rejects(whole)) == 0
+
+
+def test_a_failed_image_leaves_its_row_to_the_others(tmp_path):
+    images = pictures.encoded_images()
+    images[0] = pictures.encoded_image(40, 60, 0, "JPEG")
+    whole = packed_in(tmp_path / "whole", pictures.dataset_of(images))
+    images[0] = images[0][:-900]
+    packed = packed_in(tmp_path / "out", pictures.dataset_of(images), max_bad_fraction=0.5)
+    lazy = packed_in(
+        tmp_path / "lazy", pictures.dataset_of(images), max_bad_fraction=0.5, materialize=False
+    )
+    without = [[i for i in row["example_index"] if i != 0] for row in whole]
+    assert any(len(row) > 1 for row in without)
+    assert [row["example_index"] for row in packed] == without
+    assert pictures.row_bytes(packpipe.read_rows(lazy)) == pictures.row_bytes(
+        packpipe.read_rows(packed)
+    )
+
+
+def test_a_build_with_too_many_bad_images_stops_and_leaves_nothing(tmp_path):
+    images = [*pictures.encoded_images(), b"<html>not found</html>"]
+    message = (
+        "rejected is 1 of 10 examples (10.00%), expected at most 1.00% (max_bad_fraction); repair "
+        "the source or raise it. First: example 9 (unreadable: "
+    )
+    with pytest.raises(TooManyRejects, match=re.escape(message)) as caught:
+        packed_in(tmp_path / "out", pictures.dataset_of(images))
+    assert [reject.example_index for reject in caught.value.rejects] == [9]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_on_error_raise_stops_at_the_first_bad_image(tmp_path):
+    images = pictures.encoded_images() * 30
+    images[100] = b"nothing"
+    with pytest.raises(TooManyRejects, match=re.escape("example 100 is bad (unreadable: ")):
+        packed_in(tmp_path / "out", pictures.dataset_of(images), on_error="raise")
+
+
+def test_called_again_it_opens_what_it_wrote(source, tmp_path):
+    packed_in(tmp_path / "out", source)
+    written = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
+    again = packed_in(tmp_path / "out", source)
+    assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == written
+    assert len(again) > 0
+
+
+def test_without_output_the_datasets_cache_holds_the_rows(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    packed = packpipe.pack(source, **SMALL)
+    again = packpipe.pack(source, **SMALL)
+    other = packpipe.pack(source, **SMALL, seed=1)
+    assert packed.cache_files == again.cache_files
+    assert packed.cache_files != other.cache_files
+    kept = list((tmp_path / "packpipe").iterdir())
+    assert sum(path.is_dir() for path in kept) == 2
+    assert [path.suffix for path in kept if path.is_file()] == [".arrow"]  # the sizes, once
+
+
+def test_another_build_in_the_folder_is_refused(source, tmp_path):
+    packed_in(tmp_path / "out", source)
+    message = f"output is {str(tmp_path / 'out')!r}, expected rows made with the same config, seed;"
+    with pytest.raises(FileExistsError, match=re.escape(message)):
+        packed_in(tmp_path / "out", source, patch_size=8, seed=9)
+
+
+def test_a_folder_of_something_else_is_refused(source, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    message = f"output is {str(tmp_path)!r}, expected an absent or empty folder; choose another"
+    with pytest.raises(FileExistsError, match=re.escape(message)):
+        packed_in(tmp_path, source)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_empty_dataset_gives_no_rows(source, tmp_path):
+    packed = packed_in(tmp_path / "out", source.select([]))
+    assert len(packed) == 0
+    assert "patches" in packed.features
+    assert packpipe.manifest(packed)["counts"]["packs"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"seq_len": 0}, ValueError, "seq_len is 0, expected an integer in 1..32767; "),
+        ({"patch": 8}, TypeError, "option is 'patch', expected one of seq_len, patch_size, "),
+        ({"num_workers": -1}, ValueError, "num_workers is -1, expected an integer in 0..1024; "),
+        ({"image_seconds": 0}, ValueError, "image_seconds is 0, expected a number above 0; "),
+        ({"image_root": 1}, TypeError, "image_root is 1, expected a folder; "),
+        ({"image_root": "no/such"}, ValueError, "image_root is 'no/such', expected a folder; "),
+        ({"on_error": "skip"}, ValueError, "on_error is 'skip', expected one of 'quarantine', "),
+        ({"image_column": "img"}, ValueError, "image_column is 'img', expected one of ['image', "),
+        (
+            {"image_column": "n"},
+            ValueError,
+            "features['n'] is Value('int32'), expected Image(), Value('binary') or arrays",
+        ),
+        ({"label_column": "y"}, ValueError, "label_column is 'y', expected one of ['image', 'lab"),
+        ({"max_bad_fraction": 2}, ValueError, "max_bad_fraction is 2, expected 0..1; it is a sh"),
+        ({"max_consecutive_bad": 0}, ValueError, "max_consecutive_bad is 0, expected an integer"),
+        ({"materialize": "no"}, TypeError, "materialize is 'no', expected True or False; pass a b"),
+        ({"on_error": "raise", "max_bad_fraction": "x"}, TypeError, "max_bad_fraction is 'x', ex"),
+        ({"seed": -1}, ValueError, "seed is -1, expected an integer in 0..18446744073709551615; "),
+    ],
+)
+def test_wrong_arguments_are_refused_at_the_front_door(source, tmp_path, options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        packed_in(tmp_path / "out", source, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_dataset_is_refused(source):
+    message = (
+        "type(dataset) is 'DatasetDict', expected Dataset; pass one split, such as dataset['train']"
+    )
+    with pytest.raises(TypeError, match=re.escape(message)):
+        packpipe.pack(datasets.DatasetDict(train=source))
+
+
+def test_a_dataset_without_images_is_refused():
+    message = (
+        "image columns is [], expected exactly one, for image_column='auto'; pass image_column"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        packpipe.pack(Dataset.from_dict({"x": [1]}))
+
+
+def test_a_dataset_pack_did_not_make_has_no_manifest():
+    message = "folders of packed is [], expected one folder that packpipe.pack wrote; ask each"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        packpipe.manifest(Dataset.from_dict({"x": [1]}))
+
+
+def test_rows_of_the_lazy_dataset_can_be_computed_in_another_process(source, tmp_path):
+    import pickle
+
+    lazy = packed_in(tmp_path / "lazy", source, materialize=False)
+    copy = pickle.loads(pickle.dumps(lazy))  # noqa: S301  what a DataLoader worker does
+    assert pictures.row_bytes(packpipe.read_rows(copy)) == pictures.row_bytes(
+        packpipe.read_rows(lazy)
+    )
+
+
+def test_read_rows_takes_an_arrow_table_too(source, tmp_path):
+    packed = packed_in(tmp_path / "out", source)
+    arrow = packed.with_format("arrow")[:]
+    assert isinstance(arrow, pa.Table)
+    assert pictures.row_bytes(packpipe.read_rows(arrow)) == pictures.row_bytes(
+        packpipe.read_rows(packed)
+    )
+
+
+def test_rows_already_written_are_held_to_the_policy_of_every_call(tmp_path):
+    images = [*pictures.encoded_images(), b"junk"]
+    source = pictures.dataset_of(images)
+    packed_in(tmp_path / "out", source, max_bad_fraction=1.0)
+    with pytest.raises(TooManyRejects, match=re.escape("rejected is 1 of 10 examples")):
+        packed_in(tmp_path / "out", source)
+    with pytest.raises(TooManyRejects, match=re.escape("example 9 is bad (unreadable: ")):
+        packed_in(tmp_path / "out", source, on_error="raise")
+    assert len(packpipe.rejects(packed_in(tmp_path / "out", source, max_bad_fraction=0.1))) == 1
+
+
+def test_progress_says_images_packs_rejects_and_the_size_to_come(tmp_path, capsys):
+    datasets.enable_progress_bars()
+    images = pictures.encoded_images()
+    images[4] = pictures.encoded_image(64, 64, 4, "JPEG")[:-900]
+    source = pictures.dataset_of(images)
+    options = {**SMALL, "max_bad_fraction": 1.0, "output": tmp_path / "out", "progress": True}
+    packed = packpipe.pack(source, **options)
+    said = capsys.readouterr().err
+    assert re.search(rf"Packing 9 images in {len(packed)} rows, [\d.]+ kB: +0%", said)
+    assert re.search(rf"100%.*\b9/9 .*images/s, packs={len(packed)}, rejects=1\]", said)
+    packpipe.pack(source, **options)
+    assert "Packing" not in capsys.readouterr().err
+    packpipe.pack(source, **{**options, "output": tmp_path / "silent", "progress": False})
+    assert "Packing" not in capsys.readouterr().err
+
+
+def test_rejects_are_the_same_bytes_in_every_run(tmp_path):
+    source = pictures.dataset_of([*pictures.encoded_images(), b"junk"])
+    for name in ("a", "b"):
+        packed_in(tmp_path / name, source, max_bad_fraction=1.0)
+    first, second = ((tmp_path / name / "rejects.arrow").read_bytes() for name in ("a", "b"))
+    assert first == second
+
+
+def test_rows_computed_when_read_obey_on_error(tmp_path, caplog):
+    images = pictures.encoded_images()
+    images[4] = pictures.encoded_image(64, 64, 4, "JPEG")[:-900]
+    source = pictures.dataset_of(images)
+    strict = packed_in(tmp_path / "a", source, materialize=False, on_error="raise")
+    with pytest.raises(ValueError, match=re.escape("example 4 is bad (undecodable: OSError: ")):
+        packpipe.read_rows(strict)
+    lenient = packed_in(tmp_path / "b", source, materialize=False)
+    with caplog.at_level(logging.WARNING, logger="packpipe"):
+        rows = packpipe.read_rows(lenient)
+    assert sorted(rows.segments.example_index.tolist()) == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert "example 4 left out: OSError: " in caplog.text
+
+
+def test_stored_columns_of_lazy_rows_can_be_selected(source, tmp_path):
+    lazy = packed_in(tmp_path / "lazy", source, materialize=False)
+    picked = lazy.select_columns(["seq_lens"])
+    assert [row["seq_lens"] for row in picked] == [list(row["seq_lens"]) for row in lazy]
+
+
+def test_changed_files_behind_the_same_paths_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "image.png"
+    path.write_bytes(pictures.encoded_image(40, 60))
+    source = Dataset.from_dict({"image": [str(path)]}).cast_column("image", Image())
+    lazy = packpipe.pack(source, **SMALL, materialize=False)
+    before = packpipe.pack(source, **SMALL)
+    path.write_bytes(pictures.encoded_image(64, 96))
+    after = packpipe.pack(source, **SMALL)
+    assert [before[0]["image_hw"], after[0]["image_hw"]] == [[[40, 60]], [[64, 96]]]
+    message = (
+        "example 0: image_hw is (64, 96), expected (40, 60) as planned; plan again, the source"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        packpipe.read_rows(lazy)
+
+
+def test_a_fault_of_the_machine_is_no_reject(source, tmp_path, monkeypatch):
+    def out_of_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("packpipe.images.decode.plain", out_of_memory)
+    with pytest.raises(MemoryError):
+        packed_in(tmp_path / "out", source, max_bad_fraction=1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_build_in_the_folder_of_a_first_is_refused(source, tmp_path):
+    with alone_in(tmp_path / "out", wait=False):
+        message = "(being written by another process)', expected a folder of its own; wait for it"
+        with pytest.raises(FileExistsError, match=re.escape(message)):
+            packed_in(tmp_path / "out", source)
+    assert len(packed_in(tmp_path / "out", source)) > 0
+
+
+def test_builds_of_the_same_rows_in_the_cache_wait_for_one_another(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with ThreadPoolExecutor(4) as threads:
+        runs = [threads.submit(packpipe.pack, source, **SMALL) for _ in range(4)]
+        found = [pictures.row_bytes(packpipe.read_rows(run.result())) for run in runs]
+    assert all(rows == found[0] for rows in found)
+    (folder,) = (path for path in (tmp_path / "cache" / "packpipe").iterdir() if path.is_dir())
+    assert {path.name for path in folder.iterdir()} == {
+        *("data-00000.arrow", "rejects.arrow", "manifest.json"),
+        *("dataset_info.json", "state.json"),
+    }
+
+
+def test_joined_datasets_have_no_single_manifest(source, tmp_path):
+    parts = [packed_in(tmp_path / str(seed), source, seed=seed) for seed in (0, 1)]
+    with pytest.raises(ValueError, match=r"expected one folder that packpipe.pack wrote; ask each"):
+        packpipe.manifest(datasets.concatenate_datasets(parts))
+
+
+def test_other_rows_have_another_fingerprint_on_disk(source, tmp_path):
+    for seed in (0, 1):
+        packed_in(tmp_path / str(seed), source, seed=seed)
+    opened = [datasets.load_from_disk(str(tmp_path / str(seed))) for seed in (0, 1)]
+    assert opened[0]._fingerprint != opened[1]._fingerprint
+
+
+def test_unlabelled_splits_are_told_what_to_do(tmp_path):
+    source = pictures.dataset_of(pictures.encoded_images(), [-1] * 9)
+    message = "label is -1, expected 0..2; repair it, or pass label_column=None"
+    with pytest.raises(TooManyRejects, match=re.escape(message)):
+        packed_in(tmp_path / "out", source)
+
+
+def test_a_label_that_is_no_single_value_is_refused(tmp_path):
+    features = Features({"image": Image(), "label": List(Value("int32"))})
+    rows = {"image": [{"bytes": pictures.encoded_image(9, 9), "path": None}], "label": [[1]]}
+    message = "features['label'] is List(Value('int32')), expected a ClassLabel or a Value; pass"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        packed_in(tmp_path / "out", Dataset.from_dict(rows, features=features))

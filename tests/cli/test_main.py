@@ -1,0 +1,329 @@
+"""The command line: every command on real images, and a bad call of each with its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+from processes import wait_until
+from typer.testing import CliRunner
+
+import packpipe
+from packpipe.cli.main import app
+from packpipe.samples import images_folder
+from packpipe.training.loop import read_log
+
+QUICK = ["--model", "Ti/32", "--seq-len", 64, "--sides", 32, 128, "--batch-size", 2]
+QUICK += ["--num-workers", 0, "--log-every", 1]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A folder of some bundled images of two classes."""
+    folder = tmp_path_factory.mktemp("images")
+    for name in sorted(p for p in images_folder().iterdir() if p.is_dir())[:2]:
+        (folder / name.name).mkdir()
+        for path in sorted(name.iterdir())[:7]:
+            shutil.copy(path, folder / name.name / path.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(few, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "rows"
+    assert run("pack", few, folder, "--seq-len", 256).exit_code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "texts.parquet"
+    rows = [list(range(1, length + 1)) for length in (3, 9, 4, 20, 1)]
+    Dataset.from_dict({"input_ids": rows}).to_parquet(path)
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def picture(path):
+    with Image.open(path) as found:
+        return found.convert("RGB")
+
+
+def told(*arguments):
+    """Return what a command that is fine has printed."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_help_shows_every_command_with_an_example():
+    assert "Exit status" in told("--help")
+    assert told("--version").strip() == packpipe.__version__
+    for name in ("pack", "plan", "stats", "show", "verify", "bench", "train", "demo"):
+        assert name in told("--help")
+        assert "Example" in told(name, "--help")
+        assert f"packpipe {name}" in told(name, "--help")
+
+
+def test_what_is_packed_is_said_and_packed_again_in_no_time(few, tmp_path):
+    said = told("pack", few, tmp_path / "a", "--seq-len", 256, "--num-workers", 0)
+    assert "14 of 14" in said
+    assert f"{packpipe.summarize(tmp_path / 'a').quality.padding:.3%}" in said
+    again = json.loads(told("pack", few, tmp_path / "a", "--seq-len", 256, "--json"))
+    assert again["counts"]["packed"] == 14
+    assert again["padding"] == packpipe.summarize(tmp_path / "a").quality.padding
+    assert packpipe.verify(tmp_path / "a") == []
+
+
+def test_options_reach_the_configuration(few, tmp_path):
+    options = ["--patch-size", 32, "--sides", 64, 128, "--drop-rate", 0.5, "--max-segments", 3]
+    options += ["--strategy", "bfd", "--seed", 3, "--epoch", 2, "--label-column", "none"]
+    told("pack", few, tmp_path / "a", "--seq-len", 64, *options)
+    found = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert (found["seed"], found["epoch"], found["label_column"]) == (3, 2, None)
+    config = found["config"]
+    assert (config["patch_size"], config["drop_rate"], config["max_segments"]) == (32, 0.5, 3)
+    assert config["strategy"] == "bfd"
+    assert "Side" in str(config["resolution"])
+
+
+def test_a_dry_run_says_what_it_would_be_and_writes_nothing(few, packed, tmp_path):
+    said = told("pack", few, tmp_path / "a", "--seq-len", 256, "--dry-run")
+    assert f"{packpipe.summarize(packed).quality.padding:.3%}" in said
+    assert "other seq_len" in said
+    found = json.loads(told("pack", few, tmp_path / "a", "--seq-len", 256, "--dry-run", "--json"))
+    assert found["counts"]["packs"] == packpipe.summarize(packed).quality.num_packs
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_plan_is_what_packing_gives(few, packed):
+    found = json.loads(told("plan", few, "--seq-len", 256, "--json"))
+    summary = packpipe.summarize(packed)
+    assert found["fill"] == summary.quality.fill
+    assert found["gap"] == summary.quality.gap
+    assert "other seq_len" in told("plan", few, "--seq-len", 256)
+
+
+def test_token_sequences_are_planned_and_packed(texts, tmp_path):
+    assert "3 too long" not in told("plan", texts, "--seq-len", 32)
+    told("pack", texts, tmp_path / "a", "--seq-len", 8, "--overflow", "split", "--mask-first-label")
+    found = json.loads(told("stats", tmp_path / "a", "--json"))
+    assert (found["unit"], found["counts"]["cut"], found["counts"]["tokens"]) == ("sequence", 2, 37)
+    assert told("verify", tmp_path / "a", "--source", texts).endswith("nothing is wrong\n")
+    assert told("show", tmp_path / "a", 0, "-o", tmp_path / "mask.png")
+    assert picture(tmp_path / "mask.png").size[0] > 100
+    told("stats", tmp_path / "a", "--html", tmp_path / "a.html")
+
+
+def test_rejects_are_counted_by_reason(few, tmp_path):
+    broken = shutil.copytree(few, tmp_path / "images")
+    bad = sorted(broken.rglob("*.*"))[4]
+    bad.write_bytes(b"no image")
+    result = run("pack", broken, tmp_path / "a", "--seq-len", 256, "--max-bad-fraction", 0.5)
+    assert result.exit_code == 0
+    assert f"rejected {bad}: UnidentifiedImageError: no known image format" in result.stderr
+    assert "1 (1 " in told("stats", tmp_path / "a")
+    result = run("pack", broken, tmp_path / "b", "--seq-len", 256)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("packpipe pack: rejected is 1 of 14 examples (7.14%), expected")
+    assert result.stderr.endswith(f"({bad})\n")
+    assert len(result.stderr.splitlines()) == 1
+    result = run("train", broken, tmp_path / "run", *QUICK, "--batch-size", 1, "--steps", 1)
+    assert (result.exit_code, result.stderr[-len(str(bad)) - 3 :]) == (1, f"({bad})\n")
+    options = [*QUICK, "--batch-size", 1, "--steps", 1, "--max-bad-fraction", 0.5]
+    told("train", broken, tmp_path / "run", *options)
+
+
+def test_stats_are_those_of_the_summary(packed):
+    said = told("stats", packed)
+    assert str(packpipe.summarize(packed)).splitlines()[2] in said.replace("  tokens", "tokens")
+    found = json.loads(told("stats", packed, "--json"))
+    assert sum(found["lengths"].values()) == 14
+    assert found["padding_alone"] > found["padding"]
+
+
+def test_rows_are_drawn(packed, tmp_path):
+    assert "rows.png" in told("show", packed, 0, 1, "--output", tmp_path / "rows.png")
+    rows = picture(tmp_path / "rows.png")
+    told("show", packed, 1, "--mask", "--output", tmp_path / "mask.png")
+    mask = picture(tmp_path / "mask.png")
+    assert rows.size != mask.size
+    assert len(rows.getcolors(2**24)) > 1000
+
+
+def test_problems_are_json_too(packed, tmp_path):
+    assert json.loads(told("verify", packed, "--json")) == []
+    folder = shutil.copytree(packed, tmp_path / "a")
+    (folder / "data-00099.arrow").touch()
+    result = run("verify", folder, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == [
+        {"where": "data-00099.arrow", "what": "is not in the manifest"}
+    ]
+
+
+def test_bench_compares_packed_with_padded(few, monkeypatch):
+    rate = 1e18  # beyond any machine: a rate that is measured depends on what else runs
+    monkeypatch.setattr("packpipe.cli.bench.matrix_rate", lambda *_: rate)
+    options = ["--model", "Ti/32", "--seq-len", 128, "--sides", 64, 256, "--steps", 2]
+    options += ["--batch-size", 1, "--num-workers", 0]
+    found = json.loads(told("bench", few, *options, "--json"))
+    packed, padded = found["layouts"]
+    assert (packed["layout"], padded["layout"]) == ("packed", "padded")
+    assert packed["fill"] > padded["fill"]
+    assert found["speedup"] == packed["images_per_s"] / padded["images_per_s"] > 0
+    assert found["matrix_rate"] == rate
+    for one in found["layouts"]:  # of ViT-Ti's 5.4 million weights, each token meets most
+        flops_a_token = one["mfu"] * rate / one["tokens_per_s"]
+        assert 3 * 2 * 5e6 < flops_a_token < 3 * 2 * 8e6
+    assert "times the images a second of padded" in told("bench", few, *options)
+
+
+def test_bench_is_of_one_device(few, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    result = run("bench", few)
+    assert result.exit_code == 2
+    assert "RANK is '1', expected no rank: one device is measured; run it without" in result.stderr
+
+
+def test_a_training_is_described_without_training(few, tmp_path):
+    found = json.loads(told("train", few, tmp_path / "a", *QUICK, "--dry-run", "--json"))
+    assert (found["images"], found["classes"], found["steps"]) == (14, 2, 1000)
+    assert found["parameters"] > 5_000_000
+    assert "parameters" in told("train", few, tmp_path / "a", *QUICK, "--dry-run")
+    assert not (tmp_path / "a").exists()
+
+
+def test_records_are_json_lines(few, tmp_path):
+    said = told("train", few, tmp_path / "a", *QUICK, "--steps", 2, "--json")
+    assert [json.loads(line)["step"] for line in said.splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pack", "{few}", "{out}", "--seq-len", 0], "seq_len is 0, expected an integer in 1.."),
+        (["pack", "{few}", "{out}", "--overflow", "split"], "option is 'overflow', expected one"),
+        (["pack", "{few}", "{packed}", "--seq-len", 8], "expected rows made with the same config"),
+        (["pack", "{few}", "{out}", "--on-error", "skip"], "on_error is 'skip', expected one of"),
+        (["pack", "a/b/c.parquet", "{out}"], "SOURCE is 'a/b/c.parquet', expected a file"),
+        (["pack", "{few}", "{out}", "--split", "dev"], 'Unknown split "dev"'),
+        (["plan", "{few}", "--patch-size", 999], "patch_size is 999, expected an integer in"),
+        (["plan", "{few}", "--resolution", "native", "--sides", 3, 4], "--sides is (3, 4), expec"),
+        (["plan", "{texts}", "--seq-len", 8], "lengths[1] is 9, expected at most 8 (seq_len)"),
+        (["stats", "{few}"], "expected a folder that packpipe.pack wrote; pass what pack"),
+        (["show", "{packed}", 5000], "rows[0] is 5000, expected -"),
+        (["show", "{few}"], "expected a folder that packpipe.pack wrote"),
+        (["verify", "nowhere"], "folder is 'nowhere', expected a folder"),
+        (["bench", "{few}", "--model", "H/14"], "name is 'H/14', expected one of Ti, S, B, L"),
+        (["bench", "{texts}"], "expected "),
+        (["train", "{few}", "{out}", "--loss", "hinge"], "loss is 'hinge', expected one of"),
+        (["train", "{texts}", "{out}"], "expected a label column among them"),
+    ],
+)
+def test_a_bad_call_is_a_line_and_2(arguments, message, few, packed, texts, tmp_path):
+    places = {"few": few, "packed": packed, "texts": texts, "out": tmp_path / "out"}
+    result = run(*(str(argument).format(**places) for argument in arguments))
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"packpipe {arguments[0]}: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["pack"], ["plan", "x", "--nothing"], ["paint"], ["demo", "--steps", "-1"]],
+)
+def test_a_call_that_nobody_can_parse_is_2(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_debug_shows_where_an_error_is_from(few, tmp_path):
+    result = run("--debug", "pack", few, tmp_path / "a", "--seq-len", 0)
+    assert isinstance(result.exception, ValueError)
+
+
+def test_what_nobody_thought_of_is_a_line_and_1(packed, monkeypatch):
+    def breaks(_):
+        raise RuntimeError("of\nall things")
+
+    monkeypatch.setattr("packpipe.building.summary.summarize", breaks)
+    result = run("stats", packed)
+    assert (result.exit_code, result.stderr) == (1, "packpipe stats: RuntimeError: of all things\n")
+
+
+def test_what_is_not_installed_is_named(packed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "packpipe.cli.report", None)
+    result = run("show", packed)
+    assert result.exit_code == 2
+    assert "is not installed; pip install 'packpipe[demo]'" in result.stderr
+
+
+@contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """The command as a shell starts it; it does not outlive the block."""
+    command = [sys.executable, "-W", "ignore", "-m", "packpipe", *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_while_it_runs(process: subprocess.Popen[str], holds: Callable[[], object]) -> None:
+    """Wait until something holds; fail with what the process said if it ends before that."""
+    wait_until(lambda: holds() or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[1]
+
+
+def test_a_training_that_is_stopped_saves_its_step_and_goes_on(few, tmp_path):
+    out = tmp_path / "run"
+    with started("train", few, out, *QUICK, "--steps", 100_000) as process:
+        wait_while_it_runs(process, lambda: len(read_log(out)) >= 2)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1] == "stopped; the same command goes on from here"
+    done = len(read_log(out))
+    assert f"step {done} " in stdout
+    said = told("train", few, out, *QUICK, "--steps", done + 2)
+    assert [line.split()[1] for line in said.splitlines()[:-1]] == [str(done + 1), str(done + 2)]
+
+
+@pytest.mark.slow
+def test_packing_that_is_stopped_leaves_no_process_and_goes_on(few, tmp_path):
+    many = tmp_path / "many"
+    for number in range(40):
+        for path in few.rglob("*.*"):
+            (many / str(number)).mkdir(parents=True, exist_ok=True)
+            os.link(path, many / str(number) / path.name)
+    options = ["--seq-len", 1024, "--num-workers", 1]
+    with started("pack", many, tmp_path / "a", *options) as process:
+        wait_while_it_runs(process, lambda: list(tmp_path.glob("a/*.partial")))
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert not list(tmp_path.glob("a/*.partial"))
+    told("pack", many, tmp_path / "a", "--seq-len", 1024, "--num-workers", 0)
+    assert packpipe.verify(tmp_path / "a") == []
+    assert Path(tmp_path / "a" / "manifest.json").is_file()

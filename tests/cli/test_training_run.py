@@ -1,0 +1,95 @@
+"""`packpipe train`: every layout trains, stopped it goes on, what is wrong is said in a line."""
+
+import shutil
+
+import commanding
+import pytest
+from two_ranks import run_on_two_ranks
+from typer.testing import CliRunner
+
+from packpipe.cli.main import app
+from packpipe.samples import images_folder
+from packpipe.training.checkpoints import checkpoints, load_model
+from packpipe.training.loop import read_log
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A folder of some bundled images of two labels, by folder name."""
+    folder = tmp_path_factory.mktemp("images")
+    for number, name in enumerate(sorted(p for p in images_folder().iterdir() if p.is_dir())[:2]):
+        (folder / name.name).mkdir()
+        for path in sorted(name.iterdir())[: 9 + number]:
+            shutil.copy(path, folder / name.name / path.name)
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+SMALL = ["--model", "Ti/32", "--seq-len", "64", "--sides", "32", "128", "--batch-size", "2"]
+QUICK = ["--steps", "4", "--log-every", "2", "--num-workers", "0"]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded", "bucketed", "square"])
+def test_every_layout_trains(layout, few, tmp_path):
+    result = run(few, tmp_path / "out", *SMALL, *QUICK, "--layout", layout)
+    assert result.exit_code == 0, result.output
+    assert "step 2  loss " in result.stdout
+    assert "step 4  loss " in result.stdout
+    log = read_log(tmp_path / "out")
+    assert [record["step"] for record in log] == [2, 4]
+    fills = {"packed": 0.7, "padded": 0.1, "bucketed": 0.1, "square": 1.0}
+    assert log[-1]["fill"] >= fills[layout]
+    assert (tmp_path / "out" / "training.png").read_bytes()[:4] == b"\x89PNG"
+    model = load_model(tmp_path / "out")
+    assert (model.config.dim, model.config.num_classes) == (192, 2)
+    assert (model.config.attention == "reference") == (layout in ("padded", "bucketed"))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_end(few, tmp_path):
+    options = [*SMALL[:-1], 1, "--num-workers", 1, "--steps", 3, "--log-every", 1]
+    run_on_two_ranks(commanding.__file__, "train", few, tmp_path / "out", *options)
+    assert [record["step"] for record in read_log(tmp_path / "out")] == [1, 2, 3]
+    assert checkpoints(tmp_path / "out")[-1].name == "step-00000003"
+
+
+def test_stopped_it_goes_on(few, tmp_path):
+    options = [*SMALL, "--num-workers", "0", "--log-every", "1", "--save-every", "1"]
+    options += ["--learning-rate", "1e-4"]
+    assert run(few, tmp_path / "out", *options, "--steps", "3").exit_code == 0
+    result = run(few, tmp_path / "out", *options, "--steps", "5", "--drop-rate", "0")
+    assert result.exit_code == 0, result.output
+    assert "step 3 " not in result.stdout
+    assert "step 5 " in result.stdout
+    assert [record["step"] for record in read_log(tmp_path / "out")] == [1, 2, 3, 4, 5]
+    assert checkpoints(tmp_path / "out")[-1].name == "step-00000005"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--layout", "tight"],
+            "layout is 'tight', expected one of 'packed', 'padded', 'buck",
+        ),
+        (["--model", "H/14"], "name is 'H/14', expected one of Ti, S, B, L, So400m and a patch"),
+        (["--position", "absolute"], "position is 'absolute', expected one of 'factorised_absol"),
+        (["--learning-rate", "0"], "learning_rate is 0.0, expected a number above 0; choose a"),
+        (["--drop-rate", "1.5"], "drop_rate is 1.5, expected "),
+    ],
+)
+def test_a_wrong_option_is_said_in_a_line(options, message, few, tmp_path):
+    result = run(few, tmp_path / "out", *SMALL, *QUICK, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_source_that_is_no_dataset_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = run(tmp_path / "empty", tmp_path / "out", *QUICK)
+    assert result.exit_code == 2
+    assert "expected a dataset that datasets can load" in result.stderr

@@ -1,0 +1,208 @@
+"""Exports, each against what it is meant for: transformers, TRL, grain, FlexAttention, timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed import PATCH_SIZE, RowSet, batch_of
+
+from packpipe import PackedLoader, pack
+from packpipe.loading.batch import TokenBatch
+from packpipe.loading.exports import (
+    to_attention_mask,
+    to_document_ids,
+    to_flash_attention,
+    to_naflex,
+    to_seqio,
+    to_siglip2,
+    to_transformers,
+    to_trl,
+)
+
+sequences = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=9)
+
+
+def packed_tokens(folder: Any, rows: list[list[int]], **options: Any) -> Dataset:
+    source = Dataset.from_dict({"input_ids": rows, **options.pop("columns", {})})
+    return pack(source, 12, output=folder.mktemp("rows") / "packed", progress=False, **options)
+
+
+def one_batch(packed: Dataset) -> TokenBatch:
+    (batch,) = PackedLoader(packed, len(packed), rank=0, world_size=1)
+    return batch
+
+
+def segments_of(batch: TokenBatch, name: str = "input_ids") -> list[list[int]]:
+    found = []
+    for row, lens in enumerate(batch.seq_lens.tolist()):
+        parts = batch.tokens[name][row].split([*lens, batch.segment_ids.shape[1] - sum(lens)])
+        found += [part.tolist() for part, length in zip(parts, lens, strict=False) if length]
+    return found
+
+
+@settings(max_examples=20, deadline=None)
+@given(sequences, st.booleans())
+def test_transformers_flattening_collator_gives_the_same(tmp_path_factory, rows, labelled):
+    from transformers import DataCollatorWithFlattening
+    from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+
+    columns = {"labels": [[-100, *row[1:]] for row in rows]} if labelled else {}
+    batch = one_batch(packed_tokens(tmp_path_factory, rows, columns=columns))
+    names = ["input_ids", *columns]
+    examples = [
+        dict(zip(names, parts, strict=True))
+        for parts in zip(*(segments_of(batch, name) for name in names), strict=True)
+    ]
+    theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(examples)
+    ours = to_transformers(batch)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(ours[name], value)
+            assert ours[name].dtype == value.dtype
+        else:
+            assert ours[name] == value
+    (bounds, _), (longest, _) = prepare_fa_kwargs_from_position_ids(ours["position_ids"])
+    flash = to_flash_attention(batch)
+    assert torch.equal(flash["cu_seqlens_q"], bounds)
+    assert torch.equal(flash["cu_seqlens_k"], bounds)
+    assert flash["max_seqlen_q"] == flash["max_seqlen_k"] == int(longest)
+
+
+@settings(max_examples=20, deadline=None)
+@given(sequences)
+def test_trl_s_collator_reads_ragged_rows(tmp_path_factory, rows):
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    packed = to_trl(packed_tokens(tmp_path_factory, rows, layout="ragged"))
+    assert packed.column_names == ["input_ids", "seq_lengths"]
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    found = collator(list(packed))
+    lens = [length for row in packed["seq_lengths"] for length in row]
+    assert found["position_ids"][0].tolist() == [j for length in lens for j in range(length)]
+    assert found["cu_seq_lens_q"].tolist() == np.cumsum([0, *lens]).tolist()
+    assert sorted(map(sorted, rows)) == sorted(
+        sorted(part.tolist()) for part in found["input_ids"][0].split(lens)
+    )
+    starts = np.cumsum([0, *lens[:-1]])
+    assert (found["labels"][0][starts] == -100).all()
+
+
+def test_padding_is_refused_where_it_would_be_taken_for_tokens(tmp_path_factory):
+    fixed = packed_tokens(tmp_path_factory, [[1, 2]])
+    with pytest.raises(ValueError, match="layout is 'fixed', expected rows without padding"):
+        to_trl(fixed)
+    other = pack(
+        Dataset.from_dict({"tokens": [[1, 2]]}),
+        12,
+        output=tmp_path_factory.mktemp("rows") / "a",
+        progress=False,
+    )
+    with pytest.raises(ValueError, match=r"batch.tokens is \['tokens'\], expected a column input"):
+        to_transformers(one_batch(other))
+
+
+def test_grain_packs_under_the_same_names(tmp_path_factory):
+    grain = pytest.importorskip("grain")
+    rows = [[11, 12, 13], [21, 22], [31, 32, 33, 34], [41]]
+    batch = one_batch(packed_tokens(tmp_path_factory, rows))
+    ours = to_seqio(batch)
+    source = grain.MapDataset.source(
+        [{"inputs": np.array(row, np.int64)} for row in segments_of(batch)]
+    )
+    packer = grain.experimental.FirstFitPackIterDataset(
+        source.to_iter_dataset(), length_struct={"inputs": 12}, num_packing_bins=1
+    )
+    (theirs,) = packer
+    assert theirs.keys() == ours.keys()
+    for name, values in theirs.items():
+        assert values.tolist() == ours[name][0].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(max_examples=10, deadline=None)
+@given(sequences, st.booleans())
+def test_flex_attention_takes_document_ids(tmp_path_factory, rows, causal):
+    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.functional import scaled_dot_product_attention
+
+    batch = one_batch(packed_tokens(tmp_path_factory, rows))
+    documents = to_document_ids(batch)
+    real = batch.segment_ids > 0
+    assert documents[real].unique().tolist() == list(range(int((batch.seq_lens > 0).sum())))
+    shape = (*batch.segment_ids.shape, 2, 8)
+    seeded = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, *shape, dtype=torch.float64, generator=seeded).transpose(2, 3)
+
+    def within(score, b, h, query, key):  # noqa: ARG001
+        seen = documents[b, query] == documents[b, key]
+        seen = seen & (query >= key) if causal else seen
+        return torch.where(seen, score, -torch.inf)
+
+    theirs = flex_attention(q, k, v, score_mod=within)
+    mask = to_attention_mask(batch, causal=causal)
+    ours = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    where = real[:, None, :, None].expand_as(ours)
+    assert torch.allclose(ours[where], theirs[where], atol=1e-12)
+
+
+def test_timm_s_naflex_vit_takes_the_images():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    batch = batch_of(RowSet([[6, 4], [1], [9, 4, 4]], 20, 3))
+    model = timm.create_model(
+        "naflexvit_base_patch16_gap",
+        patch_size=PATCH_SIZE,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        num_classes=3,
+        pos_embed_grid_size=(4, 4),
+    ).eval()
+    inputs = to_naflex(batch)
+    together = model(inputs)
+    assert together.shape == (6, 3)
+    for number in range(6):
+        size = int(inputs["patch_valid"][number].sum())
+        alone = {name: value[number : number + 1, :size] for name, value in inputs.items()}
+        assert torch.allclose(model(alone), together[number], atol=1e-5)
+
+
+def test_siglip_2_takes_the_images():
+    from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+    torch.manual_seed(0)
+    batch = batch_of(RowSet([[6, 4], [9, 4]], 15, 3))
+    config = Siglip2VisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        patch_size=PATCH_SIZE,
+        num_patches=16,
+    )
+    model = Siglip2VisionModel(config).eval()
+    inputs = to_siglip2(batch)
+    together = model(**inputs).pooler_output
+    for number in range(4):
+        size = int(inputs["pixel_attention_mask"][number].sum())
+        assert inputs["spatial_shapes"][number].prod() == size
+        alone = {
+            "pixel_values": inputs["pixel_values"][number : number + 1, :size],
+            "pixel_attention_mask": inputs["pixel_attention_mask"][number : number + 1, :size],
+            "spatial_shapes": inputs["spatial_shapes"][number : number + 1],
+        }
+        assert torch.allclose(model(**alone).pooler_output[0], together[number], atol=1e-5)
+
+
+def test_dropped_tokens_are_refused_where_positions_know_nothing_of_them():
+    batch = batch_of(RowSet([[6, 4]], 15, 3))
+    batch.grid_hw[0, 1] = 3
+    with pytest.raises(ValueError, match=r"seq_lens\[1\] is 4, expected 9 \(all of its grid\)"):
+        to_siglip2(batch)

@@ -1,0 +1,101 @@
+"""Predictions come in the order of the images, as if each had been seen alone."""
+
+import re
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from packpipe import PackConfig, PackedBatch, Side, Uniform, plan_epoch
+from packpipe.model.config import NaViTConfig
+from packpipe.model.navit import NaViT
+from packpipe.model.predict import predict_images
+from packpipe.rows.fill_images import fill_rows, planned_segments
+from packpipe.samples import images_folder
+
+FILES = sorted(path for path in images_folder().rglob("*") if path.suffix in (".png", ".jpg"))[::8]
+
+
+def model_of(**options):
+    torch.manual_seed(0)
+    return NaViT(NaViTConfig(num_classes=4, dim=32, depth=2, heads=2, **options)).double()
+
+
+def alone(model, file, **options):
+    """What the model says of one image in a row of its own."""
+    config = PackConfig(seq_len=512, **options)
+    with Image.open(file) as image:
+        image_hw = image.height, image.width
+    segments = planned_segments(plan_epoch([image_hw], config), range(1), None)
+    rows, _ = fill_rows(segments, lambda _: str(file), config, seed=0, epoch=0)
+    with torch.inference_mode():
+        return model(PackedBatch.from_rows(rows, max_segments=1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("options", [{}, {"resolution": "budget", "max_tokens": 40}])
+def test_each_answer_is_that_of_its_image_alone(options, num_workers):
+    model = model_of()
+    found = model.predict(FILES, seq_len=512, batch_size=3, num_workers=num_workers, **options)
+    assert found.shape == (len(FILES), 4)
+    assert len(FILES) > 20
+    for file, answer in zip(FILES, found, strict=True):
+        assert (alone(model, file, **options)[0, 0] - answer).abs().max() < 1e-10
+    assert model.training
+
+
+def test_images_may_be_bytes_paths_arrays_or_pillow_images_from_any_iterable():
+    model, file = model_of(), FILES[0]
+    with Image.open(file) as image:
+        pixels = image.convert("RGB")
+    kinds = (
+        kind for kind in (file.read_bytes(), str(file), Path(file), np.asarray(pixels), pixels)
+    )
+    found = model.predict(kinds, seq_len=512)
+    assert (found[:3] - found[0]).abs().max() < 1e-12
+    assert (found[3] - found[4]).abs().max() < 1e-12
+
+
+def test_without_pooling_each_answer_is_a_map():
+    model = model_of(pooling="none")
+    pixels = [np.zeros((height, width, 3), np.uint8) for height, width in ((48, 16), (32, 64))]
+    assert [tuple(one.shape) for one in predict_images(model, pixels)] == [(3, 1, 4), (2, 4, 4)]
+
+
+def test_no_images_give_no_answers():
+    assert predict_images(model_of(), []).shape == (0, 4)
+
+
+def test_an_image_that_cannot_be_read_is_named():
+    broken = FILES[0].read_bytes()[:200]
+    message = r"images\[1\] is '.*', expected an image that can be read"
+    with pytest.raises(ValueError, match=message):
+        predict_images(model_of(), [FILES[0], b"no image", FILES[1]])
+    with pytest.raises(ValueError, match=message):
+        predict_images(model_of(), [FILES[0], broken])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 32}, "patch_size is 32, expected 16 (the model's); leave it out"),
+        ({"drop_rate": 0.5}, "drop_rate is 0.5, expected its default, since fewer tokens come"),
+        ({"fit_last": "drop_rate"}, "fit_last is 'drop_rate', expected its default, since fewer"),
+    ],
+)
+def test_options_that_do_not_suit_are_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        predict_images(model_of(), FILES[:1], **options)
+
+
+def test_a_drawn_resolution_is_drawn_by_the_number_of_the_image():
+    model = model_of()
+    options = {"resolution": Side(Uniform(32, 96))}
+    found = model.predict(FILES[:4], **options)
+    assert torch.equal(model.predict(FILES[:4], **options), found)
+    buffer = BytesIO(FILES[2].read_bytes())
+    again = model.predict([FILES[0], FILES[1], buffer.getvalue()], **options)
+    assert (again - found[:3]).abs().max() < 1e-10

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from packpipe.rows.rejects import Reject, Tolerance, TooManyRejects
+
+
+def rejects(*examples: int) -> list[Reject]:
+    return [Reject(i, "probe", "empty", f"error {i}") for i in examples]
+
+
+def test_a_share_above_the_limit_stops_and_names_the_first_five():
+    budget = Tolerance(100, 0.05, 100)
+    message = (
+        "rejected is 6 of 100 examples (6.00%), expected at most 5.00% (max_bad_fraction); "
+        "repair the source or raise it. First: example 1 (empty: error 1); "
+        "example 3 (empty: error 3); example 5 (empty: error 5); example 7 (empty: error 7); "
+        "example 9 (empty: error 9)"
+    )
+    with pytest.raises(TooManyRejects, match=f"^{re.escape(message)}$") as found:
+        budget.check(rejects(9, 7, 11, 5, 3, 1))
+    assert [reject.example_index for reject in found.value.rejects] == [1, 3, 5, 7, 9, 11]
+    assert isinstance(found.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "share"), [(100, 0.05), (100, 0.29), (100, 0.07), (100, 0.57), (1000, 0.009)]
+)
+def test_a_share_of_exactly_the_limit_passes(num_examples, share):
+    num_bad = round(num_examples * share)
+    budget = Tolerance(num_examples, share, 100)
+    budget.check(rejects(*range(0, 2 * num_bad, 2)))
+    with pytest.raises(TooManyRejects):
+        budget.check(rejects(*range(0, 2 * num_bad + 2, 2)))
+
+
+def test_neighbours_stop_a_build_of_any_size():
+    budget = Tolerance(10**9, 0.5, 3)
+    budget.check(rejects(4, 5, 7, 8, 10))
+    message = (
+        "rejected is 3 examples in a row up to example 6, expected fewer than 3 "
+        "(max_consecutive_bad); repair the source or raise it. First: example 2 (empty: error 2); "
+        "example 4 (empty: error 4); example 5 (empty: error 5); example 6 (empty: error 6)"
+    )
+    with pytest.raises(TooManyRejects, match=f"^{re.escape(message)}$"):
+        budget.check(rejects(6, 4, 2, 5))
+
+
+def test_the_first_examples_count_as_neighbours_too():
+    with pytest.raises(TooManyRejects, match=r"^rejected is 2 examples in a row up to example 1,"):
+        Tolerance(100, 1.0, 2).check(rejects(0, 1))
+
+
+@pytest.mark.parametrize("example", [0, 5])
+def test_a_limit_of_one_stops_at_the_first(example):
+    with pytest.raises(TooManyRejects, match=f"^rejected is 1 .* up to example {example},"):
+        Tolerance(100, 1.0, 1).check(rejects(example))
+
+
+@pytest.mark.parametrize("num_examples", [0, 10])
+def test_no_rejects_are_within_any_budget(num_examples):
+    Tolerance(num_examples, 0.0, 1).check([])
+
+
+def test_a_share_of_zero_allows_none():
+    with pytest.raises(TooManyRejects, match=re.escape("at most 0.00% (max_bad_fraction)")):
+        Tolerance(1000, 0.0, 100).check(rejects(5))
+
+
+CONSECUTIVE = f"expected an integer in 1..{2**63}; 1 stops at the first bad example"
+
+
+@pytest.mark.parametrize(
+    ("share", "in_a_row", "error", "message"),
+    [
+        (-0.1, 1, ValueError, "max_bad_fraction is -0.1, expected 0..1; it is a share"),
+        (1.5, 1, ValueError, "max_bad_fraction is 1.5, expected 0..1; it is a share"),
+        (float("nan"), 1, ValueError, "max_bad_fraction is nan, expected 0..1; it is a share"),
+        ("1%", 1, TypeError, "max_bad_fraction is '1%', expected 0..1; it is a share"),
+        (0.1, 0, ValueError, f"max_consecutive_bad is 0, {CONSECUTIVE}"),
+        (0.1, 1.0, TypeError, f"max_consecutive_bad is 1.0, {CONSECUTIVE}"),
+    ],
+)
+def test_bad_limits_are_named(share, in_a_row, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        Tolerance(100, share, in_a_row)

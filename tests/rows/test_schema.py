@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import itertools
+import re
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from packpipe.planning.image_config import PackConfig
+from packpipe.rows.rejects import Reject
+from packpipe.rows.rows import Rows, Segments
+from packpipe.rows.schema import (
+    REJECTS,
+    rejects_table,
+    row_schema,
+    rows_table,
+    segment_schema,
+    segments_table,
+    table_rows,
+    table_segments,
+)
+
+CONFIG = PackConfig(seq_len=8, patch_size=2)
+# Tokens of the segments of each row; the fourth row lost all it had.
+SEQ_LENS = [[4, 1], [3], [2, 2, 2], [], [8], [1, 6]]
+COLUMNS = [
+    "patches",
+    "segment_ids",
+    "coords",
+    "seq_lens",
+    "grid_hw",
+    "image_hw",
+    "labels",
+    "example_index",
+]
+TOKENS = ("patches", "segment_ids", "coords")
+SEGMENTS = ("seq_lens", "grid_hw", "image_hw", "example_index")
+
+
+def made_rows(labels: pa.Array | None, seq_lens=SEQ_LENS) -> Rows:
+    """Rows of arbitrary values, of the right dtypes and shapes."""
+    rng = np.random.default_rng(3)
+    flat = [n for row in seq_lens for n in row]
+    segments = Segments(
+        offsets=np.cumsum([0, *map(len, seq_lens)]),
+        seq_lens=np.array(flat, np.int32),
+        grid_hw=np.array([(1, n) for n in flat], np.int16).reshape(-1, 2),
+        image_hw=rng.integers(1, 2**31 - 1, (len(flat), 2)).astype(np.int32),
+        example_index=rng.integers(0, 2**62, len(flat)),
+        labels=labels,
+    )
+    shape = (len(seq_lens), CONFIG.seq_len)
+    return Rows(
+        segments=segments,
+        patches=rng.integers(0, 256, (*shape, CONFIG.patch_bytes), np.uint8),
+        segment_ids=rng.integers(0, 9, shape, np.int32),
+        coords=rng.integers(0, 9, (*shape, 2), np.int16),
+    )
+
+
+NUM_SEGMENTS = sum(map(len, SEQ_LENS))
+LABELS = {
+    "integers": pa.array(range(NUM_SEGMENTS), pa.int64()),
+    "narrow integers": pa.array(range(NUM_SEGMENTS), pa.int8()),
+    "strings": pa.array([f"label {i}" for i in range(NUM_SEGMENTS)]),
+    "lists": pa.array([[i] * (i % 3) for i in range(NUM_SEGMENTS)], pa.list_(pa.float32())),
+    "none": None,
+}
+
+
+def label_type(labels: pa.Array | None) -> pa.DataType | None:
+    return None if labels is None else labels.type
+
+
+def as_table(rows: Rows) -> pa.Table:
+    return rows_table(rows, row_schema(CONFIG, label_type(rows.segments.labels)))
+
+
+def assert_same(found: Rows, rows: Rows, picked: list[int]) -> None:
+    """Found are the picked rows, in values, dtypes and shapes."""
+    assert len(found) == len(picked)
+    for name in TOKENS:
+        one, other = getattr(found, name), getattr(rows, name)[picked]
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        assert (one == other).all()
+    bounds = rows.segments.offsets
+    spans = [np.arange(bounds[row], bounds[row + 1]) for row in picked]
+    members = np.concatenate([np.empty(0, np.int64), *spans])
+    assert found.segments.offsets.dtype == np.int64
+    assert found.segments.offsets.tolist() == np.cumsum([0, *map(len, spans)]).tolist()
+    for name in SEGMENTS:
+        one, other = getattr(found.segments, name), getattr(rows.segments, name)[members]
+        assert one.dtype == other.dtype
+        assert one.tolist() == other.tolist()
+    if rows.segments.labels is None:
+        assert found.segments.labels is None
+    else:
+        expected = rows.segments.labels.take(pa.array(members))
+        assert found.segments.labels.equals(expected)
+
+
+def test_the_schema_of_a_row_is_this():
+    assert row_schema(CONFIG, pa.int64()) == pa.schema(
+        [
+            ("patches", pa.list_(pa.uint8(), 96)),
+            ("segment_ids", pa.list_(pa.int32(), 8)),
+            ("coords", pa.list_(pa.int16(), 16)),
+            ("seq_lens", pa.list_(pa.int32())),
+            ("grid_hw", pa.list_(pa.list_(pa.int16(), 2))),
+            ("image_hw", pa.list_(pa.list_(pa.int32(), 2))),
+            ("labels", pa.list_(pa.int64())),
+            ("example_index", pa.list_(pa.int64())),
+        ]
+    )
+    assert row_schema(CONFIG, pa.int64()).names == COLUMNS
+
+
+def test_without_labels_the_column_is_absent():
+    assert row_schema(CONFIG, None).names == [name for name in COLUMNS if name != "labels"]
+    assert segment_schema(None).names == ["seq_lens", "grid_hw", "image_hw", "example_index"]
+
+
+def test_the_segment_columns_are_the_rows_own():
+    expected = [row_schema(CONFIG, pa.string()).field(name) for name in COLUMNS[3:]]
+    assert list(segment_schema(pa.string())) == expected
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_rows_come_back_from_arrow_as_they_were(labels):
+    rows = made_rows(LABELS[labels])
+    table = as_table(rows)
+    assert table.schema == row_schema(CONFIG, label_type(LABELS[labels]))
+    assert sum(column.null_count for column in table.columns) == 0
+    assert_same(table_rows(table), rows, list(range(6)))
+
+
+def test_arrow_holds_the_values_at_their_places():
+    rows = made_rows(LABELS["strings"])
+    first = as_table(rows).slice(0, 1).to_pylist()[0]
+    assert first["patches"] == rows.patches[0].reshape(-1).tolist()
+    assert first["segment_ids"] == rows.segment_ids[0].tolist()
+    assert first["coords"] == rows.coords[0].reshape(-1).tolist()
+    assert first["seq_lens"] == [4, 1]
+    assert first["grid_hw"] == [[1, 4], [1, 1]]
+    assert first["image_hw"] == rows.segments.image_hw[:2].tolist()
+    assert first["labels"] == ["label 0", "label 1"]
+    assert first["example_index"] == rows.segments.example_index[:2].tolist()
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@given(start=st.integers(0, 5), num_rows=st.integers(1, 6))
+@example(start=1, num_rows=3)
+@example(start=3, num_rows=1)
+def test_a_slice_of_a_table_gives_its_own_rows(labels, start, num_rows):
+    rows = made_rows(LABELS[labels])
+    picked = list(range(6))[start : start + num_rows]
+    assert_same(table_rows(as_table(rows).slice(start, num_rows)), rows, picked)
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@given(picked=st.lists(st.integers(0, 5), min_size=1, max_size=9))
+@example(picked=[5, 0, 0, 3])
+def test_taken_rows_are_the_rows_taken(labels, picked):
+    rows = made_rows(LABELS[labels])
+    assert_same(table_rows(as_table(rows).take(picked)), rows, picked)
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@given(cuts=st.lists(st.integers(0, 6), min_size=1, max_size=4).map(sorted))
+@example(cuts=[2])
+def test_rows_in_several_chunks_are_read_as_one(labels, cuts):
+    rows = made_rows(LABELS[labels])
+    table = as_table(rows)
+    edges = [0, *cuts, 6]
+    parts = [table.slice(a, b - a) for a, b in itertools.pairwise(edges)]
+    chunked = pa.concat_tables(parts)
+    assert chunked.column("patches").num_chunks > 1
+    assert_same(table_rows(chunked), rows, list(range(6)))
+    assert_same(table_rows(chunked.slice(1, 4)), rows, [1, 2, 3, 4])
+
+
+def address(column: pa.ChunkedArray) -> int:
+    (chunk,) = column.chunks
+    while pa.types.is_nested(chunk.type):
+        chunk = chunk.values
+    return chunk.buffers()[1].address
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_tokens_go_to_arrow_and_back_without_copying(name):
+    rows = made_rows(None)
+    table = as_table(rows)
+    values = getattr(rows, name)
+    assert address(table.column(name)) == values.ctypes.data
+    assert np.shares_memory(getattr(table_rows(table), name), values)
+    part = getattr(table_rows(table.slice(2, 3)), name)
+    assert np.shares_memory(part, values[2:5])
+    assert part.ctypes.data == values[2:5].ctypes.data
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_segments_go_to_arrow_and_back_without_copying(name):
+    rows = made_rows(None)
+    table = as_table(rows)
+    values = getattr(rows.segments, name)
+    assert address(table.column(name)) == values.ctypes.data
+    assert np.shares_memory(getattr(table_rows(table).segments, name), values)
+    # Rows 2 to 4 hold the segments 3 to 6.
+    part = getattr(table_rows(table.slice(2, 3)).segments, name)
+    assert part.ctypes.data == values[3:].ctypes.data
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_a_table_without_rows_has_no_rows_and_every_shape(labels):
+    rows = made_rows(LABELS[labels])
+    found = table_rows(as_table(rows).slice(2, 0))
+    assert_same(found, rows, [])
+    assert found.patches.shape == (0, 8, 12)
+
+
+def test_no_rows_are_written_and_read():
+    rows = made_rows(pa.array([], pa.int64()), [])
+    table = as_table(rows)
+    assert table.num_rows == 0
+    assert table.schema == row_schema(CONFIG, pa.int64())
+    assert len(table_rows(table)) == 0
+    assert len(table_rows(table.schema.empty_table())) == 0
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("picked", [[0, 1, 2, 3, 4, 5], [1, 2, 3], []])
+def test_segments_alone_come_back_too(labels, picked):
+    rows = made_rows(LABELS[labels])
+    schema = segment_schema(label_type(LABELS[labels]))
+    table = segments_table(rows.segments, schema)
+    assert table.schema == schema
+    start = picked[0] if picked else 0
+    found = table_segments(table.slice(start, len(picked)))
+    lengths = found.seq_lens.tolist()
+    bounds = found.offsets.tolist()
+    assert [lengths[a:b] for a, b in itertools.pairwise(bounds)] == [
+        SEQ_LENS[row] for row in picked
+    ]
+    assert (found.labels is None) == (LABELS[labels] is None)
+
+
+@pytest.mark.parametrize("name", [name for name in COLUMNS if name != "labels"])
+def test_a_missing_column_is_named(name):
+    table = as_table(made_rows(None)).drop_columns([name])
+    with pytest.raises(ValueError, match=f"^column '{name}' is 'missing', expected "):
+        table_rows(table)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "wanted"),
+    [
+        ("patches", pa.list_(pa.int64(), 96), "fixed_size_list<uint8>"),
+        ("patches", pa.list_(pa.uint8()), "fixed_size_list<uint8>"),
+        ("segment_ids", pa.list_(pa.int64(), 8), "fixed_size_list<int32>"),
+        ("coords", pa.list_(pa.int32(), 16), "fixed_size_list<int16>"),
+    ],
+)
+def test_a_column_of_another_type_is_named(name, wrong, wanted):
+    table = as_table(made_rows(None))
+    place = table.column_names.index(name)
+    table = table.set_column(place, name, table.column(name).cast(wrong))
+    message = (
+        f"column '{name}' is '{wrong}', expected {wanted}; read rows that packpipe has written"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        table_rows(table)
+
+
+def test_rejects_are_listed_by_example():
+    rejects = [Reject(7, "probe", "empty", "E: b"), Reject(2, "label", "bad label", "E: a")]
+    table = rejects_table(rejects)
+    assert table.schema == REJECTS
+    assert table.to_pylist() == [
+        {"example_index": 2, "stage": "label", "reason": "bad label", "exception": "E: a"},
+        {"example_index": 7, "stage": "probe", "reason": "empty", "exception": "E: b"},
+    ]
+
+
+def test_no_rejects_are_an_empty_table():
+    table = rejects_table([])
+    assert table.schema == REJECTS
+    assert table.num_rows == 0

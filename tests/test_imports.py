@@ -1,0 +1,105 @@
+"""What importing loads: nothing before it is needed; and which wing may import which.
+
+The contracts of import-linter (pyproject.toml) read the code; the first three tests ask a fresh
+interpreter what has really been loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import packpipe
+
+ROOT = Path(__file__).parent.parent
+THIRD_PARTY = {
+    "torch",
+    "datasets",
+    "ray",
+    "matplotlib",
+    "PIL",
+    "numba",
+    "numpy",
+    "pyarrow",
+    "scipy",
+}
+
+
+def loaded_by(code: str) -> set[str]:
+    """The modules of packpipe and the top-level packages that a fresh interpreter has loaded."""
+    ask = "; import json, sys; print(json.dumps([n for n in sys.modules]))"
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code + ask],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = json.loads(run.stdout.splitlines()[-1])
+    return {name for name in names if "." not in name or name.startswith("packpipe.")}
+
+
+def test_importing_packpipe_loads_no_third_party_package():
+    found = loaded_by("import packpipe")
+    assert found & THIRD_PARTY == set()
+    assert {name for name in found if name.startswith("packpipe.")} == {"packpipe._version"}
+
+
+def test_packing_lengths_loads_no_arrow():
+    found = loaded_by("import packpipe; packpipe.pack_lengths")
+    assert {"numba", "packpipe.packing.packs"} <= found
+    assert found & {"pyarrow", "PIL", "datasets", "torch", "matplotlib"} == set()
+
+
+def test_the_model_loads_no_datasets():
+    found = loaded_by("import packpipe; packpipe.NaViT, packpipe.PackedLoader")
+    assert {"torch", "packpipe.model.navit", "packpipe.loading.loader"} <= found
+    assert found & {"datasets", "matplotlib"} == set()
+
+
+def contracts(folder: Path) -> tuple[int, str]:
+    """The status and the report of import-linter, for the package that lies in a folder."""
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    command = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    run = subprocess.run(
+        [sys.executable, "-c", command, "--no-cache"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return run.returncode, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "broken"),
+    [
+        (None, "", None),
+        ("packing/limits", "from packpipe.building.pack import pack", "wings"),
+        ("model/flops", "from packpipe.verification import verify", "wings"),
+        ("planning/decisions", "import pyarrow", "packing and planning need no Arrow"),
+        ("rows/rows", "import torch", "rows and images need no datasets and no torch"),
+    ],
+)
+def test_a_wrong_import_breaks_its_contract(module, line, broken, tmp_path):
+    package = shutil.copytree(
+        Path(packpipe.__file__).parent,
+        tmp_path / "packpipe",
+        ignore=shutil.ignore_patterns("data", "__pycache__"),
+    )
+    if module is not None:
+        path = package / f"{module}.py"
+        code = path.read_text(encoding="utf-8")
+        path.write_text(code + f"\n{line}\n", encoding="utf-8")
+    status, said = contracts(tmp_path)
+    assert (status == 0) == (broken is None), said
+    if broken is not None:
+        assert any(text.startswith(broken) and "BROKEN" in text for text in said.splitlines()), said
+        assert f"packpipe.{module.replace('/', '.')} -> {line.split()[1]}" in said

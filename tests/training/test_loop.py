@@ -1,0 +1,244 @@
+"""Training: the rate, the decays, the figures; stopped or killed anywhere, the same to the bit."""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import islice
+
+import learning
+import loading
+import packed
+import pytest
+import torch
+from two_ranks import run_on_two_ranks
+
+from packpipe import PackedLoader
+from packpipe.training.checkpoints import KEPT, checkpoints, load_model, save_checkpoint
+from packpipe.training.loop import TrainConfig, optimizer_of, read_log, train
+
+
+def trained(folder=None, *, stop=None, **options):
+    """The records of a training, or of its first steps, and its model."""
+    model = learning.model_of()
+    run = train(model, learning.loader_of(), learning.config_of(**options), folder=folder)
+    return list(islice(run, stop)), model
+
+
+def same_weights(one, other):
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def bytes_of(folder):
+    last = checkpoints(folder)[-1]
+    return {path.name: path.read_bytes() for path in sorted(last.iterdir())}
+
+
+def losses_of(folder):
+    return [line["loss"] for line in read_log(folder)]
+
+
+def test_the_rate_rises_falls_by_the_root_and_ends_near_zero():
+    config = TrainConfig(steps=1000, learning_rate=8e-4, warm_up=100, cool_down=200, timescale=300)
+    assert config.rate(0) == pytest.approx(8e-4 / 101)
+    assert config.rate(100) == pytest.approx(8e-4)
+    assert config.rate(400) == pytest.approx(8e-4 * math.sqrt(0.5))
+    assert config.rate(700) == pytest.approx(8e-4 * math.sqrt(1 / 3))
+    assert config.rate(900) == pytest.approx(8e-4 * math.sqrt(300 / 1100) * 100 / 201)
+    assert 0 < config.rate(999) < 8e-4 / 300
+    assert TrainConfig(steps=40).warm_up == TrainConfig(steps=40).cool_down == 4
+    assert TrainConfig(steps=1).rate(0) == 8e-4
+
+
+def test_weight_decay_is_of_matrices_and_the_heads_its_own():
+    model = learning.model_of()
+    groups = optimizer_of(model, TrainConfig(steps=1)).param_groups
+    names = {id(value): name for name, value in model.named_parameters()}
+    decays = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(decays) == len(names)
+    assert decays.pop("head.weight") == 3.0
+    matrices = {name for name, decay in decays.items() if decay == 0.03}
+    assert {"embed.weight", "blocks.1.narrow.weight", "pool.project.weight"} <= matrices
+    assert all(decay in (0.0, 0.03) for decay in decays.values())
+    assert not any("norm" in name or "position" in name or "query" in name for name in matrices)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_training_lowers_the_loss(loss):
+    records, _ = trained(steps=60, loss=loss, head_weight_decay=0.0)
+    assert records[-1].loss < 0.7 * records[0].loss
+    assert records[-1].accuracy > records[0].accuracy
+
+
+def test_a_record_says_what_the_steps_were_like():
+    records, _ = trained(log_every=5)
+    assert [record.step for record in records] == [5, 10, 12]
+    each, _ = trained()
+    assert len(each) == learning.STEPS
+    assert records[0].loss == pytest.approx(sum(record.loss for record in each[:5]) / 5)
+    lens = learning.table()["seq_lens"].to_pylist()
+    fills = {sum(map(sum, pair)) / 32 for pair in zip(lens, lens, strict=True)}
+    assert min(fills) * 0.5 <= each[0].fill <= 1
+    assert all(0 <= r.accuracy <= 1 and 0 <= r.data_wait <= 1 and r.mfu is None for r in each)
+    assert all(r.tokens_per_s > r.images_per_s > 0 for r in each)
+    assert each[0].learning_rate == learning.config_of().rate(0)
+
+
+def test_the_backend_is_stated_once(caplog):
+    with caplog.at_level(logging.INFO, logger="packpipe.training.loop"):
+        trained()
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "packpipe.training.loop"]
+    assert re.fullmatch(r"attention: segments in torch.float32 on cpu, \S+ from reference", message)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 6, 11])
+def test_stopped_anywhere_it_goes_on_to_the_same_bits(stop, tmp_path):
+    _, whole = trained(tmp_path / "whole")
+    trained(tmp_path / "parts", stop=stop)
+    records, rest = trained(tmp_path / "parts")
+    # The generator is left at a record, before that step's checkpoint.
+    assert records[0].step == (stop - 1) // 2 * 2 + 1
+    assert same_weights(whole, rest)
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "parts")
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "parts")
+    assert len(losses_of(tmp_path / "parts")) == learning.STEPS
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_goes_on_to_the_same_bits(tmp_path):
+    _, whole = trained(tmp_path / "whole")
+    folder = tmp_path / "killed"
+    seen = []
+    for wait in (1, 4, 3, 0):  # lines to wait for before each kill
+        most = wait + 2 if wait else 0  # every other step has a checkpoint
+        process = subprocess.Popen(
+            [sys.executable, learning.__file__, str(folder), "2", str(most)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=loading.environment(),
+        )
+        lines = []
+        for line in process.stdout:
+            lines.append(int(line))
+            if len(lines) == wait:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        process.wait()
+        process.stdout.close()
+        seen.append(process.returncode)
+        assert all(path.joinpath("state.json").exists() for path in checkpoints(folder))
+    assert seen == [-signal.SIGKILL] * 3 + [0]
+    assert lines[0] > 1
+    assert bytes_of(tmp_path / "whole") == bytes_of(folder)
+    assert losses_of(tmp_path / "whole") == losses_of(folder)
+    assert same_weights(whole, load_model(folder))
+
+
+def test_the_last_checkpoints_are_kept_and_a_half_written_one_is_none(tmp_path):
+    trained(tmp_path)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000010", "step-00000012"]
+    assert len(checkpoints(tmp_path)) == KEPT
+    (tmp_path / "step-00000099.partial").mkdir()
+    assert checkpoints(tmp_path)[-1].name == "step-00000012"
+    records, _ = trained(tmp_path)
+    assert records == []
+
+
+@pytest.mark.parametrize("steps", [[1, 2, 3], [1, 2, 2]], ids=["the oldest", "the same"])
+def test_a_checkpoint_that_is_half_removed_is_none(steps, tmp_path, monkeypatch):
+    model, loader = learning.model_of(), learning.loader_of()
+    optimizer = optimizer_of(model, learning.config_of())
+
+    def save(step):
+        save_checkpoint(tmp_path, model, optimizer, loader, step)
+
+    def killed(folder, **_):
+        if folder.exists():
+            folder.joinpath("state.json").unlink()
+            raise KeyboardInterrupt
+
+    save(steps[0])
+    save(steps[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(steps[2])
+    whole = checkpoints(tmp_path)
+    assert whole
+    assert all(path.joinpath("state.json").exists() for path in whole)
+    assert same_weights(model, load_model(tmp_path))
+    save(4)
+    assert sorted(tmp_path.iterdir()) == [whole[-1], tmp_path / "step-00000004"]
+
+
+def test_a_trained_model_is_loaded_with_its_shape(tmp_path):
+    _, model = trained(tmp_path)
+    again = load_model(tmp_path, attention="reference")
+    assert same_weights(model, again)
+    assert again.config.attention == "reference"
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint; train with this folder"):
+        load_model(tmp_path / "nothing")
+
+
+def test_another_model_or_loader_cannot_go_on(tmp_path):
+    trained(tmp_path, stop=4)
+    other = packed.model_of("auto", torch.float32, dim=32)
+    message = "dim is 32, expected 16; give the model of the checkpoint, or another folder"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        next(train(other, learning.loader_of(), learning.config_of(), folder=tmp_path))
+    with pytest.raises(ValueError, match=r"state\['global_batch'\] is 2, expected 3"):
+        next(
+            train(learning.model_of(), learning.loader_of(3), learning.config_of(), folder=tmp_path)
+        )
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(tmp_path):
+    run_on_two_ranks(learning.__file__, tmp_path, 1)
+    model = learning.model_of(torch.float64)
+    records = list(train(model, learning.loader_of(2), learning.config_of()))
+    wanted = torch.cat([p.detach().flatten() for p in model.parameters()])
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    for step, record in enumerate(records):
+        assert (ranks[0][0][step] + ranks[1][0][step]) / 2 == pytest.approx(record.loss)
+    for _, weights in ranks:
+        assert (torch.tensor(weights, dtype=torch.float64) - wanted).abs().max() < 1e-9
+    assert ranks[0][0] != ranks[1][0]
+    assert checkpoints(tmp_path)[-1].name == f"step-{learning.STEPS:08d}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0, expected an integer in 1..9223372036854775808; choose a"),
+        ({"warm_up": 13}, "warm_up is 13, expected an integer in 0..12; steps is 12"),
+        ({"learning_rate": 0}, "learning_rate is 0, expected a number above 0; choose a usual"),
+        ({"weight_decay": -1}, "weight_decay is -1, expected 0 or more; 0 is none"),
+        ({"loss": "hinge"}, "loss is 'hinge', expected one of 'softmax', 'sigmoid'; choose a loss"),
+        ({"precision": "fp8"}, "precision is 'fp8', expected one of 'auto', 'float32', 'bfloat16'"),
+        ({"save_every": 0}, "save_every is 0, expected an integer in 1..9223372036854775808; "),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        learning.config_of(**options)
+
+
+def test_rows_without_labels_cannot_be_trained_on():
+    loader = PackedLoader(learning.table().drop_columns("labels"), 2, max_segments=4)
+    message = "batch.labels is None, expected integer labels; pack with label_column"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        next(train(learning.model_of(), loader, learning.config_of()))
+
+
+def test_bfloat16_trains_alike():
+    plain, _ = trained(head_weight_decay=0.0)
+    half, _ = trained(precision="bfloat16", head_weight_decay=0.0)
+    assert [r.loss for r in half] == pytest.approx([r.loss for r in plain], rel=0.05)
+    assert [r.loss for r in half] != [r.loss for r in plain]

@@ -1,0 +1,167 @@
+"""The loss counts every image once, whichever row it is in."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from packpipe.training.losses import (
+    global_count,
+    segment_cross_entropy,
+    segment_sigmoid_cross_entropy,
+    segment_squared_error,
+)
+
+
+def test_the_mean_is_over_segments_not_over_rows():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 4, dtype=torch.float64)
+    labels = torch.tensor([[1, 2, 3], [0, -100, -100]])
+    each = [
+        -logits[row, number].log_softmax(-1)[labels[row, number]]
+        for row, number in [(0, 0), (0, 1), (0, 2), (1, 0)]
+    ]
+    assert segment_cross_entropy(logits, labels).item() == pytest.approx(sum(each).item() / 4)
+
+
+def test_absent_segments_get_no_gradient():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 3, 4, requires_grad=True)
+    segment_cross_entropy(logits, torch.tensor([[2, -100, -100]])).backward()
+    assert logits.grad[0, 0].abs().sum() > 0
+    assert (logits.grad[0, 1:] == 0).all()
+
+
+def test_no_labels_at_all_give_zero():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 2, 4, requires_grad=True)
+    loss = segment_cross_entropy(logits, torch.full((1, 2), -100))
+    loss.backward()
+    assert loss.item() == 0
+    assert (logits.grad == 0).all()
+
+
+def random_batch(seed=0, rows=3, segments=4, classes=5):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, segments, classes, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, classes, (rows, segments), generator=generator)
+    present = torch.rand(rows, segments, generator=generator) < 0.7
+    present[0, 0] = True
+    return logits, torch.where(present, labels, -100), present
+
+
+def naive_sigmoid(logits, targets):
+    total = 0.0
+    for logit, target in zip(logits.tolist(), targets.tolist(), strict=True):
+        right = 1 / (1 + math.exp(-logit))
+        total -= target * math.log(right) + (1 - target) * math.log(1 - right)
+    return total
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_sigmoid_loss_is_summed_over_classes_and_averaged_over_images(seed):
+    logits, labels, present = random_batch(seed)
+    each = []
+    for row, number in present.nonzero().tolist():
+        targets = torch.zeros(5)
+        targets[labels[row, number]] = 1
+        each.append(naive_sigmoid(logits[row, number], targets))
+    assert len(each) < present.numel()
+    expected = pytest.approx(sum(each) / len(each))
+    assert segment_sigmoid_cross_entropy(logits, labels).item() == expected
+    torch.manual_seed(seed)
+    shares = torch.rand(3, 4, 5, dtype=torch.float64)
+    each = [naive_sigmoid(logits[r, n], shares[r, n]) for r, n in present.nonzero().tolist()]
+    found = segment_sigmoid_cross_entropy(logits, shares, present=present).item()
+    assert found == pytest.approx(sum(each) / len(each))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_squared_error_is_averaged_over_images(seed):
+    outputs, _, present = random_batch(seed)
+    torch.manual_seed(seed)
+    targets = torch.rand(3, 4, 5, dtype=torch.float64)
+    each = [
+        sum(
+            (a - b) ** 2
+            for a, b in zip(outputs[r, n].tolist(), targets[r, n].tolist(), strict=True)
+        )
+        / 5
+        for r, n in present.nonzero().tolist()
+    ]
+    found = segment_squared_error(outputs, targets, present=present).item()
+    assert found == pytest.approx(sum(each) / len(each))
+
+
+def softmax(values, labels, present, count):
+    del present
+    return segment_cross_entropy(values, labels, count=count)
+
+
+def sigmoid(values, labels, present, count):
+    del present
+    return segment_sigmoid_cross_entropy(values, labels, count=count)
+
+
+def classes(values, labels, present, count):
+    del labels
+    targets = (values.detach() > 0).double()
+    return segment_sigmoid_cross_entropy(values, targets, present=present, count=count)
+
+
+def squared(values, labels, present, count):
+    del labels
+    targets = torch.full_like(values, 2.0).masked_fill(~present[..., None], torch.nan)
+    return segment_squared_error(values, targets, present=present, count=count)
+
+
+every_loss = pytest.mark.parametrize("loss", [softmax, sigmoid, classes, squared])
+
+
+@every_loss
+def test_what_stands_in_absent_segments_does_not_count(loss):
+    values, labels, present = random_batch()
+    assert not present.all()
+    results = []
+    for fill in (0.0, torch.nan, torch.inf):
+        outputs = values.masked_fill(~present[..., None], fill).requires_grad_()
+        found = loss(outputs, labels, present, None)
+        found.backward()
+        results.append((found.detach(), outputs.grad))
+        assert (outputs.grad[~present] == 0).all()
+        assert (outputs.grad[present] != 0).any()
+    assert all(torch.equal(found, results[0][0]) for found, _ in results)
+    assert all(torch.equal(gradient, results[0][1]) for _, gradient in results)
+
+
+@every_loss
+def test_the_count_is_what_the_sum_is_divided_by(loss):
+    values, labels, present = random_batch()
+    own = loss(values, labels, present, None)
+    assert loss(values, labels, present, torch.tensor(7.0)).item() == pytest.approx(
+        own.item() * int(present.sum()) / 7
+    )
+    nothing = torch.zeros_like(present)
+    assert loss(values, torch.full_like(labels, -100), nothing, None).item() == 0
+
+
+def test_one_process_counts_its_own():
+    assert global_count(torch.tensor([[True, False], [True, True]])).item() == 3
+    assert global_count(torch.tensor([False])).item() == 1
+
+
+def test_labels_for_each_class_need_to_be_told_which_count():
+    message = "present is None, expected bool[B, S] with labels for each class; pass batch.present"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        segment_sigmoid_cross_entropy(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
+
+
+def test_targets_that_would_be_broadcast_are_refused():
+    message = (
+        "targets.shape is (1, 2, 1), expected (1, 2, 3) (outputs.shape); give one number a channel"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        segment_squared_error(
+            torch.zeros(1, 2, 3), torch.zeros(1, 2, 1), present=torch.ones(1, 2).bool()
+        )
