@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from packpipe.loading.streams import PackedStream as PackedStream
     from packpipe.model.config import NaViTConfig as NaViTConfig
     from packpipe.model.navit import NaViT as NaViT
+    from packpipe.model.navit import compile_parts as compile_parts
+    from packpipe.model.predict import predict as predict
     from packpipe.packing.balance import balance_steps as balance_steps
     from packpipe.packing.histogram import HistogramPlan as HistogramPlan
     from packpipe.packing.histogram import count_lengths as count_lengths
@@ -80,6 +82,7 @@ _HOMES = {
     "TruncatedNormal": "planning.distributions",
     "Uniform": "planning.distributions",
     "balance_steps": "packing.balance",
+    "compile_parts": "model.navit",
     "count_lengths": "packing.histogram",
     "manifest": "building.pack",
     "pack": "building.pack",
@@ -88,6 +91,7 @@ _HOMES = {
     "plan_epoch": "planning.plan",
     "plan_histogram": "packing.histogram",
     "plan_tokens": "planning.token_plan",
+    "predict": "model.predict",
     "read_rows": "loading.read",
     "read_tokens": "loading.read",
     "rejects": "building.pack",

@@ -25,6 +25,7 @@ from packpipe.model.attention import Attention, FlatTokens, choose_backend, flat
 from packpipe.model.config import NaViTConfig
 from packpipe.model.pooling import AttentionPool, pool_plainly
 from packpipe.model.positions import is_indexed, position_embedding, rotate, rotation
+from packpipe.model.predict import predict
 
 # What turns queries and keys, where positions do: cos and sin.
 Turn: TypeAlias = tuple[Tensor, Tensor] | None
@@ -141,10 +142,8 @@ class NaViT(nn.Module):
         return choose_backend(weight.device, dtype)
 
     def predict(self, images: Iterable[Any], **options: Any) -> Tensor | list[Tensor]:
-        """Return logits [images, K] of images of any size, in their order; see `predict_images`."""
-        from packpipe.model.predict import predict_images
-
-        return predict_images(self, images, **options)
+        """Return logits [images, K] of images of any size, in their order; see `packpipe.predict`."""
+        return predict(self, images, **options)
 
     def _check(self, batch: PackedBatch) -> None:
         patch_bytes = self.config.patch_size**2 * 3

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 from packpipe import checks
 from packpipe.images.decode import probe
 from packpipe.images.opening import BadImage, ImageData
+from packpipe.loading.batch import PackedBatch
 from packpipe.loading.loader import PackedLoader
+from packpipe.model.config import NaViTConfig
 from packpipe.model.maps import token_maps
-from packpipe.model.navit import NaViT
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig, config_from
 from packpipe.planning.plan import plan_epoch
@@ -25,8 +26,24 @@ from packpipe.rows.fill_images import fill_rows, planned_segments
 from packpipe.rows.rows import Rows
 
 
-def predict_images(
-    model: NaViT,
+class Model(Protocol):
+    """What predictions need of a model: `NaViT` has it."""
+
+    config: NaViTConfig
+    training: bool
+
+    def __call__(self, batch: PackedBatch, /) -> Tensor:
+        """Return the outputs of a batch, [B, S, K] or, without pooling, [B, L, K]."""
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield the weights; the first one's device is the model's."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch to training, or to evaluation with False."""
+
+
+def predict(
+    model: Model,
     images: Iterable[Any],
     *,
     seq_len: int = 1024,
@@ -36,7 +53,7 @@ def predict_images(
 ) -> Tensor | list[Tensor]:
     """Return what the model says of each image, in the order of the images.
 
-    The images are packed as for training; what comes back does not depend on how.
+    The images are packed as for training, and each output is the same however they were packed.
 
     Args:
         model: with its weights, on its device. It sees no gradients; wrap the call in
@@ -87,12 +104,12 @@ class Answers:
 
 
 def predict_packs(
-    model: NaViT, packs: Any, *, batch_size: int = 8, num_workers: int = 0
+    model: Model, packs: Any, *, batch_size: int = 8, num_workers: int = 0
 ) -> Answers:
     """Return what the model says of the images of all packs.
 
     Args:
-        model: as for `predict_images`.
+        model: with its weights, on its device, as `predict` takes it.
         packs: whatever `PackedLoader` takes; its first epoch is predicted.
         batch_size: rows a step.
         num_workers: threads that fill batches ahead.
@@ -108,7 +125,7 @@ def predict_packs(
         pin_memory=device.type == "cuda",
     )
     was_training = model.training
-    model.eval()
+    model.train(False)
     width = model.config.dim if model.config.num_classes is None else model.config.num_classes
     nothing = torch.empty(0, dtype=torch.int64)
     indices, lens, labels, outputs = [nothing], [nothing], [nothing], [torch.empty(0, width)]

@@ -12,7 +12,7 @@ from PIL import Image
 from packpipe import PackConfig, PackedBatch, Side, Uniform, plan_epoch
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
-from packpipe.model.predict import predict_images
+from packpipe.model.predict import predict
 from packpipe.rows.fill_images import fill_rows, planned_segments
 from packpipe.samples import images_folder
 
@@ -62,20 +62,20 @@ def test_images_may_be_bytes_paths_arrays_or_pillow_images_from_any_iterable():
 def test_without_pooling_each_answer_is_a_map():
     model = model_of(pooling="none")
     pixels = [np.zeros((height, width, 3), np.uint8) for height, width in ((48, 16), (32, 64))]
-    assert [tuple(one.shape) for one in predict_images(model, pixels)] == [(3, 1, 4), (2, 4, 4)]
+    assert [tuple(one.shape) for one in predict(model, pixels)] == [(3, 1, 4), (2, 4, 4)]
 
 
 def test_no_images_give_no_answers():
-    assert predict_images(model_of(), []).shape == (0, 4)
+    assert predict(model_of(), []).shape == (0, 4)
 
 
 def test_an_image_that_cannot_be_read_is_named():
     broken = FILES[0].read_bytes()[:200]
     message = r"images\[1\] is '.*', expected an image that can be read"
     with pytest.raises(ValueError, match=message):
-        predict_images(model_of(), [FILES[0], b"no image", FILES[1]])
+        predict(model_of(), [FILES[0], b"no image", FILES[1]])
     with pytest.raises(ValueError, match=message):
-        predict_images(model_of(), [FILES[0], broken])
+        predict(model_of(), [FILES[0], broken])
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_an_image_that_cannot_be_read_is_named():
 )
 def test_options_that_do_not_suit_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        predict_images(model_of(), FILES[:1], **options)
+        predict(model_of(), FILES[:1], **options)
 
 
 def test_a_drawn_resolution_is_drawn_by_the_number_of_the_image():
