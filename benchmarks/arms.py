@@ -23,7 +23,7 @@ from packpipe.model.config import NaViTConfig
 from packpipe.model.flops import forward_flops
 from packpipe.model.navit import NaViT
 from packpipe.rows.fill_images import token_columns
-from packpipe.rows.rows import Rows, Segments
+from packpipe.rows.rows import Rows
 from packpipe.training.losses import segment_cross_entropy
 
 PATCH = 16
@@ -121,19 +121,22 @@ def batch_of(
     members = np.concatenate(groups)
     grids = images.grid_hw[members]
     lens = grids.prod(1)
-    segments = Segments(
-        offsets=np.cumsum([0, *map(len, groups)]),
-        seq_lens=lens.astype(np.int32),
-        grid_hw=grids.astype(np.int16),
-        image_hw=(grids * PATCH).astype(np.int32),
-        example_index=members,
+    planned = Rows(
+        np.cumsum([0, *map(len, groups)]),
+        {
+            "seq_lens": lens.astype(np.int32),
+            "grid_hw": grids.astype(np.int16),
+            "image_hw": (grids * PATCH).astype(np.int32),
+            "example_index": members,
+        },
     )
     tokens = np.concatenate([np.arange(n) for n in lens]).astype(np.int32)
-    segment_ids, coords = token_columns(segments, tokens, seq_len)
+    segment_ids, coords = token_columns(planned, tokens, seq_len)
     rng = np.random.default_rng(seed)
     patches = rng.integers(0, 256, (len(groups), seq_len, PATCH * PATCH * 3), np.uint8)
     patches[segment_ids == 0] = 0
-    rows = Rows(segments=segments, patches=patches, segment_ids=segment_ids, coords=coords)
+    columns = {"patches": patches, "segment_ids": segment_ids, "coords": coords}
+    rows = replace(planned, tokens=columns)
     batch = PackedBatch.from_rows(rows, max_segments=most, copy=False)
     labels = torch.from_numpy(rng.integers(0, NUM_CLASSES, batch.seq_lens.shape))
     return replace(batch, labels=torch.where(batch.present, labels, -100))

@@ -33,7 +33,7 @@ import packpipe
 from packpipe import Beta, PackConfig, PackedLoader, Side, Uniform, plan_epoch, samples
 from packpipe.images.decode import decode, pixel_rules
 from packpipe.images.patches import patchify
-from packpipe.rows.fill_images import planned_segments
+from packpipe.rows.fill_images import planned_images
 from packpipe.sources.image_source import ImageSource
 from packpipe.sources.survey import probe_sizes
 
@@ -224,12 +224,12 @@ def live(name: str, dataset: datasets.Dataset) -> Iterator[list[str]]:
         options = {key: config[key] for key in ("resolution", "drop_rate") if key in config}
         packs = packpipe.EpochPacks(dataset, 1024, **options)
         plan = packs.plan(0, 0)
-        segments = planned_segments(plan, np.arange(len(plan)), None)
+        planned = planned_images(plan, np.arange(len(plan)), None)
         read = ImageSource(dataset.select_columns(["image"]).with_format("arrow"))
-        encoded = [bytes(read(i)) for i in segments.example_index.tolist()]
+        encoded = [bytes(read(i)) for i in planned.example_index.tolist()]
         out = np.empty((2 * 32767, packs.config.patch_bytes), np.uint8)
 
-        def one(at: int, segments=segments, encoded=encoded, out=out, packs=packs) -> None:  # type: ignore[no-untyped-def]
+        def one(at: int, segments=planned, encoded=encoded, out=out, packs=packs) -> None:  # type: ignore[no-untyped-def]
             rows, columns = segments.grid_hw[at].tolist()
             height, width = segments.image_hw[at].tolist()
             pixels = decode(

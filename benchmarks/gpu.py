@@ -39,7 +39,7 @@ from packpipe.model.flops import TRAINING, matrix_rate
 from packpipe.model.navit import NaViT, compile_parts
 from packpipe.rows import schema
 from packpipe.rows.files import write_table
-from packpipe.rows.rows import Rows, Segments
+from packpipe.rows.rows import Rows
 
 RESULTS = Path(__file__).parent / "results"
 # Sides in pixels that images are drawn from: NaViT's, and larger ones for longer rows.
@@ -267,23 +267,20 @@ def stored(batches: list[Step], seq_len: int, path: Path) -> pa.Table:
         for step in batches:
             batch = step.inputs.to("cpu")
             there = batch.present
-            segments = Segments(
-                offsets=np.concatenate([[0], there.sum(1).cumsum(0).numpy()]),
-                seq_lens=batch.seq_lens[there].numpy(),
-                grid_hw=batch.grid_hw[there].numpy(),
-                image_hw=batch.grid_hw[there].int().numpy() * arms.PATCH,
-                example_index=batch.example_index[there].numpy(),
-                labels=pa.array(batch.labels[there].numpy()),
-            )
-            yield schema.rows_table(
-                Rows(
-                    segments=segments,
-                    patches=batch.patches.numpy(),
-                    segment_ids=batch.segment_ids.numpy(),
-                    coords=batch.coords.numpy(),
-                ),
-                columns,
-            )
+            segments = {
+                "seq_lens": batch.seq_lens[there].numpy(),
+                "grid_hw": batch.grid_hw[there].numpy(),
+                "image_hw": batch.grid_hw[there].int().numpy() * arms.PATCH,
+                "example_index": batch.example_index[there].numpy(),
+                "labels": pa.array(batch.labels[there].numpy()),
+            }
+            tokens = {
+                "patches": batch.patches.numpy(),
+                "segment_ids": batch.segment_ids.numpy(),
+                "coords": batch.coords.numpy(),
+            }
+            offsets = np.concatenate([[0], there.sum(1).cumsum(0).numpy()])
+            yield schema.rows_table(Rows(offsets, segments, tokens), columns)
 
     write_table(path, columns, tables())
     with pa.memory_map(str(path)) as file:

@@ -38,6 +38,7 @@ from packpipe.model.config import NaViTConfig
 from packpipe.model.flops import TRAINING, forward_flops
 from packpipe.model.navit import NaViT
 from packpipe.model.predict import predict_packs
+from packpipe.philox import Key
 from packpipe.rows.rows import Rows
 from packpipe.training.evaluation import accuracy, calibration_error
 from packpipe.training.loop import TrainConfig, train
@@ -166,20 +167,24 @@ class AllEpochs:
         """Most segments a pack may hold."""
         return self.packs.max_segments
 
-    def num_packs(self, seed: int, epoch: int) -> int:
+    def num_packs(self, key: Key) -> int:
         """Return the packs of all epochs."""
-        del seed, epoch
+        del key
         return int(self.firsts[-1])
 
-    def fingerprint(self, seed: int, epoch: int) -> str:
+    def fingerprint(self, key: Key) -> str:
         """Return the fingerprint of the first epoch's plan."""
-        return self.packs.fingerprint(seed, epoch)
+        return self.packs.fingerprint(key)
 
-    def rows(self, seed: int, epoch: int, packs: NDArray[np.int64]) -> Rows:
+    def work(self, key: Key) -> NDArray[np.int64]:
+        """Return the attention work of the packs of all epochs."""
+        epochs = range(len(self.firsts) - 1)
+        return np.concatenate([self.packs.work(Key(key.seed, epoch)) for epoch in epochs])
+
+    def rows(self, key: Key, packs: NDArray[np.int64]) -> Rows:
         """Return some packs, all of one epoch."""
-        del epoch
         within = int(np.searchsorted(self.firsts, packs[0], side="right")) - 1
-        return self.packs.rows(seed, within, packs - self.firsts[within])
+        return self.packs.rows(Key(key.seed, within), packs - self.firsts[within])
 
 
 class Trial:

@@ -60,9 +60,9 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 # What packpipe does: module and function that does it.
 PHASES = {
-    "lengths and plan": ("token_build.py", "plan"),
-    "tokens moved, out of the mapped source": ("token_rows.py", "fill_tokens"),
-    "rows written, with their checksum": ("table.py", "write"),
+    "lengths and plan": ("token_job.py", "plan_sequences"),
+    "tokens moved, out of the mapped source": ("fill_tokens.py", "fill_tokens"),
+    "rows written, with their checksum": ("files.py", "write"),
 }
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from packpipe.model.navit import NaViT as NaViT
     from packpipe.model.navit import compile_parts as compile_parts
     from packpipe.model.predict import predict as predict
-    from packpipe.packing.balance import balance_steps as balance_steps
+    from packpipe.packing.equal_steps import balance_steps as balance_steps
     from packpipe.packing.histogram import HistogramPlan as HistogramPlan
     from packpipe.packing.histogram import count_lengths as count_lengths
     from packpipe.packing.histogram import plan_histogram as plan_histogram
@@ -81,7 +81,7 @@ _HOMES = {
     "TokenConfig": "planning.token_config",
     "TruncatedNormal": "planning.distributions",
     "Uniform": "planning.distributions",
-    "balance_steps": "packing.balance",
+    "balance_steps": "packing.equal_steps",
     "compile_parts": "model.navit",
     "count_lengths": "packing.histogram",
     "manifest": "building.pack",

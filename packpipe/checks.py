@@ -1,6 +1,6 @@
-"""Front-door checks: one sentence for every wrong argument.
+"""Checks of arguments: one sentence for every wrong one.
 
-Each check returns the value in its one canonical form or raises with
+Each check returns the value in its canonical form, or raises an error with the message
 ``name is VALUE, expected REQUIREMENT; remedy``.
 """
 
@@ -19,13 +19,14 @@ MAX_WORD = 2**64 - 1
 
 
 def sentence(name: str, value: object, expected: str, remedy: str) -> str:
-    """Return the error sentence every packpipe error is built from."""
+    """Return the message of an error: ``name is VALUE, expected REQUIREMENT; remedy``."""
     return f"{name} is {value!r}, expected {expected}; {remedy}"
 
 
 def whole_number(name: str, value: Any, low: int, high: int, remedy: str) -> int:
     """Return value as an int in low..high; bools, floats and strings are refused."""
     expected = f"an integer in {low}..{high}"
+    # operator.index accepts bools, since bool is a subclass of int; hence they are refused first.
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(sentence(name, value, expected, remedy))
     try:
@@ -38,7 +39,7 @@ def whole_number(name: str, value: Any, low: int, high: int, remedy: str) -> int
 
 
 def real_number(name: str, value: Any, remedy: str) -> float:
-    """Return value as an int or a float; bools, strings and what is not finite are refused."""
+    """Return value as an int or a float; bools, strings, NaN and infinities are refused."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(sentence(name, value, "a number", remedy))
     if not math.isfinite(value):
@@ -55,7 +56,8 @@ def positive_number(name: str, value: Any, remedy: str) -> float:
 
 
 def real_attributes(values: Any, *names: str) -> None:
-    """Make attributes of a frozen value ints or floats, or refuse them."""
+    """Replace attributes of a frozen value by ints or floats; refuse those that are no numbers."""
+    # object.__setattr__, since a frozen dataclass refuses the ordinary way.
     for name in names:
         number = real_number(name, getattr(values, name), "pass a number")
         object.__setattr__(values, name, number)
@@ -75,21 +77,12 @@ def choice(name: str, value: Any, options: Collection[str], remedy: str) -> str:
     return value
 
 
-def seed_and_epoch(seed: Any, epoch: Any) -> tuple[int, int]:
-    """Return (seed, epoch) as the two 64-bit words of a Philox key."""
-    remedy = "pass a non-negative integer below 2**64"
-    return (
-        whole_number("seed", seed, 0, MAX_WORD, remedy),
-        whole_number("epoch", epoch, 0, MAX_WORD, remedy),
-    )
-
-
 def integer_array(name: str, values: ArrayLike, ndim: int, remedy: str) -> NDArray[Any]:
     """Return values as an integer array of ndim dimensions, not copied if it is one.
 
     An empty list counts as integers, since NumPy would make it float64.
     """
-    if np.ma.is_masked(values):
+    if np.ma.is_masked(values):  # np.asarray would drop the mask and keep what is behind it
         raise ValueError(sentence(name, "masked", "values without a mask", "fill or leave out"))
     try:
         array = np.asarray(values)
@@ -98,7 +91,7 @@ def integer_array(name: str, values: ArrayLike, ndim: int, remedy: str) -> NDArr
         raise ValueError(sentence(name, "ragged", expected, remedy)) from None
     if array.size == 0 and array.dtype.kind not in "iu":
         array = array.astype(np.int64)
-    if array.dtype.kind not in "iu":  # NumPy counts time spans as integers, too
+    if array.dtype.kind not in "iu":  # not np.integer, which includes timedelta64
         raise TypeError(sentence(f"{name}.dtype", str(array.dtype), "an integer dtype", remedy))
     if array.ndim != ndim:
         raise ValueError(sentence(f"{name}.ndim", array.ndim, str(ndim), remedy))

@@ -1,4 +1,4 @@
-"""The main job on the bundled images: pack, measure, draw, train.
+"""Packs the bundled images, prints figures, draws some rows and trains a small NaViT.
 
 ``python -m packpipe.demo [FOLDER]`` writes everything, caches included, into one folder.
 """
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Have caches lie in folder; they are read when packages are imported, so before."""
+    """Put caches into folder. Call it first: packages read these variables when imported."""
     folder = folder.absolute()
     os.environ.setdefault("HF_HOME", str(folder / "cache"))
     os.environ.setdefault("MPLCONFIGDIR", str(folder / "cache" / "matplotlib"))
@@ -38,7 +38,7 @@ def prepare(folder: Path) -> None:
 
 
 def run(folder: Path, seq_len: int, steps: int, num_workers: int) -> None:
-    """Do the job; see `main`."""
+    """Pack the bundled images, print figures, draw some rows and train; 0 steps train nothing."""
     import datasets
     from rich.console import Console
 
@@ -47,6 +47,7 @@ def run(folder: Path, seq_len: int, steps: int, num_workers: int) -> None:
     from packpipe.plots import plot_rows
 
     console = Console()
+    # Loading some files needs no bars; `pack` shows one, which is why they come back.
     datasets.disable_progress_bars()
     images = datasets.load_dataset(
         "imagefolder", data_dir=str(samples.images_folder()), split="train"
@@ -57,14 +58,16 @@ def run(folder: Path, seq_len: int, steps: int, num_workers: int) -> None:
 
     started = time.perf_counter()
     output = folder / f"packed-{seq_len}"
-    fresh = not output.exists()
+    fresh = not output.exists()  # else `pack` opens what is there, and a rate would mean nothing
     packed = packpipe.pack(images, seq_len, output=output, num_workers=num_workers)
     seconds = time.perf_counter() - started
 
-    segments = packpipe.read_rows(packed).segments
-    in_source_order = segments.seq_lens[np.argsort(segments.example_index)]
+    rows = packpipe.read_rows(packed)
+    # For the table: batches of a padded ViT take images as they come.
+    in_source_order = rows.seq_lens[np.argsort(rows.example_index)]
     console.print(_table(packpipe.manifest(packed), in_source_order, seconds, fresh))
-    by_segments = np.argsort(-np.diff(segments.offsets), kind="stable")
+    by_segments = np.argsort(-rows.num_segments, kind="stable")
+    # Rows with the most segments, and three towards fewer.
     chosen = by_segments[np.array([0, 1, 3, 6]) * len(by_segments) // 32]
     picture = folder / "rows.png"
     plot_rows(packpipe.read_rows(packed, chosen)).savefig(picture, dpi=100)
@@ -74,7 +77,7 @@ def run(folder: Path, seq_len: int, steps: int, num_workers: int) -> None:
 
 
 def _table(manifest: dict, seq_lens: NDArray[np.int32], seconds: float, fresh: bool):  # type: ignore[no-untyped-def,type-arg]
-    """Return the figures of a build beside what padding the same images would cost."""
+    """Return a table of a build's figures, and of padding if the same images were not packed."""
     from rich.table import Table
 
     counts, seq_len = manifest["counts"], manifest["config"]["seq_len"]
@@ -112,7 +115,7 @@ def _train(packed, num_classes: int, steps: int, folder: Path, console) -> None:
     torch.manual_seed(0)
     config = packpipe.NaViTConfig(num_classes=num_classes, dim=64, depth=2, heads=2)
     model = packpipe.NaViT(config)
-    batch_size = min(4, len(packed))
+    batch_size = min(4, len(packed))  # a long seq_len leaves few rows
     started = time.perf_counter()
     losses = []
     loader = packpipe.PackedLoader(packed, batch_size)

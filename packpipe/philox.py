@@ -1,20 +1,22 @@
-"""Random numbers addressed by (seed, epoch, index, stream), never drawn in turn.
+"""Random numbers as a function of (seed, epoch, index, stream); no generator state.
 
 Philox-4x64-10 with key (seed, epoch) and counter (block, stream, index, 0): any
 example's numbers can be computed alone, in any order, on any machine. Blocks count
-from 1, because NumPy's ``Philox`` steps its counter before each block; so
+from 1, because NumPy's ``Philox`` increments its counter before each block; so
 
-    words(seed=s, epoch=e, index=[i], stream=t, num_words=n)[0]
+    words(Key(s, e), index=[i], stream=t, num_words=n)[0]
         == np.random.Philox(key=u64(s, e), counter=u64(0, t, i, 0)).random_raw(n)
 
-bit for bit (u64 makes a uint64 array), which is how it is tested. A new decision takes a new
-stream number; the numbers below never change meaning. Cost: about 15 to 30 ns a block of four
+bit for bit (u64 makes a uint64 array); the tests check this. A new decision takes a new
+stream number; the numbers below never change meaning. Cost: about 15 to 30 ns for a block of four
 words on one core.
 
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), 4.3.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -24,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from packpipe import checks
 
-# Streams: which decision a random word is for.
+# Streams: the decision that a random word is for. Stored rows depend on these numbers.
 EXAMPLE_ORDER = 0
 PACK_ORDER = 1
 ROW_ORDER = 2
@@ -35,20 +37,44 @@ RESOLUTION = 6
 DROP_RATE = 7
 KEPT_TOKENS = 8
 
-# Numba turns uint64 mixed with a plain int into float64, so every constant is typed.
+
+class Key(NamedTuple):
+    """The key of random draws: a seed and an epoch, each in 0..2**64-1."""
+
+    seed: int
+    epoch: int
+
+
+def checked_key(seed: Any, epoch: Any) -> Key:
+    """Return the key of a seed and an epoch.
+
+    Raises:
+        TypeError: one of them is no integer.
+        ValueError: one of them is out of range.
+    """
+    remedy = "pass a non-negative integer below 2**64"
+    return Key(
+        checks.whole_number("seed", seed, 0, checks.MAX_WORD, remedy),
+        checks.whole_number("epoch", epoch, 0, checks.MAX_WORD, remedy),
+    )
+
+
+# The constants of Philox-4x64. Numba turns uint64 mixed with a plain int into float64, so every
+# constant is typed.
 _MULTIPLIER_0 = np.uint64(0xD2E7470EE14C6C93)
 _MULTIPLIER_1 = np.uint64(0xCA5A826395121157)
 _WEYL_0 = np.uint64(0x9E3779B97F4A7C15)
 _WEYL_1 = np.uint64(0xBB67AE8584CAA73B)
 _ZERO = np.uint64(0)
-_FINE_BITS = 11
+_FINE_BITS = 11  # a coarse bucket has 2**10 to 2**11 keys on average, sorted by this many bits
 
 
 @intrinsic
 def _high_product(typing_context, a, b):  # type: ignore[no-untyped-def]  # noqa: ARG001
     """Return the upper 64 bits of the 128-bit product: one machine instruction.
 
-    From four 32-bit products, as Numba's own integers would need, a block takes four times as long.
+    With four 32-bit products, which Numba's own integers would need, a block takes four times as
+    long.
     """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]  # noqa: ARG001
@@ -63,6 +89,7 @@ def _high_product(typing_context, a, b):  # type: ignore[no-untyped-def]  # noqa
 @njit(inline="always", cache=True)
 def _block(seed, epoch, number, stream, index):  # type: ignore[no-untyped-def]
     """Return the four words of one block: ten rounds."""
+    # The third counter word is the index and the last is 0, so streams and blocks never overlap.
     c0, c1, c2, c3 = number, stream, index, _ZERO
     k0, k1 = seed, epoch
     for _ in range(10):
@@ -79,6 +106,7 @@ def _fill_words(seed, epoch, index, stream, out):  # type: ignore[no-untyped-def
     """Fill out[i] with the words of index[i]; O(index * words / 4) blocks."""
     num_words = out.shape[1]
     for i in range(index.shape[0]):
+        # A block is made whole; words of the last one that were not asked for are dropped.
         for first in range(0, num_words, 4):
             block = _block(seed, epoch, np.uint64(first // 4 + 1), stream, index[i])
             out[i, first] = block[0]
@@ -92,14 +120,15 @@ def _fill_words(seed, epoch, index, stream, out):  # type: ignore[no-untyped-def
 
 @njit(cache=True, nogil=True)
 def _fill_subsets(seed, epoch, index, stream, num_items, num_chosen, out):  # type: ignore[no-untyped-def]
-    """Fill out with the chosen items of each index, in rising order, one after the other.
+    """Fill out with the chosen items of each index, in rising order, index after index.
 
-    Selection sampling (Knuth 3.4.2, algorithm S): item t of n is taken with probability (still to
-    choose) ÷ (still to see), decided by word t. O(words) / 4 blocks.
+    Selection sampling (Knuth 3.4.2, algorithm S): item t of n is taken with probability (items
+    still to choose) ÷ (items not seen yet), decided by word t. O(words) / 4 blocks.
     """
     place = 0
     for i in range(index.shape[0]):
         missing = num_chosen[i]
+        # All items are chosen, so no random words are needed.
         if missing == num_items[i]:
             for item in range(missing):
                 out[place + item] = item
@@ -110,6 +139,8 @@ def _fill_subsets(seed, epoch, index, stream, num_items, num_chosen, out):  # ty
             block = _block(seed, epoch, np.uint64(item // 4 + 1), stream, index[i])
             for word in range(4):
                 unseen = np.uint64(num_items[i] - item)
+                # word · unseen / 2**64 is a uniform number in 0..unseen-1, without a division or
+                # floats.
                 if missing and _high_product(block[word], unseen) < np.uint64(missing):
                     out[place] = item
                     place += 1
@@ -119,11 +150,12 @@ def _fill_subsets(seed, epoch, index, stream, num_items, num_chosen, out):  # ty
 
 @njit(cache=True, nogil=True)
 def _sort_words(keys, starts, sorted_keys, fine_starts, spare, spare_keys, order):  # type: ignore[no-untyped-def]
-    """Fill order with the positions of the keys in rising order, equal ones as they come.
+    """Fill order with the positions of the keys in rising order; equal keys keep their order.
 
-    Keys are spread evenly, so their leading bits sort them almost: dealt out to buckets of some
-    2**(_FINE_BITS - 1), which fit into the cache, each of these dealt out by the bits that follow,
-    and what is left moved a step or two. O(keys); a seventh of NumPy's time for 16 million.
+    Random keys are evenly spread, so their leading bits sort them almost: first into buckets of
+    some 2**(_FINE_BITS - 1) keys, which fit into the cache, then each bucket by the next bits. An
+    insertion sort moves what is left by a place or two. O(keys); takes a seventh of NumPy's time
+    for 16 million keys.
 
     Invariant: the bucket of bits b is filled from starts[b] on, in the order of the keys.
     """
@@ -131,6 +163,7 @@ def _sort_words(keys, starts, sorted_keys, fine_starts, spare, spare_keys, order
     while 2**bits < starts.shape[0] - 1:
         bits += 1
     for key in keys:
+        # Counted one bucket further on, so that the running sum gives each bucket's start.
         starts[_leading(key, 0, bits) + 1] += 1
     for bucket in range(1, starts.shape[0]):
         starts[bucket] += starts[bucket - 1]
@@ -141,8 +174,11 @@ def _sort_words(keys, starts, sorted_keys, fine_starts, spare, spare_keys, order
         starts[bucket] += 1
     first = 0
     for bucket in range(starts.shape[0] - 1):
+        # starts[bucket] has moved on to the end of the bucket. A bucket that is larger than the
+        # spare tables, which random keys do not give, is sorted by insertion alone.
         last = starts[bucket]
         if last - first <= spare.shape[0]:
+            # Every cell carries `first`, so the running sum takes it off once for each cell.
             fine_starts[:] = first
             for i in range(first, last):
                 fine_starts[_leading(sorted_keys[i], bits, _FINE_BITS) + 1] += 1
@@ -169,27 +205,25 @@ def _sort_words(keys, starts, sorted_keys, fine_starts, spare, spare_keys, order
 
 @njit(inline="always", cache=True)
 def _leading(key, skipped, bits):  # type: ignore[no-untyped-def]
-    """Return the bits that follow the first skipped ones; a shift by 64 would be undefined."""
+    """Return `bits` bits of a key, after the first `skipped` ones."""
+    # Two shifts to the right, since with bits = 0 a single one by 64 would be undefined.
     return np.int64((key << np.uint64(skipped)) >> np.uint64(63 - bits) >> np.uint64(1))
 
 
-def words(
-    *, seed: int, epoch: int, index: ArrayLike, stream: int, num_words: int = 1
-) -> NDArray[np.uint64]:
+def words(key: Key, *, index: ArrayLike, stream: int, num_words: int = 1) -> NDArray[np.uint64]:
     """Return uint64[len(index), num_words] random words, each row a function of its index.
 
     Args:
-        seed: first key word, 0..2**64-1.
-        epoch: second key word, 0..2**64-1.
-        index: int[n] example (or pack, or row) numbers, not negative.
-        stream: which decision the words are for.
-        num_words: words an index.
+        key: seed and epoch.
+        index: int[n], numbers of examples (or packs, or rows), not negative.
+        stream: the decision that the words are for.
+        num_words: number of words for each index.
 
     Raises:
-        ValueError: seed, epoch, stream or an index is out of range.
+        ValueError: the key, stream or an index is out of range.
         TypeError: one of them is no integer.
     """
-    seed, epoch = checks.seed_and_epoch(seed, epoch)
+    seed, epoch = checked_key(*key)
     stream = checks.whole_number("stream", stream, 0, checks.MAX_WORD, "use a stream of philox.py")
     num_words = checks.whole_number("num_words", num_words, 0, 2**31, "ask for fewer words")
     array = checks.integer_array("index", index, 1, "pass example numbers")
@@ -199,68 +233,73 @@ def words(
             checks.sentence(f"index[{where}]", int(array[where]), "0 or more", "count from zero")
         )
     out = np.empty((array.shape[0], num_words), np.uint64)
-    key = np.uint64(seed), np.uint64(epoch)
-    _fill_words(*key, array.astype(np.uint64), np.uint64(stream), out)
+    numbers = array.astype(np.uint64)
+    _fill_words(np.uint64(seed), np.uint64(epoch), numbers, np.uint64(stream), out)
     return out
 
 
-def uniform(*, seed: int, epoch: int, index: ArrayLike, stream: int) -> NDArray[np.float64]:
+def uniform(key: Key, *, index: ArrayLike, stream: int) -> NDArray[np.float64]:
     """Return float64[len(index)] uniform on [0, 1): the top 53 bits of each first word.
 
-    Any random value in packpipe is ``distribution.quantile(uniform(...))``. Raises as `words`.
+    Every value drawn from a distribution is ``distribution.quantile(uniform(...))``.
+
+    Raises:
+        ValueError: the key, stream or an index is out of range.
+        TypeError: one of them is no integer.
     """
-    first = words(seed=seed, epoch=epoch, index=index, stream=stream)[:, 0]
+    first = words(key, index=index, stream=stream)[:, 0]
     return uniform_from(first)
 
 
 def uniform_from(random_words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Return the top 53 bits of each word as a number in [0, 1)."""
+    """Return the top 53 bits of each word, all that float64 holds, as a number in [0, 1)."""
     return (random_words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def subsets(
+    key: Key,
     *,
-    seed: int,
-    epoch: int,
     index: NDArray[np.integer],
     stream: int,
     num_items: NDArray[np.integer],
     num_chosen: NDArray[np.integer],
 ) -> NDArray[np.int32]:
-    """Return int32[sum(num_chosen)]: of each index's items 0, 1, ... as many as asked, rising.
+    """Return int32[sum(num_chosen)]: for each index, num_chosen of its items 0, 1, ..., rising.
 
-    Uniform without replacement (to 2**-64 times num_items), each subset a function of its index
-    alone. Arguments are trusted, but for the key.
+    Uniform without replacement (up to 2**-64 times num_items); each subset is a function of its
+    index alone. Only the key is checked.
 
     Args:
-        seed: as for `words`.
-        epoch: likewise.
-        index: int[n], likewise.
-        stream: likewise.
+        key: seed and epoch.
+        index: int[n], numbers of examples, not negative.
+        stream: the decision that the words are for.
         num_items: int[n], items to choose from, below 2**31.
-        num_chosen: int[n], 0..num_items.
+        num_chosen: int[n], items to choose, 0..num_items.
     """
-    seed, epoch = checks.seed_and_epoch(seed, epoch)
+    seed, epoch = map(np.uint64, checked_key(*key))
     chosen = np.ascontiguousarray(num_chosen, np.int64)
     out = np.empty(int(chosen.sum()), np.int32)
     items = np.ascontiguousarray(num_items, np.int64)
-    key = np.uint64(seed), np.uint64(epoch)
-    _fill_subsets(*key, index.astype(np.uint64), np.uint64(stream), items, chosen, out)
+    _fill_subsets(seed, epoch, index.astype(np.uint64), np.uint64(stream), items, chosen, out)
     return out
 
 
-def permutation(*, seed: int, epoch: int, index: ArrayLike, stream: int) -> NDArray[np.int64]:
+def permutation(key: Key, *, index: ArrayLike, stream: int) -> NDArray[np.int64]:
     """Return the positions of index in seeded order: an argsort of one word per index.
 
     The order of a subset is the order of the whole with the others left out, so a shard
-    needs to know only its own examples. Equal words (odds n²/2**65) keep their position.
-    Raises as `words`.
+    needs to know only its own examples. Equal words (probability n²/2**65) keep their order.
+
+    Raises:
+        ValueError: the key, stream or an index is out of range.
+        TypeError: one of them is no integer.
     """
-    keys = words(seed=seed, epoch=epoch, index=index, stream=stream)[:, 0]
+    keys = words(key, index=index, stream=stream)[:, 0]
     num_buckets = 2 ** max(0, len(keys).bit_length() - _FINE_BITS)
     order = np.empty(len(keys), np.int64)
     coarse = np.zeros(num_buckets + 1, np.int64), np.empty(len(keys), np.uint64)
     fine = np.zeros(2**_FINE_BITS + 1, np.int64)
+    # Four to eight times the average bucket.
     spare = np.empty(2 ** (_FINE_BITS + 2), np.int64)
     _sort_words(keys, *coarse, fine, spare, spare.astype(np.uint64), order)
     return order

@@ -17,16 +17,17 @@ from packpipe.rows.rows import Rows
 
 
 def plot_rows(rows: Rows, *, max_thumbnails: int = 8) -> Figure:
-    """Return a figure of packed rows: the tokens as they lie, and the images they hold.
+    """Return a figure of packed rows: the tokens as they are stored, and the images they hold.
 
-    Left, a row's tokens in reading order, 64 a line, each segment framed and tinted in its
-    colour, padding hatched. Right, its segments put together again from tokens and coordinates,
-    framed in the same colours and drawn to one scale.
+    Left, a row's tokens in reading order, 64 a line, each segment tinted in a colour of its own,
+    padding hatched. Right, its images, put together again from tokens and coordinates, framed in
+    the same colours and drawn to one scale.
 
     Args:
-        rows: what `read_rows` returned; a handful.
-        max_thumbnails: images drawn of each row, the first ones.
+        rows: what `read_rows` returned; a few.
+        max_thumbnails: how many images of each row are drawn, the first ones.
     """
+    # Figure, not pyplot, which would keep every figure open and choose a window's backend.
     figure = Figure(figsize=(13, 0.5 + 1.9 * len(rows)), layout="constrained")
     grid = figure.add_gridspec(len(rows), 2, width_ratios=[1.0, 1.35])
     for row in range(len(rows)):
@@ -47,6 +48,7 @@ def plot_mask(segment_ids: NDArray[np.int32]) -> Figure:
     """
     ids = np.asarray(segment_ids)
     sees = (ids[:, None] == ids) & (ids > 0)
+    # Number 0, padding, is white.
     tint = np.concatenate([[(1.0, 1.0, 1.0)], colours(int(ids.max(initial=0)))])
     picture = np.where(sees[..., None], tint[ids][:, None], 1.0)
     figure = Figure(figsize=(5, 5.2), layout="constrained")
@@ -58,11 +60,11 @@ def plot_mask(segment_ids: NDArray[np.int32]) -> Figure:
 
 
 def plot_fill(tokens: NDArray[np.integer], quality: Quality) -> Figure:
-    """Return a figure of how full rows are.
+    """Return a figure of the tokens of all rows, fullest first.
 
     Args:
-        tokens: int[rows], tokens of each.
-        quality: the figures of all.
+        tokens: int[rows], tokens of each row.
+        quality: the figures of the packing, for the title.
     """
     figure, axes = _small_figure()
     shares = np.sort(tokens)[::-1] / quality.seq_len
@@ -78,7 +80,7 @@ def plot_segments(segments: NDArray[np.integer], unit: str) -> Figure:
     """Return a figure of how many segments rows hold.
 
     Args:
-        segments: int[rows], segments of each.
+        segments: int[rows], segments of each row.
         unit: what a segment is, such as ``"image"``.
     """
     figure, axes = _small_figure()
@@ -94,9 +96,9 @@ def plot_lengths(seq_lens: NDArray[np.integer], seq_len: int, unit: str) -> Figu
     """Return a figure of how many tokens segments have.
 
     Args:
-        seq_lens: int[segments], tokens of each.
+        seq_lens: int[segments], tokens of each segment.
         seq_len: tokens a row holds.
-        unit: what a segment is.
+        unit: what a segment is, such as ``"image"``.
     """
     figure, axes = _small_figure()
     axes.hist(seq_lens, bins=min(64, seq_len), range=(0, seq_len))
@@ -113,7 +115,7 @@ def plot_sizes(image_hw: NDArray[np.integer]) -> Figure:
         image_hw: int[images, 2], size in pixels.
     """
     figure, axes = _small_figure()
-    height, width = np.asarray(image_hw).T
+    height, width = np.asarray(image_hw).T  # [images] each
     axes.scatter(width, height, s=8, alpha=0.5, lw=0)
     axes.set(xlabel="width in pixels", ylabel="height in pixels", xscale="log", yscale="log")
     axes.set_title("images of the source", fontsize=9)
@@ -125,7 +127,7 @@ def plot_losses(losses: Sequence[float], rows_per_epoch: int) -> Figure:
 
     Args:
         losses: one a step.
-        rows_per_epoch: steps after which every row was seen once.
+        rows_per_epoch: steps of an epoch, after which every row was seen once.
     """
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.add_subplot()
@@ -156,7 +158,7 @@ def plot_training(records: Sequence[dict[str, Any]]) -> Figure:
         values = np.array([record[name] for record in records])
         axes.plot(steps, values, lw=0.8, alpha=0.5, label="each record")
         width = max(1, len(values) // 20)
-        if width > 1:
+        if width > 1:  # a twentieth of the training; few records need no smoothing
             smooth = np.convolve(values, np.ones(width) / width, mode="valid")
             axes.plot(steps[width - 1 :], smooth, label=f"mean of {width}")
             axes.legend(fontsize=8)
@@ -181,15 +183,15 @@ def _draw_tokens(axes: Any, rows: Rows, row: int) -> None:
 
 
 def _draw_images(axes: Any, rows: Rows, row: int, max_thumbnails: int) -> None:
-    segments = rows.segments
-    first, last = segments.offsets[row], segments.offsets[row + 1]
+    first, last = rows.offsets[row : row + 2]
     shown = range(int(first), int(min(last, first + max_thumbnails)))
     found = colours(int(last - first))
     place, tallest, left = 0, 1, 0.0
     for number, segment in enumerate(shown):
-        tokens = slice(place, place + int(segments.seq_lens[segment]))
+        tokens = slice(place, place + int(rows.seq_lens[segment]))
         place = tokens.stop
-        height, width = segments.grid_hw[segment].tolist()
+        # Axes count patches, so images of a row are drawn to one scale.
+        height, width = rows.grid_hw[segment].tolist()
         picture = unpatchify(rows.patches[row, tokens], rows.coords[row, tokens], (height, width))
         axes.imshow(picture, extent=(left, left + width, height, 0))
         frame = Rectangle((left, 0), width, height, fill=False, ec=found[number], lw=2.5)
@@ -199,6 +201,7 @@ def _draw_images(axes: Any, rows: Rows, row: int, max_thumbnails: int) -> None:
     if last - first > len(shown):
         axes.text(left, tallest / 2, f"+ {last - first - len(shown)}", va="center", fontsize=9)
         left += 6
+    # A row of one narrow image would be blown up to the width of the axes.
     axes.set_xlim(-0.5, max(left, 3.2 * tallest))
     axes.set_ylim(tallest + 0.5, -0.5)
     axes.set_aspect("equal", anchor="W")

@@ -16,7 +16,7 @@ SETS = ("images", "pictures", "jpegs")
 def images_folder() -> Path:
     """Return the folder of the 176 bundled images, as ``load_dataset("imagefolder")`` reads it.
 
-    Installed with the package; public domain, provenance in the README beside it.
+    Installed with the package; public domain, sources in the README beside the folder.
     """
     return _DATA / "images"
 

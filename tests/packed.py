@@ -1,6 +1,6 @@
 """Packed rows of random pixels for the model's tests, built by plain loops."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from packpipe.loading.batch import PackedBatch
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
-from packpipe.rows.rows import Rows, Segments
+from packpipe.rows.rows import Rows
 
 PATCH_SIZE = 2
 PATCH_BYTES = PATCH_SIZE**2 * 3
@@ -66,7 +66,7 @@ def rows_of(case, *, example_index=None, labels="random"):
     if isinstance(labels, str):
         labels = pa.array(rng.integers(0, NUM_CLASSES, len(flat)))
     index = np.arange(len(flat)) if example_index is None else np.array(example_index)
-    segments = Segments(
+    segments = planned(
         offsets=np.cumsum([0, *map(len, case.lens)]),
         seq_lens=np.array(flat, np.int32),
         grid_hw=grids,
@@ -74,7 +74,17 @@ def rows_of(case, *, example_index=None, labels="random"):
         example_index=index,
         labels=labels,
     )
-    return Rows(segments=segments, patches=patches, segment_ids=segment_ids, coords=coords)
+    return filled(segments, patches=patches, segment_ids=segment_ids, coords=coords)
+
+
+def planned(offsets, *, labels=None, **segments):
+    """Rows without tokens yet, from columns of segments."""
+    return Rows(offsets, segments if labels is None else {**segments, "labels": labels})
+
+
+def filled(rows, **tokens):
+    """The rows with columns of tokens."""
+    return replace(rows, tokens=tokens)
 
 
 def batch_of(case, **options):

@@ -39,9 +39,9 @@ def dataset_of(images, labels=None, names=("cat", "dog", "owl")):
 
 def row_bytes(rows):
     """Return every byte of some Rows, column by column."""
-    segments = rows.segments
     names = ("offsets", "seq_lens", "grid_hw", "image_hw", "example_index")
-    arrays = [getattr(segments, name) for name in names]
+    arrays = [getattr(rows, name) for name in names]
     arrays += [rows.patches, rows.segment_ids, rows.coords]
     found = [(array.dtype, array.shape, np.ascontiguousarray(array).tobytes()) for array in arrays]
-    return [*found, None if segments.labels is None else segments.labels.to_pylist()]
+    labels = rows.segments.get("labels")
+    return [*found, None if labels is None else labels.to_pylist()]

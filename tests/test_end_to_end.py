@@ -47,11 +47,11 @@ def test_squares_are_a_plain_vits_rows(images, tmp_path):
     options = {"max_segments": 1, "resolution": packpipe.Square(224), "reducing_gap": None}
     packed = packpipe.pack(images, 196, output=tmp_path / "out", num_workers=2, **options)
     rows = packpipe.read_rows(packed)
-    index = rows.segments.example_index.tolist()
+    index = rows.example_index.tolist()
     assert sorted(index) == list(range(176))
     assert len(rows) == 176
     assert (rows.segment_ids == 1).all()
-    assert np.unique(rows.segments.grid_hw).tolist() == [14]
+    assert np.unique(rows.grid_hw).tolist() == [14]
     paths = [
         image["path"]
         for image in images.cast_column("image", datasets.Image(decode=False))["image"]

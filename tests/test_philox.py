@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from packpipe import philox
+from packpipe.philox import Key
 
 INDICES = st.lists(strategies.WORDS, min_size=1, max_size=20)
 
@@ -26,8 +27,7 @@ INDICES = st.lists(strategies.WORDS, min_size=1, max_size=20)
 def test_words_are_numpys_philox_bit_for_bit(key, index, stream, num_words):
     seed, epoch = key
     found = philox.words(
-        seed=seed,
-        epoch=epoch,
+        Key(seed, epoch),
         index=np.array([index], np.uint64),
         stream=stream,
         num_words=num_words,
@@ -45,7 +45,7 @@ def test_words_are_numpys_philox_bit_for_bit(key, index, stream, num_words):
 def test_uniform_is_numpys_first_random_number(key, index):
     seed, epoch = key
     found = philox.uniform(
-        seed=seed, epoch=epoch, index=np.array([index], np.uint64), stream=philox.PACK_ORDER
+        Key(seed, epoch), index=np.array([index], np.uint64), stream=philox.PACK_ORDER
     )
     oracle = np.random.Philox(
         key=np.array([seed, epoch], np.uint64),
@@ -55,7 +55,7 @@ def test_uniform_is_numpys_first_random_number(key, index):
 
 
 def test_uniform_lies_in_the_unit_interval_and_spreads_over_it():
-    values = philox.uniform(seed=1, epoch=2, index=np.arange(20_000), stream=3)
+    values = philox.uniform(Key(1, 2), index=np.arange(20_000), stream=3)
     assert values.min() >= 0
     assert values.max() < 1
     found, _ = np.histogram(values, bins=10, range=(0, 1))
@@ -67,9 +67,9 @@ def test_uniform_lies_in_the_unit_interval_and_spreads_over_it():
 def test_every_row_of_words_depends_on_its_own_index_only(key, indices):
     seed, epoch = key
     indices = np.array(indices, np.uint64)
-    together = philox.words(seed=seed, epoch=epoch, index=indices, stream=2, num_words=6)
+    together = philox.words(Key(seed, epoch), index=indices, stream=2, num_words=6)
     alone = [
-        philox.words(seed=seed, epoch=epoch, index=indices[i : i + 1], stream=2, num_words=6)[0]
+        philox.words(Key(seed, epoch), index=indices[i : i + 1], stream=2, num_words=6)[0]
         for i in range(len(indices))
     ]
     assert together.tolist() == np.stack(alone).tolist()
@@ -79,7 +79,7 @@ def test_every_row_of_words_depends_on_its_own_index_only(key, indices):
 def test_permutation_orders_positions_by_numpys_words(key, indices):
     seed, epoch = key
     found = philox.permutation(
-        seed=seed, epoch=epoch, index=np.array(indices, np.uint64), stream=philox.ROW_ORDER
+        Key(seed, epoch), index=np.array(indices, np.uint64), stream=philox.ROW_ORDER
     )
     assert found.dtype == np.int64
     assert found.tolist() == naive.seeded_order(seed, epoch, indices, 2)
@@ -96,7 +96,7 @@ def test_the_order_of_a_subset_is_the_whole_order_with_the_others_left_out(key, 
     chosen = data.draw(st.lists(st.sampled_from(indices), min_size=1, unique=True))
 
     def ordered(some):
-        order = philox.permutation(seed=seed, epoch=epoch, index=some, stream=0)
+        order = philox.permutation(Key(seed, epoch), index=some, stream=0)
         return [some[i] for i in order]
 
     assert ordered(chosen) == [i for i in ordered(indices) if i in set(chosen)]
@@ -115,7 +115,7 @@ def test_the_order_of_a_subset_is_the_whole_order_with_the_others_left_out(key, 
 )
 def test_every_seed_and_epoch_have_an_order_of_their_own(one, other):
     first, second = (
-        philox.permutation(seed=seed, epoch=epoch, index=np.arange(100), stream=0)
+        philox.permutation(Key(seed, epoch), index=np.arange(100), stream=0)
         for seed, epoch in (one, other)
     )
     assert first.tolist() != second.tolist()
@@ -136,7 +136,7 @@ STREAMS = [
 
 def test_streams_never_share_numbers_and_never_change_theirs():
     assert STREAMS == [0, 1, 2, 3, 4, 5, 6, 7, 8]
-    found = [philox.words(seed=0, epoch=0, index=np.arange(50), stream=s) for s in STREAMS]
+    found = [philox.words(Key(0, 0), index=np.arange(50), stream=s) for s in STREAMS]
     assert len(np.unique(np.concatenate(found))) == 450
 
 
@@ -148,8 +148,8 @@ SIZES = sorted(
 @pytest.mark.parametrize("size", SIZES)
 def test_a_permutation_of_any_size_is_the_argsort_of_the_words(size):
     index = np.arange(size) * 3
-    keys = philox.words(seed=size, epoch=1, index=index, stream=0)[:, 0]
-    found = philox.permutation(seed=size, epoch=1, index=index, stream=0)
+    keys = philox.words(Key(size, 1), index=index, stream=0)[:, 0]
+    found = philox.permutation(Key(size, 1), index=index, stream=0)
     assert (found == np.argsort(keys, kind="stable")).all()
 
 
@@ -220,8 +220,7 @@ def subset_cases(draw):
 def test_subsets_are_chosen_by_numpys_words(key, case, stream):
     index, num_items, num_chosen = case
     found = philox.subsets(
-        seed=key[0],
-        epoch=key[1],
+        Key(*key),
         index=np.array(index),
         stream=stream,
         num_items=np.array(num_items),
@@ -235,17 +234,17 @@ def test_subsets_are_chosen_by_numpys_words(key, case, stream):
 
 @pytest.mark.parametrize("name", ["seed", "epoch"])
 def test_subsets_check_their_key(name):
-    arguments = {"seed": 0, "epoch": 0, name: -1}
+    key = Key(**{"seed": 0, "epoch": 0, name: -1})
     one = np.ones(1, np.int64)
     message = f"{name} is -1, expected an integer in 0..{2**64 - 1}; {KEY_REMEDY}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        philox.subsets(**arguments, index=one, stream=8, num_items=one, num_chosen=one)
+        philox.subsets(key, index=one, stream=8, num_items=one, num_chosen=one)
 
 
 def test_an_empty_index_gives_no_words():
-    found = philox.words(seed=0, epoch=0, index=[], stream=0, num_words=4)
+    found = philox.words(Key(0, 0), index=[], stream=0, num_words=4)
     assert found.shape == (0, 4)
-    assert philox.permutation(seed=0, epoch=0, index=[], stream=0).shape == (0,)
+    assert philox.permutation(Key(0, 0), index=[], stream=0).shape == (0,)
 
 
 KEY_REMEDY = "pass a non-negative integer below 2**64"
@@ -308,5 +307,6 @@ KEY_REMEDY = "pass a non-negative integer below 2**64"
 )
 def test_bad_arguments_are_named(argument, value, error, message):
     arguments = {"seed": 0, "epoch": 0, "index": [0], "stream": 0, argument: value}
+    key = Key(arguments.pop("seed"), arguments.pop("epoch"))
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        philox.words(**arguments)
+        philox.words(key, **arguments)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from packpipe.images import pool
 from packpipe.images.decode import PixelRules
-from packpipe.images.fill import Order
-from packpipe.images.pool import Decoders, RowOrders
+from packpipe.images.fill import ImageTask
+from packpipe.images.pool import Decoders, RowTask
 
 RULES = PixelRules((255, 255, 255), 10_000, 1.0, "bicubic", "bicubic")
 # In a process that is so started, an image that begins with #! is Python to run before decoding.
@@ -61,8 +61,8 @@ def be_busy(folder: str, code: str, start: str, deaf: bool) -> None:
         for number in range(2):
             marks = f"open({str(Path(folder, str(number)))!r}, 'w')"
             images = [running(text, file.getvalue()) for text in (marks, code)]
-            orders = [Order(0, image, (2, 2), (1, 1), None) for image in images]
-            tasks.append(found.submit([RowOrders(number, orders)]))
+            orders = [ImageTask(0, image, (2, 2), (1, 1), None) for image in images]
+            tasks.append(found.submit([RowTask(number, orders)]))
         for task in tasks:
             task.result()
     say("done")

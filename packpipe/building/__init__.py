@@ -1,1 +1,1 @@
-"""Rows to a folder: `pack`, `Packer`, pairs, shards that survive a kill, summaries."""
+"""Writes packed rows to folders that survive a kill: `pack`, `pack_pairs`; `Packer`, summaries."""

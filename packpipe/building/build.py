@@ -1,7 +1,6 @@
-"""A build: the folder of a packed dataset, its contents and its manifest.
+"""Writes a packed dataset to a folder, shard by shard; the manifest is written last.
 
-What the rows hold is decided by a plan, and filled by whoever knows their kind (`Contents`:
-`image_build`, `token_build`); here the rows are written shard by shard (`shards`).
+A `Job` says what: a plan, and a function that fills its packs.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo
 
-from packpipe.building.job import Batch, Contents, Planned
+from packpipe.building.job import FilledRows, Job, PlannedRows
 from packpipe.building.shards import (
     REJECTS,
     Shards,
     alone_in,
     check_space,
     clear_if_bare,
-    in_bytes,
+    format_bytes,
     is_complete,
     naming_full_disks,
     read_manifest,
@@ -43,17 +42,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Build:
-    """Names, writes and opens the folder that holds some contents."""
+    """Names, writes and opens the folder of a job."""
 
-    contents: Contents
+    job: Job
 
     def cache_folder(self) -> Path:
-        """Return the folder of the `datasets` cache that is this build's own."""
+        """Return this build's own folder in the `datasets` cache."""
         return Path(datasets.config.HF_DATASETS_CACHE) / "packpipe" / self._digest()[:32]
 
     def is_at(self, folder: Path) -> bool:
-        """Return whether this build is complete in folder; refuse a folder of anything else."""
-        return is_complete(folder, self.contents.record)
+        """Return whether this build is complete in folder; raise if it holds anything else."""
+        return is_complete(folder, self.job.record)
 
     def make(
         self,
@@ -63,63 +62,69 @@ class Build:
         progress: bool,
         wait: bool,
     ) -> None:
-        """Write the folder, or what is missing of it.
+        """Write the folder, or the part of it that is missing.
 
         Args:
-            folder: where.
-            progress: as for `pack`.
+            folder: the folder to write.
+            progress: whether to show a progress bar.
             tolerance: how many rejects there may be.
-            wait: whether to wait for another process that writes it, or to refuse.
+            wait: whether to wait for another process that writes the folder, or to raise.
         """
         existed = folder.exists()
         try:
             with alone_in(folder, wait=wait):
-                if self.is_at(folder):  # another process was first
+                if self.is_at(folder):  # another process wrote it while this one waited
                     return
                 try:
                     self._write(folder, tolerance, progress)
                 except BaseException:
+                    # A build that failed early leaves no trace; committed shards stay.
                     clear_if_bare(folder)
                     raise
         finally:
-            with suppress(OSError):  # another process may be in already
+            with suppress(OSError):  # another process may write to it already
                 if not existed and not any(folder.iterdir()):
                     folder.rmdir()
 
     def open(self, folder: Path, on_error: str) -> Dataset:
-        """Return the dataset a complete folder holds; on_error is for rows computed when read."""
+        """Return the dataset in a complete folder; on_error is for rows computed when read."""
+        # Names have five digits, so this is the order of shards (`Shards.names`).
         names = sorted(name for name in read_manifest(folder)["files"] if name != REJECTS)
         stored = datasets.concatenate_datasets(
             [Dataset.from_file(str(folder / name)) for name in names]
         )
-        return self.contents.opened(stored, on_error)
+        return self.job.opened(stored, on_error)
 
     def _digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.contents.record, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.job.record, sort_keys=True).encode()).hexdigest()
 
     def _write(self, folder: Path, tolerance: Tolerance, progress: bool) -> None:
-        contents = self.contents
-        planned = contents.plan()
-        # At least one shard, so that an empty dataset has its columns too.
-        per_shard = max(1, files.FILE_BYTES // contents.row_bytes)
-        packs = _cut(range(planned.num_packs), per_shard) or [range(0)]
+        job = self.job
+        planned = job.plan()
+        num_packs = len(planned.plan)
+        # Shards depend on the plan and the row size alone, so that a build that is started again
+        # has the same ones. At least one, so that an empty dataset has its columns too.
+        per_shard = max(1, files.FILE_BYTES // job.row_bytes)
+        packs = _cut(range(num_packs), per_shard) or [range(0)]
         with naming_full_disks(folder):
-            shards = Shards(folder, contents.record, [len(some) for some in packs])
+            shards = Shards(folder, job.record, [len(some) for some in packs])
         missing = {number: packs[number] for number in shards.missing}
+        # Those of shards that an earlier call wrote count for this call's limits, too.
         rejects = planned.rejects + shards.rejects
         tolerance.check(rejects)
-        packs_done = [planned.num_packs - sum(map(len, missing.values()))]
+        packs_done = [num_packs - sum(map(len, missing.values()))]
 
         size = planned.stored_bytes(list(missing.values()))
         check_space(folder, size, planned.what)
         bar = datasets.utils.tqdm(
-            desc=f"Packing {planned.what}, {in_bytes(size)}",
+            desc=f"Packing {planned.what}, {format_bytes(size)}",
             total=sum(map(planned.num_examples, missing.values())),
             unit=f" {planned.unit}s",
             disable=not progress,
         )
 
-        def account(batches: Iterator[Batch], failed: list[Reject]) -> Iterator[pa.Table]:
+        # Runs while a shard is written, so too many rejects stop the build at their batch.
+        def account(batches: Iterator[FilledRows], failed: list[Reject]) -> Iterator[pa.Table]:
             for rows, undecodable, num_examples in batches:
                 failed.extend(undecodable)
                 rejects.extend(undecodable)
@@ -130,33 +135,38 @@ class Build:
                 yield rows
 
         with bar, naming_full_disks(folder):
-            per_batch = max(1, files.BATCH_BYTES // contents.row_bytes)
+            per_batch = max(1, files.BATCH_BYTES // job.row_bytes)
             batches = {number: _cut(some, per_batch) for number, some in missing.items()}
-            with closing(planned.batches(list(chain(*batches.values())))) as filled:
+            # One generator fills all shards: worker processes go on past the end of a shard.
+            # Closed also after an error, which ends those processes.
+            with closing(planned.fill(list(chain(*batches.values())))) as filled:
                 self._write_shards(shards, batches, filled, account)
             self._write_sidecars(folder, planned, rejects, shards)
         if rejects:
             log.warning(
                 "%d of %d examples rejected; packpipe.rejects(packed) says which and why",
                 len(rejects),
-                contents.num_examples,
+                job.num_examples,
             )
 
     def _write_shards(
         self,
         shards: Shards,
         batches: dict[int, list[range]],
-        filled: Iterator[Batch],
-        account: Callable[[Iterator[Batch], list[Reject]], Iterator[pa.Table]],
+        filled: Iterator[FilledRows],
+        account: Callable[[Iterator[FilledRows], list[Reject]], Iterator[pa.Table]],
     ) -> None:
-        """Write shards from the batches that fill them; one is synced while the next is written."""
-        stored = self.contents.features.arrow_schema
+        """Write each shard from its batches, and sync it while the next one is written."""
+        stored = self.job.features.arrow_schema
         committed: Future[None] | None = None
+        # One thread: fsync releases the interpreter lock, and only one commit at a time may write
+        # the manifest.
         with ThreadPoolExecutor(1) as committing:
             for number, some in batches.items():
                 failed: list[Reject] = []
                 tables = account(islice(filled, len(some)), failed)
                 written = files.write_stream(shards.path(number), stored, tables)
+                # At most one shard waits to be synced; raises if the last one could not be.
                 if committed is not None:
                     committed.result()
                 committed = committing.submit(shards.commit, number, written, failed)
@@ -164,14 +174,15 @@ class Build:
                 committed.result()
 
     def _write_sidecars(
-        self, folder: Path, planned: Planned, rejects: list[Reject], shards: Shards
+        self, folder: Path, planned: PlannedRows, rejects: list[Reject], shards: Shards
     ) -> None:
         # `datasets.load_from_disk` opens the folder by these two.
-        DatasetInfo(features=self.contents.features).write_to_directory(str(folder))
+        DatasetInfo(features=self.job.features).write_to_directory(str(folder))
         files.write_json(folder / "state.json", _state(shards.names, self._digest()[:16]))
+        # Sorted, so that the bytes do not depend on the order in which images failed.
         absent = sorted(rejects)
         record = files.write_table(folder / REJECTS, schema.REJECTS, [schema.rejects_table(absent)])
-        num_examples = self.contents.num_examples
+        num_examples = self.job.num_examples
         counts: dict[str, Any] = {
             "read": num_examples,
             "packed": num_examples - len(absent),
@@ -179,7 +190,8 @@ class Build:
             "rejected_by_reason": dict(sorted(Counter(r.reason for r in absent).items())),
             **planned.counts(rejects),
         }
-        share = fill(counts["tokens"], planned.num_packs, planned.seq_len)
+        share = fill(counts["tokens"], len(planned.plan), planned.plan.seq_len)
+        # The manifest comes last: complete means that all other files are written.
         shards.finish(record, counts=counts, fill=share)
 
 
@@ -195,6 +207,7 @@ def _cut(packs: range, step: int) -> list[range]:
 
 
 def _state(data_files: list[str], fingerprint: str) -> dict[str, Any]:
+    """Return what `datasets` keeps in the state.json of a saved dataset."""
     return {
         "_data_files": [{"filename": name} for name in data_files],
         "_fingerprint": fingerprint,

@@ -1,12 +1,12 @@
-"""Rows of images, for a build: every header is probed, then planned, then decoded."""
+"""Makes the `Job` of images: headers are read, rows are planned, then images are decoded."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -17,34 +17,36 @@ from numpy.typing import NDArray
 from PIL import features as codecs
 
 from packpipe._version import __version__
-from packpipe.building.job import Batch
-from packpipe.images.opening import check_settings
-from packpipe.packing.quality import Quality
+from packpipe.building.job import FilledRows, Job, PlannedRows
+from packpipe.images.opening import ImageData, check_settings
+from packpipe.philox import Key
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import plan_epoch
 from packpipe.rows import schema
 from packpipe.rows.fill_ahead import filled_ahead
-from packpipe.rows.fill_images import planned_segments
+from packpipe.rows.fill_images import planned_images
 from packpipe.rows.rejects import Reject
+from packpipe.sources.columns import ImageColumns
 from packpipe.sources.features import packed_features
 from packpipe.sources.image_source import ImageSource, labels_of
 from packpipe.sources.lazy_rows import LazyRows
 from packpipe.sources.sizes import sizes_of
-from packpipe.sources.survey import Survey, survey
+from packpipe.sources.survey import Sizes, survey
 
+# What Pillow decodes with: other versions may give other pixels, so the record names them.
 _CODECS = ("jpg", "libjpeg_turbo", "webp", "zlib", "zlib_ng", "libtiff", "jpg_2000", "avif")
 
 
 @dataclass(frozen=True, eq=False)
-class Beside:
-    """What packs hold of each example beside its image, in rows of their own.
+class PairedTexts:
+    """The texts that `pack_pairs` packs beside the images, in rows of their own.
 
     Attributes:
-        lens: int64[rows of the source], its tokens.
-        seq_len: most of them in a pack.
-        rejects: examples that have none that can be packed.
-        record: everything the above depend on.
+        lens: int64[source rows], tokens of each text.
+        seq_len: most text tokens of a pack.
+        rejects: examples without a text that can be packed.
+        record: everything that the fields above depend on.
     """
 
     lens: NDArray[np.int64]
@@ -53,207 +55,185 @@ class Beside:
     record: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class ImageContents:
-    """What `pack` was asked to make of images.
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The images to pack, and the options to pack them with.
 
     Attributes:
         dataset: the source.
-        image_column, label_column: its columns; no label column is None.
-        size_columns: its columns of heights and widths; None reads headers.
-        image_root: folder that paths are confined to, or None.
-        config, seed, epoch: what the plan is made from.
-        materialize: whether pixels are stored, or computed when read.
-        num_workers, image_seconds: as for `pack`; no byte depends on them.
-        beside: what else packs hold of each example, or None.
+        columns: its columns of images, labels and sizes, and the folder of its paths.
+        config, key: what the plan is made from.
+        materialize: whether pixels are stored; else they are computed when rows are read.
+        num_workers: processes that decode; 0 decodes in this one. The rows do not depend on it.
+        image_seconds: processor time that decoding an image may take in such a process.
+        texts: the texts packed beside the images; None without texts.
     """
 
     dataset: Dataset
-    image_column: str
-    label_column: str | None
-    size_columns: tuple[str, str] | None
-    image_root: str | None
+    columns: ImageColumns
     config: PackConfig
-    seed: int
-    epoch: int
-    materialize: bool
-    num_workers: int
-    image_seconds: float
-    beside: Beside | None = None
-
-    @property
-    def num_examples(self) -> int:
-        """Examples of the source."""
-        return len(self.dataset)
+    key: Key
+    materialize: bool = True
+    num_workers: int = 0
+    image_seconds: float = 60.0
+    texts: PairedTexts | None = None
 
     @cached_property
-    def record(self) -> dict[str, Any]:
-        """Everything the bytes of the folder depend on."""
-        supported = codecs.get_supported()
-        return {
-            "schema_version": schema.VERSION,
-            "packpipe": __version__,
-            "pillow": PIL.__version__,
-            "codecs": {name: codecs.version(name) for name in _CODECS if name in supported},
-            "source_fingerprint": self.dataset._fingerprint,
-            "source_files": self.source.files_digest(),
-            "image_column": self.image_column,
-            "label_column": self.label_column,
-            "size_columns": None if self.size_columns is None else list(self.size_columns),
-            "image_root": self.image_root,
-            "config": self.config.to_dict(),
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "materialized": self.materialize,
-            **({} if self.beside is None else {"beside": self.beside.record}),
-        }
+    def source(self) -> ImageSource:
+        """The images by row number."""
+        rows = self.dataset.select_columns([self.columns.image]).with_format("arrow")
+        return ImageSource(rows, self.columns.root)
+
+    @property
+    def label(self) -> Any:
+        """Feature of the labels, or None."""
+        return None if self.columns.label is None else self.dataset.features[self.columns.label]
 
     @property
     def features(self) -> Features:
         """Features of the stored rows."""
         return packed_features(self.config, self.label, tokens=self.materialize)
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row's patches."""
-        return self.config.row_bytes
 
-    @cached_property
-    def source(self) -> ImageSource:
-        """The images."""
-        rows = self.dataset.select_columns([self.image_column]).with_format("arrow")
-        return ImageSource(rows, self.image_root)
+def image_job(images: Images) -> Job:
+    """Return the job of packing images; its plan reads every header that is not known yet."""
 
-    @property
-    def label(self) -> Any:
-        """Feature of the labels, or None."""
-        return None if self.label_column is None else self.dataset.features[self.label_column]
-
-    def plan(self) -> PlannedImages:
-        """Return the packs; reads every header that is not known yet."""
-        return self._planned
-
-    @cached_property
-    def _planned(self) -> PlannedImages:
-        check_settings(self.config.max_pixels)  # processes that decode have their own
-        labels = labels_of(self.dataset, self.label_column)
-        with ThreadPoolExecutor(max(1, self.num_workers)) as executor:
+    # Both `pack_pairs` and `Build` ask for the plan, which reads the headers.
+    @cache
+    def plan() -> PlannedRows:
+        config = images.config
+        with ThreadPoolExecutor(max(1, images.num_workers)) as executor:
             sizes = sizes_of(
-                self.dataset,
-                self.source,
-                self.size_columns,
-                max_pixels=self.config.max_pixels,
+                images.dataset,
+                images.source,
+                images.columns.sizes,
+                max_pixels=config.max_pixels,
                 executor=executor,
             )
-        found = survey(sizes, labels, self.label)
-        also = None
-        if self.beside is not None:
-            found = found.without(self.beside.rejects)
-            also = self.beside.lens[found.index], self.beside.seq_len
-        plan = plan_epoch(
-            found.image_hw,
-            self.config,
-            seed=self.seed,
-            epoch=self.epoch,
-            index=found.index,
-            also=also,
-        )
-        return PlannedImages(self, found, labels, plan)
+        return plan_images(images, sizes)
 
-    def opened(self, stored: Dataset, on_error: str) -> Dataset:
-        """Return the stored rows, or rows that are computed when read."""
-        if self.materialize:
-            return stored
-        return stored.with_transform(
-            LazyRows(self.source, self.config, self.seed, self.epoch, self.label, on_error)
-        )
+    def opened(rows: Dataset, on_error: str) -> Dataset:
+        if images.materialize:
+            return rows
+        lazily = LazyRows(images.source, images.config, images.key, images.label, on_error)
+        return rows.with_transform(lazily)
+
+    return Job(
+        record=_record(images),
+        features=images.features,
+        row_bytes=images.config.row_bytes,
+        num_examples=len(images.dataset),
+        plan=plan,
+        opened=opened,
+    )
 
 
-@dataclass(frozen=True)
-class PlannedImages:
-    """Packs of images, before they are decoded."""
+def plan_images(
+    images: Images, sizes: Sizes, numbers: NDArray[np.int64] | None = None
+) -> PlannedRows:
+    """Return the planned rows of images, not filled yet.
 
-    contents: ImageContents
-    found: Survey
-    labels: pa.Array | None
-    epoch_plan: EpochPlan
-    unit: str = "image"
+    Args:
+        images: the images to pack.
+        sizes: the sizes of all its images.
+        numbers: int64[examples], the ``example_index`` of each, by which its random choices are
+            drawn, for a dataset that is a part of another one; None numbers from 0.
+    """
+    config, columns, texts = images.config, images.columns, images.texts
+    # Worker processes do not have this process's settings of Pillow. Settings that rows would
+    # depend on are refused, so that rows are the same for any num_workers.
+    check_settings(config.max_pixels)
+    labels = labels_of(images.dataset, columns.label)
+    found = survey(sizes, labels, images.label)
+    also = None
+    if texts is not None:
+        found = found.without(texts.rejects)
+        also = texts.lens[found.index], texts.seq_len
+    read: Callable[[int], ImageData] = images.source
+    index, rejects = found.index, found.rejects
+    if numbers is not None:
+        index = numbers[index]
+        rejects = [r._replace(example_index=int(numbers[r.example_index])) for r in rejects]
+        read = _by_number(images.source, index, found.index)
+    plan = plan_epoch(found.image_hw, config, **images.key._asdict(), index=index, also=also)
+    labels = None if labels is None else labels.take(pa.array(found.index))
+    # Beside the patches, 8 bytes a token: an int32 of segment_ids and two int16 of coords.
+    pixels = config.row_bytes + config.seq_len * 8 if images.materialize else 0
+    return PlannedRows(
+        plan=plan,
+        rejects=rejects,
+        unit="image",
+        what=f"{len(index):,} images in {len(plan):,} rows",
+        row_size=pixels + 5 * 4,  # and one offset of each of five lists
+        segment_size=4 + 4 + 8 + 8 + 8,  # length, grid, size, index and (a guess) label
+        fill=partial(_fill, images, plan, labels, read),
+        counts=partial(_counts, plan, found.broken_exif),
+    )
 
-    @property
-    def num_packs(self) -> int:
-        """How many packs there are."""
-        return len(self.epoch_plan)
 
-    @property
-    def seq_len(self) -> int:
-        """Tokens a pack holds."""
-        return self.contents.config.seq_len
+def _by_number(
+    source: ImageSource, numbers: NDArray[np.int64], rows: NDArray[np.int64]
+) -> Callable[[int], ImageData]:
+    """Return a function that reads an image by its number instead of its row."""
+    row_of = dict(zip(numbers.tolist(), rows.tolist(), strict=True))
+    return lambda number: source(row_of[number])
 
-    @property
-    def quality(self) -> Quality:
-        """Fill, bound, gap and the other figures."""
-        return self.epoch_plan.quality
 
-    @property
-    def seq_lens(self) -> NDArray[np.int32]:
-        """int32[images], tokens kept of each."""
-        return self.epoch_plan.num_keep
+def _fill(
+    images: Images,
+    plan: EpochPlan,
+    labels: pa.Array | None,
+    read: Callable[[int], ImageData],
+    packs: list[range],
+) -> Generator[FilledRows, None, None]:
+    """Yield the rows of each range of packs."""
+    stored = images.features.arrow_schema
+    if not images.materialize:
+        for some in packs:
+            planned = planned_images(plan, some, labels)
+            yield FilledRows(schema.rows_table(planned, stored), [], len(planned.seq_lens))
+        return
+    seconds, num_workers = images.image_seconds, images.num_workers
+    filled = filled_ahead(plan, packs, labels, read, num_workers=num_workers, seconds=seconds)
+    # Closed also when the build stops in between, which ends the worker processes.
+    with closing(filled):
+        for rows, failed in filled:
+            num_images = len(rows.seq_lens) + len(failed)
+            yield FilledRows(schema.rows_table(rows, stored), failed, num_images)
 
-    @property
-    def rejects(self) -> list[Reject]:
-        """Images whose header or label is bad."""
-        return self.found.rejects
 
-    @property
-    def what(self) -> str:
-        """What is packed, for a reader."""
-        return f"{len(self.found.index):,} images in {self.num_packs:,} rows"
+def _counts(plan: EpochPlan, broken_exif: int, rejects: list[Reject]) -> dict[str, int]:
+    """Return the manifest's counts; an image that failed when decoded gave no tokens."""
+    lost = [reject.example_index for reject in rejects if reject.stage == "decode"]
+    tokens = dict(zip(plan.index.tolist(), plan.num_keep.tolist(), strict=True)) if lost else {}
+    return {
+        "shrunk": plan.num_shrunk,
+        "broken_exif": broken_exif,
+        "packs": len(plan),
+        "bound": plan.bound,
+        "tokens": plan.num_tokens - sum(tokens[example] for example in lost),
+    }
 
-    def num_examples(self, packs: range) -> int:
-        """Return how many images are in some packs."""
-        offsets = self.epoch_plan.offsets
-        return int(offsets[packs.stop] - offsets[packs.start])
 
-    def stored_bytes(self, packs: list[range]) -> int:
-        """Return about how many bytes some packs take on the disk."""
-        # Five lists of one offset each; lengths, grid, size, index and (a guess) label.
-        row, segment = 5 * 4, 4 + 4 + 8 + 8 + 8
-        if self.contents.materialize:
-            row += self.contents.row_bytes + self.seq_len * 8
-        return row * sum(map(len, packs)) + segment * sum(map(self.num_examples, packs))
-
-    def batches(self, packs: list[range]) -> Generator[Batch, None, None]:
-        """Yield the rows of packs, one batch for each range of them."""
-        contents, plan = self.contents, self.epoch_plan
-        stored = contents.features.arrow_schema
-        if not contents.materialize:
-            for some in packs:
-                segments = planned_segments(plan, some, self.labels)
-                rows = schema.segments_table(segments, stored)
-                yield Batch(rows, [], len(segments.seq_lens))
-            return
-        filled = filled_ahead(
-            plan,
-            packs,
-            self.labels,
-            contents.source,
-            num_workers=contents.num_workers,
-            seconds=contents.image_seconds,
-        )
-        with closing(filled):
-            for rows, failed in filled:
-                num_images = len(rows.segments.seq_lens) + len(failed)
-                yield Batch(schema.rows_table(rows, stored), failed, num_images)
-
-    def counts(self, rejects: list[Reject]) -> dict[str, int]:
-        """Return the manifest's counts; an image that failed when decoded gave no tokens."""
-        plan = self.epoch_plan
-        lost = [reject.example_index for reject in rejects if reject.stage == "decode"]
-        tokens = dict(zip(plan.index.tolist(), plan.num_keep.tolist(), strict=True)) if lost else {}
-        return {
-            "shrunk": plan.num_shrunk,
-            "broken_exif": self.found.broken_exif,
-            "packs": len(plan),
-            "bound": plan.bound,
-            "tokens": plan.num_tokens - sum(tokens[example] for example in lost),
-        }
+def _record(images: Images) -> dict[str, Any]:
+    """Return everything the bytes of the folder depend on."""
+    # Not num_workers and image_seconds, which change no pixel; nor the limits on rejects, which
+    # every call checks for itself.
+    supported, columns = codecs.get_supported(), images.columns
+    return {
+        "schema_version": schema.VERSION,
+        "packpipe": __version__,
+        "pillow": PIL.__version__,
+        "codecs": {name: codecs.version(name) for name in _CODECS if name in supported},
+        "source_fingerprint": images.dataset._fingerprint,
+        # A dataset's fingerprint knows the paths of files, not what they hold.
+        "source_files": images.source.files_digest(),
+        "image_column": columns.image,
+        "label_column": columns.label,
+        "size_columns": None if columns.sizes is None else list(columns.sizes),
+        "image_root": columns.root,
+        "config": images.config.to_dict(),
+        **images.key._asdict(),
+        "materialized": images.materialize,
+        **({} if images.texts is None else {"beside": images.texts.record}),
+    }

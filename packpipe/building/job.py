@@ -1,92 +1,78 @@
-"""What a build writes: a plan, and a function that fills its packs."""
+"""A `Job`: what a build writes. `image_job` and `token_job` make one, `build` writes it."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features
-from numpy.typing import NDArray
 
-from packpipe.packing.quality import Quality
+from packpipe.packing.assignment import Assignment
 from packpipe.rows.rejects import Reject
 
 
-class Batch(NamedTuple):
-    """Some stored rows, and what became of the examples that were meant for them."""
+class FilledRows(NamedTuple):
+    """Rows to store, the examples rejected while filling them, and how many were planned."""
 
     rows: pa.Table
     rejects: list[Reject]
     num_examples: int
 
 
-class Planned(Protocol):
-    """The packs of a build, before they are filled."""
+@dataclass(frozen=True, eq=False)
+class PlannedRows:
+    """The rows of a job before they are filled.
 
-    @property
-    def num_packs(self) -> int:
-        """How many there are."""
+    Attributes:
+        plan: which example is in which row.
+        rejects: examples that are in no row.
+        unit: word for an example, ``"image"`` or ``"sequence"``.
+        what: text for the progress bar and errors, such as ``"991 images in 155 rows"``.
+        row_size: about how many bytes a row takes on the disk.
+        segment_size: about how many bytes each of its segments adds.
+        fill: yields the rows of each range of packs. The next ones may overwrite their memory.
+        counts: the manifest's counts, given all rejects.
+    """
 
-    @property
-    def seq_len(self) -> int:
-        """Tokens a pack holds."""
-
-    @property
-    def quality(self) -> Quality:
-        """Fill, bound, gap and the other figures."""
-
-    @property
-    def seq_lens(self) -> NDArray[np.int32]:
-        """int32[segments], tokens of each, in no order that matters."""
-
-    @property
-    def rejects(self) -> list[Reject]:
-        """Examples that are in no pack."""
-
-    @property
-    def what(self) -> str:
-        """What is packed, for a reader."""
-
-    @property
-    def unit(self) -> str:
-        """What an example is called."""
+    plan: Assignment
+    rejects: list[Reject]
+    unit: str
+    what: str
+    row_size: int
+    segment_size: int
+    fill: Callable[[list[range]], Generator[FilledRows, None, None]]
+    counts: Callable[[list[Reject]], dict[str, int]]
 
     def num_examples(self, packs: range) -> int:
-        """Return how many examples are in some packs."""
+        """Return how many examples, or pieces of them, are in some packs."""
+        return int(self.plan.offsets[packs.stop] - self.plan.offsets[packs.start])
 
     def stored_bytes(self, packs: list[range]) -> int:
         """Return about how many bytes some packs take on the disk."""
-
-    def batches(self, packs: list[range]) -> Generator[Batch, None, None]:
-        """Yield the rows of packs, one batch for each range of them."""
-
-    def counts(self, rejects: list[Reject]) -> dict[str, int]:
-        """Return the manifest's counts of packs, tokens and what was changed."""
+        # An estimate to ask for room before a row is made: what Arrow adds to a batch is left out.
+        segments = sum(map(self.num_examples, packs))
+        return self.row_size * sum(map(len, packs)) + self.segment_size * segments
 
 
-class Contents(Protocol):
-    """What a build is to make: rows of one kind from one source."""
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What a build writes.
 
-    @property
-    def num_examples(self) -> int:
-        """Examples of the source."""
+    Attributes:
+        record: everything the bytes of the folder depend on.
+        features: of the stored rows.
+        row_bytes: bytes of a full row's tokens, by which rows are cut into files.
+        num_examples: examples of the source.
+        plan: returns the planned rows, not filled yet; the same object each time.
+        opened: returns the dataset that `pack` returns, given the stored rows and ``on_error``.
+    """
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """Everything the bytes of the folder depend on."""
-
-    @property
-    def features(self) -> Features:
-        """Features of the stored rows."""
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row that are worth counting."""
-
-    def plan(self) -> Planned:
-        """Return the packs."""
-
-    def opened(self, stored: Dataset, on_error: str) -> Dataset:
-        """Return the stored rows as the caller gets them."""
+    record: dict[str, Any]
+    features: Features
+    row_bytes: int
+    num_examples: int
+    # A function: a folder that is complete is opened without a plan.
+    plan: Callable[[], PlannedRows]
+    opened: Callable[[Dataset, str], Dataset]

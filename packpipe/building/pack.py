@@ -10,25 +10,15 @@ from datasets import Dataset
 
 from packpipe import checks
 from packpipe.building.build import Build, read_rejects
-from packpipe.building.image_job import ImageContents
-from packpipe.building.job import Contents
+from packpipe.building.image_job import Images, image_job
+from packpipe.building.job import Job
 from packpipe.building.shards import MANIFEST, REJECTS, drop_stale_lock, read_manifest
-from packpipe.building.token_job import TokenContents
+from packpipe.building.token_job import Sequences, token_job
+from packpipe.philox import checked_key
 from packpipe.planning.image_config import config_from
 from packpipe.planning.token_config import token_config_from
 from packpipe.rows.rejects import Tolerance, tolerance_of
-from packpipe.sources.columns import (
-    Options,
-    check_dataset,
-    check_paddings,
-    holds_tokens,
-    image_column_of,
-    label_column_of,
-    token_columns_of,
-    value_columns_of,
-)
-from packpipe.sources.image_source import checked_root
-from packpipe.sources.sizes import checked_columns
+from packpipe.sources.columns import AskedColumns, Options, check_dataset
 
 
 def pack(
@@ -60,53 +50,53 @@ def pack(
     arguments it returns the rows it has already written.
 
     A dataset without an image column, or with token_columns named, holds token sequences: all its
-    lists of numbers travel together, ``input_ids``, ``labels`` and so on, and its other columns
+    lists of numbers (``input_ids``, ``labels`` and so on) are packed alike, and its other columns
     become lists of one value a segment.
 
     Args:
         dataset: a Dataset with an image column, whose encoded images are read undecoded; or with
             columns of tokens.
-        seq_len: tokens a row holds, 1..32767, of tokens to 2**24.
-        image_column: its name; ``"auto"`` finds the only one.
-        label_column: its name; ``"auto"`` takes ``label``, ``labels`` or the only ClassLabel
-            there is; None leaves labels out.
+        seq_len: tokens a row holds, 1..32767; for token sequences 1..2**24.
+        image_column: name of the column of images; ``"auto"`` finds the only one.
+        label_column: name of the column of labels; ``"auto"`` takes ``label``, ``labels`` or the
+            only ClassLabel there is; None leaves labels out.
         size_columns: names of the columns of upright heights and widths in pixels; None reads
             every header once and keeps the sizes beside the data.
-        image_root: the only folder that paths in the dataset may lead into, for datasets that are
-            not your own; relative ones start there. None follows them all. Only regular files are
-            read in either case.
+        image_root: the only folder that paths in the dataset may lead into, for datasets that you
+            do not trust; relative paths start there. None follows every path. Only regular files
+            are read in either case.
         token_columns: names of the columns of tokens, of one length an example; ``"auto"`` takes
             all lists of numbers of a dataset without images.
         value_columns: names of the columns that go with each sequence; ``"auto"`` takes all others.
         seed: which permutation of images and rows.
-        epoch: likewise. Rows of a drop rate that changes over the training hold one epoch of it, in
-            the order in which they lie.
+        epoch: which of the seed's permutations. With a drop rate that changes over the training,
+            the rows are those of this one epoch, in the order of the training.
         output: folder to write; None is a folder of the `datasets` cache. It is written shard by
-            shard, each of them whole or not at all; a build that was stopped, however, continues
-            when called again, to the same bytes. One process at a time writes a folder.
+            shard, each whole or not at all. A build that was stopped, in whatever way, continues
+            when called again and ends in the same bytes. One process at a time may write a folder.
         materialize: False writes the plan only and computes the same rows, byte for byte, each
             time they are read, from the images in ``dataset``. An image whose header is sound but
             whose pixels are not is then found when read, not listed in `rejects`.
-        num_workers: processes that decode; 0 decodes in this one, where neither a codec that
-            hangs nor one that crashes can be stopped.
-        image_seconds: processor time that decoding an image may take in such a process; one
+        num_workers: processes that decode; 0 decodes in this process, where a codec that hangs
+            or crashes cannot be stopped.
+        image_seconds: processor time that decoding an image may take in such a process; an image
             that takes longer is rejected.
         on_error: ``"quarantine"`` lists a bad image in `rejects`; ``"raise"`` allows none.
         max_bad_fraction: a larger share of rejects stops the build.
-        max_consecutive_bad: as many rejects in a row stop the build.
+        max_consecutive_bad: this many rejects in a row stop the build.
         progress: show a progress bar (where `datasets` shows its own).
         **options: the options of `PackConfig`: ``patch_size``, ``resolution``,
             ``max_tokens``, ``max_upscale``, ``drop_rate``, ``epochs``, ``fit_last``,
             ``fit_limit``, ``max_segments``, ``strategy``, ``window``, ``background``,
-            ``reducing_gap``, ``downscale_filter``, ``upscale_filter``, ``max_pixels``. Of tokens,
-            those of `TokenConfig`: ``overflow``, ``layout``, ``pad_token_id``,
+            ``reducing_gap``, ``downscale_filter``, ``upscale_filter``, ``max_pixels``. For token
+            sequences, those of `TokenConfig`: ``overflow``, ``layout``, ``pad_token_id``,
             ``mask_first_label``, ``max_segments``, ``strategy``, ``window``.
 
     Returns:
-        Dataset: one row a pack, columns as in `packpipe.rows.schema` or `token_rows`; a dataset of
-        ``materialize=False`` stores its segment columns alone. An image that could not be decoded
-        leaves padding at the end of its row, and a row of such images is padding throughout: the
-        plan is not made again.
+        Dataset: one row a pack, with the columns of `packpipe.rows.schema`; with
+        ``materialize=False`` only the segment columns are stored. The plan is not made again for
+        an image that cannot be decoded: it leaves padding at the end of its row, and a row of such
+        images is all padding.
 
     Raises:
         TypeError: dataset is no Dataset, or an argument has the wrong type.
@@ -114,16 +104,17 @@ def pack(
             image whose size changed while it was packed.
         TooManyRejects: a ValueError; too many images are bad. Names the first ones.
         FileExistsError: output holds something else, or another process is writing it.
-        OSError: the rows do not fit on the disk: told before any is written, as far as the plan
-            knows. What is committed stays.
+        OSError: the rows do not fit on the disk; raised before any is written, if the plan's
+            estimate is above the free space. Committed shards stay.
 
     Source: NaViT 2.2, A.3; Ding 3.
     """
     check_dataset(dataset)
     tolerance = tolerance_of(len(dataset), on_error, max_bad_fraction, max_consecutive_bad)
-    contents = contents_of(
+    job = job_of(
         dataset,
         seq_len,
+        dict(options),
         image_column=image_column,
         label_column=label_column,
         size_columns=size_columns,
@@ -135,98 +126,74 @@ def pack(
         materialize=materialize,
         num_workers=num_workers,
         image_seconds=image_seconds,
-        options=dict(options),
     )
-    return built(contents, output, tolerance, on_error=on_error, progress=progress)
+    return build_or_open(job, output, tolerance, on_error=on_error, progress=progress)
 
 
-def contents_of(
+def job_of(
     dataset: Dataset,
     seq_len: int,
+    options: dict[str, Any],
     *,
-    image_column: str = "auto",
-    label_column: str | None = "auto",
-    size_columns: tuple[str, str] | None = None,
-    image_root: str | Path | None = None,
-    token_columns: str | Sequence[str] = "auto",
-    value_columns: str | Sequence[str] = "auto",
     seed: int = 0,
     epoch: int = 0,
     materialize: bool = True,
     num_workers: int = 1,
     image_seconds: float = 60.0,
-    options: dict[str, Any],
-) -> Contents:
-    """Return what `pack` is asked to make: its arguments, checked, with the options as a dict."""
-    seed, epoch = checks.seed_and_epoch(seed, epoch)
+    **asked_columns: Any,
+) -> Job:
+    """Return the job that `pack` is asked for, its arguments checked; nothing is read yet.
+
+    Args:
+        dataset: of images or token sequences.
+        seq_len: tokens a row holds.
+        options: of `PackConfig` or `TokenConfig`.
+        seed: which permutation.
+        epoch: which of the seed's permutations.
+        materialize: whether pixels are stored.
+        num_workers: processes that decode.
+        image_seconds: processor time that an image may take.
+        **asked_columns: the fields of `AskedColumns`.
+    """
+    columns, key = AskedColumns(**asked_columns), checked_key(seed, epoch)
     remedy = "0 decodes in this process"
     num_workers = checks.whole_number("num_workers", num_workers, 0, 1024, remedy)
     image_seconds = checks.positive_number("image_seconds", image_seconds, "60 is usual")
     materialize = checks.boolean("materialize", materialize)
-    if holds_tokens(dataset.features, image_column, token_columns):
+    if columns.hold_tokens(dataset.features):
         if not materialize:
             remedy = "leave it out, since rows of tokens are as small as their source"
             raise ValueError(checks.sentence("materialize", False, "True for tokens", remedy))
-        return _token_contents(dataset, seq_len, token_columns, value_columns, seed, epoch, options)
-    image_column = image_column_of(dataset.features, image_column)
+        token_config = token_config_from(seq_len, options)
+        of_tokens = columns.of_tokens(dataset.features, token_config)
+        return token_job(Sequences(dataset, of_tokens, token_config, key))
     config = config_from(seq_len, options)
-    label_column = label_column_of(dataset.features, label_column)
-    if size_columns is not None:
-        size_columns = checked_columns(dataset, size_columns)
-    return ImageContents(
-        dataset=dataset,
-        image_column=image_column,
-        label_column=label_column,
-        size_columns=size_columns,
-        image_root=checked_root(image_root),
-        config=config,
-        seed=seed,
-        epoch=epoch,
-        materialize=materialize,
-        num_workers=num_workers,
-        image_seconds=image_seconds,
+    of_images = columns.of_images(dataset)
+    return image_job(
+        Images(dataset, of_images, config, key, materialize, num_workers, image_seconds)
     )
 
 
-def built(
-    contents: Contents,
+def build_or_open(
+    job: Job,
     output: str | Path | None,
     tolerance: Tolerance,
     *,
     on_error: str,
     progress: bool,
 ) -> Dataset:
-    """Return the rows of some contents: written now, continued, or as they were written before."""
-    build = Build(contents)
+    """Return the rows of a job: opened if its folder is complete, else written first."""
+    build = Build(job)
     target = build.cache_folder() if output is None else Path(output).absolute()
     if build.is_at(target):
         drop_stale_lock(target)
+        # An earlier call may have allowed more rejects than this one.
         tolerance.check(read_rejects(target))
     else:
+        # Processes that share the cache wait for each other; two that were given the same output
+        # folder are more likely a mistake.
         build.make(target, tolerance=tolerance, progress=progress, wait=output is None)
     return build.open(target, on_error)
-
-
-def _token_contents(
-    dataset: Dataset,
-    seq_len: int,
-    token_columns: str | Sequence[str],
-    value_columns: str | Sequence[str],
-    seed: int,
-    epoch: int,
-    options: dict[str, Any],
-) -> TokenContents:
-    config = token_config_from(seq_len, options)
-    columns = token_columns_of(dataset.features, token_columns)
-    check_paddings(dataset.features, columns, config)
-    return TokenContents(
-        dataset=dataset,
-        token_columns=columns,
-        value_columns=value_columns_of(dataset.features, columns, value_columns),
-        config=config,
-        seed=seed,
-        epoch=epoch,
-    )
 
 
 def manifest(packed: Dataset) -> dict[str, Any]:

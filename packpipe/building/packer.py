@@ -1,43 +1,36 @@
-"""`Packer`: packing inside ``Dataset.map``, one batch at a time."""
+"""`Packer`: packs one batch of a dataset at a time, for ``Dataset.map``, Ray Data and Spark.
+
+A batch is packed by the same two functions as a whole dataset: one that plans its rows
+(`plan_images`, `plan_sequences`) and one that fills them.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 import pyarrow as pa
-from datasets import Features
-from datasets.formatting.formatting import LazyBatch
+from datasets import Dataset, DatasetInfo, Features, Image
+from datasets.formatting.formatting import LazyBatch, LazyRow
+from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe._version import __version__
-from packpipe.building.token_job import too_long
-from packpipe.images.opening import ImageData
+from packpipe.building.image_job import Images, plan_images
+from packpipe.building.job import PlannedRows
+from packpipe.building.token_job import Sequences, plan_sequences
+from packpipe.philox import checked_key
 from packpipe.planning.image_config import MAX_IMAGE_SEQ_LEN, PackConfig, config_from
-from packpipe.planning.plan import plan_epoch
 from packpipe.planning.token_config import TokenConfig, token_config_from
-from packpipe.planning.token_plan import plan_tokens
 from packpipe.rows import schema
-from packpipe.rows.fill_images import fill_rows, planned_segments
-from packpipe.rows.fill_tokens import packed_table
-from packpipe.rows.rejects import Reject, bad_because
-from packpipe.sources.columns import (
-    Options,
-    check_paddings,
-    holds_tokens,
-    image_column_of,
-    label_column_of,
-    token_columns_of,
-    value_columns_of,
-)
-from packpipe.sources.features import packed_features, token_features
-from packpipe.sources.image_source import checked_root, image_data
-from packpipe.sources.survey import probe_sizes, survey
-from packpipe.sources.token_source import rejected, token_column, usable
+from packpipe.rows.rejects import ASKED, Reject, bad_because
+from packpipe.sources.columns import AskedColumns, Options
+from packpipe.sources.image_source import checked_root
+from packpipe.sources.survey import probe_sizes
 
 log = logging.getLogger(__name__)
 
@@ -45,25 +38,29 @@ ON_ERROR = ("raise", "drop")
 
 
 class Packer:
-    """A function for ``dataset.map(Packer(...), batched=True, remove_columns=...)``.
+    """Packs batches: ``dataset.map(Packer(...), batched=True, remove_columns=...)``.
 
     Every batch is packed by itself, so the rows depend on ``batch_size`` and ``num_proc``, and
     each batch ends with a pack that is partly empty; `packpipe.pack` has neither limit. Pass
-    ``with_indices=True`` to ``map`` to record each image's source row, else
-    ``example_index`` is -1; options that draw need it, so that no two images share their draws.
+    ``with_indices=True`` to ``map`` to record each example's source row, else
+    ``example_index`` is -1; options with random choices need it, since images draw by their row.
+
+    It also packs Arrow tables, record batches and iterators of them, data frames, and dicts of
+    NumPy arrays or lists: the batches of Ray Data's ``map_batches`` and Spark's ``mapInArrow``.
 
     Args:
         seq_len: tokens a pack holds.
-        image_column: its name; ``"auto"`` finds the only one.
-        label_column: its name; ``"auto"`` finds it, None leaves labels out.
-        image_root: as for `pack`.
-        token_columns: as for `pack`.
-        value_columns: likewise.
-        seed: which permutation of a batch's images and packs.
-        epoch: likewise.
+        image_column: name of the column of images; ``"auto"`` finds the only one.
+        label_column: name of the column of labels; ``"auto"`` finds it, None leaves labels out.
+        image_root: the only folder that paths may lead into; None follows every path.
+        token_columns: names of the columns of tokens; ``"auto"`` takes all lists of numbers of a
+            batch without images.
+        value_columns: names of the columns that go with each sequence; ``"auto"`` takes all others.
+        seed: which permutation of a batch's examples and packs.
+        epoch: which of the seed's permutations.
         on_error: ``"raise"`` stops at the first image or sequence that cannot be used; ``"drop"``
             leaves it out and logs it, since ``map`` has no place for a rejects table.
-        **options: the options of `PackConfig` or, of tokens, `TokenConfig`.
+        **options: the options of `PackConfig` or, for token sequences, of `TokenConfig`.
 
     Raises:
         TypeError, ValueError: an argument is wrong; or, when called, a column or an image is.
@@ -83,135 +80,65 @@ class Packer:
         on_error: str = "raise",
         **options: Unpack[Options],
     ) -> None:
-        # Which configuration it is shows in the options or, at last, in the dataset.
+        # Images or tokens: the options may tell; if not, the columns of a batch do (`_planned`).
         self.config: PackConfig | TokenConfig = _config_from(seq_len, dict(options), token_columns)
         self.seq_len, self.options = seq_len, dict(options)
-        self.token_columns, self.value_columns = token_columns, value_columns
-        self.image_column = image_column
-        self.label_column = label_column
-        self.image_root = checked_root(image_root)
-        self.seed, self.epoch = checks.seed_and_epoch(seed, epoch)
+        self.columns = AskedColumns(
+            image_column, label_column, None, checked_root(image_root), token_columns, value_columns
+        )
+        self.key = checked_key(seed, epoch)
         self.on_error = checks.choice("on_error", on_error, ON_ERROR, "choose what bad images do")
         # `datasets` fingerprints this object by its class name and these plain values.
         self.version = (__version__, schema.VERSION)
 
-    def __call__(self, batch: Any, indices: list[int] | None = None) -> pa.Table:
+    def __call__(self, batch: Any, indices: Sequence[int] | None = None) -> Any:
         """Return the packed rows of a batch.
 
         Args:
-            batch: the batch ``map`` passes.
+            batch: a batch that ``map`` passes, in any format; a ``pyarrow.Table``, ``RecordBatch``
+                or data frame; an iterator of them; or a dict of one array or list a column.
             indices: source row of each example, with ``with_indices=True``.
-        """
-        if not isinstance(batch, LazyBatch):
-            raise TypeError(
-                checks.sentence(
-                    "type(batch)",
-                    type(batch).__name__,
-                    "LazyBatch, as Dataset.map passes it",
-                    "use map(packer, batched=True) on dataset.with_format(None)",
-                )
-            )
-        table: pa.Table = batch.pa_table
-        features = Features.from_arrow_schema(table.schema)
-        if batch.formatter.features is not None:
-            features = Features(
-                {name: batch.formatter.features[name] for name in table.column_names}
-            )
-        if holds_tokens(features, self.image_column, self.token_columns):
-            return self._packed_tokens(table, features, indices)
-        return self._packed_images(table, features, indices)
 
-    def _packed_images(
-        self, table: pa.Table, features: Features, indices: list[int] | None
-    ) -> pa.Table:
+        Returns:
+            a ``pyarrow.Table``; for an iterator, an iterator of record batches.
+        """
+        if isinstance(batch, Iterator):
+            return (rows for one in batch for rows in self(one).combine_chunks().to_batches())
+        numbers = None if indices is None else np.asarray(indices, np.int64)
+        planned = self._planned(_as_dataset(batch), numbers)
+        self._settle(planned.rejects, numbers is not None)
+        # One range of packs gives one table; the memory of its rows is not used again.
+        (filled,) = planned.fill([range(len(planned.plan))])
+        self._settle(filled.rejects, numbers is not None)
+        return filled.rows if numbers is not None else _without_numbers(filled.rows)
+
+    def _planned(self, dataset: Dataset, numbers: NDArray[np.int64] | None) -> PlannedRows:
+        """Return the rows of a batch, not filled yet."""
+        if self.columns.hold_tokens(dataset.features):
+            config = self.config
+            if not isinstance(config, TokenConfig):
+                config = token_config_from(self.seq_len, self.options)
+            tokens = self.columns.of_tokens(dataset.features, config)
+            return plan_sequences(Sequences(dataset, tokens, config, self.key), numbers)
         config = self.config
         if not isinstance(config, PackConfig):
             config = config_from(self.seq_len, self.options)
-        image_column = image_column_of(features, self.image_column)
-        label_column = label_column_of(features, self.label_column)
-        images = table.column(image_column)
-        labels = None if label_column is None else table.column(label_column)
-
-        if indices is None and config.draws:
-            raise ValueError(
-                checks.sentence(
-                    "with_indices",
-                    False,
-                    "True for options that draw, since every image draws by its row",
-                    "use map(packer, batched=True, with_indices=True)",
-                )
-            )
-        # Each image's number: its row in the source, where that is known.
-        numbers = np.arange(table.num_rows) if indices is None else np.asarray(indices)
-        place_of = {number: place for place, number in enumerate(numbers.tolist())}
-
-        def read_image(number: int) -> ImageData:
-            return image_data(images[place_of[number]], self.image_root)
-
-        label = None if label_column is None else features[label_column]
-        sizes = probe_sizes(
-            lambda place: image_data(images[place], self.image_root),
-            table.num_rows,
-            max_pixels=config.max_pixels,
-        )
-        found = survey(sizes, labels, label)
-        rejects = [r._replace(example_index=int(numbers[r.example_index])) for r in found.rejects]
-        self._settle(rejects, indices is not None)
-        seed, epoch = self.seed, self.epoch
-        index = numbers[found.index]
-        plan = plan_epoch(found.image_hw, config, seed=seed, epoch=epoch, index=index)
-        segments = planned_segments(plan, range(len(plan)), None)
-        if labels is not None:
-            places = pa.array([place_of[number] for number in segments.example_index.tolist()])
-            segments = replace(segments, labels=labels.take(places).combine_chunks())
-        rows, undecodable = fill_rows(segments, read_image, config, seed=seed, epoch=epoch)
-        self._settle(undecodable, indices is not None)
-        if indices is None:
-            unknown = np.full(len(rows.segments.example_index), -1)
-            rows = replace(rows, segments=replace(rows.segments, example_index=unknown))
-        return schema.rows_table(rows, packed_features(config, label).arrow_schema)
-
-    def _packed_tokens(
-        self, table: pa.Table, features: Features, indices: list[int] | None
-    ) -> pa.Table:
-        config = self.config
-        if not isinstance(config, TokenConfig):
-            config = token_config_from(self.seq_len, self.options)
-        names = token_columns_of(features, self.token_columns)
-        check_paddings(features, names, config)
-        values = value_columns_of(features, names, self.value_columns)
-        columns = {name: token_column(table.column(name)) for name in names}
-        numbers = np.arange(table.num_rows) if indices is None else np.asarray(indices)
-        bad = rejected(columns)
-        index = usable(table.num_rows, bad)
-        lens = columns[names[0]].lens[index]
-        plan = plan_tokens(lens, config, seed=self.seed, epoch=self.epoch, index=index)
-        in_source = [
-            reject._replace(example_index=int(numbers[reject.example_index])) for reject in bad
-        ]
-        self._settle(in_source, indices is not None)
-        for reject in too_long(plan, columns[names[0]]):
-            log.warning("example %d dropped: %s", numbers[reject.example_index], reject.exception)
-        rows = packed_table(
-            plan,
-            range(len(plan)),
-            columns,
-            {name: table.column(name).combine_chunks() for name in values},
-            token_features(features, names, values, config).arrow_schema,
-        )
-        place = rows.schema.get_field_index("example_index")
-        known = rows.column(place).combine_chunks()
-        known_numbers = (
-            np.full(len(known.values), -1)
-            if indices is None
-            else numbers[known.flatten().to_numpy()]
-        )
-        renumbered = pa.ListArray.from_arrays(known.offsets, pa.array(known_numbers))
-        return rows.set_column(place, rows.schema.field(place), renumbered)
+        columns = self.columns.of_images(dataset)
+        if numbers is None and config.draws:
+            expected = "True for options that draw, since every image draws by its row"
+            remedy = "use map(packer, batched=True, with_indices=True)"
+            raise ValueError(checks.sentence("with_indices", False, expected, remedy))
+        images = Images(dataset, columns, config, self.key)
+        sizes = probe_sizes(images.source, len(dataset), max_pixels=config.max_pixels)
+        return plan_images(images, sizes, numbers)
 
     def _settle(self, rejects: list[Reject], in_source: bool) -> None:
+        """Raise for the first reject, or log those that are left out."""
         for reject in sorted(rejects):
             name = f"example {reject.example_index}" + ("" if in_source else " of the batch")
+            if reject.stage == ASKED:
+                log.warning("%s dropped: %s", name, reject.exception)
+                continue
             what = f"{name} {bad_because(reject)}"
             if self.on_error == "raise":
                 remedy = "pass on_error='drop', or use packpipe.pack, which keeps a rejects table"
@@ -219,10 +146,70 @@ class Packer:
             log.warning("%s; dropped", what)
 
 
+def _as_dataset(batch: Any) -> Dataset:
+    """Return a batch as a dataset, its columns not copied if they are Arrow."""
+    features = None
+    if isinstance(batch, LazyBatch):
+        table, features = batch.pa_table, batch.formatter.features
+    elif isinstance(batch, pa.RecordBatch):
+        table = pa.Table.from_batches([batch])
+    elif hasattr(batch, "__arrow_c_stream__"):  # Arrow's own table, pandas', Polars'
+        table = pa.table(batch)
+    elif isinstance(batch, Mapping) and not isinstance(batch, LazyRow):
+        table = pa.table({name: _column(values) for name, values in batch.items()})
+    else:
+        expected = "a batch of Dataset.map, Arrow's table, or a dict of columns"
+        remedy = "use map(packer, batched=True)"
+        raise TypeError(checks.sentence("type(batch)", type(batch).__name__, expected, remedy))
+    known = Features.from_arrow_schema(table.schema) if features is None else features
+    found = Features({name: _feature(known[name]) for name in table.column_names})
+    # Without a given fingerprint `datasets` would hash all that the batch holds.
+    return Dataset(table, DatasetInfo(features=found), fingerprint="batch")
+
+
+def _column(values: Any) -> pa.Array:
+    """Return a column of arrays of any number of dimensions, or of anything else, as Arrow."""
+    # Arrow takes a column of plain numbers whole; the lines below visit every row.
+    if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype != object:
+        return pa.array(values)
+    rows = [np.asarray(row) if hasattr(row, "__array__") else row for row in values]
+    if rows and all(isinstance(row, np.ndarray) and row.ndim for row in rows):
+        return _nested(rows)
+    return pa.array(rows)
+
+
+def _nested(arrays: list[NDArray[Any]]) -> pa.Array:
+    """Return arrays of one dtype as lists of lists of numbers.
+
+    Arrow would make a Python object of every number of an array of two dimensions.
+    """
+    values = pa.array(np.concatenate([array.reshape(-1) for array in arrays]))
+    # From the last axis to the first, each one wraps the values in lists of its size.
+    for axis in reversed(range(arrays[0].ndim)):
+        sizes = [np.full(math.prod(array.shape[:axis]), array.shape[axis]) for array in arrays]
+        offsets = np.cumsum(np.concatenate([[0], *sizes]))
+        values = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+    return values
+
+
+def _feature(feature: Any) -> Any:
+    """Return a column's feature; encoded images outside `datasets` are plain structs."""
+    return Image() if isinstance(feature, dict) and set(feature) == {"bytes", "path"} else feature
+
+
+def _without_numbers(rows: pa.Table) -> pa.Table:
+    """Return rows whose ``example_index`` is -1 throughout, since the source rows are unknown."""
+    # Numbers within the batch would be the same in every batch, and look like source rows.
+    place = rows.schema.get_field_index("example_index")
+    known = rows.column(place).combine_chunks()
+    unknown = pa.ListArray.from_arrays(known.offsets, pa.array(np.full(len(known.values), -1)))
+    return rows.set_column(place, rows.schema.field(place), unknown)
+
+
 def _config_from(
     seq_len: int, options: dict[str, Any], token_columns: str | Sequence[str]
 ) -> PackConfig | TokenConfig:
-    """Return the configuration that options can only mean, or that of images."""
+    """Return the token configuration if the options or seq_len need it, else that of images."""
     own = {"overflow", "layout", "pad_token_id", "mask_first_label"}
     of_tokens = token_columns != "auto" or bool(own & options.keys())
     long = isinstance(seq_len, int) and seq_len > MAX_IMAGE_SEQ_LEN

@@ -1,7 +1,7 @@
 """`pack_pairs`: images and their texts, packed side by side in two tables.
 
-Row r of one table holds the examples of row r of the other, in the same order; both fit. So a
-batch of each, read with the same seed, holds pairs: what contrastive training needs.
+Row r of one table holds the examples of row r of the other, in the same order, and both fit their
+seq_len. Batches of both, read with the same seed, hold pairs, as contrastive training needs them.
 
 Source: NaViT B.1 (texts of up to 24 tokens, packed too).
 """
@@ -11,26 +11,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import Unpack, cast
 
 import numpy as np
 from datasets import Dataset
 
 from packpipe import checks
-from packpipe.building.image_job import Beside, ImageContents
-from packpipe.building.pack import built
-from packpipe.building.token_job import TokenContents
+from packpipe.building.image_job import Images, PairedTexts, image_job
+from packpipe.building.job import Job
+from packpipe.building.pack import build_or_open
+from packpipe.building.token_job import Sequences, token_job, token_record
+from packpipe.philox import checked_key
+from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackOptions, config_from
 from packpipe.planning.token_config import TokenConfig
 from packpipe.rows.rejects import tolerance_of
-from packpipe.sources.columns import (
-    check_dataset,
-    check_paddings,
-    image_column_of,
-    label_column_of,
-    token_columns_of,
-)
-from packpipe.sources.image_source import checked_root
+from packpipe.sources.columns import AskedColumns, check_dataset
 
 TEXT_OVERFLOWS = ("error", "truncate")
 
@@ -60,101 +56,93 @@ def pack_pairs(
 ) -> tuple[Dataset, Dataset]:
     """Return rows of images, and rows of their texts: row r of both holds the same examples.
 
-    An image that cannot be decoded leaves its row, as in `pack`; its text stays. `example_index`
-    says which text belongs to which image (`packpipe.training.contrastive.in_order_of`).
+    An image that cannot be decoded is left out of its row, like in `pack`; its text stays.
+    `example_index` says which text belongs to which image
+    (`packpipe.training.contrastive.in_order_of`).
 
     Args:
         dataset: a Dataset with an image column and lists of tokens.
         seq_len: image tokens of a row.
         text_seq_len: text tokens of a row.
         max_text: most tokens of a text.
-        overflow: what becomes of a longer one: ``"error"`` or ``"truncate"``.
-        pad_token_id: what stands in the padding of input_ids.
-        image_column: as for `pack`.
-        label_column: likewise.
-        token_columns: likewise.
-        image_root: likewise.
-        seed: likewise.
-        epoch: likewise.
-        output: likewise; its folders ``images`` and ``texts``.
-        num_workers: likewise.
-        image_seconds: likewise.
-        on_error: likewise.
-        max_bad_fraction: likewise.
-        max_consecutive_bad: likewise.
-        progress: likewise.
-        **options: of `PackConfig`.
+        overflow: what happens to a longer text: ``"error"`` or ``"truncate"``.
+        pad_token_id: the value of input_ids in padding.
+        image_column: name of the column of images; ``"auto"`` finds the only one.
+        label_column: name of the column of labels; ``"auto"`` finds it, None leaves labels out.
+        token_columns: names of the columns of texts; ``"auto"`` takes all lists of numbers.
+        image_root: the only folder that paths may lead into; None follows every path.
+        seed: which permutation of examples and rows.
+        epoch: which of the seed's permutations.
+        output: folder to write, with a folder ``images`` and a folder ``texts``; None writes to the
+            `datasets` cache.
+        num_workers: processes that decode; 0 decodes in this one.
+        image_seconds: processor time that decoding an image may take in such a process.
+        on_error: ``"quarantine"`` lists a bad example in `rejects`; ``"raise"`` allows none.
+        max_bad_fraction: a larger share of rejects stops the build.
+        max_consecutive_bad: this many rejects in a row stop the build.
+        progress: show a progress bar (where `datasets` shows its own).
+        **options: the options of `PackConfig`.
 
     Raises:
-        TypeError, ValueError: as `pack`; or a text is too long.
+        TypeError, ValueError: an argument, a column or an example is bad; or a text is too long.
     """
     check_dataset(dataset)
+    # No value columns: rows of texts hold tokens alone, and labels go with the images.
+    columns = AskedColumns(
+        image_column, label_column, None, image_root, token_columns, value_columns=[]
+    )
     config = config_from(seq_len, dict(options))
+    # Texts are cut to max_text, which fits into a row, so this overflow is never applied.
     text_config = TokenConfig(seq_len=text_seq_len, overflow="error", pad_token_id=pad_token_id)
     remedy = "a text must fit into a row"
     max_text = checks.whole_number("max_text", max_text, 1, text_seq_len, remedy)
     checks.choice("overflow", overflow, TEXT_OVERFLOWS, "choose what too long ones become")
-    seed, epoch = checks.seed_and_epoch(seed, epoch)
+    key = checked_key(seed, epoch)
     tolerance = tolerance_of(len(dataset), on_error, max_bad_fraction, max_consecutive_bad)
-    columns = token_columns_of(dataset.features, token_columns)
-    check_paddings(dataset.features, columns, text_config)
-    texts = TokenContents(dataset, columns, [], text_config, seed, epoch)
-    images = ImageContents(
-        dataset=dataset,
-        image_column=image_column_of(dataset.features, image_column),
-        label_column=label_column_of(dataset.features, label_column),
-        size_columns=None,
-        image_root=checked_root(image_root),
-        config=config,
-        seed=seed,
-        epoch=epoch,
-        materialize=True,
+    of_tokens = columns.of_tokens(dataset.features, text_config)
+    texts = Sequences(dataset, of_tokens, text_config, key)
+    images = Images(
+        dataset,
+        columns.of_images(dataset),
+        config,
+        key,
         num_workers=checks.whole_number("num_workers", num_workers, 0, 1024, "0 decodes here"),
         image_seconds=checks.positive_number("image_seconds", image_seconds, "60 is usual"),
-        beside=_beside(texts, max_text, overflow),
+        texts=_paired(texts, max_text, overflow),
     )
-    planned = images.plan()
-    texts = replace(
+    job = image_job(images)
+    # Planned before anything is written: rows of texts follow the packs of the images.
+    planned = job.plan()
+    beside = replace(
         texts,
-        beside=planned.epoch_plan,
+        images=cast(EpochPlan, planned.plan),
         longest=max_text,
         rejects=tuple(planned.rejects),
     )
-    folder = None if output is None else Path(output)
-    return (
-        built(
-            images,
-            folder and folder / "images",
-            tolerance,
-            on_error=on_error,
-            progress=progress,
-        ),
-        built(
-            texts,
-            folder and folder / "texts",
-            tolerance,
-            on_error=on_error,
-            progress=progress,
-        ),
-    )
+
+    def written(some: Job, name: str) -> Dataset:
+        folder = None if output is None else Path(output) / name
+        return build_or_open(some, folder, tolerance, on_error=on_error, progress=progress)
+
+    return written(job, "images"), written(token_job(beside), "texts")
 
 
-def _beside(texts: TokenContents, max_text: int, overflow: str) -> Beside:
-    """Return what rows of images must know of the texts.
+def _paired(texts: Sequences, max_text: int, overflow: str) -> PairedTexts:
+    """Return the texts' lengths and rejects, which the plan of the images takes into account.
 
     Raises:
         ValueError: a text is too long, with ``overflow="error"``.
     """
-    columns, rejects = texts.read()
-    lens = columns[texts.token_columns[0]].lens
+    lens = texts.source.lens
     long = np.flatnonzero(lens > max_text)
     if overflow == "error" and long.size:
         name, expected = f"text lengths[{long[0]}]", f"at most {max_text} (max_text)"
         remedy = f"pass overflow='truncate', or raise max_text ({long.size} are too long)"
         raise ValueError(checks.sentence(name, int(lens[long[0]]), expected, remedy))
-    return Beside(
+    # Texts decide which images share a row, so the images' record names the texts, too.
+    return PairedTexts(
         lens=np.minimum(lens, max_text),
         seq_len=texts.config.seq_len,
-        rejects=rejects,
-        record={**texts.record, "max_text": max_text},
+        rejects=texts.source.rejects,
+        record={**token_record(texts), "max_text": max_text},
     )

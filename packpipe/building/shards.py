@@ -1,9 +1,9 @@
 """Shards: the folder of a build, continued where it stopped.
 
 A build writes its rows in fixed shards, file by file: under a temporary name, with a checksum,
-synced, renamed, and noted in the manifest, which is replaced whole. Whatever is in the manifest is
-there for good; whatever is not is written again. The manifest says ``"complete": true`` at the very
-end. One build at a time has a folder to itself, by a lock that goes with its process.
+synced, renamed, and noted in the manifest, which is replaced whole. A file that the manifest names
+is safe on the disk; all others are written again. The manifest says ``"complete": true`` at the
+very end. A lock, which ends with its process, lets one build at a time write to a folder.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 REJECTS = "rejects.arrow"
 _LOCK = ".lock"
+# A full disk, a used-up quota, and a limit on the size of files (ulimit -f).
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -52,13 +53,13 @@ def is_complete(folder: Path, record: dict[str, Any]) -> bool:
         return False
     try:
         found = read_manifest(folder)
-    except ValueError:
+    except ValueError:  # not packpipe's: it never leaves a manifest half-written
         found = {}
     if not isinstance(found, dict) or not {"complete", "files"} <= found.keys():
         expected = f"{MANIFEST} written by packpipe, or none"
         raise FileExistsError(checks.sentence("output", str(folder), expected, remedy))
     differing = [name for name, value in record.items() if found.get(name) != value]
-    # What a build of other rows began, and never committed a file of, is in nobody's way.
+    # A build of other rows may be replaced if it committed no file.
     if differing and (found["complete"] or found["files"]):
         expected = f"rows made with the same {', '.join(differing)}"
         raise FileExistsError(checks.sentence("output", str(folder), expected, remedy))
@@ -67,15 +68,16 @@ def is_complete(folder: Path, record: dict[str, Any]) -> bool:
 
 @contextmanager
 def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Hold a folder, which is made if there is none, until the block is left.
+    """Lock a folder until the block ends; the folder is made if there is none.
 
     Args:
-        folder: where.
-        wait: whether to wait for another process that holds it.
+        folder: the folder to lock.
+        wait: whether to wait for another process that has locked it.
 
     Raises:
-        FileExistsError: another process holds it.
+        FileExistsError: another process has locked it, and wait is False.
     """
+    # The kernel releases this lock (flock) when its process ends, however it ends.
     lock = FileLock(folder / _LOCK)
     try:
         _acquire(lock, folder, timeout=0)
@@ -90,15 +92,17 @@ def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        # Whoever opened the file before finds that it has no name any more, and tries again.
+        # Removed before the release. A process that has opened the file and then gets the lock
+        # sees that the file has no name any more (filelock looks at st_nlink), and tries again.
+        # After the release, the name could be that of a lock which another process holds.
         (folder / _LOCK).unlink(missing_ok=True)
         lock.release()
 
 
 def drop_stale_lock(folder: Path) -> None:
-    """Remove the lock that a build left which was killed after its last file."""
+    """Remove the lock file of a build that was killed after it had written its last file."""
     if (folder / _LOCK).exists():
-        with suppress(OSError), alone_in(folder, wait=False):  # whoever holds it removes it
+        with suppress(OSError), alone_in(folder, wait=False):  # leaving the block removes it
             pass
 
 
@@ -106,22 +110,24 @@ class Shards:
     """The files of a build under way, and what its manifest says of them.
 
     Args:
-        folder: held by `alone_in`.
-        record: what the bytes depend on.
-        num_rows: of each data file.
+        folder: a folder that `alone_in` has locked.
+        record: everything the bytes of the folder depend on.
+        num_rows: rows of each data file.
 
     Attributes:
-        names: of the data files.
+        names: names of the data files.
     """
 
     def __init__(self, folder: Path, record: dict[str, Any], num_rows: list[int]) -> None:
         self._folder, self._record = folder, record
         self.names = [f"data-{number:05d}.arrow" for number in range(len(num_rows))]
         self._files: dict[str, Any] = {}
+        # The folder is locked, so these are left from builds that were killed.
         for leftover in folder.glob("*.partial"):
             leftover.unlink()
         if (folder / MANIFEST).is_file():
             found = read_manifest(folder)
+            # Shards of other rows, or cut in another way, are all written again.
             planned = dict(zip(self.names, num_rows, strict=True))
             if all(found.get(name) == value for name, value in record.items()) and all(
                 planned.get(name) == file["rows"] for name, file in found["files"].items()
@@ -129,9 +135,11 @@ class Shards:
                 self._files = {
                     name: file for name, file in found["files"].items() if self._holds(name, file)
                 }
+        # The first file of a folder: `is_complete` refuses one that has files but no manifest.
         self._note()
 
     def _holds(self, name: str, file: dict[str, Any]) -> bool:
+        # By size, which finds a file that was cut; it is `verify` that compares checksums.
         path = self._folder / name
         return path.is_file() and path.stat().st_size == file["bytes"]
 
@@ -150,13 +158,15 @@ class Shards:
         return self._folder / self.names[number]
 
     def commit(self, number: int, record: dict[str, Any], rejects: list[Reject]) -> None:
-        """Give a written shard its name, and note it with the rejects it brought."""
+        """Give a written shard its name, and note it with its rejects in the manifest."""
+        # In this order, so that the manifest never names a file that may still be lost.
         table.commit(self.path(number))
         self._files[self.names[number]] = {**record, "rejects": [list(one) for one in rejects]}
         self._note()
 
     def finish(self, rejects_record: dict[str, Any], **facts: Any) -> None:
         """Write the manifest of a complete folder."""
+        # Rejects of single shards served to continue; rejects.arrow now holds them all.
         files = {
             name: {key: value for key, value in self._files[name].items() if key != "rejects"}
             for name in self.names
@@ -172,7 +182,7 @@ class Shards:
 
 
 def clear_if_bare(folder: Path) -> None:
-    """Remove what a build has begun in a folder if no file of it was committed."""
+    """Remove what a build has written to a folder, unless it committed a file."""
     if not (folder / MANIFEST).is_file() or not read_manifest(folder)["files"]:
         for name in ("data-*.arrow", "*.partial", MANIFEST):
             for leftover in folder.glob(name):
@@ -180,31 +190,31 @@ def clear_if_bare(folder: Path) -> None:
 
 
 def check_space(folder: Path, num_bytes: int, what: str) -> None:
-    """Raise if a folder's disk has no room for so many bytes more.
+    """Raise if a folder's disk has less than num_bytes of free space.
 
     Raises:
-        OSError: it has not; names both.
+        OSError: the space is too small; names both numbers.
     """
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        expected = f"{in_bytes(num_bytes)} for {what}"
+        expected = f"{format_bytes(num_bytes)} for {what}"
         remedy = (
             "packed uint8 patches are many times a JPEG: free some, choose another output, or "
             "pass materialize=False, which stores the plan alone"
         )
-        message = f"free space of {folder} is {in_bytes(free)}, expected {expected}; {remedy}"
+        message = f"free space of {folder} is {format_bytes(free)}, expected {expected}; {remedy}"
         raise OSError(errno.ENOSPC, message)
 
 
 @contextmanager
 def naming_full_disks(folder: Path) -> Iterator[None]:
-    """Say what a disk that has filled up means for the build."""
+    """Raise errors of a full disk with the free space and the number of committed files."""
     try:
         yield
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        free = in_bytes(shutil.disk_usage(folder).free)
+        free = format_bytes(shutil.disk_usage(folder).free)
         done = len(read_manifest(folder)["files"]) if (folder / MANIFEST).is_file() else 0
         message = (
             f"free space of {folder} is {free}, expected room for the next file "
@@ -213,8 +223,8 @@ def naming_full_disks(folder: Path) -> Iterator[None]:
         raise OSError(error.errno, message) from error
 
 
-def in_bytes(number: int) -> str:
-    """Return a number of bytes for a reader."""
+def format_bytes(number: int) -> str:
+    """Return a number of bytes as text, such as ``"1.6 MB"``."""
     for unit, size in (("GB", 10**9), ("MB", 10**6)):
         if number >= size:
             return f"{number / size:.1f} {unit}"
@@ -222,17 +232,17 @@ def in_bytes(number: int) -> str:
 
 
 def _acquire(lock: FileLock, folder: Path, *, timeout: float) -> None:
-    """Acquire a lock in a folder, made anew if whoever held the lock removed it."""
+    """Acquire a lock in a folder; the folder is made again if another process removes it."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=timeout)
             return
-        except FileNotFoundError:
+        except FileNotFoundError:  # removed since, by a build that failed and left it empty
             continue
 
 
 def _others(folder: Path) -> Iterator[Path]:
-    """Yield what is in a folder besides the lock and what an interrupted first note leaves."""
+    """Yield what is in a folder besides the lock file and an unfinished first manifest."""
     own = {_LOCK, table.partial_of(folder / MANIFEST).name}
     return (path for path in folder.iterdir() if path.name not in own)

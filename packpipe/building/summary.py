@@ -1,4 +1,4 @@
-"""`summarize`: what a folder of packed rows holds, in figures.
+"""`summarize`: the figures of a folder of packed rows.
 
 Counts come from the manifest, lengths from the rows' segment columns; no token is read.
 """
@@ -20,18 +20,17 @@ from packpipe.building.build import read_rejects
 from packpipe.building.shards import MANIFEST, read_manifest
 from packpipe.packing.picture import html
 from packpipe.packing.quality import Quality
-from packpipe.rows import schema
 from packpipe.rows.rejects import Reject
-from packpipe.rows.schema import is_token_rows, table_token_segments
+from packpipe.rows.schema import table_segments
 
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """What packed rows hold; prints as a table.
+    """The figures of a folder of packed rows; prints as a table.
 
     Attributes:
-        folder: where they lie.
-        manifest: as `packpipe.manifest` returns it.
+        folder: the folder.
+        manifest: configuration, counts and checksums; see `packpipe.manifest`.
         unit: ``"image"`` or ``"sequence"``.
         seq_lens: int32[segments], tokens of each, row by row.
         offsets: int64[rows + 1]; row r holds the segments offsets[r]..offsets[r + 1] - 1.
@@ -72,7 +71,7 @@ class Summary:
 
     @property
     def padding_alone(self) -> float:
-        """Share of slots that would hold no token with one segment a row."""
+        """Share of slots that would be padding if every row held one segment."""
         quality = self.quality
         slots = quality.num_examples * quality.seq_len
         return 1.0 - quality.num_tokens / slots if slots else 0.0
@@ -123,29 +122,31 @@ class Summary:
 
 
 def summarize(folder: str | Path) -> Summary:
-    """Return what the folder of a packed dataset holds.
+    """Return the figures of the folder of a packed dataset.
 
     Args:
-        folder: what `pack` was given as ``output``.
+        folder: the folder that `pack` was given as ``output``.
 
     Raises:
         TypeError: folder is no path.
-        ValueError: folder is none that `pack` has completed.
+        ValueError: `pack` has not written this folder, or not completed it.
     """
     remedy = "pass the folder that pack was given as output"
     if not isinstance(folder, str | Path):
         raise TypeError(checks.sentence("folder", folder, "a path", remedy))
     packed, manifest = open_packed(folder)
-    images_hw = None
-    if is_token_rows(packed.column_names):
-        found = table_token_segments(packed.data.table)
-        unit, offsets, seq_lens = "sequence", found.offsets, found.seq_lens
-    else:
-        segments = schema.table_segments(packed.data.table)
-        unit, offsets, seq_lens = "image", segments.offsets, segments.seq_lens
-        images_hw = segments.image_hw
-    rejects = read_rejects(Path(folder))
-    return Summary(Path(folder), manifest, unit, seq_lens, offsets, images_hw, rejects)
+    # Files are mapped into memory: reading the segment columns leaves the tokens on the disk.
+    rows = table_segments(packed.data.table)
+    image_hw = rows.segments.get("image_hw")
+    return Summary(
+        folder=Path(folder),
+        manifest=manifest,
+        unit="sequence" if image_hw is None else "image",
+        seq_lens=rows.seq_lens,
+        offsets=rows.offsets,
+        image_hw=image_hw,
+        rejects=read_rejects(Path(folder)),
+    )
 
 
 def open_packed(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
@@ -154,7 +155,7 @@ def open_packed(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
     Rows that are computed when read have their segment columns alone.
 
     Raises:
-        ValueError: folder is none that `pack` has completed.
+        ValueError: `pack` has not written this folder, or not completed it.
     """
     place, expected = Path(folder), "a folder that packpipe.pack wrote"
     if not (place / MANIFEST).is_file():
@@ -168,7 +169,7 @@ def open_packed(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
 
 
 def histogram_of(lens: NDArray[np.int32]) -> tuple[list[int], list[int]]:
-    """Return the lengths there are, in rising order, and how many of each."""
+    """Return the distinct lengths, ascending, and how many segments have each."""
     found, counts = np.unique(lens, return_counts=True)
     return found.tolist(), counts.tolist()
 

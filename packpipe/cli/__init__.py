@@ -1,1 +1,1 @@
-"""The command line: each command is a view of a function of the package."""
+"""The command line: each command parses options, calls the package and prints the result."""

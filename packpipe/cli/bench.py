@@ -1,7 +1,7 @@
-"""`compare_layouts`: packed against padded rows, in training on one's own images.
+"""`compare_layouts`: training on packed rows against training on padded ones, on your own images.
 
-Both train the same model from the same weights, step by step in turn, so that whatever else the
-machine does falls on both. Medians of the steps after the first ones.
+Both layouts train the same model from the same weights, one step of each in turn, so that other
+load on the machine slows both alike. Figures are medians; the first steps are left out.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from packpipe.model.flops import matrix_rate
 from packpipe.model.navit import NaViT
 from packpipe.training.loop import Record, train
 
+# Steps before the measured ones: the first compiles the model on a GPU, and waits for a batch.
 WARM_UP = 2
 
 
 @dataclass(frozen=True)
 class LayoutFigures:
-    """What steps of one layout were like.
+    """Figures of the measured steps of one layout.
 
     Attributes:
         layout: its name.
         fill: real tokens ÷ slots.
         images_per_s, tokens_per_s: medians over steps; tokens are real ones.
         mfu: useful FLOPs a second ÷ this device's measured rate of matrix products.
-        data_wait: share of the time in which the loader was waited for.
+        data_wait: share of the time spent waiting for the loader.
     """
 
     layout: str
@@ -47,11 +48,11 @@ class LayoutFigures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The figures of each layout; prints as a table.
+    """The figures of both layouts; prints as a table.
 
     Attributes:
-        device: what it ran on.
-        matrix_rate: FLOP/s of a large matrix product there.
+        device: its name.
+        matrix_rate: FLOP/s of a large matrix product on it.
         layouts: packed, then padded.
     """
 
@@ -61,7 +62,7 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
-        """Images a second of packed ÷ those of padded."""
+        """Images a second with packed rows ÷ images a second with padded ones."""
         packed, padded = self.layouts
         return packed.images_per_s / padded.images_per_s
 
@@ -96,26 +97,27 @@ def compare_layouts(
 ) -> Comparison:
     """Return how fast a model trains on packed and on padded rows of a dataset.
 
-    Padded rows hold one image each and are as long as the largest image; a step has as many slots
-    of them as of packed ones.
+    Padded rows hold one image each and are as long as the largest image. A step has about as many
+    slots in either layout.
 
     Args:
         dataset: labelled images.
         model: a preset's name.
         seq_len: tokens of a packed row.
-        sides: images have as many pixels as squares of a side drawn between these.
+        sides: (low, high); an image gets as many pixels as a square of a side drawn between them.
         batch_size: packed rows a step.
-        steps: measured, of each.
+        steps: how many are measured of each layout.
         num_workers: threads that decode ahead.
         max_bad_fraction: a larger share of images that cannot be read is an error.
 
     Raises:
-        TypeError, ValueError: an option is wrong.
+        TypeError, ValueError: an option is wrong, or torchrun started this process.
     """
     if "RANK" in os.environ:
         expected, remedy = "no rank: one device is measured", "run it without torchrun"
         raise ValueError(checks.sentence("RANK", os.environ["RANK"], expected, remedy))
     device = device_of_this_rank()
+    # The precision that training takes here, so that mfu divides by the rate of the same dtype.
     runs, dtype = [], torch.bfloat16 if device.type == "cuda" else torch.float32
     for name in ("packed", "padded"):
         layout = Layout(name, seq_len, sides, 0.0, max_bad_fraction)
@@ -128,10 +130,12 @@ def compare_layouts(
             options={"steps": WARM_UP + steps, "warm_up": 0, "cool_down": 0},
             num_workers=num_workers,
         )
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # for each layout: both start from the same weights
         navit = NaViT(training.config).to(device)
+        # As many slots as in batch_size packed rows; padded rows have a seq_len of their own.
         rows = max(1, batch_size * seq_len // training.packs.config.seq_len)
         loader = PackedLoader(training.packs, rows, num_workers=num_workers)
+        # `train` is a generator: nothing runs before the loop below asks for a step.
         runs.append((name, train(navit, loader, training.train_config)))
     found: dict[str, list[Record]] = {name: [] for name, _ in runs}
     for _ in range(WARM_UP + steps):

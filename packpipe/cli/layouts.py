@@ -1,4 +1,4 @@
-"""How images become rows: packed, or one of the ways it is compared with."""
+"""`Layout`: images as packed rows or, for comparison, as padded, bucketed or square ones."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ LAYOUTS = ("packed", "padded", "bucketed", "square")
 
 @dataclass(frozen=True)
 class Layout:
-    """How images become rows: NaViT's way, or one of those it is compared with.
+    """How images become rows: packed, or in one of the ways packing is compared with.
 
     Attributes:
-        name: ``"packed"``; ``"padded"``, one image a row as long as the largest; ``"bucketed"``,
-            the same with rows of like length in a batch, cut to it; ``"square"``, a plain ViT's.
-        seq_len: tokens a row, of packed.
-        sides: images have as many pixels as squares of a side drawn between these; square takes
-            the second.
-        drop_rate: share of tokens dropped, of packed.
+        name: ``"packed"``: NaViT's. ``"padded"``: one image a row, all rows as long as the largest.
+            ``"bucketed"``: one image a row, rows of a batch of like length and cut to it.
+            ``"square"``: a plain ViT's, all images squares of one size.
+        seq_len: tokens a row of ``"packed"``; the other layouts take it from sides.
+        sides: (low, high); an image gets as many pixels as a square of a side drawn between them.
+            ``"square"`` takes high.
+        drop_rate: share of tokens dropped, in ``"packed"`` alone.
         max_bad_fraction: a larger share of images that cannot be read stops the training.
     """
 
@@ -36,14 +37,16 @@ class Layout:
     max_bad_fraction: float = 0.01
 
     def packs(self, dataset: Dataset, patch_size: int, num_workers: int) -> EpochPacks:
-        """Return the packs of a dataset."""
+        """Return the packs of a dataset in this layout, planned anew every epoch."""
         checks.choice("layout", self.name, LAYOUTS, "choose a layout")
         low, high = self.sides
+        # `Uniform` refuses an empty range, so two equal sides are a constant.
         drawn = Side(Uniform(low, high) if low < high else Constant(high))
         options: dict[str, Any] = {"resolution": drawn, "drop_rate": self.drop_rate}
         seq_len = self.seq_len
         if self.name != "packed":
             options = {"resolution": drawn, "max_segments": 1}
+            # The patches of the largest square; an image whose grid has more of them is shrunk.
             seq_len = max(1, high // patch_size) ** 2
         if self.name == "square":
             options["resolution"] = Square(Constant(high))

@@ -1,7 +1,7 @@
-"""The command line, `packpipe`: each command is a view of a public call.
+"""`packpipe`, the command line: its commands, with examples for their ``--help``.
 
-Exit status: 0 if all is well, 1 for something wrong with the data, 2 with the call, 130 if
-somebody stopped it. An error is one line, unless ``--debug`` asks for its traceback.
+Exit status: 0 if all is well, 1 if something is wrong with the data, 2 with the call, 130 after
+Ctrl-C. An error is one line, unless ``--debug`` asks for its traceback.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Annotated
 
 try:
-    import typer
+    import typer  # an extra: the package itself runs without it
 except ModuleNotFoundError:
     raise SystemExit("typer is not installed; pip install 'packpipe[cli]'") from None
 
-from packpipe.cli import options
+from packpipe.cli import errors
 from packpipe.cli.pack_commands import pack, plan, show, stats, verify
 from packpipe.cli.train_commands import bench, demo, train
 
@@ -55,7 +55,7 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,
+    pretty_exceptions_enable=False,  # `errors` prints them; with --debug Python's own traceback
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -81,10 +81,11 @@ def main(
 
     Exit status: 0 if all is well, 1 for something wrong with the data, 2 with the call.
     """
-    del version
-    options.debug(debug)
+    del version  # its callback has printed it and ended the program
+    errors.debug(debug)
 
 
+# typer joins the lines of a paragraph, so every example is a paragraph of its own.
 for _command, _lines in _EXAMPLES.items():
     app.command(epilog="\n\n".join(["[b]Examples[/b]", *_lines]))(_command)
 

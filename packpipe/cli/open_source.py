@@ -1,4 +1,4 @@
-"""Opening what the command line is given as SOURCE."""
+"""Opens SOURCE, an argument of the command line, as a `datasets.Dataset`."""
 
 from __future__ import annotations
 
@@ -14,38 +14,41 @@ from packpipe import checks
 if TYPE_CHECKING:
     from datasets import Dataset
 
+# A dataset's name on the Hub: NAME or OWNER/NAME.
 _HUB_NAME = re.compile(r"[\w-]+(/[\w.-]+)?")
-_NAMED = 3  # files
+_NAMED = 3  # files that an error names
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
 
 
 def open_source(source: str, split: str) -> Dataset:
-    """Return a split of a dataset, of whichever form it is.
+    """Return one split of a dataset that is given as a file, a folder or a name.
 
     Args:
         source: a file, a folder of images or files, what save_to_disk wrote, or a dataset's name.
-        split: which split; of what has none, ``"train"``.
+        split: its name. A file has ``"train"`` alone; a saved Dataset is returned for any.
 
     Raises:
-        ValueError: there is none, or `datasets` cannot load it.
+        ValueError: there is no such source or split, or `datasets` cannot load it.
     """
-    import datasets
+    import datasets  # here, since it is slow to import and --help does without
 
     path = Path(source)
+    # What looks like a name is left to datasets, which asks the Hub; other paths must exist.
     if not path.exists() and not _HUB_NAME.fullmatch(source):
         expected, remedy = "a file, a folder or a dataset's name", "there is no such file"
         raise ValueError(checks.sentence("SOURCE", source, expected, remedy))
     datasets.disable_progress_bars()
     try:
         found = _loaded(path, source, split)
-    except Exception as error:
+    except Exception as error:  # datasets raises errors of many libraries
         remedy = f"{type(error).__name__}: {error}"
         expected = "a dataset that datasets can load"
         raise ValueError(checks.sentence("SOURCE", source, expected, remedy)) from error
     finally:
+        # On a terminal `pack` shows its progress with the bar of `datasets`.
         if sys.stderr.isatty():
             datasets.enable_progress_bars()
-    if isinstance(found, datasets.Dataset):
+    if isinstance(found, datasets.Dataset):  # not so for a DatasetDict that was saved
         return found
     if split not in found:
         expected = f"one of {', '.join(found)}"
@@ -55,7 +58,7 @@ def open_source(source: str, split: str) -> Dataset:
 
 @contextmanager
 def naming_files(dataset: Dataset) -> Iterator[None]:
-    """Have an error about too many rejects say in which files the first ones lie."""
+    """Add the files of the first rejects to the message of a `TooManyRejects`."""
     from packpipe.rows.rejects import TooManyRejects
 
     try:
@@ -69,7 +72,8 @@ def naming_files(dataset: Dataset) -> Iterator[None]:
 
 
 def file_of(dataset: Dataset, example: int) -> str | None:
-    """Return the file that an example's image lies in; None if it lies in the dataset."""
+    """Return the path of an example's image file; None if the dataset itself holds the image."""
+    # In Arrow format, or `datasets` would decode the image, which may be the broken one.
     row = dataset.with_format("arrow")[example]
     for name in row.column_names:
         value = row.column(name)[0].as_py()
@@ -84,6 +88,7 @@ def _loaded(path: Path, source: str, split: str) -> Any:
     if path.is_file():
         builder = _BUILDERS.get(path.suffix, "parquet")
         return datasets.load_dataset(builder, data_files=str(path), split=split)
+    # Files that save_to_disk writes for a Dataset and for a DatasetDict.
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return datasets.load_from_disk(str(path))
     if path.is_dir():

@@ -1,18 +1,11 @@
-"""What commands share: their options, and errors told in a line."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated
 
 import typer
-
-from packpipe.cli.output import call_is_wrong, in_a_line
-
-_Given = ParamSpec("_Given")
-_debug = False
 
 Source = Annotated[
     str,
@@ -44,35 +37,8 @@ Overflow = Annotated[
 ]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
-Epoch = Annotated[int, typer.Option(help="Likewise.")]
+Epoch = Annotated[int, typer.Option(help="Which of the seed's orders and draws.")]
 MaxBadFraction = Annotated[
     float, typer.Option(help="A larger share of examples that cannot be read stops it.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def debug(asked: bool) -> None:
-    """Have errors keep their traceback, or not."""
-    global _debug
-    _debug = asked
-
-
-def told(command: Callable[_Given, None]) -> Callable[_Given, None]:
-    """Return a command whose errors are one line and an exit status."""
-
-    @functools.wraps(command)
-    def run(*args: _Given.args, **kwargs: _Given.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except (typer.Exit, typer.Abort, typer.BadParameter):
-            raise
-        except KeyboardInterrupt:
-            typer.echo("stopped; the same command goes on from here", err=True)
-            raise typer.Exit(130) from None
-        except Exception as error:
-            if _debug:
-                raise
-            typer.echo(f"packpipe {command.__name__}: {in_a_line(error)}", err=True)
-            raise typer.Exit(2 if call_is_wrong(error) else 1) from None
-
-    return run

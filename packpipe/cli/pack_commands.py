@@ -1,4 +1,4 @@
-"""The commands that pack, and that look at what is packed."""
+"""The commands pack, plan, stats, show and verify."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from packpipe.cli.errors import one_line_errors
 from packpipe.cli.open_source import file_of, naming_files, open_source
 from packpipe.cli.options import (
     AsJson,
@@ -26,14 +27,13 @@ from packpipe.cli.options import (
     Source,
     Split,
     Strategy,
-    told,
 )
 from packpipe.cli.output import print_json, print_table
 
 _SHOWN_REJECTS = 5
 
 
-@told
+@one_line_errors
 def pack(
     source: Source,
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -72,7 +72,7 @@ def pack(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, and write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Pack a dataset into a folder; stopped or killed, the same command goes on.
+    """Pack a dataset into a folder; if stopped or killed, the same command resumes.
 
     Every example is in exactly one row, or in the rejects with its reason.
     """
@@ -92,6 +92,7 @@ def pack(
     )
     where: dict[str, Any] = {
         "image_column": image_column,
+        # A command line has no None.
         "label_column": None if label_column == "none" else label_column,
         "image_root": image_root,
         "token_columns": token_column or "auto",
@@ -119,12 +120,13 @@ def pack(
         print_json(found.to_dict())
         return
     print_table(str(output), found.rows())
+    # To stderr: stdout holds the figures alone.
     for reject in found.rejects[:_SHOWN_REJECTS]:
         name = file_of(dataset, reject.example_index) or f"example {reject.example_index}"
         typer.echo(f"rejected {name}: {reject.exception}", err=True)
 
 
-@told
+@one_line_errors
 def plan(
     source: Source,
     seq_len: SeqLen = 1024,
@@ -155,7 +157,7 @@ def plan(
     _print_plan(open_source(source, split), seq_len, where, options, as_json)
 
 
-@told
+@one_line_errors
 def stats(
     folder: Folder,
     html: Annotated[Path | None, typer.Option(help="Write a report that opens offline.")] = None,
@@ -177,7 +179,7 @@ def stats(
             typer.echo(f"report: {html}")
 
 
-@told
+@one_line_errors
 def show(
     folder: Folder,
     rows: Annotated[list[int] | None, typer.Argument(help="Numbers of rows.  [0]")] = None,
@@ -195,7 +197,7 @@ def show(
     typer.echo(output)
 
 
-@told
+@one_line_errors
 def verify(
     folder: Folder,
     source: Annotated[
@@ -226,37 +228,45 @@ def verify(
 
 
 def _given(**options: Any) -> dict[str, Any]:
-    """Return the options that were given: the others have defaults of their own."""
+    """Return the options that were given; the others keep the defaults of `pack`."""
+    # Options of images are refused for tokens and the reverse, so defaults may not be passed.
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _resolution(name: str | None, sides: tuple[int, int] | None) -> Any:
     if sides is None:
-        return name
+        return name  # None if neither was given
     if name is not None:
         raise ValueError(f"--sides is {sides}, expected none beside --resolution; pass one of them")
     from packpipe import Constant, Side, Uniform
 
     low, high = sides
+    # `Uniform` refuses an empty range.
     return Side(Uniform(low, high) if low != high else Constant(high))
 
 
 def _print_plan(
     dataset: Any, seq_len: int, where: dict[str, Any], options: dict[str, Any], as_json: bool
 ) -> None:
-    from packpipe.building.pack import contents_of
-    from packpipe.building.shards import in_bytes
+    from packpipe.building.pack import job_of
+    from packpipe.building.shards import format_bytes
     from packpipe.packing.suggest import suggest_seq_len
 
-    planned = contents_of(dataset, seq_len, **where, options=options).plan()
-    quality, size = planned.quality, planned.stored_bytes([range(planned.num_packs)])
+    # The same job as `pack` builds, so the figures are those of the build.
+    planned = job_of(dataset, seq_len, options, **where).plan()
+    quality, size = planned.plan.quality, planned.stored_bytes([range(len(planned.plan))])
     if as_json:
         figures = {"fill": quality.fill, "padding": quality.padding, "gap": quality.gap}
         counts = {"read": len(dataset), **planned.counts(planned.rejects)}
         counts["rejected"] = len(planned.rejects)
         print_json({"seq_len": seq_len, "counts": counts, **figures, "bytes": size})
         return
-    found = [*quality.rows(), ("rejected", f"{len(planned.rejects):,}"), ("rows", in_bytes(size))]
+    found = [
+        *quality.rows(),
+        ("rejected", f"{len(planned.rejects):,}"),
+        ("rows", format_bytes(size)),
+    ]
     print_table(planned.what, found)
-    if len(planned.seq_lens):
-        typer.echo(f"\nother seq_len for these token counts:\n{suggest_seq_len(planned.seq_lens)}")
+    if len(planned.plan.lengths):
+        choices = suggest_seq_len(planned.plan.lengths)
+        typer.echo(f"\nother seq_len for these token counts:\n{choices}")

@@ -1,4 +1,4 @@
-"""Reports on a folder of packed rows: pictures, and one page that opens offline."""
+"""Pictures of packed rows, and a report as one HTML page that opens offline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from packpipe import checks
 from packpipe.building.summary import Summary, open_packed
-from packpipe.loading.read import read_rows, read_tokens
+from packpipe.loading.read import read_rows
 from packpipe.packing.picture import bars
 from packpipe.plots import (
     plot_fill,
@@ -24,7 +24,6 @@ from packpipe.plots import (
     plot_segments,
     plot_sizes,
 )
-from packpipe.rows.schema import is_token_rows
 
 _SHOWN_ROWS, _SHOWN_REJECTS = 4, 20
 _STYLE = """
@@ -50,25 +49,24 @@ th { font-weight: 600; white-space: nowrap; }
 
 
 def draw_rows(folder: str | Path, rows: Sequence[int], *, mask: bool = False) -> Figure:
-    """Return a picture of some rows of a folder; of sequences, and if asked, their mask.
+    """Return a figure of some rows of images, or of the attention mask of the first row.
 
     Args:
         folder: what `pack` was given as ``output``.
         rows: their numbers.
-        mask: whether to draw the attention mask of the first one instead.
+        mask: whether to draw the mask; rows of token sequences have no other picture.
 
     Raises:
         IndexError: there is no such row.
-        ValueError: the folder is none that `pack` has completed, or holds no tokens.
+        ValueError: `pack` has not completed the folder, or it holds no tokens.
     """
     packed, manifest = open_packed(folder)
-    if not manifest.get("materialized", True):
+    if not manifest.get("materialized", True):  # rows of token sequences always hold their tokens
         expected, remedy = "rows with their tokens", "pack with materialize=True"
         raise ValueError(checks.sentence("folder", str(folder), expected, remedy))
-    if is_token_rows(packed.column_names):
-        return plot_mask(read_tokens(packed, list(rows)).segment_ids[0])
     found = read_rows(packed, list(rows))
-    return plot_mask(found.segment_ids[0]) if mask else plot_rows(found)
+    is_image = "patches" in found.tokens
+    return plot_rows(found) if is_image and not mask else plot_mask(found.segment_ids[0])
 
 
 def write_report(summary: Summary, path: Path) -> None:
@@ -76,13 +74,13 @@ def write_report(summary: Summary, path: Path) -> None:
 
     Args:
         summary: of the rows.
-        path: the file, whose folder there must be.
+        path: the file to write, in a folder that exists.
     """
     path.write_text(report(summary), encoding="utf-8")
 
 
 def report(summary: Summary) -> str:
-    """Return a page about packed rows as HTML that needs no other file."""
+    """Return a page about packed rows as HTML, with its pictures inside."""
     quality = summary.quality
     title = f"{quality.num_packs:,} packed rows"
     made = f"{summary.folder}, packpipe {summary.manifest['packpipe']}, {date.today()}"
@@ -135,11 +133,12 @@ def report(summary: Summary) -> str:
 
 
 def _chosen(summary: Summary) -> list[int]:
-    """Return rows of few and of many segments."""
+    """Return up to four rows: the one with the most segments, and others with fewer."""
     by_segments = np.argsort(-summary.segments, kind="stable")
+    # At 0/32, 1/32, 4/32 and 9/32 of this order: rows of many segments show most.
     number = min(_SHOWN_ROWS, len(by_segments))
-    chosen: list[int] = by_segments[np.arange(number) ** 2 * len(by_segments) // 32].tolist()
-    return chosen
+    chosen = by_segments[np.arange(number) ** 2 * len(by_segments) // 32].tolist()
+    return list(dict.fromkeys(chosen))  # of few rows some places are the same
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
@@ -148,7 +147,8 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 
 def _image(figure: Figure, alt: str, *, as_photo: bool = False) -> str:
-    """Return a figure as an image that lies in the page."""
+    """Return a figure as an ``img`` element that holds its data."""
+    # JPEG for rows of photographs, which PNG compresses badly.
     out, kind = io.BytesIO(), "jpeg" if as_photo else "png"
     figure.savefig(out, format=kind, dpi=150, pil_kwargs={"quality": 85} if as_photo else {})
     data = base64.b64encode(out.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""The commands that train."""
+"""The commands bench, train and demo."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
+from packpipe.cli.errors import one_line_errors
 from packpipe.cli.open_source import naming_files, open_source
-from packpipe.cli.options import AsJson, MaxBadFraction, SeqLen, Source, Split, told
+from packpipe.cli.options import AsJson, MaxBadFraction, SeqLen, Source, Split
 from packpipe.cli.output import print_json, print_table
 
 
-@told
+@one_line_errors
 def bench(
     source: Source,
     model: Annotated[str, typer.Option(help="Ti, S, B, L or So400m, and the patch size.")] = (
@@ -28,7 +29,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Train on your own images, packed and padded by turns: images/s, tokens/s, fill, MFU."""
-    from packpipe.cli.bench import compare_layouts
+    from packpipe.cli.bench import compare_layouts  # torch is imported by commands that need it
 
     dataset = open_source(source, split)
     with naming_files(dataset):
@@ -48,7 +49,7 @@ def bench(
         typer.echo(found)
 
 
-@told
+@one_line_errors
 def train(
     source: Source,
     output: Annotated[Path, typer.Argument(file_okay=False, help="Checkpoints, log and plot.")],
@@ -89,7 +90,7 @@ def train(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a NaViT on labelled images; stopped or killed, the same command goes on."""
+    """Train a NaViT on labelled images; if stopped or killed, the same command resumes."""
     from packpipe.cli.layouts import Layout
     from packpipe.cli.training_run import Training
 
@@ -113,6 +114,7 @@ def train(
     )
     with naming_files(dataset):
         if not dry_run:
+            # Ctrl-C, and a checkpoint is saved: `one_line_errors` says so, and exits with 130.
             if not training.run(output, tensorboard=tensorboard, as_json=as_json):
                 raise KeyboardInterrupt
             return
@@ -123,7 +125,7 @@ def train(
         print_table(source, [(name, f"{value:,}") for name, value in found.items()])
 
 
-@told
+@one_line_errors
 def demo(
     folder: Annotated[Path, typer.Argument(help="Everything goes into it, caches too.")] = Path(
         "packpipe-demo"
@@ -135,5 +137,5 @@ def demo(
     """Pack the bundled images, draw some rows and train a small NaViT, in about a minute."""
     from packpipe.demo import prepare, run
 
-    prepare(folder)
+    prepare(folder)  # before `run` imports the packages whose caches it moves
     run(folder.absolute(), seq_len, steps, num_workers)

@@ -1,4 +1,4 @@
-"""`packpipe train`: a dataset to a trained model, on one device or torchrun's ranks."""
+"""`Training`: what `packpipe train` runs, on one device or on the ranks that torchrun starts."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from packpipe.plots import plot_training
 from packpipe.sources.columns import label_column_of
 from packpipe.training.loop import Record, TrainConfig, read_log, train
 
-TRIM = 64
+TRIM = 64  # bucketed rows are cut to a multiple of so many tokens, so that few shapes occur
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training as the command line is told of it.
+    """A training, made from the options of the command line.
 
     Attributes:
         dataset: labelled images.
         layout: how images become rows.
         model: a preset's name.
-        shape: options of `NaViTConfig` beside it.
+        shape: further options of `NaViTConfig`, ``attention`` among them.
         batch_size: rows a step of each rank.
-        options: of `TrainConfig`.
+        options: those of `TrainConfig`.
         num_workers: threads that decode ahead.
         seed: of weights, order and resolutions.
     """
@@ -57,7 +57,7 @@ class Training:
 
     @cached_property
     def labelled(self) -> Dataset:
-        """The dataset, its labels as numbers."""
+        """The dataset with its labels as classes."""
         return _labelled(self.dataset)
 
     @cached_property
@@ -65,25 +65,26 @@ class Training:
         """The model's shape."""
         shape = self.shape
         if self.layout.name in ("padded", "bucketed") and shape["attention"] == "auto":
-            shape = {**shape, "attention": "reference"}  # padding costs what it costs elsewhere
+            # Other backends may skip padding, which a padded ViT computes.
+            shape = {**shape, "attention": "reference"}
         column = label_column_of(self.labelled.features, "auto")
         num_classes = int(self.labelled.features[column].num_classes)
         return NaViTConfig.preset(self.model, num_classes=num_classes, **shape)
 
     @cached_property
     def train_config(self) -> TrainConfig:
-        """How it is trained."""
+        """The options of the training loop."""
         return TrainConfig(**self.options, trim=TRIM if self.layout.name == "bucketed" else None)
 
     @cached_property
     def packs(self) -> EpochPacks:
-        """The packs of every epoch."""
+        """The images as packs, planned anew every epoch."""
         return self.layout.packs(self.labelled, self.config.patch_size, self.num_workers)
 
     def described(self) -> dict[str, int]:
-        """Return what would be trained, without training it; every option is checked."""
+        """Return the figures of the training without running it; checks every option."""
         plan = self.packs.plan(self.seed, 0)
-        with torch.device("meta"):
+        with torch.device("meta"):  # counts weights without making them
             parameters = sum(p.numel() for p in NaViT(self.config).parameters())
         return {
             "images": len(self.labelled),
@@ -96,20 +97,21 @@ class Training:
         }
 
     def run(self, output: Path, *, tensorboard: bool = False, as_json: bool = False) -> bool:
-        """Train; return whether it came to its end. Ctrl-C saves the step it is at.
+        """Train; return False if Ctrl-C stopped it, in which case that step is saved.
 
         Args:
             output: folder of checkpoints, log.jsonl and training.png.
-            tensorboard: whether to log for it, too.
+            tensorboard: whether to log for TensorBoard, too.
             as_json: whether records are printed as JSON.
 
         Raises:
             TypeError, ValueError: an option is wrong.
         """
-        # A wrong option is an error before there is a group.
+        # A wrong option is an error before there is a process group.
         _ = self.config, self.train_config, self.packs
         if "RANK" not in os.environ:
             return self._run(output, tensorboard, as_json)
+        # In a function of its own: its model and loader must be gone when the group ends.
         with process_group("nccl" if torch.cuda.is_available() else "gloo"):
             return self._run(output, tensorboard, as_json)
 
@@ -129,7 +131,8 @@ class Training:
         )
         writer = _tensorboard(output) if tensorboard and is_first else None
         with _interrupted() as stopped:
-            # Ranks must not stop at different steps: theirs go on from the last checkpoint.
+            # Signals reach ranks at different steps, and a rank that stops alone leaves the others
+            # waiting. So ranks do not stop by themselves, and resume from the last checkpoint.
             stop = stopped.is_set if "RANK" not in os.environ else lambda: False
             for record in train(navit, loader, options, folder=output, stop=stop):
                 if is_first:
@@ -160,8 +163,9 @@ def _line(record: Record, as_json: bool) -> str:
 
 @contextmanager
 def _interrupted() -> Iterator[threading.Event]:
-    """Give an event that Ctrl-C sets; a second Ctrl-C stops at once. Not under torchrun."""
+    """Yield an event that Ctrl-C sets; a second Ctrl-C stops at once. Not under torchrun."""
     asked = threading.Event()
+    # Python lets the main thread alone set signal handlers.
     alone = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
     if not alone:
         yield asked
@@ -171,7 +175,7 @@ def _interrupted() -> Iterator[threading.Event]:
     def ask(number: int, frame: Any) -> None:
         del number, frame
         asked.set()
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)  # for a second Ctrl-C
 
     signal.signal(signal.SIGINT, ask)
     try:
@@ -184,7 +188,8 @@ def device_of_this_rank() -> torch.device:
     """Return the device of this rank: a GPU of its own, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")  # lets float32 products run in TF32
+    # torchrun numbers the processes of one machine; each takes the GPU of that number.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
@@ -201,7 +206,7 @@ def _tensorboard(output: Path) -> Any:
 
 
 def _labelled(dataset: Dataset) -> Dataset:
-    """Return a dataset whose labels are numbers."""
+    """Return the dataset with its label column as a ClassLabel."""
     column = label_column_of(dataset.features, "auto")
     if column is None:
         expected, remedy = "a label column among them", "name it label"

@@ -1,4 +1,4 @@
-"""A file to patches: opened, decoded at the planned size, written into its row.
+"""Turns image files into patches: opens, decodes at the planned size, writes into the row.
 
-Obeys the plan and decides nothing; `pool` does it in processes of its own.
+Follows the plan and decides nothing. `pool` does this in other processes.
 """

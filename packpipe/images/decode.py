@@ -1,10 +1,10 @@
-"""Images: an encoded file, or pixels, to upright RGB pixels at a planned size.
+"""Decodes an image file, or pixels, to upright RGB pixels at a planned size.
 
-Obeys the plan and decides nothing. `probe` reads the header only, so sizes cost no decoding, and
-asks Pillow where `headers` is not sure; `decode` gives exactly the planned grid. Pillow's globals
-are never touched.
+Follows the plan and decides nothing. `probe` reads the header only, so sizes cost no decoding; it
+uses Pillow only where `headers` gives no answer. `decode` gives exactly the planned size. Pillow's
+globals are never changed.
 
-The planned size is known before a pixel is, so the work is done in the order that costs least:
+The planned size is known before any pixel is decoded, so the work is done in the cheapest order:
 
 1. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size while it stays at least ``reducing_gap`` times
    as large as planned on both axes.
@@ -12,10 +12,10 @@ The planned size is known before a pixel is, so the work is done in the order th
 3. The EXIF orientation is applied.
 4. One resize to the planned size; first, pixels are averaged by whole factors within the same gap.
 
-Against decoding in full and resizing in one step, the gap changes pixels by a bound that tests
-hold and ``benchmarks/pixels.py`` shows; ``reducing_gap=None`` gives exactly those. An orientation
-that cannot be read is taken as upright and flagged; in PNG files it counts only where it stands
-before the pixels, since finding a later one would mean decoding the image while probing.
+Compared with decoding in full and resizing in one step, the gap changes pixels a little: tests
+bound the difference and ``benchmarks/pixels.py`` shows it; ``reducing_gap=None`` gives none. If the
+orientation cannot be read, the image counts as upright and is flagged. In PNG files an orientation
+after the pixels is ignored, since finding it would mean decoding the image while probing.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ _TRANSPOSE = {
 
 
 class Probe(NamedTuple):
-    """What a header says: upright (height, width) in pixels; whether its EXIF is broken."""
+    """Result of `probe`: upright (height, width) in pixels, and whether the EXIF is broken."""
 
     image_hw: tuple[int, int]
     broken_exif: bool
 
 
 class PixelRules(NamedTuple):
-    """How pixels are made: the options of `PackConfig` of the same names."""
+    """The options of `PackConfig` that decide how pixels are made, by the same names."""
 
     background: tuple[int, int, int]
     max_pixels: int
@@ -78,7 +78,7 @@ class PixelRules(NamedTuple):
 
 
 def pixel_rules(options: Any) -> PixelRules:
-    """Return the rules among the attributes of a configuration."""
+    """Return the `PixelRules` among the attributes of a configuration."""
     return PixelRules(*(getattr(options, name) for name in PixelRules._fields))
 
 
@@ -86,7 +86,7 @@ def probe(data: ImageData, *, max_pixels: int) -> Probe:
     """Return the upright size of an image from its header; nothing is decoded.
 
     Raises:
-        BadImage: no such file, empty, no image, or more than max_pixels pixels.
+        BadImage: there is no such file, or it is empty, no image, or has more than max_pixels.
     """
     if isinstance(data, np.ndarray):
         height, width = _array_hw(data, max_pixels)
@@ -101,6 +101,7 @@ def probe(data: ImageData, *, max_pixels: int) -> Probe:
             else:
                 head, size = data, len(data)
             image_hw = quick_probe(head, size)
+            # An image that is too large goes on to Pillow's path, which raises the error.
             if image_hw is not None and image_hw[0] * image_hw[1] <= max_pixels:
                 return Probe(image_hw, False)
         image = stack.enter_context(_opened(source, max_pixels))
@@ -115,13 +116,13 @@ def decode(
 
     Args:
         data: bytes, path or pixels.
-        image_hw: upright size in pixels the plan was made for.
+        image_hw: upright size in pixels for which the plan was made.
         target_hw: (height, width) of the result in pixels.
         rules: how pixels are made.
 
     Raises:
-        BadImage: it cannot be decoded, or its mode has no rule.
-        ValueError: its size is not image_hw, so the plan is out of date.
+        BadImage: the image cannot be decoded, or its mode has no rule.
+        ValueError: its size is not image_hw, so the source has changed since the plan was made.
     """
     with _opened(data, rules.max_pixels) as image:
         orientation, _ = _orientation(image)
@@ -133,12 +134,14 @@ def decode(
             )
         try:
             box = (0.0, 0.0, float(image.width), float(image.height))
+            # Not for an image of the caller's, which draft would change.
             if rules.reducing_gap is not None and image is not data:
                 height, width = upright_hw(*target_hw[::-1], orientation)  # as it is stored
                 least = (int(width * rules.reducing_gap), int(height * rules.reducing_gap))
                 drafted = image.draft(None, least)
                 box = box if drafted is None else drafted[1]
             expected = image.size
+            # Loading may set another size than the header's, for which the plan was made.
             pixels = plain(image, rules.background)
             if pixels.size != expected:
                 raise ValueError(f"{pixels.size} pixels, expected {expected} as the header says")
@@ -149,12 +152,13 @@ def decode(
     if orientation in _TRANSPOSE:
         box = _turned(box, pixels.size, orientation)
         pixels = pixels.transpose(_TRANSPOSE[orientation])
+    # Turned before, so that width and height are those of the target.
     pixels = _resized(pixels, box, target_hw[::-1], rules)
     return np.asarray(pixels if pixels.mode == "RGB" else pixels.convert("RGB"))
 
 
 def _turned(box: Box, size: tuple[int, int], orientation: int) -> Box:
-    """Return where a box of an image of a size of (width, height) is once it is upright."""
+    """Return where a box in an image of (width, height) is after turning the image upright."""
     left, top, right, bottom = box
     if orientation in (2, 3, 7, 8):
         left, right = size[0] - right, size[0] - left
@@ -164,7 +168,7 @@ def _turned(box: Box, size: tuple[int, int], orientation: int) -> Box:
 
 
 def _resized(image: Image.Image, box: Box, size: tuple[int, int], rules: PixelRules) -> Image.Image:
-    """Return what box holds of the image at a size of (width, height)."""
+    """Return the part of the image within box, resized to (width, height)."""
     if image.size == size and box == (0, 0, *size):
         return image
     across, down = (
@@ -189,11 +193,12 @@ def _filter(name: str) -> Image.Resampling:
 
 
 def _orientation(image: Image.Image) -> tuple[int, bool]:
-    """Return (EXIF orientation 1..8, whether the EXIF is broken), before pixels are loaded."""
+    """Return (EXIF orientation 1..8, whether the EXIF is broken), without loading pixels."""
     if image.format == "TIFF":  # Pillow turns TIFF files upright itself, their size included
         return 1, False
     exif = image.info.get("exif")
     try:
+        # ImageMagick writes EXIF into PNG files as text: three lines of header, then hexadecimal.
         if exif is None and "Raw profile type exif" in image.info:
             exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
         value = None if exif is None else exif_orientation(exif)

@@ -1,6 +1,6 @@
-"""Orders: what a row takes of each image, and the pixels that obey.
+"""Writes the tokens of a row, image by image, each as its `ImageTask` says.
 
-A row is filled from its orders alone, here or in another process (`decoders`): the same bytes.
+A row depends on its tasks only, so this process and a worker process (`pool`) write the same bytes.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from packpipe.images.patches import patchify, side_of
 
 
 class Failure(NamedTuple):
-    """Why an image gave no tokens: the word rejects are counted by, and what was raised."""
+    """Why an image gave no tokens: the word by which rejects are counted, and the exception."""
 
     reason: str
     exception: str
 
 
-class Order(NamedTuple):
-    """What a row takes of one image.
+class ImageTask(NamedTuple):
+    """One image of a row, and which of its patches the row takes.
 
     Attributes:
         example: row in the source.
-        data: the image, why there is none, or what returns one of both: memory then holds no
-            image before its turn.
+        data: the image, a `Failure` that says why there is none, or a function that returns either;
+            a function is called when the image is decoded, so that memory does not hold all images.
         image_hw: upright source size in pixels, as planned.
-        grid_hw: patches of the full grid.
+        grid_hw: (rows, columns) of patches of the full grid.
         kept: int32[tokens], which patches in raster order; None for all of the grid.
     """
 
@@ -43,55 +43,57 @@ class Order(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the row that it takes."""
+        """Tokens that the image takes in its row."""
         return self.grid_hw[0] * self.grid_hw[1] if self.kept is None else len(self.kept)
 
     def read(self) -> ImageData | Failure:
-        """Return the image, or why there is none."""
+        """Return the image, or the `Failure` that says why there is none."""
         return self.data() if callable(self.data) else self.data
 
 
 def fill_row(
-    orders: Iterable[Order], out: NDArray[np.uint8], rules: PixelRules
+    images: Iterable[ImageTask], out: NDArray[np.uint8], rules: PixelRules
 ) -> list[Failure | None]:
-    """Write the tokens of some images one after the other, zeros behind; return what failed.
+    """Write the tokens of some images one after the other, then zeros; return what failed.
 
-    An image that fails takes no place: the next one stands where it would have stood.
+    An image that fails takes no place: the next image is written where it would have been.
 
     Args:
-        orders: what to take, in the order of the row.
+        images: the images of the row, in its order.
         out: uint8[seq_len, P·P·3], every byte of which is written.
         rules: how pixels are made.
 
     Returns:
-        One value an order: None if its tokens are written.
+        One value for each image: None if its tokens are written, else why not.
 
     Raises:
-        ValueError: an image's size is not the planned one; names the example and both sizes.
+        ValueError: an image's size is not the planned one; the message names the example.
     """
     patch_size = side_of(out.shape[1])
     outcomes: list[Failure | None] = []
     end = 0
-    for order in orders:
-        data = order.read()
+    for image in images:
+        # Read only now: images of earlier tasks are no longer in memory.
+        data = image.read()
         if isinstance(data, Failure):
             outcomes.append(data)
             continue
-        rows, columns = order.grid_hw
+        rows, columns = image.grid_hw
         try:
             pixels = decode(
                 data,
-                image_hw=order.image_hw,
+                image_hw=image.image_hw,
                 target_hw=(rows * patch_size, columns * patch_size),
                 rules=rules,
             )
-        except BadImage as error:
+        except BadImage as error:  # first, since a BadImage is a ValueError, too
             outcomes.append(Failure(error.reason, error.exception))
             continue
         except ValueError as error:
-            raise ValueError(f"example {order.example}: {error}") from error
-        start, end = end, end + order.num_tokens
-        patchify(pixels, out[start:end], order.kept)
+            raise ValueError(f"example {image.example}: {error}") from error
+        start, end = end, end + image.num_tokens
+        patchify(pixels, out[start:end], image.kept)
         outcomes.append(None)
+    # Rows are used again, so what another row left behind must go.
     out[end:] = 0
     return outcomes

@@ -1,8 +1,8 @@
-"""Headers: the upright size of plain JPEG, PNG and WebP files from their first bytes.
+"""Reads the upright size of plain JPEG, PNG and WebP files from their first bytes.
 
-`quick_probe` answers only where Pillow would say the same of the whole file, and leaves all else
-to Pillow: it needs no lock, raises no warning and touches no global. It costs some 1 to 2 µs a
-segment or chunk, 4 to 15 µs an image, where opening one with Pillow takes 70 to 150.
+`quick_probe` answers only where Pillow would give the same size for the whole file, and leaves all
+other files to Pillow. It needs no lock, raises no warning and changes no global. It takes 1 to 2 µs
+per segment or chunk, 4 to 15 µs per image; opening an image with Pillow takes 70 to 150 µs.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import BinaryIO
 
 from PIL import ExifTags, Image, features
 
-# How much of a file is looked at; longer headers are left to Pillow.
+# Bytes of a file that are read; longer headers are left to Pillow.
 HEAD_BYTES = 64 * 2**10
-# What an icon file starts with.
+# The first bytes of an icon file.
 ICON = b"\x00\x00\x01\x00"
 
 _ORIENTATION, _X_RESOLUTION = int(ExifTags.Base.Orientation), int(ExifTags.Base.XResolution)
 _EXIF_SHORT, _EXIF_RATIONAL = 3, 5
 _SIDEWAYS = (5, 6, 7, 8)
-# The shortest length that Pillow reads without complaint.
+# JPEG markers, and the shortest segment that Pillow reads without complaint. Markers that are not
+# listed are left to Pillow.
 _SEGMENT_LENGTHS = {
     **dict.fromkeys((0xFFC0, 0xFFC1, 0xFFC2), 11),  # frames: baseline, extended, progressive
     **dict.fromkeys((0xFFC4, 0xFFDB, 0xFFDD, 0xFFDA, 0xFFFE), 2),  # tables, scan, comment
@@ -32,7 +33,7 @@ _SEGMENT_LENGTHS = {
     0xFFE2: 16,  # colour profile
     0xFFEE: 14,  # Adobe
 }
-# The one length, or None for any.
+# PNG chunks, and their one valid length, or None for any length. Others are left to Pillow.
 _CHUNK_LENGTHS = {
     **dict.fromkeys((b"PLTE", b"tRNS", b"bKGD", b"sBIT", b"tEXt", b"zTXt", b"iTXt", b"iCCP")),
     b"IHDR": 13,
@@ -42,6 +43,7 @@ _CHUNK_LENGTHS = {
     b"pHYs": 9,
     b"tIME": 7,
 }
+# PNG colour types, and their valid bits per channel.
 _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 # Pillow refuses text that inflates beyond 1 MiB; deflate makes at most 1032 bytes of one.
 _MAX_DEFLATED = 1000
@@ -54,7 +56,7 @@ def quick_probe(head: bytes | memoryview, size: int) -> tuple[int, int] | None:
     Never guesses: a size is what Pillow gives too, and its EXIF is sound or absent.
 
     Args:
-        head: the file's first bytes, HEAD_BYTES or all it has; further ones are not looked at.
+        head: the file's first HEAD_BYTES bytes, or all of a shorter file.
         size: bytes in the whole file.
     """
     head = bytes(head[:HEAD_BYTES])
@@ -75,12 +77,13 @@ def quick_probe(head: bytes | memoryview, size: int) -> tuple[int, int] | None:
 
 
 def icon_hw(file: BinaryIO) -> tuple[int, int]:
-    """Return the largest (height, width) that an image in an ICO file says it has.
+    """Return the largest (height, width) that the header of any image in an ICO file gives.
 
-    Pillow decodes such a file when it opens it, and its directory says no more than 256.
+    Pillow decodes an icon when it opens the file, so its size must be known before; the directory
+    of the file cannot give more than 256 a side.
 
     Args:
-        file: one that starts with ICON; left anywhere.
+        file: an open file that starts with ICON; its position is changed.
     """
     file.seek(4)
     largest = 0, 0
@@ -91,11 +94,11 @@ def icon_hw(file: BinaryIO) -> tuple[int, int]:
             head = file.read(24)
             if head.startswith(b"\x89PNG"):
                 width, height = unpack_from(">II", head, 16)
-            else:  # a bitmap, and its mask below it
+            else:  # a bitmap with its mask below it: twice the height, negative if top-down
                 width, height = unpack_from("<II", head, 4)
                 height = min(height, 2**32 - height) // 2
             largest = max(largest, (height, width), key=math.prod)
-    except struct.error:  # Pillow says what is wrong
+    except struct.error:  # Pillow will report what is wrong
         pass
     return largest
 
@@ -103,7 +106,7 @@ def icon_hw(file: BinaryIO) -> tuple[int, int]:
 def exif_orientation(exif: bytes) -> int | None:
     """Return the orientation in an EXIF block, None if it has none.
 
-    Pillow drops what it cannot read in silence, or with a warning that depends on the format;
+    Pillow ignores what it cannot read, silently or with a warning, depending on the format;
     here a block that is cut short or malformed raises.
 
     Raises:
@@ -142,7 +145,7 @@ def _orientation_among(byte_order: str, entries: list[tuple[int, ...]]) -> int |
 
 
 def _plain_orientation(exif: bytes) -> int | None:
-    """Return the orientation in a JPEG's EXIF block, 1 if it has none, None if it is odd."""
+    """Return a JPEG's orientation from its EXIF block: 1 if it has none, None if it is odd."""
     try:
         byte_order, entries = _exif_entries(exif)
     except (ValueError, struct.error):
@@ -157,14 +160,17 @@ def _plain_orientation(exif: bytes) -> int | None:
 
 
 def _jpeg_hw(head: bytes) -> tuple[int, int] | None:
-    """Walk the segments up to the scan; a frame gives the size."""
+    """Return (height, width), reading the segments up to the scan; None to leave it to Pillow."""
     shape, orientation, end = None, None, 2
     while True:
         marker, length = unpack_from(">HH", head, end)
         start, end = end + 4, end + 2 + length
+        # 2**16 for an unknown marker: no length, a number of 16 bits, reaches it.
         if length < _SEGMENT_LENGTHS.get(marker, 2**16) or end > len(head):
             return None
         if 0xFFC0 <= marker <= 0xFFC2:
+            # Only one frame of 8 bits in 1, 3 or 4 components, with nothing after their
+            # descriptions.
             bits, height, width, layers = unpack_from(">BHHB", head, start)
             if shape or bits != 8 or layers not in (1, 3, 4) or length != 8 + 3 * layers:
                 return None
@@ -189,7 +195,7 @@ def _jpeg_hw(head: bytes) -> tuple[int, int] | None:
 
 
 def _png_hw(head: bytes) -> tuple[int, int] | None:
-    """Walk the chunks up to the pixels, each checked by its checksum as Pillow does."""
+    """Return (height, width), checking each chunk up to the pixels; None to leave it to Pillow."""
     end = 8
     found, colour = (0, 0), 0
     while True:
@@ -199,6 +205,7 @@ def _png_hw(head: bytes) -> tuple[int, int] | None:
         start, end = end + 8, end + 12 + length
         if _CHUNK_LENGTHS.get(name, -1) not in (None, length) or (name == b"IHDR") != (start == 16):
             return None
+        # Pillow checks it too, and rejects the file if it is wrong.
         (checksum,) = unpack_from(">I", head, end - 4)
         if zlib.crc32(head[start - 4 : end - 4]) != checksum:
             return None
@@ -210,6 +217,7 @@ def _png_hw(head: bytes) -> tuple[int, int] | None:
         elif name == b"tRNS" and colour != 3 and length < 6:
             return None
         elif name in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            # Text may hold EXIF or XMP with an orientation, and may inflate beyond Pillow's limit.
             key, _, rest = head[start : end - 4].lower().partition(b"\x00")
             if b"exif" in key or b"xmp" in key or (name != b"tEXt" and length > _MAX_DEFLATED):
                 return None
@@ -218,11 +226,11 @@ def _png_hw(head: bytes) -> tuple[int, int] | None:
 
 
 def _webp_hw(head: bytes, size: int) -> tuple[int, int] | None:
-    """Read the one picture of a file that holds nothing after it."""
+    """Return (height, width) of a file with one picture and nothing after it; else None."""
 
     def chunk(at: int) -> tuple[bytes, int, int, int]:
         name, length = unpack_from("<4sI", head, at)
-        return name, length, at + 8, at + 8 + length + length % 2
+        return name, length, at + 8, at + 8 + length + length % 2  # padded to an even length
 
     file_end = unpack_from("<I", head, 4)[0] + 8
     canvas = None
@@ -248,6 +256,7 @@ def _webp_hw(head: bytes, size: int) -> tuple[int, int] | None:
             return None
         found = height & 0x3FFF, width & 0x3FFF
     elif name == b"VP8L" and length >= 5:
+        # Lossless: 14 bits each of width - 1 and height - 1, one of alpha, three zeros.
         signature, bits = unpack_from("<BI", head, start)
         if signature != 0x2F or bits >> 29:
             return None

@@ -1,6 +1,6 @@
-"""Modes: any Pillow image, or an array of pixels, to grey or RGB in 8 bits.
+"""Converts any Pillow image, or an array of pixels, to grey or RGB in 8 bits.
 
-Every mode has one stated rule:
+Every mode has one rule:
 
 ======================  ====================================================================
 RGB, L, P, 1            as they are (1-bit black and white become 0 and 255)
@@ -28,7 +28,7 @@ _CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 class NoRule(ValueError):
-    """Pixels that no rule turns into grey or RGB."""
+    """Raised for pixels that no rule turns into grey or RGB."""
 
 
 def plain(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -39,7 +39,7 @@ def plain(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
         background: (red, green, blue) that transparent pixels are laid on.
 
     Raises:
-        NoRule: its mode has none. Whatever Pillow's decoders raise passes through.
+        NoRule: its mode has no rule. Exceptions of Pillow's decoders are not caught.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         # Pillow's own conversion clips at 255.
@@ -47,6 +47,7 @@ def plain(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
         grey = Image.fromarray(_grey(values, image))
         if "transparency" not in image.info:
             return grey
+        # The transparent value has 16 bits, so it is compared before scaling merges values.
         rgb = grey.convert("RGB")
         rgb.paste(background, mask=Image.fromarray(values == image.info["transparency"]))
         return rgb
@@ -73,14 +74,14 @@ def plain(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
 
 
 def image_of(pixels: NDArray[np.generic]) -> Image.Image:
-    """Return the image that an array of pixels is.
+    """Return an array of pixels as a Pillow image.
 
     Args:
         pixels: bool, uint8 or uint16 (scaled by depth); [height, width] of grey or
             [height, width, channels] of grey, grey and alpha, RGB, or RGB and alpha.
 
     Raises:
-        NoRule: it has another shape or type.
+        NoRule: the array has another shape or type.
     """
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
     if pixels.ndim not in (2, 3) or channels not in _CHANNELS:
@@ -99,12 +100,13 @@ def image_of(pixels: NDArray[np.generic]) -> Image.Image:
 
 
 def _scaled(values: NDArray[np.uint32], most: int = 65535) -> NDArray[np.uint8]:
-    """Return values of 0..most in 8 bits, to the nearest."""
+    """Return values of 0..most scaled to 0..255, rounded to the nearest."""
+    # In integers. uint32 is enough: 65535 · 255 + 32767 is below 2**24.
     return ((values * 255 + most // 2) // most).astype(np.uint8)
 
 
 def _grey(values: NDArray[Any], image: Image.Image) -> NDArray[np.uint8]:
-    """Return grey of more than 8 bits in 8; a TIFF file says in how many, and what is white."""
+    """Return grey of more than 8 bits in 8; the tags of a TIFF file give its bits and its white."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
     most = (1 << bits) - 1
@@ -114,10 +116,11 @@ def _grey(values: NDArray[Any], image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _with_transparent_value(image: Image.Image) -> Image.Image:
-    """Return a PNG image with its transparent value as its pixels have it: in 8 bits."""
+    """Return a PNG image with its transparent value scaled to 8 bits, as its pixels are."""
     value: Any = image.info.get("transparency")
     tiles = getattr(image, "tile", [])  # none once it is loaded
     depth = tiles[0].args if tiles and image.format == "PNG" else None
+    # Pillow scales the pixels of these depths when it decodes them, but not the value.
     if depth in ("L;2", "L;4"):
         value = value * (85 if depth == "L;2" else 17)
     elif depth == "RGB;16B":

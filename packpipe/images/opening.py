@@ -1,7 +1,7 @@
-"""Opens image files for their header; what cannot be an image is refused by name.
+"""Opens image files and reads their headers; a file that is no image raises `BadImage`.
 
-Files are not trusted: only the raster formats below are opened, none of which runs another
-program; only regular files are; and sizes are checked before anything is allocated.
+Files are not trusted: only regular files of the raster formats below are opened, none of which
+runs another program, and sizes are checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ FORMATS = (
 )
 
 
-# Warnings of Pillow's modules, or that it addresses to its caller, which is here.
+# Matches warnings from Pillow's modules, and those that Pillow attributes to its caller, this wing.
 _PILLOW_WARNS = ("ignore", None, Warning, re.compile(r"PIL\.|packpipe\.images\."), 0)
 
 
-_FARTHEST = 2**40  # file systems go no farther than a few times that
+_FARTHEST = 2**40  # below the limit of file systems: a seek beyond that is an error, not with bytes
 
 
-# Of text that a PNG file may inflate, in bytes.
+# Pillow's own limits on the text that a PNG file may inflate, in bytes.
 _TEXT_LIMITS = {"MAX_TEXT_CHUNK": 2**20, "MAX_TEXT_MEMORY": 2**26}
 
 
 _PILLOW_LOG = logging.getLogger("PIL.TiffImagePlugin")
 
 
-# Errors of one path, which another machine would meet as well.
+# Errors of a single path, which another machine would get as well: the image is a reject.
 _FILE_FAULTS = (
     *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP),
     errno.ENXIO,  # a socket
@@ -61,10 +61,14 @@ _FILE_FAULTS = (
 
 
 class _Clipped(BufferedReader):
-    """A file that bears what headers ask for as bytes do: gigabytes, and places outside of it."""
+    """A file that allows reads of gigabytes and seeks outside of it, as `BytesIO` does.
+
+    Damaged headers ask for both; so files and bytes give the same pixels or the same error.
+    """
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size > HEAD_BYTES:
+            # No more than there is: BufferedReader would allocate all that is asked for.
             rest = self._size() - self.tell()
             size = max(0, rest if size is None else min(size, rest))
         return super().read(size)
@@ -73,6 +77,7 @@ class _Clipped(BufferedReader):
         if whence != os.SEEK_SET:
             target += self.tell() if whence == os.SEEK_CUR else self._size()
             target = max(target, 0)
+        # A number above sys.maxsize is an error with BytesIO, too, so it is passed on.
         if _FARTHEST < target <= sys.maxsize:
             target = _FARTHEST
         return super().seek(target)
@@ -82,7 +87,7 @@ class _Clipped(BufferedReader):
 
 
 class BadImage(ValueError):
-    """An image that cannot become a row; ``reason`` is the word the rejects are counted by."""
+    """An image that gives no tokens; ``reason`` is the word by which rejects are counted."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -90,19 +95,19 @@ class BadImage(ValueError):
 
     @property
     def exception(self) -> str:
-        """The exception behind it and what it said, the same in every run."""
+        """Name and message of the exception that caused it, the same in every run."""
         return f"{type(self.__cause__ or self).__name__}: {self}"
 
 
 @cache
 def known_formats() -> tuple[str, ...]:
-    """Return those of FORMATS this Pillow knows; the first call imports all of its modules."""
+    """Return those of FORMATS that this Pillow knows; the first call imports its modules."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _file(path: str) -> FileIO:
-    """Open a regular file for reading."""
+    """Open a regular file for reading; anything else at the path raises `BadImage`."""
     file = open(path, "rb", buffering=0, opener=_at_once)  # noqa: SIM115 the caller closes it
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -116,7 +121,7 @@ def _at_once(path: str, flags: int) -> int:
 
 @contextmanager
 def _opened(source: ImageData | FileIO, max_pixels: int) -> Iterator[Image.Image]:
-    """Yield the image with its header read; what was opened here is closed afterwards."""
+    """Yield the image with its header read; close afterwards what was opened here."""
     check_settings(max_pixels)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
@@ -127,7 +132,7 @@ def _opened(source: ImageData | FileIO, max_pixels: int) -> Iterator[Image.Image
                 raise _too_many(height, width, max_pixels)
             if width * height == 0:
                 raise BadImage("empty", f"{height}x{width} pixels")
-            if isinstance(image, TiffImageFile):  # decoded by tiles, which may be larger than it
+            if isinstance(image, TiffImageFile):  # a tile is decoded whole, even if larger than it
                 rows, columns = (int(image.tag_v2.get(side, 0)) for side in (TILELENGTH, TILEWIDTH))
                 if rows * columns > max_pixels:
                     raise _too_many(rows, columns, max_pixels)
@@ -135,12 +140,12 @@ def _opened(source: ImageData | FileIO, max_pixels: int) -> Iterator[Image.Image
 
 
 def check_settings(max_pixels: int) -> None:
-    """Raise if Pillow is set, in this process, to something that rows would depend on."""
+    """Raise ValueError if settings of Pillow in this process would change what rows hold."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         name, remedy = "PIL.ImageFile.LOAD_TRUNCATED_IMAGES", "cut images would become rows"
         raise ValueError(checks.sentence(name, True, "False", remedy))
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and 2 * limit < max_pixels:  # Pillow refuses twice as many
+    if limit is not None and 2 * limit < max_pixels:  # Pillow warns above it, refuses above twice
         name, expected = "PIL.Image.MAX_IMAGE_PIXELS", f"{-(-max_pixels // 2)} or more"
         raise ValueError(checks.sentence(name, limit, expected, "lower max_pixels instead"))
     for setting, usual in _TEXT_LIMITS.items():
@@ -167,6 +172,7 @@ def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Ima
     start = file.read(len(ICON))
     if not start:
         raise BadImage("empty", "the file holds no bytes")
+    # Pillow decodes an icon as soon as it opens it, so its size is checked before.
     if start == ICON:
         height, width = icon_hw(file)
         if height * width > max_pixels:
@@ -190,10 +196,10 @@ def _too_many(height: int, width: int, max_pixels: int) -> BadImage:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hear nothing of what Pillow warns of while it opens and decodes: all of it is settled here.
+    """Silence Pillow's warnings and the error it logs; every condition they report is checked here.
 
-    One entry of the process's filters comes and goes, which other threads do not notice;
-    `catch_warnings` would put back a whole list, theirs included. Likewise the one error it logs.
+    Adds one entry to the process's warning filters and removes it, which does not affect other
+    threads; `catch_warnings` would restore the whole list and undo changes that they made.
     """
     filters: Any = warnings.filters
     filters.insert(0, _PILLOW_WARNS)
@@ -209,7 +215,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _rejecting(source: object) -> Iterator[None]:
-    """Turn what opening and header parsers raise, which may be anything, into a BadImage."""
+    """Turn exceptions of opening and of header parsers, of any type, into `BadImage`."""
     try:
         yield
     except Exception as error:
@@ -227,8 +233,8 @@ def _rejecting(source: object) -> Iterator[None]:
 
 
 def _reraise_faults(error: Exception) -> None:
-    """Raise what is the machine's fault, not the image's: it must not become a reject."""
-    known = (None, *_FILE_FAULTS)  # decoders raise OSError without a number
+    """Raise the error if the machine caused it, not the image: it must not become a reject."""
+    known = (None, *_FILE_FAULTS)  # Pillow's decoders raise OSError without a number
     fault = isinstance(error, OSError) and error.errno not in known
     if fault or isinstance(error, (BadImage, MemoryError)):
         raise error

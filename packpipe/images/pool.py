@@ -1,9 +1,9 @@
-"""Decoders: processes that fill rows in shared memory.
+"""Decodes images in worker processes, which fill rows in shared memory.
 
-Processes, not threads: a picture's decoding holds the interpreter lock in places (WebP pictures in
-two threads reach 1.6 times one, in two processes 1.9), an image that takes too long can be stopped,
-and a codec that crashes takes no build with it. A process is told what to do in plain messages
-(`decoder`); what it makes, it writes into the row itself.
+Processes, not threads: decoding holds the interpreter lock in places (two threads decode WebP 1.6
+times as fast as one, two processes 1.9 times), an image that takes too long can be stopped, and a
+codec that crashes does not end the build. Tasks are sent to a process as plain messages (`worker`);
+the process writes tokens straight into the rows.
 """
 
 from __future__ import annotations
@@ -27,43 +27,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packpipe.images.decode import PixelRules
-from packpipe.images.fill import Failure, Order
+from packpipe.images.fill import Failure, ImageTask
 from packpipe.images.worker import PLACE_BYTES, message_of
 
 _START = (
     "import json, sys; setup = json.loads(sys.argv[1]); sys.path[:] = setup['path']; "
     "from packpipe.images.worker import serve; serve(setup)"
 )
-# glibc: keep the memory of one image for the next; clean pages cost 5 to 10 % of the time.
+# Makes glibc keep the memory of one image for the next; fresh pages cost 5 to 10 % of the time.
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": f"{2**26}", "MALLOC_TRIM_THRESHOLD_": f"{2**26}"}
-# A broken pipe, or a stream that another thread has closed: no answer will come.
+# Raised by a broken pipe, and by a stream that another thread has closed: no answer will come.
 _NO_ANSWER = (OSError, ValueError)
 _STOPPED = "the decoding processes were stopped"
-# Signals that come from outside: the system that runs out of memory, or somebody.
+# Signals that come from outside, for example from a system that has run out of memory.
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
-_STARTS = 3  # of a process that does not come as far as its first image
+_STARTS = 3  # attempts to start a process that ends before its first image
 
 
-class RowOrders(NamedTuple):
-    """A row of the shared memory, and what to fill it with."""
+class RowTask(NamedTuple):
+    """A row of the shared memory, and the images to fill it with."""
 
     row: int
-    orders: list[Order]
+    images: list[ImageTask]
 
 
 class DecoderError(RuntimeError):
-    """A decoding process failed in a way no image is to blame for."""
+    """Raised when a decoding process fails and no image is the cause."""
 
 
 class Decoders:
-    """Processes that fill rows, and the memory that they share with this one.
+    """A pool of processes that fill rows, and the memory that they share with this process.
 
     Args:
-        num_workers: processes, 1 or more.
+        num_workers: number of processes, 1 or more.
         num_rows: rows of the shared memory.
         row_shape: (seq_len, P·P·3) of a row.
         rules: how pixels are made.
-        seconds: processor time an image may take; one that takes longer is a `Failure`.
+        seconds: processor time an image may take; one that takes longer becomes a `Failure`.
 
     Attributes:
         rows: uint8[num_rows, seq_len, P·P·3], the shared memory.
@@ -83,6 +83,7 @@ class Decoders:
         memory = np.frombuffer(mmap.mmap(self._file, 0), np.uint8)
         self.rows: NDArray[np.uint8] = memory[first_row:].reshape(num_rows, *row_shape)
         setup = {
+            # The parent's import path, so that a worker loads the same packpipe.
             "path": [folder for folder in sys.path if isinstance(folder, str)],
             "memory": self._file,
             "first_row": first_row,
@@ -99,18 +100,18 @@ class Decoders:
         self._idle: SimpleQueue[_Process] = SimpleQueue()
         try:
             for process in self._processes:
-                process.start()  # all at once: each takes a moment
+                process.start()  # none is waited for, so all start at the same time
                 self._idle.put(process)
         except BaseException:
             self.close()
             raise
 
-    def submit(self, task: list[RowOrders]) -> Future[list[list[Failure | None]]]:
-        """Have some rows filled; the result says of every order of every row what became of it."""
+    def submit(self, task: list[RowTask]) -> Future[list[list[Failure | None]]]:
+        """Fill some rows; the future gives, for each image of each row, its `Failure` or None."""
         return self._executor.submit(self._fill, task)
 
     def close(self) -> None:
-        """Stop the processes, whatever they are at."""
+        """Stop the processes at once, also those that are decoding."""
         self._executor.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
             process.stop()
@@ -123,8 +124,8 @@ class Decoders:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _fill(self, task: list[RowOrders]) -> list[list[Failure | None]]:
-        process = self._idle.get_nowait()  # there are as many as threads
+    def _fill(self, task: list[RowTask]) -> list[list[Failure | None]]:
+        process = self._idle.get_nowait()  # never empty: there are as many processes as threads
         try:
             return _fill(process, task)
         finally:
@@ -132,10 +133,11 @@ class Decoders:
 
 
 class _Process:
-    """One process, started again when it has ended.
+    """One worker process; started again when it has ended.
 
     Attributes:
-        place: of the image it is at, or was last, in its task; -1 before the first.
+        place: number, within its task, of the image it works on or worked on last; -1 before
+            the first. The process writes it to shared memory, so it can be read after a crash.
     """
 
     def __init__(self, setup: dict[str, Any], place: NDArray[np.int64]) -> None:
@@ -156,38 +158,38 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), self._setup["memory"]),
                 env={**_MEMORY, **os.environ},
-                process_group=0,  # Ctrl-C is for this process to answer
+                process_group=0,  # so that Ctrl-C reaches the parent only, which stops the workers
             )
             self._stream = ours.makefile("rwb")
 
-    def ask(self, task: list[RowOrders]) -> dict[str, Any] | None:
-        """Return the answer to a task; None if the process ended instead."""
+    def ask(self, task: list[RowTask]) -> dict[str, Any] | None:
+        """Send a task and return the answer; None if the process ended instead."""
         if self._popen is None:
             self.start()
         self._place[0] = -1
         try:
             line = self._answer(task)
-        except BaseException:  # an image that is not to be read; the process waits for it
+        except BaseException:  # an image could not be read; the process would wait for it for ever
             self._end()
             raise
         answer: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
         return answer
 
-    def _answer(self, task: list[RowOrders]) -> bytes:
-        """Return the line that answers a task; not a whole one if the process ends."""
-        rows = [(row, len(orders)) for row, orders in task]
+    def _answer(self, task: list[RowTask]) -> bytes:
+        """Send a task and return the line that answers it; incomplete if the process ends."""
+        rows = [(row, len(images)) for row, images in task]
         head: list[bytes | memoryview] = [json.dumps(rows).encode() + b"\n"]
-        images = (message_of(order) for _, orders in task for order in orders)
+        images = (message_of(image) for _, images in task for image in images)
         for message in chain([head], images):
             with suppress(*_NO_ANSWER):
                 self._stream.writelines(message)
-                self._stream.flush()  # the process begins with the first image
+                self._stream.flush()  # so that the process can start with the first image
         with suppress(*_NO_ANSWER):
             return self._stream.readline()
         return b""
 
     def ended(self) -> tuple[int, int]:
-        """Return the exit status of a process that ended, and its place."""
+        """Return the exit status of a process that ended, and the place of its last image."""
         if self._stopped or self._popen is None:
             raise DecoderError(_STOPPED)
         status = self._popen.wait()
@@ -211,53 +213,56 @@ class _Process:
 
     def _close(self) -> None:
         self._popen = None
-        with suppress(OSError):  # what was not sent yet
+        with suppress(OSError):  # closing sends what is still buffered, to a process that is gone
             self._stream.close()
 
 
-def _fill(process: _Process, task: list[RowOrders]) -> list[list[Failure | None]]:
-    """Have a process fill rows, without the images that it ends at."""
-    task = [RowOrders(row, list(orders)) for row, orders in task]
-    suspect: Order | None = None
+def _fill(process: _Process, task: list[RowTask]) -> list[list[Failure | None]]:
+    """Fill rows in a process; images that end the process are left out as failures."""
+    # When the process ends, the task is sent again: rows filled before are written once more, with
+    # the same bytes.
+    task = [RowTask(row, list(images)) for row, images in task]
+    suspect: ImageTask | None = None
     starts = 0
     while (answer := process.ask(task)) is None:
         status, place = process.ended()
+        # Ended before its first image, so no image is the cause.
         if place < 0:
             starts += 1
             if starts == _STARTS:
                 raise DecoderError(f"a decoding process does not start: it ended with {status}")
             continue
         row, at = _place(task, place)
-        order = task[row].orders[at]
+        image = task[row].images[at]
         if status == -signal.SIGPROF:
             what = f"not decoded within {process.seconds:g} s of processor time"
-            task[row].orders[at] = order._replace(data=Failure("too slow", what))
-        elif order is suspect and status in _KILLED:
-            what = f"was killed twice at example {order.example}, by signal {-status}"
+            task[row].images[at] = image._replace(data=Failure("too slow", what))
+        elif image is suspect and status in _KILLED:
+            what = f"was killed twice at example {image.example}, by signal {-status}"
             raise DecoderError(f"a decoding process {what}; is there enough memory?")
-        elif order is suspect:
+        elif image is suspect:
             what = f"decoding it ended the process with {status}"
-            task[row].orders[at] = order._replace(data=Failure("crashed", what))
+            task[row].images[at] = image._replace(data=Failure("crashed", what))
         else:
-            suspect = order  # or somebody ended the process: see whether it happens again
+            suspect = image  # a second time proves it; a signal from outside may have ended it once
     ((kind, said),) = answer.items()
     if kind != "outcomes":
         row, at = _place(task, process.place)
-        raise _fault(kind, said, task[row].orders[at].example)
+        raise _fault(kind, said, task[row].images[at].example)
     return [[None if one is None else Failure(*one) for one in row] for row in said]
 
 
-def _place(task: list[RowOrders], place: int) -> tuple[int, int]:
-    """Return (row of the task, order of the row) of the place-th image of a task."""
-    for row, (_, orders) in enumerate(task):
-        if place < len(orders):
+def _place(task: list[RowTask], place: int) -> tuple[int, int]:
+    """Return (row in the task, image in the row) of the image numbered `place` in the task."""
+    for row, (_, images) in enumerate(task):
+        if place < len(images):
             return row, place
-        place -= len(orders)
+        place -= len(images)
     raise DecoderError(f"a decoding process says it was at an image {place} beyond its task")
 
 
 def _fault(kind: str, said: Any, example: int) -> Exception:
-    """Return what a process met at an example that is not the image's fault."""
+    """Return the exception for an error at an example that the image did not cause."""
     if kind == "error":
         return ValueError(said)  # names the example
     if kind == "fault":
@@ -268,11 +273,11 @@ def _fault(kind: str, said: Any, example: int) -> Exception:
 
 
 def _shared_file(size: int) -> int:
-    """Return the descriptor of a file without a name, in memory where the system has such."""
+    """Return the descriptor of a file without a name, in memory if the system allows it."""
     if hasattr(os, "memfd_create"):  # /dev/shm is often too small in containers
         file = os.memfd_create("packpipe")
     else:
-        with tempfile.TemporaryFile() as temporary:
+        with tempfile.TemporaryFile() as temporary:  # deleted on closing; the copy keeps its bytes
             file = os.dup(temporary.fileno())
     os.ftruncate(file, size)
     return file

@@ -1,11 +1,11 @@
-"""The process that decodes: reads orders from a socket, fills rows in shared memory.
+"""The worker process: reads tasks from a socket, decodes, and fills rows in shared memory.
 
-Started by `decoders`, with plain values on its command line. A message is a line of JSON and the
+`pool` starts it, with plain values on its command line. A message is a line of JSON and the
 bytes it announces; nothing is unpickled. A task is a line that says how many images go into which
-rows, then image after image: one is on its way while another is decoded, and none is held.
+rows, then one image after the other: one is sent while another is decoded, and none is kept.
 
-An image that takes too much processor time, or crashes its codec, takes this process with it: its
-place in the task, which stands in shared memory, then says which image it was.
+An image that takes too much processor time, or crashes its codec, ends this process. The place of
+the image in its task is in shared memory, so `pool` can tell which image it was.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packpipe.images.decode import PixelRules
-from packpipe.images.fill import Failure, Order, fill_row
+from packpipe.images.fill import Failure, ImageTask, fill_row
 from packpipe.images.opening import known_formats
 
-# Each process has so many bytes at the front of the shared memory, for the image it is at.
+# Bytes that each process has at the front of the shared memory, for the place of its image.
 PLACE_BYTES = 8
 _NOTHING, _BYTES, _PATH, _PIXELS = range(4)
 
 
-def message_of(order: Order) -> list[bytes | memoryview]:
-    """Return what goes through the socket for an order, whose image is read now."""
-    kept = b"" if order.kept is None else order.kept.astype(np.int32).tobytes()
-    data = order.read()
+def message_of(image: ImageTask) -> list[bytes | memoryview]:
+    """Return the message for one image; the image is read from its source now."""
+    kept = b"" if image.kept is None else image.kept.astype(np.int32).tobytes()
+    data = image.read()
     payload: bytes | memoryview
     details: list[Any]
     if isinstance(data, Failure):
@@ -49,12 +49,13 @@ def message_of(order: Order) -> list[bytes | memoryview]:
         payload, details = data, [_BYTES]
     else:
         raise TypeError(f"an image of type {type(data).__name__} cannot go to another process")
-    sizes = [-1 if order.kept is None else len(kept), len(payload)]
-    head = [order.example, order.image_hw, order.grid_hw, sizes, details]
+    # -1 for all patches: a length of 0 would mean that none is kept.
+    sizes = [-1 if image.kept is None else len(kept), len(payload)]
+    head = [image.example, image.image_hw, image.grid_hw, sizes, details]
     return [json.dumps(head).encode() + b"\n", kept, payload]
 
 
-def _order(stream: Any) -> Order:
+def _image_from(stream: Any) -> ImageTask:
     line = stream.readline()
     if not line:
         raise EOFError("nobody waits for the rest of the task")
@@ -68,16 +69,16 @@ def _order(stream: Any) -> Order:
         data = os.fsdecode(payload)
     elif kind == _PIXELS:
         data = np.frombuffer(payload, np.dtype(details[0])).reshape(details[1])
-    return Order(example, data, tuple(image_hw), tuple(grid_hw), kept)
+    return ImageTask(example, data, tuple(image_hw), tuple(grid_hw), kept)
 
 
 def serve(setup: dict[str, Any]) -> None:
     """Fill rows until the socket is closed.
 
     Args:
-        setup: what `decoders` says on the command line.
+        setup: the values that `pool` passes on the command line.
     """
-    # Codecs that print would print into whatever the parent's output is.
+    # Some codecs print; without this their text would appear in the parent's output.
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
@@ -86,33 +87,34 @@ def serve(setup: dict[str, Any]) -> None:
     memory = np.frombuffer(mmap.mmap(setup["memory"], 0), np.uint8)
     rows = memory[setup["first_row"] :].reshape(-1, *setup["row_shape"])
     place = memory[: setup["first_row"]].view(np.int64)[setup["worker"] :][:1]
-    known_formats()  # before the first image, whose time is its own
+    known_formats()  # loads Pillow's formats now, so that no image's time limit pays for it
     with socket.socket(fileno=setup["socket"]) as channel, channel.makefile("rwb") as stream:
         while line := stream.readline():
             task = json.loads(line)
-            orders = (_order(stream) for _ in range(sum(number for _, number in task)))
-            answer = _answer(task, orders, rows, rules, place, setup["seconds"])
-            deque(orders, maxlen=0)  # what is still on its way after an error
+            images = (_image_from(stream) for _ in range(sum(number for _, number in task)))
+            answer = _answer(task, images, rows, rules, place, setup["seconds"])
+            deque(images, maxlen=0)  # after an error, reads the images that are still being sent
             stream.write(json.dumps(answer).encode() + b"\n")
             stream.flush()
 
 
 def _answer(
     task: list[tuple[int, int]],
-    orders: Iterator[Order],
+    images: Iterator[ImageTask],
     rows: NDArray[np.uint8],
     rules: PixelRules,
     place: NDArray[np.int64],
     seconds: float,
 ) -> dict[str, Any]:
-    """Return {"outcomes": of every order of every row}, or what went wrong."""
+    """Return {"outcomes": one for each image of each row}, or {kind of error: its message}."""
 
-    def announced(number: int) -> Iterator[Order]:
-        for order in islice(orders, number):
+    def announced(number: int) -> Iterator[ImageTask]:
+        for image in islice(images, number):
             place[0] += 1
-            # Processor time, so that a busy machine rejects nothing; its signal ends the process.
+            # Processor time, not real time: a busy machine must not cause rejects. When it is over,
+            # SIGPROF ends the process.
             signal.setitimer(signal.ITIMER_PROF, seconds)
-            yield order
+            yield image
         signal.setitimer(signal.ITIMER_PROF, 0)
 
     try:

@@ -1,1 +1,1 @@
-"""Packs to batches: for this rank, in an order that resumes to the byte."""
+"""Turns packs into the batches of this rank; resumed anywhere, they are the same bytes."""

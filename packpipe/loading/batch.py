@@ -1,7 +1,7 @@
 """`PackedBatch`: packed rows as tensors of one shape.
 
 The shapes depend on the batch size, ``seq_len`` and ``max_segments`` alone, never on what the
-rows hold, so a compiled model meets one graph.
+rows hold, so a model is compiled for one graph only.
 
 Shape letters, here and in the model: B rows, L tokens a row (seq_len), S segments a row
 (max_segments), D bytes a patch.
@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from packpipe import checks
-from packpipe.rows.rows import Rows, TokenRows
+from packpipe.rows.rows import NO_LABEL, Rows
 
-NO_LABEL = -100  # what torch's cross-entropy ignores
 NO_EXAMPLE = -1
 
 
@@ -54,49 +53,34 @@ class PackedBatch:
 
         Args:
             rows: what `read_rows` returned.
-            max_segments: S; as large as the rows were packed with.
-            copy: False lets the tensors share the rows' memory where it may be written to, which
-                views of Arrow's may not.
+            max_segments: S; the max_segments the rows were packed with, or more.
+            copy: False lets the tensors share the rows' memory where it is writable; views of
+                Arrow's memory are not, and are copied.
 
         Raises:
             ValueError: a row holds more segments than max_segments.
-            TypeError: the labels are no integers.
+            TypeError: the labels are not integers.
         """
-        remedy = "pass the max_segments the rows were packed with"
-        max_segments = checks.whole_number("max_segments", max_segments, 1, 2**31 - 1, remedy)
-        num_segments = np.diff(rows.segments.offsets)
-        too_many = np.flatnonzero(num_segments > max_segments)
-        if too_many.size:
-            name, found = f"num_segments[{too_many[0]}]", int(num_segments[too_many[0]])
-            expected = f"at most {max_segments} (max_segments)"
-            raise ValueError(checks.sentence(name, found, expected, remedy))
-        # Where each segment goes in a flattened [B, S] column.
-        row_of = np.repeat(np.arange(len(rows)), num_segments)
-        number = np.arange(len(row_of)) - rows.segments.offsets[:-1][row_of]
-        place = row_of * max_segments + number
-
-        def padded(values: NDArray[Any], absent: int) -> Tensor:
-            shape = (len(rows) * max_segments, *values.shape[1:])
-            column = np.full(shape, absent, values.dtype)
-            column[place] = values
-            return torch.from_numpy(column.reshape(len(rows), max_segments, *values.shape[1:]))
-
-        segments = rows.segments
+        width = _checked_width(
+            rows, max_segments, "pass the max_segments the rows were packed with"
+        )
+        labels = None
+        if "labels" in rows.segments:
+            numbers = _integer_labels(rows.segments["labels"])
+            labels = torch.from_numpy(rows.padded(numbers, width, NO_LABEL))
         return cls(
             patches=_tensor(rows.patches, copy),
             segment_ids=_tensor(rows.segment_ids, copy),
             coords=_tensor(rows.coords, copy),
-            seq_lens=padded(segments.seq_lens, 0),
-            grid_hw=padded(segments.grid_hw, 0),
-            example_index=padded(segments.example_index, NO_EXAMPLE),
-            labels=None
-            if segments.labels is None
-            else padded(_integer_labels(segments.labels), NO_LABEL),
+            seq_lens=_padded(rows, "seq_lens", width),
+            grid_hw=_padded(rows, "grid_hw", width),
+            example_index=_padded(rows, "example_index", width, NO_EXAMPLE),
+            labels=labels,
         )
 
     @property
     def present(self) -> Tensor:
-        """bool[B, S], which segments are there."""
+        """bool[B, S], which segments are present, not padding."""
         return self.seq_lens > 0
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
@@ -112,21 +96,22 @@ class PackedBatch:
         return PackedBatch(**{name: change(tensor) for name, tensor in tensors.items()})
 
     def trim(self, multiple: int) -> PackedBatch:
-        """Return rows without the last tokens that are padding in all of them.
+        """Return the batch without the tokens at the end that are padding in all rows.
 
-        Rows of one image each, those of like length in one batch, become NaFlex's buckets.
+        Rows of one image each, batched by similar length, then are the buckets of NaFlex.
 
         Args:
-            multiple: the length stays a multiple of that many tokens, so that few shapes occur.
+            multiple: the length stays a multiple of this many tokens, so that few shapes occur.
         """
         multiple = checks.whole_number("multiple", multiple, 1, 2**31 - 1, "64 is usual")
         longest = int(self.seq_lens.sum(1).max())
+        # A batch of empty rows keeps some tokens, too, so that no tensor has a length of 0.
         end = max(1, -(-longest // multiple)) * multiple
         columns = ("patches", "segment_ids", "coords")
         return replace(self, **{name: getattr(self, name)[:, :end] for name in columns})
 
     def by_example(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (example_index, values) of the segments that are there: the way back.
+        """Return (example_index, values) of the present segments, to restore the source order.
 
         Args:
             values: [B, S, ...], one entry a segment, such as the model's logits.
@@ -138,30 +123,45 @@ class PackedBatch:
         return self.example_index[present], values[present]
 
 
+def _checked_width(rows: Rows, max_segments: int, remedy: str) -> int:
+    """Return max_segments; raise ValueError if a row holds more segments."""
+    width = checks.whole_number("max_segments", max_segments, 1, 2**31 - 1, remedy)
+    too_many = np.flatnonzero(rows.num_segments > width)
+    if too_many.size:
+        name, found = f"num_segments[{too_many[0]}]", int(rows.num_segments[too_many[0]])
+        expected = f"at most {width} (max_segments)"
+        raise ValueError(checks.sentence(name, found, expected, remedy))
+    return width
+
+
+def _padded(rows: Rows, name: str, width: int, absent: int = 0) -> Tensor:
+    """Return a column of segments as a tensor [B, S, ...], `absent` where a row has no segment."""
+    return torch.from_numpy(rows.padded(rows.segments[name], width, absent))
+
+
 def _tensor(values: NDArray[Any], copy: bool) -> Tensor:
+    # torch has no read-only tensors: writing to one over a mapped file would end the process.
     return torch.from_numpy(values.copy() if copy or not values.flags.writeable else values)
 
 
 def _integer_labels(labels: pa.Array) -> NDArray[np.int64]:
-    if not len(labels):  # of a rank without packs; their type may be unknown
+    if not len(labels):  # a rank without packs, where the type may be unknown
         return np.empty(0, np.int64)
     if not pa.types.is_integer(labels.type):
         remedy = "class_encode_column it before packing, or pack with label_column=None"
         raise TypeError(checks.sentence("labels.type", str(labels.type), "an integer type", remedy))
+    # torch's cross-entropy takes class numbers as int64.
     return np.asarray(labels).astype(np.int64)
-
-
-NO_EXAMPLE = -1
 
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """A batch of packed rows of tokens; absent segments have seq_lens 0.
+    """A batch of packed rows of token sequences; absent segments have seq_lens 0.
 
-    Has what `packpipe.model.attention.flatten` asks for, so its backends serve text, too.
+    It has the fields that `packpipe.model.attention.flatten` reads, so its backends take text, too.
 
     Attributes:
-        tokens: by name, [B, L]: the source's token columns, unsigned types as int64.
+        tokens: the source's token columns by name, each [B, L]; unsigned types as int64.
         segment_ids: int32[B, L]: 1, 2, ... in row order; 0 is padding.
         position_ids: int32[B, L], 0, 1, ... within the segment; 0 in padding.
         seq_lens: int32[B, S], tokens of each segment.
@@ -177,44 +177,30 @@ class TokenBatch:
     example_index: Tensor
 
     @classmethod
-    def from_rows(cls, rows: TokenRows, *, max_segments: int) -> TokenBatch:
+    def from_rows(cls, rows: Rows, *, max_segments: int) -> TokenBatch:
         """Return rows as tensors, segments padded to max_segments.
 
         Args:
-            rows: what `read_tokens` returned.
-            max_segments: S.
+            rows: what `read_rows` returned for token sequences.
+            max_segments: S; as many as any row holds, or more.
 
         Raises:
             ValueError: a row holds more segments than max_segments.
         """
-        remedy = "pass as many as the rows hold"
-        max_segments = checks.whole_number("max_segments", max_segments, 1, 2**31 - 1, remedy)
-        num_segments = np.diff(rows.segments.offsets)
-        most = int(num_segments.max(initial=0))
-        if most > max_segments:
-            name = f"num_segments[{int(num_segments.argmax())}]"
-            expected = f"at most {max_segments} (max_segments)"
-            raise ValueError(checks.sentence(name, most, expected, remedy))
-        number = np.arange(num_segments.sum()) - np.repeat(rows.segments.offsets[:-1], num_segments)
-        place = np.repeat(np.arange(len(rows)) * max_segments, num_segments) + number
-
-        def padded(values: NDArray[Any], absent: int) -> Tensor:
-            column = np.full(len(rows) * max_segments, absent, values.dtype)
-            column[place] = values
-            return torch.from_numpy(column.reshape(len(rows), max_segments))
-
+        width = _checked_width(rows, max_segments, "pass as many as the rows hold")
+        tokens = {name: _signed_tensor(values) for name, values in rows.tokens.items()}
         return cls(
-            tokens={name: _signed_tensor(values) for name, values in rows.tokens.items()},
-            segment_ids=_signed_tensor(rows.segment_ids),
-            position_ids=_signed_tensor(rows.position_ids),
-            seq_lens=padded(rows.segments.seq_lens, 0),
-            fragment=padded(rows.segments.fragment, 0),
-            example_index=padded(rows.segments.example_index, NO_EXAMPLE),
+            segment_ids=tokens.pop("segment_ids"),
+            position_ids=tokens.pop("position_ids"),
+            tokens=tokens,
+            seq_lens=_padded(rows, "seq_lens", width),
+            fragment=_padded(rows, "fragment", width),
+            example_index=_padded(rows, "example_index", width, NO_EXAMPLE),
         )
 
     @property
     def present(self) -> Tensor:
-        """bool[B, S], which segments are there."""
+        """bool[B, S], which segments are present, not padding."""
         return self.seq_lens > 0
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TokenBatch:
@@ -234,5 +220,6 @@ class TokenBatch:
 
 
 def _signed_tensor(values: NDArray[Any]) -> Tensor:
+    # torch has few operations on unsigned integers, uint8 excepted.
     wide = values.dtype.kind == "u" and values.dtype.itemsize > 1
     return torch.from_numpy(values.astype(np.int64) if wide else values.copy())

@@ -1,8 +1,8 @@
 """`EpochPacks`: source images whose packs are planned anew for every epoch.
 
-Nothing is stored but the sizes: an epoch's plan is computed when its first batch is asked for, and
-its images are decoded when their pack is. No second copy of the data, and new resolutions, tokens
-and neighbours every epoch.
+Only sizes are stored: an epoch's plan is computed when its first batch is asked for, and images are
+decoded when their pack is asked for. There is no second copy of the data, and every epoch has new
+resolutions, kept tokens and packs.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from threading import Lock
 from typing import Any, Unpack
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
 from packpipe import checks
+from packpipe.philox import Key, checked_key
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig, PackOptions, config_from
 from packpipe.planning.plan import plan_epoch
-from packpipe.rows.fill_images import fill_rows, planned_segments
+from packpipe.rows.fill_images import fill_rows, planned_images
 from packpipe.rows.rejects import Reject, Undecodable, tolerance_of
 from packpipe.rows.rows import Rows
 from packpipe.sources.columns import check_dataset, image_column_of, label_column_of
@@ -39,16 +41,16 @@ class EpochPacks:
     Args:
         dataset: a Dataset with an image column.
         seq_len: tokens a row holds, 1..32767.
-        image_column: as for `pack`.
-        label_column: likewise.
-        size_columns: likewise.
-        image_root: likewise.
-        num_workers: threads that probe headers, once; None is one a processor.
+        image_column: name of the column of images; ``"auto"`` finds the only one.
+        label_column: name of the column of labels; ``"auto"`` finds it, None leaves labels out.
+        size_columns: names of the columns of upright heights and widths; None reads headers.
+        image_root: the only folder that paths may lead into; None follows every path.
+        num_workers: threads that read the headers, once; None is one a processor.
         on_error: ``"quarantine"`` lists images whose header or label is bad in ``rejects``; one
             that cannot be decoded leaves padding in its row, and is logged. ``"raise"`` allows
             neither.
-        max_bad_fraction: a larger share of rejects is refused.
-        max_consecutive_bad: as many rejects in a row are refused.
+        max_bad_fraction: a larger share of rejects raises an error.
+        max_consecutive_bad: this many rejects in a row raise an error.
         **options: the options of `PackConfig`.
 
     Attributes:
@@ -56,7 +58,7 @@ class EpochPacks:
         rejects: examples that are in no plan, as a list.
 
     Raises:
-        TypeError, ValueError: as `pack`.
+        TypeError, ValueError: an argument or a column is wrong, or too many images are bad.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class EpochPacks:
         label_column = label_column_of(dataset.features, label_column)
         rows = dataset.select_columns([image_column]).with_format("arrow")
         self._source = ImageSource(rows, checked_root(image_root))
-        self._labels = labels_of(dataset, label_column)
+        labels = labels_of(dataset, label_column)
         label = None if label_column is None else dataset.features[label_column]
         with ThreadPoolExecutor(num_workers or os.cpu_count()) as executor:
             sizes = sizes_of(
@@ -97,54 +99,57 @@ class EpochPacks:
                 max_pixels=self.config.max_pixels,
                 executor=executor,
             )
-        found = survey(sizes, self._labels, label)
+        found = survey(sizes, labels, label)
         self._tolerance.check(found.rejects)
         self.rejects: list[Reject] = found.rejects
         self._image_hw, self._index = found.image_hw, found.index
-        self._plans: OrderedDict[tuple[int, int], EpochPlan] = OrderedDict()
+        self._labels = None if labels is None else labels.take(pa.array(found.index))
+        self._plans: OrderedDict[Key, EpochPlan] = OrderedDict()
         self._lock = Lock()
 
     def plan(self, seed: int, epoch: int) -> EpochPlan:
         """Return the plan of an epoch; the last two are kept."""
+        key = checked_key(seed, epoch)
+        # Threads that fill the first batches all ask for the plan: one makes it, the others wait.
         with self._lock:
-            if (seed, epoch) not in self._plans:
-                plan = plan_epoch(
-                    self._image_hw, self.config, seed=seed, epoch=epoch, index=self._index
+            if key not in self._plans:
+                self._plans[key] = plan_epoch(
+                    self._image_hw, self.config, **key._asdict(), index=self._index
                 )
-                self._plans[seed, epoch] = plan
                 if len(self._plans) > _PLANS_KEPT:
                     self._plans.popitem(last=False)
-            return self._plans[seed, epoch]
+            return self._plans[key]
 
     @property
     def max_segments(self) -> int:
         """Most segments a pack may hold."""
         return self.config.max_segments
 
-    def num_packs(self, seed: int, epoch: int) -> int:
-        """Return the packs of an epoch."""
-        return len(self.plan(seed, epoch))
+    def num_packs(self, key: Key) -> int:
+        """Return the number of packs of an epoch."""
+        return len(self.plan(*key))
 
-    def fingerprint(self, seed: int, epoch: int) -> str:
+    def fingerprint(self, key: Key) -> str:
         """Return the fingerprint of the epoch's plan."""
-        return self.plan(seed, epoch).fingerprint
+        return self.plan(*key).fingerprint
 
-    def work(self, seed: int, epoch: int) -> NDArray[np.int64]:
+    def work(self, key: Key) -> NDArray[np.int64]:
         """Return int64[packs], Σ l² of each pack."""
-        return self.plan(seed, epoch).attention_work
+        return self.plan(*key).attention_work
 
-    def rows(self, seed: int, epoch: int, packs: NDArray[np.int64]) -> Rows:
+    def rows(self, key: Key, packs: NDArray[np.int64]) -> Rows:
         """Return some packs of an epoch, their images decoded.
 
         Raises:
             ValueError: an image's size is not the one planned for.
             TooManyRejects: a ValueError; more images than are allowed cannot be decoded.
         """
-        segments = planned_segments(self.plan(seed, epoch), packs, self._labels)
-        rows, rejects = fill_rows(segments, self._source, self.config, seed=seed, epoch=epoch)
+        planned = planned_images(self.plan(*key), packs, self._labels)
+        rows, rejects = fill_rows(planned, self._source, self.config, key)
         self._undecodable.add(rejects, self._tolerance)
         return rows
 
+    # A lock cannot be pickled: each worker process makes its own.
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 

@@ -28,11 +28,11 @@ from packpipe.rows.rows import NO_LABEL
 
 
 def to_transformers(batch: TokenBatch) -> dict[str, Any]:
-    """Return what transformers' ``DataCollatorWithFlattening`` returns of the batch's segments.
+    """Return what transformers' ``DataCollatorWithFlattening`` returns for the batch's segments.
 
     Pass it to a model with ``attn_implementation="flash_attention_2"``; with "sdpa" leave out all
-    but ``input_ids``, ``labels`` and ``position_ids``, and pass ``use_cache=False``: a model that
-    makes a cache does not look for positions that restart, and mixes the sequences.
+    but ``input_ids``, ``labels`` and ``position_ids``, and pass ``use_cache=False``: a model with a
+    cache ignores that positions restart, and mixes the sequences.
 
     Returns:
         ``input_ids``, ``labels``, ``position_ids`` int64[1, T]; ``cu_seq_lens_q`` and
@@ -44,6 +44,7 @@ def to_transformers(batch: TokenBatch) -> dict[str, Any]:
     input_ids = _column(batch, "input_ids")[real].long()
     labels = batch.tokens["labels"][real].long() if "labels" in batch.tokens else input_ids
     bounds, longest = _bounds(batch)
+    # The models shift labels by one, so a first token would be predicted from the sequence before.
     return {
         "input_ids": input_ids[None],
         "labels": labels.masked_fill(positions == 0, NO_LABEL)[None],
@@ -61,8 +62,8 @@ def to_attention_mask(batch: TokenBatch | PackedBatch, *, causal: bool = False) 
     A padding token sees itself, since a softmax over nothing is NaN in some of its backends.
 
     Args:
-        batch: whose rows.
-        causal: whether a token sees no later one.
+        batch: the batch.
+        causal: whether a token sees no later token.
     """
     ids = batch.segment_ids
     seq_len = ids.shape[1]
@@ -78,7 +79,7 @@ def to_flash_attention(batch: TokenBatch | PackedBatch) -> dict[str, Any]:
 
     Returns:
         ``cu_seqlens_q``, ``cu_seqlens_k`` int32[segments + 1]; ``max_seqlen_q``, ``max_seqlen_k``.
-        The tokens they speak of are ``values[batch.segment_ids > 0]``.
+        They are bounds within ``values[batch.segment_ids > 0]``.
     """
     bounds, longest = _bounds(batch)
     return {
@@ -99,6 +100,8 @@ def to_document_ids(batch: TokenBatch | PackedBatch) -> Tensor:
     held = (batch.seq_lens > 0).sum(1)
     row = torch.arange(len(ids), device=ids.device)
     before = (held.cumsum(0) - held)[:, None]
+    # Padding has numbers too, since a softmax over no token may be NaN, and other ones in each row,
+    # so that padding of two rows stays apart when rows are flattened.
     found: Tensor = torch.where(ids > 0, before + ids - 1, -1 - row[:, None]).to(torch.int32)
     return found
 
@@ -108,7 +111,7 @@ def to_seqio(batch: TokenBatch, feature: str = "inputs") -> dict[str, Tensor]:
 
     Args:
         batch: the batch.
-        feature: what they call input_ids.
+        feature: their name for input_ids.
 
     Returns:
         [B, L]: ``inputs``, ``inputs_segment_ids`` (0 in padding) and ``inputs_positions``.
@@ -130,11 +133,12 @@ def to_trl(packed: Any) -> Any:
         Dataset of the token columns and ``seq_lengths``.
 
     Raises:
-        ValueError: rows have padding, which its collators would take for tokens.
+        ValueError: rows have padding, which TRL's collators would take for tokens.
     """
     if "segment_ids" in packed.column_names:
         remedy = "pack with layout='ragged'"
         raise ValueError(checks.sentence("layout", "fixed", "rows without padding", remedy))
+    # Token columns stand before seq_lens in the schema.
     kept = packed.column_names[: packed.column_names.index("seq_lens")]
     return packed.select_columns([*kept, "seq_lens"]).rename_column("seq_lens", "seq_lengths")
 
@@ -150,6 +154,7 @@ def to_naflex(batch: PackedBatch) -> dict[str, Tensor]:
     lens = batch.seq_lens[batch.present].long()
     valid = torch.arange(int(lens.max()) if len(lens) else 0, device=lens.device) < lens[:, None]
     patches = batch.patches.new_zeros(*valid.shape, batch.patches.shape[-1], dtype=torch.float32)
+    # 0..255 to -1..1: mean and standard deviation 0.5, which SigLIP 2's processor uses, too.
     patches[valid] = batch.patches[real].float() / 127.5 - 1
     coords = batch.coords.new_zeros(*valid.shape, 2, dtype=torch.int64)
     coords[valid] = batch.coords[real].long()
@@ -161,10 +166,10 @@ def to_siglip2(batch: PackedBatch) -> dict[str, Tensor]:
 
     Returns:
         ``pixel_values`` float32[N, M, P·P·3] in -1..1, ``pixel_attention_mask`` int32[N, M],
-        ``spatial_shapes`` int64[N, 2]; N as of `to_naflex`.
+        ``spatial_shapes`` int64[N, 2]; N in the order of ``batch.example_index[batch.present]``.
 
     Raises:
-        ValueError: tokens were dropped, of which its positions know nothing.
+        ValueError: tokens were dropped; SigLIP 2 computes positions of whole grids only.
     """
     shapes = batch.grid_hw[batch.present].long()
     lens = batch.seq_lens[batch.present].long()
@@ -184,8 +189,9 @@ def to_siglip2(batch: PackedBatch) -> dict[str, Tensor]:
 
 
 def _bounds(batch: TokenBatch | PackedBatch) -> tuple[Tensor, int]:
-    """Return int32[segments + 1], where each begins without padding, and the longest."""
+    """Return int32[segments + 1], the bounds of segments without padding, and the longest."""
     lens = batch.seq_lens[batch.seq_lens > 0].long()
+    # int32 is the type that flash-attention's kernels take.
     bounds = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).to(torch.int32)
     return bounds, int(lens.max()) if len(lens) else 0
 

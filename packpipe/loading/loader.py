@@ -2,27 +2,33 @@
 
 The order of an epoch's packs is arithmetic (`steps`), so the loader's whole state is a few
 integers: how many packs the global batches so far have taken, and a fingerprint that tells whether
-they were packs of this plan. Workers only fill what is asked of them, and batches are handed out
-in order.
+they were packs of this plan. Workers fill the batches they are given, and batches come in order.
 
-The loader is no ``torch.utils.data.DataLoader``, so that Lightning and accelerate, which give each
-rank another part of one of those, leave it as it is: it already takes this rank's part.
+The loader is not a ``torch.utils.data.DataLoader``: Lightning and accelerate would divide one of
+those among the ranks, and the packs of this loader are divided already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 
 from packpipe import checks
+from packpipe.loading.cursors import (
+    Cursor,
+    EpochCursor,
+    PlannedPacks,
+    Share,
+    StreamCursor,
+    StreamedPacks,
+)
 from packpipe.loading.ranks import rank_of_world
-from packpipe.loading.steps import NO_PACK, TAILS, even_places, num_steps, step_packs
+from packpipe.loading.steps import TAILS
 from packpipe.loading.stored import StoredPacks
-from packpipe.loading.workers import Batch, Fill, Part, in_processes, in_threads
+from packpipe.loading.workers import Batch, Fill, in_processes, in_threads
+from packpipe.philox import Key, checked_key
 
 WORKERS = ("threads", "processes")
 _VERSION = 1
@@ -31,8 +37,8 @@ _VERSION = 1
 class PackedLoader:
     """Batches of packs for one rank: ``for batch in PackedLoader(packed, 8)``.
 
-    Each pass goes through one epoch; the pass after it through the next one. A pass that is broken
-    off begins again from the start of its epoch: call `set_epoch` to go on to another. The batches
+    Each `for` loop is one epoch, and the next loop the next epoch. Leaving a loop early restarts
+    its epoch in the next one; `set_epoch` moves on to another. The batches
     depend on the packs, seed, epoch and the global batch, batch_size · world_size; never on
     workers, and laid end to end over the ranks they are the same for any world size.
 
@@ -43,17 +49,19 @@ class PackedLoader:
         packs: what `pack` or ``map(Packer(...))`` returned; or an `EpochPacks`, which plans the
             source images anew each epoch; or a `PackedStream`.
         batch_size: packs a step of this rank.
-        rank: of world_size; None asks torch.distributed, and without it is 0 of 1.
-        world_size: likewise.
-        seed: of all draws.
-        epoch: the first one.
-        shuffle: False takes stored rows as they lie, every epoch.
+        rank: number of this rank; None asks torch.distributed, and without a process group is 0.
+        world_size: how many ranks there are; given or left out together with rank.
+        seed: seed of all random choices.
+        epoch: the first epoch.
+        shuffle: False takes stored rows in their stored order, every epoch.
         balance: put packs of like attention work into the same step, so that no rank waits long.
-        tail: what packs that do not fill a last step become: ``"drop"`` leaves them out, ``"pad"``
-            adds rows without segments, ``"error"`` refuses. All ranks have equally many steps.
-        num_workers: how many fill batches ahead; 0 fills each when it is asked for.
-        workers: ``"threads"`` (decoding and copying let go of the interpreter) or ``"processes"``.
-        prefetch: batches a worker is ahead.
+        tail: what happens to packs that do not fill the last step: ``"drop"`` leaves them out,
+            ``"pad"`` adds rows without segments, ``"error"`` raises. All ranks have equally many
+            steps.
+        num_workers: workers that fill batches ahead; 0 fills each batch when it is asked for.
+        workers: ``"threads"`` (decoding and copying release the interpreter lock) or
+            ``"processes"``.
+        prefetch: batches that each worker fills ahead.
         pin_memory: return batches in page-locked memory, if there is a GPU to copy them to.
         max_segments: S of the batches; None takes what the packs allow.
 
@@ -80,14 +88,15 @@ class PackedLoader:
         max_segments: int | None = None,
     ) -> None:
         checks.boolean("shuffle", shuffle)
-        if not (hasattr(packs, "fingerprint") and hasattr(packs, "rows")):
+        # Told by their methods: packs may also come from a class of the caller's own.
+        is_stream = isinstance(packs, StreamedPacks)
+        if not is_stream and not isinstance(packs, PlannedPacks):
             packs = StoredPacks(packs, shuffle=shuffle)
         elif not shuffle:
             remedy = "leave it out, or pass rows that pack has stored"
             expected = "True for packs that have an order of their own"
             raise ValueError(checks.sentence("shuffle", shuffle, expected, remedy))
-        self.packs: Any = packs
-        self._is_stream = hasattr(packs, "stream_packs")
+        self.packs: PlannedPacks | StreamedPacks = packs
         remedy = "pass packs a step, of one rank"
         self.batch_size = checks.whole_number("batch_size", batch_size, 1, 2**31, remedy)
         if (rank is None) != (world_size is None):
@@ -99,7 +108,7 @@ class PackedLoader:
             remedy = "ranks count from 0"
             rank = checks.whole_number("rank", rank, 0, world_size - 1, remedy)
         self._place = None if rank is None or world_size is None else (rank, world_size)
-        self.seed, self._epoch = checks.seed_and_epoch(seed, epoch)
+        self.seed, self._epoch = checked_key(seed, epoch)
         self.balance = checks.boolean("balance", balance)
         self.tail = checks.choice("tail", tail, TAILS, "choose what an unfilled step becomes")
         remedy = "0 reads when asked"
@@ -111,16 +120,20 @@ class PackedLoader:
             remedy = "None takes what the packs allow"
             max_segments = checks.whole_number("max_segments", max_segments, 1, 2**31 - 1, remedy)
         self._max_segments = max_segments
-        if self._is_stream and (self.balance or (num_workers and workers == "processes")):
+        # Both need all packs of an epoch: balance sorts them, and `in_processes` lists them.
+        if is_stream and (self.balance or (num_workers and workers == "processes")):
             remedy = "all of it has to be known for that; use threads, or EpochPacks"
             raise ValueError(
                 checks.sentence("packs", "a stream", "no balance and no processes", remedy)
             )
+        self._cursor: Cursor = (
+            StreamCursor(packs, self.tail)
+            if is_stream
+            else EpochCursor(packs, self.balance, self.tail)
+        )
         self._start = 0  # packs taken before a pass begins
         self._taken = 0  # packs taken by now
-        self._finished = False  # whether the pass has come to its end
-        self._reading: Any = None
-        self._stream: dict[str, Any] | None = None  # where a stream is to be read from
+        self._finished = False  # whether the pass has ended
 
     @property
     def epoch(self) -> int:
@@ -134,87 +147,85 @@ class PackedLoader:
 
     @property
     def rank(self) -> int:
-        """This process among the ranks."""
-        return self._rank_of()[0]
+        """The number of this process among the ranks."""
+        return self._share.rank
 
     @property
     def world_size(self) -> int:
         """How many ranks there are."""
-        return self._rank_of()[1]
+        return self._share.world_size
 
     @property
     def global_batch(self) -> int:
-        """Packs a step of all ranks together."""
-        return self.batch_size * self.world_size
+        """Packs of a step, over all ranks."""
+        return self._share.global_batch
 
     def __len__(self) -> int:
         """Steps of the pass under way, from the epoch's beginning to its end.
 
-        Epochs that are planned anew differ by a few; `set_epoch` tells which is meant.
+        Epochs that are planned anew may differ by a few steps; `set_epoch` chooses the epoch.
 
         Raises:
-            TypeError: the packs are a stream, whose length nobody knows.
+            TypeError: the packs are a stream, whose length is unknown.
         """
-        if self._is_stream:
+        steps = self._cursor.steps(self._key, self._share)
+        if steps is None:
             raise TypeError("a PackedStream has no length; iterate until it ends")
-        packs = self.packs.num_packs(self.seed, self._epoch)
-        return num_steps(packs, self.global_batch, self.tail)
+        return steps
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next pass one through this epoch.
 
-        From its beginning, unless a state was loaded that stands within it: then from there.
+        It starts at the epoch's beginning, or where a state that was loaded stopped within it.
         """
-        _, epoch = checks.seed_and_epoch(0, epoch)
+        epoch = checked_key(self.seed, epoch).epoch
         has_passed = self._finished and self._taken > self._start
         if epoch != self._epoch or has_passed:
             self._epoch, self._start, self._taken = epoch, 0, 0
-            self._stream = self._reading = None
+            self._cursor.load({})
         self._finished = False
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches of an epoch, from its beginning or where a loaded state stopped.
 
-        `PackedBatch`; of rows of tokens `TokenBatch`.
+        A batch is a `PackedBatch`; of rows of token sequences, a `TokenBatch`.
         """
         if self._finished:
             self.set_epoch(self._epoch + 1)
         self._taken = self._start
-        # A loop that knows the length does not ask for more than that, so the last batch ends
-        # the pass, not the question for one more; only of a stream nobody knows which is the last.
-        end = None if self._is_stream else len(self) * self.global_batch
+        # A loop that counts steps never asks for one batch more, so the last batch must itself end
+        # the pass. Which one is the last is unknown in a stream: there the end of the loop does it.
+        steps = self._cursor.steps(self._key, self._share)
+        end = None if steps is None else steps * self.global_batch
         for batch in self._batches():
+            # Before the yield: a state that is saved inside the loop counts this batch.
             self._taken += self.global_batch
             self._finished = self._taken == end
-            if self._reading is not None:
-                self._reading.forget(self._taken)
+            self._cursor.passed(self._taken)
             yield batch
         self._finished = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the loader stands, as plain integers and strings: JSON can hold it."""
-        state = {
+        """Return the place of the loader as plain integers and strings, which JSON can hold."""
+        return {
             "version": _VERSION,
             "unit": "packs",
             "epoch": self._epoch,
             "packs": self._taken,
             "finished": self._finished,
-            **self._must_agree(self._epoch),
+            **self._must_agree(self._key),
+            **self._cursor.state(self._taken),
         }
-        if self._is_stream:
-            reading = self._reading
-            state["stream"] = self._stream if reading is None else reading.state(self._taken)
-        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the last batch that was handed out when `state_dict` was called.
+        """Continue after the last batch that was handed out when `state_dict` was called.
 
-        The number of ranks may be another one, if batch_size · world_size is the same.
+        The number of ranks may be different, if batch_size · world_size is the same.
 
         Raises:
             TypeError: the state is no dict.
             ValueError: the batches would not be those of an uninterrupted run; says why. The loader
-                stays as it is then.
+                is not changed then.
         """
         remedy = "pass what state_dict returned"
         if not isinstance(state, dict):
@@ -225,7 +236,7 @@ class PackedLoader:
                 raise ValueError(
                     checks.sentence(f"state[{name!r}]", state.get(name), repr(expected), remedy)
                 )
-        _, epoch = checks.seed_and_epoch(0, state.get("epoch"))
+        key = checked_key(self.seed, state.get("epoch"))
         if state.get("seed") != self.seed:
             name, expected = "state['seed']", f"{self.seed} (seed)"
             raise ValueError(
@@ -235,84 +246,54 @@ class PackedLoader:
             "global_batch": "choose batch_size so that batch_size times world_size is the state's",
             "fingerprint": "the packs are others: use the data, options and seed of the state",
         }
-        for name, expected in self._must_agree(epoch).items():
+        for name, expected in self._must_agree(key).items():
             if state.get(name) != expected:
                 remedy = remedies.get(name, "make the loader with the options of the state")
                 raise ValueError(
                     checks.sentence(f"state[{name!r}]", state.get(name), repr(expected), remedy)
                 )
-        most = checks.MAX_WORD
-        stream = state.get("stream")
-        if self._is_stream:
-            self.packs.check_resumable()
-            self.packs.check_state(stream, state.get("packs"))
-        else:
-            num_packs = self.packs.num_packs(self.seed, epoch)
-            most = num_steps(num_packs, self.global_batch, self.tail) * self.global_batch
+        most = self._cursor.check(state, key, self._share)
         taken = checks.whole_number("state['packs']", state.get("packs"), 0, most, remedy)
         if taken % self.global_batch:
             expected = f"a multiple of {self.global_batch} (batch_size times world_size)"
             raise ValueError(checks.sentence("state['packs']", taken, expected, remedy))
-        self._epoch, self._start, self._taken = epoch, taken, taken
+        # Nothing is changed before this line, so that a refused state leaves the loader as it was.
+        self._epoch, self._start, self._taken = key.epoch, taken, taken
         self._finished = bool(state.get("finished"))
-        self._stream, self._reading = stream, None
+        self._cursor.load(state)
 
-    def _must_agree(self, epoch: int) -> dict[str, Any]:
-        """Return what decides the batches, besides the place."""
+    def _must_agree(self, key: Key) -> dict[str, Any]:
+        """Return what a state must agree in: all that decides the batches, besides the place."""
+        # Not the rank, the world size and the workers: the global batches are the same with any.
         return {
             "seed": self.seed,
             "global_batch": self.global_batch,
             "balance": self.balance,
             "tail": self.tail,
-            "fingerprint": self.packs.fingerprint(self.seed, epoch),
+            "fingerprint": self.packs.fingerprint(key),
         }
 
-    def _rank_of(self) -> tuple[int, int]:
-        if self._place is not None:
-            return self._place
-        # Asked when it is needed: frameworks start their processes after the loader is made.
-        return rank_of_world()
+    @property
+    def _key(self) -> Key:
+        return Key(self.seed, self._epoch)
+
+    @property
+    def _share(self) -> Share:
+        # Asked each time: frameworks may start their process group after the loader is made.
+        rank, world_size = rank_of_world() if self._place is None else self._place
+        return Share(self.batch_size, rank, world_size)
 
     def _batches(self) -> Iterator[Batch]:
         """Return this rank's batches of the epoch, from the start on."""
         fill = Fill(
             self.packs,
-            (self.seed, self._epoch),
+            self._key,
             self.batch_size,
             self._max_segments or self.packs.max_segments,
             self.pin_memory,
         )
-        parts = self._stream_parts() if self._is_stream else self._parts()
+        parts = self._cursor.parts(self._key, self._share, self._start)
         if not self.num_workers:
             return map(fill, parts)
         fill_ahead = in_threads if self.workers == "threads" else in_processes
         return fill_ahead(fill, parts, self.num_workers, self.prefetch)
-
-    def _parts(self) -> Iterator[Part]:
-        """Yield which packs this rank takes at each step."""
-        seed, epoch, first = self.seed, self._epoch, self._start // self.global_batch
-        steps = step_packs(
-            self.packs.num_packs(seed, epoch),
-            self.packs.work(seed, epoch) if self.balance else None,
-            self.global_batch,
-            self.tail,
-            seed=seed,
-            epoch=epoch,
-        )
-        start = self.rank * self.batch_size
-        for packs in steps[first:, start : start + self.batch_size]:
-            there = np.flatnonzero(packs != NO_PACK)
-            yield packs[there], there
-
-    def _stream_parts(self) -> Iterator[Part]:
-        """Yield the packs this rank takes at each step, as they come."""
-        self._reading = self.packs.stream_packs(self.seed, self._epoch, self._stream, self._start)
-        packs = iter(self._reading)
-        size, start = self.global_batch, self.rank * self.batch_size
-        while some := list(islice(packs, size)):
-            if len(some) < size and self.tail == "drop":
-                return
-            num_steps(len(some), size, self.tail)
-            places = even_places(len(some), size) if len(some) < size else np.arange(size)
-            own = np.flatnonzero((places >= start) & (places < start + self.batch_size))
-            yield [some[place] for place in own], places[own] - start

@@ -1,14 +1,14 @@
-"""This process among the ranks of a training, whose group ends before Python.
+"""The rank of this process, and a process group that ends before Python does.
 
 A gloo group that is still alive when Python ends may abort it, after all work is done: "terminate
 called without an active exception". Destroying the group is not enough, since it lives as long as
-anything holds it. Two things do, and both are mended here:
+anything refers to it. Two things do, and both are prevented here:
 
 * `torch.distributed.nn.functional` has ``group=group.WORLD`` among its default arguments. torch
   imports it late, for instance with the first optimizer; a group that exists by then stays in
   those defaults for ever. So it is imported here, before there is a group.
-* Cycles: torch's imports keep the frames of whoever caused them, among them the one that holds
-  DistributedDataParallel. They are collected before the group is destroyed.
+* Reference cycles: torch's late imports keep the frames of their callers, among them the one with
+  the DistributedDataParallel. They are collected before the group is destroyed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 
 import torch
 
+# Before there is a group; see above.
 if torch.distributed.is_available():
     import torch.distributed.nn.functional
 
@@ -37,7 +38,7 @@ def rank_of_world() -> tuple[int, int]:
 
 @contextmanager
 def process_group(backend: str = "gloo") -> Iterator[None]:
-    """Be one of the ranks that torchrun started; nothing of the group is left afterwards.
+    """Join the process group that torchrun started; end it completely after the block.
 
     Call the training from a function of its own, so that its model and loader are gone when the
     group ends::
@@ -45,11 +46,11 @@ def process_group(backend: str = "gloo") -> Iterator[None]:
         with process_group():
             main()
 
-    After an error the group is left to the launcher, which ends all ranks: NCCL would wait here
-    for those that still compute.
+    After an error the group is not ended here, since NCCL would wait for ranks that still compute;
+    the launcher ends all ranks.
 
     Args:
-        backend: of torch.distributed, ``"gloo"`` or ``"nccl"``.
+        backend: backend of torch.distributed, ``"gloo"`` or ``"nccl"``.
     """
     torch.distributed.init_process_group(backend)
     try:
@@ -62,7 +63,8 @@ def process_group(backend: str = "gloo") -> Iterator[None]:
 
 
 def end_process_group() -> None:
-    """Destroy the process group if there is one, also where a framework has made it."""
+    """Destroy the process group if there is one, also one that a framework has made."""
+    # First the cycles that refer to the group: it would outlive its destruction.
     gc.collect()
     if has_group():
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Rows of a packed dataset by number, as NumPy views."""
+"""Reads rows of a packed dataset by number, as NumPy views where it can."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from packpipe.rows import schema
 from packpipe.rows.files import picked_rows
-from packpipe.rows.rows import Rows, TokenRows
-from packpipe.rows.schema import table_tokens
+from packpipe.rows.rows import Rows
+from packpipe.rows.schema import table_rows
 
 
 def read_rows(dataset: Any, rows: Any = None) -> Rows:
-    """Return packed rows as NumPy arrays, views of Arrow's memory where they are contiguous.
+    """Return packed rows, of images or of tokens, as views of Arrow's memory where possible.
 
     uint8 stays uint8: `datasets`' own torch and numpy formats widen it to int64.
 
@@ -22,34 +21,19 @@ def read_rows(dataset: Any, rows: Any = None) -> Rows:
             too), or a ``pyarrow.Table`` with the same columns.
         rows: an int, a slice, or int[n] row numbers; None for all.
 
-    Returns:
-        Rows.
-
     Raises:
         IndexError: a row number is out of range.
-        ValueError: the columns are not those of packed rows.
+        ValueError: the columns are not those of packed rows, or the rows are ragged.
         TypeError: dataset is something else.
     """
     table = picked_rows(dataset, rows)
-    # Rows computed when read carry what computes them as the dataset's transform.
+    # With materialize=False, the dataset's transform (`LazyRows`) computes the tokens.
     kwargs = {} if isinstance(dataset, pa.Table) else dataset.format["format_kwargs"]
     transform = kwargs.get("transform")
     if transform is not None and hasattr(transform, "rows"):
         computed: Rows = transform.rows(table)
         return computed
-    return schema.table_rows(table)
+    return table_rows(table)
 
 
-def read_tokens(dataset: Any, rows: Any = None) -> TokenRows:
-    """Return packed rows of tokens as NumPy arrays, views of Arrow's memory where they can be.
-
-    Args:
-        dataset: as for `read_rows`.
-        rows: likewise.
-
-    Raises:
-        IndexError: a row number is out of range.
-        ValueError: the columns are not those of packed rows of tokens, or the rows are ragged.
-        TypeError: dataset is something else.
-    """
-    return table_tokens(picked_rows(dataset, rows))
+read_tokens = read_rows  # an older name, from when rows of tokens had a function of their own

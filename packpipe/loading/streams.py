@@ -1,11 +1,10 @@
 """`PackedStream`: packs of a dataset that is read from front to back.
 
-Sizes are not known ahead. Examples come one at a time; each is decided alone (`decisions`, its
-number in the stream being its index), and its length goes to an `OnlinePacker`. After every window
-of examples all open packs are closed, so that nothing waits at a window's end: the stream is at a
-window's beginning when its source is, and continues from there exactly. A state is that place, and
-how many packs of the window were taken; what lies between is read and planned again, but not
-decoded.
+Sizes are not known beforehand. Examples come one at a time. Each is decided alone (by
+`packpipe.planning.decisions`, with its number in the stream as its index), and its length goes to
+an `OnlinePacker`. After every window of examples all open packs are closed, so that the stream can
+continue from the beginning of any window. A state is the beginning of a window and how many packs
+were taken; the packs between are read and planned again, but not decoded.
 """
 
 from __future__ import annotations
@@ -30,11 +29,12 @@ from packpipe.images.decode import probe
 from packpipe.images.opening import BadImage, ImageData
 from packpipe.loading.cursors import Anchor, Held, Reading
 from packpipe.packing.online import OnlinePacker
+from packpipe.philox import Key
 from packpipe.planning.decisions import decide
 from packpipe.planning.image_config import PackConfig, PackOptions, config_from
 from packpipe.rows.fill_images import fill_rows
 from packpipe.rows.rejects import Reject, Undecodable, tolerance_of
-from packpipe.rows.rows import Rows, Segments
+from packpipe.rows.rows import Rows
 from packpipe.sources.columns import image_column_of, label_column_of, pixel_type
 from packpipe.sources.image_source import checked_root, confined
 
@@ -50,21 +50,22 @@ class PackedStream:
     in the epoch's stream; `datasets` shuffles shards anew each epoch where it shuffles at all.
 
     Args:
-        dataset: an IterableDataset with an image column. To resume exactly it must do so itself:
-            `datasets` refills the buffer of ``shuffle`` instead of saving it, so shuffle shards, or
-            before.
+        dataset: an IterableDataset with an image column. To resume exactly, it must resume exactly
+            itself: `datasets` refills the buffer of ``shuffle`` instead of saving it, so shuffle
+            the shards, or the rows before they are read.
         seq_len: tokens a row holds, 1..32767.
-        image_column: as for `pack`; ``"auto"`` needs a dataset with features.
-        label_column: likewise.
-        image_root: likewise.
+        image_column: name of the column of images; ``"auto"`` finds the only one, of a dataset
+            with features.
+        label_column: name of the column of labels; ``"auto"`` finds it, None leaves labels out.
+        image_root: the only folder that paths may lead into; None follows every path.
         open_packs: packs open at once.
-        num_examples: examples of an epoch, as far as is known; for a drop rate that changes over
+        num_examples: about how many examples an epoch has; needed for a drop rate that changes over
             the training.
         on_error: ``"quarantine"`` leaves out images that are bad and logs them; ``"raise"`` stops.
         max_bad_fraction: a larger share of rejects in a window stops the stream.
-        max_consecutive_bad: as many rejects in a row, within a window, stop it.
-        **options: the options of `PackConfig`; ``window`` is the examples from one closing of all
-            packs to the next, ``strategy`` ``"best_fit"`` or ``"first_fit"``.
+        max_consecutive_bad: this many rejects in a row, within a window, stop it.
+        **options: the options of `PackConfig`; all open packs are closed after every ``window``
+            examples, and ``strategy`` is ``"best_fit"`` or ``"first_fit"``.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -109,7 +110,7 @@ class PackedStream:
             )
         self._num_examples = num_examples
         self._open_packs = open_packs
-        self._packer()  # says what is wrong with its options
+        self._packer()  # raises if one of its options is wrong
         window = self.config.window
         self._tolerance = tolerance_of(window, on_error, max_bad_fraction, max_consecutive_bad)
         self._undecodable = Undecodable()
@@ -131,6 +132,7 @@ class PackedStream:
         self._root = checked_root(image_root)
         self._pixels = pixel_type(self._features.get(image_column))
         self._dataset = dataset
+        # Every pass reads a copy; a dataset that cannot be copied is refused now.
         try:
             self._copy()
         except TypeError as error:
@@ -147,36 +149,19 @@ class PackedStream:
         """Most segments a pack may hold."""
         return self.config.max_segments
 
-    def fingerprint(self, seed: int, epoch: int) -> str:  # noqa: ARG002
-        """Return what two streams share that are packed alike; of the data nothing is known."""
+    def fingerprint(self, key: Key) -> str:  # noqa: ARG002
+        """Return a text that identifies the packing options; it cannot identify the data."""
         columns = f"columns={self._image_column!r}, {self._label_column!r}"
         packing = f"open_packs={self._open_packs} num_examples={self._num_examples}"
         return f"{self.config!r} {packing} {columns}"
 
-    def check_state(self, state: Any, num_packs: Any) -> None:
-        """Raise if a state is not one of `Reading.state`.
-
-        Raises:
-            ValueError: says so.
-        """
-        try:
-            found = None if state is None else Anchor(**state)
-        except TypeError:
-            found = Anchor(-1, -1, None)
-        if found is not None:
-            remedy = "pass what state_dict returned"
-            most = num_packs if isinstance(num_packs, int) else 0
-            name = "state['stream']['num_packs']"
-            checks.whole_number(name, found.num_packs, 0, most, remedy)
-            name = "state['stream']['num_examples']"
-            checks.whole_number(name, found.num_examples, 0, 2**62, remedy)
-
     def check_resumable(self) -> None:
-        """Raise if the dataset cannot continue where it was.
+        """Raise if the dataset cannot continue where it stopped.
 
         Raises:
             ValueError: it shuffles through a buffer.
         """
+        # Each step of a dataset (map, shuffle, ...) wraps the one before it, or several.
         found = self._dataset._ex_iterable
         waiting = [found]
         while waiting:
@@ -190,54 +175,53 @@ class PackedStream:
             inner = getattr(found, "ex_iterable", None)
             waiting += getattr(found, "ex_iterables", [] if inner is None else [inner])
 
-    def stream_packs(
-        self, seed: int, epoch: int, state: dict[str, Any] | None, num_packs: int
-    ) -> Reading:
-        """Return the examples of pack after pack of an epoch.
+    def stream_packs(self, key: Key, state: dict[str, Any] | None, num_packs: int) -> Reading:
+        """Return the packs of an epoch, as lists of examples that are not decoded yet.
 
         Args:
-            seed: of all draws.
-            epoch: likewise; the dataset is told.
-            state: where to begin reading, as `state` said; None for the beginning.
-            num_packs: packs that were taken, and are left out.
+            key: (seed, epoch) of all random choices; the dataset's `set_epoch` gets the epoch.
+            state: where to begin reading, from `Reading.state`; None for the beginning.
+            num_packs: packs that were taken before, and are left out.
         """
         anchor = Anchor(0, 0, None) if state is None else Anchor(**state)
         dataset = self._copy()
-        dataset.set_epoch(epoch)
+        dataset.set_epoch(key.epoch)
         if anchor.source is not None:
             dataset.load_state_dict(anchor.source)
         anchors = deque([anchor])
-        packs = self._packs(dataset, anchors, seed, epoch)
+        packs = self._packs(dataset, anchors, key)
+        # Packs before num_packs are planned again, since the state is the beginning of a window.
         return Reading(islice(packs, num_packs - anchor.num_packs, None), anchors)
 
     def _packs(
-        self, dataset: IterableDataset, anchors: deque[Anchor], seed: int, epoch: int
+        self, dataset: IterableDataset, anchors: deque[Anchor], key: Key
     ) -> Iterator[list[Held]]:
-        """Yield all packs from an anchor on, and note the anchors passed."""
+        """Yield all packs from an anchor on, and add the anchor of each window to anchors."""
         examples = iter(dataset)
         num_packs, num_examples, _ = anchors[0]
         while True:
             read, packed = yield from self._window(
-                _up_to(examples, self.config.window), num_examples, seed, epoch
+                _up_to(examples, self.config.window), num_examples, key
             )
             if not read:
                 return
             num_packs, num_examples = num_packs + packed, num_examples + read
+            # All packs are closed here, so the dataset's state is all there is to keep.
             anchors.append(Anchor(num_packs, num_examples, dataset.state_dict()))
 
-    def rows(self, seed: int, epoch: int, packs: list[list[Held]]) -> Rows:
+    def rows(self, key: Key, packs: list[list[Held]]) -> Rows:
         """Return packs as rows, their images decoded."""
         images = {held.number: held.data for pack in packs for held in pack}
-        segments = self._segments(packs)
-        rows, rejects = fill_rows(segments, images.__getitem__, self.config, seed=seed, epoch=epoch)
+        planned = self._planned(packs)
+        rows, rejects = fill_rows(planned, images.__getitem__, self.config, key)
         self._undecodable.add(rejects, self._tolerance)
         return rows
 
     def _copy(self) -> IterableDataset:
-        """Return the dataset anew.
+        """Return a copy of the dataset, for one pass.
 
-        One that has loaded a state begins there ever after, and `datasets` counts in parts that
-        datasets of one origin share.
+        A dataset that has loaded a state begins there in every later pass, too, and datasets that
+        are made from one another share the parts that count what was read.
         """
         return deepcopy(self._dataset).with_format(None)
 
@@ -250,21 +234,22 @@ class PackedStream:
         )
 
     def _window(
-        self, examples: Iterator[dict[str, Any]], first: int, seed: int, epoch: int
+        self, examples: Iterator[dict[str, Any]], first: int, key: Key
     ) -> Generator[list[Held], None, tuple[int, int]]:
-        """Yield the packs of a window; return how many examples and packs it had."""
+        """Yield the packs of a window; return how many examples and packs it has."""
         packer = self._packer()
         waiting: dict[int, Held] = {}
         rejects: list[Reject] = []
         read = pushed = 0
         while some := list(islice(examples, _AT_ONCE)):
-            held = self._decided(some, first + read, seed, epoch, rejects)
+            held = self._decided(some, first + read, key, rejects)
             read += len(some)
             waiting.update(enumerate(held, pushed))
             pushed += len(held)
             lengths = np.array([one.num_keep for one in held], np.int64)
             yield from _taken(waiting, *packer.push(lengths))
-        # A last window is as long as it happens to be; its share is that of a whole one.
+        # The last window may be short, and one bad image a large share of it: the share is taken of
+        # a whole window, unless there is only one.
         num_examples = self.config.window if first else read
         replace(self._tolerance, num_examples=num_examples).check(rejects)
         yield from _taken(waiting, *packer.flush())
@@ -274,11 +259,10 @@ class PackedStream:
         self,
         examples: list[dict[str, Any]],
         first: int,
-        seed: int,
-        epoch: int,
+        key: Key,
         rejects: list[Reject],
     ) -> list[Held]:
-        """Return the examples that are usable, with what is decided about them."""
+        """Return the usable examples with their decisions, and add the others to rejects."""
         good = []
         for number, example in enumerate(examples, first):
             for what, name in (("image", self._image_column), ("label", self._label_column)):
@@ -298,6 +282,7 @@ class PackedStream:
                     raise BadImage("bad label", f"label is {label}, expected {expected}")
             except BadImage as error:
                 reject = Reject(number, "probe", error.reason, error.exception)
+                # Where no bad example is allowed, stop at it, not at the end of the window.
                 if self._tolerance.max_bad_fraction == 0:
                     self._tolerance.check([reject])
                 log.warning("example %d left out: %s", number, error.exception)
@@ -309,13 +294,13 @@ class PackedStream:
         index = np.array([number for number, *_ in good])
         progress = None
         if self._num_examples is not None and self.config.epochs is not None:
+            # num_examples is a guess, and may be too small.
             place = np.minimum(index / self._num_examples, 1.0)
-            progress = (epoch + place) / self.config.epochs
+            progress = (key.epoch + place) / self.config.epochs
         decisions = decide(
             np.array([image_hw for _, _, image_hw, _ in good], np.int32),
             self.config,
-            seed=seed,
-            epoch=epoch,
+            key,
             index=index,
             progress=progress,
         )
@@ -325,25 +310,25 @@ class PackedStream:
             for (number, data, image_hw, label), grid, keep in zip(good, grids, keeps, strict=True)
         ]
 
-    def _segments(self, packs: list[list[Held]]) -> Segments:
+    def _planned(self, packs: list[list[Held]]) -> Rows:
+        """Return packs as rows without tokens."""
         held = [one for pack in packs for one in pack]
-        labels = None
+        segments: dict[str, Any] = {
+            "seq_lens": np.array([one.num_keep for one in held], np.int32),
+            "grid_hw": np.array([one.grid_hw for one in held], np.int16).reshape(-1, 2),
+            "image_hw": np.array([one.image_hw for one in held], np.int32).reshape(-1, 2),
+            "example_index": np.array([one.number for one in held], np.int64),
+        }
         if self._label_column is not None:
             feature = self._features.get(self._label_column)
             kind = None if feature is None else feature.pa_type
-            labels = pa.array([one.label for one in held], kind)
-        return Segments(
-            offsets=np.cumsum([0, *map(len, packs)]),
-            seq_lens=np.array([one.num_keep for one in held], np.int32),
-            grid_hw=np.array([one.grid_hw for one in held], np.int16).reshape(-1, 2),
-            image_hw=np.array([one.image_hw for one in held], np.int32).reshape(-1, 2),
-            example_index=np.array([one.number for one in held], np.int64),
-            labels=labels,
-        )
+            segments["labels"] = pa.array([one.label for one in held], kind)
+        return Rows(np.cumsum([0, *map(len, packs)]), segments)
 
 
 def _up_to(examples: Iterator[dict[str, Any]], most: int) -> Iterator[dict[str, Any]]:
-    """Yield so many examples; unlike islice, take none too many."""
+    """Yield the next examples, `most` in number, or fewer at the end of the stream."""
+    # Exactly that many are taken, so that the dataset's state is then that of the window's end.
     for _ in range(most):
         try:
             yield next(examples)
@@ -354,21 +339,21 @@ def _up_to(examples: Iterator[dict[str, Any]], most: int) -> Iterator[dict[str, 
 def _taken(
     waiting: dict[int, Held], order: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any]
 ) -> Iterator[list[Held]]:
-    """Yield the examples of closed packs, which wait no longer."""
+    """Yield the examples of each closed pack, and remove them from the waiting ones."""
     for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         yield [waiting.pop(place) for place in order[start:stop].tolist()]
 
 
 def _image_data(value: Any, pixels: np.dtype[Any] | None, root: str | None) -> ImageData:
-    """Return the bytes, the path or the pixels of an image as its dataset yields it.
+    """Return the bytes, the path or the pixels of an image that a dataset yields.
 
     Args:
-        value: what it yields.
-        pixels: type of the pixels, where the dataset says it: arrays then may come as lists.
-        root: as for `packpipe.sources.columns.ImageSource`.
+        value: the image, in any form that `datasets` yields.
+        pixels: dtype of the pixels, if the dataset's features name it: arrays may come as lists.
+        root: the only folder that paths may lead into; None for any.
 
     Raises:
-        BadImage: there is none of them.
+        BadImage: the value is none of these.
     """
     if isinstance(value, dict):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")

@@ -14,46 +14,43 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from packpipe.loading.batch import PackedBatch, TokenBatch
-from packpipe.rows.rows import Rows, TokenRows, spread, spread_tokens
+from packpipe.philox import Key
+from packpipe.rows.rows import Rows
 
 Batch: TypeAlias = PackedBatch | TokenBatch
 
-# The packs a rank takes at a step, and their places in its batch.
+# The packs that a rank takes at a step, and their places in its batch.
 Part: TypeAlias = tuple[Any, NDArray[np.int64]]
 
 
 class Packs(Protocol):
-    """Where packs come from: `StoredPacks`, `EpochPacks` or `PackedStream`.
-
-    The first two also have ``num_packs`` and ``work``, and their packs are places in an epoch's
-    order; a stream has ``stream_packs``, and its packs are what that yields.
-    """
+    """Where packs come from: `StoredPacks`, `EpochPacks` or `PackedStream`."""
 
     @property
     def max_segments(self) -> int:
         """Most segments a pack may hold."""
 
-    def fingerprint(self, seed: int, epoch: int) -> str:
-        """Return what two epochs share if their packs hold the same."""
+    def fingerprint(self, key: Key) -> str:
+        """Return a text that is equal for epochs whose packs hold the same."""
 
-    def rows(self, seed: int, epoch: int, packs: Any) -> Rows | TokenRows:
+    def rows(self, key: Key, packs: Any) -> Rows:
         """Return the rows of some packs."""
 
 
 @dataclass(frozen=True)
 class Fill:
-    """Makes the batch of a part.
+    """Makes a batch of a `Part`.
 
     Attributes:
         packs: where packs come from.
-        key: (seed, epoch).
+        key: (seed, epoch) of all random choices.
         batch_size: rows of a batch; those without a pack are empty.
         max_segments: S of the batch.
-        pin_memory: whether it is put into page-locked memory.
+        pin_memory: whether the batch is put into page-locked memory.
     """
 
     packs: Packs
-    key: tuple[int, int]
+    key: Key
     batch_size: int
     max_segments: int
     pin_memory: bool
@@ -61,14 +58,14 @@ class Fill:
     def rows(self, part: Part) -> Batch:
         """Return the batch of a part, in ordinary memory."""
         packs, places = part
-        rows = self.packs.rows(*self.key, packs)
-        if isinstance(rows, TokenRows):
-            if len(places) < self.batch_size:
-                rows = spread_tokens(rows, places, self.batch_size)
-            return TokenBatch.from_rows(rows, max_segments=self.max_segments)
+        rows = self.packs.rows(self.key, packs)
+        # At a padded last step a rank has fewer packs than rows; the other rows stay empty.
         if len(places) < self.batch_size:
-            rows = spread(rows, places, self.batch_size)
-        return PackedBatch.from_rows(rows, max_segments=self.max_segments, copy=False)
+            rows = rows.spread(places, self.batch_size)
+        # Not copied again: these rows are in memory of their own, or read-only and copied anyway.
+        if "patches" in rows.tokens:
+            return PackedBatch.from_rows(rows, max_segments=self.max_segments, copy=False)
+        return TokenBatch.from_rows(rows, max_segments=self.max_segments)
 
     def __call__(self, part: Part) -> Batch:
         """Return the batch of a part."""
@@ -79,10 +76,12 @@ class Fill:
 def in_threads(
     fill: Fill, parts: Iterator[Part], num_workers: int, prefetch: int
 ) -> Iterator[Batch]:
-    """Yield the batches in order, filled ahead by threads that stop when nobody wants more."""
+    """Yield the batches in order. Threads fill them ahead, and end when the loop is left."""
     waiting: deque[Future[Batch]] = deque()
     executor = ThreadPoolExecutor(num_workers, thread_name_prefix="packpipe")
     try:
+        # This thread alone takes parts, so that a stream is read in order. A limited number is
+        # begun ahead, since every batch takes memory.
         for part in parts:
             waiting.append(executor.submit(fill, part))
             if len(waiting) > num_workers * prefetch:
@@ -90,6 +89,7 @@ def in_threads(
         while waiting:
             yield waiting.popleft().result()
     finally:
+        # Reached, too, when the caller leaves its loop, which closes this generator.
         executor.shutdown(wait=True, cancel_futures=True)
 
 
@@ -97,22 +97,23 @@ def in_processes(
     fill: Fill, parts: Iterator[Part], num_workers: int, prefetch: int
 ) -> Iterator[Batch]:
     """Yield the batches in order, filled ahead by the workers of torch's own DataLoader."""
+    # Parts are small arrays of numbers, so all of an epoch's fit into memory.
     steps = _Steps(fill, list(parts))
     yield from DataLoader(
         steps,
-        batch_size=None,
+        batch_size=None,  # a step is a whole batch already
         sampler=range(len(steps.parts)),
         num_workers=num_workers,
         prefetch_factor=prefetch,
         pin_memory=fill.pin_memory,  # here, since a worker has no GPU
         collate_fn=_as_it_is,
-        generator=torch.Generator(),  # it would draw a seed from torch's own, which models use
+        generator=torch.Generator(),  # else it draws a seed from the one that models use, too
     )
 
 
 @dataclass(frozen=True)
 class _Steps(Dataset[Batch]):
-    """Batches by step."""
+    """A torch dataset of batches: item i is the batch of step i, in ordinary memory."""
 
     fill: Fill
     parts: list[Part]

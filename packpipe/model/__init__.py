@@ -1,1 +1,1 @@
-"""NaViT and its answers: positions, attention within segments, pooling, predictions."""
+"""NaViT: positions, attention within segments, pooling, the model, and its predictions."""

@@ -1,9 +1,9 @@
 """Attention within segments: a token sees its own image and nothing else.
 
-Four backends of one function, twins of each other:
+Four backends compute the same function:
 
 * ``"reference"``: one SDPA call with a boolean mask. Runs anywhere, compiles, costs O(L²) a
-  row whatever the segments; the oracle.
+  row whatever the segments; the others are checked against it.
 * ``"segments"``: one SDPA call for each run of segments of one length. Costs Σ l² and skips
   padding: the choice on a CPU. Inside ``torch.compile`` it becomes the masked form, since one
   graph must serve every batch.
@@ -13,7 +13,7 @@ Four backends of one function, twins of each other:
 * ``"flex"``: FlexAttention with a block mask made from segment bounds, on a GPU in any
   precision. Costs whole blocks of 128 × 128.
 
-The model is flat inside: T tokens of all rows, one after the other. `flatten` says which those are.
+Inside the model the tokens of all rows lie one after the other, T of them; `flatten` chooses them.
 
 Shape letters: B rows, L tokens a row, S segments a row, T tokens, H heads, E channels a head.
 """
@@ -34,7 +34,7 @@ from packpipe import checks
 from packpipe.loading.batch import PackedBatch
 
 BACKENDS = ("reference", "segments", "varlen", "flex")
-BLOCK = 128
+BLOCK = 128  # tokens a side of a block of FlexAttention's mask
 
 # (queries, keys, values) -> outputs, each [T, H, E].
 Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -42,12 +42,12 @@ Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class FlatTokens:
-    """The tokens a model works on, and what they may see.
+    """The tokens of a batch, one after the other, and attention within their segments.
 
     Attributes:
-        places: int64[T], where each lies in the flattened [B·L]; None where all do, padding too.
-        segments: int64[T], row · S + number of its segment; B · S in padding.
-        starts: int64[B·S], the first of T of each segment; of absent ones any.
+        places: int64[T], each token's place in the flattened [B·L]; None if T is B·L, with padding.
+        segments: int64[T], row · S + number of the token's segment; B · S in padding.
+        starts: int64[B·S], the first of T of each segment; any for absent segments.
         attend: attention within segments.
     """
 
@@ -71,12 +71,13 @@ class FlatTokens:
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the fastest backend of a device for attention in a precision."""
+    """Return the fastest backend on a device in a precision."""
     if device.type == "cpu":
         return "segments"
     if device.type != "cuda":
         return "reference"
     half = dtype in (torch.bfloat16, torch.float16)
+    # FlashAttention 2 needs Ampere (8.0) or later.
     return "varlen" if half and torch.cuda.get_device_capability(device) >= (8, 0) else "flex"
 
 
@@ -90,28 +91,33 @@ def backends_of(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def flatten(batch: PackedBatch, backend: str, *, keep_padding: bool = False) -> FlatTokens:
-    """Return the tokens of a batch for a backend; what it needs is worked out once.
+    """Return the tokens of a batch with their attention, prepared once for all layers.
 
     Args:
-        batch: whose segments.
+        batch: packed rows.
         backend: one of `BACKENDS`.
-        keep_padding: give every batch one shape, for compiled code; so it is in torch.compile.
+        keep_padding: keep padding among the tokens, so that all batches have one shape, as compiled
+            code needs it. In torch.compile it is always kept.
     """
     rows, seq_len = batch.segment_ids.shape
     max_segments = batch.seq_lens.shape[1]
     keep_padding = keep_padding or torch.compiler.is_compiling()
     ids = batch.segment_ids.long()
     row = torch.arange(rows, device=ids.device)[:, None]
+    # Padding gets a number of its own, B · S: one more bucket for sums over segments.
     segments = torch.where(ids > 0, row * max_segments + ids - 1, rows * max_segments).flatten()
     lens = batch.seq_lens.long()
     if keep_padding or backend in ("reference", "flex"):
-        starts = (row * seq_len + lens.cumsum(1) - lens).flatten()
+        starts = (row * seq_len + lens.cumsum(1) - lens).flatten()  # [B·S]
         if backend == "varlen":
+            # Each row's padding is one more segment: the bounds must cover all tokens.
             padding = seq_len - lens.sum(1, keepdim=True)
             attend = _varlen(torch.cat([lens, padding], 1).flatten(), seq_len)
         else:
             attend = _flex(batch) if backend == "flex" else _masked(batch)
+        # Clamped, since an absent segment behind a full last row would start past the last token.
         return FlatTokens(None, segments, starts.clamp(max=rows * seq_len - 1), attend)
+    # From here on the number of tokens depends on the batch, and a GPU has to report it.
     places = ids.flatten().nonzero()[:, 0]
     flat_lens = lens.flatten()
     starts = (flat_lens.cumsum(0) - flat_lens).clamp(max=max(len(places) - 1, 0))
@@ -123,7 +129,7 @@ def segment_mask(segment_ids: Tensor) -> Tensor:
     """Return bool[B, 1, L, L]: whether the query (row) may see the key (column).
 
     Args:
-        segment_ids: int[B, L], 0 in padding, which sees nothing and is seen by nobody.
+        segment_ids: int[B, L], 0 in padding, which sees nothing and is not seen.
     """
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return same & (segment_ids != 0)[:, None, None, :]
@@ -134,16 +140,16 @@ def _masked(batch: PackedBatch) -> Attention:
     shape = batch.segment_ids.shape
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        # SDPA gives 0, not NaN, for a query whose mask is empty.
+        # [T, H, E] -> [B, H, L, E]. SDPA gives 0, not NaN, for a query whose mask is empty.
         q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (queries, keys, values))
         seen = scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return seen.transpose(1, 2).flatten(0, 1)
+        return seen.transpose(1, 2).flatten(0, 1)  # [T, H, E]
 
     return attend
 
 
 def _by_runs(lens: list[int]) -> Attention:
-    # Squares of one size are one call, as in a plain ViT.
+    # (length, how many in a row): squares of one size are one call, as in a plain ViT.
     runs = [(length, len(list(run))) for length, run in groupby(filter(None, lens))]
     sizes = [length * count for length, count in runs]
 
@@ -151,6 +157,7 @@ def _by_runs(lens: list[int]) -> Attention:
         parts = zip(*(x.split(sizes) for x in (queries, keys, values)), runs, strict=True)
         outputs = []
         for q, k, v, (length, count) in parts:
+            # [count · length, H, E] -> [count, H, length, E]
             q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
             outputs.append(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs) if outputs else torch.zeros_like(values)
@@ -159,6 +166,8 @@ def _by_runs(lens: list[int]) -> Attention:
 
 
 def _varlen(lens: Tensor, longest: int) -> Attention:
+    # The kernel takes int32. `longest` is seq_len, which need not be read back from a GPU; the true
+    # one would save at most 5 of 55 ms a step (B/16, H100: benchmarks/results/gpu_profile.md).
     bounds = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).to(torch.int32)
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -168,7 +177,7 @@ def _varlen(lens: Tensor, longest: int) -> Attention:
 
 
 def varlen_kernel(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
-    """Return [T, H, E], flash attention within bounds: int32[segments + 1], some maybe empty."""
+    """Return [T, H, E], flash attention within bounds, int32[segments + 1]; some may be empty."""
     from torch.nn.attention.varlen import varlen_attn
 
     # By keyword: the order of what follows the tensors has changed between releases.
@@ -191,6 +200,7 @@ def flex_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
     """Return [B, H, L, E], FlexAttention under a block mask."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    # In torch.compile the model's own graph compiles it.
     kernel = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     seen: Tensor = kernel(q.contiguous(), k.contiguous(), v.contiguous(), block_mask=mask)
     return seen
@@ -209,8 +219,8 @@ def block_mask(segment_ids: Tensor, seq_lens: Tensor) -> Any:
 
     A row's segments follow each other, so what a block of queries may see is one range of keys:
     from the start of its first token's segment to the end of its last token's. Padding counts as
-    one more segment; nobody reads it. Blocks wholly inside one segment are marked full, and need no
-    mask.
+    one more segment, whose outputs are not used. Blocks wholly inside one segment are marked full,
+    and need no mask.
 
     Args:
         segment_ids: int32[B, L].
@@ -222,9 +232,10 @@ def block_mask(segment_ids: Tensor, seq_lens: Tensor) -> Any:
     device = segment_ids.device
     num_blocks = -(-seq_len // BLOCK)
     ends = seq_lens.long().cumsum(1)
+    # [B, S + 1], the bounds of each segment; padding is the last one, up to the row's end.
     lasts = torch.cat([ends, torch.full((rows, 1), seq_len, device=device)], 1)
     starts = torch.cat([torch.zeros(rows, 1, dtype=torch.long, device=device), ends], 1)
-    # 1, 2, ... of L tokens in row order; padding takes the number after the last.
+    # [B, L], each token's segment: 0, 1, ... in row order; padding takes S.
     number = torch.where(segment_ids > 0, segment_ids.long() - 1, lasts.shape[1] - 1)
     first = torch.arange(num_blocks, device=device) * BLOCK
     last = (first + BLOCK).clamp(max=seq_len) - 1
@@ -232,6 +243,7 @@ def block_mask(segment_ids: Tensor, seq_lens: Tensor) -> Any:
     high = lasts.gather(1, number[:, last])
     alone = number[:, first] == number[:, last]
     block = torch.arange(num_blocks, device=device)
+    # [B, blocks of queries, blocks of keys]
     seen = (block >= (low // BLOCK)[..., None]) & (block * BLOCK < high[..., None])
     inside = (block * BLOCK >= low[..., None]) & ((block + 1) * BLOCK <= high[..., None])
     # Queries past the row's end exist only in its last block.
@@ -254,7 +266,8 @@ def block_mask(segment_ids: Tensor, seq_lens: Tensor) -> Any:
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many of the last axis are chosen and which, those not chosen last: [B, 1, ..]."""
+    """Return how many of the last axis are chosen, and its indices, chosen first: [B, 1, ...]."""
+    # BlockMask reads the first `count` indices; the axis of size 1 is the heads', which share it.
     order = chosen.int().argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
 
@@ -262,13 +275,13 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
     """Return how far a backend is from ``"reference"`` on a few rows, in outputs and gradients.
 
-    Meant for the start of a training: kernels come with the installed torch, and one that is wrong
-    is better found then.
+    Call it at the start of a training: kernels come with the installed torch, and a wrong one is
+    best found before the first step.
 
     Args:
         backend: one of `BACKENDS`.
         device: where it will run.
-        dtype: in which precision.
+        dtype: the precision it will run in.
         head_dim: E.
 
     Returns:
@@ -277,6 +290,8 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype, head_d
     Raises:
         RuntimeError: they differ by more than rounding explains.
     """
+    # A full row with an image of one token, a row with padding, and an empty one; 257 tokens are
+    # two blocks of FlexAttention and one token.
     lens = torch.tensor([[200, 1, 56, 0], [130, 100, 0, 0], [0, 0, 0, 0]], dtype=torch.int32)
     ids = torch.zeros(3, 257, dtype=torch.int32)
     for row, some in enumerate(lens.tolist()):
@@ -291,9 +306,12 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype, head_d
         example_index=torch.zeros(3, 4, dtype=torch.int64),
     ).to(device)
     generator = torch.Generator().manual_seed(0)
+    # Queries, keys, values, and the gradient of the output; drawn on the CPU, alike everywhere.
     drawn = torch.randn(4, 3, 257, 2, head_dim, generator=generator).to(device, dtype)
+    # What backends leave in padding differs, and is not compared.
     real = (batch.segment_ids > 0)[..., None, None]
     results = []
+    # Reference attention runs in float32 at least, or its own rounding would count as difference.
     for name, exact in ((backend, dtype), ("reference", torch.promote_types(dtype, torch.float32))):
         tokens = flatten(batch, name)
         q, k, v = (x.to(exact).detach().requires_grad_() for x in drawn[:3])
@@ -303,7 +321,7 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype, head_d
     found, wanted = results
     difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
     limit = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 2e-2)
-    if not difference <= limit:
+    if not difference <= limit:  # so that NaN fails, too
         expected = f"at most {limit} from reference attention"
         remedy = "choose attention='reference', and report the versions of torch and the driver"
         name = f"attention {backend!r} ({dtype} on {device})"

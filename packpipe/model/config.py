@@ -1,4 +1,4 @@
-"""`NaViTConfig`: the shape of a model, checked when made."""
+"""`NaViTConfig`: the shape of a model, checked when it is made."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ HEADS = ("linear", "unit")
 
 @dataclass(frozen=True, kw_only=True)
 class NaViTConfig:
-    """The model's shape.
+    """The shape of a NaViT.
 
     Attributes:
-        num_classes: logits, or channels of an embedding; None gives the pooled features, dim.
-        patch_size: pixels a side of a patch, as packed.
+        num_classes: logits, or channels of an embedding; None returns the pooled features, of dim.
+        patch_size: pixels a side of a patch, as the rows were packed with.
         dim: channels, a multiple of heads.
         depth: transformer blocks.
         heads: attention heads.
         mlp_dim: width of the MLPs; None is 4 · dim.
         position: one of `packpipe.model.positions.POSITIONS`. NaViT found the default best.
-        max_side: places an axis of the position table: the most patches an axis of an image may
-            have with absolute tables, what is interpolated with others. None suits the kind.
+        max_side: places on each axis of the position table. With absolute tables an image may have
+            no more patches an axis; other tables are interpolated. None takes the kind's default.
         pooling: of a segment's tokens: ``"attention"`` (MAP), ``"mean"``, ``"max"``, ``"first"``,
             or ``"none"``: an output a token, for dense maps.
         head: ``"linear"``, or ``"unit"`` for outputs of length 1 (embeddings).
-        attention: backend, one of `packpipe.model.attention.BACKENDS`; ``"auto"`` is the fastest of
-            the device the model is on.
+        attention: backend, one of `packpipe.model.attention.BACKENDS`; ``"auto"`` is the fastest on
+            the model's device.
 
     Raises:
-        TypeError, ValueError: ``name is VALUE, expected REQUIREMENT; remedy``.
+        TypeError, ValueError: an attribute has a wrong type, is out of range, or does not fit dim.
     """
 
     num_classes: int | None
@@ -58,6 +58,7 @@ class NaViTConfig:
     attention: str = "auto"
 
     def __post_init__(self) -> None:
+        # patch_size as in PackConfig; max_side as large as coordinates get, which are int16.
         limits = {"patch_size": 128, "max_side": 2**15 - 1}
         optional = ("num_classes", "mlp_dim", "max_side")
         for name in ("num_classes", "patch_size", "dim", "depth", "heads", "mlp_dim", "max_side"):
@@ -66,7 +67,7 @@ class NaViTConfig:
                 continue
             most = limits.get(name, 2**31 - 1)
             number = checks.whole_number(name, value, 1, most, "choose a usual size")
-            object.__setattr__(self, name, number)
+            object.__setattr__(self, name, number)  # the class is frozen
         if self.dim % self.heads:
             expected = f"a multiple of {self.heads} (heads)"
             raise ValueError(checks.sentence("dim", self.dim, expected, "change dim or heads"))
@@ -74,12 +75,13 @@ class NaViTConfig:
         checks.choice("pooling", self.pooling, POOLINGS, "choose a pooling")
         checks.choice("head", self.head, HEADS, "choose a head")
         checks.choice("attention", self.attention, ("auto", *BACKENDS), "choose a backend")
-        # Halves for two axes or for sin and cos, quarters for both.
+        # Channels are split in two for two axes, or for sin and cos, and in four for both.
         parts = {"sinusoidal": 4, "fourier": 2}.get(self.position.split("_")[0], 1)
         parts = 2 if self.position.endswith("stack") else parts
         if self.dim % parts:
             expected = f"a multiple of {parts} with position={self.position!r}"
             raise ValueError(checks.sentence("dim", self.dim, expected, "change dim or position"))
+        # A head's channels turn in pairs, half of the pairs by y and half by x.
         if self.position == "rotary" and self.dim // self.heads % 4:
             found, expected = self.dim // self.heads, "a multiple of 4 with position='rotary'"
             raise ValueError(checks.sentence("dim ÷ heads", found, expected, "change dim or heads"))
@@ -90,7 +92,7 @@ class NaViTConfig:
 
         Args:
             name: "Ti", "S", "B", "L" or "So400m", a slash and the patch size.
-            **options: further attributes; those of the name are fixed.
+            **options: other attributes; patch_size, dim, depth, heads and mlp_dim are the name's.
 
         >>> NaViTConfig.preset("S/14", num_classes=10).dim
         384

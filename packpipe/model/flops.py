@@ -1,7 +1,7 @@
-"""Useful FLOPs: what a model must compute, padding and foreign tokens not counted.
+"""Useful FLOPs: what a model must compute, without padding or attention between images.
 
-Multiplications and additions of matrix products, counted as two; normalisations, softmaxes and
-positions are left out, as usual. Attention counts Σ l², whatever a backend does.
+A multiplication with its addition in a matrix product counts as two; normalisations, softmaxes and
+positions are left out, as usual. Attention counts Σ l², whatever a backend computes.
 
 Source: NaViT 2.1 (24·D² + 4·n·D a token and layer).
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from packpipe.model.config import NaViTConfig
 
-# A backward pass costs two forward ones: gradients by inputs and by weights.
+# Passes of a training step: a backward pass costs two, gradients of inputs and of weights.
 TRAINING = 3
 
 
@@ -31,8 +31,10 @@ def forward_flops(config: NaViTConfig, seq_lens: Tensor) -> int:
     lens = seq_lens.long()
     tokens, segments = int(lens.sum()), int((lens > 0).sum())
     embed = 2 * config.patch_size**2 * 3 * dim
+    # Queries, keys, values and projection are 4 matrices of dim², the MLP 2 of dim · width.
     layer = 8 * dim**2 + 4 * dim * width
     flops = tokens * (embed + config.depth * layer)
+    # Logits and weighted sums take 2 · dim each for every pair of tokens of a segment.
     flops += config.depth * 4 * dim * int((lens**2).sum())
     if config.pooling == "attention":
         # Keys and values of each token; logits and weighted sums; then an MLP a segment.
@@ -44,7 +46,7 @@ def forward_flops(config: NaViTConfig, seq_lens: Tensor) -> int:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
-    """Return the FLOP/s of a large matrix product on a device: what 100 % of a rate is there.
+    """Return the FLOP/s of a large matrix product on a device, which counts as an MFU of 100 %.
 
     Args:
         device: a CUDA device, or the CPU.
@@ -59,7 +61,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int | None = 
         began = time.perf_counter()
         for _ in range(5):
             a @ b
-        if on_gpu:
+        if on_gpu:  # where a call returns before the product is done
             torch.cuda.synchronize(device)
         times.append((time.perf_counter() - began) / 5)
     return 2 * size**3 / median(times[3:])

@@ -1,4 +1,4 @@
-"""Outputs of tokens, back in the grid of their image."""
+"""Puts the outputs of tokens back into the grid of their image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from packpipe.loading.batch import PackedBatch
 
 
 def token_maps(batch: PackedBatch, values: Tensor) -> list[tuple[int, Tensor]]:
-    """Return (example_index, map) of every segment: its tokens back in their image's grid.
+    """Return (example_index, map) of every segment: its tokens' values in their image's grid.
 
     Args:
         batch: which tokens lie where.
@@ -21,13 +21,14 @@ def token_maps(batch: PackedBatch, values: Tensor) -> list[tuple[int, Tensor]]:
     for row, lens in enumerate(batch.seq_lens.tolist()):
         start = 0
         for number, length in enumerate(lens):
-            if not length:
+            if not length:  # an absent segment
                 continue
             place = slice(start, start + length)
             start += length
             height, width = batch.grid_hw[row, number].tolist()
             grid = values.new_zeros(height, width, *values.shape[2:])
             y, x = batch.coords[row, place].long().unbind(-1)
+            # By coordinates, since tokens may be dropped, and in any order.
             filled = grid.index_put((y, x), values[row, place])
             maps.append((int(batch.example_index[row, number]), filled))
     return maps

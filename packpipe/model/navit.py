@@ -1,8 +1,8 @@
-"""NaViT: a vision transformer that consumes packed rows.
+"""NaViT: a vision transformer whose input is packed rows.
 
-It resizes nothing, drops nothing and packs nothing. Every image of a row is seen alone:
-attention and pooling stay within segments, positions come from coordinates. The same model is a
-plain ViT on rows of one square each, and a padded one on rows of one image each.
+Resizing, token dropping and packing come before it. The output of an image does not depend on the
+others in its row: attention and pooling stay within segments, positions come from coordinates. On
+rows of one square image each the same model is a plain ViT, on rows of one image each a padded one.
 
 Shape letters: B rows, L tokens a row, S segments a row, D bytes a patch, T tokens of all rows,
 C channels, H heads, E channels a head (C = H·E), K classes.
@@ -27,12 +27,12 @@ from packpipe.model.pooling import AttentionPool, pool_plainly
 from packpipe.model.positions import is_indexed, position_embedding, rotate, rotation
 from packpipe.model.predict import predict
 
-# What turns queries and keys, where positions do: cos and sin.
+# (cos, sin) that turn queries and keys with rotary positions; None with other ones.
 Turn: TypeAlias = tuple[Tensor, Tensor] | None
 
 
 class NaViT(nn.Module):
-    """Maps a `PackedBatch` to logits, one vector a segment or, without pooling, a token.
+    """Maps a `PackedBatch` to logits: one vector a segment or, without pooling, one a token.
 
     Pre-norm blocks, query-key normalisation, no biases. Logits of absent segments are finite and
     mean nothing; ``batch.present`` tells them apart.
@@ -64,6 +64,7 @@ class NaViT(nn.Module):
         self.head: nn.Linear | None = None
         if config.num_classes is not None:
             self.head = nn.Linear(dim, config.num_classes, bias=False)
+        # ViT's usual start; norms keep torch's, position tables and the pool's query their own.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -93,7 +94,7 @@ class NaViT(nn.Module):
         return tokens.put_back(weights, *ids.shape) * (ids > 0)[..., None]
 
     def _encode(self, batch: PackedBatch) -> tuple[Tensor, FlatTokens]:
-        """Return tokens [T, C] that went through all blocks, and what is known of them."""
+        """Return the tokens [T, C] after all blocks, and where they lie in the batch."""
         self._check(batch)
         tokens = flatten(batch, self.backend(), keep_padding=self.keep_padding)
         x, turn = self.read(batch, tokens)
@@ -102,33 +103,35 @@ class NaViT(nn.Module):
         return x, tokens
 
     def read(self, batch: PackedBatch, tokens: FlatTokens) -> tuple[Tensor, Turn]:
-        """Return patches as vectors [T, C], with their positions or how these turn queries."""
+        """Return embedded patches [T, C] with positions added; rotary ones as (cos, sin) beside."""
         dtype = self.embed.weight.dtype
         pixels = tokens.take(batch.patches).to(dtype) / 127.5 - 1
         x = self.embed(pixels)  # [T, D] in -1..1 -> [T, C]
         coords = tokens.take(batch.coords).long()
         if self.position is not None:
-            grids = F.pad(batch.grid_hw.flatten(0, 1).long(), (0, 0, 0, 1))  # padding has none
+            # [B·S + 1, 2]: padding's segment is B·S, and its grid 0 × 0.
+            grids = F.pad(batch.grid_hw.flatten(0, 1).long(), (0, 0, 0, 1))
             x = x + self.position(coords, grids[tokens.segments], dtype)
         if self.config.position == "rotary":
             return x, rotation(coords, self.config.dim // self.config.heads, dtype)
         return x, None
 
     def answer(self, x: Tensor, batch: PackedBatch, tokens: FlatTokens) -> Tensor:
-        """Return the output of tokens [T, C] that went through all blocks."""
+        """Return the model's output, given the tokens [T, C] after all blocks."""
         x = self.norm(x)
         if self.pool is not None:
             x = self.pool(x, tokens)  # [B·S, C]
         elif self.config.pooling != "none":
-            x = pool_plainly(x, tokens, self.config.pooling)
+            x = pool_plainly(x, tokens, self.config.pooling)  # [B·S, C]
         if self.head is not None:
-            x = self.head(x)
+            x = self.head(x)  # [B·S or T, K]
         if self.config.head == "unit":
+            # In half precision the length would be 1 only to two or three digits.
             x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
         rows, seq_len = batch.segment_ids.shape
         if self.config.pooling == "none":
             return tokens.put_back(x, rows, seq_len)
-        by_segment: Tensor = x.unflatten(0, (rows, -1))
+        by_segment: Tensor = x.unflatten(0, (rows, -1))  # [B, S, K]
         return by_segment
 
     def backend(self) -> str:
@@ -136,13 +139,14 @@ class NaViT(nn.Module):
         if self.config.attention != "auto":
             return self.config.attention
         weight = self.embed.weight
+        # Under autocast queries and keys are of its dtype, whatever the weights are.
         kind = weight.device.type
         half = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if half else weight.dtype
         return choose_backend(weight.device, dtype)
 
     def predict(self, images: Iterable[Any], **options: Any) -> Tensor | list[Tensor]:
-        """Return logits [images, K] of images of any size, in their order; see `packpipe.predict`."""
+        """Return `packpipe.predict` of this model: logits [images, K], in the images' order."""
         return predict(self, images, **options)
 
     def _check(self, batch: PackedBatch) -> None:
@@ -151,7 +155,7 @@ class NaViT(nn.Module):
             found, expected = batch.patches.shape[-1], f"{patch_bytes} (patch_size² × 3)"
             remedy = "give the model the patch_size the rows were packed with"
             raise ValueError(checks.sentence("batch.patches.shape[-1]", found, expected, remedy))
-        # Reading a value back would stall a GPU and break a compiled graph.
+        # On the CPU alone: reading a value back would stall a GPU and break a compiled graph.
         if batch.coords.device.type == "cpu" and not torch.compiler.is_compiling():
             side = int(batch.grid_hw.max()) if batch.grid_hw.numel() else 0
             if is_indexed(self.config.position) and side > self.config.side:
@@ -169,6 +173,7 @@ class Block(nn.Module):
         self.heads = config.heads
         self.norm_attention = nn.LayerNorm(dim, bias=False)
         self.queries_keys_values = nn.Linear(dim, 3 * dim, bias=False)
+        # torch's default epsilon is that of the dtype, which is coarse in half precision.
         self.norm_queries = nn.RMSNorm(head_dim, eps=1e-6)
         self.norm_keys = nn.RMSNorm(head_dim, eps=1e-6)
         self.project = nn.Linear(dim, dim, bias=False)
@@ -178,16 +183,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attend: Attention, turn: Turn) -> Tensor:
         """Return tokens [T, C]."""
-        projected = self.queries_keys_values(self.norm_attention(x))
+        projected = self.queries_keys_values(self.norm_attention(x))  # [T, 3C]
         queries, keys, values = (
             part.unflatten(-1, (self.heads, -1)) for part in projected.chunk(3, dim=-1)
         )  # [T, H, E]
-        exact = self.norm_queries.weight.dtype  # under autocast the weights' float32
+        # Norms run in the weights' dtype (float32 under autocast), kernels in that of the values.
+        exact = self.norm_queries.weight.dtype
         queries, keys = self.norm_queries(queries.to(exact)), self.norm_keys(keys.to(exact))
         if turn is not None:
             queries, keys = rotate(queries, turn), rotate(keys, turn)
-        seen = attend(queries.to(values.dtype), keys.to(values.dtype), values)
-        x = x + self.project(seen.flatten(-2))
+        seen = attend(queries.to(values.dtype), keys.to(values.dtype), values)  # [T, H, E]
+        x = x + self.project(seen.flatten(-2))  # [T, C]
         widened: Tensor = F.gelu(self.widen(self.norm_mlp(x)))
         out: Tensor = x + self.narrow(widened)
         return out
@@ -196,13 +202,14 @@ class Block(nn.Module):
 def compile_parts(model: NaViT, **options: Any) -> NaViT:
     """Return the model with its parts compiled: one graph for all of its blocks, two around them.
 
-    Costs seconds where ``torch.compile(model)`` costs minutes, and runs as fast.
+    Compiles in seconds where ``torch.compile(model)`` takes minutes, and runs as fast.
 
     Args:
         model: compiled in place.
         **options: of ``torch.compile``.
     """
-    model.keep_padding = True
+    model.keep_padding = True  # or the number of tokens, and so the graphs, would vary by batch
+    # On this model alone, not its class; `state_dict` keeps its names.
     for part in ("read", "answer"):
         setattr(model, part, torch.compile(getattr(model, part), dynamic=False, **options))
     for block in model.blocks:

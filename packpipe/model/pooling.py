@@ -1,6 +1,6 @@
-"""Pooling: one vector of each segment's tokens, by scatter over flat tokens.
+"""Pooling: the tokens of each segment become one vector, by scatter over flat tokens.
 
-No [rows, segments, tokens] mask is built. What a segment gets depends on its own tokens alone.
+No [rows, segments, tokens] mask is built. A segment's vector depends on its own tokens alone.
 
 Shape letters: T tokens, N segments of all rows, C channels, H heads, E channels a head.
 """
@@ -26,6 +26,7 @@ class AttentionPool(nn.Module):
         super().__init__()
         head_dim = dim // heads
         self.heads = heads
+        # Learned itself, since all segments share it; its scale includes attention's 1 ÷ √E.
         self.query = nn.Parameter(torch.randn(heads, head_dim) * head_dim**-0.5)
         self.keys_values = nn.Linear(dim, 2 * dim, bias=False)
         self.norm_keys = nn.RMSNorm(head_dim, eps=1e-6)
@@ -36,9 +37,10 @@ class AttentionPool(nn.Module):
         self.norm_out = nn.LayerNorm(dim, bias=False)
 
     def forward(self, x: Tensor, tokens: FlatTokens) -> Tensor:
-        """Return [N, C] of [T, C]; absent segments give 0 before the MLP."""
+        """Return [N, C] of [T, C]; absent segments enter the projection and the MLP as 0."""
         weights, values = self.weigh(x, tokens)
         weighted = (weights[..., None] * _exact(values)).flatten(1)
+        # [T, C] -> [N, C]
         pooled = segment_sum(weighted, tokens.segments, len(tokens.starts)).to(values.dtype)
         x = self.project(pooled)
         widened: Tensor = F.gelu(self.widen(self.norm_mlp(x)))
@@ -58,8 +60,8 @@ class AttentionPool(nn.Module):
 def pool_plainly(x: Tensor, tokens: FlatTokens, pooling: str) -> Tensor:
     """Return [N, C] of [T, C]: the ``"mean"``, ``"max"`` or ``"first"`` of each segment's tokens.
 
-    The first is the one in the image's upper left, or the first that was kept. Absent segments
-    give a finite vector that means nothing.
+    The first token is the image's upper left, or the first one that was kept. Absent segments give
+    a finite vector that means nothing.
     """
     num_segments = len(tokens.starts)
     if pooling == "first":
@@ -68,6 +70,8 @@ def pool_plainly(x: Tensor, tokens: FlatTokens, pooling: str) -> Tensor:
         return x[tokens.starts]
     if pooling == "max":
         bucket = tokens.segments[:, None].expand_as(x)
+        # The last row is padding's. Without include_self a negative maximum stays, and absent
+        # segments keep 0.
         empty = x.new_zeros(num_segments + 1, x.shape[1])
         largest: Tensor = empty.scatter_reduce(0, bucket, x, "amax", include_self=False)
         return largest[:-1]
@@ -87,6 +91,7 @@ def segment_softmax(logits: Tensor, segments: Tensor, num_segments: int) -> Tens
     """
     bucket = segments[:, None].expand_as(logits)
     empty = logits.new_full((num_segments + 1, logits.shape[1]), -torch.inf)
+    # Detached: the shift keeps exp in range and cancels out, so it needs no gradient.
     largest = empty.scatter_reduce(0, bucket, logits.detach(), "amax")
     raised = (logits - largest[segments]).exp()
     total = torch.zeros_like(empty).index_add(0, segments, raised)
@@ -95,10 +100,11 @@ def segment_softmax(logits: Tensor, segments: Tensor, num_segments: int) -> Tens
 
 def segment_sum(values: Tensor, segments: Tensor, num_segments: int) -> Tensor:
     """Return [N, ...], the sum of values [T, ...] over each segment's tokens."""
+    # One row more for padding, whose segment is N; it is cut off.
     empty = values.new_zeros(num_segments + 1, *values.shape[1:])
     return empty.index_add(0, segments, values)[:-1]
 
 
 def _exact(x: Tensor) -> Tensor:
-    """Return float32 of half precision: sums over many tokens need more than 8 bits."""
+    """Return x in float32 at least: sums over many tokens need more than bfloat16's 8 bits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -32,21 +32,21 @@ POSITIONS = (
     "rotary",
     "none",
 )
-# Rows of a table, on each axis, where a configuration names none.
+# Places on each axis of a table if max_side is None; _SIDE for the other kinds.
 _SIDES = {"factorised_absolute": 1024, "learned_2d": 64, "learned_1d": 16}
 _SIDE = 64
-# Sides of images in patches change few angles by more than a turn (Heo et al., arXiv 2403.13298).
+# Not the 10,000 of texts: an image has few patches a side (Heo et al., arXiv 2403.13298).
 _ROTARY_BASE = 100.0
 _SINUSOIDAL_BASE = 10_000.0
 
 
 def default_side(position: str) -> int:
-    """Return how many places an axis a kind of position is made for."""
+    """Return how many places the table of a kind of position has on each axis by default."""
     return _SIDES.get(position.rsplit("_", 1)[0] if position in FACTORISED else position, _SIDE)
 
 
 def is_indexed(position: str) -> bool:
-    """Return whether patch indices look up a table, which then must be as long as a grid."""
+    """Return whether patch indices look up a table, so that no grid may be longer than it."""
     return position == "learned_2d" or position.startswith("factorised_absolute")
 
 
@@ -54,9 +54,9 @@ def position_embedding(position: str, dim: int, side: int) -> nn.Module | None:
     """Return the module that maps (coords, grid_hw, dtype), the first two int[T, 2], to [T, C].
 
     Args:
-        position: one of `POSITIONS`; ``"rotary"`` and ``"none"`` add nothing, so give None.
+        position: one of `POSITIONS`; ``"rotary"`` and ``"none"`` add nothing and return None.
         dim: C.
-        side: places an axis of a table; see each kind.
+        side: places on each axis of a table; see each kind.
     """
     family, _, rest = position.partition("_")
     fractional = "fractional" in rest
@@ -74,7 +74,7 @@ def position_embedding(position: str, dim: int, side: int) -> nn.Module | None:
 
 
 def fractions(coords: Tensor, grid_hw: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return [T, 2]: 0 at the first patch of an axis, 1 at its last; 0 of 1 patch.
+    """Return [T, 2]: 0 at the first patch of an axis, 1 at its last; 0 on an axis of one patch.
 
     Args:
         coords: int[T, 2].
@@ -87,7 +87,7 @@ def fractions(coords: Tensor, grid_hw: Tensor, dtype: torch.dtype) -> Tensor:
 class Factorised(nn.Module):
     """A vector for the row and one for the column, summed, multiplied or stacked.
 
-    Fractional coordinates lie between two of the table's side places, which are interpolated.
+    With fractional coordinates the two nearest of a table's side places are interpolated.
     """
 
     def __init__(self, dim: int, side: int, *, fractional: bool, combination: str) -> None:
@@ -97,7 +97,7 @@ class Factorised(nn.Module):
         self.combination = combination
         self.rows = nn.Parameter(_small(side, width))
         self.columns = nn.Parameter(_small(side, width))
-        if combination == "product":  # of two small ones next to nothing would be left
+        if combination == "product":  # around 1, since the product of two small ones is near 0
             nn.init.normal_(self.rows, 1.0, 0.02)
 
     def forward(self, coords: Tensor, grid_hw: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,14 +121,14 @@ class Learned1d(nn.Module):
 
     def forward(self, coords: Tensor, grid_hw: Tensor, dtype: torch.dtype) -> Tensor:
         """Return [T, C]."""
-        flat = coords[:, 0] * grid_hw[:, 1] + coords[:, 1]
+        flat = coords[:, 0] * grid_hw[:, 1] + coords[:, 1]  # [T], index in raster order
         last = (grid_hw[:, 0] * grid_hw[:, 1] - 1).clamp(min=1)
         exact = _exact(dtype)
         return _between(self.table, flat.to(exact) / last * (len(self.table) - 1))
 
 
 class Learned2d(nn.Module):
-    """A table of side × side places: Pix2Struct's if absolute; fractional interpolates it."""
+    """A table of side × side places (Pix2Struct); fractional coordinates interpolate it."""
 
     def __init__(self, dim: int, side: int, *, fractional: bool) -> None:
         super().__init__()
@@ -140,6 +140,7 @@ class Learned2d(nn.Module):
         """Return [T, C]."""
         if not self.fractional:
             return F.embedding(coords[:, 0] * self.side + coords[:, 1], self.table)
+        # Bilinear. The far corner is interpolated from the place before it, with a share of 1.
         places = fractions(coords, grid_hw, dtype) * (self.side - 1)
         above = places.floor().clamp(max=max(self.side - 2, 0))
         below = (above + 1).clamp(max=self.side - 1)
@@ -158,7 +159,7 @@ class Fourier(nn.Module):
     def __init__(self, dim: int, side: int, *, fractional: bool) -> None:
         super().__init__()
         self.fractional = fractional
-        # Waves of about the length of an image at first, many shorter, few longer ones.
+        # At first waves are about as long as an image, or as side patches if absolute.
         scale = 2 * torch.pi if fractional else 2 * torch.pi / side
         self.frequencies = nn.Parameter(torch.randn(2, dim // 2) * scale)
 
@@ -166,17 +167,18 @@ class Fourier(nn.Module):
         """Return [T, C]."""
         places = fractions(coords, grid_hw, dtype) if self.fractional else coords
         y, x = places.to(dtype).split(1, dim=-1)
-        # Two products, not a matmul, whose sums depend on how many tokens there are.
-        angles = y * self.frequencies[0] + x * self.frequencies[1]
+        # Two products, not a matmul, whose rounding may depend on how many tokens there are.
+        angles = y * self.frequencies[0] + x * self.frequencies[1]  # [T, C/2]
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class Sinusoidal(nn.Module):
-    """Fixed waves of either coordinate, stacked; fractions are stretched to side places."""
+    """Fixed sines and cosines of y and x, stacked; fractions are stretched to side places."""
 
     def __init__(self, dim: int, side: int, *, fractional: bool) -> None:
         super().__init__()
         self.quarter = dim // 4
+        # The fastest wave has a frequency of 1, and would hardly change from 0 to 1.
         self.stretch = float(side - 1) if fractional else None
 
     def forward(self, coords: Tensor, grid_hw: Tensor, dtype: torch.dtype) -> Tensor:
@@ -189,7 +191,7 @@ class Sinusoidal(nn.Module):
 
 
 def rotation(coords: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin), each [T, 1, E/2], of 2-D rotary positions: half turn by y, half by x.
+    """Return (cos, sin), each [T, 1, E/2], of 2-D rotary positions: half are of y, half of x.
 
     Args:
         coords: int[T, 2].
@@ -200,19 +202,19 @@ def rotation(coords: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor,
     """
     places = coords.to(_exact(dtype))
     angles = places[:, :, None] * _waves(_ROTARY_BASE, head_dim // 4, places)  # [T, 2, E/4]
-    angles = angles.flatten(1)[:, None]
+    angles = angles.flatten(1)[:, None]  # [T, 1, E/2]: the same for all heads
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Return queries or keys [T, H, E], each turned by its token's `rotation`."""
+    """Return queries or keys [T, H, E], channels e and e + E/2 turned as a pair by `rotation`."""
     cos, sin = (part.to(x.dtype) for part in turn)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
-    """Return the precision of places: those of half precision would be too coarse."""
+    """Return the dtype of coordinates, float32 at least: half precision is too coarse."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -228,6 +230,7 @@ def _small(*shape: int) -> Tensor:
 def _between(table: Tensor, places: Tensor) -> Tensor:
     """Return [T, C], a table interpolated at places: float[T] in 0..len(table) - 1."""
     last = len(table) - 1
+    # The last place is interpolated from the one before it, with a share of 1.
     below = places.floor().clamp(max=max(last - 1, 0))
     share = (places - below).to(table.dtype)[:, None]
     low = F.embedding(below.long(), table)

@@ -1,4 +1,4 @@
-"""Predictions of images of any size: packed, run, and returned in their order."""
+"""`predict`: packs images of any size, runs a model, returns its outputs in their order."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from packpipe.loading.batch import PackedBatch
 from packpipe.loading.loader import PackedLoader
 from packpipe.model.config import NaViTConfig
 from packpipe.model.maps import token_maps
+from packpipe.philox import Key
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig, config_from
 from packpipe.planning.plan import plan_epoch
-from packpipe.rows.fill_images import fill_rows, planned_segments
+from packpipe.rows.fill_images import fill_rows, planned_images
 from packpipe.rows.rows import Rows
 
 
 class Model(Protocol):
-    """What predictions need of a model: `NaViT` has it."""
+    """What `predict` needs of a model; `NaViT` has all of it."""
 
     config: NaViTConfig
     training: bool
@@ -51,13 +52,13 @@ def predict(
     num_workers: int = 0,
     **options: Any,
 ) -> Tensor | list[Tensor]:
-    """Return what the model says of each image, in the order of the images.
+    """Return a model's output for each image, in the order of the images.
 
-    The images are packed as for training, and each output is the same however they were packed.
+    The images are packed as for training; an output does not depend on the others in its row.
 
     Args:
-        model: with its weights, on its device. It sees no gradients; wrap the call in
-            ``torch.autocast`` for half precision.
+        model: with its weights, on its device. Runs in evaluation mode, without gradients; wrap the
+            call in ``torch.autocast`` for half precision.
         images: encoded bytes, paths, arrays or `PIL` images.
         seq_len: tokens a row.
         batch_size: rows a step.
@@ -69,7 +70,8 @@ def predict(
         [images, K] on the CPU; of a model without pooling a list of maps, [rows, columns, K].
 
     Raises:
-        ValueError: an image cannot be read, names its number; or tokens would be dropped.
+        ValueError: an image cannot be read, and the message has its number; an option is wrong, or
+            would drop tokens.
     """
     config = config_from(seq_len, {"patch_size": model.config.patch_size, **options})
     if config.patch_size != model.config.patch_size:
@@ -80,6 +82,7 @@ def predict(
             expected = "its default, since fewer tokens come from smaller images"
             remedy = "resize with resolution='budget' and max_tokens"
             raise ValueError(checks.sentence(name, getattr(config, name), expected, remedy))
+    # Kept, since images may come from a generator, and are read twice: header, then pixels.
     data = [fspath(image) if isinstance(image, PathLike) else image for image in images]
     packs = _ImagePacks(config, data, plan_epoch(_sizes(data, config), config))
     answers = predict_packs(model, packs, batch_size=batch_size, num_workers=num_workers)
@@ -88,12 +91,12 @@ def predict(
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What a model said of the images of some packs, in the order of the source, on the CPU.
+    """A model's outputs for the images of some packs, in the order of the source, on the CPU.
 
     Attributes:
         example_index: int64[n], ascending.
         outputs: [n, K]; of a model without pooling a list of n maps, each [rows, columns, K].
-        seq_lens: int64[n], tokens each image was seen with.
+        seq_lens: int64[n], tokens of each image.
         labels: int64[n]; None without labels.
     """
 
@@ -106,15 +109,17 @@ class Answers:
 def predict_packs(
     model: Model, packs: Any, *, batch_size: int = 8, num_workers: int = 0
 ) -> Answers:
-    """Return what the model says of the images of all packs.
+    """Return a model's outputs for the images of all packs.
 
     Args:
-        model: with its weights, on its device, as `predict` takes it.
-        packs: whatever `PackedLoader` takes; its first epoch is predicted.
+        model: with its weights, on its device. Runs in evaluation mode, without gradients.
+        packs: what `PackedLoader` takes; its epoch 0 is predicted.
         batch_size: rows a step.
         num_workers: threads that fill batches ahead.
     """
     device = next(model.parameters()).device
+    # A rank of its own: under torchrun, too, each process that calls this predicts all images. The
+    # last batch is padded with empty rows, or its images would be left out.
     loader = PackedLoader(
         packs,
         batch_size,
@@ -127,25 +132,28 @@ def predict_packs(
     was_training = model.training
     model.train(False)
     width = model.config.dim if model.config.num_classes is None else model.config.num_classes
+    # Each list begins with an empty tensor, so that there is something to join without any images.
     nothing = torch.empty(0, dtype=torch.int64)
     indices, lens, labels, outputs = [nothing], [nothing], [nothing], [torch.empty(0, width)]
     maps: list[Tensor] = []
     labelled = True
-    with torch.inference_mode():
-        for batch in loader:
-            values = model(batch.to(device, non_blocking=True)).cpu()
-            if model.config.pooling == "none":
-                maps += [one for _, one in token_maps(batch, values)]
-            else:
-                outputs.append(values[batch.present])
-            indices.append(batch.example_index[batch.present])
-            lens.append(batch.seq_lens[batch.present].long())
-            labelled = labelled and batch.labels is not None
-            if batch.labels is not None:
-                labels.append(batch.labels[batch.present])
-    model.train(was_training)
+    try:
+        with torch.inference_mode():
+            for batch in loader:
+                values = model(batch.to(device, non_blocking=True)).cpu()
+                if model.config.pooling == "none":
+                    maps += [one for _, one in token_maps(batch, values)]
+                else:
+                    outputs.append(values[batch.present])
+                indices.append(batch.example_index[batch.present])
+                lens.append(batch.seq_lens[batch.present].long())
+                labelled = labelled and batch.labels is not None
+                if batch.labels is not None:
+                    labels.append(batch.labels[batch.present])
+    finally:  # an image that cannot be read ends the pass
+        model.train(was_training)
     example_index = torch.cat(indices)
-    order = example_index.argsort()
+    order = example_index.argsort()  # batches come in the order of packs, not of images
     found: Any = torch.cat(outputs)
     dense = model.config.pooling == "none"
     found = [maps[place] for place in order.tolist()] if dense else found[order]
@@ -159,7 +167,7 @@ def predict_packs(
 
 @dataclass(frozen=True)
 class _ImagePacks:
-    """Images as packs, for a loader."""
+    """The images of `predict` as packs, with the methods that `PackedLoader` calls."""
 
     config: PackConfig
     images: Sequence[ImageData]
@@ -169,19 +177,23 @@ class _ImagePacks:
     def max_segments(self) -> int:
         return self.config.max_segments
 
-    def num_packs(self, seed: int, epoch: int) -> int:
-        del seed, epoch
+    def num_packs(self, key: Key) -> int:
+        del key
         return len(self.plan)
 
-    def fingerprint(self, seed: int, epoch: int) -> str:
-        del seed, epoch
+    def fingerprint(self, key: Key) -> str:
+        del key
         return self.plan.fingerprint
 
-    def rows(self, seed: int, epoch: int, packs: NDArray[np.int64]) -> Rows:
-        segments = planned_segments(self.plan, packs, None)
+    def work(self, key: Key) -> NDArray[np.int64]:
+        del key
+        return self.plan.attention_work
+
+    def rows(self, key: Key, packs: NDArray[np.int64]) -> Rows:
+        planned = planned_images(self.plan, packs, None)
         read = self.images.__getitem__
-        rows, rejects = fill_rows(segments, read, self.config, seed=seed, epoch=epoch)
-        for reject in rejects:
+        rows, rejects = fill_rows(planned, read, self.config, key)
+        for reject in rejects:  # the header was fine, but not the pixels
             raise ValueError(_unreadable(reject.example_index, reject.exception))
         return rows
 

@@ -1,4 +1,5 @@
-"""Lengths to packs: which examples share a row of seq_len tokens.
+"""Decides which examples share a pack of seq_len tokens, from their lengths alone.
 
-Integers in, integers out; kernels of numba behind checked fronts. Knows nothing of images.
+Takes and returns integers. The work is done by numba kernels, behind functions that check their
+arguments. Nothing here depends on images.
 """

@@ -1,13 +1,13 @@
-"""Near-optimal plans with a certificate: column generation over patterns.
+"""Finds near-optimal plans with a proof of how near: column generation over patterns.
 
 The fewest packs are the fewest patterns that cover the histogram (the cutting-stock problem).
-Its linear relaxation is solved over a growing set of patterns: an LP (SciPy's HiGHS) prices
-each length, a knapsack kernel finds the patterns worth most at these prices, and so on until none
-is worth more than a pack. Fractional repeats are then rounded, the rest solved again, and so on.
+Its linear relaxation is solved over a growing set of patterns: an LP (SciPy's HiGHS) gives each
+length a price, a knapsack kernel adds the patterns worth most at these prices, and so on until no
+pattern is worth more than a pack. Fractional repeats are then rounded and the rest solved again.
 
-The certificate is integer arithmetic and needs no trust in the LP: if every pack that could be
-made is worth at most V at whole-number prices, no packer needs fewer than
-ceil(worth of all examples / V) packs. Any prices give a valid bound; good ones a tight one.
+The proof is integer arithmetic and does not rely on the LP: if no possible pack is worth more
+than V at whole-number prices, every packer needs at least ceil(worth of all examples / V) packs.
+Any prices give a valid bound; good ones a tight one.
 
 Source: Gilmore and Gomory, A Linear Programming Approach to the Cutting-Stock Problem (1961);
 Farley, A Note on Bounding a Class of Linear Programming Problems (1990) for the bound; Valerio
@@ -32,26 +32,27 @@ from packpipe.packing import decreasing
 from packpipe.packing import patterns as pattern_lists
 from packpipe.packing.patterns import Pattern, Patterns
 
-_ONE = 2**40  # the worth of a pack, in whole numbers
-# Share of the best prices so far in the prices tried. Without it the Wikipedia histogram
+_ONE = 2**40  # worth of a pack as a whole number: prices keep 40 binary places
+# Share of the best prices so far in the prices tried. Without smoothing the Wikipedia histogram
 # converged in 1.2 s, but with 3 or 4 segments a pack not in 5 s; with 0.5 to 0.9 all did.
 _SMOOTHING = 0.9
-# What the knapsack kernel does at the least (it cannot be stopped, so it is not begun late).
+# The least speed of the knapsack kernel. A kernel cannot be stopped, so it is not started when it
+# might end after the deadline.
 _STEPS_A_SECOND = 3e8
-_MOST_CELLS = 2**25  # of its tables, 12 bytes each
+_MOST_CELLS = 2**25  # cells of its two tables, 8 + 4 bytes each: 400 MB
 
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """A proof that no packer needs fewer than so many packs, and what finding it took.
+    """A proof that every packer needs at least ``bound`` packs, and how the search for it ended.
 
     Attributes:
-        bound: packs below which no packer can go: ⌈worth of all examples ÷ pack_worth⌉.
+        bound: ⌈worth of all examples ÷ pack_worth⌉, a lower bound on the packs of any packer.
         prices: int64[capacity + 1], what an example of each length (in units) is worth.
         pack_worth: the most that any allowed pack can be worth at these prices.
         relaxation: packs of the last linear program, a fractional plan.
-        converged: whether no pattern could improve that fractional plan any more.
-        seconds: time the whole search took.
+        converged: whether no further pattern could improve that fractional plan.
+        seconds: duration of the whole search.
     """
 
     bound: int
@@ -64,20 +65,24 @@ class Certificate:
 
 @njit(cache=True)
 def most_worth(lengths, prices, worth, last):  # type: ignore[no-untyped-def]
-    """Fill worth[k, room], the most that up to k examples in so much room can be worth.
+    """Fill worth[k, room], the most that up to k examples in that room can be worth.
 
-    A knapsack with any number of each length. O(rows * capacity * lengths).
+    Dynamic programming for the unbounded knapsack: any number of examples of each length.
+    Invariant: all cells with less room in this row, and all earlier rows, are final.
+    O(rows * capacity * lengths).
 
     Args:
         lengths: int64[lengths], rising.
         prices: int64[lengths], whole numbers.
         worth: int64[slots + 1, capacity + 1], its first row and column zeros; or
             int64[1, capacity + 1] for any number of examples.
-        last: int32, like worth: the number of the length to put in, or -1 to leave a unit free.
+        last: int32 in the shape of worth: index of the length put in last, or -1 for a free unit.
     """
+    # Without a limit on examples there is one row, and an example leads to the same row again.
     limited = 1 if worth.shape[0] > 1 else 0
     for k in range(limited, worth.shape[0]):
         for room in range(1, worth.shape[1]):
+            # Leaving one unit free is always possible, so worth never falls as room grows.
             best = worth[k, room - 1]
             chosen = -1
             for i in range(lengths.shape[0]):
@@ -93,15 +98,16 @@ def most_worth(lengths, prices, worth, last):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def walk_back(lengths, last, first, held):  # type: ignore[no-untyped-def]
-    """Write the numbers of the lengths in the pack worth most that holds one; return how many.
+    """Write the lengths of the most valuable pack that holds a given length; return its size.
 
     Args:
         lengths: int64[lengths], rising.
-        last: as `most_worth` leaves it.
-        first: the number of the length that the pack holds in any case.
-        held: int64[slots], written; the first one stands first.
+        last: int32[rows, capacity + 1], filled by `most_worth`.
+        first: index of the length that the pack must hold.
+        held: int64[slots], written: indices into lengths, `first` at the front.
     """
     limited = 1 if last.shape[0] > 1 else 0
+    # The given length takes its tokens, and one slot if slots are limited; `last` fills the rest.
     k = last.shape[0] - 1 - limited
     room = last.shape[1] - 1 - lengths[first]
     held[0] = first
@@ -119,10 +125,10 @@ def walk_back(lengths, last, first, held):  # type: ignore[no-untyped-def]
 
 
 class _Master:
-    """The linear program: the fewest patterns whose slots cover the examples.
+    """The linear program (the master problem): the fewest patterns whose slots cover the examples.
 
-    A slot takes its own length or a shorter one. The columns that say so make a longer example
-    worth no less than a shorter one, without which prices jump about.
+    A slot takes an example of its own length or a shorter one. The columns that express this keep
+    the price of a longer example at or above that of a shorter one; without them prices jump about.
     """
 
     def __init__(self, lengths: NDArray[np.int64]) -> None:
@@ -131,7 +137,7 @@ class _Master:
         self.columns: dict[Pattern, None] = {}  # an ordered set
 
     def add(self, patterns: Iterable[Pattern]) -> bool:
-        """Add patterns; return whether any was new. Old ones stay where they are."""
+        """Add patterns; return whether any was new. Known patterns keep their column."""
         before = len(self.columns)
         self.columns.update(dict.fromkeys(patterns))
         return len(self.columns) > before
@@ -144,7 +150,7 @@ class _Master:
         self, demand: NDArray[np.int64], seconds: float
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
         """Return (repeats of each column, price of each length), or None if time ran out."""
-        # Imported here, since SciPy takes longer to load than most plans to make.
+        # Imported here, since loading SciPy takes longer than making most plans.
         from scipy import sparse
         from scipy.optimize import linprog
 
@@ -155,14 +161,17 @@ class _Master:
         held = sparse.csc_array(
             ([copies for _, copies in entries], rows, ends), shape=(num_rows, num_columns)
         )
+        # Column j of `shift` turns a slot of length j + 1 into one of length j, at no cost.
         shift = sparse.diags_array(
             [1.0, -1.0], offsets=[0, -1], shape=(num_rows, num_rows - 1), dtype=np.float64
         )
         found: Any = linprog(
             np.repeat([1.0, 0.0], [num_columns, num_rows - 1]),
+            # linprog takes upper bounds only: slots >= demand is negated here, the prices below.
             A_ub=-sparse.hstack([held, shift], format="csc"),
             b_ub=-demand.astype(np.float64),
             method="highs-ds",
+            # An infinite budget is no time limit at all.
             options={"time_limit": max(seconds, 0.0)} if seconds < 1e9 else {},
         )
         if found.status != 0:
@@ -179,19 +188,19 @@ def improve(
     bound: int,
     deadline: float,
 ) -> tuple[Patterns, Certificate | None]:
-    """Return a plan of as few packs as could be found in time, and a proof.
+    """Return a plan of as few packs as are found in time, and a proof of a lower bound.
 
-    Never more packs than the best of the starts, which is returned at once, without a proof, if
-    it meets the bound, or if one pricing would take longer than there is time (or 400 MB).
-    Deterministic if the search ends before its deadline; a pricing or a linear program that
-    was begun in time may end a little after it.
+    The plan never has more packs than the best of the starts. That one is returned at once,
+    without a proof, if it meets the bound, or if one pricing would take more than the time left
+    or 400 MB. Deterministic if the search ends before its deadline; a pricing or a linear program
+    that began in time may end a little after it.
 
     Args:
         counts: int64[capacity + 1], examples of each length, not all zero.
         capacity: units a pack holds.
         max_segments: most examples a pack may hold.
         starts: plans by other rules.
-        bound: packs that are known to be needed.
+        bound: a known lower bound on the number of packs.
         deadline: when to stop, on `time.perf_counter`.
     """
     began = time.perf_counter()
@@ -202,7 +211,8 @@ def improve(
     best = min(starts, key=lambda plan: plan.num_packs)
     lengths = np.flatnonzero(counts)
     demand = counts[lengths]
-    # No pack holds more examples than the shortest ones that there are, side by side.
+    # `most`: examples in a pack of the shortest ones, which no pack exceeds. A limit on segments
+    # above it never binds, and then one row of the knapsack's table is enough.
     tokens = np.cumsum(lengths * demand)
     full = int(np.searchsorted(tokens, capacity, side="right"))
     most = int(demand[:full].sum())
@@ -219,7 +229,7 @@ def improve(
     for start in starts:
         master.add(start[pattern][1] for pattern in range(len(start)))
     centre = lengths / capacity
-    # To begin with a token is worth one, and a pack no more than its capacity.
+    # The first prices: a unit is worth one, so a pack is worth its capacity at most.
     certificate = _certificate(demand, lengths, lengths, capacity, capacity)
     repeats = None
     while best.num_packs > bound and seconds_left() > pricing_s:
@@ -228,6 +238,8 @@ def improve(
             break
         repeats, prices = solved
         relaxation = float(repeats.sum())
+        # Smoothed prices may miss a pattern that would help. Then less smoothing is tried, and last
+        # the prices of the LP itself: only they decide whether the search has converged.
         for share in (_SMOOTHING, _SMOOTHING / 2, 0.0):
             smooth = share * centre + (1 - share) * prices
             whole = np.floor(smooth * one).astype(np.int64)
@@ -235,10 +247,13 @@ def improve(
             proof = _certificate(demand, lengths, whole, int(worth[-1, -1]), capacity)
             if proof.bound > certificate.bound:
                 certificate = proof
+                # Scaled back so that the best pack is worth one at these prices.
                 centre = smooth * (one / proof.pack_worth)
             found = [
                 pattern
                 for pattern in _patterns_with_each(lengths, last)
+                # It helps if it is worth more than the pack it costs; 1e-9 is for the LP's
+                # rounding.
                 if master.worth(pattern, prices) > 1 + 1e-9
             ]
             if found or seconds_left() < pricing_s:
@@ -246,6 +261,7 @@ def improve(
         bound = max(bound, certificate.bound)
         converged = not found and share == 0.0
         certificate = replace(certificate, relaxation=relaxation, converged=converged)
+        # More patterns only lower the relaxation, so at the bound they can prove nothing more.
         if converged or relaxation <= bound or not master.add(found):
             break
     if repeats is None:
@@ -261,7 +277,7 @@ def _certificate(
     pack_worth: int,
     capacity: int,
 ) -> Certificate:
-    """Return what whole-number prices prove, in Python's integers, which cannot overflow."""
+    """Return the bound that whole-number prices prove; Python's integers cannot overflow."""
     total = sum(n * price for n, price in zip(demand.tolist(), whole.tolist(), strict=True))
     prices = np.zeros(capacity + 1, np.int64)
     prices[lengths] = whole
@@ -270,7 +286,7 @@ def _certificate(
 
 
 def _patterns_with_each(lengths: NDArray[np.int64], last: NDArray[np.int32]) -> list[Pattern]:
-    """Return for each length the pattern worth most of those that hold it, without repeats."""
+    """Return for each length the most valuable pattern that holds it; each pattern once."""
     held = np.empty(last.shape[1] // int(lengths[0]) + 1, np.int64)
     values = lengths.tolist()
     found: dict[Pattern, None] = {}
@@ -291,9 +307,10 @@ def _rounded(
     bound: int,
     seconds_left: Callable[[], float],
 ) -> Patterns:
-    """Return the best plan found by diving: round down, round the largest remainders up, repeat.
+    """Return the best plan found by diving: round repeats, fix them, solve for the rest, repeat.
 
-    What is left after each dive is also packed by first fit, so that the time may run out.
+    After each round the rest is also packed by first-fit-decreasing, so that there is a whole plan
+    whenever the time runs out.
     """
     columns = list(master.columns)
     used = _Master(master.lengths)
@@ -302,8 +319,12 @@ def _rounded(
     parts: list[Patterns] = []
     left = counts
     while left.any():
+        # 1e-6: a whole number may come out of the LP a little too small.
         whole = np.floor(repeats + 1e-6)
         if parts:
+            # The first round rounds down only. Later ones also round the largest remainders up, a
+            # tenth of the packs lost by rounding down but at least one, so that every round fixes
+            # something.
             remainders = repeats - whole
             raised = max(1, int(remainders.sum() / 10))
             whole[np.argsort(-remainders, kind="stable")[:raised]] += 1

@@ -1,9 +1,9 @@
-"""Plans on a histogram: what every pack holds, whatever the number of examples.
+"""Plans from a histogram of lengths: what every pack holds.
 
-Equal lengths are interchangeable, so a plan is made from counts alone, in milliseconds, and
-written as patterns with repeat counts, in pack order. Carrying it out, to each example's pack
-number or to (order, offsets), is a separate pass. Histograms add: many shards plan as one,
-and each is carried out alone.
+Examples of one length are interchangeable, so a plan is made from counts alone, in milliseconds
+whatever the number of examples. It is a list of patterns with repeat counts, in pack order. A
+separate pass gives each example its pack number, or writes (order, offsets). Histograms add: shards
+are counted apart, planned as one, and numbered apart.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from packpipe.packing import placement, strategies
 from packpipe.packing.cutting_stock import Certificate
 from packpipe.packing.limits import Limits
 from packpipe.packing.patterns import Patterns
-from packpipe.packing.quality import Quality
+from packpipe.packing.quality import Figures, Quality
+from packpipe.philox import Key
 
 _SHUFFLED_AT_ONCE = 2**18  # places; their random numbers take 2 MiB
 
 
 @dataclass(frozen=True, eq=False)
-class HistogramPlan:
-    """What every pack of a histogram holds; ``len(plan)`` counts the packs.
+class HistogramPlan(Figures):
+    """What every pack of a plan from a histogram holds; ``len(plan)`` counts the packs.
 
-    Examples of one length fill their places pack by pack, in the order they come; within a
-    pack the longest stands first.
+    Examples of one length fill their places pack by pack, in the order given; within a
+    pack the longest comes first.
 
     Attributes:
-        limits: what a pack may hold.
+        limits: the limits of every pack.
         counts: int64[seq_len + 1], examples of each length.
         patterns: lengths and repeat counts in pack order, in units of ``segment_multiple`` tokens.
         certificate: the proof of ``"optimal"``, if a search was needed and there was time.
@@ -52,7 +53,7 @@ class HistogramPlan:
 
     @cached_property
     def quality(self) -> Quality:
-        """Fill, bound, gap and the other figures."""
+        """Fill, lower bound, gap and the other figures."""
         proven = self.certificate.bound if self.certificate else 0
         return Quality(
             num_examples=int(self.counts.sum()),
@@ -64,26 +65,6 @@ class HistogramPlan:
             ),
             most_segments=int(self.patterns.num_segments.max(initial=0)),
         )
-
-    @property
-    def fill(self) -> float:
-        """Real tokens ÷ slots; 1.0 when there are no packs."""
-        return self.quality.fill
-
-    @property
-    def padding(self) -> float:
-        """Share of slots that hold no token."""
-        return self.quality.padding
-
-    @property
-    def bound(self) -> int:
-        """Packs below which no packer can go, as far as is proven."""
-        return self.quality.bound
-
-    @property
-    def gap(self) -> int:
-        """Packs above the proven lower bound."""
-        return self.quality.gap
 
     def __repr__(self) -> str:
         return (
@@ -101,39 +82,39 @@ class HistogramPlan:
         """Return (order, offsets): pack p holds the examples ``order[offsets[p]:offsets[p + 1]]``.
 
         With a seed, examples of one length (after rounding up to segment_multiple) change
-        places among themselves: the same shapes with new members each epoch, without planning
+        places among themselves: each epoch gets other packs of the same shapes, without planning
         again.
 
         Args:
             lengths: int[examples], tokens per example; their histogram must be the plan's.
-            seed: which shuffle, 0..2**64-1; None for none.
-            epoch: likewise; a new epoch is a new shuffle.
+            seed: seed of the shuffle, 0..2**64-1; None for no shuffle.
+            epoch: epoch of the shuffle, 0..2**64-1; each epoch has another one.
 
         Returns:
             order: int32[examples] (int64 from 2**31 examples on), and offsets: int64[packs + 1].
 
         Raises:
-            TypeError, ValueError: as `pack_lengths`, or the histogram is another one.
+            TypeError: lengths hold no integers.
+            ValueError: a length lies outside 1..seq_len, or the histogram is not the plan's.
         """
         chunks = fronts.chunks_of(lengths)
         counts = fronts.count(chunks, self.limits.seq_len, self.limits.longest)
-        if seed is not None:
-            seed, epoch = checks.seed_and_epoch(seed, epoch)
-        return self.place(chunks, counts, seed=seed, epoch=epoch)
+        key = None if seed is None else philox.checked_key(seed, epoch)
+        return self.place(chunks, counts, key)
 
     def place(
         self,
         chunks: list[NDArray[Any]],
         counts: NDArray[np.int64],
-        *,
-        seed: int | None = None,
-        epoch: int = 0,
+        key: Key | None = None,
     ) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """`expand` for chunks and their counts: the kernels trust these, so they are the plan's."""
+        """Return (order, offsets) as `expand` does, from chunks of lengths and their histogram."""
+        # The kernels check no bounds: another histogram would write outside of the arrays.
         self._check(counts, self.counts, "")
         num_examples = sum(map(len, chunks))
         dtype = fronts.index_dtype(num_examples)
         members = np.empty(num_examples, dtype)
+        # Longest first, so that reversed, as the shuffle needs them, the groups' ends rise.
         ends = self._longest_first()
         starts = ends - self.limits.unit_counts(self.counts)
         next_place = starts.copy()
@@ -142,10 +123,11 @@ class HistogramPlan:
             units = fronts.unit_view(chunk, self.limits.segment_multiple)
             placement.sort_by_length(units, start, next_place, members)
             start += len(chunk)
-        if seed is not None:
-            _shuffle(members, ends[::-1], seed, epoch)
+        if key is not None:
+            _shuffle(members, ends[::-1], key)
         order = np.empty(num_examples, dtype)
         held = self.patterns
+        # `starts` still marks the first example of each length; sorting moved `next_place` on.
         placement.fill_packs(held.repeats, held.offsets, held.entries, starts, members, order)
         del members  # before the offsets are allocated: at most 8 bytes an example at a time
         offsets = np.empty(len(self) + 1, np.int64)
@@ -153,18 +135,19 @@ class HistogramPlan:
         return order, offsets
 
     def pack_numbers(self, lengths: Any, *, before: ArrayLike | None = None) -> NDArray[np.integer]:
-        """Return the number of each example's pack, in one pass and less memory than `expand`.
+        """Return the pack number of each example, in one pass and less memory than `expand`.
 
         Args:
             lengths: int[examples], tokens per example: all of them, or those of one shard.
-            before: int[seq_len + 1], how many examples of each length the shards before hold
+            before: int[seq_len + 1], how many examples of each length earlier shards hold
                 (the sum of their histograms); None if there are none.
 
         Returns:
             int32[examples] (int64 from 2**31 packs on).
 
         Raises:
-            TypeError, ValueError: as `pack_lengths`, or the plan has no such examples left.
+            TypeError: lengths or before hold no integers.
+            ValueError: a length lies outside 1..seq_len, or the plan has too few examples of it.
         """
         chunks = fronts.chunks_of(lengths)
         counts = fronts.count(chunks, self.limits.seq_len, self.limits.longest)
@@ -177,6 +160,8 @@ class HistogramPlan:
         self._check(counts, self.counts - skipped, "at most ")
         dtype = fronts.index_dtype(len(self))
         take, skip = self.limits.unit_counts(counts), self.limits.unit_counts(skipped)
+        # `places` holds pack numbers, length by length; each example takes the next one of its
+        # length.
         next_place = np.concatenate([[0], np.cumsum(take)[:-1]])
         places = np.empty(int(take.sum()), dtype)
         first_row, rows = self._rows_by_length
@@ -192,9 +177,10 @@ class HistogramPlan:
 
     @cached_property
     def _rows_by_length(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where each length's rows begin, and rows of (first pack, packs, copies)."""
+        """Return where each length's rows begin, and the rows: (first pack, packs, copies)."""
         held = self.patterns
         patterns = np.repeat(np.arange(len(held)), np.diff(held.offsets))
+        # Stable, so that the rows of a length stay in pack order, as `number_places` needs them.
         by_length = np.argsort(held.entries[:, 0], kind="stable")
         first_pack = np.cumsum(held.repeats) - held.repeats
         of_entry = patterns[by_length]
@@ -205,7 +191,7 @@ class HistogramPlan:
         return np.searchsorted(held.entries[by_length, 0], lengths), rows
 
     def _longest_first(self) -> NDArray[np.int64]:
-        """Where the examples of each length end when the longest come first."""
+        """Return int64[capacity + 1], where each length's examples end, longest first."""
         return np.cumsum(self.limits.unit_counts(self.counts)[::-1])[::-1].copy()
 
     def _check(self, counts: NDArray[np.int64], allowed: NDArray[np.int64], most: str) -> None:
@@ -221,14 +207,15 @@ class HistogramPlan:
 def count_lengths(lengths: Any, seq_len: int) -> NDArray[np.int64]:
     """Return int64[seq_len + 1], how many examples there are of each length.
 
-    Histograms add, so shards can be counted anywhere and planned as one.
+    Histograms add, so shards can be counted on different machines and planned as one.
 
     Args:
         lengths: int[examples], tokens per example, each in 1..seq_len; NumPy or Arrow.
         seq_len: tokens a pack holds, 1..2**24.
 
     Raises:
-        TypeError, ValueError: as `pack_lengths`.
+        TypeError: lengths hold no integers.
+        ValueError: a length is null or outside 1..seq_len; the message names the first.
 
     >>> count_lengths([5, 3, 5, 1], seq_len=6).tolist()
     [0, 1, 0, 1, 0, 2, 0]
@@ -248,18 +235,19 @@ def plan_histogram(
     ranks: int = 1,
     budget_s: float = 5.0,
 ) -> HistogramPlan:
-    """Return a plan for so many examples of each length: patterns with repeat counts.
+    """Return a plan for a histogram of lengths: patterns with repeat counts.
 
     The cost depends on the number of distinct lengths, not of examples.
 
     Args:
         counts: int[lengths], examples of length 0, 1, 2, ...; none of length 0 or above seq_len.
         seq_len: tokens a pack holds, 1..2**24.
-        strategy: "ffd", "bfd", "spfhp", "nnlshp", "balanced" or "optimal", as for `pack_lengths`.
+        strategy: "ffd", "bfd", "spfhp", "nnlshp", "balanced" or "optimal"; `pack_lengths` says
+            what each does.
         max_segments: most examples a pack may hold; None for no limit.
-        segment_multiple: each segment takes a multiple of so many tokens.
-        pack_multiple: the tokens of a pack come to at most seq_len rounded down to a multiple.
-        ranks: the number of packs is a multiple of it.
+        segment_multiple: each segment is rounded up to a multiple of this many tokens.
+        pack_multiple: a pack holds at most seq_len rounded down to a multiple of this.
+        ranks: the number of packs is a multiple of this.
         budget_s: seconds that "optimal" may take.
 
     Raises:
@@ -287,7 +275,7 @@ above the optimum)
 def planned(
     counts: NDArray[np.int64], limits: Limits, strategy: str, budget_s: float
 ) -> HistogramPlan:
-    """`plan_histogram` for arguments that have been checked."""
+    """Return the plan of `plan_histogram`; the arguments have been checked already."""
     patterns, certificate = strategies.patterns_of(
         limits.unit_counts(counts), limits, strategy, budget_s
     )
@@ -295,14 +283,15 @@ def planned(
     return HistogramPlan(limits, counts, patterns, certificate)
 
 
-def _shuffle(members: NDArray[Any], ends: NDArray[np.int64], seed: int, epoch: int) -> None:
-    """Shuffle members inside each group: place i draws word i % 4 of index i // 4."""
+def _shuffle(members: NDArray[Any], ends: NDArray[np.int64], key: Key) -> None:
+    """Shuffle members within each group; place i takes word i % 4 of index i // 4."""
+    # Four words an index are a whole block of Philox, so no word is made in vain; the pieces are
+    # multiples of four, so that cutting into pieces changes no draw.
     group = 0
     for start in range(0, len(members), _SHUFFLED_AT_ONCE):
         stop = min(start + _SHUFFLED_AT_ONCE, len(members))
         words = philox.words(
-            seed=seed,
-            epoch=epoch,
+            key,
             index=np.arange(start // 4, -(-stop // 4)),
             stream=philox.MEMBERS,
             num_words=4,
@@ -327,21 +316,25 @@ def _checked_counts(name: str, counts: ArrayLike, limits: Limits) -> NDArray[np.
         where = int(wrong[0])
         expected = f"0, since lengths are 1..{limits.longest}"
         raise ValueError(checks.sentence(f"{name}[{where}]", int(array[where]), expected, remedy))
+    # Added up as floats: an int64 sum could overflow before it is compared. Below 2**62, all later
+    # int64 sums of tokens are safe.
     tokens = float(array.sum(dtype=np.float64)) * limits.seq_len
     if tokens >= 2.0**62:
         expected = f"below 2**62 / {limits.seq_len} (seq_len)"
         total = int(array.astype(object).sum())
         raise ValueError(checks.sentence(f"sum({name})", total, expected, "plan fewer at once"))
     padded = np.zeros(limits.seq_len + 1, np.int64)
+    # Counts beyond seq_len are zeros here, so they may be cut off.
     padded[: len(array)] = array[: len(padded)]
     return padded
 
 
 def checked_budget(budget_s: Any) -> float:
-    """Return a time budget as seconds."""
+    """Return a time budget in seconds as a float above 0."""
     error = checks.sentence("budget_s", budget_s, "seconds above 0", "math.inf sets no limit")
     if isinstance(budget_s, bool) or not isinstance(budget_s, Real):
         raise TypeError(error)
+    # Not `<= 0`, which NaN would pass.
     if not float(budget_s) > 0:
         raise ValueError(error)
     return float(budget_s)

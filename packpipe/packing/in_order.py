@@ -1,7 +1,8 @@
 """Packing kernels that take examples in the order given.
 
 Each writes the pack number of every example and returns how many packs there are; packs are
-numbered in order of creation. Naive twins in tests/naive.py. Compiled as rules.py says.
+numbered in order of creation. Naive twins are in tests/naive.py. A kernel calls kernels of this
+file only, since numba's cache does not notice changes in other files.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from numba import njit
 
 @njit(cache=True)
 def next_fit(lengths, capacity, max_segments, numbers):  # type: ignore[no-untyped-def]
-    """One pack is open; what does not fit opens the next. O(examples).
+    """Put each example into the last pack, or open the next if it does not fit. O(examples).
 
     Invariant: `room` and `slots` are what the last pack has left.
     """
@@ -32,17 +33,21 @@ def next_fit(lengths, capacity, max_segments, numbers):  # type: ignore[no-untyp
 
 @njit(cache=True)
 def first_fit(lengths, capacity, max_segments, numbers):  # type: ignore[no-untyped-def]
-    """Each example into the first pack with room; O(examples * log(packs)).
+    """Put each example into the first pack with room; O(examples * log(packs)).
 
-    A tree over the packs holds the most room below each node (0 for a pack without a free
-    slot), so the first that suffices is found from the root.
+    Invariant: a tree over the packs holds the most room below each node (0 for a pack without a
+    free slot), so the first pack that suffices is found from the root.
     """
+    # Node n has the children 2n and 2n + 1; pack p is leaf `leaves + p`. Packs that are not open
+    # yet have room 0, so a search never finds them.
     leaves = 1024
     room = np.zeros(2 * leaves, np.int32)
     slots = np.empty(leaves, np.int32)
     num_packs = 0
     for i in range(lengths.shape[0]):
         if num_packs == leaves and room[1] < lengths[i]:
+            # Twice as many leaves: over all examples the copies cost O(packs). Copied one by one,
+            # since array slices made compiling several times as slow.
             larger = np.zeros(4 * leaves, np.int32)
             for leaf in range(leaves):
                 larger[2 * leaves + leaf] = room[leaves + leaf]
@@ -60,6 +65,7 @@ def first_fit(lengths, capacity, max_segments, numbers):  # type: ignore[no-unty
         else:
             node = 1
             while node < leaves:
+                # The left child if it has enough room; else the right one must have it.
                 node *= 2
                 if room[node] < lengths[i]:
                     node += 1
@@ -75,11 +81,12 @@ def first_fit(lengths, capacity, max_segments, numbers):  # type: ignore[no-unty
 
 @njit(cache=True)
 def best_fit(lengths, capacity, max_segments, numbers):  # type: ignore[no-untyped-def]
-    """Each example into the pack with the least room that suffices; O(examples * log(capacity)).
+    """Put each example into the fullest pack with room; O(examples * log(capacity)).
 
-    Open packs lie on one shelf for each room, the last one touched on top (which decides
-    ties); a tree whose nodes say whether a shelf below has packs finds the next one.
+    Open packs with the same room are on one stack, a shelf, the last one changed on top (which
+    decides ties). A tree whose nodes say whether a shelf below holds a pack finds the next one.
     """
+    # Shelves are linked lists: `shelves[room]` is the top pack, `below[pack]` the next, -1 the end.
     leaves = 1
     while leaves <= capacity:
         leaves *= 2
@@ -89,6 +96,8 @@ def best_fit(lengths, capacity, max_segments, numbers):  # type: ignore[no-untyp
     slots = np.empty(1024, np.int32)
     num_packs = 0
     for i in range(lengths.shape[0]):
+        # The first shelf from lengths[i] on: up until a right neighbour holds packs, then down to
+        # its leftmost one. The search ends at the root (1) if no open pack has enough room.
         node = leaves + lengths[i]
         if not tree[node]:
             while node > 1 and (node % 2 or not tree[node + 1]):
@@ -119,10 +128,12 @@ def best_fit(lengths, capacity, max_segments, numbers):  # type: ignore[no-untyp
         numbers[i] = pack
         slots[pack] -= 1
         room -= lengths[i]
+        # A full pack goes on no shelf: nothing can enter it again.
         if room and slots[pack]:
             below[pack] = shelves[room]
             shelves[room] = pack
             node = leaves + room
+            # Above a node that is on, all are on already.
             while node and not tree[node]:
                 tree[node] = True
                 node //= 2

@@ -1,4 +1,4 @@
-"""The front of every packing function: any integer lengths, checked and not copied."""
+"""Reads the lengths passed to packing functions: any integers, checked, copied only if needed."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from packpipe.packing import placement
 def chunks_of(
     lengths: Any, name: str = "lengths", remedy: str = "pass tokens per example"
 ) -> list[NDArray[Any]]:
-    """Return lengths as arrays that follow each other: one, or those of a chunked Arrow array.
+    """Return lengths as a list of NumPy arrays: one, or one per chunk of a chunked Arrow array.
 
-    Memory is shared wherever a NumPy view can show it: slices and offsets of Arrow arrays are
-    kept.
+    Memory is shared wherever a NumPy view can show it, also for slices of Arrow arrays.
 
     Args:
         lengths: any sequence of integers, a NumPy array, an Arrow Array or ChunkedArray.
-        name: what error messages call it.
-        remedy: what they advise.
+        name: the argument's name in error messages.
+        remedy: the advice in error messages.
 
     Raises:
         TypeError: not integers.
         ValueError: not one-dimensional, or an Arrow array with nulls (the first is named).
     """
-    # An Arrow array can only come from a pyarrow that is loaded, which this wing never does.
+    # A caller who has an Arrow array has loaded pyarrow; this wing never loads it.
     pyarrow = sys.modules.get("pyarrow")
     if pyarrow is None or not isinstance(lengths, (pyarrow.Array, pyarrow.ChunkedArray)):
         return [checks.integer_array(name, lengths, 1, remedy)]
@@ -42,6 +41,7 @@ def chunks_of(
     if not (pyarrow.types.is_integer(lengths.type) or pyarrow.types.is_null(lengths.type)):
         kind = str(lengths.type)
         raise TypeError(checks.sentence(f"{name}.type", kind, "an integer type", remedy))
+    # Without nulls, to_numpy shows an integer chunk as a view; it raises rather than copies.
     chunks = lengths.chunks if isinstance(lengths, pyarrow.ChunkedArray) else [lengths]
     arrays = [chunk.to_numpy() for chunk in chunks if len(chunk)]
     return arrays or [np.empty(0, np.int32)]
@@ -55,8 +55,8 @@ def joined(chunks: list[NDArray[Any]]) -> NDArray[Any]:
 def kernel_view(chunk: NDArray[Any]) -> NDArray[Any]:
     """Return a chunk as the kernels take it: contiguous, read-only, int32 or int64.
 
-    Unsigned integers of 32 and 64 bits are read as signed: values too large for that turn
-    negative, and out of range they were already.
+    Unsigned integers of 32 and 64 bits are viewed as signed: values too large for that turn
+    negative, and those were out of range anyway.
     """
     dtype = np.int64 if chunk.dtype.itemsize == 8 else np.int32
     native = chunk.dtype.newbyteorder("=")
@@ -68,13 +68,13 @@ def kernel_view(chunk: NDArray[Any]) -> NDArray[Any]:
 
 
 def unit_view(chunk: NDArray[Any], multiple: int) -> NDArray[Any]:
-    """Return a chunk as the kernels take it, in units of so many tokens, rounded up."""
+    """Return a chunk as the kernels take it, in units of `multiple` tokens, rounded up."""
     array = kernel_view(chunk)
     return array if multiple == 1 else kernel_view(-(-array // multiple))
 
 
 def index_dtype(number: int) -> np.dtype[np.integer[Any]]:
-    """Return the narrowest dtype of the two that holds indices below a number."""
+    """Return the dtype of indices below a number: int32 if it holds them, else int64."""
     return np.dtype(np.int32 if number < 2**31 else np.int64)
 
 
@@ -85,6 +85,7 @@ def count(chunks: list[NDArray[Any]], seq_len: int, longest: int) -> NDArray[np.
         ValueError: a length lies outside 1..longest; the first is named.
     """
     counts = np.zeros(seq_len + 1, np.int64)
+    # The kernel stops at the first length outside the histogram, so checking costs no extra pass.
     start = 0
     for chunk in chunks:
         where = placement.count(kernel_view(chunk), counts[: longest + 1])
@@ -95,10 +96,12 @@ def count(chunks: list[NDArray[Any]], seq_len: int, longest: int) -> NDArray[np.
 
 
 def check(chunks: list[NDArray[Any]], seq_len: int, longest: int) -> None:
-    """Raise as `count` does, without counting: O(examples), whatever seq_len."""
+    """Raise ValueError if a length lies outside 1..longest; O(examples), whatever seq_len."""
     start = 0
     for chunk in chunks:
         if len(chunk) and not 1 <= chunk.min() <= chunk.max() <= longest:
+            # Which one is looked for only now: a valid chunk takes two reductions and no other
+            # array.
             where = int(np.flatnonzero((chunk < 1) | (chunk > longest))[0])
             raise _out_of_range(start + where, chunk[where], seq_len, longest)
         start += len(chunk)

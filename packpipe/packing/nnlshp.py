@@ -1,8 +1,8 @@
 """NNLSHP: plans of at most three examples a pack, by non-negative least squares.
 
-All ways to write the capacity as a sum of at most three lengths are candidates; their repeat
-counts are fitted to the histogram, rounded, and what is left over is covered by pairs. Kept to
-compare with: "optimal" packs closer, sooner.
+All ways to write the capacity as a sum of at most three lengths are candidate patterns. Their
+repeat counts are fitted to the histogram and rounded, and what is left over is covered by pairs.
+Kept for comparison: "optimal" finds fewer packs in less time.
 
 Source: Krell 3.1 and its packedBERT code.
 """
@@ -16,9 +16,10 @@ from packpipe.packing import patterns as pattern_lists
 from packpipe.packing.patterns import Pattern, Patterns
 
 MAX_SEGMENTS = 3
-# A dense matrix of capacity x capacity² / 12 numbers: 90 MB for 512, 730 MB for 1024.
+# The matrix is dense, capacity x capacity² / 12 numbers: 90 MB for 512, 730 MB for 1024.
 MAX_CAPACITY = 1024
-_SHORT, _SHORT_WEIGHT = 8, 0.09  # lengths that padding may do without, and how much they count
+# Krell's weight for errors at lengths up to 8; at other lengths it is 1.
+_SHORT, _SHORT_WEIGHT = 8, 0.09
 
 
 def plan(counts: NDArray[np.int64]) -> Patterns:
@@ -33,10 +34,12 @@ def plan(counts: NDArray[np.int64]) -> Patterns:
             held[length - 1, column] = copies
     weights = np.where(np.arange(1, capacity + 1) <= _SHORT, _SHORT_WEIGHT, 1.0)
     fitted, _ = nnls(held * weights[:, None], counts[1:] * weights, maxiter=100 * len(candidates))
+    # Rounded repeats give too many or too few slots of a length; `fill_slots` settles both.
     slots = pattern_lists.from_pairs(
         zip(np.rint(fitted).astype(np.int64).tolist(), candidates, strict=True)
     )
     filled, left = pattern_lists.fill_slots(slots, counts)
+    # A length left over is paired with what fills the pack; that slot takes a shorter one or none.
     pairs = [
         (number, pattern_lists.pattern_of([length, capacity - length]))
         for length, number in enumerate(left.tolist())

@@ -1,7 +1,7 @@
-"""Packing a stream: lengths in, closed packs out, in bounded memory.
+"""`OnlinePacker`: packs a stream of lengths in bounded memory.
 
-For sizes that are not known beforehand. A fixed number of packs is open; an example goes
-where it fits, and when it fits nowhere the fullest pack is closed to make room for a new one.
+For sizes that are not known beforehand. A fixed number of packs is open. An example goes into an
+open pack where it fits; if it fits nowhere, the fullest pack is closed and a new one opened.
 The packs depend on the stream alone, not on how it is cut into calls.
 """
 
@@ -22,7 +22,7 @@ STRATEGIES = ("best_fit", "first_fit")
 MAX_OPEN_PACKS = 2**16
 MAX_WAIT = 2**22
 _VERSION = 1
-_AT_ONCE = 2**16  # examples; so that what a call needs besides its result stays in the cache
+_AT_ONCE = 2**16  # examples, so that the temporary arrays of a call stay in the cache
 # Columns of the table of open packs, and of the counters.
 _SLOTS, _NUMBER, _SINCE = range(3)
 _OPENED, _CLOSED, _DUE = range(3)
@@ -30,7 +30,7 @@ _OPENED, _CLOSED, _DUE = range(3)
 
 @njit(cache=True)
 def _close(place, rooms, table, counters, closed, num_closed):  # type: ignore[no-untyped-def]
-    """Note the pack at a place as closed, and free the place; return how many were closed."""
+    """Append the pack at a place to `closed` and free the place; return how many are closed."""
     rooms[place] = 0
     closed[num_closed] = table[place, _NUMBER]
     counters[_CLOSED] += 1
@@ -39,10 +39,11 @@ def _close(place, rooms, table, counters, closed, num_closed):  # type: ignore[n
 
 @njit(cache=True)
 def _least_room(rooms, length):  # type: ignore[no-untyped-def]
-    """Return (place, room - length) of the least room from length on, if any is as large.
+    """Return (place, room - length) for the least room of at least length, if there is one.
 
-    As unsigned numbers, rooms that are too small come last; so one minimum finds it, which the
-    compiler turns into vector instructions (it does not with a branch: three times as slow).
+    In unsigned numbers, room - length wraps around to a huge value where the room is too small.
+    So a single minimum finds the place, and the compiler turns it into vector instructions; with
+    a branch it does not, and takes three times as long.
     """
     least = np.uint32(0xFFFFFFFF)
     for place in range(rooms.shape[0]):
@@ -60,19 +61,19 @@ def stream(  # type: ignore[no-untyped-def]
     """Put each length into an open pack; return how many packs were closed.
 
     Invariant: a place has room 0 if no pack is open there; an open pack has room and a free slot
-    (a full one is closed at once) and was opened fewer than max_wait closed packs ago.
-    O(open packs) a length.
+    (a full one is closed at once), and fewer than max_wait packs were closed since it was opened.
+    O(open packs) for each length.
 
     Args:
         lengths: int[examples].
         capacity: tokens a pack holds.
         max_segments: most examples a pack may hold.
-        max_wait: closed packs after which an open one is closed, too.
-        best: best fit, or else first fit; the first place among equals.
-        rooms: uint32[open_packs], changed.
+        max_wait: an open pack is closed once this many others were closed since it was opened.
+        best: True for best fit, False for first fit; ties go to the first place.
+        rooms: uint32[open_packs], room of the pack at each place, changed.
         table: int64[open_packs, 3], (free slots, number, packs closed when opened), changed.
-        counters: int64[3], packs (opened, closed) so far and how many may be closed before the
-            oldest open one has to be looked at, changed.
+        counters: int64[3], changed: packs opened so far, packs closed so far, and the number of
+            closed packs at which the oldest open one is to be looked at.
         numbers: int64[examples], written: the pack of each example.
         closed: int64[open_packs + 2 * examples], written: packs closed, in order.
     """
@@ -81,6 +82,7 @@ def stream(  # type: ignore[no-untyped-def]
         length = np.uint32(lengths[i])
         if best:
             place, rest = _least_room(rooms, length)
+            # A wrapped difference is above every capacity, since seq_len is at most 2**24.
             fits = rest <= np.uint32(capacity)
         else:
             place = 0
@@ -88,7 +90,7 @@ def stream(  # type: ignore[no-untyped-def]
                 place += 1
             fits = place < rooms.shape[0]
         if not fits:
-            # A free place, since that has the least room; else that of the fullest pack.
+            # The least room of all: 0 at a free place, or else that of the fullest pack.
             place, room = _least_room(rooms, np.uint32(0))
             if room:
                 num_closed = _close(place, rooms, table, counters, closed, num_closed)
@@ -102,6 +104,8 @@ def stream(  # type: ignore[no-untyped-def]
         table[place, _SLOTS] -= 1
         if rooms[place] == 0 or table[place, _SLOTS] == 0:
             num_closed = _close(place, rooms, table, counters, closed, num_closed)
+        # No open pack can be due before _DUE packs are closed, so the oldest, the one with the
+        # smallest number, is looked for only then.
         while counters[_CLOSED] >= counters[_DUE]:
             oldest = -1
             for place in range(rooms.shape[0]):
@@ -116,25 +120,26 @@ def stream(  # type: ignore[no-untyped-def]
 
 
 class OnlinePacker:
-    """Packs a stream of lengths: give it lengths, take the packs that were closed.
+    """Packs a stream of lengths: takes lengths and returns the packs that were closed.
 
-    Any cut of the stream into calls gives the same packs. Memory holds the examples of the open
-    packs; no pack stays open once max_wait others were closed since it was opened, so that in
-    closing order at most max_wait + open_packs come between an example and its pack.
+    The packs do not depend on how the stream is cut into calls. Memory holds the examples of the
+    open packs. A pack is closed at the latest when max_wait others were closed since it was opened,
+    so at most max_wait + open_packs packs come out between an example's arrival and its pack.
 
     Args:
         seq_len: tokens a pack holds.
-        strategy: "best_fit" (least room that suffices) or "first_fit", over the places that open
-            packs have; the first place among equals. When nothing fits and no place is free,
-            the fullest pack is closed.
+        strategy: "best_fit" (the open pack with the least room that suffices) or "first_fit" (the
+            first open pack with room); ties go to the first place. If no pack has room and
+            open_packs are open, the fullest is closed.
         open_packs: packs kept open, 1..65536; more pad less and take longer.
         max_segments: most examples a pack may hold; None for no limit.
-        max_wait: a pack is closed at the latest when so many others were closed since it was
-            opened, 1..2**22; packs that are due together follow each other. None for 32
-            times open_packs.
+        max_wait: a pack is closed at the latest when this many others were closed since it was
+            opened, 1..2**22; packs that are due together are closed one after the other. None
+            for 32 times open_packs.
 
     Raises:
-        TypeError, ValueError: an argument is out of range.
+        TypeError: a number is no integer.
+        ValueError: an argument is out of range.
 
     >>> packer = OnlinePacker(8, open_packs=2)
     >>> order, offsets = packer.push([5, 4, 3, 6])
@@ -176,7 +181,7 @@ class OnlinePacker:
         self._num_tokens = 0
 
     def __len__(self) -> int:
-        """Examples that wait in open packs."""
+        """Number of examples in open packs."""
         return len(self._waiting)
 
     @property
@@ -188,6 +193,7 @@ class OnlinePacker:
     def fill(self) -> float:
         """Real tokens ÷ slots of the packs closed so far; 1.0 when there are none."""
         seq_len = self._limits.seq_len
+        # Tokens of the open packs: what they hold is not counted yet.
         inside = np.count_nonzero(self._rooms) * seq_len - int(self._rooms.sum(dtype=np.int64))
         slots = self.num_packs * seq_len
         return (self._num_tokens - inside) / slots if slots else 1.0
@@ -199,13 +205,15 @@ class OnlinePacker:
             lengths: int[examples], tokens per example, each in 1..seq_len; NumPy or Arrow.
 
         Returns:
-            order: int64, examples pack by pack, numbered from 0 since the stream began, and
+            order: int64, examples pack by pack, numbered from the start of the stream, and
             offsets: int64[closed packs + 1]; pack p is ``order[offsets[p]:offsets[p + 1]]``.
 
         Raises:
-            TypeError, ValueError: as `pack_lengths`; nothing is taken then.
+            TypeError: lengths hold no integers.
+            ValueError: a length is null or outside 1..seq_len; then none of them is taken.
         """
         chunks = fronts.chunks_of(lengths)
+        # All of them before the first is packed, so that an error changes nothing.
         fronts.check(chunks, self._limits.seq_len, self._limits.longest)
         self._num_tokens += sum(int(chunk.sum(dtype=np.int64)) for chunk in chunks)
         orders, ends = [np.empty(0, np.int64)], [np.zeros(1, np.int64)]
@@ -218,6 +226,7 @@ class OnlinePacker:
 
     def _push_some(self, lengths: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         numbers = np.empty(len(lengths), np.int64)
+        # More than enough: a closed pack was open before, or one of the examples opened it.
         closed = np.empty(2 * len(lengths) + len(self._rooms), np.int64)
         num_closed = stream(
             fronts.kernel_view(lengths),
@@ -238,14 +247,14 @@ class OnlinePacker:
         return self._hand_out(closed[:num_closed])
 
     def flush(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Close all open packs, the first opened first; return them as `push` does."""
+        """Close all open packs, the first opened first; return their (order, offsets)."""
         closed = np.sort(self._table[self._rooms > 0, _NUMBER])
         self._counters[_CLOSED] += len(closed)
         self._rooms[:] = 0
         return self._hand_out(closed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain numbers, strings and lists: JSON can hold it."""
+        """Return the whole state as plain numbers, strings and lists, which JSON can hold."""
         return {
             **self._options(),
             "counters": self._counters.tolist(),
@@ -258,12 +267,12 @@ class OnlinePacker:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a packer with the same options stood when `state_dict` was called.
+        """Restore a state that `state_dict` of a packer with the same options returned.
 
         Raises:
             TypeError: the state is no dict.
-            ValueError: it is of another version or of other options, or not whole. The packer
-                stays as it is then.
+            ValueError: the state is of another version, of other options, or incomplete. The
+                packer is then unchanged.
         """
         if not isinstance(state, dict):
             kind = type(state).__name__
@@ -290,7 +299,9 @@ class OnlinePacker:
         }
 
     def _hand_out(self, closed: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Take the examples of closed packs out of the waiting ones; return (order, offsets)."""
+        """Remove the examples of closed packs from those waiting; return (order, offsets)."""
+        # Packs are numbered in order of opening. A table from the oldest pack that still holds
+        # examples on says where each pack stands among the closed ones, or -1 if it is open.
         oldest = int(self._waiting_in.min(initial=int(self._counters[_OPENED])))
         place_of = np.full(int(self._counters[_OPENED]) - oldest, -1)
         place_of[closed - oldest] = np.arange(len(closed))
@@ -301,6 +312,7 @@ class OnlinePacker:
         offsets = np.zeros(len(closed) + 1, np.int64)
         np.cumsum(np.bincount(places, minlength=len(closed)), out=offsets[1:])
         order = np.empty(len(leaving), np.int64)
+        # The kernel moves its offsets on, so it gets a copy.
         placement.group_by_pack(places, offsets[:-1].copy(), order)
         return leaving[order], offsets
 
@@ -308,7 +320,7 @@ class OnlinePacker:
 def _checked_state(
     state: dict[str, Any], open_packs: int, limits: Limits
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], tuple[int, int]]:
-    """Return what a state holds as arrays; the kernels trust it, so nothing may be amiss."""
+    """Return a state's contents as arrays, checked: the kernels do not check them again."""
     shapes = {"counters": (3,), "rooms": (open_packs,), "table": (open_packs, 3)}
     try:
         arrays = [np.array(state[name], np.int64).reshape(shape) for name, shape in shapes.items()]

@@ -1,14 +1,12 @@
-"""The packer: every example to exactly one pack.
+"""`pack_lengths`: assigns every example to exactly one pack, from the lengths alone.
 
-Knows lengths only: it decides which examples share a pack, from the vector of lengths
-alone, and says how far the result is from the proven optimum. Rules that sort by length work on
-the histogram (histogram.py, rules.py); rules that take examples as they come are in arrival.py.
+Also says how far the result is from a proven lower bound. Rules that sort by length work on the
+histogram (histogram.py, decreasing.py); rules that take examples in the order given are in
+in_order.py, and those with a second limit in two_limits.py.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,32 +14,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from packpipe import checks
-from packpipe.packing import histogram, in_order, picture, placement, strategies, two_limits
+from packpipe import checks, philox
+from packpipe.packing import histogram, in_order, placement, strategies, two_limits
 from packpipe.packing import lengths as fronts
+from packpipe.packing.assignment import Assignment
 from packpipe.packing.histogram import HistogramPlan
 from packpipe.packing.limits import Limits
-from packpipe.packing.quality import Quality, attention_work
+from packpipe.packing.quality import Quality
 
 ARRIVAL_STRATEGIES = ("next_fit", "first_fit", "best_fit")
 STRATEGIES = (*strategies.STRATEGIES, *ARRIVAL_STRATEGIES)
 
 
 @dataclass(frozen=True, eq=False)
-class Packs:
+class Packs(Assignment):
     """An assignment of examples to packs; ``packs[p]`` are the examples of pack p.
 
-    ``len(packs)`` counts the packs, iteration yields each pack's examples, ``print(packs)``
-    shows a short table and a notebook a small picture.
+    ``len(packs)`` counts the packs, iteration yields each pack's examples, ``print(packs)`` shows
+    a short table and a notebook a small picture.
 
     Attributes:
         order: int32[examples] (int64 from 2**31 on), example positions pack by pack.
         offsets: int64[packs + 1]; pack p is ``order[offsets[p]:offsets[p + 1]]``.
-        limits: what a pack may hold.
-        plan: the plan on the histogram, or None if examples were taken as they came.
+        limits: the limits of every pack.
+        plan: the plan from the histogram, or None if examples were taken one by one.
         also_fill: share used of the second limit, or None if there is none.
         chunks: the lengths as given, not copied; see `lengths`.
-        known_bound: packs that the second limit alone asks for.
+        known_bound: lower bound on the packs from the second limit alone.
     """
 
     order: NDArray[np.integer]
@@ -52,21 +51,6 @@ class Packs:
     chunks: list[NDArray[Any]] = field(repr=False, default_factory=list)
     known_bound: int = field(repr=False, default=0)
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, pack: int) -> NDArray[np.integer]:
-        pack = range(len(self))[operator.index(pack)]
-        return self.order[self.offsets[pack] : self.offsets[pack + 1]]
-
-    def __iter__(self) -> Iterator[NDArray[np.integer]]:
-        return (self[pack] for pack in range(len(self)))
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens a pack holds."""
-        return self.limits.seq_len
-
     @cached_property
     def lengths(self) -> NDArray[Any]:
         """int[examples], tokens per example, as given."""
@@ -74,7 +58,7 @@ class Packs:
 
     @cached_property
     def quality(self) -> Quality:
-        """Fill, bound, gap and the other figures."""
+        """Fill, lower bound, gap and the other figures."""
         if self.plan is not None:
             return self.plan.quality
         counts = fronts.count(self.chunks, self.seq_len, self.limits.longest)
@@ -88,50 +72,9 @@ class Packs:
         )
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of all examples."""
-        return self.quality.num_tokens
-
-    @property
-    def fill(self) -> float:
-        """Real tokens ÷ slots; 1.0 when there are no packs."""
-        return self.quality.fill
-
-    @property
-    def padding(self) -> float:
-        """Share of slots that hold no token."""
-        return self.quality.padding
-
-    @property
-    def bound(self) -> int:
-        """Packs below which no packer can go, as far as is proven."""
-        return self.quality.bound
-
-    @property
-    def gap(self) -> int:
-        """Packs above the proven lower bound."""
-        return self.quality.gap
-
-    @property
     def packing_factor(self) -> float:
         """Examples ÷ packs."""
         return self.quality.packing_factor
-
-    @property
-    def segments_per_pack(self) -> NDArray[np.int64]:
-        """int64[packs], examples in each pack."""
-        return np.diff(self.offsets)
-
-    @property
-    def tokens_per_pack(self) -> NDArray[np.int64]:
-        """int64[packs], tokens in each pack, padding not counted."""
-        ends = np.concatenate([[0], np.cumsum(self.lengths[self.order], dtype=np.int64)])
-        return np.diff(ends[self.offsets])
-
-    @property
-    def attention_work(self) -> NDArray[np.int64]:
-        """int64[packs], Σ l² of each pack: what attention within segments costs."""
-        return attention_work(self.lengths[self.order], self.offsets)
 
     @property
     def harmonic_fill(self) -> float | None:
@@ -142,27 +85,29 @@ class Packs:
         return 2 * self.fill * self.also_fill / both if both else 0.0
 
     def redraw(self, *, seed: int, epoch: int = 0) -> Packs:
-        """Return packs of the same shapes with new members, equal lengths changed among themselves.
+        """Return packs of the same shapes in which examples of equal length changed places.
 
-        One pass, without planning again: what an epoch needs. With segment_multiple, lengths
-        are equal if they round up to the same multiple.
+        One pass without planning again: gives each epoch other packs. With segment_multiple,
+        lengths are equal if they round up to the same multiple.
 
         Args:
-            seed: which shuffle, 0..2**64-1.
-            epoch: likewise.
+            seed: seed of the shuffle, 0..2**64-1.
+            epoch: epoch of the shuffle, 0..2**64-1; each epoch has another one.
 
         Raises:
-            ValueError: the strategy takes examples as they come, or there is a second limit; or
-                the lengths, which are not copied, were changed.
+            TypeError: seed or epoch is no integer.
+            ValueError: the strategy takes examples in the order given; there is a second limit;
+                the lengths, which are not copied, were changed; seed or epoch is out of range.
         """
         if self.plan is None:
             raise ValueError(
                 "plan is None, expected a strategy that sorts by length, such as 'ffd', and no "
                 "second limit; give the examples in a new order instead"
             )
-        seed, epoch = checks.seed_and_epoch(seed, epoch)
+        key = philox.checked_key(seed, epoch)
+        # Counted again, since the lengths are the caller's memory and may have changed.
         counts = fronts.count(self.chunks, self.seq_len, self.limits.longest)
-        order, offsets = self.plan.place(self.chunks, counts, seed=seed, epoch=epoch)
+        order, offsets = self.plan.place(self.chunks, counts, key)
         return Packs(order, offsets, self.limits, self.plan, chunks=self.chunks)
 
     def __repr__(self) -> str:
@@ -174,15 +119,12 @@ class Packs:
     def rows(self) -> list[tuple[str, str]]:
         """Return (name, value) of each figure, ready to print."""
         if self.also_fill is None:
-            return self.quality.rows()
+            return super().rows()
         second = f"{self.also_fill:.3%} filled, harmonic mean {self.harmonic_fill:.3%}"
-        return [*self.quality.rows(), ("second", second)]
+        return [*super().rows(), ("second", second)]
 
     def __str__(self) -> str:
         return "\n".join(f"{name:<9} {value}" for name, value in self.rows())
-
-    def _repr_html_(self) -> str:
-        return picture.html(self.rows(), self.lengths[self.order], self.offsets, self.seq_len)
 
 
 def pack_lengths(
@@ -199,9 +141,9 @@ def pack_lengths(
 ) -> Packs:
     """Assign every example to exactly one pack of at most seq_len tokens.
 
-    Deterministic and without randomness (but for the time "optimal" gets); every strategy is
-    exact, as a slow twin in the tests says. Examples of one length fill their places pack by
-    pack, in the order they come.
+    Deterministic, without randomness; only the result of "optimal" may depend on how much the
+    machine does in its time. Each strategy is exactly the rule named: the tests compare it with a
+    naive twin. Examples of one length fill their places pack by pack, in the order given.
 
     =============== =============================================================================
     ``"ffd"``       longest first, into the first pack with room (first-fit-decreasing)
@@ -210,10 +152,10 @@ def pack_lengths(
     ``"balanced"``  longest first, into the least loaded of as few packs as bisection finds; the
                     shortest where they fit tightest: few and even numbers of segments a pack
     ``"optimal"``   column generation: as few packs as are found in budget_s, with a proven bound
-    ``"nnlshp"``    at most three a pack, by non-negative least squares; slow, to compare with
-    ``"next_fit"``  as given, one pack open
-    ``"first_fit"`` as given, into the first pack with room
-    ``"best_fit"``  as given, into the pack with the least room that suffices
+    ``"nnlshp"``    at most three a pack, by non-negative least squares; slow, for comparison
+    ``"next_fit"``  in the order given, into the last pack or a new one
+    ``"first_fit"`` in the order given, into the first pack with room
+    ``"best_fit"``  in the order given, into the pack with the least room that suffices
     =============== =============================================================================
 
     Args:
@@ -222,15 +164,15 @@ def pack_lengths(
         seq_len: tokens a pack holds, 1..2**24.
         strategy: the packing rule, one of the above.
         max_segments: most examples a pack may hold; None for no limit.
-        segment_multiple: each segment takes a multiple of so many tokens (FP8 kernels, context
-            parallel); counted in the capacity.
-        pack_multiple: the tokens of a pack come to at most seq_len rounded down to a multiple.
-        ranks: the number of packs is a multiple of it: packs are cut in two as needed, and
-            are empty only where there are fewer examples than packs.
+        segment_multiple: each segment is rounded up to a multiple of this many tokens (for FP8
+            kernels or context parallelism); the rounding takes room in the pack.
+        pack_multiple: a pack holds at most seq_len rounded down to a multiple of this.
+        ranks: the number of packs is a multiple of this: packs are cut in two as needed, and
+            are empty only if there are fewer examples than packs.
         also: (cost, limit), a second limit: int[examples] costs, 0 or more, whose sum in a pack
-            is at most limit. With "ffd" and "bfd" only; longest is then the largest share of
-            either limit.
-        budget_s: seconds that "optimal" may take; what it has by then is returned.
+            is at most limit. With "ffd" and "bfd" only, which then take first the examples with
+            the largest share of either limit.
+        budget_s: seconds that "optimal" may take; the best plan found by then is returned.
 
     Returns:
         Packs, in order of their creation.
@@ -270,6 +212,7 @@ def pack_lengths(
         "first_fit": in_order.first_fit,
         "best_fit": in_order.best_fit,
     }
+    # These rules need each example in turn, so several chunks are copied into one array.
     array = fronts.unit_view(fronts.joined(chunks), limits.segment_multiple)
     numbers = np.empty(len(array), fronts.index_dtype(len(array)))
     num_packs = rules[strategy](array, limits.capacity, limits.slots, numbers)
@@ -282,7 +225,8 @@ def grouped(
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Return (order, offsets) of int[examples] pack numbers, the packs a multiple of ranks.
 
-    As for patterns: the last pack of two examples or more is cut in half, again and again.
+    Missing packs are made by cutting the last pack of two examples or more in half, again and
+    again, as `split_to_multiple` does with patterns. Empty packs come last.
     """
     offsets = np.concatenate([[0], np.cumsum(np.bincount(numbers, minlength=num_packs))])
     order = np.empty(len(numbers), fronts.index_dtype(len(numbers)))
@@ -299,6 +243,7 @@ def grouped(
             middle = (start + stop + 1) // 2
             cuts.append(middle)
             parts += [(start, middle), (middle, stop)]
+    # A cut within a pack is one more offset, an empty pack an offset at the end.
     empty = [len(order)] * (missing - len(cuts))
     return order, np.sort(np.concatenate([offsets, np.array(cuts + empty, np.int64)]))
 
@@ -318,9 +263,11 @@ def _pack_with_two_limits(
         units, cost, limits.capacity, limit, limits.slots, strategy
     )
     order, offsets = grouped(numbers, num_packs, limits.ranks)
+    # Costs are at most limit each; Python's integers where their sum could overflow int64.
     exact = np.int64 if limit * max(len(cost), 1) < 2**63 else object
     spent = int(cost.sum(dtype=exact))
     return Packs(
+        # Numbers are in the order taken, so `order` points into `visited`, not into the lengths.
         visited[order].astype(order.dtype),
         offsets,
         limits,

@@ -1,7 +1,7 @@
-"""Patterns: what packs hold, with repeat counts, in pack order.
+"""`Patterns`: what packs hold, as runs of equal packs with repeat counts, in pack order.
 
-A plan over a histogram is a few thousand patterns at most, however many the packs. Lengths here
-are in units: tokens, or multiples of tokens where segments are aligned.
+A plan from a histogram has a few thousand patterns at most, whatever the number of packs. Lengths
+here are in units: tokens, or multiples of segment_multiple tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Patterns:
     """Runs of packs that hold the same lengths.
 
     Attributes:
-        repeats: int64[patterns], packs that follow each pattern, one after the other.
+        repeats: int64[patterns], packs of each pattern, one after the other.
         offsets: int64[patterns + 1]; pattern p holds ``entries[offsets[p]:offsets[p + 1]]``.
         entries: int64[entries, 2], (length, copies); longest first within a pattern, no length
             twice.
@@ -62,13 +62,13 @@ class Patterns:
 
 
 def from_steps(steps: NDArray[np.int64], groups: NDArray[np.int64]) -> Patterns:
-    """Return the patterns of a rule's result (see rules.py)."""
+    """Return the patterns of (steps, groups), the result of a rule in decreasing.py."""
     offsets, entries = decreasing.contents(steps, groups)
     return Patterns(np.ascontiguousarray(groups[:, 1]), offsets, entries)
 
 
 def from_pairs(pairs: Iterable[tuple[int, Iterable[tuple[int, int]]]]) -> Patterns:
-    """Return the patterns of (repeats, ((length, copies), ...)); those of no pack are left out."""
+    """Return the patterns of (repeats, ((length, copies), ...)); repeats of 0 are left out."""
     kept = [(repeats, tuple(held)) for repeats, held in pairs if repeats]
     entries = [entry for _, held in kept for entry in held]
     ends = np.cumsum([0, *(len(held) for _, held in kept)])
@@ -81,6 +81,7 @@ def from_pairs(pairs: Iterable[tuple[int, Iterable[tuple[int, int]]]]) -> Patter
 
 def pattern_of(lengths: Iterable[int]) -> Pattern:
     """Return lengths as (length, copies), longest first; zeros are left out."""
+    # dict.fromkeys drops repeats and keeps the order, longest first.
     kept = sorted((length for length in lengths if length), reverse=True)
     return tuple((length, kept.count(length)) for length in dict.fromkeys(kept))
 
@@ -97,7 +98,7 @@ def joined(parts: Sequence[Patterns]) -> Patterns:
 
 
 def split_to_multiple(patterns: Patterns, multiple: int) -> Patterns:
-    """Return the patterns with as many packs more as make their number a multiple.
+    """Return the patterns with packs added until their number is a multiple.
 
     The last pack that holds two examples or more is cut in half, again and again; empty packs
     are added only if there are fewer examples than packs.
@@ -115,6 +116,7 @@ def split_to_multiple(patterns: Patterns, multiple: int) -> Patterns:
             continue
         half = (len(lengths) + 1) // 2
         halves = [(1, pattern_of(lengths[:half])), (1, pattern_of(lengths[half:]))]
+        # Only one pack of the run is cut. The search goes on at the second half, now the last pack.
         pairs[last : last + 1] = [(repeats - 1, held), *halves] if repeats > 1 else halves
         last += len(halves) if repeats > 1 else len(halves) - 1
         missing -= 1
@@ -122,23 +124,24 @@ def split_to_multiple(patterns: Patterns, multiple: int) -> Patterns:
 
 
 def fill_slots(patterns: Patterns, counts: NDArray[np.int64]) -> tuple[Patterns, NDArray[np.int64]]:
-    """Return the patterns with each slot given to an example or dropped, and who got none.
+    """Give each slot of the patterns to an example or drop it; return what packs then hold.
 
-    A slot takes its own length or a shorter one. The longest examples choose first and take the
-    shortest slot that holds them, so as many examples as possible get one.
+    A slot takes an example of its own length or a shorter one. Longest first, each example
+    takes the shortest slot that holds it, so as many examples as possible get a slot.
 
     Args:
-        patterns: slots, perhaps more or fewer of a length than there are examples.
-        counts: int64[longest + 1], the examples.
+        patterns: the slots; there may be more or fewer of a length than examples.
+        counts: int64[longest + 1], examples of each length.
 
     Returns:
-        Patterns of the same packs (those left empty dropped), and int64[longest + 1], the
-        examples without a slot.
+        Patterns of the same packs without those left empty, and int64[longest + 1], the
+        examples of each length that got no slot.
     """
     slots = patterns.counts(len(counts) - 1)
     left = counts.copy()
     takers: dict[int, list[list[int]]] = {}  # of each slot length: [length, how many], in turn
     free: list[list[int]] = []  # [slot length, how many], shortest on top
+    # From long to short: all slots in `free` are at least this long, the shortest on top.
     for length in range(len(counts) - 1, 0, -1):
         if slots[length]:
             takers[length] = []
@@ -150,13 +153,15 @@ def fill_slots(patterns: Patterns, counts: NDArray[np.int64]) -> tuple[Patterns,
             free[-1][1] -= taken
             if not free[-1][1]:
                 free.pop()
+    # Slots without an example hold length 0, which is dropped below.
     for length, unused in free:
         takers[length].append([0, unused])
 
     filled: list[tuple[int, Pattern]] = []
     for pattern in range(len(patterns)):
         repeats, held = patterns[pattern]
-        # What each slot of the pattern holds, as runs over its packs; then the runs they share.
+        # For each slot of the pattern, runs of (length held, packs), first pack on top. Packs in
+        # which no slot's run ends hold the same, and become one pattern.
         runs = [_take(takers[length], repeats) for length, copies in held for _ in range(copies)]
         while repeats:
             packs = min(run[-1][1] for run in runs)
@@ -174,7 +179,7 @@ def fill_slots(patterns: Patterns, counts: NDArray[np.int64]) -> tuple[Patterns,
 
 
 def _take(takers: list[list[int]], wanted: int) -> list[list[int]]:
-    """Take so many slots from [length, how many] runs; return the runs taken, the first on top."""
+    """Take `wanted` slots from [length, how many] runs; return the runs taken, first one on top."""
     taken = []
     while wanted:
         length, number = takers[0]

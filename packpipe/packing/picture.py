@@ -1,4 +1,4 @@
-"""Packs as a small picture for notebooks: plain SVG, no plotting library."""
+"""Draws packs as a small SVG picture for notebooks, without a plotting library."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def html(
     offsets: NDArray[np.int64],
     seq_len: int,
 ) -> str:
-    """Return figures as a table, and as bars what some packs hold.
+    """Return HTML: a table of figures, and below it some packs as bars.
 
     Args:
         figures: (name, value) of each.
-        seq_lens: int[segments], tokens, pack by pack.
-        offsets: int64[packs + 1], where the packs begin among them.
+        seq_lens: int[segments], tokens of each, pack by pack.
+        offsets: int64[packs + 1], where each pack begins in seq_lens.
         seq_len: tokens a pack holds.
     """
     rows = "".join(
@@ -38,6 +38,7 @@ def html(
 def bars(seq_lens: NDArray[np.integer], offsets: NDArray[np.int64], seq_len: int) -> str:
     """Return an SVG of some packs, evenly chosen: one bar each, segments coloured, padding grey."""
     num_packs = len(offsets) - 1
+    # A set, since fewer than _PACKS packs give the same number several times.
     shown = sorted({num_packs * i // _PACKS for i in range(_PACKS)} if num_packs else ())
     parts = []
     for line, pack in enumerate(shown):
@@ -45,9 +46,11 @@ def bars(seq_lens: NDArray[np.integer], offsets: NDArray[np.int64], seq_len: int
         parts.append(f'<rect x="0" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" fill="#d0d0d0"/>')
         lens = seq_lens[offsets[pack] : offsets[pack + 1]]
         ends = np.concatenate([[0], np.cumsum(lens, dtype=np.int64)])
-        if len(ends) > _SEGMENTS:  # too narrow to be seen one by one: some are drawn as one
+        if len(ends) > _SEGMENTS:  # too narrow to be seen one by one: neighbours are merged
             ends = ends[np.linspace(0, len(ends) - 1, _SEGMENTS).astype(int)]
         for number, (start, stop) in enumerate(pairwise(ends.tolist())):
+            # A gap of half a pixel separates neighbours; a segment is drawn at least half a pixel
+            # wide.
             x, width = (_WIDTH * tokens / seq_len for tokens in (start, stop - start))
             parts.append(
                 f'<rect x="{x:.2f}" y="{y}" width="{max(width - 0.5, 0.5):.2f}" '

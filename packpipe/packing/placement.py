@@ -1,14 +1,13 @@
-"""Kernels that carry a histogram's plan out to every example.
+"""Kernels that give every example its place in a plan made from a histogram.
 
-A plan says what each pack holds; here every example gets its place. Equal lengths are
-interchangeable, so by convention those of one length fill their places pack by pack in the
-order they come, and within a pack the longest stands first. Each kernel is one pass; all are
-bound by memory, so indices are as narrow as can be.
+A plan says which lengths each pack holds. Examples of one length are interchangeable; by
+convention they fill their places pack by pack in the order given, and within a pack the longest
+comes first. Each kernel is one pass; all are bound by memory, so indices are as narrow as possible.
 
 Arrays: `counts` and `next_place` are int64[longest + 1] by length; `repeats` int64[patterns],
 `offsets` int64[patterns + 1] and `entries` int64[entries, 2] of (length, copies) say what
 the packs of each pattern hold, in pack order. `lengths` are read-only int32 or int64, so that
-each kernel is compiled for two types and no more. Twins are in tests/naive.py.
+each kernel is compiled for two types and no more. Naive twins are in tests/naive.py.
 """
 
 from __future__ import annotations
@@ -16,13 +15,14 @@ from __future__ import annotations
 from numba import njit
 
 # Packs written together: a tile of the order stays in the cache while each length of a pattern
-# goes over it (16 to 1024 packs ran alike; without tiles it took up to three times as long).
+# is written to it (16 to 1024 packs took the same time; without tiles up to three times as long).
 _TILE = 128
 
 
 @njit(cache=True)
 def count(lengths, counts):  # type: ignore[no-untyped-def]
-    """Add lengths to their histogram; return where the first one it has no place for is, or -1."""
+    """Add lengths to their histogram; return the index of the first that is out of range, or -1."""
+    # Four histograms side by side were no faster (14 against 13 ms); np.bincount took 72 ms.
     for i in range(lengths.shape[0]):
         length = lengths[i]
         if length < 1 or length >= counts.shape[0]:
@@ -33,9 +33,9 @@ def count(lengths, counts):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def sort_by_length(lengths, start, next_place, members):  # type: ignore[no-untyped-def]
-    """Put the positions start, start + 1, ... of lengths where next_place says; it moves on.
+    """Write each position to the next place of its length in members, and move next_place on.
 
-    A stable counting sort, chunk by chunk.
+    A stable counting sort of the positions start, start + 1, ..., chunk by chunk.
     """
     for i in range(lengths.shape[0]):
         place = next_place[lengths[i]]
@@ -51,7 +51,7 @@ def fill_packs(repeats, offsets, entries, next_place, members, order):  # type: 
         repeats: int64[patterns], packs of each pattern.
         offsets: int64[patterns + 1], where its entries begin.
         entries: int64[entries, 2], (length, copies).
-        next_place: where in members the first example of each length is; it moves on.
+        next_place: int64[lengths], where in members each length's next example is; moves on.
         members: int[examples], positions sorted by length, as `sort_by_length` leaves them.
         order: int[examples], written.
     """
@@ -87,21 +87,25 @@ def end_packs(repeats, num_segments, offsets):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def number_places(first_row, rows, skip, take, numbers):  # type: ignore[no-untyped-def]
-    """Write the pack of each place, length by length, of which some are skipped and some taken.
+    """Write the pack number of each place, length by length: skip some places, then take some.
 
     Args:
         first_row: int64[lengths + 1], where the rows of each length begin.
         rows: int64[rows, 3], (first pack, packs, copies), the packs of a length rising.
-        skip: int64[lengths], places left out, those of examples seen before.
-        take: int64[lengths], places wanted after them.
+        skip: int64[lengths], places to leave out: those of examples in earlier shards.
+        take: int64[lengths], places wanted after those.
         numbers: int[sum of take], written.
     """
+    # A table of places and a second pass (`look_up`) took 97 to 137 ms; a state machine for each
+    # length 67 to 137 ms, but it does not serve shards.
     place = 0
     for length in range(take.shape[0]):
         skipped = skip[length]
         end = place + take[length]
         row = first_row[length]
         while place < end:
+            # A row whose places are all skipped is passed in one step; only the first row taken
+            # may begin within a pack.
             packs, copies = rows[row, 1], rows[row, 2]
             if skipped < packs * copies:
                 pack = rows[row, 0] + skipped // copies
@@ -121,7 +125,7 @@ def number_places(first_row, rows, skip, take, numbers):  # type: ignore[no-unty
 
 @njit(cache=True)
 def look_up(lengths, next_place, numbers, out):  # type: ignore[no-untyped-def]
-    """Write numbers[next_place[length]] for each length; next_place moves on."""
+    """Write each example's pack number: the next of its length in numbers; next_place moves on."""
     for i in range(lengths.shape[0]):
         place = next_place[lengths[i]]
         out[i] = numbers[place]
@@ -130,11 +134,10 @@ def look_up(lengths, next_place, numbers, out):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def shuffle(members, ends, group, start, uniforms):  # type: ignore[no-untyped-def]
-    """Go on with a Fisher-Yates shuffle inside each group of members; return the group reached.
+    """Continue a Fisher-Yates shuffle within each group of members; return the group reached.
 
     The member at place i changes places with one of i .. end of its group - 1, chosen by
-    uniforms[i - start]. Groups of one length fit into the cache, which a shuffle of all
-    members would not.
+    uniforms[i - start]. Groups of one length fit into the cache; all members together would not.
 
     Args:
         members: int[examples], changed.
@@ -146,6 +149,8 @@ def shuffle(members, ends, group, start, uniforms):  # type: ignore[no-untyped-d
     for i in range(start, start + uniforms.shape[0]):
         while ends[group] <= i:
             group += 1
+        # A uniform number is at most 1 - 2**-53, so even after rounding the product stays below the
+        # number of places, and `other` within the group.
         other = i + int(uniforms[i - start] * (ends[group] - i))
         members[i], members[other] = members[other], members[i]
     return group
@@ -153,7 +158,7 @@ def shuffle(members, ends, group, start, uniforms):  # type: ignore[no-untyped-d
 
 @njit(cache=True)
 def group_by_pack(numbers, offsets, order):  # type: ignore[no-untyped-def]
-    """Write order from the pack number of every example; offsets[p] moves to the end of pack p."""
+    """Write order from the pack number of each example; offsets[p] moves to the end of pack p."""
     for i in range(numbers.shape[0]):
         place = offsets[numbers[i]]
         order[place] = i

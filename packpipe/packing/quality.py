@@ -1,8 +1,9 @@
-"""How good a packing is: counts in, shares and a short table out."""
+"""`Quality`: the figures of a packing, computed from counts, and a short table of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +17,13 @@ def fill(num_tokens: int, num_packs: int, seq_len: int) -> float:
 def attention_work(
     seq_lens: NDArray[np.integer], offsets: NDArray[np.integer]
 ) -> NDArray[np.int64]:
-    """Return int64[packs], Σ l² over the segments of each: what attention within them costs.
+    """Return int64[packs], Σ length² over a pack's segments: the cost of attention within them.
 
     Args:
-        seq_lens: int[segments], tokens, pack by pack.
-        offsets: int[packs + 1], where the packs begin among them.
+        seq_lens: int[segments], tokens of each, pack by pack.
+        offsets: int[packs + 1], where each pack begins in seq_lens.
     """
+    # int64 before squaring: 46341 tokens squared are more than int32 holds.
     ends = np.concatenate([[0], np.cumsum(seq_lens.astype(np.int64) ** 2)])
     work: NDArray[np.int64] = np.diff(ends[offsets])
     return work
@@ -36,7 +38,7 @@ class Quality:
         num_tokens: tokens of all examples, padding not counted.
         num_packs: packs they fill.
         seq_len: tokens a pack holds.
-        bound: packs below which no packer can go, as far as is proven.
+        bound: proven lower bound on the packs of any packer.
         most_segments: most examples in one pack.
     """
 
@@ -59,7 +61,7 @@ class Quality:
 
     @property
     def gap(self) -> int:
-        """Packs above the proven lower bound."""
+        """Packs above the proven lower bound; the optimum has at most this many fewer."""
         return self.num_packs - self.bound
 
     @property
@@ -80,3 +82,37 @@ class Quality:
 
     def __str__(self) -> str:
         return "\n".join(f"{name:<9} {value}" for name, value in self.rows())
+
+
+class Figures:
+    """Base class of all that has a ``quality``: gives its figures as properties."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def quality(self) -> Quality: ...  # noqa: D102
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all examples, padding not counted."""
+        return self.quality.num_tokens
+
+    @property
+    def fill(self) -> float:
+        """Real tokens ÷ slots; 1.0 when there are no packs."""
+        return self.quality.fill
+
+    @property
+    def padding(self) -> float:
+        """Share of slots that hold no token."""
+        return self.quality.padding
+
+    @property
+    def bound(self) -> int:
+        """Proven lower bound on the packs of any packer."""
+        return self.quality.bound
+
+    @property
+    def gap(self) -> int:
+        """Packs above the proven lower bound."""
+        return self.quality.gap

@@ -1,4 +1,4 @@
-"""Which seq_len suits some lengths: padding, packs and attention work of each."""
+"""`suggest_seq_len`: compares values of seq_len by padding, packs and attention work."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from packpipe.packing import lengths as fronts
 from packpipe.packing.limits import MAX_SEQ_LEN
 from packpipe.packing.quality import Quality
 
-_STEPS = (1, 1.25, 1.5, 2, 3, 4, 6, 8)
+_STEPS = (1, 1.25, 1.5, 2, 3, 4, 6, 8)  # candidates, as multiples of the longest example
 _MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class SeqLenChoice:
-    """What one seq_len means.
+    """The figures of packing with one seq_len.
 
     Attributes:
         quality: packs, padding, segments and the other figures.
-        masked_work: attention of a masked row over all its slots, ÷ that of the segments alone:
-            packs · seq_len² ÷ Σ l². What varlen or block-sparse attention saves.
+        masked_work: attention work of whole rows under a dense mask ÷ that of the segments alone:
+            packs · seq_len² ÷ Σ length². Varlen or block-sparse attention saves this factor.
     """
 
     quality: Quality
@@ -34,11 +34,11 @@ class SeqLenChoice:
 
 @dataclass(frozen=True)
 class SeqLenChoices:
-    """Candidates for seq_len, in rising order; prints as a table.
+    """The figures of each candidate seq_len, in rising order; prints as a table.
 
     Attributes:
         choices: one for each candidate.
-        best: the shortest whose padding is within max_padding, or else the one that pads least.
+        best: the shortest seq_len with padding of at most max_padding, or else that with the least.
     """
 
     choices: tuple[SeqLenChoice, ...]
@@ -65,7 +65,7 @@ def suggest_seq_len(
     max_segments: int | None = None,
     max_padding: float = 0.01,
 ) -> SeqLenChoices:
-    """Return what each candidate seq_len means for some lengths, and which one to take.
+    """Return the figures of packing some lengths with each candidate seq_len, and the best one.
 
     Args:
         lengths: int[examples], tokens per example, 1 or more, at least one of them.
@@ -73,10 +73,12 @@ def suggest_seq_len(
             multiple of 64, and up to eight times that.
         strategy: packing rule, one that sorts by length; see `pack_lengths`.
         max_segments: most examples a pack may hold; None for no limit.
-        max_padding: padding that is small enough, in [0, 1).
+        max_padding: share of padding that is small enough, in [0, 1).
 
     Raises:
-        TypeError, ValueError: as `pack_lengths`; the longest example must fit every candidate.
+        TypeError: lengths, a candidate or max_segments are no integers.
+        ValueError: there are no lengths, a length is null or below 1, a candidate is shorter than
+            the longest example, or another argument is out of range.
 
     >>> print(suggest_seq_len([50, 60, 30, 20], [64, 96, 160]))
     seq_len      packs  padding  segments (most)  masked ÷ segment attention
@@ -110,7 +112,9 @@ def suggest_seq_len(
     if not number or not 0 <= max_padding < 1:
         expected = "a share in [0, 1)"
         raise ValueError(checks.sentence("max_padding", max_padding, expected, "0.01 is usual"))
+    # One histogram serves all: the longer candidates extend it with zeros.
     counts = fronts.count(chunks, tried[0], tried[0])
+    # In floats: Σ length² of many long examples is beyond int64.
     segment_work = float(counts @ np.arange(len(counts), dtype=np.float64) ** 2)
     choices = []
     for seq_len in tried:

@@ -1,9 +1,9 @@
-"""Packing under two limits at once: tokens, and a second cost per example.
+"""Packs under two limits at once: tokens, and a second cost of each example.
 
-Such as language-model tokens beside image tokens, or images a pack. Examples are taken
-by their larger share of either limit, so histograms no longer do: the cost is
-O(examples * log(packs)), and more for first fit where packs with room for one of the two
-alternate with packs with room for the other.
+The second cost is, for example, the text tokens of an image with a caption. Examples are taken by
+their larger share of either limit. Two numbers per example make no histogram, so the cost is
+O(examples * log(packs)), and more for first fit if packs with room for tokens only alternate with
+packs with room for the second cost only.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ def _doubled(values):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def first_fit(lengths, costs, capacity, limit, max_segments, numbers):  # type: ignore[no-untyped-def]
-    """Each example into the first pack with room for both; return how many packs there are.
+    """Put each example into the first pack with room for both; return the number of packs.
 
-    A tree over the packs holds the most room of either kind below each node; a branch that
-    has too little of one is not entered. A pack without a free slot has no room (-1).
+    Invariant: a tree over the packs holds the most room for tokens and the most room for the second
+    cost (purse) below each node; a branch with too little of one is not searched. A pack that has
+    no free slot has room -1.
     """
+    # -1, not 0, is what packs have that are not open: a cost of 0 would fit into a purse of 0.
     leaves = 1024
     room = np.full(2 * leaves, -1)
     purse = np.full(2 * leaves, -1)
@@ -43,6 +45,8 @@ def first_fit(lengths, costs, capacity, limit, max_segments, numbers):  # type: 
     stack = np.empty(128, np.int64)
     num_packs = 0
     for i in range(lengths.shape[0]):
+        # Depth first, left before right. The most room and the most purse of a node may be those
+        # of different packs, so a search may have to turn back; the stack holds the branches left.
         found = -1
         depth = 1
         stack[0] = 1
@@ -88,7 +92,7 @@ def first_fit(lengths, costs, capacity, limit, max_segments, numbers):  # type: 
 
 @njit(cache=True)
 def _meld(one, other, purse, child, sibling):  # type: ignore[no-untyped-def]
-    """Make the lesser of two heaps a child of the other: most purse first, then the first pack."""
+    """Join two pairing heaps; the root has the most purse, and of equals is the first opened."""
     if one < 0:
         return other
     if other < 0:
@@ -102,11 +106,11 @@ def _meld(one, other, purse, child, sibling):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def best_fit(lengths, costs, capacity, limit, max_segments, numbers):  # type: ignore[no-untyped-def]
-    """Each example into the pack with the least room for tokens that has room for both.
+    """Put each example into the pack with the least room for tokens that has room for both.
 
-    Among equals the one with most left of the second limit, then the first opened. Packs of
-    equal room are a pairing heap; a tree over the rooms holds the most left of the
-    second limit below each node. Returns how many packs there are.
+    Of packs with equal room, the one with the most left of the second limit (purse) is taken,
+    then the first opened. Invariant: open packs of equal room are a pairing heap, and a tree over
+    the rooms holds the most purse below each node. Returns the number of packs.
     """
     leaves = 1
     while leaves <= capacity:
@@ -170,6 +174,7 @@ def best_fit(lengths, costs, capacity, limit, max_segments, numbers):  # type: i
         purse[pack] -= costs[i]
         slots[pack] -= 1
         room -= lengths[i]
+        # A pack without tokens or slots left goes into no heap: nothing can enter it again.
         if slots[pack] and room:
             child[pack] = -1
             sibling[pack] = -1
@@ -190,12 +195,12 @@ def pack(
     max_segments: int,
     strategy: str,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """Return (visited, pack numbers, packs): examples in the order taken, and where each went.
+    """Return (visited, numbers, packs): the examples in the order taken, and the pack of each.
 
-    Taken by the larger of length ÷ capacity and cost ÷ limit, falling; then by length, then by
-    position. With costs of one, "ffd" is "ffd" with max_segments = limit.
+    The order: by the larger of length ÷ capacity and cost ÷ limit, largest first; then the longest
+    first; then by position. With costs of one, "ffd" is "ffd" with max_segments = limit.
     """
-    # Exact shares: both over the common denominator, in Python's integers where int64 overflows.
+    # Shares are compared exactly, times capacity · limit; in Python's integers if int64 overflows.
     exact = np.int64 if capacity * limit < 2**62 else object
     shares = np.maximum(lengths.astype(exact) * limit, costs.astype(exact) * capacity)
     visited = np.lexsort((-lengths, -shares))
@@ -209,7 +214,9 @@ def checked(also: Any, num_examples: int) -> tuple[NDArray[np.int64], int]:
     """Return the second cost as int64[examples] and its limit.
 
     Raises:
-        TypeError, ValueError: not a pair, not integers, or a cost outside 0..limit.
+        TypeError: also is no pair, or holds no integers.
+        ValueError: there is not one cost for each example, a cost is null or outside 0..limit, or
+            the limit is below 1.
     """
     if not isinstance(also, tuple) or len(also) != 2:
         kind = f"{len(also)} values" if isinstance(also, tuple) else type(also).__name__

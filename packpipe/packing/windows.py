@@ -1,4 +1,4 @@
-"""Packs lengths window by window."""
+"""Packs lengths window by window, and shuffles the packs within each window."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from packpipe import philox
 from packpipe.packing.packs import pack_lengths
+from packpipe.philox import Key
 
 
 class Packing(Protocol):
-    """The part of a configuration that packs lengths."""
+    """The options of a configuration that packing lengths needs."""
 
     @property
     def seq_len(self) -> int:
@@ -20,7 +21,7 @@ class Packing(Protocol):
 
     @property
     def max_segments(self) -> int | None:
-        """Most examples it may hold."""
+        """Most examples a pack may hold."""
 
     @property
     def strategy(self) -> str:
@@ -35,26 +36,27 @@ def pack_windows(
     num_keep: NDArray[np.int32],
     order: NDArray[np.int64],
     config: Packing,
+    key: Key,
     *,
-    seed: int,
-    epoch: int,
     also: tuple[ArrayLike, int] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return (order, offsets) of the packs of every window, one window after the other.
 
     Args:
         num_keep: int32[examples], tokens of each.
-        order: int64[examples], plan order.
-        config: what a pack may hold, and how many are packed together.
-        seed: which order of the packs of a window.
-        epoch: likewise.
-        also: as for `plan_epoch`.
+        order: int64[examples], positions of the examples in plan order.
+        config: limits, strategy and window.
+        key: (seed, epoch) of the order of the packs within a window.
+        also: (cost, limit), a second limit of a pack, with int[examples] costs by position; packs
+            are then found by "ffd".
     """
     packed = np.empty_like(order)
     ends = [np.zeros(1, np.int64)]
     num_packs = 0
     num_windows = -(-len(order) // config.window)
     for window in range(num_windows):
+        # Sizes of windows differ by one at most, so that none is a small remainder, which would pad
+        # more.
         start = len(order) * window // num_windows
         stop = len(order) * (window + 1) // num_windows
         some = order[start:stop]
@@ -65,11 +67,13 @@ def pack_windows(
             max_segments=config.max_segments,
             also=None if also is None else (np.asarray(also[0])[some], also[1]),
         )
+        # Numbered across windows, so that no two packs share a random word.
         numbers = np.arange(num_packs, num_packs + len(packs))
         num_packs += len(packs)
-        turn = philox.permutation(seed=seed, epoch=epoch, index=numbers, stream=philox.PACK_ORDER)
+        turn = philox.permutation(key, index=numbers, stream=philox.PACK_ORDER)
         num_segments = packs.segments_per_pack[turn]
         end = np.cumsum(num_segments)
+        # Where in packs.order each segment stands, with the packs in their new order.
         places = np.repeat(packs.offsets[turn] - end + num_segments, num_segments)
         places += np.arange(len(some))
         packed[start:stop] = some[packs.order[places]]

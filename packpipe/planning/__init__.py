@@ -1,4 +1,4 @@
-"""Options and sizes to a plan: each image's resolution, kept tokens and pack.
+"""Makes plans from options and sizes: each image's resolution, kept tokens and pack.
 
-Made before a pixel is read, a pure function of (sizes, options, seed, epoch).
+A plan is made before any pixel is read and is a pure function of (sizes, options, seed, epoch).
 """

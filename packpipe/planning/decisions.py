@@ -1,16 +1,16 @@
-"""Decisions about single images: their patch grid and how many tokens they keep.
+"""Decides each image's patch grid and how many of its tokens are kept.
 
 *Local*: an image's decision depends on its own size, the configuration and (seed, epoch, index)
-only, so that any image's can be made again alone. In this order:
+only, so it can be made again for one image alone. In this order:
 
-1. The resolution law gives a grid (`resolution`). Over the configuration's token limit it is
+1. The resolution law gives a grid (`resolution`). A grid above the configuration's token limit is
    shrunk, a square to a smaller square.
-2. The drop law gives the share of its tokens that is dropped (`dropping`). Progress, for a law
-   that changes over training, is (epoch + p) ÷ epochs, p being the place in the epoch's order:
-   the uniform number the example is sorted by.
-3. What then would keep more than seq_len tokens is shrunk until it does not, at the same rate.
+2. The drop law gives the share of its tokens that is dropped (`dropping`). For a law that changes
+   over training, progress is (epoch + p) ÷ epochs, where p in [0, 1) is the image's place in the
+   epoch's order: the uniform number that images are sorted by.
+3. An image that would keep more than seq_len tokens is shrunk until it does not, at the same rate.
 
-Cost: about 0.1 µs an image, in pieces that stay in the cache.
+Cost: about 0.1 µs per image, in pieces that stay in the cache.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packpipe import checks, philox
+from packpipe.philox import Key
 from packpipe.planning import dropping, resolution
 from packpipe.planning.image_config import PackConfig
 
-_AT_ONCE = 2**15
+_AT_ONCE = 2**15  # images, so that the arrays computed for them stay in the cache
 
 
 class Decisions(NamedTuple):
-    """What is decided about some images.
+    """The decisions about some images.
 
     Attributes:
         grid_hw: int16[images, 2], (rows, columns) of patches after resizing.
         num_keep: int32[images], tokens kept.
-        shrunk: bool[images], whether the image had more tokens than it may have.
-        drawn: float64[images], the side, area or budget drawn; None where nothing is.
-        drop_rate: float64[images], as drawn; None where nothing is dropped.
+        shrunk: bool[images], whether the image was shrunk, having more tokens than allowed.
+        drawn: float64[images], the side, area or budget drawn; None if the law draws nothing.
+        drop_rate: float64[images], the rates drawn; None if the configuration drops nothing.
     """
 
     grid_hw: NDArray[np.int16]
@@ -49,38 +50,38 @@ class Decisions(NamedTuple):
 def decide(
     image_hw: NDArray[np.integer],
     config: PackConfig,
+    key: Key,
     *,
-    seed: int,
-    epoch: int,
     index: NDArray[np.int64],
     progress: NDArray[np.float64] | None = None,
 ) -> Decisions:
-    """Return the decisions about images; those of a part are part of those of the whole.
+    """Return the decisions about images; each is the same whatever other images are passed.
 
     Args:
         image_hw: int[images, 2], upright (height, width) in pixels, 1..2**31-1.
         config: the options.
-        seed: first word of the key of all draws.
-        epoch: second.
+        key: (seed, epoch) of all draws.
         index: int64[images], each image's row in its source.
-        progress: float64[images], share of the training done, where examples come in an order of
-            their own; None takes the one above.
+        progress: float64[images], share of the training done, for images that come in another
+            order than the epoch's; None computes it as described at the top of the file.
 
     Raises:
         ValueError: the epoch lies after the training's end.
     """
+    epoch = key.epoch
     if config.epochs is not None and epoch >= config.epochs:
         expected = f"below {config.epochs} (epochs)"
         raise ValueError(checks.sentence("epoch", epoch, expected, "raise epochs"))
 
     def uniform(stream: int) -> NDArray[np.float64]:
-        return philox.uniform(seed=seed, epoch=epoch, index=index, stream=stream)
+        return philox.uniform(key, index=index, stream=stream)
 
     law, limit = config.resolution, config.token_limit
     u = None if isinstance(law, str) else uniform(philox.RESOLUTION)
     grids, drawn = resolution.patch_grids(
         law, image_hw, config.patch_size, limit, u=u, max_upscale=config.max_upscale
     )
+    # int64 until the end: a native grid may have far more patches than int16 or int32 hold.
     num_tokens = grids[:, 0] * grids[:, 1]
     shape_hw = resolution.shape_hw(law, image_hw)
     shrunk = num_tokens > limit
@@ -88,6 +89,7 @@ def decide(
     if not config.drops:
         return Decisions(grids.astype(np.int16), num_tokens.astype(np.int32), shrunk, drawn, None)
 
+    # The word of EXAMPLE_ORDER that `plan_epoch` sorts by, so progress rises with plan order.
     if progress is None and config.epochs is not None:
         progress = (epoch + uniform(philox.EXAMPLE_ORDER)) / config.epochs
     rates = dropping.drop_rates(
@@ -96,6 +98,8 @@ def decide(
     num_keep = dropping.num_kept(num_tokens, rates)
     over = num_keep > config.seq_len
     if over.any():
+        # The most tokens of which, at this rate, at most seq_len are kept; rounding the product may
+        # still give one more, hence the minimum below.
         most = np.minimum(limit, np.floor(config.seq_len / (1 - rates))).astype(np.int64)
         _shrink(grids, num_tokens, over, shape_hw, most)
         num_keep = np.minimum(dropping.num_kept(num_tokens, rates), config.seq_len)
@@ -105,19 +109,19 @@ def decide(
 def decide_all(
     image_hw: NDArray[np.integer],
     config: PackConfig,
+    key: Key,
     *,
-    seed: int,
-    epoch: int,
     index: NDArray[np.int64],
     executor: Executor | None = None,
 ) -> tuple[NDArray[np.int16], NDArray[np.int32], int]:
-    """Return (grid_hw, num_keep, how many were shrunk) of any number of images."""
+    """Return (grid_hw, num_keep, how many were shrunk) for any number of images, in pieces."""
+    # Every piece writes to a place of its own, so threads need no lock and their order is free.
     grid_hw = np.empty((len(image_hw), 2), np.int16)
     num_keep = np.empty(len(image_hw), np.int32)
 
     def decide_some(start: int) -> int:
         some = slice(start, start + _AT_ONCE)
-        found = decide(image_hw[some], config, seed=seed, epoch=epoch, index=index[some])
+        found = decide(image_hw[some], config, key, index=index[some])
         grid_hw[some], num_keep[some] = found.grid_hw, found.num_keep
         return int(found.shrunk.sum())
 
@@ -132,7 +136,7 @@ def _shrink(
     shape_hw: NDArray[np.integer],
     limit: NDArray[np.int64] | int,
 ) -> None:
-    """Make the grids of some images the largest of their shape within their limit."""
+    """Replace the grids of images in `where` by the largest of their shape within the limit."""
     if where.any():
         limits = np.broadcast_to(limit, len(grids))[where]
         grids[where] = resolution.budget_grids(shape_hw[where], limits)

@@ -1,7 +1,7 @@
 """Token dropping: how many of an image's tokens are kept, and which.
 
-A drop rate is a number, a distribution, or one of the two laws below. Which tokens stay is
-uniform without replacement, a function of (seed, epoch, index) alone.
+A drop rate is a number, a distribution, or one of the two laws below. The tokens that stay are
+drawn uniformly without replacement, a function of (seed, epoch, index) alone.
 
 Source: NaViT 2.2, 3.3, A.4, A.5.
 """
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from packpipe import checks, philox
+from packpipe.philox import Key
 from packpipe.planning.distributions import Constant, Distribution, distribution
 
 _CUT = 2.0  # deviations at which the normal of ByResolution is truncated
@@ -25,13 +26,13 @@ _CUT = 2.0  # deviations at which the normal of ByResolution is truncated
 class ByResolution:
     """A drop rate that follows the image's token count (NaViT A.5).
 
-    Normal around a mean that is linear in the token count, truncated at two deviations. Beyond the
-    two given points the mean stays what it is there.
+    Normal around a mean that is linear in the token count between two points and constant outside
+    of them; truncated at two deviations.
 
     Attributes:
-        min_tokens, min_rate: the mean rate of an image of min_tokens tokens, before dropping.
-        max_tokens, max_rate: likewise.
-        deviation: of the normal distribution; 0 for none.
+        min_tokens, min_rate: an image of min_tokens tokens before dropping has mean rate min_rate.
+        max_tokens, max_rate: an image of max_tokens tokens before dropping has mean rate max_rate.
+        deviation: that of the normal distribution; 0 for the mean itself.
     """
 
     min_tokens: float
@@ -64,16 +65,16 @@ class OverTraining:
     """A drop rate that changes with the images seen (NaViT A.4, A.5).
 
     low + (high - low)·σ((progress - midpoint) ÷ width), where progress is images seen ÷ images
-    of the whole training; a negative width falls from high to low. With laws in place of the two
-    numbers, it is their quantiles that are mixed, at one and the same draw.
+    of the whole training; a negative width falls from high to low. If low and high are laws, their
+    quantiles at the same uniform number are mixed.
 
-    The paper's: rising ``OverTraining(0.2, 0.8, 0.5, 0.1)``, fast falling ``(0.2, 0.8, 0.5, -0.1)``
-    and slow falling ``(0.2, 0.8, 2 / 3, -0.2)``, its best.
+    The paper's schedules: rising ``OverTraining(0.2, 0.8, 0.5, 0.1)``, fast falling
+    ``(0.2, 0.8, 0.5, -0.1)`` and slow falling ``(0.2, 0.8, 2 / 3, -0.2)``, its best.
 
     Attributes:
         low, high: a number, a distribution or a ByResolution.
-        midpoint: progress at which both weigh the same.
-        width: progress in which the odds change by a factor of e.
+        midpoint: progress at which low and high have equal weights.
+        width: progress over which the ratio of their weights changes by a factor of e.
     """
 
     low: float | Distribution | ByResolution
@@ -95,7 +96,7 @@ class OverTraining:
         return min(a, c), max(b, d)
 
     def share(self, progress: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return float64[n]: how much of high there is in the mixture."""
+        """Return float64[n]: the weight of high in the mixture, in [0, 1]."""
         share: NDArray[np.float64] = special.expit((progress - self.midpoint) / self.width)
         return share
 
@@ -107,11 +108,12 @@ def law(name: str, value: Any) -> DropLaw:
     """Return a drop rate as a law: a number becomes a Constant, a list a Choice.
 
     Raises:
-        TypeError: it is neither.
-        ValueError: it can reach a rate outside [0, 1).
+        TypeError: value is none of these.
+        ValueError: value can give a rate outside [0, 1).
     """
     known = isinstance(value, ByResolution | OverTraining)
     found: DropLaw = value if known else distribution(name, value)
+    # The ends of the support stand for every rate that can be drawn, so this is checked only once.
     least, largest = found.support
     if not 0 <= least <= largest < 1:
         remedy = "it is the share that is dropped, and one token has to stay"
@@ -120,7 +122,12 @@ def law(name: str, value: Any) -> DropLaw:
 
 
 def canonical(name: str, value: Any) -> float | DropLaw:
-    """Return a drop rate in the one form it is kept in: a float or a law. Raises as `law`."""
+    """Return a drop rate in the form in which it is stored: a float or a law.
+
+    Raises:
+        TypeError: value is no number, distribution, law or list.
+        ValueError: value can give a rate outside [0, 1).
+    """
     found = law(name, value)
     return found.value if isinstance(found, Constant) else found
 
@@ -145,24 +152,25 @@ def drop_rates(
         high = drop_rates(law("high", drop.high), u, num_tokens, progress)
         return low + (high - low) * drop.share(progress)
     if isinstance(drop, ByResolution):
+        # A truncated normal by its quantile: u is mapped to the shares between -2 and +2
+        # deviations. np.interp is constant outside of the two points.
         ends = [drop.min_tokens, drop.max_tokens], [drop.min_rate, drop.max_rate]
         below = special.ndtr(-_CUT)
         spread = special.ndtri(below + u * (1 - 2 * below))
         rates: NDArray[np.float64] = np.interp(num_tokens, *ends) + drop.deviation * spread
-        # Rounding must not leave the support, which may end at 0.
+        # Rounding must not leave the support, which may begin at 0.
         return np.clip(rates, *drop.support)
     return drop.quantile(u)
 
 
 def num_kept(num_tokens: NDArray[np.integer], drop_rate: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return int64[images]: tokens · (1 - rate) to the nearest, half to even, one at least."""
+    """Return int64[images]: tokens · (1 - rate), rounded to nearest (half to even), at least 1."""
     return np.maximum(1, np.rint(num_tokens * (1 - drop_rate)).astype(np.int64))
 
 
 def kept_tokens(
+    key: Key,
     *,
-    seed: int,
-    epoch: int,
     index: NDArray[np.integer],
     num_tokens: NDArray[np.integer],
     num_keep: NDArray[np.integer],
@@ -170,15 +178,13 @@ def kept_tokens(
     """Return int32[sum(num_keep)]: which tokens stay, in raster order, image after image.
 
     Args:
-        seed: of the plan.
-        epoch: likewise.
+        key: (seed, epoch) of all draws.
         index: int[images], each image's row in its source.
         num_tokens: int[images], tokens before dropping.
         num_keep: int[images], tokens that stay.
     """
     return philox.subsets(
-        seed=seed,
-        epoch=epoch,
+        key,
         index=index,
         stream=philox.KEPT_TOKENS,
         num_items=num_tokens,

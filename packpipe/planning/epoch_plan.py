@@ -1,6 +1,6 @@
 """`EpochPlan`: what every pack of an epoch holds.
 
-A plan prints, explains, saves, loads and compares itself; `plan` makes it.
+`plan_epoch` (plan.py) makes it. It can be printed, explained, saved, loaded and compared.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,15 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packpipe import checks
+from packpipe.packing.assignment import Assignment
 from packpipe.packing.limits import Limits
-from packpipe.packing.picture import html
-from packpipe.packing.quality import Quality, attention_work
+from packpipe.philox import Key
 from packpipe.planning.decisions import decide
 from packpipe.planning.explanation import Explanation
 from packpipe.planning.image_config import PackConfig
 
 _VERSION = 1  # of the saved file and of the fingerprint
-# The arrays of a plan: dtype, and what else an entry has besides its place.
+# The arrays of a plan: their dtype, and their sides after the first.
 _ARRAYS: dict[str, tuple[Any, ...]] = {
     "index": (np.int64,),
     "image_hw": (np.int32, 2),
@@ -40,17 +39,17 @@ _ARRAYS: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class EpochPlan:
+class EpochPlan(Assignment):
     """What every pack of an epoch holds; ``plan[p]`` are the source rows in pack p.
 
     Attributes:
-        config, seed, epoch: what the plan was made from, besides the sizes.
+        config, seed, epoch: what the plan was made from, in addition to the sizes.
         index: int64[images], row of each planned image in its source.
         image_hw: int32[images, 2], upright source size in pixels.
         grid_hw: int16[images, 2], (rows, columns) of patches after resizing.
         num_keep: int32[images], tokens kept.
-        num_shrunk: how many images had more tokens than they may have.
-        num_fitted: how many were moved to fill their pack.
+        num_shrunk: how many images were shrunk, having more tokens than allowed.
+        num_fitted: how many images grew to fill their pack.
         order: int64[images], positions in the arrays above, pack by pack.
         offsets: int64[packs + 1]; pack p is ``order[offsets[p]:offsets[p + 1]]``.
     """
@@ -67,74 +66,36 @@ class EpochPlan:
     num_shrunk: int
     num_fitted: int
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+    @property
+    def key(self) -> Key:
+        """(seed, epoch), the key of all draws."""
+        return Key(self.seed, self.epoch)
 
-    def members(self, pack: int) -> NDArray[np.int64]:
-        """Return the positions (into index, image_hw, ...) of the images in a pack."""
-        pack = range(len(self))[operator.index(pack)]
-        return self.order[self.offsets[pack] : self.offsets[pack + 1]]
-
-    def __getitem__(self, pack: int) -> NDArray[np.int64]:
-        return self.index[self.members(pack)]
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        return (self[pack] for pack in range(len(self)))
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """int32[images], tokens kept of each image."""
+        return self.num_keep
 
     @cached_property
-    def quality(self) -> Quality:
-        """Fill, bound (with these token counts in one window), gap and the other figures."""
-        limits = Limits(self.config.seq_len, self.config.max_segments)
-        counts = np.bincount(self.num_keep, minlength=limits.seq_len + 1).astype(np.int64)
-        return Quality(
-            num_examples=len(self.index),
-            num_tokens=int(self.num_keep.sum(dtype=np.int64)),
-            num_packs=len(self),
-            seq_len=limits.seq_len,
-            bound=limits.bound(counts),
-            most_segments=int(np.diff(self.offsets).max(initial=0)),
-        )
+    def limits(self) -> Limits:
+        """The limits of every pack."""
+        return Limits(self.config.seq_len, self.config.max_segments)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all packs, padding not counted."""
-        return self.quality.num_tokens
-
-    @property
-    def fill(self) -> float:
-        """Real tokens ÷ slots; 1.0 when there are no packs."""
-        return self.quality.fill
-
-    @property
-    def padding(self) -> float:
-        """Share of slots that hold no token."""
-        return self.quality.padding
-
-    @property
-    def bound(self) -> int:
-        """Packs below which no packer can go, with these token counts in one window."""
-        return self.quality.bound
-
-    @property
-    def gap(self) -> int:
-        """Packs above the proven lower bound."""
-        return self.quality.gap
+    def __getitem__(self, pack: int) -> NDArray[np.int64]:
+        rows: NDArray[np.int64] = self.index[self.members(pack)]
+        return rows
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits of all that is in the plan; only equal plans share them."""
+        """32 hexadecimal digits, a hash of everything in the plan; different plans differ in it."""
         # Options are equal where their numbers are: 1 and 1.0 are the same max_upscale.
         options = json.loads(json.dumps(self.config.to_dict()), parse_int=float)
         header = {**self._header(), "config": options}
         digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+        # Sizes and options are in the header, so the bytes of the arrays can be hashed end to end.
         for name, (dtype, *_) in _ARRAYS.items():
             digest.update(np.ascontiguousarray(getattr(self, name), dtype).data)
         return digest.hexdigest()[:32]
-
-    @property
-    def attention_work(self) -> NDArray[np.int64]:
-        """int64[packs], Σ l² of each pack: what attention costs; see `balance_steps`."""
-        return attention_work(self.num_keep[self.order], self.offsets)
 
     def pack_of(self, example: int) -> int:
         """Return the pack that holds an example, given by its row in the source.
@@ -146,7 +107,7 @@ class EpochPlan:
         return where - 1
 
     def explain(self, example: int) -> Explanation:
-        """Return what was decided about an example, and why; it is decided again, alone.
+        """Return what was decided about an example and why, by deciding it once more, alone.
 
         Args:
             example: its row in the source.
@@ -158,8 +119,7 @@ class EpochPlan:
         found = decide(
             self.image_hw[at : at + 1],
             self.config,
-            seed=self.seed,
-            epoch=self.epoch,
+            self.key,
             index=self.index[at : at + 1],
         )
         pack = self.pack_of(example)
@@ -179,11 +139,13 @@ class EpochPlan:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to a file, whole or not at all; `load` reads it."""
+        """Write the plan to a file, completely or not at all; `load` reads it."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         header = json.dumps({**self._header(), "fingerprint": self.fingerprint})
         partial = Path(f"{path}.{uuid4().hex}.partial")  # several ranks may save it at once
         try:
+            # An open file, since np.savez would append ".npz" to a name. Synced before it is
+            # renamed, so that the name never refers to half a plan, even after a power cut.
             with partial.open("wb") as file:
                 np.savez(file, header=np.array(header), **arrays)
                 file.flush()
@@ -197,18 +159,20 @@ class EpochPlan:
         """Return the plan that `save` wrote.
 
         Raises:
-            ValueError: the file is no plan, of another version, or changed since.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no plan, of another version, or was changed since.
         """
         remedy = "pass a file that EpochPlan.save wrote, or plan again"
         try:
-            # Opened here, since np.load leaves a file open that is no archive.
+            # Opened here, since np.load leaves a file open if it is no archive.
             with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 header = json.loads(str(file["header"]))
+                # Arrays of another version are not looked for: they may have other names.
                 version = header["version"]
                 arrays = {name: file[name] for name in _ARRAYS} if version == _VERSION else {}
         except FileNotFoundError:
             raise
-        except Exception as error:  # whatever a changed archive makes its readers raise
+        except Exception as error:  # a damaged archive may make zipfile and NumPy raise anything
             what = f"unreadable ({error})"
             raise ValueError(checks.sentence(str(path), what, "a saved plan", remedy)) from error
         if version != _VERSION:
@@ -228,10 +192,10 @@ class EpochPlan:
         return plan
 
     def _check(self) -> None:
-        """Raise if the arrays are no plan: kernels trust them.
+        """Raise if the arrays cannot be a plan; kernels do not check them again.
 
         Raises:
-            ValueError: says which.
+            ValueError: names the array.
         """
         num_images = len(self.index)
         for name, (dtype, *sides) in _ARRAYS.items():
@@ -239,6 +203,7 @@ class EpochPlan:
             shape = (len(self.offsets),) if name == "offsets" else (num_images, *sides)
             if array.dtype != dtype or array.shape != shape:
                 raise ValueError(f"{name} is {array.dtype}{list(array.shape)}")
+        # int64 before multiplying: int16 sides may give more than int16 holds.
         tokens = self.grid_hw[:, 0].astype(np.int64) * self.grid_hw[:, 1]
         sound = {
             "order": np.array_equal(np.sort(self.order), np.arange(num_images)),
@@ -270,23 +235,19 @@ class EpochPlan:
 
     @cached_property
     def _place_of(self) -> NDArray[np.int64]:
-        """int64[images], where in ``order`` each position stands."""
+        """int64[images], where in ``order`` each position is: its inverse permutation."""
         places = np.empty(len(self.order), np.int64)
         places[self.order] = np.arange(len(self.order))
         return places
 
     def _position(self, example: int) -> int:
         example = operator.index(example)
+        # A binary search, since the index may come in any order; the sorter is made once.
         at = int(np.searchsorted(self.index, example, sorter=self._by_index))
         if at == len(self.index) or self.index[self._by_index[at]] != example:
             name, remedy = "example", "see plan.index, and the rejects"
             raise KeyError(checks.sentence(name, example, "an example of the plan", remedy))
         return int(self._by_index[at])
-
-    def _repr_html_(self) -> str:
-        return html(
-            self.quality.rows(), self.num_keep[self.order], self.offsets, self.config.seq_len
-        )
 
     def __repr__(self) -> str:
         return (

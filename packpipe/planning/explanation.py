@@ -1,4 +1,4 @@
-"""`Explanation`: what a plan decided about one example, to read."""
+"""`Explanation`: what a plan decided about one example, in numbers and as text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Explanation:
         pack, segment: where it is; segments count from 0.
         image_hw: upright source size in pixels.
         drawn: the side, area or budget drawn for it, or None.
-        drop_rate: the rate drawn, or None.
-        shrunk: whether it had more tokens than it may have.
-        decided_grid_hw, decided_num_keep: what that made of it.
-        grid_hw, num_keep: what it got: more, if it was moved to fill its pack.
+        drop_rate: the drop rate drawn for it, or None.
+        shrunk: whether it was shrunk, having more tokens than allowed.
+        decided_grid_hw, decided_num_keep: patch grid and kept tokens that follow from these.
+        grid_hw, num_keep: those in the plan; larger if the image grew to fill its pack.
         config: the options.
     """
 
@@ -38,7 +38,7 @@ class Explanation:
 
     @property
     def fitted(self) -> bool:
-        """Whether it was moved to fill its pack."""
+        """Whether it grew to fill its pack."""
         decided = self.decided_grid_hw, self.decided_num_keep
         return decided != (self.grid_hw, self.num_keep)
 
@@ -52,12 +52,14 @@ class Explanation:
             f"  size    {height} x {width} pixels",
             f"  grid    {rows} x {columns} patches of {self.config.patch_size} ({why})",
         ]
+        # Shrinking may follow the law or the dropping; either way the grid above is the final one.
         if self.shrunk:
             lines[-1] += ", shrunk to fit"
         if self.drop_rate is not None:
             rate = f"rate {self.drop_rate:.4f} by {self.config.drop_rate}"
             lines.append(f"  keeps   {self.decided_num_keep} of {tokens} tokens ({rate})")
         if self.fitted:
+            # Growing comes after packing, so this line is the last and overrides those above.
             (rows, columns), keep = self.grid_hw, self.num_keep
             what = f"{rows} x {columns} patches, keeps {keep} of {rows * columns} tokens"
             lines.append(f"  fitted  {what} (fit_last={self.config.fit_last!r})")

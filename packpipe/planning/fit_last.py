@@ -1,9 +1,9 @@
-"""Fit last: one image a pack takes the tokens that are left over.
+"""Fills a pack's leftover tokens by letting one of its images grow.
 
-When the packs are made, the image of each pack that can take the most of its room (the first of
-equals) becomes its last, and grows until the pack is full or it has reached its limit: by keeping
-more of its tokens, or at a larger size at which, but for whole patches, as large a share of them is
-dropped. All other images stay as they were decided, and no image changes packs.
+After packing, the image of each pack that can take the most of its room (the first of equals)
+becomes its last. It grows until the pack is full or its limit is reached: it keeps more of its
+tokens, or gets a larger size at the same drop rate, up to rounding to whole patches. All
+other images stay as they were decided, and no image changes packs.
 
 Source: NaViT A.3 (mentioned there, not used).
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from packpipe.planning import resolution
 from packpipe.planning.image_config import PackConfig
 
-_AT_ONCE = 2**10  # packs, so that what is computed of them stays in the cache
+_AT_ONCE = 2**10  # packs, so that the arrays computed for them stay in the cache
 
 
 def fit_last(
@@ -30,11 +30,11 @@ def fit_last(
     """Change grid_hw, num_keep and order in place; return how many images have grown.
 
     Args:
-        image_hw: int32[images, 2].
-        grid_hw: int16[images, 2].
-        num_keep: int32[images].
-        order: int64[images], positions in these, pack by pack.
-        offsets: int64[packs + 1], where the packs begin in order; none is empty.
+        image_hw: int32[images, 2], upright (height, width) in pixels.
+        grid_hw: int16[images, 2], (rows, columns) of patches as decided.
+        num_keep: int32[images], tokens kept as decided.
+        order: int64[images], positions in these arrays, pack by pack.
+        offsets: int64[packs + 1], where the packs begin in order; no pack is empty.
         config: the options; ``fit_last`` is not None.
     """
     grown = 0
@@ -53,20 +53,23 @@ def _fit_some(
     offsets: NDArray[np.int64],
     config: PackConfig,
 ) -> int:
-    """Do so for some packs, one at least; order is theirs alone."""
+    """Let an image grow in each of some packs, at least one; order holds only their images."""
+    # np.add.reduceat sums pack by pack; it would be wrong for an empty pack, and there is none.
     num_segments = np.diff(offsets)
     held = num_keep[order].astype(np.int64)
     room = np.repeat(config.seq_len - np.add.reduceat(held, offsets[:-1]), num_segments)
+    # Capped in floats: a fit_limit may be larger than any integer.
     wanted = held + np.floor(np.minimum(room, held * config.fit_limit)).astype(np.int64)
     grids = grid_hw[order].astype(np.int64)
     tokens = grids[:, 0] * grids[:, 1]
     if config.fit_last == "resolution":
-        # So many tokens would keep the rate; whole patches allow a few less.
+        # This many tokens before dropping keep the rate; a grid of whole patches has a few less.
         budget = np.minimum(-(-tokens * wanted // held), config.token_limit)
         shape_hw = resolution.shape_hw(config.resolution, image_hw[order])
         larger = resolution.budget_grids(
             shape_hw, budget, patch_size=config.patch_size, max_upscale=config.max_upscale
         )
+        # A grid that has no more tokens than before would only change the shape: it is left alone.
         enlarged = larger[:, 0] * larger[:, 1] > tokens
         grids[enlarged] = larger[enlarged]
         tokens = grids[:, 0] * grids[:, 1]
@@ -74,12 +77,14 @@ def _fit_some(
 
     most = np.maximum.reduceat(growth, offsets[:-1])
     pack = np.repeat(np.arange(len(most)), num_segments)
+    # np.unique gives the first index of each pack: the first image of those that can take most.
     candidates = np.flatnonzero((growth == most[pack]) & (growth > 0))
     packs, first = np.unique(pack[candidates], return_index=True)
     chosen = candidates[first]
     image = order[chosen]
     num_keep[image] = held[chosen] + growth[chosen]
     grid_hw[image] = grids[chosen]
+    # Last in its pack: the image changes places with the one that was last.
     last = offsets[packs + 1] - 1
     order[chosen], order[last] = order[last], image
     return len(packs)

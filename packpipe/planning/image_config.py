@@ -1,4 +1,4 @@
-"""The configuration: every choice that decides a packed row, checked when made."""
+"""`PackConfig`: every option that decides a packed row of images, checked when it is made."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from packpipe.planning.distributions import DISTRIBUTIONS
 from packpipe.planning.dropping import ByResolution, DropLaw, OverTraining
 from packpipe.planning.resolution import Area, Budget, Resolution, Side, Square
 
-# "optimal" depends on how much a machine gets done in its budget, which a plan must not; "nnlshp"
-# is there to compare with.
+# A plan must not depend on the machine, but "optimal" depends on how much is done in its budget;
+# "nnlshp" is for comparison only.
 PLAN_STRATEGIES = tuple(name for name in STRATEGIES if name not in ("optimal", "nnlshp"))
 
 # Coordinates are stored as int16, and one image may be seq_len patches wide.
@@ -22,6 +22,7 @@ MAX_IMAGE_SEQ_LEN = 2**15 - 1
 MAX_PIXELS = 178_956_970
 FILTERS = ("bicubic", "lanczos", "hamming", "bilinear", "box", "nearest")
 FIT_LAST = ("drop_rate", "resolution")
+# By name, so that `from_dict` can make again what `to_dict` wrote.
 _LAWS = {
     law.__name__: law
     for law in (*DISTRIBUTIONS, Side, Area, Budget, Square, ByResolution, OverTraining)
@@ -51,41 +52,42 @@ class PackOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """Everything that decides a packed row, besides the source and (seed, epoch).
+    """Everything that decides a packed row, in addition to the source and (seed, epoch).
 
     Attributes:
         seq_len: tokens a pack holds, 1..32767.
-        patch_size: pixels a side of a patch, 1..128.
+        patch_size: side of a patch in pixels, 1..128.
         resolution: ``"native"`` (own size), ``"budget"`` (the largest size within max_tokens, as
             NaFlex), or a size that is drawn: `Side`, `Area`, `Budget` or `Square` (which does not
             keep the aspect ratio) of a distribution.
-        max_tokens: most tokens of one image before dropping, 1..32767; a larger one is shrunk. None
-            for seq_len, on what is kept; with "budget", before dropping.
-        max_upscale: most an image's sides may be enlarged by; None for any. "native" enlarges
-            none, and a `Square` has no such limit.
+        max_tokens: most tokens of one image before dropping, 1..32767; a larger one is shrunk.
+            None: at most seq_len tokens are kept; with "budget", seq_len before dropping.
+        max_upscale: most an image's sides may be enlarged by; None for no limit. "native" never
+            enlarges, and `Square` does not allow this option.
         drop_rate: share of an image's tokens that is dropped, in [0, 1): a number, a distribution,
             `ByResolution` or `OverTraining`.
         epochs: length of the training, for a drop rate that changes over it.
-        fit_last: makes one image a pack keep more tokens, until the pack is full: with
-            ``"drop_rate"`` more of those it has, with ``"resolution"`` also at a larger size. None
-            leaves the rest as padding.
+        fit_last: fills a pack's leftover tokens by letting one of its images grow: with
+            ``"drop_rate"`` it keeps more of its tokens, with ``"resolution"`` it may also get a
+            larger size. None leaves the rest as padding.
         fit_limit: most that this image's token count may grow by, as a share of it.
         max_segments: most images a pack may hold.
-        strategy: packing rule, as for `pack_lengths`. "balanced" keeps rows of tiny images
-            from reaching max_segments while they are half empty.
-        window: most examples planned together, in seeded order; a larger one pads less. What
-            changes over the training changes from window to window: within one, packs are shuffled.
+        strategy: packing rule, any of `pack_lengths` but "optimal" and "nnlshp". "balanced" keeps
+            packs of tiny images from reaching max_segments while they are half empty.
+        window: most examples planned together, in seeded order; a larger one pads less. A drop rate
+            that changes over the training differs between windows; within one, packs are shuffled.
         background: (red, green, blue) in 0..255 that transparent pixels are laid on.
-        reducing_gap: a JPEG is decoded at a fraction of its size, and any image averaged down by
-            whole factors, while it stays this many times as large as planned, 1.0 or more; then
-            comes the resize. Pillow's word, from ``Image.thumbnail``. None resizes in one step.
+        reducing_gap: 1.0 or more. Before the resize, a JPEG is decoded at a fraction of its size
+            and any image averaged by whole factors, as long as it stays this many times as large
+            as planned; as in Pillow's ``Image.thumbnail``. None resizes in one step.
         downscale_filter: resampling along an axis that shrinks: "bicubic", "lanczos", "hamming",
             "bilinear" or "box", all antialiased, or "nearest".
-        upscale_filter: along an axis that grows.
+        upscale_filter: resampling along an axis that grows, one of the same filters.
         max_pixels: an image with more pixels is rejected before anything is allocated.
 
     Raises:
-        TypeError, ValueError: ``name is VALUE, expected REQUIREMENT; remedy``.
+        TypeError: an option is of a wrong type.
+        ValueError: an option is out of range; ``name is VALUE, expected REQUIREMENT; remedy``.
     """
 
     seq_len: int = 1024
@@ -115,11 +117,14 @@ class PackConfig:
             "max_pixels": (1, MAX_PIXELS, "Pillow opens no larger image"),
         }
         for name, (low, high, remedy) in limits.items():
+            # The dataclass is frozen; a NumPy integer becomes an int, so that to_dict is plain
+            # JSON.
             number = checks.whole_number(name, getattr(self, name), low, high, remedy)
             object.__setattr__(self, name, number)
         drop_rate = dropping.canonical("drop_rate", self.drop_rate)
         object.__setattr__(self, "drop_rate", drop_rate)
         if self.max_tokens is not None:
+            # An image that drops tokens may have more than a pack before dropping.
             most = MAX_IMAGE_SEQ_LEN if self.drops else self.seq_len
             remedy = "an image must fit into a pack, so raise seq_len or lower max_tokens"
             limit = checks.whole_number("max_tokens", self.max_tokens, 1, most, remedy)
@@ -168,7 +173,7 @@ class PackConfig:
         """Most tokens of one image before dropping."""
         if self.max_tokens is not None:
             return self.max_tokens
-        # A budget is reached by every image, dropped or not.
+        # "budget" enlarges every image to its budget, so there it cannot be unlimited.
         unlimited = self.drops and self.resolution != "budget"
         return MAX_IMAGE_SEQ_LEN if unlimited else self.seq_len
 
@@ -179,7 +184,7 @@ class PackConfig:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of the patches of one row."""
+        """Bytes of all patches of one row: seq_len · patch_bytes."""
         return self.seq_len * self.patch_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,6 +216,7 @@ def _plain(value: Any) -> Any:
 
 
 def _restored(value: Any) -> Any:
+    # JSON has no tuples and no laws: `_plain` made lists and dicts of one entry of them.
     if isinstance(value, dict):
         ((name, attributes),) = value.items()
         return _LAWS[name](**{key: _restored(one) for key, one in attributes.items()})

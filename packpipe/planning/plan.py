@@ -1,15 +1,15 @@
-"""The plan of an epoch: from image sizes alone, before any pixel is read.
+"""Plans an epoch of images from their sizes alone, before any pixel is read.
 
 Decides each image's patch grid and kept tokens, which images share a pack, and the order of
 the packs. A pure function of (sizes, configuration, seed, epoch):
 
 * *local*: an image's grid and tokens depend on its own size, the configuration and
-  (seed, epoch, index) only (`decisions`), but for the one image a pack that `fit` moves;
+  (seed, epoch, index) only (`decisions`); except for the image in each pack that `fit_last` grows;
 * *global*: which images share a pack depends on the token counts in plan order only.
 
 Plan order is a seeded permutation of the images, cut into windows of almost equal size, so that
-none is a remainder. Each window is packed by itself and its packs are put in seeded order; windows
-stay in order, so that what changes over the training changes within an epoch.
+none is a small remainder. Each window is packed by itself and its packs are put in seeded order.
+Windows stay in order, so that a rate that changes over the training changes within an epoch too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
 
 MAX_SIDE = 2**31 - 1  # image_hw is stored as int32
-_MANY = 2**18  # images from which on threads are worth starting
+_MANY = 2**18  # images from which on starting threads pays off
 
 
 def plan_epoch(
@@ -42,22 +42,23 @@ def plan_epoch(
 ) -> EpochPlan:
     """Return the plan of an epoch: every image in exactly one pack of at most seq_len tokens.
 
-    The order of image_hw does not matter if index is given with it: images are put in an
-    order drawn from (seed, epoch, index) first.
+    If index is given, the order of image_hw does not matter: images are first put in an order
+    drawn from (seed, epoch, index).
 
     Args:
         image_hw: int[images, 2], upright (height, width) in pixels, 1..2**31-1.
         config: the options.
-        seed: which permutation of images and packs; 0..2**64-1.
-        epoch: likewise; a new epoch is a new permutation.
+        seed: seed of all draws and permutations, 0..2**64-1.
+        epoch: 0..2**64-1; each epoch has other draws and permutations.
         index: int[images], each image's row in its source, without repeats; 0, 1, ... if None.
-        also: (cost, limit), a second limit of a pack, as for `pack_lengths`: int[images] costs,
-            such as the tokens of captions. Packs are then found by "ffd", whatever the strategy.
+        also: (cost, limit), a second limit of a pack: the costs of its images, int[images], for
+            example the tokens of their captions, sum to at most limit. Packs are then found by
+            "ffd", whatever the strategy.
 
     Raises:
-        TypeError: image_hw or index hold no integers.
-        ValueError: a size or an index is out of range or repeated; the first is named. Or the
-            epoch lies after the training's end.
+        TypeError: config is no PackConfig, or image_hw or index hold no integers.
+        ValueError: a size or an index is out of range or repeated (the first is named), or the
+            epoch lies after the end of the training.
 
     >>> plan = plan_epoch([[64, 64], [32, 96], [48, 16]], PackConfig(seq_len=24))
     >>> plan
@@ -70,33 +71,32 @@ def plan_epoch(
     if not isinstance(config, PackConfig):
         name = type(config).__name__
         raise TypeError(checks.sentence("config", name, "a PackConfig", "pass PackConfig(...)"))
-    seed, epoch = checks.seed_and_epoch(seed, epoch)
+    key = philox.checked_key(seed, epoch)
     sizes = _checked_sizes(image_hw)
     rows = _checked_index(index, len(sizes))
 
     def ordered() -> NDArray[np.int64]:
-        return philox.permutation(seed=seed, epoch=epoch, index=rows, stream=philox.EXAMPLE_ORDER)
+        return philox.permutation(key, index=rows, stream=philox.EXAMPLE_ORDER)
 
     if len(sizes) < _MANY:
         order = ordered()
-        decided = decide_all(sizes, config, seed=seed, epoch=epoch, index=rows)
+        decided = decide_all(sizes, config, key, index=rows)
     else:
-        # NumPy and the kernels let go of the interpreter, and every result has its own place.
+        # NumPy and the kernels release the interpreter lock, so the order is drawn and sorted
+        # while other threads decide.
         with ThreadPoolExecutor(os.cpu_count()) as executor:
             order_later = executor.submit(ordered)
-            decided = decide_all(
-                sizes, config, seed=seed, epoch=epoch, index=rows, executor=executor
-            )
+            decided = decide_all(sizes, config, key, index=rows, executor=executor)
             order = order_later.result()
     grid_hw, num_keep, num_shrunk = decided
-    order, offsets = pack_windows(num_keep, order, config, seed=seed, epoch=epoch, also=also)
+    order, offsets = pack_windows(num_keep, order, config, key, also=also)
     num_fitted = 0
     if config.fit_last is not None:
         num_fitted = fit_last.fit_last(sizes, grid_hw, num_keep, order, offsets, config)
     return EpochPlan(
         config=config,
-        seed=seed,
-        epoch=epoch,
+        seed=key.seed,
+        epoch=key.epoch,
         index=rows,
         image_hw=sizes,
         grid_hw=grid_hw,
@@ -110,6 +110,7 @@ def plan_epoch(
 
 def _checked_sizes(image_hw: ArrayLike) -> NDArray[np.int32]:
     remedy = "pass (height, width) in pixels per image"
+    # An empty list has one dimension; here it means no images.
     array = np.asarray(image_hw)
     sizes = checks.integer_array(
         "image_hw", array.reshape(0, 2) if not array.size else array, 2, remedy
@@ -142,8 +143,9 @@ def _checked_index(index: ArrayLike | None, num_images: int) -> NDArray[np.int64
             )
         )
     rows = rows.astype(np.int64)
-    if (np.diff(rows) > 0).all():  # as a source is read; saves sorting
+    if (np.diff(rows) > 0).all():  # the usual case, in the order of the source: no sort needed
         return rows
+    # Stable, so that of equal rows the later one is reported as the repeat.
     by_row = np.argsort(rows, kind="stable")
     repeated = by_row[1:][np.diff(rows[by_row]) == 0]
     if repeated.size:

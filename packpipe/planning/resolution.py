@@ -1,21 +1,21 @@
-"""Resolution: the patch grid an image is resized to, from its size alone.
+"""Decides the patch grid that an image is resized to, from its size and perhaps a draw.
 
-Six laws. A grid covers the image at some scale s, the aspect ratio kept as far as whole patches
-allow, but for the last:
+Six laws. A grid covers the image at some scale s; all laws but the last keep the aspect ratio as
+far as whole patches allow:
 
-* ``"native"``: the own size, each axis rounded to the nearest whole number of patches (half
-  to even, one at least).
-* `Side`, `Area`: the scale at which the image has r² pixels, r or r² drawn, rounded likewise.
+* ``"native"``: the image's own size, each axis rounded to the nearest whole number of patches
+  (half to even, at least one).
+* `Side`, `Area`: the scale at which the image has r² pixels, with r or r² drawn; each axis is
+  rounded to whole patches, to the nearest unless told otherwise.
 * ``"budget"``, `Budget`: an axis covers max(1, ⌈side·s/P⌉) patches; the largest s whose grid
-  stays within max_tokens (or within the budget drawn) is taken, enlarging small images too.
-* `Square`: every image becomes a square of r pixels a side, r drawn, rounded as for `Side`.
+  stays within max_tokens (or within the budget drawn) is taken; small images are enlarged too.
+* `Square`: every image becomes a square of r pixels a side, r drawn, rounded to whole patches.
 
-An image that ends over the limit is shrunk by the budget law, and so is one that, once dropped,
-would keep more than seq_len tokens (`decisions`). It keeps its shape, or a square its own
-(`shape_hw`).
+An image above the token limit is shrunk by the budget law, and so is one that would keep more than
+seq_len tokens after dropping (`decisions`). A shrunk square stays a square (`shape_hw`).
 
-The largest s is found exactly, in integers: the official search bisects s in [1e-6, 100] to
-1e-5 and so can stop one step short of it, and never enlarges more than a hundredfold.
+The largest s is found exactly, in integers. The official NaFlex search bisects s in [1e-6, 100] to
+1e-5, so it can stop one step too early, and never enlarges by more than 100.
 
 Source: NaViT 2.2, 3.2; SigLIP2 (NaFlex).
 """
@@ -40,7 +40,7 @@ _ROUNDINGS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "floor": np.floor,
     "ceil": np.ceil,
 }
-_MAX_AXIS = 2.0**31  # patches; so that rows · columns is an int64
+_MAX_AXIS = 2.0**31  # patches, so that rows · columns fits in int64
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Side:
     """Resize to r² pixels, r drawn: NaViT's effective resolution.
 
     Attributes:
-        pixels: of r, a distribution; a number is a constant, a list a choice.
-        rounding: of each axis to whole patches, ``"nearest"``, ``"floor"`` or ``"ceil"``.
+        pixels: distribution of r in pixels; a number is a constant, a list a choice.
+        rounding: of each axis to whole patches: ``"nearest"``, ``"floor"`` or ``"ceil"``.
     """
 
     pixels: Distribution | float
@@ -65,8 +65,8 @@ class Area:
     """Resize to r² pixels, r² drawn.
 
     Attributes:
-        pixels: of r², otherwise as for `Side`.
-        rounding: as for `Side`.
+        pixels: distribution of r² in pixels; a number is a constant, a list a choice.
+        rounding: of each axis to whole patches: ``"nearest"``, ``"floor"`` or ``"ceil"``.
     """
 
     pixels: Distribution | float
@@ -82,7 +82,8 @@ class Budget:
     """Resize to the largest grid within a token budget, the budget drawn (NaFlex).
 
     Attributes:
-        tokens: a distribution, rounded down; a list is a choice: ``Budget([128, 256, 576])``.
+        tokens: distribution of the budget, rounded down; a number is a constant, a list a choice,
+            for example ``Budget([128, 256, 576])``.
     """
 
     tokens: Distribution | float
@@ -95,12 +96,12 @@ class Budget:
 class Square:
     """Resize to a square of r pixels a side, r drawn; the aspect ratio is not kept.
 
-    What a plain ViT sees: with ``seq_len=196, max_segments=1, resolution=Square(224)`` every row
+    The input of a plain ViT: with ``seq_len=196, max_segments=1, resolution=Square(224)`` every row
     is one image without padding.
 
     Attributes:
-        pixels: of r, as for `Side`.
-        rounding: of r to whole patches, as for `Side`.
+        pixels: distribution of r in pixels; a number is a constant, a list a choice.
+        rounding: of r to whole patches: ``"nearest"``, ``"floor"`` or ``"ceil"``.
     """
 
     pixels: Distribution | float
@@ -115,7 +116,7 @@ Resolution: TypeAlias = str | Side | Area | Budget | Square
 
 
 def checked(value: Any) -> Resolution:
-    """Return a resolution law, or say which there are."""
+    """Return value if it is a resolution law; the error names all laws."""
     if isinstance(value, Side | Area | Budget | Square):
         return value
     remedy = "or pass Side(...), Area(...), Budget(...) or Square(...)"
@@ -131,8 +132,10 @@ def shape_hw(law: Resolution, image_hw: NDArray[np.integer]) -> NDArray[np.integ
 def _largest_side(side, other, max_tokens):  # type: ignore[no-untyped-def]
     """Return the largest k with k * ceil(other * k / side) <= max_tokens, or 0.
 
-    k² * other / side <= max_tokens bounds k from above; from there down, one at a time.
+    k² * other / side <= max_tokens bounds k from above; from there k goes down, one at a time.
     """
+    # + 1, since the root is computed in floats. All products are integers below 2**63: sides are
+    # below 2**31, and k and max_tokens at most 2**15.
     k = min(max_tokens, int(math.sqrt(max_tokens * side / other)) + 1)
     while k and k * -(-other * k // side) > max_tokens:
         k -= 1
@@ -143,13 +146,14 @@ def _largest_side(side, other, max_tokens):  # type: ignore[no-untyped-def]
 def _budget_grids(image_hw, max_tokens, out):  # type: ignore[no-untyped-def]
     """Fill out with the grid of every image at the largest scale within its max_tokens.
 
-    The scale is limited where one axis has just reached k patches, that is at k·P/side: the
-    larger of the two axes' limits is the answer, and there the other axis has ⌈other·k/side⌉.
+    The largest scale is one at which an axis has exactly k patches, that is k·P/side. The larger of
+    the two axes' largest scales is taken, and the other axis then has ⌈other·k/side⌉ patches.
     """
     for i in range(image_hw.shape[0]):
         height, width = image_hw[i, 0], image_hw[i, 1]
         rows = _largest_side(height, width, max_tokens[i])
         columns = _largest_side(width, height, max_tokens[i])
+        # rows / height >= columns / width, multiplied out so that the comparison is exact.
         if rows * width >= columns * height:
             out[i, 0], out[i, 1] = rows, -(-width * rows // height)
         else:
@@ -168,8 +172,8 @@ def budget_grids(
     Args:
         image_hw: int[images, 2], (height, width) in pixels.
         max_tokens: int[images], the budgets, each 1..2**15.
-        patch_size: pixels a side of a patch; matters with max_upscale only.
-        max_upscale: most that sides are enlarged by; None for any.
+        patch_size: side of a patch in pixels; used with max_upscale only.
+        max_upscale: most that sides are enlarged by; None for no limit.
 
     >>> budget_grids(np.array([[1080, 1920], [3, 39]]), np.array([256, 256])).tolist()
     [[12, 21], [4, 52]]
@@ -179,8 +183,10 @@ def budget_grids(
         np.ascontiguousarray(image_hw, np.int64), np.ascontiguousarray(max_tokens, np.int64), grids
     )
     if max_upscale is not None:
-        # A little less, so that 800 · 1.1 ÷ 16 is 55, whatever the last bit of 1.1 is.
+        # A little less, so that 800 · 1.1 ÷ 16 is 55 whatever the last bit of 1.1 is.
         largest = _rounded(image_hw, max_upscale * (1 - 1e-12), patch_size, "ceil")
+        # Where the largest size allowed is within the budget, it is the answer: a larger grid would
+        # enlarge the image too much.
         limited = largest[:, 0] * largest[:, 1] <= max_tokens
         grids[limited] = largest[limited]
     return grids
@@ -195,20 +201,20 @@ def patch_grids(
     u: NDArray[np.float64] | None = None,
     max_upscale: float | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64] | None]:
-    """Return the patch grids of images, and what was drawn for them.
+    """Return the patch grids of images, and the values drawn for them.
 
     Args:
         law: how images are sized.
         image_hw: int[images, 2], upright (height, width) in pixels, 1 or more.
-        patch_size: pixels a side of a patch.
-        max_tokens: most patches a budget may have, below 2**15.
+        patch_size: side of a patch in pixels.
+        max_tokens: most tokens of a grid by the budget laws, below 2**15.
         u: float64[images], uniform in [0, 1); for laws that draw.
-        max_upscale: most an image's sides may be enlarged by, but for the rounding to patches;
-            None for any. A `Square` knows no scale, so None.
+        max_upscale: most an image's sides may be enlarged by, before rounding to patches;
+            None for no limit. With `Square` it must be None.
 
     Returns:
-        int64[images, 2], (rows, columns), one at least, of up to 2**31 patches an axis: only
-        budgets hold max_tokens; and float64[images], the side, area or budget drawn, or None.
+        int64[images, 2], (rows, columns), each 1..2**31 (only the budget laws keep to max_tokens);
+        and float64[images], the side, area or budget drawn, or None.
 
     >>> hw = np.array([[300, 400], [30, 40]])
     >>> patch_grids(Side(160), hw, 16, 1024, u=np.zeros(2), max_upscale=1)[0].tolist()
@@ -217,6 +223,7 @@ def patch_grids(
     [[10, 10], [10, 10]]
     """
     if law == "native":
+        # "native" never enlarges; a max_upscale below 1 makes every image smaller.
         scale = 1.0 if max_upscale is None else min(1.0, max_upscale)
         return _rounded(image_hw, scale, patch_size, "nearest"), None
     if isinstance(law, Side | Area | Square):
@@ -224,7 +231,7 @@ def patch_grids(
         pixels = distribution("pixels", law.pixels).quantile(u)
         areas = pixels if isinstance(law, Area) else pixels * pixels
         shape = shape_hw(law, image_hw)
-        # One root of one quotient, so that a whole number of pixels comes out as just that.
+        # One root of one quotient, so that a whole number of pixels comes out exactly.
         sides = np.sqrt(areas[:, None] * shape / shape[:, ::-1])
         if max_upscale is not None:
             sides = np.minimum(sides, image_hw * max_upscale)
@@ -240,7 +247,7 @@ def patch_grids(
 def _rounded(
     sides: NDArray[np.integer | np.floating], scale: float, patch_size: int, rounding: str
 ) -> NDArray[np.int64]:
-    """Return the grids of images of such sides at a scale."""
+    """Return the patch grids of images with these sides, scaled; at least one patch an axis."""
     axes = _ROUNDINGS[rounding](sides * scale / patch_size)
     return np.clip(axes, 1, _MAX_AXIS, out=axes).astype(np.int64)
 

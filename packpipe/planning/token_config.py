@@ -1,4 +1,4 @@
-"""`TokenConfig`: everything that decides a packed row of tokens."""
+"""`TokenConfig`: every option that decides a packed row of tokens, checked when it is made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from packpipe.planning.image_config import PLAN_STRATEGIES
 
 OVERFLOWS = ("error", "split", "truncate", "drop")
 LAYOUTS = ("fixed", "ragged")
-MAX_TOKEN_SEQ_LEN = 2**24
+MAX_TOKEN_SEQ_LEN = 2**24  # the longest pack that `pack_lengths` plans
 
 
 class TokenOptions(TypedDict, total=False):
@@ -27,26 +27,27 @@ class TokenOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenConfig:
-    """Everything that decides a packed row of tokens, besides the source and (seed, epoch).
+    """Everything that decides a packed row of tokens, in addition to the source and (seed, epoch).
 
     Attributes:
         seq_len: tokens a pack holds, 1..2**24.
-        overflow: what a sequence longer than a pack becomes: ``"error"`` refuses it; ``"split"``
-            cuts it in pieces of seq_len tokens and a rest, which are packed like sequences
-            (best-fit packing); ``"truncate"`` keeps its first seq_len tokens; ``"drop"`` lists it
-            in the rejects.
-        layout: ``"fixed"`` rows of exactly seq_len tokens, padding at the end, with segment and
-            position ids; ``"ragged"`` rows of the tokens alone, for collators that flatten.
-        pad_token_id: what stands in the padding of input_ids; labels have -100, other columns 0.
-        mask_first_label: labels hold -100 at the first token of every segment, which no token
-            before it predicts; without a column of labels they are a copy of input_ids. For models
+        overflow: what is done with a sequence longer than a pack: ``"error"`` refuses it;
+            ``"split"`` cuts it into pieces of seq_len tokens and a rest, which are packed like
+            sequences (best-fit packing); ``"truncate"`` keeps its first seq_len tokens;
+            ``"drop"`` lists it in the rejects.
+        layout: ``"fixed"``: rows of exactly seq_len tokens, padding at the end, with segment and
+            position ids; ``"ragged"``: rows of the tokens alone, for collators that flatten.
+        pad_token_id: padding of input_ids; labels are padded with -100, other columns with 0.
+        mask_first_label: labels hold -100 at the first token of every segment, which no earlier
+            token predicts; without a column of labels they are a copy of input_ids. For models
             that shift labels themselves, as those of transformers do.
         max_segments: most sequences or pieces a pack may hold; None for no limit.
-        strategy: packing rule, as for `pack_lengths`.
+        strategy: packing rule, any of `pack_lengths` but "optimal" and "nnlshp".
         window: most pieces planned together, in seeded order; a larger one pads less.
 
     Raises:
-        TypeError, ValueError: ``name is VALUE, expected REQUIREMENT; remedy``.
+        TypeError: an option is of a wrong type.
+        ValueError: an option is out of range; ``name is VALUE, expected REQUIREMENT; remedy``.
 
     Source: Ding (best-fit packing).
     """

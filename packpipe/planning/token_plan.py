@@ -1,7 +1,7 @@
-"""The plan of token sequences: which piece of which sequence lies in which pack.
+"""Plans an epoch of token sequences: which piece of which sequence is in which pack.
 
-From lengths alone, before any token is read. A sequence that fits is one piece; what becomes of
-one that does not is the configuration's ``overflow``.
+From lengths alone, before any token is read. A sequence that fits is one piece; ``overflow`` in the
+configuration says what is done with one that does not.
 """
 
 from __future__ import annotations
@@ -13,28 +13,26 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from packpipe import checks, philox
+from packpipe.packing.assignment import Assignment
 from packpipe.packing.limits import Limits
-from packpipe.packing.picture import html
-from packpipe.packing.quality import Quality
 from packpipe.packing.windows import pack_windows
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.token_config import TokenConfig
 
 
 @dataclass(frozen=True, eq=False)
-class TokenPlan:
-    """What every pack holds: pieces of sequences.
+class TokenPlan(Assignment):
+    """What every pack holds: pieces of sequences; ``plan[p]`` are their source rows in pack p.
 
     Attributes:
-        config, seed, epoch: what the plan was made from, besides the lengths.
+        config, seed, epoch: what the plan was made from, in addition to the lengths.
         index: int64[pieces], row of the piece's sequence in its source.
-        starts: int64[pieces], its first token's place in the sequence.
-        seq_lens: int32[pieces], its tokens.
-        fragments: int32[pieces], 0, 1, ... within the sequence.
+        seq_lens: int32[pieces], tokens of each piece.
+        fragments: int32[pieces], number of the piece within its sequence, from 0.
         order: int64[pieces], positions in the arrays above, pack by pack.
         offsets: int64[packs + 1]; pack p is ``order[offsets[p]:offsets[p + 1]]``.
-        dropped: int64[...], rows of the sequences that ``overflow="drop"`` leaves out.
-        num_cut: sequences that were split or truncated.
+        dropped: int64[sequences], rows of those that ``overflow="drop"`` leaves out.
+        num_cut: number of sequences that were split or truncated.
         num_truncated_tokens: tokens that ``overflow="truncate"`` left out.
     """
 
@@ -42,7 +40,6 @@ class TokenPlan:
     seed: int
     epoch: int
     index: NDArray[np.int64]
-    starts: NDArray[np.int64]
     seq_lens: NDArray[np.int32]
     fragments: NDArray[np.int32]
     order: NDArray[np.int64]
@@ -51,33 +48,30 @@ class TokenPlan:
     num_cut: int
     num_truncated_tokens: int
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """int32[pieces], tokens of each piece."""
+        return self.seq_lens
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """int64[pieces], the place of each piece's first token in its sequence."""
+        # Every piece but the last of its sequence has seq_len tokens.
+        return self.fragments.astype(np.int64) * self.seq_len
 
     @cached_property
-    def quality(self) -> Quality:
-        """Fill, bound (with these pieces in one window), gap and the other figures."""
-        limits = Limits(self.config.seq_len, self.config.max_segments)
-        counts = np.bincount(self.seq_lens, minlength=limits.seq_len + 1).astype(np.int64)
-        return Quality(
-            num_examples=len(self.index),
-            num_tokens=int(self.seq_lens.sum(dtype=np.int64)),
-            num_packs=len(self),
-            seq_len=limits.seq_len,
-            bound=limits.bound(counts),
-            most_segments=int(np.diff(self.offsets).max(initial=0)),
-        )
+    def limits(self) -> Limits:
+        """The limits of every pack."""
+        return Limits(self.config.seq_len, self.config.max_segments)
 
-    def _repr_html_(self) -> str:
-        return html(
-            self.quality.rows(), self.seq_lens[self.order], self.offsets, self.config.seq_len
-        )
+    def __getitem__(self, pack: int) -> NDArray[np.int64]:
+        rows: NDArray[np.int64] = self.index[self.members(pack)]
+        return rows
 
     def __repr__(self) -> str:
-        found = self.quality
         return (
-            f"TokenPlan({len(self.index)} pieces, {found.num_tokens} tokens in {len(self)} packs "
-            f"of {self.config.seq_len}: padding {found.padding:.2%}, gap {found.gap}; "
+            f"TokenPlan({len(self.index)} pieces, {self.num_tokens} tokens in {len(self)} packs "
+            f"of {self.seq_len}: padding {self.padding:.2%}, gap {self.gap}; "
             f"seed {self.seed}, epoch {self.epoch})"
         )
 
@@ -92,19 +86,19 @@ def plan_tokens(
 ) -> TokenPlan:
     """Return the plan of an epoch: every piece in exactly one pack of at most seq_len tokens.
 
-    Pieces share packs by their lengths in plan order, a seeded permutation of them, cut into
-    windows as for images.
+    Plan order is a seeded permutation of the pieces, cut into windows of almost equal size. Each
+    window is packed by itself, from its lengths, and its packs are put in seeded order.
 
     Args:
         lengths: int[sequences], tokens of each, 1 or more.
         config: the options.
-        seed: which permutation of pieces and packs; 0..2**64-1.
-        epoch: likewise.
-        index: int64[sequences], each one's row in its source; 0, 1, ... if None.
+        seed: seed of the permutations of pieces and packs, 0..2**64-1.
+        epoch: 0..2**64-1; each epoch has other permutations.
+        index: int64[sequences], each sequence's row in its source; 0, 1, ... if None.
 
     Raises:
         TypeError: lengths hold no integers.
-        ValueError: a length is below 1; or above seq_len, with ``overflow="error"``.
+        ValueError: a length is below 1, or above seq_len with ``overflow="error"``.
 
     >>> plan = plan_tokens([14, 7, 5, 2, 3], TokenConfig(seq_len=8, overflow="split"))
     >>> plan
@@ -114,7 +108,7 @@ def plan_tokens(
 
     Source: Ding 3.
     """
-    seed, epoch = checks.seed_and_epoch(seed, epoch)
+    key = philox.checked_key(seed, epoch)
     remedy = "pass the tokens of each sequence"
     lens = checks.integer_array("lengths", lengths, 1, remedy).astype(np.int64)
     rows = np.arange(len(lens)) if index is None else np.asarray(index, np.int64)
@@ -135,20 +129,22 @@ def plan_tokens(
         lens = np.minimum(lens, seq_len)
     if config.overflow == "drop":
         dropped, rows, lens = rows[long], rows[~long], lens[~long]
+    # After truncating or dropping, every sequence left is one piece, so only "split" cuts here.
     num_pieces = -(-lens // seq_len)
+    # Pieces are counted on through all sequences; less the first of its own, it is a fragment.
     firsts = np.cumsum(num_pieces) - num_pieces
     fragments = np.arange(num_pieces.sum()) - np.repeat(firsts, num_pieces)
-    starts = fragments * seq_len
-    pieces = np.minimum(np.repeat(lens, num_pieces) - starts, seq_len).astype(np.int32)
+    left = np.repeat(lens, num_pieces) - fragments * seq_len
+    pieces = np.minimum(left, seq_len).astype(np.int32)
+    # Pieces of one sequence are shuffled apart from each other, so numbers are of pieces.
     numbers = np.arange(len(pieces))
-    order = philox.permutation(seed=seed, epoch=epoch, index=numbers, stream=philox.EXAMPLE_ORDER)
-    order, offsets = pack_windows(pieces, order, config, seed=seed, epoch=epoch)
+    order = philox.permutation(key, index=numbers, stream=philox.EXAMPLE_ORDER)
+    order, offsets = pack_windows(pieces, order, config, key)
     return TokenPlan(
         config=config,
-        seed=seed,
-        epoch=epoch,
+        seed=key.seed,
+        epoch=key.epoch,
         index=np.repeat(rows, num_pieces),
-        starts=starts,
         seq_lens=pieces,
         fragments=fragments.astype(np.int32),
         order=order,
@@ -162,12 +158,12 @@ def plan_tokens(
 def accompanying(
     plan: EpochPlan, lengths: NDArray[np.int64], longest: int, config: TokenConfig
 ) -> TokenPlan:
-    """Return the plan whose packs hold the texts of the images in a plan's packs, in their order.
+    """Return the plan of the texts that belong to the images of a plan: same packs, same order.
 
     Args:
-        plan: of the images, made with the texts as a second limit.
+        plan: plan of the images, made with the texts as a second limit.
         lengths: int64[rows of the source], tokens of each text.
-        longest: what they are truncated to.
+        longest: texts are truncated to this many tokens.
         config: the options of the texts.
     """
     whole = lengths[plan.index]
@@ -177,7 +173,6 @@ def accompanying(
         seed=plan.seed,
         epoch=plan.epoch,
         index=plan.index,
-        starts=np.zeros(len(lens), np.int64),
         seq_lens=lens.astype(np.int32),
         fragments=np.zeros(len(lens), np.int32),
         order=plan.order,

@@ -14,23 +14,23 @@ from numpy.typing import NDArray
 from packpipe.images.decode import pixel_rules
 from packpipe.images.fill import Failure
 from packpipe.images.opening import ImageData
-from packpipe.images.pool import Decoders, RowOrders
+from packpipe.images.pool import Decoders, RowTask
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.rows.fill_images import (
     fill_rows,
     filled_rows,
-    planned_segments,
+    planned_images,
     planned_tokens,
-    row_orders,
+    row_tasks,
 )
 from packpipe.rows.rejects import Reject
-from packpipe.rows.rows import Rows, Segments
+from packpipe.rows.rows import Rows
 
-# Batches in memory: one that is written, one that is filled, and one that waits, so that no
-# process is ever idle.
+# Batches in memory: one that is written, one that is filled, and one that is next, so that the
+# processes always have work.
 _BATCHES = 3
-# Tokens of a task: so many that passing it on costs nothing, so few that all processes end
-# together.
+# Tokens of a task: enough that sending it costs little, few enough that all processes finish a
+# batch at about the same time.
 _TASK_TOKENS = 8192
 
 
@@ -45,24 +45,24 @@ def filled_ahead(
 ) -> Generator[tuple[Rows, list[Reject]], None, None]:
     """Yield the rows of each batch of packs, and the images that could not be decoded.
 
-    With processes the next batches are filled meanwhile, and the patches of one are overwritten
-    once another is asked for.
+    With processes, the next batches are filled while the caller uses one. The patches of a batch
+    are overwritten after the caller asks for the next one.
 
     Args:
         plan: the plan.
-        batches: which of its packs.
-        labels: one value a source row, or None.
-        read_image: source row to the image.
-        num_workers: processes that decode; 0 decodes here.
-        seconds: processor time that an image may take in a process.
+        batches: the numbers of its packs, batch by batch.
+        labels: one value an image of the plan, or None.
+        read_image: returns the image of a source row.
+        num_workers: processes that decode; 0 decodes in this process.
+        seconds: processor time that an image may take in a worker process.
 
     Raises:
         ValueError: an image's size is not the planned one; names the example and both sizes.
     """
-    config, key = plan.config, {"seed": plan.seed, "epoch": plan.epoch}
+    config, key = plan.config, plan.key
     if num_workers == 0 or not batches:
         for packs in batches:
-            yield fill_rows(planned_segments(plan, packs, labels), read_image, config, **key)
+            yield fill_rows(planned_images(plan, packs, labels), read_image, config, key)
         return
     most = max(map(len, batches))
     shape = (config.seq_len, config.patch_bytes)
@@ -70,20 +70,21 @@ def filled_ahead(
     with Decoders(num_workers, _BATCHES * most, shape, rules, seconds) as decoders:
         waiting: deque[_Batch] = deque()
         for number, packs in enumerate(batches):
-            segments = planned_segments(plan, packs, labels)
-            tokens = planned_tokens(segments, **key)
+            planned = planned_images(plan, packs, labels)
+            tokens = planned_tokens(planned, key)
+            # Three parts of the shared memory, used in turn. This batch overwrites the one three
+            # before it, which the caller no longer uses: it has asked for another one since.
             first = number % _BATCHES * most
-            orders = [
-                RowOrders(row, some)
-                for row, some in enumerate(row_orders(segments, tokens, read_image), first)
+            rows = [
+                RowTask(row, images)
+                for row, images in enumerate(row_tasks(planned, tokens, read_image), first)
             ]
             step = max(1, _TASK_TOKENS // config.seq_len)
             tasks = [
-                decoders.submit(orders[start : start + step])
-                for start in range(0, len(orders), step)
+                decoders.submit(rows[start : start + step]) for start in range(0, len(rows), step)
             ]
             patches = decoders.rows[first : first + len(packs)]
-            waiting.append(_Batch(segments, tokens, patches, tasks))
+            waiting.append(_Batch(planned, tokens, patches, tasks))
             if len(waiting) == _BATCHES:
                 yield waiting.popleft().filled()
         while waiting:
@@ -91,13 +92,13 @@ def filled_ahead(
 
 
 class _Batch(NamedTuple):
-    """Rows that are being filled."""
+    """A batch that processes are filling: its plan, its memory and one future a task."""
 
-    segments: Segments
+    planned: Rows
     tokens: NDArray[np.int32]
     patches: NDArray[np.uint8]
     tasks: list[Future[list[list[Failure | None]]]]
 
     def filled(self) -> tuple[Rows, list[Reject]]:
         outcomes = [row for task in self.tasks for row in task.result()]
-        return filled_rows(self.segments, self.tokens, self.patches, outcomes)
+        return filled_rows(self.planned, self.tokens, self.patches, outcomes)

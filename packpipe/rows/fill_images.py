@@ -1,112 +1,110 @@
-"""Fills the rows of images: what a plan says of each, and the patches of those that decode.
+"""Fills the rows of images: segments come from the plan, patches from the decoded images.
 
-An image that fails when decoded is left out of its row: the segments after it move up, its
-tokens become padding, and nobody changes rows.
+An image that cannot be decoded is left out of its row: the segments after it move up, and the
+end of the row becomes padding. No other image changes its row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe.images.decode import pixel_rules
-from packpipe.images.fill import Failure, Order, fill_row
+from packpipe.images.fill import Failure, ImageTask, fill_row
 from packpipe.images.opening import BadImage, ImageData
+from packpipe.philox import Key
 from packpipe.planning.dropping import kept_tokens
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows.rejects import Reject
-from packpipe.rows.rows import Rows, Segments
+from packpipe.rows.rows import Rows
 
 
-def planned_segments(
-    plan: EpochPlan, packs: range | NDArray[np.int64], labels: pa.Array | pa.ChunkedArray | None
-) -> Segments:
-    """Return the segments a plan puts into some packs.
+def planned_images(
+    plan: EpochPlan, packs: range | NDArray[np.int64], labels: pa.Array | None
+) -> Rows:
+    """Return the segments that a plan puts into some packs: rows without tokens yet.
 
     Args:
         plan: the plan.
-        packs: which of its packs.
-        labels: one value a source row, or None.
+        packs: the numbers of its packs, in the order of the rows.
+        labels: one value an image of the plan, in the order of its arrays, or None.
     """
     numbers = np.asarray(packs, np.int64)
     held = plan.offsets[numbers + 1] - plan.offsets[numbers]
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(held)])
+    # For every segment its place in plan.order, without a loop and for packs in any order.
     places = np.repeat(plan.offsets[numbers] - offsets[:-1], held) + np.arange(offsets[-1])
     members = plan.order[places]
-    example_index = plan.index[members]
-    taken = None if labels is None else labels.take(pa.array(example_index))
-    if isinstance(taken, pa.ChunkedArray):
-        taken = taken.combine_chunks()
-    return Segments(
-        offsets=offsets,
-        seq_lens=plan.num_keep[members],
-        grid_hw=plan.grid_hw[members],
-        image_hw=plan.image_hw[members],
-        example_index=example_index,
-        labels=taken,
-    )
+    segments: dict[str, Any] = {
+        "seq_lens": plan.num_keep[members],
+        "grid_hw": plan.grid_hw[members],
+        "image_hw": plan.image_hw[members],
+        "example_index": plan.index[members],
+    }
+    if labels is not None:
+        segments["labels"] = labels.take(pa.array(members))
+    return Rows(offsets, segments)
 
 
 def fill_rows(
-    segments: Segments,
+    planned: Rows,
     read_image: Callable[[int], ImageData],
     config: PackConfig,
-    *,
-    seed: int,
-    epoch: int,
+    key: Key,
 ) -> tuple[Rows, list[Reject]]:
-    """Return the rows of some segments, and the images that could not be decoded.
+    """Return planned rows with their tokens, and the images that could not be decoded.
 
     Args:
-        segments: what stands where.
-        read_image: source row (an ``example_index``) to the image.
+        planned: rows without tokens; see `planned_images`.
+        read_image: returns the image of a source row (an ``example_index``).
         config: the options the plan was made with.
-        seed: likewise.
-        epoch: likewise.
+        key: (seed, epoch) of the plan.
 
     Raises:
         ValueError: an image's size is not the planned one; names the example and both sizes.
     """
-    tokens = planned_tokens(segments, seed=seed, epoch=epoch)
-    patches = np.empty((len(segments), config.seq_len, config.patch_bytes), np.uint8)
+    tokens = planned_tokens(planned, key)
+    # `fill_row` writes every byte of a row, zeros in padding, so nothing is cleared here.
+    patches = np.empty((len(planned), config.seq_len, config.patch_bytes), np.uint8)
     rules = pixel_rules(config)
-    outcomes = [
-        fill_row(orders, out, rules)
-        for orders, out in zip(row_orders(segments, tokens, read_image), patches, strict=True)
-    ]
-    return filled_rows(segments, tokens, patches, outcomes)
+    tasks = row_tasks(planned, tokens, read_image)
+    outcomes = [fill_row(row, out, rules) for row, out in zip(tasks, patches, strict=True)]
+    return filled_rows(planned, tokens, patches, outcomes)
 
 
-def planned_tokens(segments: Segments, *, seed: int, epoch: int) -> NDArray[np.int32]:
-    """Return int32[tokens], which patches of its grid each segment keeps, one after the other."""
+def planned_tokens(planned: Rows, key: Key) -> NDArray[np.int32]:
+    """Return int32[tokens], which patches of its grid each segment keeps, segment by segment."""
+    # Drawn again from the key and example_index instead of stored: a plan takes about 50 bytes an
+    # image, whatever it keeps.
     return kept_tokens(
-        seed=seed,
-        epoch=epoch,
-        index=segments.example_index,
-        num_tokens=segments.grid_hw.astype(np.int64).prod(axis=1),
-        num_keep=segments.seq_lens,
+        key,
+        index=planned.example_index,
+        num_tokens=planned.grid_hw.astype(np.int64).prod(axis=1),
+        num_keep=planned.seq_lens,
     )
 
 
-def row_orders(
-    segments: Segments, tokens: NDArray[np.int32], read_image: Callable[[int], ImageData]
-) -> Iterator[list[Order]]:
-    """Yield what each row takes of its images.
+def row_tasks(
+    planned: Rows, tokens: NDArray[np.int32], read_image: Callable[[int], ImageData]
+) -> Iterator[list[ImageTask]]:
+    """Yield the images of each row, in order, with the tokens they keep.
 
     Args:
-        segments: what stands where.
+        planned: rows without tokens.
         tokens: their `planned_tokens`.
-        read_image: source row to the image; called for one when its turn comes.
+        read_image: returns the image of a source row; called when the image's turn comes.
     """
-    lens, ends = segments.seq_lens.tolist(), np.cumsum(segments.seq_lens).tolist()
-    grids, sizes = segments.grid_hw.tolist(), segments.image_hw.tolist()
-    examples, offsets = segments.example_index.tolist(), segments.offsets.tolist()
+    lens, ends = planned.seq_lens.tolist(), np.cumsum(planned.seq_lens).tolist()
+    grids, sizes = planned.grid_hw.tolist(), planned.image_hw.tolist()
+    examples, offsets = planned.example_index.tolist(), planned.offsets.tolist()
 
     def read(example: int) -> ImageData | Failure:
         try:
@@ -114,64 +112,65 @@ def row_orders(
         except BadImage as error:
             return Failure(error.reason, error.exception)
 
-    def order(at: int) -> Order:
+    def task(at: int) -> ImageTask:
         rows, columns = grids[at]
+        # None for a whole grid, which `patchify` writes in one pass.
         kept = None if lens[at] == rows * columns else tokens[ends[at] - lens[at] : ends[at]]
+        # Read when its turn comes, so memory does not hold all the images of a batch.
         data = partial(read, examples[at])
-        return Order(examples[at], data, tuple(sizes[at]), (rows, columns), kept)
+        return ImageTask(examples[at], data, tuple(sizes[at]), (rows, columns), kept)
 
     for start, stop in pairwise(offsets):
-        yield [order(at) for at in range(start, stop)]
+        yield [task(at) for at in range(start, stop)]
 
 
 def filled_rows(
-    segments: Segments,
+    planned: Rows,
     tokens: NDArray[np.int32],
     patches: NDArray[np.uint8],
     outcomes: Sequence[Sequence[Failure | None]],
 ) -> tuple[Rows, list[Reject]]:
-    """Return the rows whose patches are written, and the images that failed: they are left out.
+    """Return rows with their patches and without the images that failed, and those as rejects.
 
     Args:
-        segments: what was to stand where.
+        planned: the rows as planned.
         tokens: their `planned_tokens`.
         patches: uint8[rows, seq_len, P·P·3], as `fill_row` wrote them.
-        outcomes: what it returned, row by row.
+        outcomes: what `fill_row` returned, row by row.
     """
     flat = [outcome for row in outcomes for outcome in row]
     rejected = [
         Reject(example, "decode", *failure)
-        for example, failure in zip(segments.example_index.tolist(), flat, strict=True)
+        for example, failure in zip(planned.example_index.tolist(), flat, strict=True)
         if failure is not None
     ]
     if rejected:
+        # `fill_row` has already moved up the patches; here the segments follow.
         good = np.array([failure is None for failure in flat], np.bool_)
-        tokens = tokens[np.repeat(good, segments.seq_lens)]
-        segments = segments.keep(good)
-    segment_ids, coords = token_columns(segments, tokens, patches.shape[1])
-    rows = Rows(segments=segments, patches=patches, segment_ids=segment_ids, coords=coords)
-    return rows, rejected
+        tokens = tokens[np.repeat(good, planned.seq_lens)]
+        planned = planned.keep(good)
+    segment_ids, coords = token_columns(planned, tokens, patches.shape[1])
+    columns: dict[str, NDArray[Any]] = {
+        "patches": patches,
+        "segment_ids": segment_ids,
+        "coords": coords,
+    }
+    return replace(planned, tokens=columns), rejected
 
 
 def token_columns(
-    segments: Segments, tokens: NDArray[np.int32], seq_len: int
+    planned: Rows, tokens: NDArray[np.int32], seq_len: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int16]]:
     """Return (segment_ids, coords) of the rows, derived from lengths, grids and kept tokens."""
-    num_segments = len(segments.seq_lens)
-    per_row = np.diff(segments.offsets)
-    row_of = np.repeat(np.arange(len(segments)), per_row)
-    tokens_before = np.concatenate([np.zeros(1, np.int64), np.cumsum(segments.seq_lens)])
-    start = tokens_before[:-1] - tokens_before[segments.offsets[:-1]][row_of]
-    first_place = row_of * seq_len + start  # of each segment, rows laid end to end
+    lens = planned.seq_lens
+    before = np.cumsum(lens, dtype=np.int64) - lens
+    places = np.repeat(planned.first_places(seq_len) - before, lens) + np.arange(len(tokens))
+    columns = np.repeat(planned.grid_hw[:, 1], lens)
 
-    places = np.repeat(first_place - tokens_before[:-1], segments.seq_lens)
-    places += np.arange(tokens_before[-1])
-    columns = np.repeat(segments.grid_hw[:, 1], segments.seq_lens)
-    ids = np.arange(num_segments) - np.repeat(segments.offsets[:-1], per_row) + 1
-
-    segment_ids = np.zeros(len(segments) * seq_len, np.int32)
-    segment_ids[places] = np.repeat(ids, segments.seq_lens)
-    coords = np.zeros((len(segments) * seq_len, 2), np.int16)
+    segment_ids = np.zeros(len(planned) * seq_len, np.int32)
+    segment_ids[places] = np.repeat(planned.numbers + 1, lens)
+    # int16 is enough: a grid has at most 32767 patches (`MAX_IMAGE_SEQ_LEN`).
+    coords = np.zeros((len(planned) * seq_len, 2), np.int16)
     coords[places, 0] = tokens // columns
     coords[places, 1] = tokens % columns
     return segment_ids.reshape(-1, seq_len), coords.reshape(-1, seq_len, 2)

@@ -1,9 +1,9 @@
-"""Fills the rows of tokens: every sequence is copied once, to where the plan puts it."""
+"""Fills the rows of tokens: copies every sequence once, to its place in the plan."""
 
 from __future__ import annotations
 
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,123 +13,120 @@ from numpy.typing import NDArray
 from packpipe.planning.token_config import TokenConfig
 from packpipe.planning.token_plan import TokenPlan
 from packpipe.rows.copy import gather, number_tokens
-from packpipe.rows.rows import NO_LABEL, NUMBER_COLUMNS, TokenSegments
-from packpipe.rows.schema import tokens_table
+from packpipe.rows.rows import NO_LABEL, Rows
+from packpipe.rows.schema import NUMBER_COLUMNS, rows_table
 
 
-class Memory:
-    """Arrays that are written again and again: new memory costs more than what is put into it."""
+class Buffers:
+    """Arrays, by name, that are used again for every batch of rows."""
 
+    # Copying 64 MB into new memory took 1.4 times as long as into memory that was written before:
+    # the system clears each new page first.
     def __init__(self) -> None:
         self._kept: dict[str, NDArray[Any]] = {}
 
     def array(self, name: str, size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Return an array of this size, which overwrites the last of this name."""
+        """Return an array of this size; it overwrites the last one of the same name."""
         if name not in self._kept or len(self._kept[name]) < size:
             self._kept[name] = np.empty(size, dtype)
         return self._kept[name][:size]
 
 
-def planned_segments(
-    plan: TokenPlan, packs: range, values: dict[str, pa.Array]
-) -> tuple[TokenSegments, NDArray[np.int64]]:
-    """Return the segments of some packs, and int64[segments], where each lies in the plan.
+def planned_pieces(plan: TokenPlan, packs: range, values: dict[str, pa.Array]) -> Rows:
+    """Return the pieces of sequences that a plan puts into some packs: rows without tokens yet.
 
     Args:
         plan: the plan.
-        packs: which of its packs.
-        values: the source's other columns, one value a row.
+        packs: the numbers of its packs.
+        values: the source's other columns, one value a source row.
     """
     offsets = plan.offsets[packs.start : packs.stop + 1]
     members = plan.order[offsets[0] : offsets[-1]]
     example_index = plan.index[members]
     rows = pa.array(example_index)
-    segments = TokenSegments(
-        offsets=offsets - offsets[0],
-        seq_lens=plan.seq_lens[members],
-        fragment=plan.fragments[members],
-        example_index=example_index,
-        values={name: column.take(rows) for name, column in values.items()},
-    )
-    return segments, members
+    segments = {
+        "seq_lens": plan.seq_lens[members],
+        "fragment": plan.fragments[members],
+        "example_index": example_index,
+        **{name: column.take(rows) for name, column in values.items()},
+    }
+    return Rows(offsets - offsets[0], segments)
 
 
-def first_places(segments: TokenSegments, config: TokenConfig) -> NDArray[np.int64]:
+def first_places(rows: Rows, config: TokenConfig) -> NDArray[np.int64]:
     """Return int64[segments], the place of each one's first token, rows laid end to end."""
-    before = np.cumsum(segments.seq_lens, dtype=np.int64) - segments.seq_lens
-    if config.layout == "ragged":
-        return before
-    row_of = np.repeat(np.arange(len(segments)), np.diff(segments.offsets))
-    row_starts = np.concatenate([before, [0]])[segments.offsets[:-1]]
-    places: NDArray[np.int64] = before - row_starts[row_of] + row_of * config.seq_len
+    if config.layout == "fixed":
+        return rows.first_places(config.seq_len)
+    places: NDArray[np.int64] = np.cumsum(rows.seq_lens, dtype=np.int64) - rows.seq_lens
     return places
 
 
 def fill_tokens(
-    segments: TokenSegments,
-    starts: NDArray[np.int64],
+    planned: Rows,
     columns: dict[str, TokenColumn],
     config: TokenConfig,
     *,
     executor: Executor | None = None,
-    memory: Memory | None = None,
+    buffers: Buffers | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """Return the token columns of rows by name, laid end to end; of fixed rows the numbers too.
+    """Return the token columns of rows by name, rows laid end to end.
 
     Args:
-        segments: what stands where.
-        starts: int64[segments], where each begins in its sequence.
-        columns: of the source, by name; segments take ``example_index`` of them.
-        config: the options.
-        executor: copies with several threads.
-        memory: what to write into; None takes new memory.
+        planned: rows without tokens; see `planned_pieces`.
+        columns: the source's token columns by name, one list for each ``example_index``.
+        config: the options; ``layout="fixed"`` adds segment_ids and position_ids.
+        executor: threads that copy; None copies in this thread.
+        buffers: memory to write to; None takes new memory.
     """
-    memory = Memory() if memory is None else memory
-    places = first_places(segments, config)
-    lens, rows = segments.seq_lens, segments.example_index
+    buffers = Buffers() if buffers is None else buffers
+    lens, places = planned.seq_lens, first_places(planned, config)
     fixed = config.layout == "fixed"
-    size = len(segments) * config.seq_len if fixed else int(lens.sum(dtype=np.int64))
+    size = len(planned) * config.seq_len if fixed else int(lens.sum(dtype=np.int64))
+    # A piece begins at token fragment · seq_len of its sequence; int32 might not hold that.
+    starts = planned.fragment.astype(np.int64) * config.seq_len
     out: dict[str, NDArray[Any]] = {}
-    for name, column in columns.items():
-        out[name] = memory.array(name, size, column.values.dtype)
+
+    def empty(name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+        return buffers.array(name, size, dtype)
+
+    def pad(name: str) -> None:
         if fixed:
-            _pad(out[name], segments, config.seq_len, padding_of(name, config))
-        gather(
-            column.values, column.starts[rows] + starts, lens, places, out[name], executor=executor
-        )
+            _pad(out[name], planned, config.seq_len, padding_of(name, config))
+
+    for name, column in columns.items():
+        out[name] = empty(name, column.values.dtype)
+        pad(name)  # writes padding alone; `gather` writes the rest
+        firsts = column.starts[planned.example_index] + starts
+        gather(column.values, firsts, lens, places, out[name], executor=executor)
     if config.mask_first_label:
+        # A model that shifts labels would predict a segment's first label from the last token of
+        # the segment before it.
         if "labels" not in out:
-            out["labels"] = memory.array("labels", size, out["input_ids"].dtype)
+            out["labels"] = empty("labels", out["input_ids"].dtype)
             np.copyto(out["labels"], out["input_ids"])
-            if fixed:
-                _pad(out["labels"], segments, config.seq_len, NO_LABEL)
+            pad("labels")
         out["labels"][places] = NO_LABEL
     if fixed:
-        numbers = np.arange(len(lens)) - np.repeat(segments.offsets[:-1], np.diff(segments.offsets))
         for name in NUMBER_COLUMNS:
-            out[name] = memory.array(name, size, np.dtype(np.int32))
-            _pad(out[name], segments, config.seq_len, 0)
-        number_tokens(
-            lens,
-            (numbers + 1).astype(np.int32),
-            places,
-            out["segment_ids"],
-            out["position_ids"],
-            executor=executor,
-        )
+            out[name] = empty(name, np.dtype(np.int32))
+            pad(name)
+        ids, positions = (out[name] for name in NUMBER_COLUMNS)
+        numbers = (planned.numbers + 1).astype(np.int32)
+        number_tokens(lens, numbers, places, ids, positions, executor=executor)
     return out
 
 
 def padding_of(name: str, config: TokenConfig) -> int:
-    """Return what a token column holds in padding."""
+    """Return the value of a token column in padding."""
     return {"labels": NO_LABEL, "input_ids": config.pad_token_id}.get(name, 0)
 
 
-def _pad(flat: NDArray[Any], segments: TokenSegments, seq_len: int, value: int) -> None:
+def _pad(flat: NDArray[Any], planned: Rows, seq_len: int, value: int) -> None:
     """Write a value into the padding of rows laid end to end."""
-    before = np.concatenate([[0], np.cumsum(segments.seq_lens, dtype=np.int64)])
-    filled = np.diff(before[segments.offsets])
+    before = np.concatenate([[0], np.cumsum(planned.seq_lens, dtype=np.int64)])
+    filled = np.diff(before[planned.offsets])
     rows = flat.reshape(-1, seq_len)
+    # A loop over rows that have padding, which packing leaves few of.
     for row in np.flatnonzero(filled < seq_len).tolist():
         rows[row, filled[row] :] = value
 
@@ -139,11 +136,12 @@ class TokenColumn:
     """A list column: example i is ``values[starts[i] : starts[i] + lens[i]]``.
 
     Attributes:
-        values: what lists hold; what no list points to is not to be touched.
+        values: memory with the values of all lists. What no list points to must not be read: it
+            may belong to others (`packpipe.sources.token_source.one_view`).
         starts: int64[examples].
         lens: int64[examples], 0 where there is no list.
         bad: bool[examples], whether the list or a value of it is null.
-        owner: keeps the memory.
+        owner: what keeps the memory alive.
     """
 
     values: NDArray[Any]
@@ -153,7 +151,7 @@ class TokenColumn:
     owner: Any
 
     def take(self, rows: NDArray[np.int64]) -> TokenColumn:
-        """Return the column of some examples; no value is moved."""
+        """Return the column of some examples; no value is copied."""
         return TokenColumn(
             self.values, self.starts[rows], self.lens[rows], self.bad[rows], self.owner
         )
@@ -165,21 +163,26 @@ def packed_table(
     columns: dict[str, TokenColumn],
     values: dict[str, pa.Array],
     schema: pa.Schema,
-    executor: ThreadPoolExecutor | None = None,
-    memory: Memory | None = None,
+    *,
+    numbers: NDArray[np.int64] | None = None,
+    executor: Executor | None = None,
+    buffers: Buffers | None = None,
 ) -> pa.Table:
     """Return some packs of a plan as rows.
 
     Args:
         plan: the plan.
-        packs: which of its packs.
+        packs: the numbers of its packs.
         columns: the source's token columns.
         values: its other columns.
         schema: of the rows.
-        executor: copies with several threads.
-        memory: what the rows are written into; None takes new memory.
+        numbers: int64[source rows], the ``example_index`` to store for each; None stores the row.
+        executor: threads that copy; None copies in this thread.
+        buffers: memory to write to; None takes new memory.
     """
-    segments, members = planned_segments(plan, packs, values)
-    starts = plan.starts[members]
-    tokens = fill_tokens(segments, starts, columns, plan.config, executor=executor, memory=memory)
-    return tokens_table(segments, tokens, schema)
+    planned = planned_pieces(plan, packs, values)
+    tokens = fill_tokens(planned, columns, plan.config, executor=executor, buffers=buffers)
+    # Only after filling, which looks up tokens by the row that example_index holds until here.
+    if numbers is not None:
+        planned.segments["example_index"] = numbers[planned.example_index]
+    return rows_table(replace(planned, tokens=tokens), schema)

@@ -1,4 +1,4 @@
-"""A packed row as a picture: its tokens where they lie.
+"""Draws packed rows: their tokens as pixels, in the order of the row.
 
 Each segment is tinted in a colour of its own; padding is hatched.
 """
@@ -21,7 +21,7 @@ _MOST_ROWS, _GAP = 8, 6
 
 def colours(num_segments: int) -> NDArray[np.float64]:
     """Return float[segments, 3], RGB in 0..1; neighbours differ, however many there are."""
-    # Steps of the golden ratio.
+    # Steps of the golden ratio: neighbouring hues lie far apart, and no hue comes twice.
     hues = [(number * 0.61803398875) % 1.0 for number in range(num_segments)]
     found = np.array([colorsys.hsv_to_rgb(hue, 0.85, 0.85) for hue in hues])
     return found.reshape(num_segments, 3)
@@ -48,6 +48,7 @@ def row_picture(patches: NDArray[np.uint8], segment_ids: NDArray[np.int32]) -> N
         grid = of_tokens.reshape(lines, TOKENS_A_LINE, *of_tokens.shape[1:])
         return grid.repeat(side, axis=0).repeat(side, axis=1)
 
+    # ids - 1 is -1 in padding and -2 in missing slots, which index the two whites at the end.
     tint = np.concatenate([colours(int(ids.max(initial=0))), [(1.0, 1.0, 1.0)] * 2])
     picture = 0.5 * picture + 0.5 * by_pixel(tint[ids - 1])
     y, x = np.indices(picture.shape[:2])

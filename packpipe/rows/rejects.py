@@ -12,7 +12,7 @@ from packpipe import checks
 log = logging.getLogger(__name__)
 
 ON_ERROR = ("quarantine", "raise")
-# The stage of rejects that the caller has asked for, which are not bad.
+# Stage of rejects that the caller asked for (overflow="drop"); they do not count as bad.
 ASKED = "overflow"
 _NAMED = 5
 
@@ -49,7 +49,7 @@ class Tolerance:
         checks.whole_number("max_consecutive_bad", self.max_consecutive_bad, 1, 2**63, remedy)
 
     def check(self, rejects: list[Reject]) -> None:
-        """Raise if the rejects are over budget: a function of their set, not of their order.
+        """Raise if there are too many rejects; their order makes no difference.
 
         Raises:
             TooManyRejects: names how many, the limit, and the first ones.
@@ -57,11 +57,14 @@ class Tolerance:
         bad = sorted(reject for reject in rejects if reject.stage != ASKED)
         if bad and self.max_bad_fraction == 0 and self.max_consecutive_bad == 1:
             raise TooManyRejects(bad_example(bad[0]), bad)
+        # A share of the whole source, also while it is being read: rejects only become more, so an
+        # early error would come at the end, too.
         share = len(bad) / max(1, self.num_examples)
         if share > self.max_bad_fraction:
             found = f"{len(bad)} of {self.num_examples} examples ({share:.2%})"
             limit = f"at most {self.max_bad_fraction:.2%} (max_bad_fraction)"
             raise TooManyRejects(_message(found, limit, bad), bad)
+        # A small share of a large source can still be one damaged part of it.
         in_a_row, previous = 0, -2
         for reject in bad:
             in_a_row = in_a_row + 1 if reject.example_index == previous + 1 else 1
@@ -75,21 +78,22 @@ class Tolerance:
 def tolerance_of(
     num_examples: int, on_error: str, max_bad_fraction: float, max_consecutive_bad: int
 ) -> Tolerance:
-    """Return what is allowed: as given, or nothing at all with ``on_error="raise"``."""
+    """Return the limits: as given, or no reject at all with ``on_error="raise"``."""
     checks.choice("on_error", on_error, ON_ERROR, "choose what a bad image does")
     allowed = Tolerance(num_examples, max_bad_fraction, max_consecutive_bad)
     return allowed if on_error == "quarantine" else Tolerance(num_examples, 0.0, 1)
 
 
 class Undecodable:
-    """Examples that failed when their pack was read, each counted once; safe among threads."""
+    """Counts examples that could not be decoded when read, each once; threads may share it."""
 
     def __init__(self) -> None:
+        # By example: a loader meets the same image again in every epoch.
         self._rejects: dict[int, Reject] = {}
         self._lock = Lock()
 
     def add(self, rejects: list[Reject], tolerance: Tolerance) -> None:
-        """Log rejects that are new.
+        """Log and count the rejects that are new.
 
         Raises:
             TooManyRejects: there are more than are tolerated.
@@ -105,7 +109,7 @@ class Undecodable:
         tolerance.check(found)
 
     def __reduce__(self) -> tuple[type[Undecodable], tuple[()]]:
-        return Undecodable, ()  # a worker process counts its own
+        return Undecodable, ()  # a lock cannot be pickled; a worker process counts its own
 
 
 def bad_example(reject: Reject) -> str:
@@ -115,7 +119,7 @@ def bad_example(reject: Reject) -> str:
 
 
 def bad_because(reject: Reject) -> str:
-    """Return what is bad of a reject's example, and what was expected."""
+    """Return the middle of an error sentence: what is bad about an example."""
     expected = "a usable sequence" if reject.stage == "tokens" else "a usable image and label"
     return f"is bad ({reject.reason}: {reject.exception}), expected {expected}"
 

@@ -1,7 +1,8 @@
 """The packed row as Arrow columns, and back without copying.
 
 Token columns are fixed-size lists, so row r lies at a constant stride; segment columns are
-lists. There are no nulls. Written from NumPy buffers and read as views of Arrow's.
+lists, so the schema says which is which. packpipe's own columns hold no nulls. Written from NumPy
+buffers and read as views of Arrow's.
 
 =================  ===============================  =========================================
 patches            fixed_size_list<uint8>[L·D]      row, column, channel within a patch
@@ -14,7 +15,7 @@ labels             list<the label's type>           absent without a label colum
 example_index      list<int64>                      row in the source
 =================  ===============================  =========================================
 
-Rows of tokens have columns of their own:
+Rows of token sequences:
 
 ==============  ===================  ==============================================================
 input_ids, ...  fixed<T>[L]          the source's token columns, each of its own type
@@ -22,18 +23,16 @@ segment_ids     fixed<int32>[L]      1, 2, ... in row order; 0 is padding
 position_ids    fixed<int32>[L]      0, 1, ... within the segment; 0 in padding
 seq_lens        list<int32>          tokens of each segment
 fragment        list<int32>          0, 1, ... of a sequence that was split; else 0
-label, ...      list<T>              the source's other columns, one value a segment
 example_index   list<int64>          row in the source
+label, ...      list<T>              the source's other columns, one value a segment
 ==============  ===================  ==============================================================
 
-``layout="ragged"`` keeps the token columns alone, as lists without padding. A piece of a sequence
-begins at token fragment · seq_len of it.
+With ``layout="ragged"`` the source's token columns are lists without padding, and there are no
+segment_ids and position_ids. A piece of a sequence begins at token fragment · seq_len of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,18 +43,18 @@ from packpipe import checks
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.token_config import TokenConfig
 from packpipe.rows.rejects import Reject
-from packpipe.rows.rows import (
-    NUMBER_COLUMNS,
-    SEGMENT_TYPES,
-    Rows,
-    Segments,
-    TokenRows,
-    TokenSegments,
-)
+from packpipe.rows.rows import Rows
 
 VERSION = 1
 
-_TOKEN_TYPES = {"patches": pa.uint8(), "segment_ids": pa.int32(), "coords": pa.int16()}
+# packpipe's own columns in rows of tokens; a source may have none of these names.
+NUMBER_COLUMNS = ("segment_ids", "position_ids")
+SEGMENT_TYPES = {"seq_lens": pa.int32(), "fragment": pa.int32(), "example_index": pa.int64()}
+RESERVED = (*NUMBER_COLUMNS, *SEGMENT_TYPES)
+
+_IMAGE_TOKENS = {"patches": pa.uint8(), "segment_ids": pa.int32(), "coords": pa.int16()}
+# Columns of segments that are NumPy arrays in memory; the others are the source's, of any type.
+_NUMBERS = {*SEGMENT_TYPES, "grid_hw", "image_hw"}
 
 REJECTS = pa.schema(
     [
@@ -68,7 +67,7 @@ REJECTS = pa.schema(
 
 
 def segment_schema(label_type: pa.DataType | None) -> pa.Schema:
-    """Return the schema of the segment columns."""
+    """Return the schema of the segment columns of images."""
     fields = [
         ("seq_lens", pa.list_(pa.int32())),
         ("grid_hw", pa.list_(pa.list_(pa.int16(), 2))),
@@ -80,124 +79,13 @@ def segment_schema(label_type: pa.DataType | None) -> pa.Schema:
 
 
 def row_schema(config: PackConfig, label_type: pa.DataType | None) -> pa.Schema:
-    """Return the schema of a packed row."""
+    """Return the schema of packed rows of images."""
+    widths = {"patches": config.patch_bytes, "segment_ids": 1, "coords": 2}
     tokens = [
-        ("patches", pa.list_(pa.uint8(), config.seq_len * config.patch_bytes)),
-        ("segment_ids", pa.list_(pa.int32(), config.seq_len)),
-        ("coords", pa.list_(pa.int16(), 2 * config.seq_len)),
+        pa.field(name, pa.list_(kind, config.seq_len * widths[name]))
+        for name, kind in _IMAGE_TOKENS.items()
     ]
-    return pa.schema([*map(pa.field, *zip(*tokens, strict=True)), *segment_schema(label_type)])
-
-
-def segments_table(segments: Segments, schema: pa.Schema) -> pa.Table:
-    """Return the segment columns as Arrow, without copying."""
-    columns = _segment_columns(segments)
-    return pa.table([columns[name] for name in schema.names], schema=schema)
-
-
-def rows_table(rows: Rows, schema: pa.Schema) -> pa.Table:
-    """Return packed rows as Arrow, without copying."""
-    columns = _segment_columns(rows.segments)
-    for name in _TOKEN_TYPES:
-        values = getattr(rows, name)
-        columns[name] = pa.FixedSizeListArray.from_arrays(
-            pa.array(values.reshape(-1)), type=schema.field(name).type
-        )
-    return pa.table([columns[name] for name in schema.names], schema=schema)
-
-
-def rejects_table(rejects: list[Reject]) -> pa.Table:
-    """Return rejects as Arrow, in order of their example."""
-    ordered = sorted(rejects)
-    return pa.table([list(column) for column in zip(*ordered, strict=True)] or [[]] * 4, REJECTS)
-
-
-def table_segments(table: pa.Table) -> Segments:
-    """Return the segment columns of a table; views where a column is one chunk."""
-    seq_lens = _one_chunk(table, "seq_lens")
-    # A list array may be a slice: its offsets then start above zero, and `flatten` obeys them.
-    starts = seq_lens.offsets.to_numpy().astype(np.int64)
-    has_labels = "labels" in table.column_names
-    return Segments(
-        offsets=starts - starts[0],
-        seq_lens=seq_lens.flatten().to_numpy(),
-        grid_hw=_pairs(table, "grid_hw"),
-        image_hw=_pairs(table, "image_hw"),
-        example_index=_one_chunk(table, "example_index").flatten().to_numpy(),
-        labels=_one_chunk(table, "labels").flatten() if has_labels else None,
-    )
-
-
-def table_rows(table: pa.Table) -> Rows:
-    """Return the packed rows of a table; views where a column is one chunk, else one copy.
-
-    Raises:
-        ValueError: a column of the packed row is missing or has another type.
-    """
-    for name, wanted in _TOKEN_TYPES.items():
-        found = table.schema.field(name).type if name in table.column_names else None
-        if found is None or not pa.types.is_fixed_size_list(found) or found.value_type != wanted:
-            expected = f"fixed_size_list<{wanted}>"
-            raise ValueError(_not_a_row(name, found, expected))
-    for field in segment_schema(None):
-        found = table.schema.field(field.name).type if field.name in table.column_names else None
-        if found is None or not pa.types.is_list(found):
-            raise ValueError(_not_a_row(field.name, found, str(field.type)))
-    shape = (table.num_rows, table.schema.field("segment_ids").type.list_size)
-    patch_bytes = table.schema.field("patches").type.list_size // shape[1]
-    return Rows(
-        segments=table_segments(table),
-        patches=_fixed(table, "patches").reshape(*shape, patch_bytes),
-        segment_ids=_fixed(table, "segment_ids").reshape(shape),
-        coords=_fixed(table, "coords").reshape(*shape, 2),
-    )
-
-
-def _not_a_row(name: str, found: pa.DataType | None, expected: str) -> str:
-    value = "missing" if found is None else str(found)
-    return checks.sentence(
-        f"column {name!r}", value, expected, "read rows that packpipe has written"
-    )
-
-
-def _segment_columns(segments: Segments) -> dict[str, pa.Array]:
-    offsets = pa.array(segments.offsets.astype(np.int32))
-
-    def lists(values: Any) -> pa.Array:
-        return pa.ListArray.from_arrays(offsets, values)
-
-    def pairs(values: NDArray[Any]) -> pa.Array:
-        return lists(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), 2))
-
-    columns = {
-        "seq_lens": lists(pa.array(segments.seq_lens)),
-        "grid_hw": pairs(segments.grid_hw),
-        "image_hw": pairs(segments.image_hw),
-        "example_index": lists(pa.array(segments.example_index)),
-    }
-    if segments.labels is not None:
-        columns["labels"] = lists(segments.labels)
-    return columns
-
-
-def _one_chunk(table: pa.Table, name: str) -> pa.Array:
-    column = table.column(name)
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def _fixed(table: pa.Table, name: str) -> NDArray[Any]:
-    """Return the values of a fixed-size list column as one flat array."""
-    chunks = [chunk.flatten().to_numpy() for chunk in table.column(name).chunks]
-    dtype = table.schema.field(name).type.value_type.to_pandas_dtype()
-    values: NDArray[Any] = (
-        chunks[0] if len(chunks) == 1 else np.concatenate([np.empty(0, dtype), *chunks])
-    )
-    return values
-
-
-def _pairs(table: pa.Table, name: str) -> NDArray[Any]:
-    values: NDArray[Any] = _one_chunk(table, name).flatten().flatten().to_numpy()
-    return values.reshape(-1, 2)
+    return pa.schema([*tokens, *segment_schema(label_type)])
 
 
 def token_schema(
@@ -212,84 +100,142 @@ def token_schema(
     """
     fixed = config.layout == "fixed"
     size = config.seq_len if fixed else -1
-    fields = [pa.field(name, pa.list_(kind, size)) for name, kind in tokens.items()]
-    if fixed:
-        fields += [pa.field(name, pa.list_(pa.int32(), size)) for name in NUMBER_COLUMNS]
-    segment_types = {**SEGMENT_TYPES, **values}
-    return pa.schema([*fields, *(pa.field(n, pa.list_(kind)) for n, kind in segment_types.items())])
+    numbers = dict.fromkeys(NUMBER_COLUMNS, pa.int32()) if fixed else {}
+    lists = {name: pa.list_(kind, size) for name, kind in (tokens | numbers).items()}
+    return pa.schema(lists | {n: pa.list_(kind) for n, kind in (SEGMENT_TYPES | values).items()})
 
 
-def tokens_table(
-    segments: TokenSegments, tokens: dict[str, NDArray[Any]], schema: pa.Schema
-) -> pa.Table:
+def holds_tokens(names: Any) -> bool:
+    """Return whether columns are those of packed token sequences, not of images."""
+    return "fragment" in names and "seq_lens" in names
+
+
+def rows_table(rows: Rows, schema: pa.Schema) -> pa.Table:
     """Return rows as Arrow, without copying.
 
     Args:
-        segments: what stands where.
-        tokens: by name, rows laid end to end, as `fill_tokens` returns them.
-        schema: as of `token_schema`.
+        rows: hold the schema's columns. A token column of ragged rows has one dimension, its rows
+            laid end to end.
+        schema: made by `row_schema`, `segment_schema` or `token_schema`.
     """
-    before = np.concatenate([[0], np.cumsum(segments.seq_lens, dtype=np.int64)])
-    ends = pa.array(before[segments.offsets].astype(np.int32))
-    offsets = pa.array(segments.offsets.astype(np.int32))
-    lists = {
-        **segments.values,
-        **{name: pa.array(getattr(segments, name)) for name in SEGMENT_TYPES},
-    }
+    # Arrow's lists have 32-bit offsets; a batch that `pack` writes holds about 64 MB.
+    offsets = pa.array(rows.offsets.astype(np.int32))
     columns = []
     for field in schema:
-        if field.name in tokens:
-            values = pa.array(tokens[field.name])
-            if pa.types.is_fixed_size_list(field.type):
-                columns.append(pa.FixedSizeListArray.from_arrays(values, type=field.type))
-            else:
-                columns.append(pa.ListArray.from_arrays(ends, values))
+        if pa.types.is_fixed_size_list(field.type):
+            # Arrow shares the memory of a contiguous NumPy array.
+            values = pa.array(rows.tokens[field.name].reshape(-1))
+            columns.append(pa.FixedSizeListArray.from_arrays(values, type=field.type))
+        elif field.name in rows.tokens:
+            before = np.concatenate([[0], np.cumsum(rows.segments["seq_lens"], dtype=np.int64)])
+            ends = pa.array(before[rows.offsets].astype(np.int32))
+            columns.append(pa.ListArray.from_arrays(ends, pa.array(rows.tokens[field.name])))
         else:
-            columns.append(pa.ListArray.from_arrays(offsets, lists[field.name]))
+            values = rows.segments[field.name]
+            columns.append(pa.ListArray.from_arrays(offsets, _arrow(values, field.type.value_type)))
     return pa.table(columns, schema=schema)
 
 
-def table_tokens(table: pa.Table) -> TokenRows:
-    """Return the rows of a table; views where a column is one chunk, else one copy.
+def table_rows(table: pa.Table) -> Rows:
+    """Return the packed rows of a table: views of columns of one chunk, copies of the others.
 
     Raises:
-        ValueError: a column of packed rows of tokens is missing, or the rows are ragged.
+        ValueError: a column of the packed row is missing or has another type, or the rows are
+            ragged.
     """
-    for name in SEGMENT_TYPES:
-        if name not in table.column_names:
-            expected, remedy = "a column of packed tokens", "read rows that packpipe has written"
-            raise ValueError(checks.sentence(f"column {name!r}", "missing", expected, remedy))
-    whole = {name: _one_chunk(table, name) for name in table.column_names}
-    tokens = {}
-    for name, column in whole.items():
-        if pa.types.is_fixed_size_list(column.type):
-            size = column.type.list_size
-            tokens[name] = column.flatten().to_numpy().reshape(-1, size)
-    if not set(NUMBER_COLUMNS) <= tokens.keys():
-        found, expected = "ragged", "rows of one length"
-        raise ValueError(checks.sentence("layout", found, expected, "pack with layout='fixed'"))
-    values = {
-        name: column.flatten()
-        for name, column in whole.items()
-        if name not in tokens and name not in SEGMENT_TYPES
-    }
-    numbers = {name: tokens.pop(name) for name in NUMBER_COLUMNS}
-    return TokenRows(
-        segments=replace(table_token_segments(table), values=values),
-        tokens=tokens,
-        **numbers,
+    _check_columns(table.schema)
+    tokens = [f.name for f in table.schema if pa.types.is_fixed_size_list(f.type)]
+    shape = (table.num_rows, table.schema.field("segment_ids").type.list_size)
+    rows = _segments(table, [name for name in table.column_names if name not in tokens])
+    for name in tokens:
+        # coords have 2 and patches D values a token, so their lists are longer than seq_len.
+        width = table.schema.field(name).type.list_size // shape[1]
+        whole = shape if width == 1 else (*shape, width)
+        rows.tokens[name] = _fixed(table, name).reshape(whole)
+    return rows
+
+
+def table_segments(table: pa.Table) -> Rows:
+    """Return rows without their tokens: packpipe's own columns of segments, and labels of images.
+
+    The other columns of token sequences are left out: ragged rows do not say which of them are
+    tokens.
+    """
+    wanted = _NUMBERS if holds_tokens(table.column_names) else {*_NUMBERS, "labels"}
+    return _segments(table, [name for name in table.column_names if name in wanted])
+
+
+def rejects_table(rejects: list[Reject]) -> pa.Table:
+    """Return rejects as Arrow, in order of their example."""
+    ordered = sorted(rejects)
+    return pa.table([list(column) for column in zip(*ordered, strict=True)] or [[]] * 4, REJECTS)
+
+
+def _check_columns(schema: pa.Schema) -> None:
+    """Raise ValueError if these are not the columns of packed rows of one length."""
+    found = {field.name: field.type for field in schema}
+    of_tokens = holds_tokens(found)
+    if of_tokens and not found.keys() >= set(NUMBER_COLUMNS):
+        expected, remedy = "rows of one length", "pack with layout='fixed'"
+        raise ValueError(checks.sentence("layout", "ragged", expected, remedy))
+    tokens = dict.fromkeys(NUMBER_COLUMNS, pa.int32()) if of_tokens else _IMAGE_TOKENS
+    segments = SEGMENT_TYPES if of_tokens else {f.name: f.type for f in segment_schema(None)}
+    for name, kind in tokens.items():
+        there = found.get(name)
+        if there is None or not pa.types.is_fixed_size_list(there) or there.value_type != kind:
+            raise ValueError(_not_a_row(name, there, f"fixed_size_list<{kind}>"))
+    for name, kind in segments.items():
+        there = found.get(name)
+        if there is None or not pa.types.is_list(there):
+            raise ValueError(_not_a_row(name, there, str(kind)))
+
+
+def _not_a_row(name: str, found: pa.DataType | None, expected: str) -> str:
+    value = "missing" if found is None else str(found)
+    return checks.sentence(
+        f"column {name!r}", value, expected, "read rows that packpipe has written"
     )
 
 
-def table_token_segments(table: pa.Table) -> TokenSegments:
-    """Return the segments of a table of rows, fixed or ragged, without the source's values."""
-    whole = {name: _one_chunk(table, name) for name in SEGMENT_TYPES}
+def _segments(table: pa.Table, names: list[str]) -> Rows:
+    """Return rows with some columns of segments, and no tokens yet."""
+    columns = {name: _one_chunk(table, name) for name in names}
     # A list array may be a slice: its offsets then start above zero, and `flatten` obeys them.
-    offsets = whole["seq_lens"].offsets.to_numpy().astype(np.int64)
-    segments = {name: column.flatten().to_numpy() for name, column in whole.items()}
-    return TokenSegments(offsets=offsets - offsets[0], **segments, values={})
+    starts = columns["seq_lens"].offsets.to_numpy().astype(np.int64)
+    segments = {name: _flat(name, column.flatten()) for name, column in columns.items()}
+    return Rows(starts - starts[0], segments)
 
 
-def is_token_rows(names: Sequence[str]) -> bool:
-    """Return whether columns are those of packed rows of tokens."""
-    return "fragment" in names and "seq_lens" in names
+def _one_chunk(table: pa.Table, name: str) -> pa.Array:
+    column = table.column(name)
+    # `combine_chunks` copies even a single chunk.
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _fixed(table: pa.Table, name: str) -> NDArray[Any]:
+    """Return the values of a fixed-size list column as one flat array."""
+    # `flatten` keeps to the rows of a slice, `values` would return all of its parent's. The empty
+    # array below gives the dtype to a table without chunks.
+    chunks = [chunk.flatten().to_numpy() for chunk in table.column(name).chunks]
+    dtype = table.schema.field(name).type.value_type.to_pandas_dtype()
+    values: NDArray[Any] = (
+        chunks[0] if len(chunks) == 1 else np.concatenate([np.empty(0, dtype), *chunks])
+    )
+    return values
+
+
+def _flat(name: str, values: pa.Array) -> Any:
+    """Return a column of segments in the form `Rows` holds: NumPy, or Arrow for the source's."""
+    if name not in _NUMBERS:
+        return values
+    if pa.types.is_fixed_size_list(values.type):
+        return values.flatten().to_numpy().reshape(-1, values.type.list_size)
+    return values.to_numpy()
+
+
+def _arrow(values: Any, kind: pa.DataType) -> pa.Array:
+    """Return a column of segments as an Arrow array."""
+    if isinstance(values, pa.Array):
+        return values
+    flat = pa.array(values.reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, type=kind) if values.ndim > 1 else flat

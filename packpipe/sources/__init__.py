@@ -1,1 +1,1 @@
-"""What a dataset gives: its columns, sizes, labels, images and token lists."""
+"""Reads source datasets: which columns to use, image sizes, labels, images, token lists."""

@@ -1,9 +1,11 @@
-"""Which columns of a dataset hold images, labels or token lists: as asked, or found."""
+"""Which columns of a dataset hold images, labels or token lists: as named, or found by type."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +26,10 @@ from packpipe import checks
 from packpipe.planning.image_config import PackOptions
 from packpipe.planning.token_config import TokenConfig
 from packpipe.rows.fill_tokens import padding_of
-from packpipe.rows.rows import NO_LABEL, RESERVED
+from packpipe.rows.rows import NO_LABEL
+from packpipe.rows.schema import RESERVED
+from packpipe.sources.image_source import checked_root
+from packpipe.sources.sizes import checked_columns
 
 _LABEL_NAMES = ("label", "labels")
 
@@ -43,6 +48,7 @@ def image_column_of(features: Features, asked: str) -> str:
         asked = str(images[0])
     if asked not in features:
         raise ValueError(checks.sentence("image_column", asked, f"one of {list(features)}", remedy))
+    # Image(mode=...) asks `datasets` for that mode; packpipe itself decodes, always to RGB.
     mode = getattr(features[asked], "mode", None)
     if mode not in (None, "RGB"):
         name, remedy = f"features[{asked!r}].mode", "cast_column it to Image()"
@@ -55,11 +61,12 @@ def image_column_of(features: Features, asked: str) -> str:
 
 
 def label_column_of(features: Features, asked: str | None) -> str | None:
-    """Return the name of the label column: as asked; ``"auto"`` finds one, None means none."""
+    """Return the name of the label column: as named; ``"auto"`` finds one, None means none."""
     found = asked
     if asked == "auto":
         named = [name for name in _LABEL_NAMES if name in features]
         typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+        # A column named label or labels goes before other ClassLabels.
         if len(named or typed) > 1:
             expected = "one at most, for label_column='auto'"
             raise ValueError(
@@ -77,7 +84,7 @@ def label_column_of(features: Features, asked: str | None) -> str | None:
 
 
 def holds_images(feature: Any) -> bool:
-    """Return whether a feature is one of images: encoded, or arrays of pixels."""
+    """Return whether a column holds images: encoded, or arrays of pixels."""
     if isinstance(feature, Image) or feature in (Value("binary"), Value("large_binary")):
         return True
     return pixel_type(feature) is not None
@@ -85,23 +92,96 @@ def holds_images(feature: Any) -> bool:
 
 def pixel_type(feature: Any) -> np.dtype[Any] | None:
     """Return the type of the pixels of an array column, None if it is no such column."""
-    depth = 0
+    depth = 0  # axes of an array: [height, width] or [height, width, channels]
     while isinstance(feature, List | LargeList):
         feature, depth = feature.feature, depth + 1
-    if isinstance(feature, Array2D | Array3D) and not depth:
-        depth = len(feature.shape)
+    if isinstance(feature, Array2D | Array3D):
+        depth = 0 if depth else len(feature.shape)  # lists of arrays are no images
     dtype = getattr(feature, "dtype", None)
     found = depth in (2, 3) and dtype in ("bool", "uint8", "uint16")
     return np.dtype(dtype) if found else None
 
 
 def check_dataset(dataset: Any) -> None:
-    """Raise TypeError if it is no Dataset."""
+    """Raise a TypeError if this is no Dataset, such as a dict of splits or a stream."""
     if not isinstance(dataset, Dataset):
         name, remedy = type(dataset).__name__, "pass one split, such as dataset['train']"
         if isinstance(dataset, IterableDataset):
             remedy = "packpipe.PackedStream packs what comes as a stream"
         raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
+
+
+class ImageColumns(NamedTuple):
+    """The columns of a dataset of images.
+
+    Attributes:
+        image: the images.
+        label: their labels; None for no labels.
+        sizes: upright heights and widths in pixels; None reads headers.
+        root: the only folder that paths may lead into; None follows them all.
+    """
+
+    image: str
+    label: str | None
+    sizes: tuple[str, str] | None
+    root: str | None
+
+
+class TokenColumns(NamedTuple):
+    """The columns of a dataset of token sequences.
+
+    Attributes:
+        tokens: lists of numbers; the first gives a sequence's length.
+        values: one value a sequence.
+    """
+
+    tokens: list[str]
+    values: list[str]
+
+
+@dataclass(frozen=True)
+class AskedColumns:
+    """The column arguments of `pack`, whose docstring describes them."""
+
+    image_column: str = "auto"
+    label_column: str | None = "auto"
+    size_columns: tuple[str, str] | None = None
+    image_root: str | Path | None = None
+    token_columns: str | Sequence[str] = "auto"
+    value_columns: str | Sequence[str] = "auto"
+
+    def hold_tokens(self, features: Features) -> bool:
+        """Return whether to pack tokens: columns are named, or there are lists and no images."""
+        if self.token_columns != "auto":
+            return True
+        # Images come first: their datasets may have lists of numbers too, such as boxes.
+        if self.image_column != "auto" or any(map(holds_images, features.values())):
+            return False
+        return any(map(_holds_tokens, features.values()))
+
+    def of_images(self, dataset: Dataset) -> ImageColumns:
+        """Return the columns of a dataset of images: as named, or found.
+
+        Raises:
+            TypeError, ValueError: an argument or a column is wrong.
+        """
+        features, sizes = dataset.features, self.size_columns
+        return ImageColumns(
+            image=image_column_of(features, self.image_column),
+            label=label_column_of(features, self.label_column),
+            sizes=None if sizes is None else checked_columns(dataset, sizes),
+            root=checked_root(self.image_root),
+        )
+
+    def of_tokens(self, features: Features, config: TokenConfig) -> TokenColumns:
+        """Return the columns of a dataset of token sequences: as named, or found.
+
+        Raises:
+            ValueError: an argument or a column is wrong, or its type cannot hold its padding.
+        """
+        tokens = token_columns_of(features, self.token_columns)
+        check_paddings(features, tokens, config)
+        return TokenColumns(tokens, value_columns_of(features, tokens, self.value_columns))
 
 
 class Options(PackOptions, total=False):
@@ -111,15 +191,6 @@ class Options(PackOptions, total=False):
     layout: str
     pad_token_id: int
     mask_first_label: bool
-
-
-def holds_tokens(features: Features, image_column: str, token_columns: str | Sequence[str]) -> bool:
-    """Return whether a dataset is packed as token sequences: asked to be, or without images."""
-    if token_columns != "auto":
-        return True
-    if image_column != "auto" or any(holds_images(feature) for feature in features.values()):
-        return False
-    return any(_holds_tokens(feature) for feature in features.values())
 
 
 def token_columns_of(features: Features, asked: str | Sequence[str]) -> list[str]:
@@ -144,6 +215,7 @@ def token_columns_of(features: Features, asked: str | Sequence[str]) -> list[str
             raise ValueError(
                 checks.sentence("token_columns", chosen, "one name at least", "'auto' finds them")
             )
+    # Stable: input_ids comes first, the others keep their order.
     chosen.sort(key=lambda name: name != "input_ids")
     _refuse_reserved(chosen)
     return chosen
@@ -152,7 +224,7 @@ def token_columns_of(features: Features, asked: str | Sequence[str]) -> list[str
 def value_columns_of(
     features: Features, token_columns: list[str], asked: str | Sequence[str]
 ) -> list[str]:
-    """Return the names of the columns with one value a sequence; ``"auto"`` takes all others."""
+    """Return the columns with one value a sequence; ``"auto"`` takes all but token_columns."""
     others = [name for name in features if name not in token_columns]
     chosen = others if asked == "auto" else [asked] if isinstance(asked, str) else list(asked)
     for name in chosen:
@@ -166,19 +238,20 @@ def value_columns_of(
 
 
 def check_paddings(features: Features, columns: list[str], config: TokenConfig) -> None:
-    """Raise if a column cannot hold what the configuration puts into it.
+    """Check that the types of token columns can hold what is written into them.
 
     Raises:
-        ValueError: names it.
+        ValueError: a type cannot hold its column's padding or -100; the message names the column.
     """
     if config.mask_first_label and not {"labels", "input_ids"} & set(columns):
         expected = "False without a column labels or input_ids"
         raise ValueError(checks.sentence("mask_first_label", True, expected, "rename the column"))
     written = {name: padding_of(name, config) for name in columns}
-    if config.mask_first_label and "labels" not in columns:
+    if config.mask_first_label and "labels" not in columns:  # labels are made from input_ids
         written["labels"] = NO_LABEL
     for name, value in written.items():
         dtype = np.dtype(value_type(features, name).to_pandas_dtype())
+        # -100 in a column of uint32, for instance.
         if dtype.kind in "iu" and not np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
             expected = f"a type that holds {value}"
             remedy = "cast_column it to List(Value('int32'))"
@@ -188,7 +261,7 @@ def check_paddings(features: Features, columns: list[str], config: TokenConfig) 
 def value_type(features: Features, name: str) -> Any:
     """Return the Arrow type of a token column's values; bool is stored as uint8.
 
-    Labels that are made are of the type of input_ids.
+    Labels that packing makes have the type of input_ids.
     """
     feature: Any = features[name if name in features else "input_ids"]
     kind = feature.feature.pa_type
@@ -196,6 +269,7 @@ def value_type(features: Features, name: str) -> Any:
 
 
 def _holds_tokens(feature: Any) -> bool:
+    # A list of bools, integers or floats. ClassLabel has integers, Value may be of text or dates.
     inner = getattr(feature, "feature", None)
     if not isinstance(feature, List | LargeList) or not isinstance(inner, ClassLabel | Value):
         return False

@@ -1,4 +1,4 @@
-"""`datasets` features of packed rows, as Arrow schemas know them in packpipe.rows.schema."""
+"""The `datasets` features of packed rows, made from the schemas in packpipe.rows.schema."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from datasets import Features, List
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.token_config import TokenConfig
 from packpipe.rows import schema
-from packpipe.rows.schema import token_schema
-from packpipe.sources.columns import value_type
+from packpipe.sources.columns import TokenColumns, value_type
 
 
 def packed_features(config: PackConfig, label: Any, *, tokens: bool = True) -> Features:
-    """Return the features of packed rows; labels keep the source column's own feature.
+    """Return the features of packed rows of images; labels keep their feature of the source.
 
     Args:
         config: the options the rows are made with.
@@ -25,19 +24,18 @@ def packed_features(config: PackConfig, label: Any, *, tokens: bool = True) -> F
     found = schema.row_schema(config, label_type) if tokens else schema.segment_schema(label_type)
     features = Features.from_arrow_schema(found)
     if label is not None:
-        features["labels"] = List(label)
+        features["labels"] = List(label)  # an Arrow schema knows no names of classes
     return features
 
 
-def token_features(
-    features: Features, token_columns: list[str], value_columns: list[str], config: TokenConfig
-) -> Features:
-    """Return the features of packed rows; other columns keep their source's own feature."""
-    tokens = {name: value_type(features, name) for name in token_columns}
+def token_features(features: Features, columns: TokenColumns, config: TokenConfig) -> Features:
+    """Return the features of packed rows of tokens; values keep their feature of the source."""
+    tokens = {name: value_type(features, name) for name in columns.tokens}
     if config.mask_first_label and "labels" not in tokens:
         tokens["labels"] = value_type(features, "input_ids")
-    values = {name: features[name].pa_type for name in value_columns}
-    found = Features.from_arrow_schema(token_schema(config, tokens, values))
-    for name in value_columns:
+    values = {name: features[name].pa_type for name in columns.values}
+    found = Features.from_arrow_schema(schema.token_schema(config, tokens, values))
+    # Arrow's type would do for the bytes, but drops a ClassLabel's names.
+    for name in columns.values:
         found[name] = List(features[name])
     return found

@@ -1,8 +1,8 @@
-"""Images of a dataset by row number, undecoded.
+"""Reads images of a dataset by row number, without decoding them.
 
 `datasets` decodes image columns when they are read; here the Arrow storage is read instead, so
 an image stays what it was stored as, bytes, path or array, until a row needs its pixels. Decoded
-images that are stored in a dataset are bytes again, since `datasets` encodes them.
+images that are put into a dataset are bytes, too, since `datasets` encodes them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from packpipe.images.opening import BadImage, ImageData
 
 
 def checked_root(image_root: Any) -> str | None:
-    """Return the folder that paths are confined to, None for none."""
+    """Return the real path of the folder that paths are confined to; None if there is none."""
     if image_root is None:
         return None
     remedy = "pass the folder that holds the images, or None to follow every path"
@@ -52,8 +52,9 @@ class ImageSource:
         """Return the image of a row, undecoded.
 
         Raises:
-            BadImage: as `image_data`.
+            BadImage: the row holds no image, a ragged array, or a path that leads out of root.
         """
+        # A dataset that was selected from or shuffled maps its rows to those of the Arrow table.
         where = example if self._indices is None else self._indices[example]
         return image_data(self._column[int(where)], self.root)
 
@@ -67,6 +68,7 @@ class ImageSource:
         indices = self.rows._indices
         return None if indices is None else indices.column(0).to_numpy()
 
+    # Workers get the dataset, not the cached columns, which they read again themselves.
     def __getstate__(self) -> dict[str, Any]:
         return {"rows": self.rows, "root": self.root}
 
@@ -79,24 +81,26 @@ class ImageSource:
     def files_digest(self) -> str | None:
         """Return a digest of the files that images are stored in by path; None if there are none.
 
-        Path, size and time of change: a dataset's own fingerprint knows the paths alone.
+        Of path, size and time of change, since a dataset's own fingerprint knows paths alone.
         """
         column = self.rows.features[self.rows.column_names[0]]
         if not isinstance(column, Image):
             return None
         digest, found = hashlib.sha256(), False
         for batch in self.rows.iter(batch_size=1000):
+            # Images with bytes keep the path they came from, which is never opened.
             by_path = pc.is_null(pc.struct_field(batch.column(0), "bytes"))
             for path in pc.struct_field(batch.column(0), "path").filter(by_path).to_pylist():
                 found = True
                 if path is not None and self._allows(path):
                     file = os.path.abspath(os.path.join(self.root or "", path))
+                    # Paths may hold lone surrogates, which UTF-8 does not encode otherwise.
                     digest.update(f"{file} {_known(file)}\n".encode(errors="surrogatepass"))
         return digest.hexdigest() if found else None
 
 
 def _known(file: str) -> tuple[int, int] | None:
-    """Return size and time of change of a file, None if there is none."""
+    """Return size and time of change of a file, None if it cannot be found."""
     try:
         status = os.stat(file)
     except (OSError, ValueError):
@@ -109,38 +113,40 @@ def image_data(value: pa.Scalar, root: str | None = None) -> ImageData:
 
     Args:
         value: of a column of images.
-        root: as for `ImageSource`.
+        root: the only folder that its path may lead into, as `checked_root` returns it, or None.
 
     Raises:
-        BadImage: it holds neither; its array is ragged; its path leads out of root.
+        BadImage: there is no image; its array is ragged; its path leads out of root.
     """
     kind = value.type
     if not value.is_valid:
         raise BadImage("missing", "the image is null")
     if pa.types.is_struct(kind):
+        # Bytes first, as `datasets` reads an Image column: with bytes the path is only a name.
         stored = {field.name: value[field.name] for field in kind}
         for name in ("bytes", "path"):
             if name in stored and stored[name].is_valid:
                 return image_data(stored[name], root)
         raise BadImage("missing", "the image has neither bytes nor path")
-    if isinstance(kind, pa.ExtensionType):
+    if isinstance(kind, pa.ExtensionType):  # Array2D and Array3D: lists below
         return image_data(value.value, root)
     if hasattr(value, "values"):
         return _pixels(value.values)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return confined(value.as_py(), root)
-    return memoryview(value.as_buffer())
+    return memoryview(value.as_buffer())  # the bytes where Arrow has them, not a copy
 
 
 def confined(path: str, root: str | None) -> str:
-    """Return where a path leads, within root if there is one.
+    """Return the path of a file, resolved and inside root if there is one.
 
     Raises:
-        BadImage: it leads out of it.
+        BadImage: it leads out of root, or no file can have such a name.
     """
     if root is None:
         return path
     try:
+        # With links resolved: a link inside root may lead out of it.
         found = os.path.realpath(os.path.join(root, path))
     except ValueError as error:  # a NUL
         raise BadImage("unreadable", f"the path {path!r}: {error}") from error
@@ -153,6 +159,7 @@ def _pixels(rows: pa.Array) -> NDArray[Any]:
     """Return the pixels of nested lists: [height, width] or [height, width, channels]."""
     shape, values = [len(rows)], rows
     while hasattr(values, "flatten") and pa.types.is_nested(values.type):
+        # All lists of a level must be of one length, which is the size of an axis.
         lengths = pc.unique(pc.list_value_length(values)).to_pylist() or [0]
         if len(lengths) > 1 or None in lengths:
             raise BadImage("unreadable", f"an array whose rows hold {lengths} values each")

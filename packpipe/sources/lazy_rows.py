@@ -1,4 +1,4 @@
-"""Rows computed when read: the transform behind ``pack(..., materialize=False)``."""
+"""`LazyRows`: computes rows when they are read, for ``pack(..., materialize=False)``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows import schema
 from packpipe.rows.fill_images import fill_rows
@@ -23,27 +24,25 @@ log = logging.getLogger(__name__)
 class LazyRows:
     """Computes packed rows from stored segment columns and the source's images.
 
+    A transform of a `datasets.Dataset`: called with a batch of stored rows, returns whole rows.
+
     Attributes:
         source: the images.
-        config, seed, epoch: what the plan was made with.
+        config, key: the options and (seed, epoch) the plan was made with.
         label: feature of the label column, or None.
-        on_error: what an image that cannot be decoded does: ``"raise"`` stops the reader,
-            ``"quarantine"`` leaves it out of its row and logs it.
+        on_error: for images that cannot be decoded: ``"raise"`` raises a ValueError,
+            ``"quarantine"`` leaves them out of their row and logs them.
     """
 
     source: ImageSource
     config: PackConfig
-    seed: int
-    epoch: int
+    key: Key
     label: Any
     on_error: str
 
     def rows(self, plans: pa.Table) -> Rows:
-        """Return the rows of some plans, the bytes `pack` would have written."""
-        segments = schema.table_segments(plans)
-        rows, rejects = fill_rows(
-            segments, self.source, self.config, seed=self.seed, epoch=self.epoch
-        )
+        """Return the rows of stored segment columns, equal to those `pack` would have written."""
+        rows, rejects = fill_rows(schema.table_segments(plans), self.source, self.config, self.key)
         for reject in rejects:
             if self.on_error == "raise":
                 raise ValueError(bad_example(reject))
@@ -52,6 +51,7 @@ class LazyRows:
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Return the columns of packed rows: a NumPy array a row, its dtype kept."""
+        # The transform gets plain Python values; the schema gives them back their types.
         stored = packed_features(self.config, self.label, tokens=False).arrow_schema
         if set(batch) != set(stored.names):  # some stored columns were selected: nothing to compute
             return batch

@@ -1,9 +1,9 @@
-"""Sizes once: what headers say of a source, kept beside its data.
+"""Image sizes of a source: from columns, or from headers that are read once and kept.
 
-Probing reads every file once; later epochs, builds and runs start from the kept sizes. They are
-found by all that they depend on: the dataset's fingerprint, the files it refers to by path (name,
-size, time of change), the limit on pixels and the versions. Whatever differs has sizes of its
-own.
+Probing opens every image; later epochs, builds and runs read the file of kept sizes, which lies
+beside the data. A digest of all that sizes depend on is part of its name: the dataset's
+fingerprint, the files it refers to by path (name, size, time of change), the limit on pixels and
+the versions. If any of them differs, sizes are probed again.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def sizes_of(
     Args:
         dataset: the source.
         source: its images.
-        size_columns: as for `column_sizes`, or None.
+        size_columns: names of the columns of upright heights and widths; None reads headers.
         max_pixels: larger images are rejected.
         executor: runs the probes; None runs them here.
     """
@@ -70,13 +70,14 @@ def sizes_of(
 
 
 def kept_sizes(source: ImageSource, *, max_pixels: int, executor: Executor | None = None) -> Sizes:
-    """Return the sizes of a source, from the file they are kept in if it is there.
+    """Return the sizes of a source: from the file of kept sizes, or probed and then kept.
 
     Args:
         source: the images.
         max_pixels: larger images are rejected.
         executor: runs the probes; None runs them here.
     """
+    # Another Pillow or packpipe may read headers differently, or reject other images.
     known = {
         "version": _VERSION,
         "packpipe": __version__,
@@ -92,7 +93,7 @@ def kept_sizes(source: ImageSource, *, max_pixels: int, executor: Executor | Non
     if kept is not None:
         return kept
     sizes = probe_sizes(source, len(source.rows), max_pixels=max_pixels, executor=executor)
-    # Under a name of its own, since several processes may probe the same source at once.
+    # Written under another name, then renamed: several processes may probe the source at once.
     own = path.with_name(f"{path.name}.{uuid4().hex}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def kept_sizes(source: ImageSource, *, max_pixels: int, executor: Executor | Non
 
 
 def checked_columns(dataset: Dataset, columns: Any) -> tuple[str, str]:
-    """Return the names of two columns of integers, or say what is wrong with them."""
+    """Return the names of the columns of heights and widths, checked to exist and be integers."""
     remedy = "pass the names of the columns of heights and widths, or None to read headers"
     if not isinstance(columns, tuple | list) or len(columns) != 2:
         expected = "(height column, width column)"
@@ -122,7 +123,7 @@ def checked_columns(dataset: Dataset, columns: Any) -> tuple[str, str]:
 
 
 def column_sizes(dataset: Dataset, columns: tuple[str, str], *, max_pixels: int) -> Sizes:
-    """Return the sizes that two columns of a dataset hold; nothing is probed.
+    """Return the sizes that two columns of a dataset hold; no header is read.
 
     Args:
         dataset: the source.
@@ -130,14 +131,15 @@ def column_sizes(dataset: Dataset, columns: tuple[str, str], *, max_pixels: int)
         max_pixels: larger images are rejected.
 
     Raises:
-        TypeError, ValueError: there are no such columns of integers.
+        TypeError, ValueError: a column is missing, or does not hold integers.
     """
     sides, stored = [], []
     for name in checked_columns(dataset, columns):
         values = dataset.select_columns([name]).with_format("arrow")[:].column(0)
         sides.append(_filled(values))
-        stored.append(values)
+        stored.append(values)  # as they are, for the message about a bad size
     image_hw = np.stack(sides, axis=1)
+    # Nulls became 0, and what exceeds int64 became negative, so both are outside, too.
     bad = np.flatnonzero(((image_hw < 1) | (image_hw > MAX_SIDE)).any(axis=1)).tolist()
     rejects = [
         Reject(
@@ -154,6 +156,7 @@ def column_sizes(dataset: Dataset, columns: tuple[str, str], *, max_pixels: int)
         for row in bad
     ]
     image_hw[bad] = 0
+    # Sides are below 2**31 by now, so their product fits into int64.
     for row in np.flatnonzero(image_hw.prod(axis=1) > max_pixels).tolist():
         height, width = image_hw[row].tolist()
         message = f"{height}x{width} pixels, expected at most {max_pixels}"
@@ -163,7 +166,7 @@ def column_sizes(dataset: Dataset, columns: tuple[str, str], *, max_pixels: int)
 
 
 def _read(path: Path, num_rows: int) -> Sizes | None:
-    """Return the sizes a file keeps, None if there is none or it is broken: it can be made anew."""
+    """Return the sizes in a file; None if it is missing or broken, since it can be made again."""
     if not path.is_file():
         return None
     try:
@@ -184,7 +187,7 @@ def _filled(values: pa.ChunkedArray) -> NDArray[np.int64]:
 
 
 def _folder(rows: Dataset) -> Path:
-    """Return the folder the dataset's files are in, or the cache if it has none to write to."""
+    """Return the folder of the dataset's files, or one in the cache if none can be written to."""
     for file in rows.cache_files:
         folder = Path(file["filename"]).parent
         if os.access(folder, os.W_OK):

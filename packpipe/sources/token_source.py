@@ -1,35 +1,75 @@
-"""List columns of a source: where each example's tokens lie in memory.
+"""Finds where each example's tokens lie in memory, in the list columns of a source.
 
-Arrow keeps a column in chunks, each with offsets into values; a chunk may be a slice. Here all of
-it becomes one array of starts and one of lengths, and the values stay where they are.
+Arrow keeps a column in chunks, each with offsets into values; a chunk may be a slice. Here a
+column becomes one array of starts and one of lengths, while its values stay where they are.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets import Dataset
 from numpy.typing import NDArray
 
 from packpipe.rows.fill_tokens import TokenColumn
 from packpipe.rows.rejects import Reject
+from packpipe.sources.columns import TokenColumns
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSource:
+    """Where the sequences of a dataset lie in memory, with their values and rejects.
+
+    Attributes:
+        columns: of tokens, by name; the first gives a sequence's length.
+        values: the other columns that are packed, one value a sequence.
+        rejects: the examples that cannot be packed.
+    """
+
+    columns: dict[str, TokenColumn]
+    values: dict[str, pa.Array]
+    rejects: list[Reject]
+
+    @property
+    def lens(self) -> NDArray[np.int64]:
+        """int64[examples], tokens of each; 0 where there is no list."""
+        return next(iter(self.columns.values())).lens
+
+
+def token_source(dataset: Dataset, names: TokenColumns) -> TokenSource:
+    """Return the sequences of a dataset; tokens are not copied, apart from bool and nulls."""
+    table = dataset.data
+    columns = {name: token_column(table.column(name)) for name in names.tokens}
+    # Rows that were selected or shuffled: reading them through `datasets` would copy the tokens.
+    if dataset._indices is not None:
+        rows = dataset._indices.column(0).to_numpy().astype(np.int64)
+        columns = {name: column.take(rows) for name, column in columns.items()}
+    values = {}
+    if names.values:
+        others = dataset.select_columns(names.values).with_format("arrow")[:]
+        # One chunk, since `take` searches every chunk of a column, for every pack.
+        values = {name: others.column(name).combine_chunks() for name in names.values}
+    return TokenSource(columns, values, rejected(columns))
 
 
 def one_view(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Return (values, firsts): one array that reaches all given ones, and where each begins.
 
-    Nothing is copied: the array spans the memory from the first to the last of them. What lies
-    between belongs to others and must not be touched; the arrays must outlive the view.
+    The array spans the memory from the first to the last of them, without a copy. What lies between
+    belongs to others and must not be touched; the arrays must outlive the view. Arrays that are not
+    a whole number of values apart are copied into one.
 
     Args:
         arrays: of one dtype and dimension, one at least.
     """
     dtype = arrays[0].dtype
-    there = [array for array in arrays if array.size]
+    there = [array for array in arrays if array.size]  # an empty one may lie anywhere
     if len(there) < 2:
         return (there or arrays)[0], np.zeros(len(arrays), np.int64)
     addresses = np.array([array.ctypes.data for array in arrays], np.int64)
@@ -38,12 +78,13 @@ def one_view(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.i
     if any((array.ctypes.data - first) % dtype.itemsize for array in there):
         sizes = [array.size for array in arrays]
         return np.concatenate(arrays), np.cumsum([0, *sizes[:-1]])
+    # Bytes that belong to no array may be unmapped, but only values of an array are read.
     span: Any = (ctypes.c_uint8 * (last - first)).from_address(first)
     return np.frombuffer(span, dtype), (addresses - first) // dtype.itemsize
 
 
 def token_column(column: pa.ChunkedArray) -> TokenColumn:
-    """Return a column of lists (of any kind) of numbers; bool becomes uint8, which is copied."""
+    """Return a column of lists (of any kind) of numbers; bool, as uint8, and nulls are copied."""
     empty = pa.array([], column.type)
     chunks = [_read(chunk) for chunk in column.chunks or [empty]]
     values, firsts = one_view([chunk.values for chunk in chunks])
@@ -58,7 +99,7 @@ def token_column(column: pa.ChunkedArray) -> TokenColumn:
 
 
 def _read(lists: pa.Array) -> TokenColumn:
-    """Return one chunk. Its offsets are those of a slice; ``values`` is what they point into."""
+    """Return the lists of one chunk: offsets of its slice, into the values of the whole chunk."""
     if pa.types.is_fixed_size_list(lists.type):
         size = lists.type.list_size
         starts = (np.arange(len(lists)) + lists.offset) * size
@@ -66,14 +107,17 @@ def _read(lists: pa.Array) -> TokenColumn:
     else:
         offsets = lists.offsets.to_numpy().astype(np.int64)
         starts, lens = offsets[:-1], np.diff(offsets)
+    # Arrow lets a null list span values, which must not be read.
     missing = lists.is_null().to_numpy(zero_copy_only=False)
     lens[missing] = 0
     values = lists.values
     bad = missing
     if values.null_count:
         nulls = values.is_null().to_numpy(zero_copy_only=False)
+        # Nulls before each value; a list with one has more of them at its end than at its start.
         before = np.concatenate([np.zeros(1, np.int64), np.cumsum(nulls)])
         bad = bad | (before[starts + lens] > before[starts])
+        # Integers with nulls would become floats in NumPy.
         values = pc.fill_null(values, False if pa.types.is_boolean(values.type) else 0)
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.uint8())
@@ -81,11 +125,12 @@ def _read(lists: pa.Array) -> TokenColumn:
 
 
 def rejected(columns: dict[str, TokenColumn]) -> list[Reject]:
-    """Return the examples that cannot be packed: null, empty, or of lists of several lengths.
+    """Return the examples that cannot be packed: null, empty, or with columns of unequal lengths.
 
     Args:
         columns: of the source, by name; the first gives an example's length.
     """
+    # The first reason counts: null, then unequal lengths, then empty.
     first, *others = columns
     lens = columns[first].lens
     found: dict[int, Reject] = {}
@@ -106,7 +151,7 @@ def rejected(columns: dict[str, TokenColumn]) -> list[Reject]:
 
 
 def usable(num_examples: int, rejects: list[Reject]) -> NDArray[np.int64]:
-    """Return int64[usable examples], the rows of those that are no rejects."""
+    """Return int64[usable examples], the rows of all examples that are not rejected."""
     good = np.ones(num_examples, np.bool_)
     good[[reject.example_index for reject in rejects]] = False
     return np.flatnonzero(good)

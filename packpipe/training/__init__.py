@@ -1,6 +1,6 @@
-"""Losses, the loop, checkpoints, evaluation.
+"""Losses, the training loop, checkpoints, evaluation.
 
-The loop's names are here, too: ``from packpipe.training import TrainConfig, train``.
+The loop's names can be imported from here: ``from packpipe.training import TrainConfig, train``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Record", "TrainConfig", "read_log", "train"]
 
 
+# On first use (PEP 562), so that importing a loss does not import the loop and all it needs.
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'packpipe.training' has no attribute {name!r}")

@@ -1,11 +1,11 @@
-"""Checkpoints: a folder a step, written whole or not at all.
+"""Checkpoints: one folder a step, which is complete or does not count.
 
     step-00001000/  model.safetensors      the weights, by the names of ``state_dict``
                     optimizer.safetensors  AdamW's moments, as name of weight, dot, name of moment
                     state.json             step, the loader's state, the model's shape
 
-A folder is filled under another name, synced, then renamed; to be removed, it is renamed first.
-The last two are kept.
+A folder is filled under the name ``*.partial``, synced, then renamed; before it is removed it is
+renamed back. The last two are kept.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from packpipe.loading.ranks import has_group, rank_of_world
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
 
-KEPT = 2
+KEPT = 2  # with one, a kill while the same step is written again would leave none
 _VERSION = 1
 
 
 def save_checkpoint(
     folder: Path, model: NaViT, optimizer: torch.optim.Optimizer, loader: PackedLoader, step: int
 ) -> None:
-    """Write the checkpoint of a step; of several ranks the first one does."""
+    """Write the checkpoint of a step; of several ranks, rank 0 writes and the others wait."""
     if rank_of_world()[0] == 0:
         _save(folder, model, optimizer, loader, step)
     if has_group():
@@ -49,6 +49,7 @@ def _save(
     for left in folder.glob("step-*.partial"):  # by a process that was killed
         shutil.rmtree(left)
     partial.mkdir(parents=True)
+    # safetensors refuses tensors that are not contiguous.
     save_file(
         {k: v.contiguous() for k, v in _weights(model).items()}, partial / "model.safetensors"
     )
@@ -60,35 +61,37 @@ def _save(
         "loader": loader.state_dict(),
     }
     (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    # Synced before the rename: after a crash the new name must not stand for files without data.
     for path in (*partial.iterdir(), partial):
         _sync(path)
-    if whole.exists():
+    if whole.exists():  # a folder that holds files cannot be renamed over
         _remove(whole)
     partial.rename(whole)
-    _sync(folder)
+    _sync(folder)  # makes the rename itself durable
     for old in checkpoints(folder)[:-KEPT]:
         _remove(old)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, half of which must not be taken for one."""
+    """Remove a checkpoint, renamed first, since a half-removed one must not count as one."""
     half = checkpoint.with_name(checkpoint.name + ".old.partial")
     checkpoint.rename(half)
     shutil.rmtree(half)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder that are whole, the oldest first."""
+    """Return the complete checkpoints in a folder, the oldest first."""
+    # Steps have eight digits, so names sort as the numbers do.
     return sorted(path for path in Path(folder).glob("step-*") if path.suffix != ".partial")
 
 
 def load_checkpoint(
     folder: Path, model: NaViT, optimizer: torch.optim.Optimizer, loader: PackedLoader
 ) -> int:
-    """Return the step of the last checkpoint, which everything is set to; 0 if there is none.
+    """Load the last checkpoint into model, optimizer and loader; return its step, 0 without one.
 
     Raises:
-        ValueError: it is of a model of another shape, or the loader's batches would be others.
+        ValueError: it is of a model of another shape, or the loader would give other batches.
     """
     found = checkpoints(folder)
     if not found:
@@ -97,6 +100,8 @@ def load_checkpoint(
 
     state = _state(found[-1])
     own = asdict(model.config)
+    # All that may be refused comes before weights are changed. The backend may be another one,
+    # since a training may go on on another device.
     for name, value in state["model"].items():
         if own.get(name) != value and name != "attention":
             remedy = "give the model of the checkpoint, or another folder"
@@ -105,7 +110,9 @@ def load_checkpoint(
     _weights_into(model, found[-1])
     parameters = dict(model.named_parameters())
     for name, value in load_file(found[-1] / "optimizer.safetensors").items():
-        weight, _, moment = name.rpartition(".")
+        weight, _, moment = name.rpartition(".")  # names of weights hold dots, of moments none
+        # AdamW makes the moments of a parameter only if it has none. Those of a fused AdamW, the
+        # step too, are on the parameter's device.
         optimizer.state[parameters[weight]][moment] = value.to(parameters[weight].device)
     return int(state["step"])
 
@@ -119,7 +126,7 @@ def load_model(folder: Path | str, **options: Any) -> NaViT:
             ``attention="reference"``.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the folder holds no checkpoint.
     """
     found = checkpoints(Path(folder))
     if not found:

@@ -1,11 +1,11 @@
-"""Contrastive losses of images and texts, in memory linear in a chunk.
+"""Contrastive losses of images and texts, without holding the whole matrix of logits.
 
-The N × N matrix of logits is never whole: it is worked out in chunks of rows, again in the
-backward pass. Absent pairs, those of segments that are not there, are masked and not removed, so
-that shapes stay; they may hold anything.
+The N × M logits are computed in chunks of rows, once more in the backward pass, so memory grows
+with chunk · M. Pairs of absent segments are masked, not removed, so that shapes stay the same;
+their vectors may hold anything.
 
-Across ranks, each gives pairs of its own and meets those of all. The mean over ranks of the
-losses, which DDP takes of gradients, is the loss of all pairs together.
+Each rank passes its own pairs, which are compared with those of all ranks. The mean over ranks of
+the losses, which DDP takes of gradients, is the loss of all pairs together.
 
 Shape letters: N pairs of this rank, M of all ranks, C channels.
 
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo  # now: imported by `checkpoint`, it would keep the frames of our callers
+import torch._dynamo  # here: a first import by `checkpoint` keeps the frames of our callers
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -41,22 +41,23 @@ def softmax_contrastive(
     Args:
         images: float[N, C], vectors of length 1; row i belongs to row i of texts. Of a packed
             batch: ``model(batch).flatten(0, 1)``.
-        texts: float[N, C].
-        scale: float[], by which products are multiplied: exp of a learned number.
+        texts: float[N, C], vectors of length 1.
+        scale: float[], multiplies the logits; exp of a learned number.
         present: bool[N], which pairs are there; None is all.
         chunk: rows of logits at a time.
 
     Raises:
-        TypeError, ValueError: ``name is VALUE, expected REQUIREMENT; remedy``.
+        TypeError, ValueError: chunk is no such number, or the shapes do not fit.
     """
     here, all_pairs, first = _checked(images, texts, present, chunk)
     everywhere = all_pairs(here.to(torch.uint8)).bool()  # gloo gathers no bool
+    # Row i of this rank belongs to row first + i of all ranks' rows.
     labels = first + torch.arange(len(images), device=images.device)
 
     def missed(rows: Tensor, others: Tensor, scale: Tensor, start: int) -> Tensor:
         part = slice(start, start + len(rows))
-        logits = (scale * rows @ others.T).masked_fill(~everywhere, -torch.inf)
-        # Of an absent row each logit is 0, so that nothing infinite is subtracted.
+        logits = (scale * rows @ others.T).masked_fill(~everywhere, -torch.inf)  # [chunk, M]
+        # An absent row gets logits of 0: -inf alone would make it NaN, even in the gradient.
         logits = logits.masked_fill(~here[part, None], 0)
         losses = F.cross_entropy(logits, labels[part], reduction="none")
         return losses.masked_fill(~here[part], 0).sum()
@@ -76,25 +77,25 @@ def sigmoid_contrastive(
     present: Tensor | None = None,
     chunk: int = 1024,
 ) -> Tensor:
-    """Return SigLIP's loss: is a pair one, asked of all N · M pairs; summed, over the images.
+    """Return SigLIP's loss: binary cross-entropies of all N · M combinations, per present pair.
 
     Args:
-        images: as for `softmax_contrastive`.
-        texts: likewise.
-        scale: likewise.
+        images: float[N, C], vectors of length 1; row i belongs to row i of texts.
+        texts: float[N, C], vectors of length 1.
+        scale: float[], multiplies the logits; exp of a learned number.
         bias: float[], added to the logits; -10 at the start of a training.
-        present: as for `softmax_contrastive`.
-        chunk: likewise.
+        present: bool[N], which pairs are there; None is all.
+        chunk: rows of logits at a time.
 
     Raises:
-        TypeError, ValueError: ``name is VALUE, expected REQUIREMENT; remedy``.
+        TypeError, ValueError: chunk is no such number, or the shapes do not fit.
     """
     here, all_pairs, first = _checked(images, texts, present, chunk)
     everywhere = all_pairs(here.to(torch.uint8)).bool()  # gloo gathers no bool
     place = torch.arange(len(everywhere), device=images.device)
 
     def missed(rows: Tensor, others: Tensor, scale: Tensor, bias: Tensor, start: int) -> Tensor:
-        logits = scale * rows @ others.T + bias
+        logits = scale * rows @ others.T + bias  # [chunk, M]
         own = place == first + start + place[: len(rows), None]
         losses = -F.logsigmoid(torch.where(own, logits, -logits))
         asked = here[start : start + len(rows), None] & everywhere
@@ -106,9 +107,10 @@ def sigmoid_contrastive(
 
 
 def in_order_of(wanted: Tensor, example_index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the values of some segments in the order of others: texts in that of their images.
+    """Return the texts' vectors in the order of their images.
 
-    Rows hold the same examples, as those of `pack_pairs` do, but for images that were not decoded.
+    Row by row both batches must hold the same examples, as those of `pack_pairs` do; images that
+    could not be decoded may be missing.
 
     Args:
         wanted: int64[B, S], example_index of the images; -1 where absent.
@@ -118,8 +120,10 @@ def in_order_of(wanted: Tensor, example_index: Tensor, values: Tensor) -> tuple[
     Returns:
         float[B, S, C], 0 where absent; bool[B, S], which pairs are there.
     """
+    # [B, S, S2]
     same = (wanted[:, :, None] == example_index[:, None, :]) & (wanted >= 0)[:, :, None]
     present = same.any(-1)
+    # As int: argmax takes no bool. Of an absent pair it is 0, and masked below.
     place = same.int().argmax(-1)[..., None].expand(-1, -1, values.shape[-1])
     return values.gather(1, place).masked_fill(~present[..., None], 0), present
 
@@ -127,7 +131,7 @@ def in_order_of(wanted: Tensor, example_index: Tensor, values: Tensor) -> tuple[
 def _in_chunks(
     missed: Callable[..., Tensor], rows: Tensor, others: Tensor, numbers: Any, chunk: int
 ) -> Tensor:
-    """Return the sum of missed over chunks of rows, each worked out again in the backward pass."""
+    """Return the sum of `missed` over chunks of rows; backward computes each chunk again."""
     total = rows.new_zeros(())
     for start in range(0, len(rows), chunk):
         part = rows[start : start + chunk]
@@ -138,7 +142,7 @@ def _in_chunks(
 def _checked(
     images: Tensor, texts: Tensor, present: Tensor | None, chunk: int
 ) -> tuple[Tensor, Callable[[Tensor], Tensor], int]:
-    """Return bool[N], what makes this rank's rows those of all, and the first one's number."""
+    """Return present as bool[N], a gather of [N, ...] to [M, ...], and where N begins in M."""
     checks.whole_number("chunk", chunk, 1, 2**31, "1024 is usual")
     if images.ndim != 2:
         remedy = "flatten(0, 1) what the model returned"
@@ -154,15 +158,17 @@ def _checked(
         present = torch.ones(len(images), dtype=torch.bool, device=images.device)
     if not has_group():
         return present, lambda rows: rows, 0
+    # Ranks must have equally many rows, absent ones included: all_gather takes one shape.
     return present, _Gather.apply, torch.distributed.get_rank() * len(images)
 
 
 def _clean(vectors: Tensor, present: Tensor) -> Tensor:
+    # Masked logits are not enough: in the backward pass a gradient of 0 times NaN is NaN.
     return vectors.masked_fill(~present[:, None], 0)
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows, one after the other; the gradient of a row is summed over ranks."""
+    """Gathers all ranks' rows, one after the other; the gradient of a row is summed over ranks."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -173,6 +179,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # A row counts in the loss of every rank, and all_gather itself has no gradient.
         gradient = gradient.contiguous()
         torch.distributed.all_reduce(gradient)
         start = torch.distributed.get_rank() * ctx.length

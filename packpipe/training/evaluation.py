@@ -1,7 +1,7 @@
-"""Evaluation: accuracy, calibration and cascades of what a model answered.
+"""Evaluation of a model's answers: accuracy, calibration and cascades.
 
-At any token budget by resizing, never by dropping: answer the packs of the same images at another
-``max_tokens`` and compare::
+To compare token budgets, images are resized, and no tokens dropped: let the model answer packs of
+the same images with another ``max_tokens``::
 
     packs = EpochPacks(dataset, 1024, resolution="budget", max_tokens=128)
     accuracy(predict_packs(model, packs))
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from packpipe import checks
-from packpipe.loading.batch import NO_LABEL
 from packpipe.model.predict import Answers
+from packpipe.rows.rows import NO_LABEL
 
 
 def accuracy(answers: Answers) -> float:
-    """Return the share of labelled images whose largest output is that of their label.
+    """Return the share of the labelled images whose largest output is that of their label.
 
     Raises:
         ValueError: there are no labels.
@@ -35,8 +35,8 @@ def accuracy(answers: Answers) -> float:
 def calibration_error(answers: Answers, *, bins: int = 30) -> float:
     """Return the expected calibration error of the top class: mean |confidence - accuracy|.
 
-    Over bins of equal width in confidence, which is the largest softmax probability; each counts
-    by the images in it.
+    The mean is over bins of equal width in confidence, the largest softmax probability, weighted by
+    the images in each.
 
     Args:
         answers: with labels.
@@ -48,14 +48,16 @@ def calibration_error(answers: Answers, *, bins: int = 30) -> float:
     bins = checks.whole_number("bins", bins, 1, 10**6, "30 is usual")
     outputs, labels = _labelled(answers)
     confidence, chosen = outputs.double().softmax(-1).max(-1)
+    # A confidence of exactly 1 belongs to the last bin.
     bucket = (confidence * bins).long().clamp(max=bins - 1)
     surplus = confidence - (chosen == labels).double()
+    # Of a bin with n images, |sum of surplus| is n · |mean confidence - accuracy|.
     sums = torch.zeros(bins, dtype=torch.float64).index_add(0, bucket, surplus)
     return float(sums.abs().sum() / len(labels))
 
 
 class CascadePoint(NamedTuple):
-    """A cascade that sends some images to the second stage: its cost and its accuracy."""
+    """A cascade: share of images in its second stage, tokens an image (mean), accuracy."""
 
     share: float
     tokens: float
@@ -63,15 +65,16 @@ class CascadePoint(NamedTuple):
 
 
 def cascade(first: Answers, second: Answers, shares: Iterable[float]) -> list[CascadePoint]:
-    """Return what it costs and gives to ask again about the images the model is least sure of.
+    """Return cost and accuracy of answering the least confident images again with more tokens.
 
     Args:
         first: answers to all images at few tokens.
         second: answers to the same images at more.
-        shares: of the images that are asked again, each in [0, 1]; the least confident ones.
+        shares: shares of the images that are answered again, each in [0, 1].
 
     Returns:
-        a point a share; tokens an image are those of the first and the share's of the second.
+        one point a share. Its tokens count the first stage for all images and the second for those
+        answered again, divided by all images.
 
     Raises:
         ValueError: the two are not of the same images, or there are no labels.
@@ -85,6 +88,7 @@ def cascade(first: Answers, second: Answers, shares: Iterable[float]) -> list[Ca
     outputs, labels = _labelled(first)
     again, _ = _labelled(second)
     counts = labels_known(first)
+    # Least confident first; stable, so that equal confidences always give the same order.
     order = outputs.double().softmax(-1).max(-1).values.argsort(stable=True)
     points = []
     for share in shares:
@@ -101,7 +105,7 @@ def cascade(first: Answers, second: Answers, shares: Iterable[float]) -> list[Ca
 
 
 def labels_known(answers: Answers) -> Tensor:
-    """Return bool[n], which images have a label."""
+    """Return bool[n], which images have a label; ValueError without any labels."""
     if answers.labels is None:
         remedy = "pack with label_column"
         raise ValueError(checks.sentence("answers.labels", None, "integer labels", remedy))

@@ -1,8 +1,8 @@
 """Training: a short loop over batches of packed rows.
 
-AdamW, the reciprocal square root of the step as learning rate, clipped gradients; on a GPU bf16
-and compiled parts; under ``torchrun`` DDP, where every image of all ranks counts the same. With a
-folder, checkpoints that resume to the same loss, on a CPU bit for bit.
+AdamW, a reciprocal-square-root learning rate, clipped gradients; on a GPU bf16 and compiled parts;
+under ``torchrun`` DDP, where every image of all ranks counts the same. With a folder, checkpoints
+that resume to the same losses, on a CPU bit for bit.
 
 Source: NaViT B.1 and Zhai et al., arXiv 2106.04560 (the rate, the two weight decays).
 """
@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from packpipe import checks
-from packpipe.loading.batch import NO_LABEL, PackedBatch
+from packpipe.loading.batch import PackedBatch
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.ranks import has_group, rank_of_world
 from packpipe.model.attention import check_backend
 from packpipe.model.config import NaViTConfig
 from packpipe.model.flops import TRAINING, forward_flops, matrix_rate
 from packpipe.model.navit import NaViT, compile_parts
+from packpipe.rows.rows import NO_LABEL
 from packpipe.training.checkpoints import load_checkpoint, save_checkpoint
 from packpipe.training.losses import (
     global_count,
@@ -46,26 +47,26 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained.
+    """The options of a training.
 
     Attributes:
         steps: updates.
         learning_rate: the peak.
-        warm_up: steps in which the rate rises to it; None is a tenth.
-        cool_down: steps in which it falls to 0 at the end; None is a tenth.
+        warm_up: steps in which the rate rises to it; None is a tenth of all steps.
+        cool_down: steps in which it falls towards 0 at the end; None is a tenth of all steps.
         timescale: steps after which the rate has fallen to 0.7 of the peak.
-        weight_decay: of matrices.
-        head_weight_decay: of the head's.
+        weight_decay: of the matrices of linear layers.
+        head_weight_decay: of the head's matrix.
         clip: the gradient's largest norm.
         loss: ``"sigmoid"`` or ``"softmax"``.
         precision: of matrix products; ``"auto"`` is bfloat16 on a GPU.
         compiled: whether `compile_parts` is used; None: on a GPU.
-        trim: what `PackedBatch.trim` cuts rows to a multiple of; None keeps all at one length.
-        log_every: steps a record speaks of. Each makes a GPU wait.
+        trim: `PackedBatch.trim` cuts batches to a multiple of so many tokens; None does not.
+        log_every: steps between records. Each record waits for the GPU.
         save_every: steps between checkpoints; None saves the last step alone.
 
     Raises:
-        TypeError, ValueError: ``name is VALUE, expected REQUIREMENT; remedy``.
+        TypeError, ValueError: an option has a wrong type, or is out of range.
     """
 
     steps: int
@@ -93,6 +94,7 @@ class TrainConfig:
             tenth = self.steps // 10
             value = tenth if value is None else value
             remedy = f"steps is {self.steps}"
+            # The class is frozen.
             object.__setattr__(self, name, checks.whole_number(name, value, 0, self.steps, remedy))
         for name in ("learning_rate", "clip"):
             checks.positive_number(name, getattr(self, name), "choose a usual one")
@@ -107,9 +109,11 @@ class TrainConfig:
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, 0 being the first.
 
-        Linear to the peak, then peak · √(τ ÷ (steps since + τ)); times a line to 0 at the end.
+        It rises linearly to the peak, then is peak · √(timescale ÷ (steps since + timescale)); in
+        the last cool_down steps this is multiplied by a line towards 0.
         """
         warm_up, cool_down = int(self.warm_up or 0), int(self.cool_down or 0)
+        # Both lines are 0 one step outside of the training, so that no step has a rate of 0.
         rising = min(1.0, (step + 1) / (warm_up + 1))
         since = max(0, step - warm_up)
         falling = min(1.0, (self.steps - step) / (cool_down + 1))
@@ -123,19 +127,19 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Record:
-    """What some steps of this rank were like.
+    """Figures of the steps of this rank since the last record.
 
     Attributes:
-        step: the last of them, 1 being the first.
-        loss: their mean.
-        accuracy: share of images whose largest logit is that of their label.
-        learning_rate: of the last.
+        step: the last of them, 1 being the first of the training.
+        loss: mean over the steps.
+        accuracy: share of labelled images whose largest logit is that of their label.
+        learning_rate: of the last step.
         images_per_s: images a second.
         tokens_per_s: real tokens a second.
         fill: real tokens ÷ slots.
-        data_wait: share of the time in which the loader was waited for.
+        data_wait: share of the time spent waiting for the loader.
         flops_per_s: useful FLOPs a second (`packpipe.model.flops`).
-        mfu: that ÷ the measured rate of matrix products; None on a CPU.
+        mfu: flops_per_s ÷ the measured rate of matrix products; None on a CPU.
     """
 
     step: int
@@ -158,29 +162,31 @@ def train(
     folder: Path | str | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Record]:
-    """Yield a record every log_every steps, of a model that is trained in place.
+    """Train a model in place; yield a record every log_every steps.
 
     Args:
         model: on the device it is trained on.
         loader: batches with integer labels, epoch after epoch.
-        config: how.
-        folder: where checkpoints and log.jsonl go; if there is a checkpoint in it, training goes
-            on from there. None keeps nothing.
-        stop: asked after every step; if it says True, that step is saved and is the last.
+        config: the options.
+        folder: where checkpoints and log.jsonl go; if it holds a checkpoint, training resumes from
+            there. None keeps nothing.
+        stop: called after every step; True makes that step the last one, and saves it.
 
     Raises:
-        ValueError: the rows have no labels, or the folder's checkpoint is of another model.
-        RuntimeError: attention gives other values here than it should.
+        ValueError: the rows have no labels, or the folder's checkpoint is of another model or of
+            other batches.
+        RuntimeError: the attention backend differs from reference attention on this device.
     """
     device = next(model.parameters()).device
     half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     optimizer = optimizer_of(model, config)
     folder = None if folder is None else Path(folder)
+    # On every rank: DDP sends rank 0's weights, but no state of the optimizer or the loader.
     first = load_checkpoint(folder, model, optimizer, loader) if folder else 0
     _state_backend(model, device, half)
     run: nn.Module = model.train()
     compiled = device.type == "cuda" if config.compiled is None else config.compiled
-    if compiled and not model.keep_padding:
+    if compiled and not model.keep_padding:  # keep_padding: it is compiled already
         compile_parts(model)
     if has_group():
         run = DistributedDataParallel(model)
@@ -197,13 +203,14 @@ def train(
         asked = time.perf_counter()
         batch = next(batches)
         figures.waited += time.perf_counter() - asked
-        if config.trim:
+        if config.trim:  # on the CPU, where the longest row is known without waiting for a GPU
             batch = batch.trim(config.trim)
         moved = batch.to(device, non_blocking=True)
         labels = moved.labels
         if labels is None:
             remedy = "pack with label_column"
             raise ValueError(checks.sentence("batch.labels", None, "integer labels", remedy))
+        # A function of the step, so a resumed training needs no state of a scheduler.
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -213,6 +220,7 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
+        # Counts come from the batch on the CPU: those of the moved one would wait for the GPU.
         figures.add(batch, labels, logits.detach(), loss.detach())
         done = step + 1
         stopped = stop()
@@ -221,6 +229,7 @@ def train(
             if writer:
                 writer.write(record)
             yield record
+        # After the yield: a caller that stops at a record leaves without this step's checkpoint.
         if folder and (
             done == config.steps or stopped or (config.save_every and done % config.save_every == 0)
         ):
@@ -230,19 +239,20 @@ def train(
 
 
 def loss_of(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
-    """Return the loss of a batch: a mean over all ranks' images once ranks are averaged.
+    """Return the loss of a batch; averaged over ranks it is the mean over the images of all ranks.
 
     Args:
         logits: float[B, S, K].
         labels: int64[B, S], -100 where absent.
         config: which loss.
     """
+    # Under autocast the head gives bfloat16.
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return LOSSES[config.loss](exact, labels, count=global_count(labels != NO_LABEL))
 
 
 def optimizer_of(model: NaViT, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW: weight decay on matrices of linear maps, the head's with its own, else none."""
+    """Return AdamW; weight decay on matrices of linear layers, another on the head's, else none."""
     head = {id(p) for p in model.head.parameters()} if model.head is not None else set()
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - head
     groups = [
@@ -253,6 +263,7 @@ def optimizer_of(model: NaViT, config: TrainConfig) -> torch.optim.AdamW:
             ({id(p) for p in model.parameters()} - head - matrices, 0.0),
         )
     ]
+    # Without num_classes there is no head.
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
@@ -272,17 +283,18 @@ class _Figures:
         self.labelled: Tensor | float = 0.0
 
     def add(self, batch: PackedBatch, labels: Tensor, logits: Tensor, loss: Tensor) -> None:
-        """Count a step: its batch, on the CPU, and what is on the model's device, which stays."""
+        """Add a step: counts of its batch, on the CPU; loss and accuracy, on the model's device."""
         self.images += int(batch.present.sum())
         self.tokens += int(batch.seq_lens.sum())
         self.slots += batch.segment_ids.numel()
         self.flops += TRAINING * forward_flops(self.config, batch.seq_lens)
+        # Sums of tensors: turning each into a number would wait for the GPU at every step.
         self.loss = self.loss + loss
         self.right = self.right + (logits.argmax(-1) == labels).sum()
         self.labelled = self.labelled + (labels != NO_LABEL).sum()
 
     def record(self, step: int, learning_rate: float) -> Record:
-        """Return the record of the steps up to this one, and begin anew."""
+        """Return the record of the steps up to this one, and begin the next one."""
         loss, labelled = float(self.loss), max(1.0, float(self.labelled))  # waits for the GPU
         right = float(self.right)
         seconds = time.perf_counter() - self.began
@@ -303,7 +315,7 @@ class _Figures:
 
 
 class _Log:
-    """log.jsonl: one record a line; of steps that are done again, the later."""
+    """Writes log.jsonl, a record a line; first removes records of steps that will be repeated."""
 
     def __init__(self, folder: Path, first: int) -> None:
         self.path = folder / "log.jsonl"
@@ -318,16 +330,18 @@ class _Log:
 
 
 def read_log(folder: Path | str) -> list[dict[str, Any]]:
-    """Return the records of a training's folder, in order; a line cut short is left out."""
+    """Return the records of a training's folder, in order; a last line cut short is left out."""
     path = Path(folder) / "log.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    # Behind the last line break there is nothing, or the part of a line that a kill left.
     return [json.loads(line) for line in lines[:-1]]
 
 
 def _state_backend(model: NaViT, device: torch.device, half: bool) -> None:
-    """Say which attention runs, and that it has been found right."""
+    """Check the attention backend against reference attention, and log which one runs."""
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         backend = model.backend()
+    # Kernels run in the dtype of queries and keys, under autocast bfloat16.
     dtype = torch.bfloat16 if half else next(model.parameters()).dtype
     head_dim = model.config.dim // model.config.heads
     difference = check_backend(backend, device, dtype, head_dim)

@@ -1,10 +1,10 @@
-"""Losses: averaged over examples, not over rows or tokens.
+"""Losses, averaged over examples, not over rows or tokens.
 
-Every image counts the same, whichever row it is in and however many share it. Across ranks, which
-hold different numbers of images, pass ``count=global_count(present)``: then the mean over ranks,
-which DDP takes of gradients, is the mean over all images.
+Every image counts the same, whichever row it is in and however many images share it. Ranks hold
+different numbers of images; with ``count=global_count(present)`` the mean over ranks, which DDP
+takes of gradients, is the mean over all images.
 
-Shape letters: B rows, S segments a row, K classes or channels. Of a model without pooling, S is L.
+Shape letters: B rows, S segments a row, K classes or channels. Without pooling S is L, the tokens.
 
 Source: Krell 3.2.3.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from packpipe import checks
-from packpipe.loading.batch import NO_LABEL
 from packpipe.loading.ranks import has_group
+from packpipe.rows.rows import NO_LABEL
 
 
 def segment_cross_entropy(logits: Tensor, labels: Tensor, *, count: Tensor | None = None) -> Tensor:
@@ -26,10 +26,10 @@ def segment_cross_entropy(logits: Tensor, labels: Tensor, *, count: Tensor | Non
     Args:
         logits: float[B, S, K].
         labels: int64[B, S], -100 for segments that do not count.
-        count: what the sum is divided by; None is how many have a label.
+        count: what the sum is divided by; None is the number of segments with a label.
     """
     present = labels != NO_LABEL
-    # What stands where nothing counts may be infinite, which even 0 times a gradient is not.
+    # Logits that do not count may be infinite or NaN, and in backward 0 times that is NaN.
     flat = _where(present, logits).flatten(0, 1)
     total = F.cross_entropy(flat, labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
     return total / _divisor(present, count)
@@ -43,12 +43,12 @@ def segment_sigmoid_cross_entropy(
     Args:
         logits: float[B, S, K].
         labels: int64[B, S], -100 for segments that do not count; or float[B, S, K], each class's
-            share in [0, 1], as several labels or mixed images have it.
+            share in [0, 1], for several labels or mixed images.
         present: bool[B, S], which segments count; None is those whose label is not -100.
-        count: what the sum is divided by; None is how many count.
+        count: what the sum is divided by; None is the number of segments that count.
 
     Raises:
-        ValueError: labels for each class come without present.
+        ValueError: labels for each class are passed without present.
 
     Source: NaViT 3 (classification).
     """
@@ -60,7 +60,8 @@ def segment_sigmoid_cross_entropy(
     else:
         present = labels != NO_LABEL if present is None else present & (labels != NO_LABEL)
         classes = torch.arange(logits.shape[-1], device=logits.device)
-        targets = (labels[..., None] == classes).to(logits.dtype)
+        # Not one_hot, which takes no -100; here such a label is no class at all.
+        targets = (labels[..., None] == classes).to(logits.dtype)  # [B, S, K]
     each = F.binary_cross_entropy_with_logits(
         _where(present, logits), _where(present, targets), reduction="none"
     )
@@ -76,10 +77,10 @@ def segment_squared_error(
         outputs: float[B, S, K].
         targets: float[B, S, K].
         present: bool[B, S], which segments count.
-        count: what the sum is divided by; None is how many count.
+        count: what the sum is divided by; None is the number of segments that count.
 
     Raises:
-        ValueError: the shapes differ, which would be broadcast.
+        ValueError: the shapes differ; torch would broadcast them.
     """
     if outputs.shape != targets.shape:
         expected = f"{tuple(outputs.shape)} (outputs.shape)"
@@ -90,10 +91,10 @@ def segment_squared_error(
 
 
 def global_count(present: Tensor) -> Tensor:
-    """Return all ranks' examples ÷ ranks: what each rank divides its sum by, at least 1 ÷ ranks.
+    """Return the examples of all ranks ÷ ranks, at least 1 ÷ ranks: divide each rank's sum by it.
 
-    The mean over W ranks of S_r ÷ (N ÷ W) is the sum over all examples ÷ N. Without
-    torch.distributed it is the number of examples here.
+    The mean over W ranks of S_r ÷ (N ÷ W) is the sum over all N examples ÷ N. Without
+    torch.distributed it is the number of examples here, at least 1.
 
     Args:
         present: bool[...], which examples count here.
@@ -101,12 +102,12 @@ def global_count(present: Tensor) -> Tensor:
     number = present.sum().to(torch.float32)
     if not has_group():
         return number.clamp(min=1)
-    torch.distributed.all_reduce(number)
+    torch.distributed.all_reduce(number)  # sums over ranks, in place
     return number.clamp(min=1) / torch.distributed.get_world_size()
 
 
 def _where(present: Tensor, values: Tensor) -> Tensor:
-    """Return values with 0 where absent: what is there may be anything, and has no gradient."""
+    """Return values with 0 where absent, so that whatever is there has no effect or gradient."""
     return values.masked_fill(~present[..., None], 0)
 
 

@@ -1,1 +1,1 @@
-"""Is a folder what `pack` wrote: checksums, rows, every example once."""
+"""Checks that a folder is what `pack` wrote: checksums, rows, every example once."""

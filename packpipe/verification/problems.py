@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from packpipe.rows.rows import Rows
 
 _NAMED = 3  # rows, or examples, of one problem
 
@@ -24,62 +26,56 @@ class Problem(NamedTuple):
 
 
 class Broken(NamedTuple):
-    """What is wrong, with which rows (int64[n]), and whether they can be read all the same."""
+    """What is wrong, with which rows (int64[n]), and whether the rows can still be read."""
 
     what: str
     rows: NDArray[np.int64]
     readable: bool
 
 
-class Held(NamedTuple):
-    """Which examples rows hold: the same names in rows of images and of tokens.
-
-    Attributes:
-        offsets: int64[rows + 1]; row r holds the segments offsets[r]..offsets[r + 1] - 1.
-        example_index: int64[segments], row in the source.
-        seq_lens: int32[segments], tokens.
-        fragment: int32[segments], which piece of its example.
-    """
-
-    offsets: NDArray[np.int64]
-    example_index: NDArray[np.int64]
-    seq_lens: NDArray[np.int32]
-    fragment: NDArray[np.int32]
-
-
 @dataclass
 class FoundRows:
-    """What the sound files of rows hold, in their order.
+    """The rows found in files that can be read, in order.
 
     Attributes:
         places: file, table and number of each row.
-        parts: what each batch of them holds.
+        parts: the segments of each record batch, without tokens.
+        broken: positions in places of the rows with which something is wrong.
         whole: whether every file could be read.
     """
 
     places: list[tuple[str, pa.Table, int]] = field(default_factory=list)
-    parts: list[Held] = field(default_factory=list)
+    parts: list[Rows] = field(default_factory=list)
+    broken: set[int] = field(default_factory=set)
     whole: bool = True
 
-    def held(self) -> Held:
-        """Return what all rows hold."""
-        sizes = [np.diff(part.offsets) for part in self.parts]
-        return Held(
-            np.cumsum(np.concatenate([np.zeros(1, np.int64), *sizes])),
-            np.concatenate([np.empty(0, np.int64), *(part.example_index for part in self.parts)]),
-            np.concatenate([np.empty(0, np.int32), *(part.seq_lens for part in self.parts)]),
-            np.concatenate([np.empty(0, np.int32), *(part.fragment for part in self.parts)]),
-        )
+    def held(self) -> Rows:
+        """Return example_index, seq_lens and fragment of the segments of all rows."""
+        offsets = np.concatenate([[0], *(part.num_segments for part in self.parts)])
+        types = {"example_index": np.int64, "seq_lens": np.int32, "fragment": np.int32}
+        # An empty array comes first, which gives columns their type if there are no rows.
+        segments = {
+            name: np.concatenate([np.empty(0, kind), *(_column(part, name) for part in self.parts)])
+            for name, kind in types.items()
+        }
+        return Rows(np.cumsum(offsets), segments)
+
+
+def _column(rows: Rows, name: str) -> NDArray[Any]:
+    """Return a column of segments; fragment is 0 for images, which are never cut."""
+    found: NDArray[Any] = rows.segments.get(name, np.zeros(len(rows.seq_lens), np.int32))
+    return found
 
 
 def rows_of(path: Path) -> pa.Table:
     """Return a file's table, mapped into memory."""
+    # Rows are read when they are looked at; the table keeps the map open after this block.
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
         return stream.read_all()
 
 
 def named(what: str, numbers: list[int]) -> str:
-    """Return rows or examples by their numbers, the first of them if there are many."""
+    """Return text that names rows or examples by number, only the first if there are many."""
     first = ", ".join(map(str, numbers[:_NAMED]))
     more = f" and {len(numbers) - _NAMED:,} more" if len(numbers) > _NAMED else ""
     return f"{what}{'s' if len(numbers) > 1 else ''} {first}{more}"

@@ -1,120 +1,170 @@
-"""Invariants of packed rows: what must hold of stored ones, whoever wrote them."""
+"""Checks that all packed rows must pass; `ImageChecks` and `TokenChecks` add their own."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets import Dataset
 from numpy.typing import NDArray
 
-from packpipe.planning.decisions import decide_all
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.token_config import TokenConfig
-from packpipe.rows import schema
-from packpipe.rows.fill_images import planned_tokens, token_columns
-from packpipe.rows.fill_tokens import fill_tokens, first_places, padding_of
-from packpipe.rows.rows import NO_LABEL, SEGMENT_COLUMNS, Rows, Segments, TokenSegments
-from packpipe.rows.schema import table_token_segments, token_schema
-from packpipe.verification.problems import Broken
+from packpipe.rows.rows import Rows
+from packpipe.rows.schema import table_segments
+from packpipe.verification.problems import Broken, FoundRows, Problem
+
+# What may be wrong, and bool[rows], which rows it is wrong with: none if all is well.
+Check: TypeAlias = tuple[str, NDArray[np.bool_]]
 
 
-def broken_rows(rows: pa.Table, config: PackConfig, *, seed: int, epoch: int) -> Iterator[Broken]:
-    """Yield what is wrong with which rows of a table; nothing if all is well.
+class RowChecks(ABC):
+    """The checks of one kind of rows: `ImageChecks` or `TokenChecks`.
 
-    Whatever else could be wrong with a row is not looked for once its segments are.
-
-    Args:
-        rows: with the columns of packed rows, or their segment columns alone.
-        config: the options they were made with.
-        seed: likewise.
-        epoch: likewise.
+    Attributes:
+        KEYS: keys of the manifest that only this kind has.
+        VERSION_KEY: key of the version of the rows' columns.
+        VERSION: the version that can be checked.
+        manifest: the manifest of the folder.
+        config: the options in it.
     """
-    every = np.arange(rows.num_rows)
-    has_tokens = "patches" in rows.column_names
-    label = rows.schema.field("labels").type.value_type if "labels" in rows.column_names else None
-    expected = schema.row_schema(config, label) if has_tokens else schema.segment_schema(label)
-    for name, wanted in zip(expected.names, expected.types, strict=True):
-        found = rows.schema.field(name).type if name in rows.column_names else "missing"
-        if found != wanted:
-            yield Broken(f"column {name!r} is {found}, expected {wanted}", every, False)
+
+    KEYS: ClassVar[tuple[str, ...]]
+    VERSION_KEY: ClassVar[str]
+    VERSION: ClassVar[int]
+
+    def __init__(self, manifest: dict[str, Any]) -> None:
+        self.manifest = manifest
+        self.config: Any = self.config_of(manifest["config"])
+
+    @staticmethod
+    @abstractmethod
+    def config_of(values: dict[str, Any]) -> PackConfig | TokenConfig:
+        """Return the options of a manifest."""
+
+    @abstractmethod
+    def columns(self) -> list[str]:
+        """Return the columns that stored rows must have."""
+
+    @abstractmethod
+    def schema_of(self, rows: pa.Table) -> pa.Schema:
+        """Return the schema rows must have, given the types of their source's own columns.
+
+        Raises:
+            ValueError: a column does not hold lists; names it.
+        """
+
+    @abstractmethod
+    def broken_segments(self, segments: Rows) -> Iterator[Check]:
+        """Yield each thing that can be wrong with segments."""
+
+    @abstractmethod
+    def broken_tokens(self, rows: pa.Table, segments: Rows) -> Iterator[Check]:
+        """Yield each thing that can be wrong with tokens whose segments are sound."""
+
+    @abstractmethod
+    def source_columns(self) -> list[str]:
+        """Return the columns of the source that rows were made from."""
+
+    @abstractmethod
+    def source_problems(
+        self, dataset: Dataset, sample: int | None, found: FoundRows
+    ) -> Iterator[Problem]:
+        """Yield how rows differ from their source."""
+
+    def values(self) -> list[str]:
+        """Return the columns of the source that go with each segment, which may hold nulls."""
+        return []
+
+    def token_names(self) -> list[str]:
+        """Return the columns of tokens, whose lists are of other lengths than those of segments."""
+        return []
+
+    def counts(self, held: Rows) -> dict[str, int]:  # noqa: ARG002
+        """Return the manifest's counts that only rows of this kind have."""
+        return {}
+
+    def total_problems(self, held: Rows) -> Iterator[Problem]:  # noqa: ARG002
+        """Yield what is wrong with all rows together."""
+        yield from ()
+
+    def broken_rows(self, rows: pa.Table) -> Iterator[Broken]:
+        """Yield what is wrong with which rows of a table; nothing if all is well.
+
+        Tokens are checked only if all segments of the table are sound, since they are compared with
+        what the segments say.
+        """
+        amiss = self._amiss(rows)
+        if amiss is not None:
+            yield amiss
             return
-        if has_nulls(rows.column(name)):
-            yield Broken(f"column {name!r} holds nulls", every, False)
-            return
-    counts = [
-        np.asarray(pc.list_value_length(rows.column(name)))
-        for name in schema.segment_schema(label).names
-    ]
-    uneven = np.flatnonzero((np.stack(counts) != counts[0]).any(axis=0))
-    if len(uneven):
-        what = "the segment columns hold lists of different lengths"
-        yield Broken(what, uneven, False)
-        return
-    segments = schema.table_segments(rows)
-    sound = True
-    for what, bad in _broken_segments(segments, config, seed=seed, epoch=epoch):
-        if bad.any():
-            sound = False
-            yield Broken(what, np.flatnonzero(bad), True)
-    if sound and has_tokens:
-        for what, bad in _broken_tokens(schema.table_rows(rows), seed=seed, epoch=epoch):
+        segments, sound = table_segments(rows), True
+        for what, bad in (*self._overfull(segments), *self.broken_segments(segments)):
+            if bad.any():
+                sound = False
+                yield Broken(what, np.flatnonzero(bad), True)
+        for what, bad in self.broken_tokens(rows, segments) if sound else ():
             if bad.any():
                 yield Broken(what, np.flatnonzero(bad), True)
 
+    def _amiss(self, rows: pa.Table) -> Broken | None:
+        """Return the reason why the rows cannot be read at all; None if they can."""
+        every = np.arange(rows.num_rows)
+        try:
+            expected = self.schema_of(rows)
+        except ValueError as error:
+            return Broken(str(error), every, False)
+        for field in expected:
+            there = field.name in rows.column_names
+            found = rows.schema.field(field.name).type if there else "missing"
+            if found != field.type:
+                what = f"column {field.name!r} is {found}, expected {field.type}"
+                return Broken(what, every, False)
+            column = rows.column(field.name)
+            # Values of the source may be null. Lists may not, nor may packpipe's own numbers.
+            if column.null_count or (field.name not in self.values() and has_nulls(column)):
+                return Broken(f"column {field.name!r} holds nulls", every, False)
+        tokens = self.token_names()
+        of_segments = [
+            field.name
+            for field in expected
+            if pa.types.is_list(field.type) and field.name not in tokens
+        ]
+        # All segment columns are read with the offsets of seq_lens (`table_segments`).
+        lengths = np.stack([lengths_of(rows, name) for name in of_segments])
+        uneven = np.flatnonzero((lengths != lengths[0]).any(axis=0))
+        if len(uneven):
+            return Broken("the segment columns hold lists of different lengths", uneven, False)
+        return None
 
-def _broken_segments(
-    segments: Segments, config: PackConfig, *, seed: int, epoch: int
-) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Yield each thing that can be wrong with segments, and bool[rows], with which it is."""
-    per_row = np.diff(segments.offsets)
-    row_of = np.repeat(np.arange(len(segments)), per_row)
-
-    def rows_with(bad: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        found = np.zeros(len(segments), np.bool_)
-        found[row_of[bad]] = True
-        return found
-
-    held = np.bincount(row_of, segments.seq_lens, len(segments))
-    yield f"seq_lens add up to more than seq_len, {config.seq_len}", held > config.seq_len
-    if config.max_segments is not None:
-        yield (
-            f"more than max_segments, {config.max_segments}, segments",
-            (per_row > config.max_segments),
-        )
-    num_tokens = segments.grid_hw.astype(np.int64).prod(axis=1)
-    least = np.minimum(segments.grid_hw, segments.image_hw).min(axis=1, initial=1)
-    no_grid = least < 1
-    yield "a size or a grid below 1", rows_with(no_grid)
-    outside = (segments.seq_lens < 1) | (segments.seq_lens > num_tokens)
-    yield "a segment with no token, or with more than its grid has", rows_with(outside)
-    if (no_grid | outside).any():
-        return
-    grid_hw, num_keep, _ = decide_all(
-        segments.image_hw, config, seed=seed, epoch=epoch, index=segments.example_index
-    )
-    differs = (segments.grid_hw != grid_hw).any(axis=1) | (segments.seq_lens != num_keep)
-    if config.fit_last is not None:  # the last of a row may have grown
-        last = segments.offsets[1:][per_row > 0] - 1
-        differs[last] = segments.seq_lens[last] < num_keep[last]
-    yield "a grid or a number of tokens that its size does not give", rows_with(differs)
+    def _overfull(self, segments: Rows) -> Iterator[Check]:
+        """Yield which rows hold too many tokens or segments."""
+        seq_len, most = self.config.seq_len, self.config.max_segments
+        held = np.bincount(row_of(segments), segments.seq_lens, len(segments))
+        yield f"seq_lens add up to more than seq_len, {seq_len}", held > seq_len
+        if most is not None:
+            yield f"more than max_segments, {most}, segments", segments.num_segments > most
 
 
-def _broken_tokens(rows: Rows, *, seed: int, epoch: int) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Yield each thing that can be wrong with tokens, and bool[rows], with which it is."""
-    tokens = planned_tokens(rows.segments, seed=seed, epoch=epoch)
-    segment_ids, coords = token_columns(rows.segments, tokens, rows.segment_ids.shape[1])
-    differing = (rows.segment_ids != segment_ids).any(axis=1)
-    yield "segment_ids are not those of seq_lens", differing
-    yield "coords are not those of the kept tokens", (rows.coords != coords).any(axis=(1, 2))
-    held = np.count_nonzero(segment_ids, axis=1)
-    yield (
-        "patches are not zero in padding",
-        np.array([patches[end:].any() for patches, end in zip(rows.patches, held, strict=True)]),
-    )
+def row_of(rows: Rows) -> NDArray[np.int64]:
+    """Return int64[segments], the row of each."""
+    return np.repeat(np.arange(len(rows)), rows.num_segments)
+
+
+def rows_with(rows: Rows, bad: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return bool[rows], those that hold a segment of bad: bool[segments]."""
+    found = np.zeros(len(rows), np.bool_)
+    found[row_of(rows)[bad]] = True
+    return found
+
+
+def lengths_of(rows: pa.Table, name: str) -> NDArray[np.int64]:
+    """Return int64[rows], how many values each row's list holds."""
+    return np.asarray(pc.list_value_length(rows.column(name)))
 
 
 def has_nulls(column: pa.ChunkedArray | pa.Array) -> bool:
@@ -123,6 +173,7 @@ def has_nulls(column: pa.ChunkedArray | pa.Array) -> bool:
         return True
     if isinstance(column, pa.ChunkedArray):
         return any(has_nulls(chunk) for chunk in column.chunks)
+    # Arrow counts the nulls of a list column apart from those of the values in its lists.
     return (
         hasattr(column, "flatten")
         and pa.types.is_nested(column.type)
@@ -130,113 +181,13 @@ def has_nulls(column: pa.ChunkedArray | pa.Array) -> bool:
     )
 
 
-def broken_token_rows(
-    rows: pa.Table, names: list[str], values: list[str], config: TokenConfig
-) -> Iterator[Broken]:
-    """Yield what is wrong with which rows of a table; nothing if all is well.
+def value_type_of(rows: pa.Table, name: str) -> pa.DataType:
+    """Return the type of the values in a column's lists.
 
-    Whatever else could be wrong with a row is not looked for once its segments are.
-
-    Args:
-        rows: with the columns of packed rows.
-        names: its columns of the source's tokens.
-        values: its columns of one value of the source a segment.
-        config: the options they were made with.
+    Raises:
+        ValueError: the column does not hold lists; names it.
     """
-    every = np.arange(rows.num_rows)
-    for name in [*names, *values]:
-        if not hasattr(rows.schema.field(name).type, "value_type"):
-            what = f"column {name!r} is {rows.schema.field(name).type}, expected lists"
-            yield Broken(what, every, False)
-            return
-    expected = token_schema(
-        config,
-        {name: rows.schema.field(name).type.value_type for name in names},
-        {name: rows.schema.field(name).type.value_type for name in values},
-    )
-    for field in expected:
-        column, found = rows.column(field.name), rows.schema.field(field.name).type
-        if found != field.type:
-            yield Broken(f"column {field.name!r} is {found}, expected {field.type}", every, False)
-            return
-        # A value of the source may be null; a token may not.
-        if column.null_count or (field.name not in values and has_nulls(column)):
-            yield Broken(f"column {field.name!r} holds nulls", every, False)
-            return
-    of_segments = [*SEGMENT_COLUMNS, *values]
-    lengths = np.stack([lengths_of(rows, name) for name in of_segments])
-    uneven = np.flatnonzero((lengths != lengths[0]).any(axis=0))
-    if len(uneven):
-        yield Broken("the segment columns hold lists of different lengths", uneven, False)
-        return
-    segments, sound = table_token_segments(rows), True
-    for what, bad in _broken_token_segments(segments, config):
-        if bad.any():
-            sound = False
-            yield Broken(what, np.flatnonzero(bad), True)
-    if sound:
-        for what, bad in _broken_token_columns(rows, segments, names, config):
-            if bad.any():
-                yield Broken(what, np.flatnonzero(bad), True)
-
-
-def _broken_token_segments(
-    segments: TokenSegments, config: TokenConfig
-) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Yield each thing that can be wrong with segments, and bool[rows], with which it is."""
-    per_row = np.diff(segments.offsets)
-    row_of = np.repeat(np.arange(len(segments)), per_row)
-    kept = np.bincount(row_of, segments.seq_lens, len(segments))
-    yield f"seq_lens add up to more than seq_len, {config.seq_len}", kept > config.seq_len
-    if config.max_segments is not None:
-        what = f"more than max_segments, {config.max_segments}, segments"
-        yield what, per_row > config.max_segments
-    bad = (segments.seq_lens < 1) | (segments.fragment < 0)
-    found = np.zeros(len(segments), np.bool_)
-    found[row_of[bad]] = True
-    yield "a segment with no token, or a fragment below 0", found
-
-
-def _broken_token_columns(
-    rows: pa.Table, segments: TokenSegments, names: list[str], config: TokenConfig
-) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Yield each thing that can be wrong with tokens, and bool[rows], with which it is."""
-    per_row = np.diff(segments.offsets)
-    row_of = np.repeat(np.arange(len(segments)), per_row)
-    kept = np.bincount(row_of, segments.seq_lens, len(segments)).astype(np.int64)
-    if config.layout == "fixed":
-        plain = replace(config, mask_first_label=False)
-        numbers = fill_tokens(segments, np.zeros(len(row_of), np.int64), {}, plain)
-        padding = np.arange(config.seq_len) >= kept[:, None]
-        for name, expected in numbers.items():
-            differing = flat_tokens(rows, name) != expected
-            yield f"{name} are not those of seq_lens", _any_by_row(differing, len(rows))
-        for name in names:
-            absent = padding_of(name, config)
-            differing = (flat_tokens(rows, name) != absent) & padding.reshape(-1)
-            yield f"{name} are not {absent} in padding", _any_by_row(differing, len(rows))
-    else:
-        uneven = [lengths_of(rows, name) != kept for name in names]
-        yield "the tokens are not as many as seq_lens say", np.any(uneven, axis=0)
-        if np.any(uneven):
-            return
-    if config.mask_first_label:
-        unmasked = flat_tokens(rows, "labels")[first_places(segments, config)] != NO_LABEL
-        found = np.zeros(len(segments), np.bool_)
-        found[row_of[unmasked]] = True
-        yield f"the first label of a segment is not {NO_LABEL}", found
-
-
-def lengths_of(rows: pa.Table, name: str) -> NDArray[np.int64]:
-    """Return int64[rows], how many values each row's list holds."""
-    return np.asarray(pc.list_value_length(rows.column(name)))
-
-
-def flat_tokens(rows: pa.Table, name: str) -> NDArray[Any]:
-    """Return the tokens of all rows, end to end."""
-    flat: NDArray[Any] = rows.column(name).combine_chunks().flatten().to_numpy()
-    return flat
-
-
-def _any_by_row(flat: NDArray[np.bool_], num_rows: int) -> NDArray[np.bool_]:
-    return np.asarray(flat.reshape(num_rows, -1).any(axis=1))
+    kind = rows.schema.field(name).type
+    if not hasattr(kind, "value_type"):
+        raise ValueError(f"column {name!r} is {kind}, expected lists")
+    return kind.value_type

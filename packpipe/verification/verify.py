@@ -1,7 +1,7 @@
-"""`verify`: whether a folder is what `pack` wrote and holds every example once.
+"""`verify`: checks that a folder is as `pack` wrote it and holds every example once.
 
-What can be made again is not taken from the manifest: the checksum of a file, what a row says of
-its tokens (`invariants`), counts and fill. A file whose checksum is wrong is not looked into.
+All that can be computed again is compared with the manifest: checksums, counts and fill. The tokens
+of a row are compared with its segments (`row_checks`). A file with a wrong checksum is not opened.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from packpipe import checks
 from packpipe.building.shards import MANIFEST, REJECTS, read_manifest
 from packpipe.packing.quality import fill
-from packpipe.planning.image_config import PackConfig
-from packpipe.planning.token_config import TokenConfig
 from packpipe.rows import files
-from packpipe.verification import image_checks, token_checks
-from packpipe.verification.problems import Broken, FoundRows, Held, Problem, named, rows_of
+from packpipe.rows.rows import Rows
+from packpipe.rows.schema import table_segments
+from packpipe.verification.image_checks import ImageChecks
+from packpipe.verification.problems import FoundRows, Problem, named, rows_of
+from packpipe.verification.row_checks import RowChecks
+from packpipe.verification.token_checks import TokenChecks
 
 _KEYS = ("config", "seed", "epoch", "complete", "files")
 _COMPLETE = ("counts", "fill")
@@ -38,16 +40,16 @@ def verify(
 
     Every checksum, row and count is checked, and that each source example is in exactly one row
     or in the rejects. Given the source, some of its images are decoded again and compared with
-    their tokens; sequences all are, piece by piece. Takes about as long as reading the files.
+    their tokens; of token sequences all pieces are compared. Takes about as long as reading files.
 
     Args:
-        folder: what `pack` was given as ``output``.
-        dataset: what it packed, or None.
-        sample: images, of the dataset if there is one, that are decoded again; None for all.
+        folder: the folder that `pack` was given as ``output``.
+        dataset: the dataset that was packed; None checks the folder alone.
+        sample: how many images of dataset are decoded again; None for all.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: folder is no folder; or sample is negative.
+        ValueError: folder is not a folder, or sample is negative.
     """
     remedy = "pass the folder that pack was given as output"
     if not isinstance(folder, str | Path):
@@ -62,82 +64,48 @@ def verify(
     return list(_problems(Path(folder), dataset, sample))
 
 
-class Kind(Protocol):
-    """What is known of rows of one kind: `image_verification`, `token_verification`."""
-
-    KEYS: tuple[str, ...]
-    VERSION_KEY: str
-    VERSION: int
-
-    def config_of(self, values: dict[str, Any], /) -> PackConfig | TokenConfig:
-        """Return the options of a manifest."""
-
-    def columns(self, manifest: dict[str, Any]) -> list[str]:
-        """Return the columns that stored rows must have."""
-
-    def broken_rows(self, rows: pa.Table, manifest: dict[str, Any]) -> Iterator[Broken]:
-        """Yield what is wrong with which rows of a table, from what they say alone."""
-
-    def held(self, rows: pa.Table) -> Held:
-        """Return which examples rows hold."""
-
-    def counts(self, found: Held) -> dict[str, int]:
-        """Return the manifest's counts that only rows of this kind have."""
-
-    def total_problems(self, found: Held, manifest: dict[str, Any]) -> Iterator[Problem]:
-        """Yield what is wrong with all rows together."""
-
-    def source_columns(self, manifest: dict[str, Any]) -> list[str]:
-        """Return the columns of the source that rows were made from."""
-
-    def source_problems(
-        self, dataset: Dataset, sample: int | None, manifest: dict[str, Any], found: FoundRows
-    ) -> Iterator[Problem]:
-        """Yield how rows differ from their source."""
-
-
 def _problems(folder: Path, dataset: Dataset | None, sample: int | None) -> Iterator[Problem]:
     manifest = _manifest(folder)
     if isinstance(manifest, str):
         yield Problem(MANIFEST, manifest)
         return
-    kind, found, rejects = _kind_of(manifest), FoundRows(), None
+    row_checks, found, rejects = _checks_of(manifest)(manifest), FoundRows(), None
     for name, record in manifest["files"].items():
         damage = _damage(folder / name, record)
         if damage is not None:
             yield Problem(name, damage)
+            # Totals need all files of rows; without rejects they are left out, too (below).
             found.whole &= name == REJECTS
         elif name != REJECTS:
-            yield from _row_problems(kind, folder / name, record, manifest, found)
+            yield from _row_problems(row_checks, folder / name, record, found)
         else:
             rejects = rows_of(folder / name).to_pylist()
     for pattern in ("data-*.arrow", "*.partial"):
         for stray in sorted(folder.glob(pattern)):
             if stray.name not in manifest["files"]:
                 yield Problem(stray.name, "is not in the manifest")
+    # Counts and the files that `datasets` opens are written at the end of a build.
     if not manifest["complete"]:
         what = "says that the build is not complete; call pack again, and it continues"
         yield Problem(MANIFEST, what)
         return
     held = found.held()
     if found.whole and rejects is not None:
-        yield from _total_problems(kind, manifest, held, rejects)
+        yield from _total_problems(row_checks, held, rejects)
         yield from _opening_problems(folder, found, held)
     if dataset is not None:
-        yield from _source_problems(kind, dataset, sample, manifest, found)
+        yield from _source_problems(row_checks, dataset, sample, found)
 
 
-def _kind_of(manifest: dict[str, Any]) -> Kind:
-    if token_checks.VERSION_KEY in manifest:
-        return token_checks
-    return image_checks
+def _checks_of(manifest: dict[str, Any]) -> type[RowChecks]:
+    return TokenChecks if TokenChecks.VERSION_KEY in manifest else ImageChecks
 
 
 def _manifest(folder: Path) -> dict[str, Any] | str:
     """Return the manifest of a folder, or what is wrong with it."""
     try:
         manifest = read_manifest(folder)
-        kind = _kind_of(manifest)
+        kind = _checks_of(manifest)
         missing = [key for key in (kind.VERSION_KEY, *_KEYS, *kind.KEYS) if key not in manifest]
         if not missing and manifest["complete"]:
             missing = [key for key in _COMPLETE if key not in manifest]
@@ -151,6 +119,7 @@ def _manifest(folder: Path) -> dict[str, Any] | str:
                 return f"{key} is {manifest[key]!r}, expected {expected.__name__}"
         if manifest["complete"] and REJECTS not in manifest["files"]:
             return f"files lacks {REJECTS}"
+        # A manifest may come from anywhere: its names must not lead out of the folder.
         for name, record in manifest["files"].items():
             if Path(name).name != name or not {"rows", "bytes", files.CHECKSUM} <= record.keys():
                 return f"files[{name!r}] is {record!r}, expected rows, bytes and checksum"
@@ -165,6 +134,7 @@ def _damage(path: Path, record: dict[str, Any]) -> str | None:
     """Return what is wrong with the bytes of a file, None if nothing is."""
     if not path.is_file():
         return "is missing"
+    # The size first, since a file that was cut need not be read.
     size = path.stat().st_size
     if size != record["bytes"]:
         return f"holds {size} bytes, expected {record['bytes']}"
@@ -175,41 +145,45 @@ def _damage(path: Path, record: dict[str, Any]) -> str | None:
 
 
 def _row_problems(
-    kind: Kind, path: Path, record: dict[str, Any], manifest: dict[str, Any], found: FoundRows
+    row_checks: RowChecks, path: Path, record: dict[str, Any], found: FoundRows
 ) -> Iterator[Problem]:
-    """Look into a file of rows, batch by batch, and add what it holds to what was found."""
+    """Check the rows of a file, batch by batch, and add them to found."""
     stored = rows_of(path)
     if stored.num_rows != record["rows"]:
         yield Problem(path.name, f"holds {stored.num_rows} rows, expected {record['rows']}")
-    if missing := [name for name in kind.columns(manifest) if name not in stored.column_names]:
+    if missing := [name for name in row_checks.columns() if name not in stored.column_names]:
         yield Problem(path.name, f"lacks the columns {', '.join(missing)}")
         found.whole = False
         return
     start = 0
     for batch in stored.to_batches():
         rows = pa.Table.from_batches([batch])
-        readable = True
-        for broken in kind.broken_rows(rows, manifest):
+        amiss = list(row_checks.broken_rows(rows))
+        for broken in amiss:
             where = f"{path.name}, {named('row', (broken.rows + start).tolist())}"
             yield Problem(where, broken.what)
-            readable &= broken.readable
+        readable = all(broken.readable for broken in amiss)
         if readable:
+            # Numbered through all files, while a problem names the row within its file.
+            for broken in amiss:
+                found.broken.update((broken.rows + len(found.places)).tolist())
             numbers = range(start, start + batch.num_rows)
             found.places += [(path.name, stored, number) for number in numbers]
-            found.parts.append(kind.held(rows))
+            found.parts.append(table_segments(rows))
         found.whole &= readable
         start += batch.num_rows
 
 
 def _total_problems(
-    kind: Kind, manifest: dict[str, Any], held: Held, rejects: list[dict[str, Any]]
+    row_checks: RowChecks, held: Rows, rejects: list[dict[str, Any]]
 ) -> Iterator[Problem]:
-    """Look for each example, and count."""
-    counts, config = manifest["counts"], kind.config_of(manifest["config"])
+    """Yield the examples that are missing or there twice, and the counts that are wrong."""
+    manifest, counts = row_checks.manifest, row_checks.manifest["counts"]
+    # A sequence in several pieces counts once, by its first piece.
     packed = held.example_index[held.fragment == 0]
     rejected = np.array([reject["example_index"] for reject in rejects], np.int64)
     every = np.concatenate([packed, rejected])
-    num_packs, num_tokens = len(held.offsets) - 1, int(held.seq_lens.sum(dtype=np.int64))
+    num_packs, num_tokens = len(held), int(held.seq_lens.sum(dtype=np.int64))
     expected = {
         "read": len(every),
         "packed": len(packed),
@@ -217,9 +191,10 @@ def _total_problems(
         "rejected_by_reason": dict(Counter(reject["reason"] for reject in rejects)),
         "packs": num_packs,
         "tokens": num_tokens,
-        **kind.counts(held),
+        **row_checks.counts(held),
     }
     num_examples = counts.get("read", 0)
+    # np.bincount refuses negative numbers, and takes memory for as many as the largest one.
     inside = every[(every >= 0) & (every < num_examples)]
     times = np.bincount(inside, minlength=num_examples)
     for what, examples in (
@@ -229,17 +204,17 @@ def _total_problems(
     ):
         if len(examples):
             yield Problem(named("example", examples.tolist()), what)
-    yield from kind.total_problems(held, manifest)
+    yield from row_checks.total_problems(held)
     for name, number in expected.items():
         if counts.get(name) != number:
             yield Problem(MANIFEST, f"counts.{name} is {counts.get(name)!r}, expected {number!r}")
-    share = fill(num_tokens, num_packs, config.seq_len)
+    share = fill(num_tokens, num_packs, row_checks.config.seq_len)
     if manifest["fill"] != share:
         yield Problem(MANIFEST, f"fill is {manifest['fill']!r}, expected {share!r}")
 
 
-def _opening_problems(folder: Path, found: FoundRows, held: Held) -> Iterator[Problem]:
-    """Open the folder as `datasets` does."""
+def _opening_problems(folder: Path, found: FoundRows, held: Rows) -> Iterator[Problem]:
+    """Yield what is wrong with the dataset that `datasets` opens from the folder."""
     try:
         opened = datasets.load_from_disk(str(folder))
     except Exception as error:  # noqa: BLE001 whatever a damaged sidecar makes it raise
@@ -261,15 +236,15 @@ def _opening_problems(folder: Path, found: FoundRows, held: Held) -> Iterator[Pr
 
 
 def _source_problems(
-    kind: Kind, dataset: Dataset, sample: int | None, manifest: dict[str, Any], found: FoundRows
+    row_checks: RowChecks, dataset: Dataset, sample: int | None, found: FoundRows
 ) -> Iterator[Problem]:
-    """Compare rows with the dataset they were made from."""
-    expected = manifest["counts"].get("read")
+    """Yield how rows differ from the dataset they were made from."""
+    expected = row_checks.manifest["counts"].get("read")
     if len(dataset) != expected:
         yield Problem("dataset", f"holds {len(dataset)} examples, expected {expected}")
         return
-    for column in kind.source_columns(manifest):
+    for column in row_checks.source_columns():
         if column not in dataset.column_names:
             yield Problem("dataset", f"has no column {column!r}")
             return
-    yield from kind.source_problems(dataset, sample, manifest, found)
+    yield from row_checks.source_problems(dataset, sample, found)

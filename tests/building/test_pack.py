@@ -35,7 +35,7 @@ def packed_in(folder, dataset, **options):
 def test_every_image_is_in_exactly_one_row_with_its_own_pixels_and_label(source, tmp_path):
     packed = packed_in(tmp_path / "out", source)
     rows = packpipe.read_rows(packed)
-    segments = rows.segments
+    segments = rows
     assert sorted(segments.example_index.tolist()) == list(range(len(source)))
     assert np.diff(segments.offsets).max() > 1
     config = PackConfig(seq_len=32)
@@ -115,9 +115,7 @@ def test_selections_and_shuffles_of_packed_rows_read_as_they_stand(source, tmp_p
 def test_a_selected_source_is_read_through_its_indices(source, tmp_path):
     picked = source.select([8, 3, 5])
     rows = packpipe.read_rows(packed_in(tmp_path / "out", picked))
-    by_example = dict(
-        zip(rows.segments.example_index.tolist(), rows.segments.image_hw.tolist(), strict=True)
-    )
+    by_example = dict(zip(rows.example_index.tolist(), rows.image_hw.tolist(), strict=True))
     assert by_example == {0: [70, 70], 1: [8, 120], 2: [1, 7]}
 
 
@@ -200,7 +198,7 @@ def test_the_manifest_records_what_the_bytes_depend_on_and_their_checksums(sourc
     assert found["config"]["max_tokens"] == 30
     assert (found["seed"], found["epoch"]) == (3, 0)
     rows = packpipe.read_rows(packed)
-    tokens = int(rows.segments.seq_lens.sum())
+    tokens = int(rows.seq_lens.sum())
     assert found["counts"] == {
         "read": 9,
         "packed": 9,
@@ -246,11 +244,9 @@ def test_bad_examples_land_in_the_rejects_and_nobody_else_moves(tmp_path, caplog
     assert (counts["read"], counts["packed"], counts["rejected"]) == (108, 105, 3)
     assert counts["rejected_by_reason"] == {"bad label": 1, "empty": 1, "undecodable": 1}
     rows = packpipe.read_rows(packed)
-    kept = rows.segments.example_index.tolist()
+    kept = rows.example_index.tolist()
     assert sorted([*kept, 2, 7, 11]) == list(range(108))
-    assert (
-        counts["tokens"] == int(rows.segments.seq_lens.sum()) == int((rows.segment_ids > 0).sum())
-    )
+    assert counts["tokens"] == int(rows.seq_lens.sum()) == int((rows.segment_ids > 0).sum())
     assert len(packpipe.rejects(whole)) == 0
 
 
@@ -448,7 +444,7 @@ def test_rows_computed_when_read_obey_on_error(tmp_path, caplog):
     lenient = packed_in(tmp_path / "b", source, materialize=False)
     with caplog.at_level(logging.WARNING, logger="packpipe"):
         rows = packpipe.read_rows(lenient)
-    assert sorted(rows.segments.example_index.tolist()) == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert sorted(rows.example_index.tolist()) == [0, 1, 2, 3, 5, 6, 7, 8]
     assert "example 4 left out: OSError: " in caplog.text
 
 

@@ -1,15 +1,17 @@
-"""`Packer` inside ``Dataset.map``."""
+"""`Packer` inside ``Dataset.map``, and on batches of others."""
 
 import logging
 import re
 import subprocess
 import sys
+from itertools import chain
 
 import naive
 import numpy as np
 import pictures
+import pyarrow as pa
 import pytest
-from datasets import ClassLabel, List
+from datasets import ClassLabel, Dataset, List
 
 import packpipe
 from packpipe.planning.image_config import PackConfig
@@ -47,24 +49,24 @@ def test_every_image_is_in_exactly_one_row_whatever_the_batches(source, batch_si
     rows = packpipe.read_rows(
         mapped(source, packer, with_indices=True, batch_size=batch_size, num_proc=num_proc)
     )
-    index = rows.segments.example_index
+    index = rows.example_index
     assert sorted(index.tolist()) == list(range(len(source)))
-    assert [tuple(hw) for hw in rows.segments.image_hw] == [pictures.SIZES[i] for i in index]
-    assert rows.segments.labels.to_pylist() == [i % 3 for i in index.tolist()]
+    assert [tuple(hw) for hw in rows.image_hw] == [pictures.SIZES[i] for i in index]
+    assert rows.labels.to_pylist() == [i % 3 for i in index.tolist()]
 
 
 def test_a_sliced_source_loses_no_token(source):
     part = source.select(range(3, 8))
     rows = packpipe.read_rows(mapped(part, packpipe.Packer(seq_len=48), with_indices=True))
-    sizes = np.array(pictures.SIZES)[3:8][rows.segments.example_index]
-    assert rows.segments.image_hw.tolist() == sizes.tolist()
+    sizes = np.array(pictures.SIZES)[3:8][rows.example_index]
+    assert rows.image_hw.tolist() == sizes.tolist()
     wanted = packpipe.plan_epoch(pictures.SIZES[3:8], PackConfig(seq_len=48)).num_tokens
     assert int((rows.segment_ids > 0).sum()) == wanted
 
 
 def test_without_indices_the_source_row_is_unknown_not_wrong(source):
     rows = packpipe.read_rows(mapped(source, packpipe.Packer(seq_len=48)))
-    assert set(rows.segments.example_index.tolist()) == {-1}
+    assert set(rows.example_index.tolist()) == {-1}
 
 
 DRAWS = {
@@ -81,7 +83,7 @@ def test_images_draw_by_their_source_row_whatever_the_batch(batch_size):
     same = pictures.dataset_of([pictures.encoded_image(64, 48, seed) for seed in range(7)])
     packer = packpipe.Packer(seq_len=48, **DRAWS)
     rows = packpipe.read_rows(mapped(same, packer, with_indices=True, batch_size=batch_size))
-    segments = rows.segments
+    segments = rows
     decided = [naive.decide(64, 48, packer.config, 5, 2, row) for row in range(7)]
     assert len(set(decided)) > 4
     found = {
@@ -129,16 +131,16 @@ def test_options_that_draw_are_refused_without_indices(source, options):
 )
 def test_options_that_do_not_draw_need_no_indices(source, options):
     rows = packpipe.read_rows(mapped(source, packpipe.Packer(seq_len=48, **options)))
-    assert len(rows.segments.example_index) == len(source)
+    assert len(rows.example_index) == len(source)
 
 
 def test_bad_images_leave_the_draws_of_the_others_alone():
     images = [b"junk", *pictures.encoded_images()]
     packer = packpipe.Packer(seq_len=48, on_error="drop", **DRAWS)
     rows = packpipe.read_rows(mapped(pictures.dataset_of(images), packer, with_indices=True))
-    index = rows.segments.example_index.tolist()
+    index = rows.example_index.tolist()
     assert sorted(index) == list(range(1, 10))
-    for row, grid in zip(index, rows.segments.grid_hw.tolist(), strict=True):
+    for row, grid in zip(index, rows.grid_hw.tolist(), strict=True):
         wanted, _, _ = naive.decide(*pictures.SIZES[row - 1], packer.config, 5, 2, row)
         assert tuple(grid) == wanted
 
@@ -157,7 +159,7 @@ def test_dropped_images_are_logged(caplog):
     packer = packpipe.Packer(seq_len=48, on_error="drop")
     with caplog.at_level(logging.WARNING, logger="packpipe"):
         rows = packpipe.read_rows(mapped(pictures.dataset_of(images), packer, with_indices=True))
-    assert sorted(rows.segments.example_index.tolist()) == list(range(1, 10))
+    assert sorted(rows.example_index.tolist()) == list(range(1, 10))
     assert "example 0 is bad (unreadable: " in caplog.text
     assert "example 10 is bad (undecodable: " in caplog.text
 
@@ -200,18 +202,123 @@ def test_wrong_arguments_are_refused(options, message):
         packpipe.Packer(**options)
 
 
-def test_a_formatted_dataset_is_refused_with_its_remedy():
-    message = (
-        "type(batch) is 'dict', expected LazyBatch, as Dataset.map passes it; "
-        "use map(packer, batched=True) on dataset.with_format(None)"
-    )
-    with pytest.raises(TypeError, match=re.escape(message)):
-        packpipe.Packer()({"image": []})
-
-
 def test_a_map_without_batches_is_refused(source):
     message = (
-        "type(batch) is 'LazyRow', expected LazyBatch, as Dataset.map passes it; use map(packer, "
+        "type(batch) is 'LazyRow', expected a batch of Dataset.map, Arrow's table, or a dict of "
+        "columns; use map(packer, batched=True)"
     )
     with pytest.raises(TypeError, match=re.escape(message)):
         source.map(packpipe.Packer(), remove_columns=source.column_names)
+
+
+TOKENS = {
+    "input_ids": [[1, 2, 3], [4], [5, 6, 7, 8], [9, 10], [11] * 5],
+    "attention_mask": [[1] * n for n in (3, 1, 4, 2, 5)],
+    "name": ["a", "b", "c", "d", "e"],
+}
+BATCHES = {
+    "table": lambda table: table,
+    "record batch": lambda table: table.combine_chunks().to_batches()[0],
+    "chunked table": lambda table: pa.concat_tables([table.slice(0, 2), table.slice(2)]),
+    "lists": lambda table: table.to_pydict(),
+    # What Ray Data hands to map_batches by default.
+    "arrays": lambda table: {
+        name: np.array([*map(np.asarray, column), None], object)[:-1]
+        if isinstance(column[0], list)
+        else np.array(column)
+        for name, column in table.to_pydict().items()
+    },
+}
+
+
+@pytest.mark.parametrize("form", BATCHES)
+def test_token_batches_of_any_form_give_the_rows_of_map(form):
+    dataset = Dataset.from_dict(TOKENS)
+    wanted = mapped(dataset, packpipe.Packer(seq_len=8), with_indices=True)
+    found = packpipe.Packer(seq_len=8)(BATCHES[form](dataset.data.table), list(range(5)))
+    assert found.to_pydict() == wanted.to_dict()
+    unknown = packpipe.Packer(seq_len=8)(BATCHES[form](dataset.data.table))
+    assert {i for row in unknown.to_pydict()["example_index"] for i in row} == {-1}
+    assert found.drop_columns("example_index").equals(unknown.drop_columns("example_index"))
+
+
+@pytest.mark.parametrize("form", ["table", "record batch", "chunked table"])
+@pytest.mark.parametrize("described", [True, False])
+def test_image_tables_give_the_rows_of_map_with_or_without_what_datasets_knows(
+    source, form, described
+):
+    wanted = mapped(source, packpipe.Packer(seq_len=48), with_indices=True)
+    table = source.data.table.replace_schema_metadata(None) if not described else source.data.table
+    numbers = np.arange(len(source))
+    found = packpipe.Packer(seq_len=48)(BATCHES[form](table), numbers)
+    assert pictures.row_bytes(packpipe.read_rows(found)) == pictures.row_bytes(
+        packpipe.read_rows(wanted)
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.bool_])
+def test_batches_of_pixels_are_packed(dtype):
+    pixels = np.random.default_rng(0).integers(0, 2, (5, 32, 48, 3)).astype(dtype)
+    rows = packpipe.read_rows(packpipe.Packer(seq_len=12)({"image": pixels, "label": range(5)}))
+    assert len(rows) == 3
+    assert sorted(rows.labels.to_pylist()) == [0, 1, 2, 3, 4]
+    place = dict(zip(rows.labels.to_pylist(), range(5), strict=True))[3]
+    row = int(np.searchsorted(rows.offsets, place, "right")) - 1
+    tokens = rows.segment_ids[row] == place - rows.offsets[row] + 1
+    wanted = naive.patchify(pixels[3].astype(np.uint8) * (255 if dtype is np.bool_ else 1), 16)
+    assert (rows.patches[row, tokens] == wanted).all()
+
+
+def test_map_in_arrows_format_gives_the_same_rows(source):
+    wanted = mapped(source, packpipe.Packer(seq_len=48), with_indices=True)
+    found = mapped(source.with_format("arrow"), packpipe.Packer(seq_len=48), with_indices=True)
+    assert pictures.row_bytes(packpipe.read_rows(found.with_format(None))) == pictures.row_bytes(
+        packpipe.read_rows(wanted)
+    )
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "arrow", "pandas"])
+def test_map_in_any_format_gives_the_same_rows_of_tokens(kind):
+    dataset = Dataset.from_dict(TOKENS)
+    wanted = mapped(dataset, packpipe.Packer(seq_len=8), with_indices=True)
+    found = mapped(dataset.with_format(kind), packpipe.Packer(seq_len=8), with_indices=True)
+    assert found.with_format(None).to_dict() == wanted.to_dict()
+
+
+def test_map_in_numpys_format_packs_the_pixels_that_datasets_has_decoded():
+    plain = pictures.dataset_of([pictures.encoded_image(40, 30, seed) for seed in range(4)])
+    wanted = packpipe.read_rows(mapped(plain, packpipe.Packer(seq_len=48), with_indices=True))
+    found = mapped(plain.with_format("numpy"), packpipe.Packer(seq_len=48), with_indices=True)
+    assert pictures.row_bytes(packpipe.read_rows(found.with_format(None))) == pictures.row_bytes(
+        wanted
+    )
+
+
+def test_an_iterator_of_record_batches_gives_record_batches_one_after_the_other():
+    # What Spark's mapInArrow asks of a function.
+    table = Dataset.from_dict(TOKENS).data.table.combine_chunks()
+    read = []
+
+    def batches():
+        for batch in table.to_batches(max_chunksize=2):
+            read.append(batch.num_rows)
+            yield batch
+
+    found = packpipe.Packer(seq_len=8)(batches())
+    assert read == []
+    first = next(found)
+    assert read == [2]
+    rows = [first, *found]
+    assert read == [2, 2, 1]
+    assert all(isinstance(batch, pa.RecordBatch) for batch in rows)
+    assert all(batch.schema == first.schema for batch in rows)
+    held = pa.Table.from_batches(rows).to_pydict()
+    assert sorted(chain(*held["name"])) == TOKENS["name"]
+    assert sum(chain(*held["seq_lens"])) == 15
+
+
+@pytest.mark.parametrize("batch", [[1, 2], "text", None])
+def test_what_is_no_batch_is_refused(batch):
+    message = f"type(batch) is {type(batch).__name__!r}, expected a batch of Dataset.map, Arrow's"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        packpipe.Packer(seq_len=8)(batch)

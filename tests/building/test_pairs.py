@@ -69,15 +69,13 @@ def test_rows_of_both_hold_the_same_examples(tmp_path_factory, dataset, text_seq
     if not len(images):
         return
     pictures, tokens = read_rows(images), read_tokens(texts)
-    assert pictures.segments.offsets.tolist() == tokens.segments.offsets.tolist()
-    index = pictures.segments.example_index
-    assert index.tolist() == tokens.segments.example_index.tolist()
+    assert pictures.offsets.tolist() == tokens.offsets.tolist()
+    index = pictures.example_index
+    assert index.tolist() == tokens.example_index.tolist()
     wanted = dataset["input_ids"][:]
     assert sorted(index.tolist()) == [row for row, text in enumerate(wanted) if text]
     assert tokens.segment_ids.shape[1] == text_seq_len
-    for row, (start, end) in enumerate(
-        zip(tokens.segments.offsets[:-1], tokens.segments.offsets[1:], strict=True)
-    ):
+    for row, (start, end) in enumerate(zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)):
         place = 0
         for example in index[start:end].tolist():
             own = wanted[example][:6]

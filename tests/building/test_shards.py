@@ -540,7 +540,7 @@ def test_the_room_that_is_asked_for_is_the_room_that_is_taken(tmp_path, monkeypa
     [(0, "0.0 kB"), (1234, "1.2 kB"), (10**6, "1.0 MB"), (25 * 10**8, "2.5 GB")],
 )
 def test_sizes_are_for_readers(number, text):
-    assert shards.in_bytes(number) == text
+    assert shards.format_bytes(number) == text
 
 
 FULL = [

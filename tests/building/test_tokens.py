@@ -437,8 +437,8 @@ def test_batches_hold_the_rows_and_resume_at_any_step(tmp_path_factory, rows, se
             seen.append((batch.example_index[row].tolist(), tokens.tolist()))
     wanted = []
     for row, ids in enumerate(stored.segment_ids):
-        start, end = stored.segments.offsets[row : row + 2]
-        examples = stored.segments.example_index[start:end].tolist()
+        start, end = stored.offsets[row : row + 2]
+        examples = stored.example_index[start:end].tolist()
         absent = [-1] * (batches[0].example_index.shape[1] - len(examples))
         wanted.append((examples + absent, stored.tokens["input_ids"][row][ids > 0].tolist()))
     empty = ([-1] * batches[0].example_index.shape[1], [])
@@ -458,9 +458,9 @@ def test_token_rows_that_are_not_there_are_refused(tmp_path):
     ragged = pack(TEXT, 32, layout="ragged", output=tmp_path / "a", progress=False)
     with pytest.raises(ValueError, match="layout is 'ragged', expected rows of one length"):
         read_tokens(ragged)
-    with pytest.raises(ValueError, match="column 'seq_lens' is 'missing', expected a column of"):
+    with pytest.raises(ValueError, match="column 'patches' is 'missing', expected fixed_size_l"):
         read_tokens(TEXT)
     fixed = pack(TEXT, 64, output=tmp_path / "b", progress=False)
     with pytest.raises(ValueError, match=r"num_segments\[0\] is 2, expected at most 1"):
         TokenBatch.from_rows(read_tokens(fixed), max_segments=1)
-    assert read_tokens(fixed, [0]).segments.values["name"].to_pylist() == fixed["name"][0]
+    assert read_tokens(fixed, [0]).segments["name"].to_pylist() == fixed["name"][0]

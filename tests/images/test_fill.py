@@ -13,7 +13,7 @@ from PIL import Image
 from strategies import encode
 
 from packpipe.images.decode import PixelRules
-from packpipe.images.fill import Failure, Order, fill_row
+from packpipe.images.fill import Failure, ImageTask, fill_row
 from packpipe.images.opening import BadImage
 
 RULES = PixelRules((255, 255, 255), 10_000, 1.0, "bicubic", "bicubic")
@@ -34,15 +34,15 @@ FAILURE = Failure("missing", "BadImage: the image is null")
 class Case(NamedTuple):
     """An order, and the pixels that it should give; None if it should fail."""
 
-    order: Order
+    order: ImageTask
     pixels: np.ndarray | None
 
 
-def order_of(image: int, data=None, kept=None, example=0) -> Order:
+def order_of(image: int, data=None, kept=None, example=0) -> ImageTask:
     """An order of one of the images above, or of other data of its size."""
     data = FILES[image] if data is None else data
     kept = None if kept is None else np.array(kept, np.int32)
-    return Order(example, data, PIXELS[image].shape[:2], GRIDS[image], kept)
+    return ImageTask(example, data, PIXELS[image].shape[:2], GRIDS[image], kept)
 
 
 @st.composite
@@ -126,7 +126,7 @@ def test_an_image_is_resized_to_its_whole_grid_before_tokens_are_dropped():
     left, right = (10, 20, 30), (200, 100, 50)
     image = Image.new("RGB", (16, 6), left)
     image.paste(right, (8, 0, 16, 6))
-    order = Order(0, encode(image, "PNG"), (6, 16), (1, 4), np.array([0, 3], np.int32))
+    order = ImageTask(0, encode(image, "PNG"), (6, 16), (1, 4), np.array([0, 3], np.int32))
     out = np.empty((2, WIDTH), np.uint8)
     assert fill_row([order], out, RULES) == [None]
     assert (out[0].reshape(-1, 3) == left).all()

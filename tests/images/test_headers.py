@@ -15,8 +15,8 @@ from PIL import Image, ImageCms, PngImagePlugin
 from strategies import encode, random_image
 
 import packpipe
-from packpipe.images import decode, opening
-from packpipe.images.decode import Probe, probe
+from packpipe.images import opening
+from packpipe.images.decode import Probe, _orientation, probe
 from packpipe.images.headers import HEAD_BYTES, exif_orientation, quick_probe, upright_hw
 from packpipe.images.opening import BadImage
 
@@ -34,7 +34,7 @@ def by_pillow(encoded):
         warnings.simplefilter("ignore")
         try:
             with opening._opened(encoded, MOST_PIXELS) as image:
-                orientation, broken_exif = decode._orientation(image)
+                orientation, broken_exif = _orientation(image)
                 return Probe(upright_hw(*image.size, orientation), broken_exif)
         except BadImage as error:
             return error.reason, str(error)

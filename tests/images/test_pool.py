@@ -27,8 +27,8 @@ from processes import children, of_session, wait_until
 from test_fill import FAILURE, FILES, PIXELS, RULES, WIDTH, cases, order_of
 
 from packpipe.images import pool
-from packpipe.images.fill import Failure, Order, fill_row
-from packpipe.images.pool import DecoderError, Decoders, RowOrders
+from packpipe.images.fill import Failure, ImageTask, fill_row
+from packpipe.images.pool import DecoderError, Decoders, RowTask
 
 SEQ_LEN = 30
 NUM_ROWS = 6
@@ -47,7 +47,7 @@ def trapped(monkeypatch):
     monkeypatch.setattr(pool, "_START", traps.START)
 
 
-def running(code: str, image: int = 0, example: int = 0) -> Order:
+def running(code: str, image: int = 0, example: int = 0) -> ImageTask:
     """An image that has Python run where it is decoded, and is sound then."""
     return order_of(image, traps.running(code, FILES[image]), example=example)
 
@@ -58,19 +58,19 @@ def decoding(num_workers: int = 1, seconds: float = 20) -> Decoders:
     return found
 
 
-def filled(by: Decoders, *rows: list[Order]) -> list[list[Failure | None]]:
+def filled(by: Decoders, *rows: list[ImageTask]) -> list[list[Failure | None]]:
     """Fill rows in one task."""
-    return by.submit([RowOrders(row, orders) for row, orders in enumerate(rows)]).result(300)
+    return by.submit([RowTask(row, orders) for row, orders in enumerate(rows)]).result(300)
 
 
-def row_of(orders: list[Order]) -> bytes:
+def row_of(orders: list[ImageTask]) -> bytes:
     """What a row holds that is filled here."""
     out = np.empty((SEQ_LEN, WIDTH), np.uint8)
     fill_row(orders, out, RULES)
     return out.tobytes()
 
 
-def sound(*images: int) -> list[Order]:
+def sound(*images: int) -> list[ImageTask]:
     return [order_of(image) for image in images]
 
 
@@ -97,7 +97,7 @@ def test_rows_filled_in_processes_are_the_bytes_of_rows_filled_here(some_decoder
     ]
     places = data.draw(st.permutations(range(NUM_ROWS)))[:num_rows]
     size = data.draw(st.integers(1, num_rows))
-    orders = [RowOrders(place, row) for place, row in zip(places, rows, strict=True)]
+    orders = [RowTask(place, row) for place, row in zip(places, rows, strict=True)]
     some_decoders.rows[...] = 77
     tasks = [
         some_decoders.submit(orders[start : start + size]) for start in range(0, num_rows, size)
@@ -131,8 +131,8 @@ def test_arrays_of_any_type_and_shape_travel(some_decoders, pixels):
 
 def test_more_tasks_than_processes_and_more_bytes_than_a_socket_holds(some_decoders):
     noise = np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)
-    orders = [Order(0, noise, (99, 99), (5, 6), None)]
-    tasks = [[RowOrders(row, orders * 1) for row in range(NUM_ROWS)] for _ in range(12)]
+    orders = [ImageTask(0, noise, (99, 99), (5, 6), None)]
+    tasks = [[RowTask(row, orders * 1) for row in range(NUM_ROWS)] for _ in range(12)]
     assert sum(noise.nbytes for task in tasks for _ in task) > 2e6
     results = [some_decoders.submit(task) for task in tasks]
     assert [result.result(300) for result in results] == [[[None]] * NUM_ROWS] * 12
@@ -230,14 +230,14 @@ def test_a_process_that_somebody_kills_costs_no_image(tmp_path, at_work):
     waits = once(tmp_path / "ran", says + "; import time; time.sleep(60)" * at_work)
     rows = [sound(0, 1), [*sound(4), running(waits, image=2), *sound(3)]]
     with decoding() as found:
-        task = found.submit([RowOrders(row, orders) for row, orders in enumerate(rows)])
+        task = found.submit([RowTask(row, orders) for row, orders in enumerate(rows)])
         wait_until(pid.exists)
         if not at_work:
             assert task.result(300) == [[None] * 2, [None] * 3]
             found.rows[...] = 77
         os.kill(int(pid.read_text()), signal.SIGKILL)
         if not at_work:
-            task = found.submit([RowOrders(row, orders) for row, orders in enumerate(rows)])
+            task = found.submit([RowTask(row, orders) for row, orders in enumerate(rows)])
         assert task.result(300) == [[None] * 2, [None] * 3]
     assert [row.tobytes() for row in found.rows[:2]] == [
         row_of(sound(0, 1)),
@@ -367,7 +367,7 @@ def test_closed_decoders_leave_no_child_and_no_descriptor(num_workers, restarted
     with leaving_nothing():
         with decoding(num_workers) as found:
             assert len(children()) >= num_workers
-            tasks = [found.submit([RowOrders(number, row)]) for number in range(NUM_ROWS)]
+            tasks = [found.submit([RowTask(number, row)]) for number in range(NUM_ROWS)]
             assert all(task.result(300)[0][0] is None for task in tasks)
         rows = [row.tobytes() for row in found.rows]
         del found
@@ -380,7 +380,7 @@ def test_a_stream_that_another_thread_has_closed_is_an_end_like_others():
         process._stream.close()
         process._stopped = True
         with pytest.raises(DecoderError, match=r"^the decoding processes were stopped$"):
-            pool._fill(process, [RowOrders(0, sound(0))])
+            pool._fill(process, [RowTask(0, sound(0))])
 
 
 @pytest.mark.usefixtures("trapped")
@@ -389,7 +389,7 @@ def test_decoders_that_are_closed_at_work_end_at_once(tmp_path):
     loops = running(f"open({str(mark)!r}, 'w')\n{LOOPS}")
     with leaving_nothing():
         with decoding(seconds=600) as found:
-            tasks = [found.submit([RowOrders(0, [loops])]), found.submit([RowOrders(1, sound(0))])]
+            tasks = [found.submit([RowTask(0, [loops])]), found.submit([RowTask(1, sound(0))])]
             wait_until(mark.exists)
             started = time.monotonic()
         assert time.monotonic() - started < 120, "of the 600 s that it may take"
@@ -413,7 +413,7 @@ def test_a_process_that_is_being_started_again_while_decoders_are_closed_ends_to
 
     with decoding() as found:
         monkeypatch.setattr(pool.subprocess, "Popen", later)
-        task = found.submit([RowOrders(0, [running(CRASHES["a fault"])])])
+        task = found.submit([RowTask(0, [running(CRASHES["a fault"])])])
         assert starting.wait(300)
         threading.Timer(0.3, go_on.set).start()
     alive = [process.pid for process in started if process.pid in children()]
@@ -434,7 +434,7 @@ def test_images_are_read_as_they_are_decoded_and_not_held(tmp_path):
 
     orders = [order_of(0, partial(image, number)) for number in range(12)]
     with decoding() as found:
-        task = found.submit([RowOrders(0, orders[:6]), RowOrders(1, orders[6:])])
+        task = found.submit([RowTask(0, orders[:6]), RowTask(1, orders[6:])])
         wait_until(lambda: 1 in read)
         time.sleep(0.3)
         assert read == [0, 1]  # a socket holds less than one
@@ -449,7 +449,7 @@ def test_an_image_that_cannot_be_read_for_no_known_reason_is_raised_and_disturbs
 
     with decoding() as found:
         for _ in range(2):
-            task = found.submit([RowOrders(0, [*sound(0), order_of(1, unreadable), *sound(2)])])
+            task = found.submit([RowTask(0, [*sound(0), order_of(1, unreadable), *sound(2)])])
             with pytest.raises(RuntimeError, match="no such thing"):
                 task.result(300)
             assert filled(found, sound(1)) == [[None]]
@@ -461,7 +461,7 @@ def test_what_follows_an_image_of_another_size_is_taken_off_the_line():
     assert PIXELS[0].shape != PIXELS[1].shape
     with decoding() as found:
         for _ in range(2):
-            task = found.submit([RowOrders(row, [order_of(0, large)] * 3) for row in range(2)])
+            task = found.submit([RowTask(row, [order_of(0, large)] * 3) for row in range(2)])
             with pytest.raises(ValueError, match="example 0: "):
                 task.result(300)
             before = children()

@@ -45,7 +45,7 @@ def test_by_example_restores_the_source_order():
     index, values = batch.by_example(batch.labels * 10)
     restored = torch.empty(6, dtype=torch.int64)
     restored[index] = values
-    segments = packed.rows_of(case, example_index=[5, 0, 3, 1, 4, 2]).segments
+    segments = packed.rows_of(case, example_index=[5, 0, 3, 1, 4, 2])
     wanted = np.empty(6, np.int64)
     wanted[segments.example_index] = np.asarray(segments.labels) * 10
     assert restored.tolist() == wanted.tolist()

@@ -21,6 +21,7 @@ from PIL import Image as PillowImage
 
 from packpipe.loading import epochs
 from packpipe.loading.epochs import EpochPacks
+from packpipe.philox import Key
 from packpipe.planning.distributions import Uniform
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import plan_epoch
@@ -49,14 +50,12 @@ def source():
 
 
 def all_rows(packs, seed, epoch):
-    return packs.rows(seed, epoch, np.arange(packs.num_packs(seed, epoch)))
+    return packs.rows(Key(seed, epoch), np.arange(packs.num_packs(Key(seed, epoch))))
 
 
 def examples_of(rows):
     """The examples of each row."""
-    return [
-        part.tolist() for part in np.split(rows.segments.example_index, rows.segments.offsets[1:-1])
-    ]
+    return [part.tolist() for part in np.split(rows.example_index, rows.offsets[1:-1])]
 
 
 def decoded(encoded, height, width):
@@ -89,7 +88,7 @@ def test_an_epoch_holds_every_image_once_as_decided(source, options, key, picked
     packs = EpochPacks(source.select(picked), **options)
     config = PackConfig(**options)
     rows = all_rows(packs, *key)
-    segments = rows.segments
+    segments = rows
     assert sorted(segments.example_index.tolist()) == list(range(len(picked)))
     assert max(np.diff(segments.offsets)) <= packs.max_segments == options["max_segments"]
     for row in range(len(rows)):
@@ -124,11 +123,11 @@ def test_an_epoch_holds_every_image_once_as_decided(source, options, key, picked
 def test_the_plan_is_that_of_the_sizes(source, options, key):
     packs = EpochPacks(source, **options)
     wanted = plan_epoch(SIZES * 3, PackConfig(**options), seed=key[0], epoch=key[1])
-    assert packs.num_packs(*key) == len(wanted) > 1
-    assert packs.fingerprint(*key) == wanted.fingerprint
+    assert packs.num_packs(Key(*key)) == len(wanted) > 1
+    assert packs.fingerprint(Key(*key)) == wanted.fingerprint
     assert [pack.tolist() for pack in packs.plan(*key)] == [pack.tolist() for pack in wanted]
     by_pack = [wanted.num_keep[wanted.members(pack)].tolist() for pack in range(len(wanted))]
-    work = packs.work(*key)
+    work = packs.work(Key(*key))
     assert work.dtype == np.int64
     assert work.tolist() == [sum(length**2 for length in pack) for pack in by_pack]
 
@@ -138,11 +137,11 @@ def test_packs_are_rows_in_any_order_and_several_times(source):
     whole = all_rows(packs, 2, 1)
     assert len(whole) > 4
     numbers = [3, 0, 3, len(whole) - 1]
-    some = packs.rows(2, 1, np.array(numbers))
+    some = packs.rows(Key(2, 1), np.array(numbers))
     assert examples_of(some) == [examples_of(whole)[number] for number in numbers]
     for name in ("patches", "segment_ids", "coords"):
         assert (getattr(some, name) == getattr(whole, name)[numbers]).all()
-    none = packs.rows(2, 1, np.empty(0, np.int64))
+    none = packs.rows(Key(2, 1), np.empty(0, np.int64))
     assert len(none) == 0
     assert none.patches.shape == (0, 32, 768)
 
@@ -150,13 +149,15 @@ def test_packs_are_rows_in_any_order_and_several_times(source):
 def test_every_epoch_and_seed_is_another(source):
     packs = EpochPacks(source, 32, drop_rate=0.5)
     keys = [(0, 0), (0, 1), (1, 0), (0, 2)]
-    assert len({packs.fingerprint(*key) for key in keys}) == 4
+    assert len({packs.fingerprint(Key(*key)) for key in keys}) == 4
     rows = [all_rows(packs, *key) for key in keys]
     assert len({str(examples_of(one)) for one in rows}) == 4
     assert len({str(sorted(map(sorted, examples_of(one)))) for one in rows}) == 4, "neighbours"
     assert len({one.coords.tobytes() for one in rows}) == 4
     again = EpochPacks(source, 32, drop_rate=0.5)
-    assert [again.fingerprint(*key) for key in keys] == [packs.fingerprint(*key) for key in keys]
+    assert [again.fingerprint(Key(*key)) for key in keys] == [
+        packs.fingerprint(Key(*key)) for key in keys
+    ]
 
 
 def test_a_plan_is_made_once_while_it_is_used(source, monkeypatch):
@@ -181,9 +182,9 @@ def test_a_plan_is_made_once_while_it_is_used(source, monkeypatch):
 def test_an_empty_dataset_has_no_packs(source):
     for none in (source.select([]), pictures.dataset_of([])):
         packs = EpochPacks(none, 32)
-        assert packs.num_packs(0, 0) == 0
+        assert packs.num_packs(Key(0, 0)) == 0
         assert packs.rejects == []
-        assert packs.work(0, 0).tolist() == []
+        assert packs.work(Key(0, 0)).tolist() == []
         assert len(all_rows(packs, 0, 0)) == 0
 
 
@@ -200,7 +201,7 @@ def test_bad_headers_and_labels_are_rejects_and_the_others_keep_their_numbers():
     ]
     good = [0, 1, 5, 7, 8]
     rows = all_rows(packs, 0, 3)
-    found = rows.segments
+    found = rows
     assert sorted(found.example_index.tolist()) == good
     by_example = dict(zip(found.example_index.tolist(), found.labels.to_pylist(), strict=True))
     assert by_example == {0: 0, 1: 1, 5: 1, 7: 0, 8: 1}
@@ -256,8 +257,8 @@ def test_an_image_that_cannot_be_decoded_leaves_padding_and_a_log_line(truncated
     assert examples_of(rows) == [[example for example in row if example != 4] for row in whole]
     (line,) = caplog.messages
     assert re.fullmatch(r"example 4 left out: OSError: .*truncated.*", line)
-    for row, (a, b) in enumerate(pairwise(rows.segments.offsets.tolist())):
-        length = int(rows.segments.seq_lens[a:b].sum())
+    for row, (a, b) in enumerate(pairwise(rows.offsets.tolist())):
+        length = int(rows.seq_lens[a:b].sum())
         assert (rows.segment_ids[row] > 0).tolist() == [True] * length + [False] * (32 - length)
         assert not rows.patches[row, length:].any()
         assert not rows.coords[row, length:].any()
@@ -282,7 +283,7 @@ def test_an_image_whose_size_changed_is_an_error(tmp_path):
         path.write_bytes(image)
     dataset = Dataset.from_dict({"image": list(map(str, paths))}).cast_column("image", Image())
     packs = EpochPacks(dataset, 32)
-    assert sorted(all_rows(packs, 0, 0).segments.example_index.tolist()) == [0, 1, 2]
+    assert sorted(all_rows(packs, 0, 0).example_index.tolist()) == [0, 1, 2]
     paths[1].write_bytes(pictures.encoded_image(17, 16))
     message = (
         "example 1: image_hw is (17, 16), expected (16, 16) as planned; "
@@ -290,7 +291,7 @@ def test_an_image_whose_size_changed_is_an_error(tmp_path):
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         all_rows(packs, 0, 1)
-    again = all_rows(EpochPacks(dataset, 32), 0, 0).segments
+    again = all_rows(EpochPacks(dataset, 32), 0, 0)
     assert [17, 16] in again.image_hw.tolist()
 
 
@@ -315,9 +316,9 @@ def test_labels_of_any_column_or_none(column, kind):
     whole = Dataset.from_dict(columns, features=features)
     # In several chunks, as a dataset of several files has.
     dataset = datasets.concatenate_datasets([whole.select(range(4)), whole.select(range(4, 9))])
-    segments = all_rows(EpochPacks(dataset, 32, label_column=column), 0, 0).segments
+    segments = all_rows(EpochPacks(dataset, 32, label_column=column), 0, 0)
     if column is None:
-        assert segments.labels is None
+        assert "labels" not in segments.segments
         return
     assert str(segments.labels.type) == kind
     name = "label" if column == "auto" else column
@@ -334,7 +335,7 @@ def test_the_image_column_is_the_one_asked_for(source):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         EpochPacks(two, 32)
     rows = all_rows(EpochPacks(two, 32, image_column="bare"), 0, 0)
-    assert set(map(tuple, rows.segments.image_hw.tolist())) == {SIZES[1]}
+    assert set(map(tuple, rows.image_hw.tolist())) == {SIZES[1]}
 
 
 def test_sizes_from_columns_are_not_probed(source, monkeypatch):
@@ -356,10 +357,10 @@ def test_a_pickled_copy_gives_the_same_packs(source, tmp_path):
         packs = EpochPacks(dataset, 32, drop_rate=0.3, on_error="raise")
         wanted = pictures.row_bytes(all_rows(packs, 0, 0))
         copy = pickle.loads(pickle.dumps(packs))  # noqa: S301
-        assert copy.fingerprint(0, 0) == packs.fingerprint(0, 0)
+        assert copy.fingerprint(Key(0, 0)) == packs.fingerprint(Key(0, 0))
         assert copy.config == packs.config
         assert pictures.row_bytes(all_rows(copy, 0, 0)) == wanted
-        assert copy.fingerprint(4, 4) == packs.fingerprint(4, 4)
+        assert copy.fingerprint(Key(4, 4)) == packs.fingerprint(Key(4, 4))
 
 
 WRONG_OPTIONS = [

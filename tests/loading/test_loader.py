@@ -21,6 +21,7 @@ from processes import wait_until
 
 from packpipe import PackedBatch, PackedLoader, read_rows
 from packpipe.loading.stored import StoredPacks
+from packpipe.philox import Key
 
 KINDS = ["stored", "computed", "planned"]
 
@@ -255,7 +256,7 @@ def test_after_the_trainings_last_epoch_the_state_can_still_be_saved(packs):
 
 @pytest.mark.parametrize("kind", ["stored", "planned"])
 def test_every_rank_has_as_many_steps_and_drop_leaves_out_less_than_one(packs, kind):
-    num_packs = PackedLoader(packs[kind], 1).packs.num_packs(0, 0)
+    num_packs = PackedLoader(packs[kind], 1).packs.num_packs(Key(0, 0))
     for global_batch in (4, 8, num_packs):
         for world_size in (w for w in (1, 2, 4) if global_batch % w == 0):
             for tail in ("drop", "pad"):
@@ -315,16 +316,19 @@ class Failing:
     def __init__(self, dataset):
         self._packs = StoredPacks(dataset)
 
-    def num_packs(self, seed, epoch):
-        return self._packs.num_packs(seed, epoch)
+    def num_packs(self, key):
+        return self._packs.num_packs(key)
 
-    def fingerprint(self, seed, epoch):
-        return self._packs.fingerprint(seed, epoch)
+    def fingerprint(self, key):
+        return self._packs.fingerprint(key)
 
-    def rows(self, seed, epoch, packs):
+    def work(self, key):
+        return self._packs.work(key)
+
+    def rows(self, key, packs):
         if 3 in packs:
             raise ValueError("example 17 is bad")
-        return self._packs.rows(seed, epoch, packs)
+        return self._packs.rows(key, packs)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from packpipe.loading import ranks
 SCRIPT = """
 import gc, os, sys
 import two_ranks
-from packpipe import ranks
+from packpipe.loading import ranks
 os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
 gc.disable()
 

@@ -15,7 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from packpipe.loading.steps import NO_PACK, TAILS, even_places, num_steps, step_packs
-from packpipe.rows.rows import Rows, Segments, gathered, spread
+from packpipe.philox import Key
+from packpipe.rows.rows import Rows, gather
 
 STEP_ORDER = 5  # the stream of random words that orders steps
 
@@ -29,7 +30,7 @@ class StepCase(NamedTuple):
     def steps(self, tail: str) -> list[list[int]]:
         seed, epoch = self.key
         work = None if self.work is None else np.array(self.work, np.int64)
-        found = step_packs(self.num_packs, work, self.global_batch, tail, seed=seed, epoch=epoch)
+        found = step_packs(self.num_packs, work, self.global_batch, tail, Key(seed, epoch))
         assert found.dtype == np.int64
         assert found.shape == (len(found), self.global_batch)
         return found.tolist()
@@ -116,7 +117,7 @@ def test_work_changes_which_packs_share_a_step_and_nothing_else(case):
 @pytest.mark.parametrize("global_batch", [10, 12])
 def test_balanced_steps_take_the_packs_of_a_window_before_those_of_the_next(global_batch):
     work = np.random.default_rng(0).integers(1, 99, 2500)
-    steps = step_packs(2500, work, global_batch, "drop", seed=0, epoch=0)
+    steps = step_packs(2500, work, global_batch, "drop", Key(0, 0))
     window = -(-1024 // global_batch)
     for first in range(0, len(steps) - window, window):
         some = steps[first : first + window].reshape(-1).tolist()
@@ -150,7 +151,7 @@ def test_num_steps_counts_the_steps(case, tail):
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("work", [None, np.empty(0, np.int64)], ids=["plain", "balanced"])
 def test_no_packs_make_no_steps(tail, work):
-    assert step_packs(0, work, 6, tail, seed=0, epoch=0).shape == (0, 6)
+    assert step_packs(0, work, 6, tail, Key(0, 0)).shape == (0, 6)
     assert num_steps(0, 6, tail) == 0
 
 
@@ -191,11 +192,11 @@ def row_parts(draw: st.DrawFn) -> list[Rows]:
 
 def plain_row(rows: Rows, number: int) -> dict:
     """One row as plain Python values."""
-    a, b = rows.segments.offsets[number : number + 2].tolist()
+    a, b = rows.offsets[number : number + 2].tolist()
     names = ("seq_lens", "grid_hw", "image_hw", "example_index")
-    labels = rows.segments.labels
+    labels = rows.segments.get("labels")
     return {
-        **{name: getattr(rows.segments, name)[a:b].tolist() for name in names},
+        **{name: getattr(rows, name)[a:b].tolist() for name in names},
         "labels": None if labels is None else labels.to_pylist()[a:b],
         "patches": rows.patches[number].tolist(),
         "segment_ids": rows.segment_ids[number].tolist(),
@@ -205,7 +206,7 @@ def plain_row(rows: Rows, number: int) -> dict:
 
 def assert_owned(rows: Rows, sources: list[Rows]) -> None:
     """Nothing of the rows is a part of another array, and all of it can be written."""
-    segments = rows.segments
+    segments = rows
     arrays = [rows.patches, rows.segment_ids, rows.coords, segments.offsets, segments.seq_lens]
     arrays += [segments.grid_hw, segments.image_hw, segments.example_index]
     for array in arrays:
@@ -221,17 +222,17 @@ def test_gathered_rows_are_the_rows_asked_for_one_after_the_other(parts, data):
     which = st.integers(0, len(parts) - 1)
     picked = [parts[part] for part in data.draw(st.lists(which, min_size=1, max_size=5))]
     numbers = [data.draw(st.integers(0, len(part) - 1)) for part in picked]
-    rows = gathered(picked, numbers)
+    rows = gather(picked, numbers)
     assert len(rows) == len(picked)
     found = [plain_row(rows, number) for number in range(len(rows))]
     wanted = [plain_row(part, number) for part, number in zip(picked, numbers, strict=True)]
     assert found == wanted
-    assert rows.segments.offsets.tolist()[-1] == len(rows.segments.seq_lens)
-    dtypes = [getattr(rows.segments, name).dtype for name in ("seq_lens", "grid_hw", "image_hw")]
+    assert rows.offsets.tolist()[-1] == len(rows.seq_lens)
+    dtypes = [getattr(rows, name).dtype for name in ("seq_lens", "grid_hw", "image_hw")]
     assert dtypes == [np.int32, np.int16, np.int32]
     assert [rows.patches.dtype, rows.coords.dtype] == [np.uint8, np.int16]
-    if rows.segments.labels is not None:
-        assert rows.segments.labels.type == parts[0].segments.labels.type
+    if "labels" in rows.segments:
+        assert rows.labels.type == parts[0].labels.type
     assert_owned(rows, parts)
 
 
@@ -240,14 +241,14 @@ def test_spread_rows_stand_at_their_places_and_the_others_are_empty(parts, data)
     rows = parts[0]
     size = data.draw(st.integers(len(rows), len(rows) + 4))
     places = sorted(data.draw(st.permutations(range(size)))[: len(rows)])
-    found = spread(rows, np.array(places, np.int64), size)
+    found = rows.spread(np.array(places, np.int64), size)
     assert len(found) == size
     empty = {
         "seq_lens": [],
         "grid_hw": [],
         "image_hw": [],
         "example_index": [],
-        "labels": None if rows.segments.labels is None else [],
+        "labels": None if "labels" not in rows.segments else [],
         "patches": np.zeros(rows.patches.shape[1:], int).tolist(),
         "segment_ids": np.zeros(rows.segment_ids.shape[1:], int).tolist(),
         "coords": np.zeros(rows.coords.shape[1:], int).tolist(),
@@ -260,7 +261,7 @@ def test_spread_rows_stand_at_their_places_and_the_others_are_empty(parts, data)
 
 
 def test_a_rank_without_any_pack_gets_rows_without_segments():
-    segments = Segments(
+    segments = packed.planned(
         offsets=np.zeros(1, np.int64),
         seq_lens=np.empty(0, np.int32),
         grid_hw=np.empty((0, 2), np.int16),
@@ -268,14 +269,14 @@ def test_a_rank_without_any_pack_gets_rows_without_segments():
         example_index=np.empty(0, np.int64),
         labels=pa.array([], pa.string()),
     )
-    none = Rows(
-        segments=segments,
+    none = packed.filled(
+        segments,
         patches=np.empty((0, 4, 12), np.uint8),
         segment_ids=np.empty((0, 4), np.int32),
         coords=np.empty((0, 4, 2), np.int16),
     )
-    found = spread(none, np.empty(0, np.int64), 3)
-    assert found.segments.offsets.tolist() == [0, 0, 0, 0]
+    found = none.spread(np.empty(0, np.int64), 3)
+    assert found.offsets.tolist() == [0, 0, 0, 0]
     assert found.patches.shape == (3, 4, 12)
     assert not found.patches.any()
-    assert found.segments.labels.type == pa.string()
+    assert found.labels.type == pa.string()

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import packpipe
 from packpipe.loading.stored import StoredPacks
+from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows import files
 from packpipe.rows.rows import Rows
@@ -125,7 +126,7 @@ def plain_rows(rows) -> list[dict[str, Any]]:
 
 def plain(rows: Rows) -> list[dict[str, Any]]:
     """Rows in the same way."""
-    segments = rows.segments
+    segments = rows
     found = []
     for row in range(len(rows)):
         a, b = segments.offsets[row : row + 2].tolist()
@@ -158,10 +159,10 @@ def test_the_variants_are_all_tested(variants):
 def test_rows_are_those_at_the_places_of_the_seeded_order(variants, name, key, data):
     dataset, wanted = variants[name]
     packs = StoredPacks(dataset)
-    assert packs.num_packs(*key) == len(wanted)
+    assert packs.num_packs(Key(*key)) == len(wanted)
     order = naive.seeded_order(*key, range(len(wanted)), ROW_ORDER)
     places = data.draw(st.lists(st.integers(0, len(wanted) - 1), min_size=1, max_size=6))
-    rows = packs.rows(*key, np.array(places))
+    rows = packs.rows(Key(*key), np.array(places))
     assert plain(rows) == [wanted[order[place]] for place in places]
     tokens = [rows.patches, rows.segment_ids, rows.coords]
     assert [array.dtype for array in tokens] == [np.uint8, np.int32, np.int16]
@@ -174,7 +175,7 @@ def test_every_row_comes_once_in_an_epoch(variants, name):
     packs = StoredPacks(dataset)
     orders = []
     for epoch in range(3):
-        found = plain(packs.rows(4, epoch, np.arange(len(wanted))))
+        found = plain(packs.rows(Key(4, epoch), np.arange(len(wanted))))
         assert sorted(found, key=by_examples) == sorted(wanted, key=by_examples)
         orders.append([row["example_index"] for row in found])
     assert orders[0] != orders[1] != orders[2] != orders[0]
@@ -185,18 +186,18 @@ def test_without_shuffle_the_rows_come_as_they_lie(variants, name):
     dataset, wanted = variants[name]
     packs = StoredPacks(dataset, shuffle=False)
     for key in [(0, 0), (5, 3)]:
-        assert plain(packs.rows(*key, np.arange(len(wanted)))) == wanted
+        assert plain(packs.rows(Key(*key), np.arange(len(wanted)))) == wanted
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_rows_asked_for(variants, name):
     dataset, _ = variants[name]
-    rows = StoredPacks(dataset).rows(0, 0, np.empty(0, np.int64))
+    rows = StoredPacks(dataset).rows(Key(0, 0), np.empty(0, np.int64))
     assert len(rows) == 0
     assert rows.patches.shape == (0, SEQ_LEN, PATCH_BYTES)
     assert rows.segment_ids.shape == (0, SEQ_LEN)
     assert rows.coords.shape == (0, SEQ_LEN, 2)
-    assert rows.segments.labels.to_pylist() == []
+    assert rows.labels.to_pylist() == []
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -206,10 +207,10 @@ def test_work_is_the_sum_of_squares_in_the_order_of_the_epoch(variants, name):
     by_row = [sum(length * length for length in row["seq_lens"]) for row in wanted]
     for key in [(0, 0), (7, 2)]:
         order = naive.seeded_order(*key, range(len(wanted)), ROW_ORDER)
-        found = packs.work(*key)
+        found = packs.work(Key(*key))
         assert found.dtype == np.int64
         assert found.tolist() == [by_row[row] for row in order]
-    assert StoredPacks(dataset, shuffle=False).work(0, 0).tolist() == by_row
+    assert StoredPacks(dataset, shuffle=False).work(Key(0, 0)).tolist() == by_row
 
 
 @pytest.mark.parametrize("name", ["dataset", "joined", "table of batches", "computed"])
@@ -228,26 +229,26 @@ def test_a_selection_keeps_the_max_segments_of_its_rows(variants):
 def test_no_rows_at_all(packed):
     for none in (packed.select([]), packed.with_format("arrow")[:].slice(0, 0)):
         packs = StoredPacks(none)
-        assert packs.num_packs(0, 0) == 0
+        assert packs.num_packs(Key(0, 0)) == 0
         assert packs.max_segments == 1
-        assert packs.work(0, 0).tolist() == []
-        assert len(packs.rows(0, 0, np.empty(0, np.int64))) == 0
-        assert packs.fingerprint(0, 0) != StoredPacks(packed).fingerprint(0, 0)
+        assert packs.work(Key(0, 0)).tolist() == []
+        assert len(packs.rows(Key(0, 0), np.empty(0, np.int64))) == 0
+        assert packs.fingerprint(Key(0, 0)) != StoredPacks(packed).fingerprint(Key(0, 0))
 
 
 def test_rows_without_segments_are_rows(tmp_path):
     broken = pictures.encoded_image(90, 90, 2, "JPEG")[:-900]
     packed = packed_in(tmp_path / "out", images=[broken], max_bad_fraction=1.0)
     packs = StoredPacks(packed)
-    assert packs.num_packs(0, 0) == packs.max_segments == 1
-    rows = packs.rows(0, 0, np.array([0]))
-    assert rows.segments.offsets.tolist() == [0, 0]
+    assert packs.num_packs(Key(0, 0)) == packs.max_segments == 1
+    rows = packs.rows(Key(0, 0), np.array([0]))
+    assert rows.offsets.tolist() == [0, 0]
     assert not rows.segment_ids.any()
-    assert packs.work(0, 0).tolist() == [0]
+    assert packs.work(Key(0, 0)).tolist() == [0]
 
 
 def fingerprint(dataset, **options):
-    return StoredPacks(dataset, **options).fingerprint(0, 0)
+    return StoredPacks(dataset, **options).fingerprint(Key(0, 0))
 
 
 def test_the_fingerprint_tells_other_rows_another_order_and_shuffle_apart(packed, tmp_path):
@@ -292,8 +293,8 @@ def test_the_fingerprint_tells_other_shapes_apart(tmp_path, one, other):
 
 def test_the_fingerprint_is_the_same_every_epoch_and_in_a_copy(packed):
     packs = StoredPacks(packed)
-    found = {packs.fingerprint(*key) for key in [(0, 0), (0, 1), (9, 0)]}
-    found.add(pickle.loads(pickle.dumps(packs)).fingerprint(0, 0))  # noqa: S301
+    found = {packs.fingerprint(Key(*key)) for key in [(0, 0), (0, 1), (9, 0)]}
+    found.add(pickle.loads(pickle.dumps(packs)).fingerprint(Key(0, 0)))  # noqa: S301
     found.add(fingerprint(packed))
     assert len(found) == 1
 
@@ -301,7 +302,8 @@ def test_the_fingerprint_is_the_same_every_epoch_and_in_a_copy(packed):
 OTHER_PROCESS = """
 import sys, datasets
 from packpipe.loading.stored import StoredPacks
-print(StoredPacks(datasets.load_from_disk(sys.argv[1])).fingerprint(0, 0))
+from packpipe.philox import Key
+print(StoredPacks(datasets.load_from_disk(sys.argv[1])).fingerprint(Key(0, 0)))
 """
 
 
@@ -345,34 +347,34 @@ def test_the_fingerprint_does_not_depend_on_how_the_rows_are_stored(variants, on
 def test_a_pickled_copy_gives_the_same_rows_and_carries_no_pixels(packed):
     packs = StoredPacks(packed)
     places = np.arange(len(packed))
-    wanted = pictures.row_bytes(packs.rows(1, 2, places))  # what is cached does not travel
+    wanted = pictures.row_bytes(packs.rows(Key(1, 2), places))  # what is cached does not travel
     pickled = pickle.dumps(packs)
     assert len(pickled) < ROW_BYTES < len(packed) * ROW_BYTES
     copy = pickle.loads(pickled)  # noqa: S301
-    assert pictures.row_bytes(copy.rows(1, 2, places)) == wanted
+    assert pictures.row_bytes(copy.rows(Key(1, 2), places)) == wanted
     as_they_lie = pickle.loads(pickle.dumps(StoredPacks(packed, shuffle=False)))  # noqa: S301
-    assert as_they_lie.order(1, 2).tolist() == places.tolist()
-    assert packs.order(1, 2).tolist() != places.tolist()
+    assert as_they_lie.order(Key(1, 2)).tolist() == places.tolist()
+    assert packs.order(Key(1, 2)).tolist() != places.tolist()
 
 
 def test_threads_may_read_several_epochs_at_once(packed):
     packs, places = StoredPacks(packed), np.arange(len(packed))
     keys = [(seed, epoch) for seed in range(3) for epoch in range(3)] * 4
-    wanted = {key: StoredPacks(packed).order(*key).tolist() for key in keys}
+    wanted = {key: StoredPacks(packed).order(Key(*key)).tolist() for key in keys}
     assert len({tuple(order) for order in wanted.values()}) == 9
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(8) as threads:
-            found = list(threads.map(lambda key: packs.rows(*key, places), keys))
-            orders = list(threads.map(lambda key: packs.order(*key).tolist(), keys * 30))
+            found = list(threads.map(lambda key: packs.rows(Key(*key), places), keys))
+            orders = list(threads.map(lambda key: packs.order(Key(*key)).tolist(), keys * 30))
     finally:
         sys.setswitchinterval(interval)
     assert orders == [wanted[key] for key in keys * 30]
-    as_they_lie = packpipe.read_rows(packed).segments
+    as_they_lie = packpipe.read_rows(packed)
     by_row = np.split(as_they_lie.example_index, as_they_lie.offsets[1:-1])
     for key, rows in zip(keys, found, strict=True):
-        assert rows.segments.example_index.tolist() == [
+        assert rows.example_index.tolist() == [
             example for row in wanted[key] for example in by_row[row].tolist()
         ]
 

@@ -26,6 +26,7 @@ from packpipe.images.decode import decode
 from packpipe.loading.batch import PackedBatch
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.streams import PackedStream
+from packpipe.philox import Key
 from packpipe.planning.distributions import Uniform
 from packpipe.planning.dropping import OverTraining
 from packpipe.planning.image_config import PackConfig
@@ -580,10 +581,10 @@ def test_a_state_of_another_stream_is_refused(sources):
     for options in ({"open_packs": 4}, {"window": 13}, {"seq_len": 21}, {"strategy": "first_fit"}):
         packs = PackedStream(sources["dataset"](), **{**SMALL, **options})
         loader = PackedLoader(packs, 4)
+        expected = packs.fingerprint(Key(0, 0))
         message = (
-            f"state['fingerprint'] is {state['fingerprint']!r}, expected "
-            f"{packs.fingerprint(0, 0)!r}; the packs are others: use the data, options and seed "
-            "of the state"
+            f"state['fingerprint'] is {state['fingerprint']!r}, expected {expected!r}; the packs "
+            "are others: use the data, options and seed of the state"
         )
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             loader.load_state_dict(state)

@@ -13,7 +13,8 @@ from packpipe import PackConfig, PackedBatch, Side, Uniform, plan_epoch
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
 from packpipe.model.predict import predict
-from packpipe.rows.fill_images import fill_rows, planned_segments
+from packpipe.philox import Key
+from packpipe.rows.fill_images import fill_rows, planned_images
 from packpipe.samples import images_folder
 
 FILES = sorted(path for path in images_folder().rglob("*") if path.suffix in (".png", ".jpg"))[::8]
@@ -29,8 +30,8 @@ def alone(model, file, **options):
     config = PackConfig(seq_len=512, **options)
     with Image.open(file) as image:
         image_hw = image.height, image.width
-    segments = planned_segments(plan_epoch([image_hw], config), range(1), None)
-    rows, _ = fill_rows(segments, lambda _: str(file), config, seed=0, epoch=0)
+    segments = planned_images(plan_epoch([image_hw], config), range(1), None)
+    rows, _ = fill_rows(segments, lambda _: str(file), config, Key(0, 0))
     with torch.inference_mode():
         return model(PackedBatch.from_rows(rows, max_segments=1))
 
@@ -74,8 +75,10 @@ def test_an_image_that_cannot_be_read_is_named():
     message = r"images\[1\] is '.*', expected an image that can be read"
     with pytest.raises(ValueError, match=message):
         predict(model_of(), [FILES[0], b"no image", FILES[1]])
+    model = model_of().train()
     with pytest.raises(ValueError, match=message):
-        predict(model_of(), [FILES[0], broken])
+        predict(model, [FILES[0], broken])
+    assert model.training
 
 
 @pytest.mark.parametrize(

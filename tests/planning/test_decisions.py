@@ -9,6 +9,7 @@ import strategies
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+from packpipe.philox import Key
 from packpipe.planning.decisions import Decisions, decide, decide_all
 from packpipe.planning.distributions import Beta, Choice, Uniform
 from packpipe.planning.dropping import ByResolution, OverTraining
@@ -24,7 +25,7 @@ PAPERS = PackConfig(
 
 def decided(sizes, config, key, index=None) -> Decisions:
     index = np.arange(len(sizes)) if index is None else np.array(index)
-    return decide(np.array(sizes), config, seed=key[0], epoch=key[1], index=index)
+    return decide(np.array(sizes), config, Key(*key), index=index)
 
 
 def listed(found: Decisions):
@@ -131,7 +132,7 @@ def test_any_number_of_images_is_decided_as_each_alone():
     config = replace(PAPERS, seq_len=100)
     sizes = np.random.default_rng(8).integers(1, 400, (40_000, 2))
     index = np.random.default_rng(9).permutation(10**6)[:40_000]
-    grid_hw, num_keep, num_shrunk = decide_all(sizes, config, seed=1, epoch=2, index=index)
+    grid_hw, num_keep, num_shrunk = decide_all(sizes, config, Key(1, 2), index=index)
     assert len(grid_hw) == len(num_keep) == 40_000
     # Both sides of every seam between the pieces that are decided at once.
     for i in {0, 1, 2**14 - 1, 2**14, 2**15 - 1, 2**15, 39_999, *range(0, 40_000, 400)}:
@@ -144,7 +145,7 @@ def test_any_number_of_images_is_decided_as_each_alone():
 
 def test_no_images_need_no_decisions():
     grid_hw, num_keep, num_shrunk = decide_all(
-        np.empty((0, 2), np.int32), PAPERS, seed=0, epoch=0, index=np.empty(0, np.int64)
+        np.empty((0, 2), np.int32), PAPERS, Key(0, 0), index=np.empty(0, np.int64)
     )
     assert grid_hw.shape == (0, 2)
     assert num_keep.shape == (0,)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from packpipe import philox
+from packpipe.philox import Key
 from packpipe.planning.distributions import (
     DISTRIBUTIONS,
     Beta,
@@ -29,7 +30,7 @@ BETAS = strategies.betas(largest=1)
 ANY = strategies.distributions(-50, 400) | BETAS
 
 DRAWS = 10**6
-U = philox.uniform(seed=1, epoch=2, index=np.arange(DRAWS), stream=philox.RESOLUTION)
+U = philox.uniform(Key(1, 2), index=np.arange(DRAWS), stream=philox.RESOLUTION)
 
 
 def standard_error(values):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from packpipe import philox
+from packpipe.philox import Key
 from packpipe.planning.distributions import Beta, Choice, Constant, TruncatedNormal, Uniform
 from packpipe.planning.dropping import (
     ByResolution,
@@ -97,7 +98,7 @@ def test_the_papers_rates_by_resolution(num_tokens, mean):
     assert rate(PAPERS, 0.5, num_tokens) == pytest.approx(mean, abs=1e-12)
     assert rate(PAPERS, 0.0, num_tokens) == pytest.approx(mean - 0.04, abs=1e-12)
     assert rate(PAPERS, 1 - 2**-53, num_tokens) == pytest.approx(mean + 0.04, abs=1e-12)
-    u = philox.uniform(seed=3, epoch=4, index=np.arange(100_000), stream=philox.DROP_RATE)
+    u = philox.uniform(Key(3, 4), index=np.arange(100_000), stream=philox.DROP_RATE)
     rates = drop_rates(PAPERS, u, np.full(100_000, num_tokens), None)
     # A normal cut at two deviations has 0.8796 of its deviation; four standard errors.
     assert abs(rates.mean() - mean) < 4 * 0.02 / 100_000**0.5
@@ -268,8 +269,7 @@ def choices(draw):
 def kept(key, index, num_tokens, num_keep):
     """The kept tokens of each image."""
     found = kept_tokens(
-        seed=key[0],
-        epoch=key[1],
+        Key(*key),
         index=np.array(index, np.int64),
         num_tokens=np.array(num_tokens),
         num_keep=np.array(num_keep),
@@ -313,7 +313,7 @@ def test_a_large_image_is_the_naive_one():
 
 def test_no_images_keep_no_tokens():
     none = np.empty(0, np.int64)
-    found = kept_tokens(seed=0, epoch=0, index=none, num_tokens=none, num_keep=none)
+    found = kept_tokens(Key(0, 0), index=none, num_tokens=none, num_keep=none)
     assert found.shape == (0,)
 
 

@@ -10,6 +10,7 @@ import strategies
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from packpipe.philox import Key
 from packpipe.planning.decisions import decide_all
 from packpipe.planning.distributions import Beta, Uniform
 from packpipe.planning.image_config import FIT_LAST, PackConfig
@@ -36,7 +37,7 @@ def planned(case):
     plan = plan_epoch(sizes, config, seed=seed, epoch=epoch)
     plain = plan_epoch(sizes, replace(config, fit_last=None), seed=seed, epoch=epoch)
     index = np.arange(len(sizes))
-    grid_hw, num_keep, _ = decide_all(np.array(sizes), config, seed=seed, epoch=epoch, index=index)
+    grid_hw, num_keep, _ = decide_all(np.array(sizes), config, Key(seed, epoch), index=index)
     return plan, plain, grid_hw, num_keep
 
 

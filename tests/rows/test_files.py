@@ -138,7 +138,7 @@ def test_contiguous_rows_are_views(source):
     found = read_rows(SOURCES[source], slice(1, 4))
     assert np.shares_memory(found.patches, ROWS.patches)
     assert found.patches.ctypes.data == ROWS.patches[1:].ctypes.data
-    assert np.shares_memory(found.segments.seq_lens, ROWS.segments.seq_lens)
+    assert np.shares_memory(found.seq_lens, ROWS.seq_lens)
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -5,6 +5,7 @@ import re
 
 import naive
 import numpy as np
+import packed
 import pyarrow as pa
 import pytest
 from hypothesis import example, given
@@ -14,11 +15,12 @@ from strategies import encode, random_image
 
 from packpipe.images.opening import BadImage
 from packpipe.images.patches import unpatchify
+from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import plan_epoch
-from packpipe.rows.fill_images import fill_rows, planned_segments
+from packpipe.rows.fill_images import fill_rows, planned_images
 from packpipe.rows.rejects import Reject
-from packpipe.rows.rows import Rows, Segments, gathered, spread
+from packpipe.rows.rows import Rows, gather
 
 CONFIG = PackConfig(seq_len=24, patch_size=4)
 # Whole patches, so that nothing is resized: what goes in must come out.
@@ -32,12 +34,12 @@ SIZES = [pixels.shape[:2] for pixels in PIXELS]
 LABELS = pa.array([f"label {i}" for i in range(10)])
 
 
-def segments_of(labels=LABELS) -> Segments:
+def segments_of(labels=LABELS) -> Rows:
     plan = plan_epoch(SIZES, CONFIG)
-    return planned_segments(plan, range(len(plan)), labels)
+    return planned_images(plan, range(len(plan)), labels)
 
 
-def by_row(segments: Segments, values) -> list[list]:
+def by_row(segments: Rows, values) -> list[list]:
     values = values.tolist()
     bounds = segments.offsets.tolist()
     return [values[a:b] for a, b in itertools.pairwise(bounds)]
@@ -45,7 +47,7 @@ def by_row(segments: Segments, values) -> list[list]:
 
 def assert_rows_are_valid(rows: Rows) -> None:
     """Every column agrees with the grids, and every segment's tokens are its image."""
-    segments = rows.segments
+    segments = rows
     examples = by_row(segments, segments.example_index)
     grids = [[GRIDS[example] for example in row] for row in examples]
     ids, coords = naive.token_columns(grids, CONFIG.seq_len)
@@ -65,10 +67,10 @@ def assert_rows_are_valid(rows: Rows) -> None:
 
 
 def test_rows_hold_every_image_at_its_place():
-    rows, rejected = fill_rows(segments_of(), FILES.__getitem__, CONFIG, seed=0, epoch=0)
+    rows, rejected = fill_rows(segments_of(), FILES.__getitem__, CONFIG, Key(0, 0))
     assert rejected == []
     assert_rows_are_valid(rows)
-    assert sorted(rows.segments.example_index.tolist()) == list(range(10))
+    assert sorted(rows.example_index.tolist()) == list(range(10))
     assert rows.segment_ids.max() > 1, "some row must hold several images"
     assert (rows.segment_ids == 0).any(), "some row must be padded"
     dtypes = [rows.patches.dtype, rows.segment_ids.dtype, rows.coords.dtype]
@@ -77,7 +79,7 @@ def test_rows_hold_every_image_at_its_place():
 
 def test_the_drawn_example_of_the_docstring():
     config = PackConfig(seq_len=6, patch_size=1)
-    segments = Segments(
+    segments = packed.planned(
         offsets=np.array([0, 2, 3]),
         seq_lens=np.array([4, 1, 3], np.int32),
         grid_hw=np.array([[2, 2], [1, 1], [1, 3]], np.int16),
@@ -85,7 +87,7 @@ def test_the_drawn_example_of_the_docstring():
         example_index=np.arange(3),
     )
     files = [encode(Image.new("L", size, 9), "PNG") for size in [(2, 2), (1, 1), (3, 1)]]
-    rows, _ = fill_rows(segments, files.__getitem__, config, seed=0, epoch=0)
+    rows, _ = fill_rows(segments, files.__getitem__, config, Key(0, 0))
     assert rows.segment_ids.tolist() == [[1, 1, 1, 1, 2, 0], [1, 1, 1, 0, 0, 0]]
     assert rows.coords[..., 0].tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]
     assert rows.coords[..., 1].tolist() == [[0, 1, 0, 1, 0, 0], [0, 1, 2, 0, 0, 0]]
@@ -98,13 +100,13 @@ DROPPED = plan_epoch(SIZES, DROPPING, seed=3, epoch=4)
 
 
 def kept_rows(files=FILES) -> tuple[Rows, list[Reject]]:
-    segments = planned_segments(DROPPED, range(len(DROPPED)), LABELS)
-    return fill_rows(segments, files.__getitem__, DROPPING, seed=3, epoch=4)
+    segments = planned_images(DROPPED, range(len(DROPPED)), LABELS)
+    return fill_rows(segments, files.__getitem__, DROPPING, Key(3, 4))
 
 
 def assert_kept_tokens_are_right(rows: Rows) -> None:
     """Token by token: segment, place in the full grid, and the full image's patch there."""
-    segments = rows.segments
+    segments = rows
     examples = by_row(segments, segments.example_index)
     for row, held in enumerate(examples):
         ids, coords, patches = [], [], []
@@ -129,11 +131,11 @@ def test_rows_hold_the_kept_tokens_only():
     rows, rejected = kept_rows()
     assert rejected == []
     assert_kept_tokens_are_right(rows)
-    assert sorted(rows.segments.example_index.tolist()) == list(range(10))
+    assert sorted(rows.example_index.tolist()) == list(range(10))
     assert rows.segment_ids.max() > 1, "some row must hold several images"
     tokens = np.array([height * width for height, width in GRIDS])
     assert (DROPPED.num_keep < tokens).any(), "some image must have lost tokens"
-    assert len({len(row) for row in by_row(rows.segments, rows.segments.seq_lens)}) > 1
+    assert len({len(row) for row in by_row(rows, rows.seq_lens)}) > 1
 
 
 @given(st.sets(st.integers(0, 9), min_size=1))
@@ -143,9 +145,9 @@ def test_an_image_that_fails_moves_no_kept_token_of_another(failing):
     rows, rejected = kept_rows(files)
     assert {reject.example_index for reject in rejected} == failing
     assert_kept_tokens_are_right(rows)
-    assert by_row(rows.segments, rows.segments.example_index) == [
+    assert by_row(rows, rows.example_index) == [
         [example for example in row if example not in failing]
-        for row in by_row(whole.segments, whole.segments.example_index)
+        for row in by_row(whole, whole.example_index)
     ]
 
 
@@ -155,8 +157,8 @@ def test_an_image_that_was_fitted_keeps_the_tokens_of_its_new_number():
     (pack,) = plan
     assert pack.tolist() == [2, 9]
     assert plan.num_keep.tolist() == [12, 8]  # of 20, not 10, and of 16
-    segments = planned_segments(plan, range(1), None)
-    rows, _ = fill_rows(segments, FILES.__getitem__, config, seed=0, epoch=0)
+    segments = planned_images(plan, range(1), None)
+    rows, _ = fill_rows(segments, FILES.__getitem__, config, Key(0, 0))
     tokens = naive.subset(0, 0, 9, 8, 20, 12)
     second = rows.segment_ids[0] == 2
     assert rows.coords[0][second].tolist() == [list(divmod(token, 5)) for token in tokens]
@@ -169,10 +171,10 @@ def test_an_image_that_fails_leaves_its_row_valid_and_moves_nobody_else(failing)
     segments = segments_of()
     whole = by_row(segments, segments.example_index)
     files = [file[:-30] if i in failing else file for i, file in enumerate(FILES)]
-    rows, rejected = fill_rows(segments, files.__getitem__, CONFIG, seed=0, epoch=0)
+    rows, rejected = fill_rows(segments, files.__getitem__, CONFIG, Key(0, 0))
     assert_rows_are_valid(rows)
     assert max(map(len, whole)) > 1
-    assert by_row(rows.segments, rows.segments.example_index) == [
+    assert by_row(rows, rows.example_index) == [
         [example for example in row if example not in failing] for row in whole
     ]
     assert {reject.example_index for reject in rejected} == failing
@@ -186,7 +188,7 @@ def test_a_reject_says_why():
             raise BadImage("missing", "the image is null")
         return b"" if example == 7 else FILES[example]
 
-    rows, rejected = fill_rows(segments_of(), read_image, CONFIG, seed=0, epoch=0)
+    rows, rejected = fill_rows(segments_of(), read_image, CONFIG, Key(0, 0))
     assert_rows_are_valid(rows)
     assert sorted(rejected) == [
         Reject(4, "decode", "missing", "BadImage: the image is null"),
@@ -201,25 +203,24 @@ def test_a_size_that_is_not_the_planned_one_names_the_example_and_both_sizes():
         "plan again, the source has changed"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        fill_rows(segments_of(), files.__getitem__, CONFIG, seed=0, epoch=0)
+        fill_rows(segments_of(), files.__getitem__, CONFIG, Key(0, 0))
 
 
 def test_images_are_resized_to_their_grid():
     config = PackConfig(seq_len=12, patch_size=4)
     plan = plan_epoch([(50, 70)], config)
     assert plan.grid_hw.tolist() == [[3, 4]]
-    segments = planned_segments(plan, range(1), None)
+    segments = planned_images(plan, range(1), None)
     file = encode(Image.new("RGB", (70, 50), (1, 2, 3)), "PNG")
-    rows, _ = fill_rows(segments, lambda _: file, config, seed=0, epoch=0)
+    rows, _ = fill_rows(segments, lambda _: file, config, Key(0, 0))
     assert (rows.patches.reshape(-1, 3) == [1, 2, 3]).all()
     assert rows.segment_ids.tolist() == [[1] * 12]
 
 
 def test_no_rows_at_all():
     plan = plan_epoch([], CONFIG)
-    rows, rejected = fill_rows(
-        planned_segments(plan, range(0), None), FILES.__getitem__, CONFIG, seed=0, epoch=0
-    )
+    none = planned_images(plan, range(0), None)
+    rows, rejected = fill_rows(none, FILES.__getitem__, CONFIG, Key(0, 0))
     assert len(rows) == 0
     assert rows.patches.shape == (0, 24, 48)
     assert rows.segment_ids.shape == (0, 24)
@@ -231,10 +232,10 @@ def test_no_rows_at_all():
 def test_planned_segments_of_some_packs_are_a_part_of_all(cut):
     plan = plan_epoch(SIZES, CONFIG)
     assert len(plan) > cut
-    whole = planned_segments(plan, range(len(plan)), LABELS)
+    whole = planned_images(plan, range(len(plan)), LABELS)
     parts = [
-        planned_segments(plan, range(cut), LABELS),
-        planned_segments(plan, range(cut, len(plan)), LABELS),
+        planned_images(plan, range(cut), LABELS),
+        planned_images(plan, range(cut, len(plan)), LABELS),
     ]
     rows = [row for part in parts for row in by_row(part, part.example_index)]
     assert rows == by_row(whole, whole.example_index) == [pack.tolist() for pack in plan]
@@ -246,7 +247,7 @@ def test_planned_segments_of_some_packs_are_a_part_of_all(cut):
 @given(st.lists(st.integers(0, len(DROPPED) - 1), max_size=8))
 @example([1, 0, 0])
 def test_planned_segments_of_any_packs_are_theirs_in_that_order(packs):
-    found = planned_segments(DROPPED, np.array(packs, np.int64), LABELS)
+    found = planned_images(DROPPED, np.array(packs, np.int64), LABELS)
     assert by_row(found, found.example_index) == [DROPPED[pack].tolist() for pack in packs]
     members = [int(i) for pack in packs for i in DROPPED.members(pack)]
     assert found.seq_lens.tolist() == DROPPED.num_keep[members].tolist()
@@ -257,7 +258,7 @@ def test_planned_segments_of_any_packs_are_theirs_in_that_order(packs):
 
 def row_of(rows: Rows, number: int) -> list:
     """All that one row holds."""
-    segments = rows.segments
+    segments = rows
     span = slice(*segments.offsets[number : number + 2])
     names = ("seq_lens", "grid_hw", "image_hw", "example_index")
     held = [getattr(segments, name)[span].tolist() for name in names]
@@ -269,7 +270,7 @@ def row_of(rows: Rows, number: int) -> list:
 @example([1, 0, 0])
 def test_gathered_rows_are_the_ones_asked_for(numbers):
     rows, _ = kept_rows()
-    found = gathered([rows] * len(numbers), numbers)
+    found = gather([rows] * len(numbers), numbers)
     assert [row_of(found, place) for place in range(len(found))] == [
         row_of(rows, number) for number in numbers
     ]
@@ -277,10 +278,10 @@ def test_gathered_rows_are_the_ones_asked_for(numbers):
 
 def test_gathered_rows_have_memory_of_their_own():
     rows, _ = kept_rows()
-    found = gathered([rows, rows], [0, 1])
+    found = gather([rows, rows], [0, 1])
     before = row_of(found, 0)
     rows.patches[...] = 0
-    rows.segments.seq_lens[...] = 0
+    rows.seq_lens[...] = 0
     assert row_of(found, 0) == before
 
 
@@ -288,14 +289,14 @@ def test_gathered_rows_have_memory_of_their_own():
 def test_spread_rows_stand_at_their_places_and_the_others_are_empty(places):
     rows, _ = kept_rows()
     assert len(rows) >= 3
-    three = gathered([rows] * 3, [0, 1, 2])
-    found = spread(three, np.array(places), 6)
+    three = gather([rows] * 3, [0, 1, 2])
+    found = three.spread(np.array(places), 6)
     assert len(found) == 6
     for row in range(6):
         if row in places:
             assert row_of(found, row) == row_of(three, places.index(row))
         else:
-            assert found.segments.offsets[row] == found.segments.offsets[row + 1]
+            assert found.offsets[row] == found.offsets[row + 1]
             assert not found.patches[row].any()
             assert not found.segment_ids[row].any()
             assert not found.coords[row].any()
@@ -304,11 +305,10 @@ def test_spread_rows_stand_at_their_places_and_the_others_are_empty(places):
 @pytest.mark.parametrize(
     "labels",
     [
-        pa.chunked_array([LABELS[:3], LABELS[3:]]),
         pa.array(["none", *LABELS.to_pylist()])[1:],
         LABELS,
     ],
-    ids=["chunked", "sliced", "plain"],
+    ids=["sliced", "plain"],
 )
 def test_labels_are_taken_by_source_row(labels):
     segments = segments_of(labels)
@@ -317,7 +317,7 @@ def test_labels_are_taken_by_source_row(labels):
 
 
 def test_keep_leaves_rows_where_they_are():
-    segments = Segments(
+    segments = packed.planned(
         offsets=np.array([0, 2, 3, 3, 5]),
         seq_lens=np.array([1, 2, 3, 4, 5], np.int32),
         grid_hw=np.array([[1, n] for n in (1, 2, 3, 4, 5)], np.int16),

@@ -4,6 +4,7 @@ import itertools
 import re
 
 import numpy as np
+import packed
 import pyarrow as pa
 import pytest
 from hypothesis import example, given
@@ -11,14 +12,13 @@ from hypothesis import strategies as st
 
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows.rejects import Reject
-from packpipe.rows.rows import Rows, Segments
+from packpipe.rows.rows import Rows
 from packpipe.rows.schema import (
     REJECTS,
     rejects_table,
     row_schema,
     rows_table,
     segment_schema,
-    segments_table,
     table_rows,
     table_segments,
 )
@@ -44,7 +44,7 @@ def made_rows(labels: pa.Array | None, seq_lens=SEQ_LENS) -> Rows:
     """Rows of arbitrary values, of the right dtypes and shapes."""
     rng = np.random.default_rng(3)
     flat = [n for row in seq_lens for n in row]
-    segments = Segments(
+    segments = packed.planned(
         offsets=np.cumsum([0, *map(len, seq_lens)]),
         seq_lens=np.array(flat, np.int32),
         grid_hw=np.array([(1, n) for n in flat], np.int16).reshape(-1, 2),
@@ -53,8 +53,8 @@ def made_rows(labels: pa.Array | None, seq_lens=SEQ_LENS) -> Rows:
         labels=labels,
     )
     shape = (len(seq_lens), CONFIG.seq_len)
-    return Rows(
-        segments=segments,
+    return packed.filled(
+        segments,
         patches=rng.integers(0, 256, (*shape, CONFIG.patch_bytes), np.uint8),
         segment_ids=rng.integers(0, 9, shape, np.int32),
         coords=rng.integers(0, 9, (*shape, 2), np.int16),
@@ -76,7 +76,7 @@ def label_type(labels: pa.Array | None) -> pa.DataType | None:
 
 
 def as_table(rows: Rows) -> pa.Table:
-    return rows_table(rows, row_schema(CONFIG, label_type(rows.segments.labels)))
+    return rows_table(rows, row_schema(CONFIG, label_type(rows.segments.get("labels"))))
 
 
 def assert_same(found: Rows, rows: Rows, picked: list[int]) -> None:
@@ -87,20 +87,20 @@ def assert_same(found: Rows, rows: Rows, picked: list[int]) -> None:
         assert one.dtype == other.dtype
         assert one.shape == other.shape
         assert (one == other).all()
-    bounds = rows.segments.offsets
+    bounds = rows.offsets
     spans = [np.arange(bounds[row], bounds[row + 1]) for row in picked]
     members = np.concatenate([np.empty(0, np.int64), *spans])
-    assert found.segments.offsets.dtype == np.int64
-    assert found.segments.offsets.tolist() == np.cumsum([0, *map(len, spans)]).tolist()
+    assert found.offsets.dtype == np.int64
+    assert found.offsets.tolist() == np.cumsum([0, *map(len, spans)]).tolist()
     for name in SEGMENTS:
-        one, other = getattr(found.segments, name), getattr(rows.segments, name)[members]
+        one, other = getattr(found, name), getattr(rows, name)[members]
         assert one.dtype == other.dtype
         assert one.tolist() == other.tolist()
-    if rows.segments.labels is None:
-        assert found.segments.labels is None
+    if "labels" not in rows.segments:
+        assert "labels" not in found.segments
     else:
-        expected = rows.segments.labels.take(pa.array(members))
-        assert found.segments.labels.equals(expected)
+        expected = rows.labels.take(pa.array(members))
+        assert found.labels.equals(expected)
 
 
 def test_the_schema_of_a_row_is_this():
@@ -146,9 +146,9 @@ def test_arrow_holds_the_values_at_their_places():
     assert first["coords"] == rows.coords[0].reshape(-1).tolist()
     assert first["seq_lens"] == [4, 1]
     assert first["grid_hw"] == [[1, 4], [1, 1]]
-    assert first["image_hw"] == rows.segments.image_hw[:2].tolist()
+    assert first["image_hw"] == rows.image_hw[:2].tolist()
     assert first["labels"] == ["label 0", "label 1"]
-    assert first["example_index"] == rows.segments.example_index[:2].tolist()
+    assert first["example_index"] == rows.example_index[:2].tolist()
 
 
 @pytest.mark.parametrize("labels", LABELS)
@@ -206,11 +206,11 @@ def test_tokens_go_to_arrow_and_back_without_copying(name):
 def test_segments_go_to_arrow_and_back_without_copying(name):
     rows = made_rows(None)
     table = as_table(rows)
-    values = getattr(rows.segments, name)
+    values = getattr(rows, name)
     assert address(table.column(name)) == values.ctypes.data
-    assert np.shares_memory(getattr(table_rows(table).segments, name), values)
+    assert np.shares_memory(getattr(table_rows(table), name), values)
     # Rows 2 to 4 hold the segments 3 to 6.
-    part = getattr(table_rows(table.slice(2, 3)).segments, name)
+    part = getattr(table_rows(table.slice(2, 3)), name)
     assert part.ctypes.data == values[3:].ctypes.data
 
 
@@ -236,7 +236,7 @@ def test_no_rows_are_written_and_read():
 def test_segments_alone_come_back_too(labels, picked):
     rows = made_rows(LABELS[labels])
     schema = segment_schema(label_type(LABELS[labels]))
-    table = segments_table(rows.segments, schema)
+    table = rows_table(rows, schema)
     assert table.schema == schema
     start = picked[0] if picked else 0
     found = table_segments(table.slice(start, len(picked)))
@@ -245,7 +245,7 @@ def test_segments_alone_come_back_too(labels, picked):
     assert [lengths[a:b] for a, b in itertools.pairwise(bounds)] == [
         SEQ_LENS[row] for row in picked
     ]
-    assert (found.labels is None) == (LABELS[labels] is None)
+    assert ("labels" in found.segments) == (LABELS[labels] is not None)
 
 
 @pytest.mark.parametrize("name", [name for name in COLUMNS if name != "labels"])

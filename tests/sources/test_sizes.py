@@ -490,7 +490,7 @@ def test_rejected_sizes_are_rejects_of_the_build(tmp_path):
             ),
         }
     ]
-    found = packpipe.read_rows(packed).segments.example_index.tolist()
+    found = packpipe.read_rows(packed).example_index.tolist()
     assert sorted(found) == [0, 1, 3, 4, 5, 6, 7, 8]
 
 

@@ -209,10 +209,14 @@ def test_forms_travel_to_other_processes(form, kind, tmp_path):
     assert are_the_pictures(packed_by(source, tmp_path / "out", num_workers=2), kind)
 
 
-def test_lists_of_arrays_are_no_pictures():
-    feature = List(Array2D((WIDE, 3), "uint8"))
-    source = column([pixels.tolist() for pixels in arrays("RGB")], feature)
-    with pytest.raises(ValueError, match=r"^features\['image'\] is List\(Array2D"):
+@pytest.mark.parametrize("depth", [1, 2])
+def test_lists_of_arrays_are_no_pictures(depth):
+    feature, values = Array2D((WIDE, 3), "uint8"), [pixels.tolist() for pixels in arrays("RGB")]
+    for number in range(depth):
+        feature = List(feature)
+        values = [[value] for value in values] if number else values
+    source = column(values, feature)
+    with pytest.raises(ValueError, match=r"^features\['image'\] is List\((List\()?Array2D"):
         packpipe.pack(source, 16, image_column="image")
 
 
@@ -507,7 +511,7 @@ AFTERWARDS = {
 }
 PLANS = {
     "pack": "packpipe.building.image_job.plan_epoch",
-    "map": "packpipe.building.packer.plan_epoch",
+    "map": "packpipe.building.packer.plan_images",
     "stream": "packpipe.loading.streams.fill_rows",
 }
 

@@ -65,9 +65,9 @@ def change_rows(folder, change, name=FIRST):
     """Have a file hold other rows, with the checksum of those."""
     old = stored(folder, name)
     found = schema.table_rows(old)
-    columns = {column: getattr(found.segments, column).copy() for column in SEGMENT_COLUMNS}
+    segments = {column: getattr(found, column).copy() for column in SEGMENT_COLUMNS}
     tokens = {column: getattr(found, column).copy() for column in TOKEN_COLUMNS}
-    rows = replace(found, segments=replace(found.segments, **columns), **tokens)
+    rows = replace(found, segments={**found.segments, **segments}, tokens=tokens)
     change(rows)
     write(folder, name, schema.rows_table(rows, old.schema))
 
@@ -156,23 +156,23 @@ ROW_HARM = {
         "rows 0, 1, 2 and 1 more: coords are not those of the kept tokens",
     ),
     "a length": (
-        lambda rows: rows.segments.seq_lens.__setitem__(0, 0),
+        lambda rows: rows.seq_lens.__setitem__(0, 0),
         "row 0: a segment with no token, or with more than its grid has",
     ),
     "a length beyond the row": (
-        lambda rows: rows.segments.seq_lens.__setitem__(0, 7),
+        lambda rows: rows.seq_lens.__setitem__(0, 7),
         "row 0: seq_lens add up to more than seq_len, 6",
     ),
     "a grid": (
-        lambda rows: rows.segments.grid_hw.__setitem__(0, (9, 9)),
+        lambda rows: rows.grid_hw.__setitem__(0, (9, 9)),
         "row 0: a grid or a number of tokens that its size does not give",
     ),
     "a grid of nothing": (
-        lambda rows: rows.segments.grid_hw.__setitem__(0, (0, 1)),
+        lambda rows: rows.grid_hw.__setitem__(0, (0, 1)),
         "row 0: a size or a grid below 1",
     ),
     "a size": (
-        lambda rows: rows.segments.image_hw.__setitem__(0, (400, 4)),
+        lambda rows: rows.image_hw.__setitem__(0, (400, 4)),
         "row 0: a grid or a number of tokens that its size does not give",
     ),
 }
@@ -182,6 +182,26 @@ ROW_HARM = {
 def test_a_row_that_breaks_an_invariant(folder, harm, what):
     change_rows(folder, harm)
     assert f"{FIRST}, {what}" in said(folder)
+
+
+HARM_BEYOND = {
+    **ROW_HARM,
+    "grids that are swapped": (
+        lambda rows: rows.grid_hw.__setitem__(slice(0, 2), rows.grid_hw[1::-1].copy()),
+        "row 0: ",
+    ),
+    "a grid beyond all memory": (
+        lambda rows: rows.grid_hw.__setitem__(0, (32767, 32767)),
+        "row 0: a grid or a number of tokens that its size does not give",
+    ),
+}
+
+
+@pytest.mark.parametrize(("harm", "what"), HARM_BEYOND.values(), ids=HARM_BEYOND)
+def test_a_row_that_breaks_an_invariant_is_not_decoded_again(source, folder, harm, what):
+    change_rows(folder, harm)
+    found = said(folder, source, sample=None)
+    assert any(problem.startswith(f"{FIRST}, {what}") for problem in found)
 
 
 @pytest.mark.parametrize(
@@ -210,12 +230,12 @@ def test_a_row_of_another_file_is_named_by_its_number_there(folder):
 def test_an_example_that_is_there_twice_or_nowhere(folder):
     found = stored(folder, FIRST)["example_index"].to_pylist()
     here, there = found[0][0], found[1][0]
-    change_rows(folder, lambda rows: rows.segments.example_index.__setitem__(0, there))
+    change_rows(folder, lambda rows: rows.example_index.__setitem__(0, there))
     assert said(folder) == [
         f"example {here}: is in no row and not in the rejects",
         f"example {there}: is in more than one row, or in a row and in the rejects",
     ]
-    change_rows(folder, lambda rows: rows.segments.example_index.__setitem__(0, 40))
+    change_rows(folder, lambda rows: rows.example_index.__setitem__(0, 40))
     assert said(folder) == [
         f"example {here}: is in no row and not in the rejects",
         "example 40: is none of the source",

@@ -12,7 +12,7 @@ import strategies
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from packpipe.packing.balance import Steps, balance_steps
+from packpipe.packing.equal_steps import Steps, balance_steps
 
 
 class BalanceCase(NamedTuple):

@@ -1,7 +1,7 @@
-"""Steps of equal work: which packs the ranks of a step take together.
+"""Orders packs so that the ranks of each training step have nearly equal work.
 
-Packs of equal token count still differ in attention work, Σ l² over their segments, and a step
-takes as long as its heaviest rank.
+Packs of equal token count still differ in attention work, Σ length² over their segments, and a
+step takes as long as the rank with the most work.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from packpipe import checks, philox
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """An order of packs, step after step and rank after rank.
+    """An order of packs: step after step, and rank after rank within a step.
 
     Attributes:
         order: int64[packs]; rank r takes pack ``order[step * ranks + r]``. The last step is
-            short if the packs are no multiple of the ranks (see ``ranks`` of `pack_lengths`).
-        ranks: packs of a step.
-        before: time lost to waiting in the shuffled order: Σ heaviest ÷ Σ mean of a step, - 1.
-        after: the same in this order.
+            short if the number of packs is no multiple of ranks (see ``ranks`` of `pack_lengths`).
+        ranks: packs of a step, one for each rank.
+        before: time lost to waiting in the shuffled order: (Σ over steps of the most work of a
+            rank) ÷ (Σ over steps of the mean work of a rank) - 1.
+        after: time lost to waiting in this order.
     """
 
     order: NDArray[np.int64]
@@ -50,24 +51,25 @@ def balance_steps(
     seed: int = 0,
     epoch: int = 0,
 ) -> Steps:
-    """Return packs in an order in which the ranks of each step carry like work.
+    """Return an order of the packs in which the ranks of each step have nearly equal work.
 
-    All packs are shuffled and cut into windows; within a window packs are sorted by work and
+    All packs are shuffled and cut into windows. Within a window, packs are sorted by work and
     neighbours go to the same step; then the steps of the window, and the ranks within a step,
-    are put back in shuffled order. A larger window evens out more and shuffles less. The figures
-    leave out a last step that is short.
+    are put in shuffled order. A larger window balances better and shuffles less. The figures
+    before and after leave out a last step that is short.
 
     Args:
-        work: int[packs], such as ``packs.attention_work``.
-        ranks: packs taken together, 1 or more.
-        window: packs sorted together, a multiple of ranks after rounding up.
-        shuffle: False cuts the packs into windows as they lie, where their order has a meaning.
-        seed: which shuffle, 0..2**64-1.
-        epoch: likewise.
+        work: int[packs], work of each, for example ``packs.attention_work``.
+        ranks: packs of a step, 1 or more.
+        window: packs sorted together; rounded up to a multiple of ranks.
+        shuffle: False cuts windows from the order given, if that order has a meaning; the steps
+            of a window are shuffled all the same.
+        seed: seed of the shuffle, 0..2**64-1.
+        epoch: epoch of the shuffle, 0..2**64-1; each epoch has another one.
 
     Raises:
-        TypeError: work or a number is no integer.
-        ValueError: work is negative, or a number is out of range.
+        TypeError: work or another number is no integer.
+        ValueError: work is negative, or another number is out of range.
 
     >>> balance_steps([9, 1, 8, 2, 9, 1, 8, 2], ranks=2, window=8)
     Steps(8 packs in 4 steps of 2 ranks: waiting 40.00% before, 0.00% after)
@@ -80,30 +82,31 @@ def balance_steps(
         where = int(wrong[0])
         name, found = f"work[{where}]", int(loads[where])
         raise ValueError(checks.sentence(name, found, "0 or more", "pass Σ l² of the pack"))
+    key = philox.checked_key(seed, epoch)
     num_packs = len(loads)
     places = shuffled = np.arange(num_packs)
     if shuffle:
-        shuffled = philox.permutation(
-            seed=seed, epoch=epoch, index=places, stream=philox.STEP_PACKS
-        )
+        shuffled = philox.permutation(key, index=places, stream=philox.STEP_PACKS)
+    # Rounded up so that no step takes packs of two windows.
     window = -(-window // ranks) * ranks
+    # The last key is the first to sort by: window, then work. Each run of `ranks` packs is a step.
     by_work = np.lexsort((loads[shuffled], places // window))
     step = np.empty(num_packs, np.int64)
     step[by_work] = places // ranks
 
+    # Steps change places within their window only: a drawn word decides where.
     num_full = num_packs // ranks
     steps = np.arange(num_full)
-    drawn = philox.words(
-        seed=seed, epoch=epoch, index=steps, stream=philox.STEP_ORDER, num_words=1
-    )[:, 0]
+    drawn = philox.words(key, index=steps, stream=philox.STEP_ORDER, num_words=1)[:, 0]
     turn = np.arange(-(-num_packs // ranks))  # a short step stays the last
     turn[np.lexsort((drawn, steps * ranks // window))] = steps
+    # Within a step, ranks follow the shuffle, so that no rank always has the lightest pack.
     order = shuffled[np.lexsort((places, turn[step]))]
     return Steps(order, ranks, _waiting(loads[shuffled], ranks), _waiting(loads[order], ranks))
 
 
 def _waiting(loads: NDArray[np.integer], ranks: int) -> float:
-    """Σ heaviest ÷ Σ mean over full steps, - 1."""
+    """Return Σ most work ÷ Σ mean work of the full steps, - 1: the share of time spent waiting."""
     by_step = loads[: len(loads) // ranks * ranks].reshape(-1, ranks).astype(np.float64)
     ideal = by_step.mean(axis=1).sum()
     return float(by_step.max(axis=1).sum() / ideal - 1) if ideal else 0.0
