@@ -148,10 +148,13 @@ class StreamCursor(Cursor):
         self._reading = self._packs.stream_packs(key, self._from, start)
         packs, size = iter(self._reading), share.global_batch
         # Every rank takes the packs of all ranks and keeps its own, so ranks need not communicate.
+        is_first = start == 0
         while some := list(islice(packs, size)):
-            if len(some) < size and self._tail == "drop":
+            if len(some) < size and self._tail == "drop" and not is_first:
                 return
-            num_steps(len(some), size, self._tail)  # raises where the tail is an error
+            # Raises where a tail is an error, or where there is nothing but one that is dropped.
+            num_steps(len(some), size, self._tail)
+            is_first = False
             places = even_places(len(some), size) if len(some) < size else np.arange(size)
             own = np.flatnonzero((places >= share.own.start) & (places < share.own.stop))
             yield [some[place] for place in own], places[own] - share.own.start

@@ -160,7 +160,9 @@ def _by_runs(lens: list[int]) -> Attention:
             # [count · length, H, E] -> [count, H, length, E]
             q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
             outputs.append(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs) if outputs else torch.zeros_like(values)
+        # Of no tokens all three are empty; their sum keeps every weight in the graph, where a
+        # rank without tokens must give it a gradient of zeros, or DDP waits for it.
+        return torch.cat(outputs) if outputs else queries + keys + values
 
     return attend
 

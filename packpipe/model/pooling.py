@@ -65,9 +65,8 @@ def pool_plainly(x: Tensor, tokens: FlatTokens, pooling: str) -> Tensor:
     """
     num_segments = len(tokens.starts)
     if pooling == "first":
-        if not len(x):  # a batch of padding alone
-            return x.new_zeros(num_segments, x.shape[1])
-        return x[tokens.starts]
+        # There is no first of no tokens; their sum is 0, and keeps the weights in the graph.
+        return x[tokens.starts] if len(x) else segment_sum(x, tokens.segments, num_segments)
     if pooling == "max":
         bucket = tokens.segments[:, None].expand_as(x)
         # The last row is padding's. Without include_self a negative maximum stays, and absent

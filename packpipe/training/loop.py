@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from packpipe.model.navit import NaViT, compile_parts
 from packpipe.rows.rows import NO_LABEL
 from packpipe.training.checkpoints import load_checkpoint, save_checkpoint
 from packpipe.training.losses import (
+    check_labels,
     global_count,
     segment_cross_entropy,
     segment_sigmoid_cross_entropy,
@@ -174,7 +174,7 @@ def train(
 
     Raises:
         ValueError: the rows have no labels, or the folder's checkpoint is of another model or of
-            other batches.
+            other batches; or an epoch has no batch.
         RuntimeError: the attention backend differs from reference attention on this device.
     """
     device = next(model.parameters()).device
@@ -198,13 +198,15 @@ def train(
     figures = _Figures(model.config, rate, first)
     writer = _Log(folder, first) if folder and rank_of_world()[0] == 0 else None
 
-    batches = chain.from_iterable(repeat(loader))  # each pass is the next epoch
+    batches = _passes(loader)
     for step in range(first, config.steps):
         asked = time.perf_counter()
         batch = next(batches)
         figures.waited += time.perf_counter() - asked
         if config.trim:  # on the CPU, where the longest row is known without waiting for a GPU
             batch = batch.trim(config.trim)
+        if batch.labels is not None and model.config.num_classes is not None:
+            check_labels(batch.labels, model.config.num_classes)  # also on the CPU, without waiting
         moved = batch.to(device, non_blocking=True)
         labels = moved.labels
         if labels is None:
@@ -335,6 +337,25 @@ def read_log(folder: Path | str) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     # Behind the last line break there is nothing, or the part of a line that a kill left.
     return [json.loads(line) for line in lines[:-1]]
+
+
+def _passes(loader: PackedLoader) -> Iterator[PackedBatch]:
+    """Yield the batches of the loader, epoch after epoch.
+
+    Raises:
+        ValueError: an epoch has no batch.
+    """
+    was_empty = False
+    while True:
+        is_empty = True
+        for batch in loader:
+            is_empty = False
+            yield batch
+        # One alone may be the rest of an epoch that was resumed at its end.
+        if is_empty and was_empty:
+            expected, remedy = "one or more an epoch", "look for what filters or rejects all images"
+            raise ValueError(checks.sentence("batches of the loader", 0, expected, remedy))
+        was_empty = is_empty
 
 
 def _state_backend(model: NaViT, device: torch.device, half: bool) -> None:

@@ -27,7 +27,11 @@ def segment_cross_entropy(logits: Tensor, labels: Tensor, *, count: Tensor | Non
         logits: float[B, S, K].
         labels: int64[B, S], -100 for segments that do not count.
         count: what the sum is divided by; None is the number of segments with a label.
+
+    Raises:
+        ValueError: a label is no class, on a CPU.
     """
+    check_labels(labels, logits.shape[-1])
     present = labels != NO_LABEL
     # Logits that do not count may be infinite or NaN, and in backward 0 times that is NaN.
     flat = _where(present, logits).flatten(0, 1)
@@ -48,7 +52,8 @@ def segment_sigmoid_cross_entropy(
         count: what the sum is divided by; None is the number of segments that count.
 
     Raises:
-        ValueError: labels for each class are passed without present.
+        ValueError: labels for each class are passed without present; or a label is no class, on a
+            CPU.
 
     Source: NaViT 3 (classification).
     """
@@ -59,6 +64,7 @@ def segment_sigmoid_cross_entropy(
         targets = labels.to(logits.dtype)
     else:
         present = labels != NO_LABEL if present is None else present & (labels != NO_LABEL)
+        check_labels(labels.masked_fill(~present, NO_LABEL), logits.shape[-1])
         classes = torch.arange(logits.shape[-1], device=logits.device)
         # Not one_hot, which takes no -100; here such a label is no class at all.
         targets = (labels[..., None] == classes).to(logits.dtype)  # [B, S, K]
@@ -88,6 +94,27 @@ def segment_squared_error(
         raise ValueError(checks.sentence("targets.shape", found, expected, remedy))
     error = _where(present, outputs) - _where(present, targets)
     return error.square().mean(-1).sum() / _divisor(present, count)
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise if a label is no class: a sigmoid loss would train on it in silence.
+
+    Labels on a GPU are not looked at, since reading one back stalls it.
+
+    Args:
+        labels: int64[...], -100 for what does not count.
+        num_classes: K.
+
+    Raises:
+        ValueError: names the first wrong one.
+    """
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = labels[(labels != NO_LABEL) & ((labels < 0) | (labels >= num_classes))]
+    if len(wrong):
+        expected = f"0..{num_classes - 1}, or {NO_LABEL} for a segment that does not count"
+        remedy = "give the model as many classes as the labels have"
+        raise ValueError(checks.sentence("a label", int(wrong[0]), expected, remedy))
 
 
 def global_count(present: Tensor) -> Tensor:

@@ -399,6 +399,18 @@ def test_packs_that_fill_the_last_step_pass_every_tail(sources):
     assert len(list(whole)) == 1
 
 
+def test_a_stream_too_short_for_one_step_is_refused_not_dropped(sources):
+    num_packs = len(naive_packs(numbers_of(sources["dataset"](), 0), SMALL, 0, 0))
+    message = (
+        f"num_packs is {num_packs}, expected 64 (batch_size times world_size) or more; choose a "
+        "smaller batch, or tail='pad'"
+    )
+    for place in ({}, {"rank": 1, "world_size": 2}):
+        loader = loader_of(sources["dataset"](), 64 // place.get("world_size", 1), **place)
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            list(loader)
+
+
 def after(loader, num_batches) -> dict[str, Any]:
     """The state of a loader once it has handed out so many batches, as JSON keeps it."""
     for number, _ in enumerate(loader, start=1):

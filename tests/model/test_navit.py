@@ -174,6 +174,21 @@ def test_a_batch_of_padding_alone_is_finite(backend, pooling):
     assert outputs.shape == (2, 6, packed.NUM_CLASSES)
 
 
+@every_backend
+@every_pooling
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_batch_of_padding_alone_gives_every_parameter_a_gradient_of_zeros(backend, pooling, loss):
+    # DDP waits for ever, or raises, where a parameter of one rank has none. Each position in turn.
+    turn = BACKENDS.index(backend) + 4 * (POOLINGS.index(pooling) + 5 * list(LOSSES).index(loss))
+    setting = Setting(backend, POSITIONS[turn % len(POSITIONS)], pooling, loss)
+    batch = setting.batch(packed.RowSet(lens=[[], []], seq_len=6, max_segments=6))
+    model = setting.model()
+    laws.loss_of(setting, model(batch), batch).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
 def random_lens(draws, seq_len, most):
     """Return lengths of one row: at most `most` segments in at most seq_len tokens."""
     cuts = sorted(draws.choice(seq_len + 1, size=draws.integers(1, most + 1), replace=False))

@@ -237,6 +237,20 @@ def test_rows_without_labels_cannot_be_trained_on():
         next(train(learning.model_of(), loader, learning.config_of()))
 
 
+def test_epochs_without_a_batch_cannot_be_trained_on():
+    loader = PackedLoader(learning.table().slice(0, 0), 2, max_segments=4)
+    message = "batches of the loader is 0, expected one or more an epoch; look for what filters or "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        next(train(learning.model_of(), loader, learning.config_of()))
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_labels_that_are_no_class_cannot_be_trained_on(loss):
+    model = packed.model_of("auto", torch.float32, num_classes=2)
+    with pytest.raises(ValueError, match=r"^a label is \d, expected 0\.\.1, or -100 for"):
+        list(train(model, learning.loader_of(), learning.config_of(loss=loss)))
+
+
 def test_bfloat16_trains_alike():
     plain, _ = trained(head_weight_decay=0.0)
     half, _ = trained(precision="bfloat16", head_weight_decay=0.0)

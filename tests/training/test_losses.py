@@ -146,6 +146,27 @@ def test_the_count_is_what_the_sum_is_divided_by(loss):
     assert loss(values, torch.full_like(labels, -100), nothing, None).item() == 0
 
 
+@pytest.mark.parametrize("loss", [segment_cross_entropy, segment_sigmoid_cross_entropy])
+@pytest.mark.parametrize("wrong", [-1, -99, 3, 109])
+def test_a_label_that_is_no_class_is_refused(loss, wrong):
+    logits = torch.zeros(1, 4, 3)
+    assert loss(logits, torch.tensor([[0, 1, 2, -100]])).isfinite()
+    message = (
+        f"a label is {wrong}, expected 0..2, or -100 for a segment that does not count; give the "
+        "model as many classes as the labels have"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        loss(logits, torch.tensor([[0, -100, wrong, 1]]))
+
+
+def test_labels_of_absent_segments_may_be_anything():
+    present = torch.tensor([[True, False]])
+    loss = segment_sigmoid_cross_entropy(
+        torch.zeros(1, 2, 3), torch.tensor([[2, 77]]), present=present
+    )
+    assert loss.item() == pytest.approx(3 * math.log(2))
+
+
 def test_one_process_counts_its_own():
     assert global_count(torch.tensor([[True, False], [True, True]])).item() == 3
     assert global_count(torch.tensor([False])).item() == 1
