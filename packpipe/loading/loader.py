@@ -134,6 +134,7 @@ class PackedLoader:
         self._start = 0  # packs taken before a pass begins
         self._taken = 0  # packs taken by now
         self._finished = False  # whether the pass has ended
+        self._pass: object | None = None  # the loop that the above speak of
 
     @property
     def epoch(self) -> int:
@@ -183,16 +184,22 @@ class PackedLoader:
         if epoch != self._epoch or has_passed:
             self._epoch, self._start, self._taken = epoch, 0, 0
             self._cursor.load({})
+            self._pass = None
         self._finished = False
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches of an epoch, from its beginning or where a loaded state stopped.
 
         A batch is a `PackedBatch`; of rows of token sequences, a `TokenBatch`.
+
+        Raises:
+            RuntimeError: (when asked for a batch) another loop over this loader has begun since, or
+                its epoch or state was set: the state of the loader is no longer that of this loop.
         """
         if self._finished:
             self.set_epoch(self._epoch + 1)
         self._taken = self._start
+        this_pass = self._pass = object()
         # A loop that counts steps never asks for one batch more, so the last batch must itself end
         # the pass. Which one is the last is unknown in a stream: there the end of the loop does it.
         steps = self._cursor.steps(self._key, self._share)
@@ -202,7 +209,19 @@ class PackedLoader:
             self._taken += self.global_batch
             self._finished = self._taken == end
             self._cursor.passed(self._taken)
+            was_last = self._finished
             yield batch
+            if self._pass is not this_pass:
+                if was_last:
+                    return
+                raise RuntimeError(
+                    checks.sentence(
+                        "loop over the loader",
+                        "one that another loop, set_epoch or load_state_dict has ended",
+                        "the last one that was begun",
+                        "make a second PackedLoader to look at batches meanwhile",
+                    )
+                )
         self._finished = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -261,6 +280,7 @@ class PackedLoader:
         self._epoch, self._start, self._taken = key.epoch, taken, taken
         self._finished = bool(state.get("finished"))
         self._cursor.load(state)
+        self._pass = None
 
     def _must_agree(self, key: Key) -> dict[str, Any]:
         """Return what a state must agree in: all that decides the batches, besides the place."""

@@ -234,6 +234,59 @@ def test_a_loader_that_was_resumed_and_looked_into_continues_where_it_was_resume
     assert [loading.digest(batch) for batch in resumed] == whole[1:]
 
 
+STALE = (
+    "loop over the loader is 'one that another loop, set_epoch or load_state_dict has ended', "
+    "expected the last one that was begun; make a second PackedLoader to look at batches meanwhile"
+)
+
+
+@pytest.mark.parametrize("kind", ["stored", "planned"])
+@pytest.mark.parametrize("options", [{}, {"num_workers": 2}])
+@pytest.mark.parametrize("how", ["a peek", "set_epoch", "load_state_dict"])
+def test_a_state_belongs_to_one_loop_and_an_older_one_ends_with_an_error(packs, kind, options, how):
+    loader = PackedLoader(packs[kind], 2, **options)
+    batches = iter(loader)
+    next(batches)
+    before = loader.state_dict()
+    next(batches)
+    if how == "a peek":
+        next(iter(loader))
+    elif how == "set_epoch":
+        loader.set_epoch(3)
+    else:
+        loader.load_state_dict(before)
+    state = loader.state_dict()
+    with pytest.raises(RuntimeError, match=f"^{re.escape(STALE)}$"):
+        next(batches)
+    assert loader.state_dict() == state
+    resumed = PackedLoader(packs[kind], 2, **options)
+    resumed.load_state_dict(state)
+    if how == "a peek":  # resumed after the batch that was peeked at
+        loader.load_state_dict(state)
+    assert [loading.digest(batch) for batch in loader] == [
+        loading.digest(batch) for batch in resumed
+    ]
+
+
+def test_a_loop_that_has_had_its_last_batch_just_ends_whatever_came_after_it(packs):
+    loader = PackedLoader(packs["stored"], 8)
+    batches = iter(loader)
+    for _ in range(len(loader)):
+        next(batches)
+    loader.set_epoch(1)
+    assert next(batches, None) is None
+
+
+def test_the_epoch_it_is_in_may_be_set_within_a_loop(packs):
+    (whole,) = uninterrupted(packs["stored"], 1)
+    loader = PackedLoader(packs["stored"], 8)
+    found = []
+    for batch in loader:
+        found.append(loading.digest(batch))
+        loader.set_epoch(0)
+    assert found == whole
+
+
 def test_set_epoch_goes_to_the_beginning_of_any_other_epoch(packs):
     first, second, third = uninterrupted(packs["stored"], 3)
     loader = PackedLoader(packs["stored"], 8)

@@ -399,6 +399,22 @@ def test_packs_that_fill_the_last_step_pass_every_tail(sources):
     assert len(list(whole)) == 1
 
 
+def test_a_state_of_a_stream_belongs_to_its_newest_loop(sources):
+    loader = loader_of(sources["dataset"](), 2)
+    older = iter(loader)
+    next(older)
+    next(older)
+    newer = iter(loader)
+    next(newer)
+    state = json.loads(json.dumps(loader.state_dict()))
+    with pytest.raises(RuntimeError, match="^loop over the loader is 'one that another loop, "):
+        next(older)
+    assert json.loads(json.dumps(loader.state_dict())) == state
+    resumed = loader_of(sources["dataset"](), 2)
+    resumed.load_state_dict(state)
+    assert examples_of(resumed) == examples_of(newer)
+
+
 def test_a_stream_too_short_for_one_step_is_refused_not_dropped(sources):
     num_packs = len(naive_packs(numbers_of(sources["dataset"](), 0), SMALL, 0, 0))
     message = (
