@@ -8,6 +8,8 @@ from typing import ParamSpec
 
 import typer
 
+from packpipe.cli.output import plain
+
 _Given = ParamSpec("_Given")
 _debug = False  # set by --debug, which stands before the command and is parsed first
 
@@ -33,7 +35,7 @@ def one_line_errors(command: Callable[_Given, None]) -> Callable[_Given, None]:
         except Exception as error:
             if _debug:
                 raise
-            typer.echo(f"packpipe {command.__name__}: {in_a_line(error)}", err=True)
+            typer.echo(f"packpipe {command.__name__}: {plain(in_a_line(error))}", err=True)
             raise typer.Exit(2 if call_is_wrong(error) else 1) from None
 
     return run

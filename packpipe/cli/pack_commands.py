@@ -28,7 +28,7 @@ from packpipe.cli.options import (
     Split,
     Strategy,
 )
-from packpipe.cli.output import print_json, print_table
+from packpipe.cli.output import plain, print_json, print_table
 
 _SHOWN_REJECTS = 5
 
@@ -123,7 +123,7 @@ def pack(
     # To stderr: stdout holds the figures alone.
     for reject in found.rejects[:_SHOWN_REJECTS]:
         name = file_of(dataset, reject.example_index) or f"example {reject.example_index}"
-        typer.echo(f"rejected {name}: {reject.exception}", err=True)
+        typer.echo(plain(f"rejected {name}: {reject.exception}"), err=True)
 
 
 @one_line_errors
@@ -176,7 +176,7 @@ def stats(
     else:
         print_table(str(folder), found.rows())
         if html is not None:
-            typer.echo(f"report: {html}")
+            typer.echo(plain(f"report: {html}"))
 
 
 @one_line_errors
@@ -194,7 +194,7 @@ def show(
     from packpipe.cli.report import draw_rows
 
     draw_rows(folder, rows or [0], mask=mask).savefig(output, dpi=110)
-    typer.echo(output)
+    typer.echo(plain(output))
 
 
 @one_line_errors
@@ -220,11 +220,11 @@ def verify(
         print_json([problem._asdict() for problem in problems])
     else:
         for problem in problems:
-            typer.echo(problem, err=True)
+            typer.echo(plain(problem), err=True)
     if problems:
         raise typer.Exit(1)
     if not as_json:
-        typer.echo(f"{folder}: nothing is wrong")
+        typer.echo(plain(f"{folder}: nothing is wrong"))
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -254,6 +254,19 @@ def test_a_call_that_nobody_can_parse_is_2(arguments):
     assert "Traceback" not in result.output
 
 
+def test_names_of_files_do_not_reach_the_terminal_as_commands(few, tmp_path):
+    folder = tmp_path / "\x1bcred"
+    shutil.copytree(few, folder / "one")
+    (folder / "one" / "\x1b]0;title\x07.png").write_bytes(b"junk")
+    packing = ["pack", folder, tmp_path / "\x1bcout", "--seq-len", 64]
+    results = [run(*packing, "--max-bad-fraction", share) for share in (0, 0.5)]
+    results += [run("verify", tmp_path / "\x1bcout"), run("stats", tmp_path / "\x1bcnone")]
+    assert [result.exit_code for result in results] == [1, 0, 0, 2]
+    shown = "".join(result.stdout + result.stderr for result in results)
+    assert all(char.isprintable() or char == "\n" for char in shown)
+    assert r"\x1b]0;title\x07.png" in results[1].stderr
+
+
 def test_debug_shows_where_an_error_is_from(few, tmp_path):
     result = run("--debug", "pack", few, tmp_path / "a", "--seq-len", 0)
     assert isinstance(result.exception, ValueError)

@@ -407,7 +407,7 @@ def test_a_state_of_a_stream_belongs_to_its_newest_loop(sources):
     newer = iter(loader)
     next(newer)
     state = json.loads(json.dumps(loader.state_dict()))
-    with pytest.raises(RuntimeError, match="^loop over the loader is 'one that another loop, "):
+    with pytest.raises(RuntimeError, match=r"^loop over the loader is 'one that another loop, "):
         next(older)
     assert json.loads(json.dumps(loader.state_dict())) == state
     resumed = loader_of(sources["dataset"](), 2)
