@@ -10,6 +10,7 @@ Source: NaViT 2.2, A.1, A.4.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -233,6 +234,11 @@ def _check_range(values: Uniform | TruncatedNormal) -> None:
     if values.low >= values.high:
         expected = f"above {values.low!r} (low)"
         raise ValueError(checks.sentence("high", values.high, expected, "change them"))
+    if not math.isfinite(values.high - values.low):
+        expected = "a finite number above low"
+        raise ValueError(
+            checks.sentence("high - low", math.inf, expected, "choose a smaller range")
+        )
 
 
 def _numbers(name: str, values: Any) -> tuple[float, ...]:

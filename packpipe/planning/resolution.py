@@ -41,6 +41,7 @@ _ROUNDINGS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "ceil": np.ceil,
 }
 _MAX_AXIS = 2.0**31  # patches, so that rows · columns fits in int64
+_MAX_PIXELS = 2.0**62  # a side
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,9 @@ def patch_grids(
     if isinstance(law, Side | Area | Square):
         assert u is not None  # noqa: S101
         pixels = distribution("pixels", law.pixels).quantile(u)
-        areas = pixels if isinstance(law, Area) else pixels * pixels
+        # No grid is that large, and a square beyond float64 would be infinite.
+        power = 1 if isinstance(law, Area) else 2
+        areas = np.minimum(pixels, _MAX_PIXELS ** (2 / power)) ** power
         shape = shape_hw(law, image_hw)
         # One root of one quotient, so that a whole number of pixels comes out exactly.
         sides = np.sqrt(areas[:, None] * shape / shape[:, ::-1])
@@ -240,7 +243,8 @@ def patch_grids(
     if isinstance(law, Budget):
         assert u is not None  # noqa: S101
         drawn = distribution("tokens", law.tokens).quantile(u)
-        budgets = np.clip(np.floor(drawn).astype(np.int64), 1, max_tokens)
+        # Clipped first: a number beyond int64 would become a negative one.
+        budgets = np.clip(np.floor(drawn), 1, max_tokens).astype(np.int64)
     return budget_grids(image_hw, budgets, patch_size=patch_size, max_upscale=max_upscale), drawn
 
 

@@ -43,11 +43,15 @@ def calibration_error(answers: Answers, *, bins: int = 30) -> float:
         bins: how many.
 
     Raises:
-        ValueError: there are no labels.
+        ValueError: there are no labels, or a logit is NaN.
     """
     bins = checks.whole_number("bins", bins, 1, 10**6, "30 is usual")
     outputs, labels = _labelled(answers)
     confidence, chosen = outputs.double().softmax(-1).max(-1)
+    if confidence.isnan().any():
+        where = int(confidence.isnan().nonzero()[0])
+        expected, remedy = "numbers", "look for what made the model give NaN or infinity"
+        raise ValueError(checks.sentence(f"logits[{where}]", "NaN", expected, remedy))
     # A confidence of exactly 1 belongs to the last bin.
     bucket = (confidence * bins).long().clamp(max=bins - 1)
     surplus = confidence - (chosen == labels).double()

@@ -317,6 +317,11 @@ FINITE = "expected a finite number; pass a number"
             ValueError,
             "high is 64, expected above 256 (low); change them",
         ),
+        (
+            lambda: Uniform(-1e308, 1e308),
+            ValueError,
+            "high - low is inf, expected a finite number above low; choose a smaller range",
+        ),
         (lambda: Uniform(5, 5), ValueError, "high is 5, expected above 5 (low); change them"),
         (lambda: TruncatedNormal("0", 1, 2, 3), TypeError, f"mean is '0', {NUMBER}"),
         (lambda: TruncatedNormal(0, [1], 2, 3), TypeError, f"deviation is [1], {NUMBER}"),

@@ -369,6 +369,19 @@ def test_a_law_is_returned_as_it_is(law):
 CHOOSE = "expected one of 'nearest', 'floor', 'ceil'; choose how axes become patches"
 POSITIVE = "expected numbers above 0; an image has at least one"
 A_NUMBER = "expected a number; or pass a distribution, such as Uniform(64, 256)"
+
+
+@pytest.mark.parametrize("value", [1e19, 1e30, 1e300, 1.7e308])
+@pytest.mark.parametrize("law", [Side, Area, Budget, Square])
+def test_numbers_beyond_all_grids_give_the_largest_one(law, value):
+    hw, u = np.array([[480, 640], [1, 1]]), np.zeros(2)
+    found, _ = patch_grids(law(value), hw, 16, 200, u=u)
+    wanted, _ = patch_grids(law(1e9), hw, 16, 200, u=u)
+    if law is Budget:
+        assert found.tolist() == wanted.tolist() == budget_grids(hw, np.array([200] * 2)).tolist()
+    assert (found >= np.minimum(wanted, 2**20)).all()
+
+
 A_LAW = (
     "expected one of 'native', 'budget'; or pass Side(...), Area(...), Budget(...) or Square(...)"
 )

@@ -104,3 +104,6 @@ def test_what_cannot_be_judged_is_refused():
         cascade(answers, answers, [1.5])
     with pytest.raises(ValueError, match=re.escape("bins is 0, expected an integer in 1..100000")):
         calibration_error(answers, bins=0)
+    answers.outputs[3, 1] = torch.nan
+    with pytest.raises(ValueError, match=re.escape("logits[3] is 'NaN', expected numbers; look")):
+        calibration_error(answers)
