@@ -157,7 +157,7 @@ class AskedColumns:
         # Images come first: their datasets may have lists of numbers too, such as boxes.
         if self.image_column != "auto" or any(map(holds_images, features.values())):
             return False
-        return any(map(_holds_tokens, features.values()))
+        return any(map(holds_numbers, features.values()))
 
     def of_images(self, dataset: Dataset) -> ImageColumns:
         """Return the columns of a dataset of images: as named, or found.
@@ -198,7 +198,7 @@ def token_columns_of(features: Features, asked: str | Sequence[str]) -> list[str
 
     The first gives a sequence's length: ``input_ids``, if there is one.
     """
-    lists = [name for name, feature in features.items() if _holds_tokens(feature)]
+    lists = [name for name, feature in features.items() if holds_numbers(feature)]
     if asked == "auto":
         chosen = lists
         if not chosen:
@@ -268,7 +268,8 @@ def value_type(features: Features, name: str) -> Any:
     return pa.uint8() if pa.types.is_boolean(kind) else kind
 
 
-def _holds_tokens(feature: Any) -> bool:
+def holds_numbers(feature: Any) -> bool:
+    """Return whether a feature is one of lists of numbers: of tokens."""
     # A list of bools, integers or floats. ClassLabel has integers, Value may be of text or dates.
     inner = getattr(feature, "feature", None)
     if not isinstance(feature, List | LargeList) or not isinstance(inner, ClassLabel | Value):

@@ -17,7 +17,7 @@ from packpipe.planning.token_config import TokenConfig
 from packpipe.rows.fill_tokens import fill_tokens, first_places, padding_of
 from packpipe.rows.rows import NO_LABEL, Rows
 from packpipe.rows.schema import table_segments, token_schema
-from packpipe.sources.columns import TokenColumns, value_type
+from packpipe.sources.columns import TokenColumns, holds_numbers, value_type
 from packpipe.sources.token_source import TokenSource, token_source
 from packpipe.verification.problems import FoundRows, Problem, named
 from packpipe.verification.row_checks import (
@@ -63,6 +63,9 @@ class TokenChecks(RowChecks):
     def schema_of(self, rows: pa.Table) -> pa.Schema:
         """Return the schema rows must have, given the types of the source's own columns."""
         tokens = {name: value_type_of(rows, name) for name in self.token_names()}
+        for name, kind in tokens.items():
+            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+                raise ValueError(f"column {name!r} holds {kind}, expected numbers")
         values = {name: value_type_of(rows, name) for name in self.values()}
         return token_schema(self.config, tokens, values)
 
@@ -129,6 +132,11 @@ class TokenChecks(RowChecks):
     ) -> Iterator[Problem]:
         """Compare every piece with its sequence, and yield how they differ."""
         columns = TokenColumns(self.manifest["token_columns"], self.values())
+        for name in columns.tokens:
+            if not holds_numbers(dataset.features[name]):
+                what = f"has {name} of {dataset.features[name]}, expected lists of numbers"
+                yield Problem("dataset", what)
+                return
         source = token_source(dataset, columns)
         types = {name: value_type(dataset.features, name) for name in columns.tokens}
         # A part is one record batch, so its rows follow each other in one file.
@@ -141,7 +149,9 @@ class TokenChecks(RowChecks):
                     where = f"{name}, {named('row', (np.flatnonzero(bad) + start).tolist())}"
                     yield Problem(where, what)
             row += len(part)
-        yield from _lost_tokens(found.held(), source.lens, self.manifest)
+        yield from _lost_tokens(
+            found.held(), source.lens, self.config, self.manifest.get("longest", 0)
+        )
 
 
 def _differences(
@@ -166,7 +176,9 @@ def _differences(
         return
     held = lengths_of(rows, next(iter(types)))
     for name, expected in fill_tokens(segments, source.columns, config).items():
-        differing = _flat_tokens(rows, name) != expected
+        found = _flat_tokens(rows, name)
+        # NaN differs from itself, and here is what it should be.
+        differing = (found != expected) & ~((found != found) & (expected != expected))
         if differing.any():
             bad = np.zeros(len(segments), np.bool_)
             bad[np.repeat(np.arange(len(segments)), held)[differing]] = True
@@ -174,25 +186,32 @@ def _differences(
     for name, value in source.values.items():
         expected = value.take(pa.array(example))
         stored = rows.column(name).combine_chunks().flatten()
-        if not stored.equals(expected):
-            # For Arrow null = null is null, while here two nulls are the same.
+        if stored.type != expected.type:
+            every = np.ones(len(stored), np.bool_)
+            what = f"{name} are {stored.type}, those of the source {expected.type}"
+            yield what, rows_with(segments, every)
+        elif not stored.equals(expected):
+            # For Arrow null = null is null and NaN = NaN false, while here both are the same.
             same = pc.fill_null(pc.equal(stored, expected), False).to_numpy(zero_copy_only=False)
-            same |= np.asarray(stored.is_null()) & np.asarray(expected.is_null())
-            yield f"{name} is not that of the source", rows_with(segments, ~same)
+            for is_so in (pc.is_null, pc.is_nan)[: 1 + pa.types.is_floating(stored.type)]:
+                both = pc.and_(is_so(stored), is_so(expected))
+                same |= pc.fill_null(both, False).to_numpy(zero_copy_only=False)
+            if not same.all():
+                yield f"{name} is not that of the source", rows_with(segments, ~same)
 
 
 def _lost_tokens(
-    held: Rows, lens: NDArray[np.int64], manifest: dict[str, Any]
+    held: Rows, lens: NDArray[np.int64], config: TokenConfig, longest: int
 ) -> Iterator[Problem]:
     """Yield which sequences have more or fewer tokens in rows than they should."""
     example = held.example_index
     inside = (example >= 0) & (example < len(lens))
     found = np.bincount(example[inside], held.seq_lens[inside], len(lens)).astype(np.int64)
-    if manifest["config"]["overflow"] == "truncate":
-        lens = np.minimum(lens, manifest["config"]["seq_len"])
+    if config.overflow == "truncate":
+        lens = np.minimum(lens, config.seq_len)
     # Texts of `pack_pairs` are truncated to max_text.
-    if manifest.get("longest"):
-        lens = np.minimum(lens, manifest["longest"])
+    if longest:
+        lens = np.minimum(lens, longest)
     # A sequence without any token is a reject, or the totals report it.
     wrong = np.flatnonzero((found != lens) & (found > 0))
     if len(wrong):

@@ -20,17 +20,31 @@ from numpy.typing import NDArray
 from packpipe import checks
 from packpipe.building.shards import MANIFEST, REJECTS, read_manifest
 from packpipe.packing.quality import fill
+from packpipe.philox import checked_key
 from packpipe.rows import files
 from packpipe.rows.rows import Rows
+from packpipe.rows.schema import REJECTS as REJECTS_SCHEMA
 from packpipe.rows.schema import table_segments
 from packpipe.verification.image_checks import ImageChecks
 from packpipe.verification.problems import FoundRows, Problem, named, rows_of
-from packpipe.verification.row_checks import RowChecks
+from packpipe.verification.row_checks import RowChecks, has_nulls
 from packpipe.verification.token_checks import TokenChecks
 
 _KEYS = ("config", "seed", "epoch", "complete", "files")
 _COMPLETE = ("counts", "fill")
-_TYPES: dict[str, type] = {"files": dict, "counts": dict, "seed": int, "epoch": int}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "files": (dict,),
+    "counts": (dict,),
+    "seed": (int,),
+    "epoch": (int,),
+    "materialized": (bool,),
+    "image_column": (str,),
+    "label_column": (str, type(None)),
+    "image_root": (str, type(None)),
+    "token_columns": (list,),
+    "value_columns": (list,),
+    "longest": (int,),
+}
 
 
 def verify(
@@ -69,7 +83,8 @@ def _problems(folder: Path, dataset: Dataset | None, sample: int | None) -> Iter
     if isinstance(manifest, str):
         yield Problem(MANIFEST, manifest)
         return
-    row_checks, found, rejects = _checks_of(manifest)(manifest), FoundRows(), None
+    row_checks, found = _checks_of(manifest)(manifest), FoundRows()
+    rejects: list[dict[str, Any]] | None = None
     for name, record in manifest["files"].items():
         damage = _damage(folder / name, record)
         if damage is not None:
@@ -79,7 +94,11 @@ def _problems(folder: Path, dataset: Dataset | None, sample: int | None) -> Iter
         elif name != REJECTS:
             yield from _row_problems(row_checks, folder / name, record, found)
         else:
-            rejects = rows_of(folder / name).to_pylist()
+            read = _rejects(folder / name)
+            if isinstance(read, str):
+                yield Problem(name, read)
+            else:
+                rejects = read
     for pattern in ("data-*.arrow", "*.partial"):
         for stray in sorted(folder.glob(pattern)):
             if stray.name not in manifest["files"]:
@@ -115,10 +134,19 @@ def _manifest(folder: Path) -> dict[str, Any] | str:
             return f"{kind.VERSION_KEY} is {manifest[kind.VERSION_KEY]!r}, expected {kind.VERSION}"
         kind.config_of(manifest["config"])
         for key, expected in _TYPES.items():
-            if not isinstance(manifest.get(key, expected()), expected):
-                return f"{key} is {manifest[key]!r}, expected {expected.__name__}"
+            value = manifest.get(key)
+            if key in manifest and not isinstance(value, expected):
+                return f"{key} is {value!r}, expected {expected[0].__name__}"
+            if isinstance(value, list) and not all(isinstance(name, str) for name in value):
+                return f"{key} is {value!r}, expected names"
+        checked_key(manifest["seed"], manifest["epoch"])
+        if manifest.get("token_columns") == []:
+            return "token_columns is [], expected one name at least"
         if manifest["complete"] and REJECTS not in manifest["files"]:
             return f"files lacks {REJECTS}"
+        read = manifest.get("counts", {}).get("read", 0)
+        if type(read) is not int or read < 0:  # True is an int, too
+            return f"counts.read is {read!r}, expected a whole number"
         # A manifest may come from anywhere: its names must not lead out of the folder.
         for name, record in manifest["files"].items():
             if Path(name).name != name or not {"rows", "bytes", files.CHECKSUM} <= record.keys():
@@ -128,6 +156,20 @@ def _manifest(folder: Path) -> dict[str, Any] | str:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return f"cannot be read: {type(error).__name__}: {error}"
     return manifest
+
+
+def _rejects(path: Path) -> list[dict[str, Any]] | str:
+    """Return the rejects of a folder, or what is wrong with their file."""
+    try:
+        table = rows_of(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        return f"cannot be read: {error}"
+    if not table.schema.equals(REJECTS_SCHEMA):
+        return f"has the columns {table.schema.names}, expected {REJECTS_SCHEMA.names}"
+    if any(has_nulls(column) for column in table.columns):
+        return "holds nulls"
+    rejects: list[dict[str, Any]] = table.to_pylist()
+    return rejects
 
 
 def _damage(path: Path, record: dict[str, Any]) -> str | None:
@@ -148,7 +190,12 @@ def _row_problems(
     row_checks: RowChecks, path: Path, record: dict[str, Any], found: FoundRows
 ) -> Iterator[Problem]:
     """Check the rows of a file, batch by batch, and add them to found."""
-    stored = rows_of(path)
+    try:
+        stored = rows_of(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        yield Problem(path.name, f"cannot be read: {error}")
+        found.whole = False
+        return
     if stored.num_rows != record["rows"]:
         yield Problem(path.name, f"holds {stored.num_rows} rows, expected {record['rows']}")
     if missing := [name for name in row_checks.columns() if name not in stored.column_names]:
@@ -193,7 +240,8 @@ def _total_problems(
         "tokens": num_tokens,
         **row_checks.counts(held),
     }
-    num_examples = counts.get("read", 0)
+    # A count may be anything; what is too many is said of the count, not of each example.
+    num_examples = min(counts.get("read", 0), 2 * len(every) + 1000)
     # np.bincount refuses negative numbers, and takes memory for as many as the largest one.
     inside = every[(every >= 0) & (every < num_examples)]
     times = np.bincount(inside, minlength=num_examples)
@@ -219,6 +267,9 @@ def _opening_problems(folder: Path, found: FoundRows, held: Rows) -> Iterator[Pr
         opened = datasets.load_from_disk(str(folder))
     except Exception as error:  # noqa: BLE001 whatever a damaged sidecar makes it raise
         yield Problem("state.json, dataset_info.json", f"do not open: {error}")
+        return
+    if not isinstance(opened, Dataset) or "example_index" not in opened.column_names:
+        yield Problem("state.json", "opens no packed rows")
         return
     if len(opened) != len(found.places):
         what = f"opens {len(opened)} rows, expected {len(found.places)}"

@@ -236,3 +236,29 @@ def test_columns_that_are_no_packed_rows(tmp_path):
     more[0].append(1)
     uneven = old.set_column(place, "seq_lens", pa.array(more, pa.list_(pa.int32())))
     assert "the segment columns hold lists of different lengths" in stored(uneven)[0]
+
+
+def test_nan_is_what_the_source_holds_too(tmp_path):
+    columns = {
+        "input_ids": [[1, 2, 3], [4, 5]],
+        "score": [[0.5, float("nan"), 1.0], [float("nan"), 2.0]],
+        "value": [float("nan"), 1.0],
+    }
+    dataset = Dataset.from_dict(columns)
+    packpipe.pack(dataset, SEQ_LEN, output=tmp_path / "a", progress=False)
+    assert said(tmp_path / "a", dataset) == []
+    columns["value"][1] = float("nan")
+    other = Dataset.from_dict(columns)
+    assert said(tmp_path / "a", other) == [f"{FIRST}, row 0: value is not that of the source"]
+
+
+@pytest.mark.parametrize("value", [None, -5, 2**70, 1.5, "x", True, [], {}, [None], ["name"]])
+def test_whatever_a_manifest_says_it_is_a_list_of_problems(tmp_path, value):
+    folder = built(tmp_path / "a")
+    whole = json.loads((folder / "manifest.json").read_text())
+    for group in (whole, whole["counts"], whole["config"]):
+        for key in list(group):
+            before, group[key] = group[key], value
+            (folder / "manifest.json").write_text(json.dumps(whole))
+            packpipe.verify(folder, source())  # does not raise
+            group[key] = before

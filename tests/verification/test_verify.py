@@ -306,6 +306,49 @@ def test_a_manifest_that_is_not_as_pack_writes_it(folder, what, harm):
     assert re.fullmatch(f"manifest.json: {what}", problem)
 
 
+def places_in(value, path=()):
+    """Every place in a manifest, as the keys that lead there."""
+    yield from ([path] if path else [])
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield from places_in(inner, (*path, key))
+
+
+@pytest.mark.parametrize("value", [None, -5, 2**70, 1.5, float("nan"), "x", True, [], {}, [None]])
+def test_whatever_a_manifest_says_it_is_a_list_of_problems(source, folder, value):
+    whole = json.loads((folder / "manifest.json").read_text())
+    for path in places_in(whole):
+        changed = json.loads(json.dumps(whole))
+        inner = changed
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+        (folder / "manifest.json").write_text(json.dumps(changed))
+        packpipe.verify(folder, source, sample=1)  # does not raise
+
+
+def test_files_that_are_no_arrow_are_said_to_be_so(source, folder):
+    for name in (FIRST, REJECTS):
+        (folder / name).write_bytes(b"no Arrow stream")
+        record = {"bytes": 15, "xxh3_128": files.checksum_of(folder / name)}
+        change_manifest(folder, lambda found, at=name, to=record: found["files"][at].update(to))
+    found = said(folder, source)
+    assert [problem.split(": ")[:2] for problem in found[:2]] == [
+        [FIRST, "cannot be read"],
+        [REJECTS, "cannot be read"],
+    ]
+
+
+def test_rejects_that_are_other_rows_or_null_are_said_to_be_so(folder):
+    rejects = stored(folder, REJECTS)
+    write(folder, REJECTS, rejects.rename_columns(["row", *rejects.column_names[1:]]))
+    names = "'stage', 'reason', 'exception']"
+    what = f"has the columns ['row', {names}, expected ['example_index', {names}"
+    assert said(folder) == [f"{REJECTS}: {what}"]
+    nothing = pa.nulls(rejects.num_rows, pa.int64())
+    write(folder, REJECTS, rejects.set_column(0, schema.REJECTS.field(0), nothing))
+    assert said(folder) == [f"{REJECTS}: holds nulls"]
+
+
 def test_a_manifest_that_is_none(folder):
     (folder / "manifest.json").write_text("{")
     (problem,) = said(folder)
