@@ -57,6 +57,12 @@ def test_packing_lengths_loads_no_arrow():
     assert found & {"pyarrow", "PIL", "datasets", "torch", "matplotlib"} == set()
 
 
+def test_a_stream_of_packs_loads_no_torch():
+    found = loaded_by("import packpipe; packpipe.PackedStream, packpipe.EpochPacks, packpipe.pack")
+    assert {"datasets", "packpipe.loading.streams"} <= found
+    assert found & {"torch", "matplotlib"} == set()
+
+
 def test_the_model_loads_no_datasets():
     found = loaded_by("import packpipe; packpipe.NaViT, packpipe.PackedLoader")
     assert {"torch", "packpipe.model.navit", "packpipe.loading.loader"} <= found

@@ -52,7 +52,7 @@ class Build:
 
     def is_at(self, folder: Path) -> bool:
         """Return whether this build is complete in folder; raise if it holds anything else."""
-        return is_complete(folder, self.job.record)
+        return is_complete(folder, self.job.record())
 
     def make(
         self,
@@ -96,7 +96,7 @@ class Build:
         return self.job.opened(stored, on_error)
 
     def _digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.job.record, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.job.record(), sort_keys=True).encode()).hexdigest()
 
     def _write(self, folder: Path, tolerance: Tolerance, progress: bool) -> None:
         job = self.job
@@ -107,7 +107,7 @@ class Build:
         per_shard = max(1, files.FILE_BYTES // job.row_bytes)
         packs = _cut(range(num_packs), per_shard) or [range(0)]
         with naming_full_disks(folder):
-            shards = Shards(folder, job.record, [len(some) for some in packs])
+            shards = Shards(folder, job.record(), [len(some) for some in packs])
         missing = {number: packs[number] for number in shards.missing}
         # Those of shards that an earlier call wrote count for this call's limits, too.
         rejects = planned.rejects + shards.rejects

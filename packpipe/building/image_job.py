@@ -102,6 +102,7 @@ def image_job(images: Images) -> Job:
     @cache
     def plan() -> PlannedRows:
         config = images.config
+        check_settings(config.max_pixels)  # before any header is read
         with ThreadPoolExecutor(max(1, images.num_workers)) as executor:
             sizes = sizes_of(
                 images.dataset,
@@ -119,7 +120,7 @@ def image_job(images: Images) -> Job:
         return rows.with_transform(lazily)
 
     return Job(
-        record=_record(images),
+        record=cache(partial(_record, images)),
         features=images.features,
         row_bytes=images.config.row_bytes,
         num_examples=len(images.dataset),

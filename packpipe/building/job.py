@@ -61,15 +61,16 @@ class Job:
     """What a build writes.
 
     Attributes:
-        record: everything the bytes of the folder depend on.
+        record: returns everything the bytes of the folder depend on; the same object each time.
         features: of the stored rows.
-        row_bytes: bytes of a full row's tokens, by which rows are cut into files.
+        row_bytes: about the bytes of a row: the patches, or the tokens; rows are cut into files by
+            it.
         num_examples: examples of the source.
         plan: returns the planned rows, not filled yet; the same object each time.
         opened: returns the dataset that `pack` returns, given the stored rows and ``on_error``.
     """
 
-    record: dict[str, Any]
+    record: Callable[[], dict[str, Any]]
     features: Features
     row_bytes: int
     num_examples: int

@@ -47,6 +47,8 @@ class Packer:
 
     It also packs Arrow tables, record batches and iterators of them, data frames, and dicts of
     NumPy arrays or lists: the batches of Ray Data's ``map_batches`` and Spark's ``mapInArrow``.
+    Arrays are packed as the pixels they are. In its own formats (numpy, torch) `datasets` decodes
+    images by rules of its own, which know no palettes and no CMYK: pack those without a format.
 
     Args:
         seq_len: tokens a pack holds.
@@ -95,7 +97,7 @@ class Packer:
         """Return the packed rows of a batch.
 
         Args:
-            batch: a batch that ``map`` passes, in any format; a ``pyarrow.Table``, ``RecordBatch``
+            batch: a batch that ``map`` passes; a ``pyarrow.Table``, ``RecordBatch``
                 or data frame; an iterator of them; or a dict of one array or list a column.
             indices: source row of each example, with ``with_indices=True``.
 
@@ -154,9 +156,12 @@ def _as_dataset(batch: Any) -> Dataset:
     elif isinstance(batch, pa.RecordBatch):
         table = pa.Table.from_batches([batch])
     elif hasattr(batch, "__arrow_c_stream__"):  # Arrow's own table, pandas', Polars'
-        table = pa.table(batch)
+        try:
+            table = pa.table(batch)
+        except pa.ArrowException as error:
+            raise ValueError(_not_arrow("batch", str(error))) from error
     elif isinstance(batch, Mapping) and not isinstance(batch, LazyRow):
-        table = pa.table({name: _column(values) for name, values in batch.items()})
+        table = pa.table({name: _column(name, values) for name, values in batch.items()})
     else:
         expected = "a batch of Dataset.map, Arrow's table, or a dict of columns"
         remedy = "use map(packer, batched=True)"
@@ -167,28 +172,56 @@ def _as_dataset(batch: Any) -> Dataset:
     return Dataset(table, DatasetInfo(features=found), fingerprint="batch")
 
 
-def _column(values: Any) -> pa.Array:
-    """Return a column of arrays of any number of dimensions, or of anything else, as Arrow."""
+def _column(name: str, values: Any) -> pa.Array:
+    """Return a column of arrays of any number of dimensions, or of anything else, as Arrow.
+
+    Raises:
+        ValueError: the arrays are of several dtypes or dimensions, or Arrow has no type for what
+            the column holds.
+    """
     # Arrow takes a column of plain numbers whole; the lines below visit every row.
     if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype != object:
         return pa.array(values)
     rows = [np.asarray(row) if hasattr(row, "__array__") else row for row in values]
-    if rows and all(isinstance(row, np.ndarray) and row.ndim for row in rows):
-        return _nested(rows)
-    return pa.array(rows)
+    arrays = [row for row in rows if isinstance(row, np.ndarray) and row.ndim]
+    if not arrays or any(not isinstance(row, np.ndarray | None) for row in rows):
+        try:
+            return pa.array([row.tolist() if isinstance(row, np.ndarray) else row for row in rows])
+        except pa.ArrowException as error:
+            raise ValueError(_not_arrow(f"batch[{name!r}]", str(error))) from error
+    # Of a list without a value NumPy says float64, whatever stands in the others.
+    kinds = {(row.dtype.str, row.ndim) for row in arrays if row.size} or {("<i8", arrays[0].ndim)}
+    if len(kinds) > 1 or len(arrays) + sum(row is None for row in rows) < len(rows):
+        found = ", ".join(f"{dtype} of {ndim} dimensions" for dtype, ndim in sorted(kinds))
+        raise ValueError(_not_arrow(f"batch[{name!r}]", f"arrays of {found}"))
+    ((dtype, ndim),) = kinds
+    nothing = np.empty((0,) * ndim, dtype)
+    column = _nested([row if row.size else nothing for row in arrays], ndim)
+    if len(arrays) == len(rows):
+        return column
+    numbers = iter(range(len(arrays)))
+    return column.take(pa.array([None if row is None else next(numbers) for row in rows]))
 
 
-def _nested(arrays: list[NDArray[Any]]) -> pa.Array:
+def _not_arrow(name: str, found: str) -> str:
+    remedy = "pass encoded images, or use map without a format"
+    return checks.sentence(name, found, "arrays of one kind, or what Arrow knows", remedy)
+
+
+def _nested(arrays: list[NDArray[Any]], ndim: int) -> pa.Array:
     """Return arrays of one dtype as lists of lists of numbers.
 
     Arrow would make a Python object of every number of an array of two dimensions.
     """
     values = pa.array(np.concatenate([array.reshape(-1) for array in arrays]))
+    # Offsets of plain lists are int32.
+    large = len(values) > np.iinfo(np.int32).max
+    kind, offset_type = (pa.LargeListArray, pa.int64()) if large else (pa.ListArray, pa.int32())
     # From the last axis to the first, each one wraps the values in lists of its size.
-    for axis in reversed(range(arrays[0].ndim)):
+    for axis in reversed(range(ndim)):
         sizes = [np.full(math.prod(array.shape[:axis]), array.shape[axis]) for array in arrays]
         offsets = np.cumsum(np.concatenate([[0], *sizes]))
-        values = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+        values = kind.from_arrays(pa.array(offsets, offset_type), values)
     return values
 
 

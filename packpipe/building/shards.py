@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from packpipe import checks
-from packpipe.rows import files as table
+from packpipe.rows import files as tables
 from packpipe.rows.rejects import Reject
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class Shards:
     def commit(self, number: int, record: dict[str, Any], rejects: list[Reject]) -> None:
         """Give a written shard its name, and note it with its rejects in the manifest."""
         # In this order, so that the manifest never names a file that may still be lost.
-        table.commit(self.path(number))
+        tables.commit(self.path(number))
         self._files[self.names[number]] = {**record, "rejects": [list(one) for one in rejects]}
         self._note()
 
@@ -178,7 +178,7 @@ class Shards:
         self._write({"complete": False, "files": dict(sorted(self._files.items()))})
 
     def _write(self, facts: dict[str, Any]) -> None:
-        table.write_json(self._folder / MANIFEST, {**self._record, **facts})
+        tables.write_json(self._folder / MANIFEST, {**self._record, **facts})
 
 
 def clear_if_bare(folder: Path) -> None:
@@ -244,5 +244,5 @@ def _acquire(lock: FileLock, folder: Path, *, timeout: float) -> None:
 
 def _others(folder: Path) -> Iterator[Path]:
     """Yield what is in a folder besides the lock file and an unfinished first manifest."""
-    own = {_LOCK, table.partial_of(folder / MANIFEST).name}
+    own = {_LOCK, tables.partial_of(folder / MANIFEST).name}
     return (path for path in folder.iterdir() if path.name not in own)

@@ -137,14 +137,13 @@ def summarize(folder: str | Path) -> Summary:
     packed, manifest = open_packed(folder)
     # Files are mapped into memory: reading the segment columns leaves the tokens on the disk.
     rows = table_segments(packed.data.table)
-    image_hw = rows.segments.get("image_hw")
     return Summary(
         folder=Path(folder),
         manifest=manifest,
-        unit="sequence" if image_hw is None else "image",
+        unit="sequence" if rows.of_tokens else "image",
         seq_lens=rows.seq_lens,
         offsets=rows.offsets,
-        image_hw=image_hw,
+        image_hw=rows.segments.get("image_hw"),
         rejects=read_rejects(Path(folder)),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any
@@ -26,6 +27,7 @@ from packpipe.sources.token_source import TokenSource, token_source, usable
 
 # Of the columns of token rows; the manifest names it.
 VERSION = 1
+_WORTH_THREADS = 2**20  # tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +74,7 @@ class Sequences:
 def token_job(sequences: Sequences) -> Job:
     """Return the job of packing token sequences."""
     return Job(
-        record=token_record(sequences),
+        record=cache(partial(token_record, sequences)),
         features=sequences.features,
         row_bytes=sequences.row_bytes,
         num_examples=len(sequences.dataset),
@@ -123,7 +125,8 @@ def _fill(
     """Yield the rows of each range of packs; the next ones overwrite their memory."""
     source, schema, buffers = sequences.source, sequences.features.arrow_schema, Buffers()
     # Threads, since the kernels that copy release the interpreter lock.
-    with ThreadPoolExecutor() as executor:
+    # Threads cost more than they save where a batch of `Packer` holds a few thousand tokens.
+    with nullcontext() if plan.num_tokens < _WORTH_THREADS else ThreadPoolExecutor() as executor:
         for some in packs:
             rows = packed_table(
                 plan,

@@ -65,8 +65,8 @@ def draw_rows(folder: str | Path, rows: Sequence[int], *, mask: bool = False) ->
         expected, remedy = "rows with their tokens", "pack with materialize=True"
         raise ValueError(checks.sentence("folder", str(folder), expected, remedy))
     found = read_rows(packed, list(rows))
-    is_image = "patches" in found.tokens
-    return plot_rows(found) if is_image and not mask else plot_mask(found.segment_ids[0])
+    as_mask = mask or found.of_tokens
+    return plot_mask(found.segment_ids[0]) if as_mask else plot_rows(found)
 
 
 def write_report(summary: Summary, path: Path) -> None:

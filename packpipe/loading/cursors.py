@@ -7,22 +7,20 @@ come from a stream one after the other (`StreamCursor`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from packpipe import checks
-from packpipe.images.opening import ImageData
+from packpipe.loading.reading import Anchor, Reading
 from packpipe.loading.steps import NO_PACK, even_places, num_steps, step_packs
 from packpipe.loading.workers import Packs, Part
 from packpipe.philox import Key
 
 
-@runtime_checkable
 class PlannedPacks(Packs, Protocol):
     """Packs of an epoch whose number is known beforehand: `StoredPacks`, `EpochPacks`.
 
@@ -36,7 +34,6 @@ class PlannedPacks(Packs, Protocol):
         """Return int64[packs], the attention work of each."""
 
 
-@runtime_checkable
 class StreamedPacks(Packs, Protocol):
     """Packs of a stream, which come one after the other: `PackedStream`."""
 
@@ -192,44 +189,3 @@ class StreamCursor(Cursor):
         """Free the places before the one to continue from."""
         if self._reading is not None:
             self._reading.forget(taken)
-
-
-class Held(NamedTuple):
-    """An example that waits in an open pack, undecoded."""
-
-    number: int
-    data: ImageData
-    image_hw: tuple[int, int]
-    grid_hw: tuple[int, int]
-    num_keep: int
-    label: Any
-
-
-class Anchor(NamedTuple):
-    """The beginning of a window. No pack is open there, so reading can begin there again."""
-
-    # Packs and examples before it, and the dataset's state there (None: the dataset's beginning).
-    num_packs: int
-    num_examples: int
-    source: dict[str, Any] | None
-
-
-class Reading:
-    """The packs of one pass over a stream, and the windows it can be continued from."""
-
-    def __init__(self, packs: Iterator[list[Held]], anchors: deque[Anchor]) -> None:
-        self._packs, self._anchors = packs, anchors
-
-    def __iter__(self) -> Iterator[list[Held]]:
-        return self._packs
-
-    def forget(self, num_packs: int) -> None:
-        """Drop the windows that are not needed any more once this many packs are taken."""
-        # The last one that begins at or before num_packs stays: continuing reads from there.
-        while len(self._anchors) > 1 and self._anchors[1].num_packs <= num_packs:
-            self._anchors.popleft()
-
-    def state(self, num_packs: int) -> dict[str, Any]:
-        """Return the place to read from to continue after some packs."""
-        self.forget(num_packs)
-        return self._anchors[0]._asdict()

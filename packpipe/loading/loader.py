@@ -89,8 +89,8 @@ class PackedLoader:
     ) -> None:
         checks.boolean("shuffle", shuffle)
         # Told by their methods: packs may also come from a class of the caller's own.
-        is_stream = isinstance(packs, StreamedPacks)
-        if not is_stream and not isinstance(packs, PlannedPacks):
+        is_stream = hasattr(packs, "stream_packs")
+        if not (hasattr(packs, "fingerprint") and hasattr(packs, "rows")):
             packs = StoredPacks(packs, shuffle=shuffle)
         elif not shuffle:
             remedy = "leave it out, or pass rows that pack has stored"

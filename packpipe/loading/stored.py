@@ -137,7 +137,7 @@ class StoredPacks:
         rows = read_rows(self._dataset, range(0))
         # Saved states hold this digest, so it must stay the same from version to version. How rows
         # are cut into files and record batches is left out, since it changes no batch.
-        if "patches" in rows.tokens:
+        if not rows.of_tokens:
             shape: Any = rows.patches.shape[1:]
             names = ["seq_lens", "grid_hw", "image_hw", "example_index"]
         else:

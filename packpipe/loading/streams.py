@@ -27,7 +27,7 @@ from PIL.Image import Image as PillowImage
 from packpipe import checks
 from packpipe.images.decode import probe
 from packpipe.images.opening import BadImage, ImageData
-from packpipe.loading.cursors import Anchor, Held, Reading
+from packpipe.loading.reading import Anchor, Held, Reading
 from packpipe.packing.online import OnlinePacker
 from packpipe.philox import Key
 from packpipe.planning.decisions import decide

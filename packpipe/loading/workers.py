@@ -62,10 +62,10 @@ class Fill:
         # At a padded last step a rank has fewer packs than rows; the other rows stay empty.
         if len(places) < self.batch_size:
             rows = rows.spread(places, self.batch_size)
+        if rows.of_tokens:
+            return TokenBatch.from_rows(rows, max_segments=self.max_segments)
         # Not copied again: these rows are in memory of their own, or read-only and copied anyway.
-        if "patches" in rows.tokens:
-            return PackedBatch.from_rows(rows, max_segments=self.max_segments, copy=False)
-        return TokenBatch.from_rows(rows, max_segments=self.max_segments)
+        return PackedBatch.from_rows(rows, max_segments=self.max_segments, copy=False)
 
     def __call__(self, part: Part) -> Batch:
         """Return the batch of a part."""

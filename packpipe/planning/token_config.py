@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypedDict
+from typing import Any
 
 from packpipe import checks
 from packpipe.planning.image_config import PLAN_STRATEGIES
@@ -11,18 +11,6 @@ from packpipe.planning.image_config import PLAN_STRATEGIES
 OVERFLOWS = ("error", "split", "truncate", "drop")
 LAYOUTS = ("fixed", "ragged")
 MAX_TOKEN_SEQ_LEN = 2**24  # the longest pack that `pack_lengths` plans
-
-
-class TokenOptions(TypedDict, total=False):
-    """The options of `TokenConfig` besides ``seq_len``, as keyword arguments."""
-
-    overflow: str
-    layout: str
-    pad_token_id: int
-    mask_first_label: bool
-    max_segments: int | None
-    strategy: str
-    window: int
 
 
 @dataclass(frozen=True, kw_only=True)

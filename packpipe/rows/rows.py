@@ -64,6 +64,11 @@ class Rows:
         raise AttributeError(f"these rows have no column {name!r}")
 
     @property
+    def of_tokens(self) -> bool:
+        """Whether these are rows of token sequences, not of images."""
+        return "fragment" in self.segments
+
+    @property
     def num_segments(self) -> NDArray[np.int64]:
         """int64[rows], how many segments each holds."""
         return np.diff(self.offsets)
@@ -82,10 +87,10 @@ class Rows:
         return places
 
     def keep(self, kept: NDArray[np.bool_]) -> Rows:
-        """Return rows that hold only the segments for which kept: bool[segments] is true."""
+        """Return rows without tokens of the segments for which kept: bool[segments] is true."""
         before = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])
         segments = {name: _kept(values, kept) for name, values in self.segments.items()}
-        return replace(self, offsets=before[self.offsets], segments=segments)
+        return Rows(before[self.offsets], segments)
 
     def spread(self, places: NDArray[np.int64], num_rows: int) -> Rows:
         """Return num_rows rows: these rows at ascending places, empty rows elsewhere."""
@@ -113,7 +118,7 @@ class Rows:
         return out.reshape(len(self), width, *values.shape[1:])
 
     def _repr_png_(self) -> bytes | None:
-        return png(self.patches, self.segment_ids) if "patches" in self.tokens else None
+        return None if self.of_tokens else png(self.patches, self.segment_ids)
 
 
 def gather(parts: Sequence[Rows], numbers: Sequence[int]) -> Rows:

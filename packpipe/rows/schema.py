@@ -53,8 +53,6 @@ SEGMENT_TYPES = {"seq_lens": pa.int32(), "fragment": pa.int32(), "example_index"
 RESERVED = (*NUMBER_COLUMNS, *SEGMENT_TYPES)
 
 _IMAGE_TOKENS = {"patches": pa.uint8(), "segment_ids": pa.int32(), "coords": pa.int16()}
-# Columns of segments that are NumPy arrays in memory; the others are the source's, of any type.
-_NUMBERS = {*SEGMENT_TYPES, "grid_hw", "image_hw"}
 
 REJECTS = pa.schema(
     [
@@ -144,9 +142,14 @@ def table_rows(table: pa.Table) -> Rows:
             ragged.
     """
     _check_columns(table.schema)
-    tokens = [f.name for f in table.schema if pa.types.is_fixed_size_list(f.type)]
     shape = (table.num_rows, table.schema.field("segment_ids").type.list_size)
-    rows = _segments(table, [name for name in table.column_names if name not in tokens])
+    if holds_tokens(table.column_names):
+        # The schema says which of the source's columns are tokens, and which go with segments.
+        fixed = [f for f in table.schema if pa.types.is_fixed_size_list(f.type)]
+        tokens = [f.name for f in fixed if f.type.list_size == shape[1]]
+        rows = _segments(table, [f.name for f in table.schema if pa.types.is_list(f.type)])
+    else:
+        tokens, rows = list(_IMAGE_TOKENS), table_segments(table)
     for name in tokens:
         # coords have 2 and patches D values a token, so their lists are longer than seq_len.
         width = table.schema.field(name).type.list_size // shape[1]
@@ -161,8 +164,9 @@ def table_segments(table: pa.Table) -> Rows:
     The other columns of token sequences are left out: ragged rows do not say which of them are
     tokens.
     """
-    wanted = _NUMBERS if holds_tokens(table.column_names) else {*_NUMBERS, "labels"}
-    return _segments(table, [name for name in table.column_names if name in wanted])
+    own = _own_segments(table.column_names)
+    labels = [] if holds_tokens(table.column_names) else ["labels"]
+    return _segments(table, [name for name in table.column_names if name in (*own, *labels)])
 
 
 def rejects_table(rejects: list[Reject]) -> pa.Table:
@@ -179,7 +183,7 @@ def _check_columns(schema: pa.Schema) -> None:
         expected, remedy = "rows of one length", "pack with layout='fixed'"
         raise ValueError(checks.sentence("layout", "ragged", expected, remedy))
     tokens = dict.fromkeys(NUMBER_COLUMNS, pa.int32()) if of_tokens else _IMAGE_TOKENS
-    segments = SEGMENT_TYPES if of_tokens else {f.name: f.type for f in segment_schema(None)}
+    segments = _own_segments(found)
     for name, kind in tokens.items():
         there = found.get(name)
         if there is None or not pa.types.is_fixed_size_list(there) or there.value_type != kind:
@@ -188,6 +192,13 @@ def _check_columns(schema: pa.Schema) -> None:
         there = found.get(name)
         if there is None or not pa.types.is_list(there):
             raise ValueError(_not_a_row(name, there, str(kind)))
+
+
+def _own_segments(names: Any) -> dict[str, pa.DataType]:
+    """Return packpipe's own columns of segments, which are NumPy arrays in memory."""
+    if holds_tokens(names):
+        return {name: pa.list_(kind) for name, kind in SEGMENT_TYPES.items()}
+    return {field.name: field.type for field in segment_schema(None)}
 
 
 def _not_a_row(name: str, found: pa.DataType | None, expected: str) -> str:
@@ -200,10 +211,22 @@ def _not_a_row(name: str, found: pa.DataType | None, expected: str) -> str:
 def _segments(table: pa.Table, names: list[str]) -> Rows:
     """Return rows with some columns of segments, and no tokens yet."""
     columns = {name: _one_chunk(table, name) for name in names}
+    own = _own_segments(table.column_names)
     # A list array may be a slice: its offsets then start above zero, and `flatten` obeys them.
-    starts = columns["seq_lens"].offsets.to_numpy().astype(np.int64)
-    segments = {name: _flat(name, column.flatten()) for name, column in columns.items()}
-    return Rows(starts - starts[0], segments)
+    offsets = {name: _from_zero(column.offsets) for name, column in columns.items()}
+    segments = {}
+    for name, column in columns.items():
+        if name in own:
+            segments[name] = _numbers(column.flatten())
+        elif np.array_equal(offsets[name], offsets["seq_lens"]):  # else somebody has added it
+            segments[name] = column.flatten()
+    return Rows(offsets["seq_lens"], segments)
+
+
+def _from_zero(offsets: pa.Array) -> NDArray[np.int64]:
+    starts = offsets.to_numpy().astype(np.int64)
+    from_zero: NDArray[np.int64] = starts - starts[0]
+    return from_zero
 
 
 def _one_chunk(table: pa.Table, name: str) -> pa.Array:
@@ -224,13 +247,13 @@ def _fixed(table: pa.Table, name: str) -> NDArray[Any]:
     return values
 
 
-def _flat(name: str, values: pa.Array) -> Any:
-    """Return a column of segments in the form `Rows` holds: NumPy, or Arrow for the source's."""
-    if name not in _NUMBERS:
-        return values
+def _numbers(values: pa.Array) -> NDArray[Any]:
+    """Return a column of numbers, or of pairs of them, as a NumPy array."""
     if pa.types.is_fixed_size_list(values.type):
-        return values.flatten().to_numpy().reshape(-1, values.type.list_size)
-    return values.to_numpy()
+        pairs: NDArray[Any] = values.flatten().to_numpy()
+        return pairs.reshape(-1, values.type.list_size)
+    numbers: NDArray[Any] = values.to_numpy()
+    return numbers
 
 
 def _arrow(values: Any, kind: pa.DataType) -> pa.Array:

@@ -56,13 +56,15 @@ class ImageChecks(RowChecks):
     def broken_segments(self, segments: Rows) -> Iterator[Check]:
         """Yield each thing that can be wrong with segments."""
         config, grids, lens = self.config, segments.grid_hw, segments.seq_lens
+        below = segments.example_index < 0
+        yield "an example below 0", rows_with(segments, below)
         no_grid = np.minimum(grids, segments.image_hw).min(axis=1, initial=1) < 1
         yield "a size or a grid below 1", rows_with(segments, no_grid)
         outside = (lens < 1) | (lens > grids.astype(np.int64).prod(axis=1))
         what = "a segment with no token, or with more than its grid has"
         yield what, rows_with(segments, outside)
         # Sizes below 1 cannot be planned again.
-        if (no_grid | outside).any():
+        if (below | no_grid | outside).any():
             return
         # Grids and numbers of tokens follow from size, options and key: decide again and compare.
         grid_hw, num_keep, _ = decide_all(
@@ -115,12 +117,12 @@ class ImageChecks(RowChecks):
         chosen = np.random.default_rng(0).choice(total, number, replace=False)
         for at in np.sort(chosen).tolist():
             pack = int(np.searchsorted(offsets, at, side="right")) - 1
-            # The grid of a broken row may be anything, and ask for more memory than there is.
-            if pack in found.broken:
-                continue
             name, stored, row = found.places[pack]
             number = at - int(offsets[pack])
             segment = _segment_of(stored.slice(row, 1), number)
+            # The grid of a broken row may be anything, and ask for more memory than there is.
+            if pack in found.broken:
+                segment = segment._replace(patches=None)
             where = f"{name}, row {row}, segment {number + 1} (example {segment.example_index})"
             for what in _differences(segment, source, labels, self.config):
                 yield Problem(where, what)

@@ -144,10 +144,12 @@ class TokenChecks(RowChecks):
         for part in found.parts:
             if len(part):
                 name, stored, start = found.places[row]
-                rows = stored.slice(start, len(part))
+                # Lists of a broken row may be of other lengths than it says.
+                sound = [n for n in range(len(part)) if row + n not in found.broken]
+                rows = stored.slice(start, len(part)).take(pa.array(sound, pa.int64()))
                 for what, bad in _differences(rows, source, types, self.config):
-                    where = f"{name}, {named('row', (np.flatnonzero(bad) + start).tolist())}"
-                    yield Problem(where, what)
+                    numbers = np.array(sound, np.int64)[bad] + start
+                    yield Problem(f"{name}, {named('row', numbers.tolist())}", what)
             row += len(part)
         yield from _lost_tokens(
             found.held(), source.lens, self.config, self.manifest.get("longest", 0)

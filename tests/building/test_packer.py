@@ -317,6 +317,39 @@ def test_an_iterator_of_record_batches_gives_record_batches_one_after_the_other(
     assert sum(chain(*held["seq_lens"])) == 15
 
 
+MIXED = {
+    "dimensions": [np.zeros((16, 16), np.uint8), np.zeros((16, 16, 3), np.uint8)],
+    "dtypes": [np.zeros((16, 16), np.uint8), np.zeros((16, 16), np.uint16)],
+    "no image": [np.zeros((16, 16), np.uint8), np.uint8(3)],
+    "nothing Arrow knows": [object(), object()],
+}
+
+
+@pytest.mark.parametrize("images", MIXED.values(), ids=MIXED)
+def test_a_column_of_several_kinds_of_arrays_is_refused_not_guessed(images):
+    with pytest.raises(
+        ValueError, match=r"^batch\['image'\] is .*, expected arrays of one kind, or"
+    ):
+        packpipe.Packer(seq_len=4)({"image": images})
+
+
+def test_a_missing_array_is_a_reject_and_an_empty_list_no_other_type():
+    images = [np.full((16, 16, 3), 9, np.uint8), None, np.full((16, 16, 3), 7, np.uint8)]
+    rows = packpipe.read_rows(packpipe.Packer(4, on_error="drop")({"image": images}, range(3)))
+    assert sorted(rows.example_index.tolist()) == [0, 2]
+    lists = [np.array([], np.float64), np.array([1, 2], np.int16), np.array([3], np.int16)]
+    found = packpipe.Packer(4, on_error="drop")({"input_ids": lists})
+    assert found.schema.field("input_ids").type.value_type == pa.int16()
+    assert sorted(chain(*found.to_pydict()["seq_lens"])) == [1, 2]
+
+
+def test_torchs_format_may_hold_numbers_beside_the_tokens():
+    dataset = Dataset.from_dict({**TOKENS, "label": [3, 1, 4, 1, 5]})
+    wanted = mapped(dataset, packpipe.Packer(seq_len=8), with_indices=True)
+    found = mapped(dataset.with_format("torch"), packpipe.Packer(seq_len=8), with_indices=True)
+    assert found.with_format(None).to_dict() == wanted.to_dict()
+
+
 @pytest.mark.parametrize("batch", [[1, 2], "text", None])
 def test_what_is_no_batch_is_refused(batch):
     message = f"type(batch) is {type(batch).__name__!r}, expected a batch of Dataset.map, Arrow's"

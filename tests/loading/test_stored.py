@@ -18,10 +18,12 @@ import pictures
 import pyarrow as pa
 import pytest
 import strategies
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import packpipe
+from packpipe.loading.loader import PackedLoader
 from packpipe.loading.stored import StoredPacks
 from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig
@@ -420,3 +422,56 @@ NO_DATASET = (
 def test_what_holds_no_packed_rows_is_refused(packed, wrong, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         StoredPacks(wrong(packed))
+
+
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_columns_that_somebody_has_added_are_left_alone(packed, tmp_path, of_tokens):
+    if of_tokens:
+        lists = [[1] * n for n in (3, 5, 2, 8, 1)]
+        source = datasets.Dataset.from_dict({"input_ids": lists, "label": list(range(5))})
+        packed = packpipe.pack(source, 8, output=tmp_path / "a", progress=False)
+    rows = len(packed)
+    table = packed.data.table
+    for name, column in {
+        "weight": pa.array(range(rows)),
+        "note": pa.array(["text"] * rows),
+        "tags": pa.array([[row] for row in range(rows)]),
+        "triple": pa.array([[1.0, 2.0, 3.0]] * rows, pa.list_(pa.float32(), 3)),
+    }.items():
+        table = table.append_column(name, column)
+    found, wanted = packpipe.read_rows(table), packpipe.read_rows(packed)
+    for columns, others in ((found.segments, wanted.segments), (found.tokens, wanted.tokens)):
+        assert columns.keys() - others.keys() <= {"tags"}  # as many as segments, by chance
+        assert all(np.array_equal(columns[name], others[name]) for name in others)
+    loaded, plain_ones = (list(PackedLoader(one, 1)) for one in (table, packed))
+    assert len(loaded) == len(plain_ones) == rows
+    for one, other in zip(loaded, plain_ones, strict=True):
+        assert torch.equal(one.example_index, other.example_index)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"input_ids": [[1, 2, 3], [4, 5], [6]], "grid_hw": ["a", "b", None]},
+        {"input_ids": [[1, 2, 3], [4, 5], [6]], "image_hw": [7, 8, 9]},
+        {"patches": [[1, 2, 3], [4, 5], [6]], "coords": [[7, 8, 9], [1, 2], [3]]},
+    ],
+)
+def test_columns_of_tokens_may_have_the_names_of_images(columns, tmp_path):
+    source = datasets.Dataset.from_dict(columns)
+    packed = packpipe.pack(source, 4, output=tmp_path / "a", progress=False)
+    rows = packpipe.read_rows(packed)
+    assert rows.of_tokens
+    for name, values in columns.items():
+        if isinstance(values[0], list):
+            held = rows.tokens[name][rows.segment_ids > 0].tolist()
+            assert held == [v for i in rows.example_index.tolist() for v in values[i]]
+        else:
+            expected = [values[i] for i in rows.example_index.tolist()]
+            assert rows.segments[name].to_pylist() == expected
+    loader = PackedLoader(packed, 1)
+    assert isinstance(next(iter(loader)), packpipe.TokenBatch)
+    loader.state_dict()
+    found = packpipe.summarize(tmp_path / "a")
+    assert (found.unit, found.image_hw) == ("sequence", None)
+    assert packpipe.verify(tmp_path / "a", source) == []

@@ -262,3 +262,21 @@ def test_whatever_a_manifest_says_it_is_a_list_of_problems(tmp_path, value):
             (folder / "manifest.json").write_text(json.dumps(whole))
             packpipe.verify(folder, source())  # does not raise
             group[key] = before
+
+
+def test_a_length_that_is_not_its_list_s_is_a_problem_beside_the_source_too(tmp_path):
+    folder = built(tmp_path / "a", layout="ragged")
+    with pa.OSFile(str(folder / FIRST)) as file:
+        table = pa.ipc.open_stream(file).read_all()
+    lens = table["seq_lens"].to_pylist()
+    lens[0][0] -= 1
+    place = table.schema.get_field_index("seq_lens")
+    changed = table.set_column(
+        place, table.schema.field(place), pa.array(lens, pa.list_(pa.int32()))
+    )
+    record = files.write_table(folder / FIRST, changed.schema, [changed])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][FIRST] = record
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = said(folder, source())
+    assert f"{FIRST}, row 0: the tokens are not as many as seq_lens say" in found

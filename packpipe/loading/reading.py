@@ -1,0 +1,50 @@
+"""Reads a stream of packs, and notes the places from which it can be read again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from packpipe.images.opening import ImageData
+
+
+class Held(NamedTuple):
+    """An example that waits in an open pack, undecoded."""
+
+    number: int
+    data: ImageData
+    image_hw: tuple[int, int]
+    grid_hw: tuple[int, int]
+    num_keep: int
+    label: Any
+
+
+class Anchor(NamedTuple):
+    """The beginning of a window. No pack is open there, so reading can begin there again."""
+
+    # Packs and examples before it, and the dataset's state there (None: the dataset's beginning).
+    num_packs: int
+    num_examples: int
+    source: dict[str, Any] | None
+
+
+class Reading:
+    """The packs of one pass over a stream, and the windows it can be continued from."""
+
+    def __init__(self, packs: Iterator[list[Held]], anchors: deque[Anchor]) -> None:
+        self._packs, self._anchors = packs, anchors
+
+    def __iter__(self) -> Iterator[list[Held]]:
+        return self._packs
+
+    def forget(self, num_packs: int) -> None:
+        """Drop the windows that are not needed any more once this many packs are taken."""
+        # The last one that begins at or before num_packs stays: continuing reads from there.
+        while len(self._anchors) > 1 and self._anchors[1].num_packs <= num_packs:
+            self._anchors.popleft()
+
+    def state(self, num_packs: int) -> dict[str, Any]:
+        """Return the place to read from to continue after some packs."""
+        self.forget(num_packs)
+        return self._anchors[0]._asdict()
