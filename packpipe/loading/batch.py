@@ -64,17 +64,17 @@ class PackedBatch:
         width = _checked_width(
             rows, max_segments, "pass the max_segments the rows were packed with"
         )
+        pad = _padding_to(rows, width)
         labels = None
         if "labels" in rows.segments:
-            numbers = _integer_labels(rows.segments["labels"])
-            labels = torch.from_numpy(rows.padded(numbers, width, NO_LABEL))
+            labels = pad(_integer_labels(rows.segments["labels"]), NO_LABEL)
         return cls(
             patches=_tensor(rows.patches, copy),
             segment_ids=_tensor(rows.segment_ids, copy),
             coords=_tensor(rows.coords, copy),
-            seq_lens=_padded(rows, "seq_lens", width),
-            grid_hw=_padded(rows, "grid_hw", width),
-            example_index=_padded(rows, "example_index", width, NO_EXAMPLE),
+            seq_lens=pad(rows.seq_lens, 0),
+            grid_hw=pad(rows.grid_hw, 0),
+            example_index=pad(rows.example_index, NO_EXAMPLE),
             labels=labels,
         )
 
@@ -134,9 +134,19 @@ def _checked_width(rows: Rows, max_segments: int, remedy: str) -> int:
     return width
 
 
-def _padded(rows: Rows, name: str, width: int, absent: int = 0) -> Tensor:
-    """Return a column of segments as a tensor [B, S, ...], `absent` where a row has no segment."""
-    return torch.from_numpy(rows.padded(rows.segments[name], width, absent))
+def _padding_to(rows: Rows, width: int) -> Callable[[NDArray[Any], int], Tensor]:
+    """Return a function that makes a column of segments a tensor [B, S, ...].
+
+    Its second argument is what stands where a row has no such segment.
+    """
+    places = rows.places(width)  # worked out once for all columns
+
+    def pad(values: NDArray[Any], absent: int) -> Tensor:
+        column = np.full((len(rows) * width, *values.shape[1:]), absent, values.dtype)
+        column[places] = values
+        return torch.from_numpy(column.reshape(len(rows), width, *values.shape[1:]))
+
+    return pad
 
 
 def _tensor(values: NDArray[Any], copy: bool) -> Tensor:
@@ -189,13 +199,14 @@ class TokenBatch:
         """
         width = _checked_width(rows, max_segments, "pass as many as the rows hold")
         tokens = {name: _signed_tensor(values) for name, values in rows.tokens.items()}
+        pad = _padding_to(rows, width)
         return cls(
             segment_ids=tokens.pop("segment_ids"),
             position_ids=tokens.pop("position_ids"),
             tokens=tokens,
-            seq_lens=_padded(rows, "seq_lens", width),
-            fragment=_padded(rows, "fragment", width),
-            example_index=_padded(rows, "example_index", width, NO_EXAMPLE),
+            seq_lens=pad(rows.seq_lens, 0),
+            fragment=pad(rows.fragment, 0),
+            example_index=pad(rows.example_index, NO_EXAMPLE),
         )
 
     @property

@@ -104,18 +104,14 @@ class Rows:
             tokens[name][places] = values
         return replace(self, offsets=np.concatenate([[0], np.cumsum(held)]), tokens=tokens)
 
-    def padded(self, values: NDArray[Any], width: int, absent: int) -> NDArray[Any]:
-        """Return [rows, width, ...]: a column of segments, padded to width segments a row.
+    def places(self, width: int) -> NDArray[np.int64]:
+        """Return int64[segments], the place of each in [rows, width] laid end to end.
 
         Args:
-            values: [segments, ...], one entry a segment.
             width: as many segments as any row holds, or more.
-            absent: what stands where a row has no such segment.
         """
-        row_of = np.repeat(np.arange(len(self)), self.num_segments)
-        out = np.full((len(self) * width, *values.shape[1:]), absent, values.dtype)
-        out[row_of * width + self.numbers] = values
-        return out.reshape(len(self), width, *values.shape[1:])
+        before = self.offsets[:-1] - np.arange(len(self)) * width
+        return np.arange(self.offsets[-1]) - np.repeat(before, self.num_segments)
 
     def _repr_png_(self) -> bytes | None:
         return None if self.of_tokens else png(self.patches, self.segment_ids)
