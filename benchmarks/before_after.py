@@ -111,6 +111,10 @@ class Checkout:
                 "HF_HOME": home,
                 "HF_HUB_OFFLINE": "1",
                 "NUMBA_CACHE_DIR": f"{home}/numba",
+                # glibc gives batches back to the system, or keeps them, as the heap happens to lie:
+                # a third of the time of reading small batches, and not what is asked here.
+                "MALLOC_MMAP_THRESHOLD_": f"{2**26}",
+                "MALLOC_TRIM_THRESHOLD_": f"{2**28}",
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

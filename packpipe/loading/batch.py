@@ -126,9 +126,10 @@ class PackedBatch:
 def _checked_width(rows: Rows, max_segments: int, remedy: str) -> int:
     """Return max_segments; raise ValueError if a row holds more segments."""
     width = checks.whole_number("max_segments", max_segments, 1, 2**31 - 1, remedy)
-    too_many = np.flatnonzero(rows.num_segments > width)
+    num_segments = rows.num_segments
+    too_many = np.flatnonzero(num_segments > width)
     if too_many.size:
-        name, found = f"num_segments[{too_many[0]}]", int(rows.num_segments[too_many[0]])
+        name, found = f"num_segments[{too_many[0]}]", int(num_segments[too_many[0]])
         expected = f"at most {width} (max_segments)"
         raise ValueError(checks.sentence(name, found, expected, remedy))
     return width

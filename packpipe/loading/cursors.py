@@ -114,7 +114,8 @@ class EpochCursor(Cursor):
         num_packs = self._packs.num_packs(key)
         steps = step_packs(num_packs, work, share.global_batch, self._tail, key)
         # The steps of an epoch are one array of numbers, so continuing is a slice of it.
-        for packs in steps[start // share.global_batch :, share.own]:
+        own = slice(share.own.start, share.own.stop)
+        for packs in steps[start // share.global_batch :, own]:
             there = np.flatnonzero(packs != NO_PACK)
             yield packs[there], there
 

@@ -203,10 +203,11 @@ class PackedLoader:
         # A loop that counts steps never asks for one batch more, so the last batch must itself end
         # the pass. Which one is the last is unknown in a stream: there the end of the loop does it.
         steps = self._cursor.steps(self._key, self._share)
-        end = None if steps is None else steps * self.global_batch
+        global_batch = self.global_batch
+        end = None if steps is None else steps * global_batch
         for batch in self._batches():
             # Before the yield: a state that is saved inside the loop counts this batch.
-            self._taken += self.global_batch
+            self._taken += global_batch
             self._finished = self._taken == end
             self._cursor.passed(self._taken)
             was_last = self._finished

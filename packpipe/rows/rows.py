@@ -71,7 +71,7 @@ class Rows:
     @property
     def num_segments(self) -> NDArray[np.int64]:
         """int64[rows], how many segments each holds."""
-        return np.diff(self.offsets)
+        return self.offsets[1:] - self.offsets[:-1]
 
     @property
     def numbers(self) -> NDArray[np.int64]:
