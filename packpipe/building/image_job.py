@@ -102,7 +102,9 @@ def image_job(images: Images) -> Job:
     @cache
     def plan() -> PlannedRows:
         config = images.config
-        check_settings(config.max_pixels)  # before any header is read
+        # Worker processes do not have this process's settings of Pillow. Settings that rows would
+        # depend on are refused, before any header is read.
+        check_settings(config.max_pixels)
         with ThreadPoolExecutor(max(1, images.num_workers)) as executor:
             sizes = sizes_of(
                 images.dataset,
@@ -141,9 +143,6 @@ def plan_images(
             drawn, for a dataset that is a part of another one; None numbers from 0.
     """
     config, columns, texts = images.config, images.columns, images.texts
-    # Worker processes do not have this process's settings of Pillow. Settings that rows would
-    # depend on are refused, so that rows are the same for any num_workers.
-    check_settings(config.max_pixels)
     labels = labels_of(images.dataset, columns.label)
     found = survey(sizes, labels, images.label)
     also = None

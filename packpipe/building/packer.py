@@ -23,6 +23,7 @@ from packpipe._version import __version__
 from packpipe.building.image_job import Images, plan_images
 from packpipe.building.job import PlannedRows
 from packpipe.building.token_job import Sequences, plan_sequences
+from packpipe.images.opening import check_settings
 from packpipe.philox import checked_key
 from packpipe.planning.image_config import MAX_IMAGE_SEQ_LEN, PackConfig, config_from
 from packpipe.planning.token_config import TokenConfig, token_config_from
@@ -130,6 +131,7 @@ class Packer:
             expected = "True for options that draw, since every image draws by its row"
             remedy = "use map(packer, batched=True, with_indices=True)"
             raise ValueError(checks.sentence("with_indices", False, expected, remedy))
+        check_settings(config.max_pixels)
         images = Images(dataset, columns, config, self.key)
         sizes = probe_sizes(images.source, len(dataset), max_pixels=config.max_pixels)
         return plan_images(images, sizes, numbers)
@@ -156,12 +158,9 @@ def _as_dataset(batch: Any) -> Dataset:
     elif isinstance(batch, pa.RecordBatch):
         table = pa.Table.from_batches([batch])
     elif hasattr(batch, "__arrow_c_stream__"):  # Arrow's own table, pandas', Polars'
-        try:
-            table = pa.table(batch)
-        except pa.ArrowException as error:
-            raise ValueError(_not_arrow("batch", str(error))) from error
+        table = _table(batch)
     elif isinstance(batch, Mapping) and not isinstance(batch, LazyRow):
-        table = pa.table({name: _column(name, values) for name, values in batch.items()})
+        table = _table({name: _column(name, values) for name, values in batch.items()})
     else:
         expected = "a batch of Dataset.map, Arrow's table, or a dict of columns"
         remedy = "use map(packer, batched=True)"
@@ -170,6 +169,14 @@ def _as_dataset(batch: Any) -> Dataset:
     found = Features({name: _feature(known[name]) for name in table.column_names})
     # Without a given fingerprint `datasets` would hash all that the batch holds.
     return Dataset(table, DatasetInfo(features=found), fingerprint="batch")
+
+
+def _table(data: Any) -> pa.Table:
+    """Return columns as a table; ValueError if Arrow makes none of them."""
+    try:
+        return pa.table(data)
+    except pa.ArrowException as error:
+        raise ValueError(_not_arrow("batch", str(error))) from error
 
 
 def _column(name: str, values: Any) -> pa.Array:

@@ -57,9 +57,9 @@ class Share(NamedTuple):
         return self.batch_size * self.world_size
 
     @property
-    def own(self) -> range:
+    def own(self) -> slice:
         """Places of this rank's packs among those of a step."""
-        return range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        return slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
 
 
 class Cursor(ABC):
@@ -114,8 +114,7 @@ class EpochCursor(Cursor):
         num_packs = self._packs.num_packs(key)
         steps = step_packs(num_packs, work, share.global_batch, self._tail, key)
         # The steps of an epoch are one array of numbers, so continuing is a slice of it.
-        own = slice(share.own.start, share.own.stop)
-        for packs in steps[start // share.global_batch :, own]:
+        for packs in steps[start // share.global_batch :, share.own]:
             there = np.flatnonzero(packs != NO_PACK)
             yield packs[there], there
 

@@ -76,7 +76,7 @@ class Rows:
     @property
     def numbers(self) -> NDArray[np.int64]:
         """int64[segments], the number of each within its row: 0, 1, ..."""
-        return np.arange(self.offsets[-1]) - np.repeat(self.offsets[:-1], self.num_segments)
+        return self.places(0)
 
     def first_places(self, seq_len: int) -> NDArray[np.int64]:
         """Return int64[segments], where each one's first token goes, rows laid end to end."""

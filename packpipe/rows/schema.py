@@ -76,6 +76,10 @@ def segment_schema(label_type: pa.DataType | None) -> pa.Schema:
     return pa.schema(fields)
 
 
+_TOKEN_SEGMENTS = {name: pa.list_(kind) for name, kind in SEGMENT_TYPES.items()}
+_IMAGE_SEGMENTS = {field.name: field.type for field in segment_schema(None)}
+
+
 def row_schema(config: PackConfig, label_type: pa.DataType | None) -> pa.Schema:
     """Return the schema of packed rows of images."""
     widths = {"patches": config.patch_bytes, "segment_ids": 1, "coords": 2}
@@ -196,9 +200,7 @@ def _check_columns(schema: pa.Schema) -> None:
 
 def _own_segments(names: Any) -> dict[str, pa.DataType]:
     """Return packpipe's own columns of segments, which are NumPy arrays in memory."""
-    if holds_tokens(names):
-        return {name: pa.list_(kind) for name, kind in SEGMENT_TYPES.items()}
-    return {field.name: field.type for field in segment_schema(None)}
+    return _TOKEN_SEGMENTS if holds_tokens(names) else _IMAGE_SEGMENTS
 
 
 def _not_a_row(name: str, found: pa.DataType | None, expected: str) -> str:

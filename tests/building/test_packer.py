@@ -333,6 +333,11 @@ def test_a_column_of_several_kinds_of_arrays_is_refused_not_guessed(images):
         packpipe.Packer(seq_len=4)({"image": images})
 
 
+def test_columns_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match=r"^batch is .*length.*, expected arrays of one kind, or"):
+        packpipe.Packer(seq_len=4)({"input_ids": [[1], [2]], "label": [1]})
+
+
 def test_a_missing_array_is_a_reject_and_an_empty_list_no_other_type():
     images = [np.full((16, 16, 3), 9, np.uint8), None, np.full((16, 16, 3), 7, np.uint8)]
     rows = packpipe.read_rows(packpipe.Packer(4, on_error="drop")({"image": images}, range(3)))
