@@ -124,21 +124,41 @@ def close(found, wanted, tolerance):
     return (found - wanted).abs().max().item() <= tolerance * scale
 
 
+def results_of(setting, model, forward, batch):
+    """Return (outputs of images, loss, gradient of each parameter)."""
+    outputs = forward(model, batch)
+    loss = loss_of(setting, outputs, batch)
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return outputs.detach()[present(model, batch)], loss.detach(), gradients
+
+
+# Images alone have the same results for every backend, and take most of the time.
+_ALONE = {}
+
+
+def alone_results(setting, case):
+    key = repr((replace(setting, attention="reference"), case))
+    if key not in _ALONE:
+        if len(_ALONE) >= 512:
+            _ALONE.clear()
+        batch = setting.batch(case)
+        _ALONE[key] = results_of(setting, setting.alone(), one_at_a_time, batch)
+    return _ALONE[key]
+
+
 def packed_equals_alone(setting, case, tolerance):
-    """Outputs, loss and gradients."""
-    batch = setting.batch(case)
-    results = []
-    for model, forward in ((setting.model(), lambda m, b: m(b)), (setting.alone(), one_at_a_time)):
-        outputs = forward(model, batch)
-        loss = loss_of(setting, outputs, batch)
-        loss.backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        results.append((outputs.detach()[present(model, batch)], loss.detach(), gradients))
-    (outputs, loss, gradients), (alone, alone_loss, alone_gradients) = results
+    """Outputs, loss and gradients, which are returned."""
+    batch, model = setting.batch(case), setting.model()
+    outputs, loss, gradients = results_of(setting, model, lambda m, b: m(b), batch)
+    alone, alone_loss, alone_gradients = alone_results(setting, case)
     assert close(outputs, alone, tolerance), (outputs - alone).abs().max()
     assert close(loss, alone_loss, tolerance), (loss, alone_loss)
+    assert gradients.keys() == alone_gradients.keys()
     for name, gradient in gradients.items():
+        assert gradient is not None, name
         assert close(gradient, alone_gradients[name], tolerance), name
+    return gradients
 
 
 def busiest(case):
@@ -179,13 +199,18 @@ def no_gradient_crosses(setting, case):
 
 def every_parameter_learns(setting, case):
     """One backward pass gives every parameter a finite gradient that is not all zero."""
-    assert any(length > 1 for lens in case.lens for length in lens)  # one token has no softmax
     batch, model = setting.batch(case), setting.model()
-    loss_of(setting, model(batch), batch).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().sum() > 0, name
+    _, _, gradients = results_of(setting, model, lambda m, b: m(b), batch)
+    every_gradient_learns(gradients, case)
+
+
+def every_gradient_learns(gradients, case):
+    """As `every_parameter_learns`, of gradients that are there already."""
+    assert any(length > 1 for lens in case.lens for length in lens)  # one token has no softmax
+    for name, gradient in gradients.items():
+        assert gradient is not None, name
+        assert gradient.isfinite().all(), name
+        assert gradient.abs().sum() > 0, name
 
 
 def replace_patches(batch, patches):
