@@ -9,8 +9,9 @@ Shape letters, here and in the model: B rows, L tokens a row (seq_len), S segmen
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from packpipe import checks
 from packpipe.rows.rows import NO_LABEL, Rows
+from packpipe.rows.schema import SEGMENT_TYPES
 
 NO_EXAMPLE = -1
 
@@ -135,14 +137,14 @@ def _checked_width(rows: Rows, max_segments: int, remedy: str) -> int:
     return width
 
 
-def _padding_to(rows: Rows, width: int) -> Callable[[NDArray[Any], int], Tensor]:
+def _padding_to(rows: Rows, width: int) -> Callable[[NDArray[Any], float], Tensor]:
     """Return a function that makes a column of segments a tensor [B, S, ...].
 
     Its second argument is what stands where a row has no such segment.
     """
     places = rows.places(width)  # worked out once for all columns
 
-    def pad(values: NDArray[Any], absent: int) -> Tensor:
+    def pad(values: NDArray[Any], absent: float) -> Tensor:
         column = np.full((len(rows) * width, *values.shape[1:]), absent, values.dtype)
         column[places] = values
         return torch.from_numpy(column.reshape(len(rows), width, *values.shape[1:]))
@@ -178,6 +180,9 @@ class TokenBatch:
         seq_lens: int32[B, S], tokens of each segment.
         fragment: int32[B, S], which piece of its sequence; 0 where absent.
         example_index: int64[B, S], row in the source; -1 where absent.
+        values: the source's other columns by name, such as ``labels`` of sequences: numbers as
+            [B, S], with -100 (``labels``), 0, False or NaN where absent; others as a list of each
+            row's values. Integers and bools with a null among them are such lists, too.
     """
 
     tokens: dict[str, Tensor]
@@ -186,6 +191,7 @@ class TokenBatch:
     seq_lens: Tensor
     fragment: Tensor
     example_index: Tensor
+    values: dict[str, Tensor | list[list[Any]]] = field(default_factory=dict)
 
     @classmethod
     def from_rows(cls, rows: Rows, *, max_segments: int) -> TokenBatch:
@@ -208,6 +214,11 @@ class TokenBatch:
             seq_lens=pad(rows.seq_lens, 0),
             fragment=pad(rows.fragment, 0),
             example_index=pad(rows.example_index, NO_EXAMPLE),
+            values={
+                name: _value_tensor(name, values, rows, pad)
+                for name, values in rows.segments.items()
+                if name not in SEGMENT_TYPES
+            },
         )
 
     @property
@@ -224,11 +235,27 @@ class TokenBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
-        columns = {name: value for name, value in vars(self).items() if name != "tokens"}
-        return TokenBatch(
-            tokens={name: change(value) for name, value in self.tokens.items()},
-            **{name: change(value) for name, value in columns.items()},
-        )
+        def changed(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: changed(inner) for name, inner in value.items()}
+            return change(value) if isinstance(value, Tensor) else value
+
+        return TokenBatch(**changed(vars(self)))
+
+
+def _value_tensor(
+    name: str, values: pa.Array, rows: Rows, pad: Callable[[NDArray[Any], float], Tensor]
+) -> Tensor | list[list[Any]]:
+    """Return a column with one value a segment: numbers as [B, S], others as lists of the rows."""
+    kind = values.type
+    if pa.types.is_floating(kind):
+        return pad(values.to_numpy(zero_copy_only=False), np.nan)  # a null is NaN
+    if not values.null_count and pa.types.is_boolean(kind):
+        return pad(values.to_numpy(zero_copy_only=False), False)
+    if not values.null_count and pa.types.is_integer(kind):
+        return pad(values.to_numpy().astype(np.int64), NO_LABEL if name == "labels" else 0)
+    ends = rows.offsets.tolist()
+    return [values[a:b].to_pylist() for a, b in itertools.pairwise(ends)]
 
 
 def _signed_tensor(values: NDArray[Any]) -> Tensor:

@@ -26,52 +26,118 @@ from packpipe import checks
 from packpipe.loading.batch import PackedBatch, TokenBatch
 from packpipe.rows.rows import NO_LABEL
 
+IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")  # of attention in transformers, with a mask
 
-def to_transformers(batch: TokenBatch) -> dict[str, Any]:
-    """Return what transformers' ``DataCollatorWithFlattening`` returns for the batch's segments.
 
-    Pass it to a model with ``attn_implementation="flash_attention_2"``; with "sdpa" leave out all
-    but ``input_ids``, ``labels`` and ``position_ids``, and pass ``use_cache=False``: a model with a
-    cache ignores that positions restart, and mixes the sequences.
+def to_transformers(batch: TokenBatch, *, position_ids_start: int = 0) -> dict[str, Any]:
+    """Return the arguments of a transformers model for the batch's segments, without padding.
+
+    They are what ``DataCollatorWithFlattening`` returns, and ``use_cache``. Pass all of them to a
+    decoder, ``model(**to_transformers(batch))``, with any ``attn_implementation``: flash-attention
+    takes the bounds, the others see that positions restart. Encoders (BERT and its like) do not see
+    that without flash-attention; give them padded rows and `to_attention_mask`.
+
+    Args:
+        batch: the batch. Labels are its token column ``labels``, else the input_ids; they are -100
+            where a ``completion_mask`` or ``assistant_masks`` column is 0. If ``labels`` (or
+            ``label``) has one value a sequence, these are the labels, for classification.
+        position_ids_start: position of first tokens; 2 for RoBERTa and its like (padding_idx + 1).
 
     Returns:
         ``input_ids``, ``labels``, ``position_ids`` int64[1, T]; ``cu_seq_lens_q`` and
-        ``cu_seq_lens_k`` int32[segments + 1]; ``max_length_q``, ``max_length_k``. Labels of first
-        tokens are -100; without a column of labels they are the input_ids.
+        ``cu_seq_lens_k`` int32[segments + 1]; ``max_length_q``, ``max_length_k``; ``use_cache``,
+        False, since a model with a cache ignores that positions restart, and mixes the sequences.
+        Labels of first tokens are -100. For classification ``labels`` are [segments].
     """
+    start = checks.whole_number("position_ids_start", position_ids_start, 0, 2**31 - 1, "0 or 2")
     real = batch.segment_ids > 0
     positions = batch.position_ids[real].long()
-    input_ids = _column(batch, "input_ids")[real].long()
-    labels = batch.tokens["labels"][real].long() if "labels" in batch.tokens else input_ids
     bounds, longest = _bounds(batch)
-    # The models shift labels by one, so a first token would be predicted from the sequence before.
     return {
-        "input_ids": input_ids[None],
-        "labels": labels.masked_fill(positions == 0, NO_LABEL)[None],
-        "position_ids": positions[None],
+        "input_ids": _column(batch, "input_ids")[real].long()[None],
+        "labels": _labels(batch),
+        "position_ids": positions[None] + start,
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": longest,
         "max_length_k": longest,
+        "use_cache": False,
     }
 
 
-def to_attention_mask(batch: TokenBatch | PackedBatch, *, causal: bool = False) -> Tensor:
-    """Return bool[B, 1, L, L], True where a query (row) sees a key: transformers' 4-D mask.
+def _labels(batch: TokenBatch) -> Tensor:
+    """Return the labels of tokens, int64[1, T], or of sequences, [segments]."""
+    for name in ("labels", "label"):
+        value = batch.values.get(name)
+        if "labels" not in batch.tokens and value is not None:
+            if not isinstance(value, Tensor):
+                found, remedy = f"values[{name!r}]", "class_encode_column it before packing"
+                raise TypeError(checks.sentence(found, value[0][:1], "numbers", remedy))
+            return value[batch.present]
+    real = batch.segment_ids > 0
+    name = "labels" if "labels" in batch.tokens else "input_ids"
+    labels = _column(batch, name)[real].long()
+    # The models shift labels by one, so a first token would be predicted from the sequence before.
+    hidden = batch.position_ids[real] == 0
+    for mask in ("completion_mask", "assistant_masks"):
+        if mask in batch.tokens:
+            hidden = hidden | (batch.tokens[mask][real] == 0)
+    return labels.masked_fill(hidden, NO_LABEL)[None]
+
+
+def to_attention_mask(
+    batch: TokenBatch | PackedBatch,
+    *,
+    causal: bool = False,
+    implementation: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Return the 4-D mask of transformers for padded rows: which query sees which key.
 
     A padding token sees itself, since a softmax over nothing is NaN in some of its backends.
 
     Args:
         batch: the batch.
         causal: whether a token sees no later token.
+        implementation: the model's ``attn_implementation``, which decides what a mask is.
+        dtype: of the model; the mask of ``"eager"`` has it.
+
+    Returns:
+        [B, 1, L, L], query before key. ``"sdpa"``: bool, True where a query sees a key;
+        ``"eager"``: 0 there and the least number of dtype elsewhere, which eager attention adds to
+        its scores; ``"flex_attention"``: a ``BlockMask`` of torch.
     """
+    remedy = "flash-attention takes `to_transformers`"
+    checks.choice("implementation", implementation, IMPLEMENTATIONS, remedy)
     ids = batch.segment_ids
     seq_len = ids.shape[1]
+    if implementation == "flex_attention":
+        return _block_mask(ids, causal)
     same = (ids[:, :, None] == ids[:, None, :]) & (ids > 0)[:, None, :]
     if causal:
         same = same & torch.ones(seq_len, seq_len, dtype=torch.bool, device=ids.device).tril()
-    alone = torch.eye(seq_len, dtype=torch.bool, device=ids.device)
-    return (same | alone)[:, None]
+    seen = (same | torch.eye(seq_len, dtype=torch.bool, device=ids.device))[:, None]
+    if implementation == "sdpa":
+        return seen
+    # Not -inf, as transformers does: a row of it alone would be NaN.
+    return torch.zeros(seen.shape, dtype=dtype, device=ids.device).masked_fill(
+        ~seen, torch.finfo(dtype).min
+    )
+
+
+def _block_mask(ids: Tensor, causal: bool) -> Any:
+    """Return FlexAttention's mask of int32[B, L] segment numbers, 0 in padding."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del head  # all heads have the same mask
+        same = (ids[row, query] == ids[row, key]) & (ids[row, key] > 0)
+        if causal:
+            same = same & (query >= key)
+        return same | (query == key)
+
+    rows, seq_len = ids.shape
+    return create_block_mask(sees, rows, None, seq_len, seq_len, device=str(ids.device))
 
 
 def to_flash_attention(batch: TokenBatch | PackedBatch) -> dict[str, Any]:

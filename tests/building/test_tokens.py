@@ -464,3 +464,35 @@ def test_token_rows_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"num_segments\[0\] is 2, expected at most 1"):
         TokenBatch.from_rows(read_tokens(fixed), max_segments=1)
     assert read_tokens(fixed, [0]).segments["name"].to_pylist() == fixed["name"][0]
+
+
+def test_values_of_sequences_reach_the_batch(tmp_path):
+    columns = {
+        "input_ids": [[1, 2], [3], [4, 5, 6]],
+        "labels": [7, 8, 9],
+        "weight": [0.5, None, 1.5],
+        "rare": [None, 1, 2],
+        "right": [True, False, True],
+        "name": ["a", "b", None],
+    }
+    packed = pack(Dataset.from_dict(columns), 4, output=tmp_path / "packed", progress=False)
+    (batch,) = PackedLoader(packed, 2, rank=0, world_size=1)
+    assert batch.values.keys() == columns.keys() - {"input_ids"}
+    index = batch.example_index
+    for row, column in batch.present.nonzero().tolist():
+        example = int(index[row, column])
+        for name in ("labels", "right"):
+            assert batch.values[name][row, column] == columns[name][example]
+        for name in ("rare", "name"):
+            assert batch.values[name][row][column] == columns[name][example]
+        weight, wanted = float(batch.values["weight"][row, column]), columns["weight"][example]
+        assert weight == wanted or (wanted is None and np.isnan(weight))
+    absent = ~batch.present
+    assert absent.any()
+    assert (batch.values["labels"][absent] == -100).all()
+    assert batch.values["weight"][absent].isnan().all()
+    assert not batch.values["right"][absent].any()
+    assert batch.values["right"].dtype == torch.bool
+    moved = batch.to("meta")
+    assert moved.values["labels"].device.type == "meta"
+    assert moved.values["name"] == batch.values["name"]

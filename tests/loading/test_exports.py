@@ -61,6 +61,7 @@ def test_transformers_flattening_collator_gives_the_same(tmp_path_factory, rows,
     ]
     theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(examples)
     ours = to_transformers(batch)
+    assert ours.pop("use_cache") is False
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         if isinstance(value, torch.Tensor):
@@ -106,6 +107,44 @@ def test_padding_is_refused_where_it_would_be_taken_for_tokens(tmp_path_factory)
     )
     with pytest.raises(ValueError, match=r"batch.tokens is \['tokens'\], expected a column input"):
         to_transformers(one_batch(other))
+
+
+def test_positions_may_start_higher(tmp_path_factory):
+    from transformers import DataCollatorWithFlattening
+
+    batch = one_batch(packed_tokens(tmp_path_factory, [[5, 6, 7], [8, 9]]))
+    examples = [{"input_ids": ids} for ids in segments_of(batch)]
+    theirs = DataCollatorWithFlattening(position_ids_start=2)(examples)
+    ours = to_transformers(batch, position_ids_start=2)
+    assert torch.equal(ours["position_ids"], theirs["position_ids"])
+    assert torch.equal(ours["labels"], theirs["labels"])
+
+
+@pytest.mark.parametrize("mask", ["completion_mask", "assistant_masks"])
+def test_prompts_are_not_trained_on(tmp_path_factory, mask):
+    rows, masks = [[5, 6, 7, 8], [9, 10]], [[0, 0, 1, 1], [1, 1]]
+    batch = one_batch(packed_tokens(tmp_path_factory, rows, columns={mask: masks}))
+    found = to_transformers(batch)["labels"][0].tolist()
+    seen = dict(zip(map(tuple, rows), [[-100, -100, 7, 8], [-100, 10]], strict=True))
+    assert found == [label for ids in segments_of(batch) for label in seen[tuple(ids)]]
+
+
+def test_labels_of_sequences_are_labels(tmp_path_factory):
+    rows = [[5, 6, 7], [8, 9], [1] * 9]
+    for name, values in (("labels", [2, 0, 1]), ("label", [0.5, 1.5, 2.5])):
+        batch = one_batch(packed_tokens(tmp_path_factory, rows, columns={name: values}))
+        found = to_transformers(batch)["labels"].tolist()
+        wanted = {tuple(ids): value for ids, value in zip(rows, values, strict=True)}
+        assert found == [wanted[tuple(ids)] for ids in segments_of(batch)]
+    named = one_batch(packed_tokens(tmp_path_factory, rows, columns={"labels": ["a", "b", "c"]}))
+    with pytest.raises(TypeError, match=r"values\['labels'\] is \['.'\], expected numbers"):
+        to_transformers(named)
+
+
+def test_a_mask_is_refused_for_what_takes_none(tmp_path_factory):
+    batch = one_batch(packed_tokens(tmp_path_factory, [[5, 6, 7]]))
+    with pytest.raises(ValueError, match="implementation is 'flash_attention_2', expected one of"):
+        to_attention_mask(batch, implementation="flash_attention_2")
 
 
 def test_grain_packs_under_the_same_names(tmp_path_factory):

@@ -19,42 +19,53 @@ from packpipe.loading.batch import TokenBatch
 from packpipe.loading.exports import to_attention_mask, to_transformers
 
 VOCABULARY = 50
-sequences = st.lists(
-    st.lists(st.integers(1, VOCABULARY - 1), min_size=2, max_size=16), min_size=1, max_size=8
+sequences = st.lists(  # not of 1, which XLM-R alone takes for padding
+    st.lists(st.integers(2, VOCABULARY - 1), min_size=2, max_size=16), min_size=1, max_size=8
 )
 
 
-def llama() -> nn.Module:
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def made(config: Any, model: Any, implementation: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return model(config(**SIZES, attn_implementation=implementation, **options)).double()
+
+
+def llama(implementation: str = "sdpa") -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation="sdpa",
-    )
-    return LlamaForCausalLM(config).double()
+    return made(LlamaConfig, LlamaForCausalLM, implementation, num_key_value_heads=2)
 
 
-def bert() -> nn.Module:
+def qwen(implementation: str = "sdpa") -> nn.Module:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    heads = {"num_key_value_heads": 2, "head_dim": 8}
+    return made(Qwen3Config, Qwen3ForCausalLM, implementation, **heads)
+
+
+def bert(implementation: str = "sdpa") -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM
 
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        attn_implementation="sdpa",
-    )
-    return BertForMaskedLM(config).double()
+    return made(BertConfig, BertForMaskedLM, implementation, **NO_DROPOUT)
+
+
+def xlm_roberta(implementation: str = "sdpa") -> nn.Module:
+    from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
+
+    return made(XLMRobertaConfig, XLMRobertaForMaskedLM, implementation, **NO_DROPOUT)
+
+
+DECODERS, ENCODERS = [llama, qwen], [bert, xlm_roberta]
+FIRST_POSITION = {xlm_roberta: 2}  # padding_idx + 1
 
 
 def batch_of(folder: Any, rows: list[list[int]]) -> TokenBatch:
@@ -101,48 +112,69 @@ def check(model: nn.Module, packed_loss: Tensor, batch: TokenBatch) -> None:
         assert (found[name] - gradient).abs().max() < 1e-5 * largest, name
 
 
-@settings(max_examples=10, deadline=None)
-@given(sequences)
-def test_llama_by_position_ids_that_restart(tmp_path_factory, rows):
-    model, batch = llama(), batch_of(tmp_path_factory, rows)
-    inputs = to_transformers(batch)
-    kept = {name: inputs[name] for name in ("input_ids", "labels", "position_ids")}
-    loss = model(**kept, use_cache=False).loss
-    check(model, loss, batch)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("decoder", DECODERS)
+@settings(max_examples=5, deadline=None)
+@given(rows=sequences)
+def test_decoders_take_what_to_transformers_returns(
+    tmp_path_factory, decoder, implementation, rows
+):
+    model, batch = decoder(implementation), batch_of(tmp_path_factory, rows)
+    check(model, model(**to_transformers(batch)).loss, batch)
 
 
-@settings(max_examples=10, deadline=None)
-@given(sequences)
-def test_llama_by_a_mask_on_padded_rows(tmp_path_factory, rows):
-    model, batch = llama(), batch_of(tmp_path_factory, rows)
-    loss = model(
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("made_by", [*DECODERS, *ENCODERS])
+@settings(max_examples=5, deadline=None)
+@given(rows=sequences)
+def test_padded_rows_with_a_mask(tmp_path_factory, made_by, implementation, rows):
+    model, batch = made_by(implementation), batch_of(tmp_path_factory, rows)
+    check(model, masked_loss(made_by, model, batch, implementation, torch.float64), batch)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("made_by", [*DECODERS, *ENCODERS])
+def test_padded_rows_with_the_mask_of_flex_attention(tmp_path_factory, monkeypatch, made_by):
+    """Without its compiler, which computes no gradients on a CPU: outputs and loss alone."""
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations import flex_attention as theirs
+
+    def plain(query: Any, key: Any, value: Any, training: Any = False, **options: Any) -> Any:
+        del training
+        return flex_attention(query, key, value, **options)
+
+    monkeypatch.setattr(theirs, "compile_friendly_flex_attention", plain)
+    batch = batch_of(tmp_path_factory, [[3] * 7, [9] * 8, [4, 5], [6] * 11])
+    wanted, _ = alone(made_by("sdpa"), batch)
+    with torch.no_grad():
+        found = masked_loss(made_by, made_by("flex_attention"), batch, "flex_attention")
+    assert abs(found - wanted) < 1e-5
+
+
+def masked_loss(
+    made_by: Any, model: nn.Module, batch: TokenBatch, implementation: str, *dtype: torch.dtype
+) -> Tensor:
+    mask = to_attention_mask(
+        batch,
+        causal=made_by in DECODERS,
+        implementation=implementation,
+        **({"dtype": dtype[0]} if dtype else {}),
+    )
+    loss: Tensor = model(
         input_ids=batch.tokens["input_ids"].long(),
         labels=batch.tokens["labels"].long(),
-        position_ids=batch.position_ids.long(),
-        attention_mask=to_attention_mask(batch, causal=True),
+        position_ids=batch.position_ids.long() + FIRST_POSITION.get(made_by, 0),
+        attention_mask=mask,
     ).loss
-    check(model, loss, batch)
-
-
-@settings(max_examples=10, deadline=None)
-@given(sequences)
-def test_bert_by_a_mask_on_padded_rows(tmp_path_factory, rows):
-    model, batch = bert(), batch_of(tmp_path_factory, rows)
-    loss = model(
-        input_ids=batch.tokens["input_ids"].long(),
-        labels=batch.tokens["labels"].long(),
-        position_ids=batch.position_ids.long(),
-        attention_mask=to_attention_mask(batch),
-    ).loss
-    check(model, loss, batch)
+    return loss
 
 
 @pytest.mark.parametrize("model", [llama, bert])
 def test_without_a_mask_sequences_would_see_each_other(model, tmp_path_factory):
     """Guards the tests above: they would notice."""
-    made, batch = model(), batch_of(tmp_path_factory, [[3] * 7, [9] * 8])
-    loss = made(
+    mixing, batch = model(), batch_of(tmp_path_factory, [[3] * 7, [9] * 8])
+    loss = mixing(
         input_ids=batch.tokens["input_ids"].long(), labels=batch.tokens["labels"].long()
     ).loss
     with pytest.raises(AssertionError):
-        check(made, loss, batch)
+        check(mixing, loss, batch)
