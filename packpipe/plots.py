@@ -143,8 +143,10 @@ def plot_losses(losses: Sequence[float], rows_per_epoch: int) -> Figure:
 def plot_training(records: Sequence[dict[str, Any]]) -> Figure:
     """Return a figure of a training: loss, accuracy and images a second over the steps.
 
+    Figures that are None or absent leave a gap.
+
     Args:
-        records: what `packpipe.training.loop.read_log` returned.
+        records: what `packpipe.training.read_log` returned.
     """
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     steps = [record["step"] for record in records]
@@ -155,7 +157,7 @@ def plot_training(records: Sequence[dict[str, Any]]) -> Figure:
     )
     for place, (name, label) in enumerate(columns):
         axes = figure.add_subplot(1, 3, place + 1)
-        values = np.array([record[name] for record in records])
+        values = np.array([record.get(name) for record in records], float)  # None becomes NaN
         axes.plot(steps, values, lw=0.8, alpha=0.5, label="each record")
         width = max(1, len(values) // 20)
         if width > 1:  # a twentieth of the training; few records need no smoothing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from packpipe.loading.ranks import process_group, rank_of_world
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
 from packpipe.plots import plot_training
+from packpipe.rows.files import write_bytes
 from packpipe.sources.columns import label_column_of
-from packpipe.training.loop import Record, TrainConfig, read_log, train
+from packpipe.training.log import json_line, read_log
+from packpipe.training.loop import Record, TrainConfig, train
 
 TRIM = 64  # bucketed rows are cut to a multiple of so many tokens, so that few shapes occur
 
@@ -145,7 +147,9 @@ class Training:
         if writer:
             writer.close()
         if is_first and (log := read_log(output)):
-            plot_training(log).savefig(output / "training.png", dpi=100)
+            picture = BytesIO()
+            plot_training(log).savefig(picture, dpi=100)
+            write_bytes(output / "training.png", picture.getvalue())
             if not as_json:
                 sys.stdout.write(f"checkpoints, log and plot are in {output}\n")
         return not stopped.is_set()
@@ -153,7 +157,7 @@ class Training:
 
 def _line(record: Record, as_json: bool) -> str:
     if as_json:
-        return json.dumps(asdict(record)) + "\n"
+        return json_line(asdict(record))
     return (
         f"step {record.step}  loss {record.loss:.4f}  accuracy {record.accuracy:.3f}  "
         f"{record.images_per_s:,.0f} images/s  fill {record.fill:.3f}  "

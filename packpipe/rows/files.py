@@ -87,9 +87,17 @@ def checksum_of(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, whole or not at all."""
-    with partial_of(path).open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; one of that name is replaced."""
+    try:
+        with partial_of(path).open("wb") as file:
+            file.write(content)
+    except BaseException:
+        partial_of(path).unlink(missing_ok=True)  # makes room, if the disk is full
+        raise
     commit(path)
 
 

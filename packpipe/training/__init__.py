@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from packpipe.training.log import read_log as read_log
     from packpipe.training.loop import Record as Record
     from packpipe.training.loop import TrainConfig as TrainConfig
-    from packpipe.training.loop import read_log as read_log
     from packpipe.training.loop import train as train
 
 __all__ = ["Record", "TrainConfig", "read_log", "train"]

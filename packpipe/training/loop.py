@@ -9,14 +9,12 @@ Source: NaViT B.1 and Zhai et al., arXiv 2106.04560 (the rate, the two weight de
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +30,8 @@ from packpipe.model.flops import TRAINING, forward_flops, matrix_rate
 from packpipe.model.navit import NaViT, compile_parts
 from packpipe.rows.rows import NO_LABEL
 from packpipe.training.checkpoints import load_checkpoint, save_checkpoint
+from packpipe.training.log import append_record, begin_log, sync_log
+from packpipe.training.log import read_log as read_log  # callers import it from here, too
 from packpipe.training.losses import (
     check_labels,
     global_count,
@@ -168,13 +168,13 @@ def train(
         model: on the device it is trained on.
         loader: batches with integer labels, epoch after epoch.
         config: the options.
-        folder: where checkpoints and log.jsonl go; if it holds a checkpoint, training resumes from
-            there. None keeps nothing.
+        folder: where checkpoints and log.jsonl go; if it holds checkpoints, training resumes from
+            the newest whole one. None keeps nothing.
         stop: called after every step; True makes that step the last one, and saves it.
 
     Raises:
         ValueError: the rows have no labels, or the folder's checkpoint is of another model or of
-            other batches; or an epoch has no batch.
+            other batches, or all of them are damaged; or an epoch has no batch.
         RuntimeError: the attention backend differs from reference attention on this device.
     """
     device = next(model.parameters()).device
@@ -196,7 +196,10 @@ def train(
         else None
     )
     figures = _Figures(model.config, rate, first)
-    writer = _Log(folder, first) if folder and rank_of_world()[0] == 0 else None
+    kept = folder if rank_of_world()[0] == 0 else None  # what one rank alone may write to
+    if kept:
+        # All ranks have loaded by now, since DDP has waited for them.
+        begin_log(kept, first)
 
     batches = _passes(loader)
     for step in range(first, config.steps):
@@ -228,13 +231,15 @@ def train(
         stopped = stop()
         if done % config.log_every == 0 or done == config.steps or stopped:
             record = figures.record(done, config.rate(step))
-            if writer:
-                writer.write(record)
+            if kept:
+                append_record(kept, asdict(record))
             yield record
         # After the yield: a caller that stops at a record leaves without this step's checkpoint.
         if folder and (
             done == config.steps or stopped or (config.save_every and done % config.save_every == 0)
         ):
+            if kept:
+                sync_log(kept)
             save_checkpoint(folder, model, optimizer, loader, done)
         if stopped:
             return
@@ -314,29 +319,6 @@ class _Figures:
         )
         self._reset(step)
         return record
-
-
-class _Log:
-    """Writes log.jsonl, a record a line; first removes records of steps that will be repeated."""
-
-    def __init__(self, folder: Path, first: int) -> None:
-        self.path = folder / "log.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        before = read_log(folder)
-        kept = [line for line in before if line["step"] <= first]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-
-    def write(self, record: Record) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
-
-
-def read_log(folder: Path | str) -> list[dict[str, Any]]:
-    """Return the records of a training's folder, in order; a last line cut short is left out."""
-    path = Path(folder) / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    # Behind the last line break there is nothing, or the part of a line that a kill left.
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def _passes(loader: PackedLoader) -> Iterator[PackedBatch]:
