@@ -3,15 +3,20 @@
     step-00001000/  model.safetensors      the weights, by the names of ``state_dict``
                     optimizer.safetensors  AdamW's moments, as name of weight, dot, name of moment
                     state.json             step, the loader's state, the model's shape
+                    checksums.xxh128       of the three files, as ``xxh128sum`` prints them
 
 A folder is filled under the name ``*.partial``, synced, then renamed; before it is removed it is
-renamed back. The last two are kept.
+renamed back. The last two are kept. Loading checks every file against its checksum and takes the
+newest checkpoint that is whole, so a flipped bit or a file cut short costs the steps since the one
+before, and never passes for weights.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -24,9 +29,15 @@ from packpipe.loading.loader import PackedLoader
 from packpipe.loading.ranks import has_group, rank_of_world
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
+from packpipe.rows.files import checksum_of
+
+log = logging.getLogger(__name__)
 
 KEPT = 2  # with one, a kill while the same step is written again would leave none
-_VERSION = 1
+_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_CHECKSUMS = "checksums.xxh128"
+_VERSION = 2
+_WITHOUT_CHECKSUMS = 1  # the version before, which can still be loaded
 
 
 def save_checkpoint(
@@ -42,34 +53,43 @@ def save_checkpoint(
 def _save(
     folder: Path, model: NaViT, optimizer: torch.optim.Optimizer, loader: PackedLoader, step: int
 ) -> None:
-    from safetensors.torch import save_file
-
     whole = folder / f"step-{step:08d}"
     partial = whole.with_name(whole.name + ".partial")
-    for left in folder.glob("step-*.partial"):  # by a process that was killed
-        shutil.rmtree(left)
+    _remove_partials(folder)
     partial.mkdir(parents=True)
-    # safetensors refuses tensors that are not contiguous.
-    save_file(
-        {k: v.contiguous() for k, v in _weights(model).items()}, partial / "model.safetensors"
-    )
-    save_file(_moments(model, optimizer), partial / "optimizer.safetensors")
-    state = {
-        "version": _VERSION,
-        "step": step,
-        "model": asdict(model.config),
-        "loader": loader.state_dict(),
-    }
-    (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    # Synced before the rename: after a crash the new name must not stand for files without data.
-    for path in (*partial.iterdir(), partial):
-        _sync(path)
+    try:
+        _fill(partial, model, optimizer, loader, step)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # makes room, if the disk is full
+        raise
     if whole.exists():  # a folder that holds files cannot be renamed over
         _remove(whole)
     partial.rename(whole)
     _sync(folder)  # makes the rename itself durable
     for old in checkpoints(folder)[:-KEPT]:
         _remove(old)
+
+
+def _fill(
+    partial: Path, model: NaViT, optimizer: torch.optim.Optimizer, loader: PackedLoader, step: int
+) -> None:
+    """Write the files of a checkpoint, and wait until the disk has them."""
+    from safetensors.torch import save_file
+
+    # safetensors refuses tensors that are not contiguous.
+    save_file({k: v.contiguous() for k, v in _weights(model).items()}, partial / _MODEL)
+    save_file(_moments(model, optimizer), partial / _OPTIMIZER)
+    state = {
+        "version": _VERSION,
+        "step": step,
+        "model": asdict(model.config),
+        "loader": loader.state_dict(),
+    }
+    (partial / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    (partial / _CHECKSUMS).write_bytes(b"".join(_checksums(partial).values()))
+    # Synced before the rename: after a crash the new name must not stand for files without data.
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -79,26 +99,125 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(half)
 
 
+def _remove_partials(folder: Path) -> None:
+    """Remove what a process that was killed has left half-written or half-removed."""
+    for left in folder.glob("step-*.partial"):
+        shutil.rmtree(left)
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in a folder, the oldest first."""
-    # Steps have eight digits, so names sort as the numbers do.
-    return sorted(path for path in Path(folder).glob("step-*") if path.suffix != ".partial")
+    """Return the checkpoints in a folder that were written to the end, by step, the last one last.
+
+    What became of their files since then is not looked at; `newest_whole` does.
+    """
+    found = (path for path in Path(folder).glob("step-*") if _step_of(path) >= 0 and path.is_dir())
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name, -1 if it is not the name of one."""
+    found = re.fullmatch("step-([0-9]+)", checkpoint.name)
+    return int(found[1]) if found else -1
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """Return the newest checkpoint whose files are as they were written, None if there is none.
+
+    Newer ones, which are damaged, are named in a warning. The answer depends on the files alone,
+    so that ranks that see the same files go on from the same step.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    damages = []
+    for checkpoint in reversed(checkpoints(folder)):
+        damage = _damage_of(checkpoint)
+        if damage:
+            damages.append(f"{checkpoint.name} is damaged ({damage})")
+            continue
+        if damages:
+            log.warning("%s; going on from %s", ", ".join(damages), checkpoint.name)
+        if not (checkpoint / _CHECKSUMS).exists():
+            message = "%s was written without checksums; it is loaded unchecked"
+            log.warning(message, checkpoint.name)
+        return checkpoint
+    if damages:
+        name, remedy = f"whole checkpoints in {folder}", "restore one, or give another folder"
+        remedy = f"{', '.join(damages)}: {remedy}"
+        raise ValueError(checks.sentence(name, 0, "1 or more", remedy))
+    return None
+
+
+def _damage_of(checkpoint: Path) -> str:
+    """Return what is wrong with the files of a checkpoint, "" if they are as they were written."""
+    try:
+        if not (checkpoint / _CHECKSUMS).exists():
+            return _unreadable(checkpoint)
+        found, written = _checksums(checkpoint), (checkpoint / _CHECKSUMS).read_bytes()
+    except OSError as error:  # it names the file
+        return str(error)
+    if written == b"".join(found.values()):
+        return ""
+    lines = written.splitlines(keepends=True)
+    names = [name for name, line in found.items() if line not in lines]
+    return f"{', '.join(names)} does not match {_CHECKSUMS}" if names else f"{_CHECKSUMS}: changed"
+
+
+def _unreadable(checkpoint: Path) -> str:
+    """Return what cannot be read of a checkpoint without checksums, "" if all can be."""
+    from safetensors import SafetensorError, safe_open
+
+    name = _STATE
+    try:
+        version = json.loads((checkpoint / _STATE).read_bytes())["version"]
+        for name in (_MODEL, _OPTIMIZER):
+            with safe_open(checkpoint / name, "pt"):  # compares the header with the file's size
+                pass
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        return f"{name}: {error}"
+    return f"{_CHECKSUMS} is missing" if version == _VERSION else ""
+
+
+def _checksums(checkpoint: Path) -> dict[str, bytes]:
+    """Return the line of checksums.xxh128 for each file, by its name."""
+    return {
+        name: f"{checksum_of(checkpoint / name)}  {name}\n".encode()
+        for name in (_MODEL, _OPTIMIZER, _STATE)
+    }
+
+
+def begin_after(folder: Path, step: int) -> None:
+    """Clear a folder for a training that goes on from a step.
+
+    What a kill left half-done is removed. Checkpoints of later steps are damaged, since
+    `load_checkpoint` takes the newest whole one: they are renamed to ``*.damaged``, so that they do
+    not count among those kept, and are lost to nobody. Call it on one rank, when all have loaded.
+    """
+    _remove_partials(folder)
+    for checkpoint in checkpoints(folder):
+        if _step_of(checkpoint) > step:
+            aside = checkpoint.with_name(checkpoint.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            checkpoint.rename(aside)
 
 
 def load_checkpoint(
     folder: Path, model: NaViT, optimizer: torch.optim.Optimizer, loader: PackedLoader
 ) -> int:
-    """Load the last checkpoint into model, optimizer and loader; return its step, 0 without one.
+    """Load the newest whole checkpoint into model, optimizer and loader; return its step.
+
+    Without a checkpoint nothing is loaded, and the step is 0.
 
     Raises:
-        ValueError: it is of a model of another shape, or the loader would give other batches.
+        ValueError: all checkpoints are damaged; or it is of a model of another shape, or the loader
+            would give other batches.
     """
-    found = checkpoints(folder)
-    if not found:
+    found = newest_whole(folder)
+    if found is None:
         return 0
     from safetensors.torch import load_file
 
-    state = _state(found[-1])
+    state = _state(found)
     own = asdict(model.config)
     # All that may be refused comes before weights are changed. The backend may be another one,
     # since a training may go on on another device.
@@ -107,9 +226,9 @@ def load_checkpoint(
             remedy = "give the model of the checkpoint, or another folder"
             raise ValueError(checks.sentence(name, own.get(name), f"{value!r}", remedy))
     loader.load_state_dict(state["loader"])
-    _weights_into(model, found[-1])
+    _weights_into(model, found)
     parameters = dict(model.named_parameters())
-    for name, value in load_file(found[-1] / "optimizer.safetensors").items():
+    for name, value in load_file(found / _OPTIMIZER).items():
         weight, _, moment = name.rpartition(".")  # names of weights hold dots, of moments none
         # AdamW makes the moments of a parameter only if it has none. Those of a fused AdamW, the
         # step too, are on the parameter's device.
@@ -118,7 +237,7 @@ def load_checkpoint(
 
 
 def load_model(folder: Path | str, **options: Any) -> NaViT:
-    """Return the model of the last checkpoint in a folder, on the CPU.
+    """Return the model of the newest whole checkpoint in a folder, on the CPU.
 
     Args:
         folder: where a training kept its checkpoints.
@@ -127,12 +246,13 @@ def load_model(folder: Path | str, **options: Any) -> NaViT:
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
+        ValueError: all its checkpoints are damaged.
     """
-    found = checkpoints(Path(folder))
-    if not found:
+    found = newest_whole(Path(folder))
+    if found is None:
         raise FileNotFoundError(f"{folder} holds no checkpoint; train with this folder first")
-    model = NaViT(NaViTConfig(**{**_state(found[-1])["model"], **options}))
-    _weights_into(model, found[-1])
+    model = NaViT(NaViTConfig(**{**_state(found)["model"], **options}))
+    _weights_into(model, found)
     return model
 
 
@@ -143,7 +263,7 @@ def _weights(model: NaViT) -> dict[str, torch.Tensor]:
 def _weights_into(model: NaViT, checkpoint: Path) -> None:
     from safetensors.torch import load_file
 
-    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    model.load_state_dict(load_file(checkpoint / _MODEL))
 
 
 def _moments(model: NaViT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -155,12 +275,13 @@ def _moments(model: NaViT, optimizer: torch.optim.Optimizer) -> dict[str, torch.
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    if state.get("version") != _VERSION:
-        name, found = f"{checkpoint.name}/state.json version", state.get("version")
-        raise ValueError(
-            checks.sentence(name, found, str(_VERSION), "use the packpipe that wrote it")
+    state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    if (version := state.get("version")) not in (_WITHOUT_CHECKSUMS, _VERSION):
+        name, expected = (
+            f"{checkpoint.name}/{_STATE} version",
+            f"{_WITHOUT_CHECKSUMS} or {_VERSION}",
         )
+        raise ValueError(checks.sentence(name, version, expected, "use the packpipe that wrote it"))
     return state
 
 

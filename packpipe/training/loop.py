@@ -29,7 +29,7 @@ from packpipe.model.config import NaViTConfig
 from packpipe.model.flops import TRAINING, forward_flops, matrix_rate
 from packpipe.model.navit import NaViT, compile_parts
 from packpipe.rows.rows import NO_LABEL
-from packpipe.training.checkpoints import load_checkpoint, save_checkpoint
+from packpipe.training.checkpoints import begin_after, load_checkpoint, save_checkpoint
 from packpipe.training.log import append_record, begin_log, sync_log
 from packpipe.training.log import read_log as read_log  # callers import it from here, too
 from packpipe.training.losses import (
@@ -199,6 +199,7 @@ def train(
     kept = folder if rank_of_world()[0] == 0 else None  # what one rank alone may write to
     if kept:
         # All ranks have loaded by now, since DDP has waited for them.
+        begin_after(kept, first)
         begin_log(kept, first)
 
     batches = _passes(loader)
