@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {
 ROW_BYTES = PackConfig(seq_len=6, patch_size=4).row_bytes
 # Two batches a shard.
 SMALL = {"BATCH_BYTES": 2 * ROW_BYTES, "FILE_BYTES": 4 * ROW_BYTES}
-MANIFEST = "manifest.json"
+MANIFEST, JOURNAL = "manifest.json", "journal.jsonl"
 READY = "ready"
 
 
@@ -70,9 +70,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def committed(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the manifest of a folder says of its files; fails if it is half-written."""
-    path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8"))["files"] if path.exists() else {}
+    """What manifest and journal of a folder say of its files; fails if the former is cut."""
+    path, journal = folder / MANIFEST, folder / JOURNAL
+    lines = journal.read_text(encoding="utf-8").split("\n")[:-1] if journal.exists() else []
+    files = json.loads(path.read_text(encoding="utf-8"))["files"] if path.exists() else {}
+    for line in lines:  # of files that a complete manifest has in other words
+        files = {**json.loads(line), **files}
+    return dict(sorted(files.items()))
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
@@ -121,7 +125,7 @@ def watching(step: Callable[[str], bool | None]) -> Iterator[None]:
         return path.name
 
     def written(path: Path, mode: str = "r", *_: Any, **__: Any) -> str | None:
-        return path.name if "w" in mode else None
+        return path.name if mode[0] in "wa" else None
 
     def synced(descriptor: int) -> str:
         return Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
@@ -133,9 +137,6 @@ def watching(step: Callable[[str], bool | None]) -> Iterator[None]:
         stack.enter_context(watched(os, "fsync", synced))
         stack.enter_context(watched(table._Checksummed, "write", lambda *_: "rows"))
         stack.enter_context(watched(filelock.FileLock, "acquire", lambda *_, **__: ".lock"))
-        stack.enter_context(
-            watched(datasets.DatasetInfo, "write_to_directory", lambda *_, **__: "info")
-        )
         yield
 
 

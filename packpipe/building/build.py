@@ -19,8 +19,9 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset, DatasetInfo
+from datasets import Dataset, Features
 
+from packpipe import durable
 from packpipe.building.job import FilledRows, Job, PlannedRows
 from packpipe.building.shards import (
     REJECTS,
@@ -28,6 +29,7 @@ from packpipe.building.shards import (
     alone_in,
     check_space,
     clear_if_bare,
+    drop_journal,
     format_bytes,
     is_complete,
     naming_full_disks,
@@ -74,6 +76,7 @@ class Build:
         try:
             with alone_in(folder, wait=wait):
                 if self.is_at(folder):  # another process wrote it while this one waited
+                    drop_journal(folder)
                     return
                 try:
                     self._write(folder, tolerance, progress)
@@ -88,8 +91,8 @@ class Build:
 
     def open(self, folder: Path, on_error: str) -> Dataset:
         """Return the dataset in a complete folder; on_error is for rows computed when read."""
-        # Names have five digits, so this is the order of shards (`Shards.names`).
-        names = sorted(name for name in read_manifest(folder)["files"] if name != REJECTS)
+        # The manifest of a complete folder has the shards in their order.
+        names = [name for name in read_manifest(folder)["files"] if name != REJECTS]
         stored = datasets.concatenate_datasets(
             [Dataset.from_file(str(folder / name)) for name in names]
         )
@@ -102,12 +105,13 @@ class Build:
         job = self.job
         planned = job.plan()
         num_packs = len(planned.plan)
-        # Shards depend on the plan and the row size alone, so that a build that is started again
-        # has the same ones. At least one, so that an empty dataset has its columns too.
-        per_shard = max(1, files.FILE_BYTES // job.row_bytes)
+        # Shards depend on the plan and the size of rows alone, so that a build that is started
+        # again has the same ones. At least one, so that an empty dataset has its columns too.
+        per_shard = max(1, files.FILE_BYTES // planned.cut_size)
         packs = _cut(range(num_packs), per_shard) or [range(0)]
         with naming_full_disks(folder):
-            shards = Shards(folder, job.record(), [len(some) for some in packs])
+            rows = [len(some) for some in packs]
+            shards = Shards(folder, job.record(), planned.plan.fingerprint, rows)
         missing = {number: packs[number] for number in shards.missing}
         # Those of shards that an earlier call wrote count for this call's limits, too.
         rejects = planned.rejects + shards.rejects
@@ -135,7 +139,7 @@ class Build:
                 yield rows
 
         with bar, naming_full_disks(folder):
-            per_batch = max(1, files.BATCH_BYTES // job.row_bytes)
+            per_batch = max(1, files.BATCH_BYTES // planned.cut_size)
             batches = {number: _cut(some, per_batch) for number, some in missing.items()}
             # One generator fills all shards: worker processes go on past the end of a shard.
             # Closed also after an error, which ends those processes.
@@ -160,7 +164,7 @@ class Build:
         stored = self.job.features.arrow_schema
         committed: Future[None] | None = None
         # One thread: fsync releases the interpreter lock, and only one commit at a time may write
-        # the manifest.
+        # the journal.
         with ThreadPoolExecutor(1) as committing:
             for number, some in batches.items():
                 failed: list[Reject] = []
@@ -177,8 +181,8 @@ class Build:
         self, folder: Path, planned: PlannedRows, rejects: list[Reject], shards: Shards
     ) -> None:
         # `datasets.load_from_disk` opens the folder by these two.
-        DatasetInfo(features=self.job.features).write_to_directory(str(folder))
-        files.write_json(folder / "state.json", _state(shards.names, self._digest()[:16]))
+        durable.write_text(folder / "dataset_info.json", json.dumps(_info(self.job.features)))
+        durable.write_json(folder / "state.json", _state(shards.names, self._digest()[:16]))
         # Sorted, so that the bytes do not depend on the order in which images failed.
         absent = sorted(rejects)
         record = files.write_table(folder / REJECTS, schema.REJECTS, [schema.rejects_table(absent)])
@@ -204,6 +208,13 @@ def read_rejects(folder: Path) -> list[Reject]:
 def _cut(packs: range, step: int) -> list[range]:
     """Return consecutive ranges of step packs; none if there are no packs."""
     return [packs[start : start + step] for start in range(0, len(packs), step)]
+
+
+def _info(features: Features) -> dict[str, Any]:
+    """Return what `datasets` keeps in the dataset_info.json of a saved dataset."""
+    # `DatasetInfo` writes these, too, but in place: a power failure would leave an empty file.
+    texts = dict.fromkeys(("description", "citation", "homepage", "license"), "")
+    return {**texts, "features": features.to_dict()}
 
 
 def _state(data_files: list[str], fingerprint: str) -> dict[str, Any]:

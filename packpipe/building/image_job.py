@@ -34,6 +34,8 @@ from packpipe.sources.lazy_rows import LazyRows
 from packpipe.sources.sizes import sizes_of
 from packpipe.sources.survey import Sizes, survey
 
+# Processor time that decoding an image may take, if the caller does not say.
+IMAGE_SECONDS = 60.0
 # What Pillow decodes with: other versions may give other pixels, so the record names them.
 _CODECS = ("jpg", "libjpeg_turbo", "webp", "zlib", "zlib_ng", "libtiff", "jpg_2000", "avif")
 
@@ -75,7 +77,7 @@ class Images:
     key: Key
     materialize: bool = True
     num_workers: int = 0
-    image_seconds: float = 60.0
+    image_seconds: float = IMAGE_SECONDS
     texts: PairedTexts | None = None
 
     @cached_property
@@ -124,7 +126,6 @@ def image_job(images: Images) -> Job:
     return Job(
         record=cache(partial(_record, images)),
         features=images.features,
-        row_bytes=images.config.row_bytes,
         num_examples=len(images.dataset),
         plan=plan,
         opened=opened,
@@ -159,13 +160,17 @@ def plan_images(
     labels = None if labels is None else labels.take(pa.array(found.index))
     # Beside the patches, 8 bytes a token: an int32 of segment_ids and two int16 of coords.
     pixels = config.row_bytes + config.seq_len * 8 if images.materialize else 0
+    row_size = pixels + 5 * 4  # and one offset of each of five lists
+    segment_size = 4 + 4 + 8 + 8 + 8  # length, grid, size, index and (a guess) label
+    stored = row_size + segment_size * (len(index) // max(1, len(plan)))
     return PlannedRows(
         plan=plan,
         rejects=rejects,
         unit="image",
         what=f"{len(index):,} images in {len(plan):,} rows",
-        row_size=pixels + 5 * 4,  # and one offset of each of five lists
-        segment_size=4 + 4 + 8 + 8 + 8,  # length, grid, size, index and (a guess) label
+        cut_size=config.row_bytes if images.materialize else stored,
+        row_size=row_size,
+        segment_size=segment_size,
         fill=partial(_fill, images, plan, labels, read),
         counts=partial(_counts, plan, found.broken_exif),
     )
@@ -217,9 +222,10 @@ def _counts(plan: EpochPlan, broken_exif: int, rejects: list[Reject]) -> dict[st
 
 def _record(images: Images) -> dict[str, Any]:
     """Return everything the bytes of the folder depend on."""
-    # Not num_workers and image_seconds, which change no pixel; nor the limits on rejects, which
-    # every call checks for itself.
+    # Not num_workers, which changes no row; nor the limits on rejects, which every call checks for
+    # itself.
     supported, columns = codecs.get_supported(), images.columns
+    seconds = float(images.image_seconds)
     return {
         "schema_version": schema.VERSION,
         "packpipe": __version__,
@@ -235,5 +241,8 @@ def _record(images: Images) -> dict[str, Any]:
         "config": images.config.to_dict(),
         **images.key._asdict(),
         "materialized": images.materialize,
+        # It decides which images are too slow to be in a row. The usual one goes without saying, as
+        # it always has; and nothing is decoded for rows without pixels.
+        **({"image_seconds": seconds} if images.materialize and seconds != IMAGE_SECONDS else {}),
         **({} if images.texts is None else {"beside": images.texts.record}),
     }

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from datasets import Dataset, Features
 
-from packpipe.packing.assignment import Assignment
+from packpipe.planning.epoch_plan import EpochPlan
+from packpipe.planning.token_plan import TokenPlan
 from packpipe.rows.rejects import Reject
 
 
@@ -30,16 +31,19 @@ class PlannedRows:
         rejects: examples that are in no row.
         unit: word for an example, ``"image"`` or ``"sequence"``.
         what: text for the progress bar and errors, such as ``"991 images in 155 rows"``.
+        cut_size: bytes by which rows are cut into files and batches: of a row's patches or tokens,
+            or about all that it takes if neither is stored.
         row_size: about how many bytes a row takes on the disk.
         segment_size: about how many bytes each of its segments adds.
         fill: yields the rows of each range of packs. The next ones may overwrite their memory.
         counts: the manifest's counts, given all rejects.
     """
 
-    plan: Assignment
+    plan: EpochPlan | TokenPlan
     rejects: list[Reject]
     unit: str
     what: str
+    cut_size: int
     row_size: int
     segment_size: int
     fill: Callable[[list[range]], Generator[FilledRows, None, None]]
@@ -63,8 +67,6 @@ class Job:
     Attributes:
         record: returns everything the bytes of the folder depend on; the same object each time.
         features: of the stored rows.
-        row_bytes: about the bytes of a row: the patches, or the tokens; rows are cut into files by
-            it.
         num_examples: examples of the source.
         plan: returns the planned rows, not filled yet; the same object each time.
         opened: returns the dataset that `pack` returns, given the stored rows and ``on_error``.
@@ -72,7 +74,6 @@ class Job:
 
     record: Callable[[], dict[str, Any]]
     features: Features
-    row_bytes: int
     num_examples: int
     # A function: a folder that is complete is opened without a plan.
     plan: Callable[[], PlannedRows]

@@ -10,9 +10,9 @@ from datasets import Dataset
 
 from packpipe import checks
 from packpipe.building.build import Build, read_rejects
-from packpipe.building.image_job import Images, image_job
+from packpipe.building.image_job import IMAGE_SECONDS, Images, image_job
 from packpipe.building.job import Job
-from packpipe.building.shards import MANIFEST, REJECTS, drop_stale_lock, read_manifest
+from packpipe.building.shards import MANIFEST, REJECTS, read_manifest, tidy
 from packpipe.building.token_job import Sequences, token_job
 from packpipe.philox import checked_key
 from packpipe.planning.image_config import config_from
@@ -36,7 +36,7 @@ def pack(
     output: str | Path | None = None,
     materialize: bool = True,
     num_workers: int = 1,
-    image_seconds: float = 60.0,
+    image_seconds: float = IMAGE_SECONDS,
     on_error: str = "quarantine",
     max_bad_fraction: float = 0.01,
     max_consecutive_bad: int = 100,
@@ -139,7 +139,7 @@ def job_of(
     epoch: int = 0,
     materialize: bool = True,
     num_workers: int = 1,
-    image_seconds: float = 60.0,
+    image_seconds: float = IMAGE_SECONDS,
     **asked_columns: Any,
 ) -> Job:
     """Return the job that `pack` is asked for, its arguments checked; nothing is read yet.
@@ -186,7 +186,7 @@ def build_or_open(
     build = Build(job)
     target = build.cache_folder() if output is None else Path(output).absolute()
     if build.is_at(target):
-        drop_stale_lock(target)
+        tidy(target)
         # An earlier call may have allowed more rejects than this one.
         tolerance.check(read_rejects(target))
     else:

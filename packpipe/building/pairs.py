@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset
 
 from packpipe import checks
-from packpipe.building.image_job import Images, PairedTexts, image_job
+from packpipe.building.image_job import IMAGE_SECONDS, Images, PairedTexts, image_job
 from packpipe.building.job import Job
 from packpipe.building.pack import build_or_open
 from packpipe.building.token_job import Sequences, token_job, token_record
@@ -47,7 +47,7 @@ def pack_pairs(
     epoch: int = 0,
     output: str | Path | None = None,
     num_workers: int = 1,
-    image_seconds: float = 60.0,
+    image_seconds: float = IMAGE_SECONDS,
     on_error: str = "quarantine",
     max_bad_fraction: float = 0.01,
     max_consecutive_bad: int = 100,

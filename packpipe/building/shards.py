@@ -1,9 +1,11 @@
 """Shards: the folder of a build, continued where it stopped.
 
 A build writes its rows in fixed shards, file by file: under a temporary name, with a checksum,
-synced, renamed, and noted in the manifest, which is replaced whole. A file that the manifest names
-is safe on the disk; all others are written again. The manifest says ``"complete": true`` at the
-very end. A lock, which ends with its process, lets one build at a time write to a folder.
+synced, renamed, and noted in a journal, to which a line is added. A file that the journal or the
+manifest names is safe on the disk; all others are written again. A build that is started again
+moves the journal's lines into the manifest, which is replaced whole. The manifest says
+``"complete": true`` at the very end, and the journal is removed. A lock, which ends with its
+process, lets one build at a time write to a folder.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,8 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from packpipe import checks
-from packpipe.rows import files as tables
+from packpipe import checks, durable
 from packpipe.rows.rejects import Reject
 
 log = logging.getLogger(__name__)
@@ -28,13 +30,24 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 REJECTS = "rejects.arrow"
 _LOCK = ".lock"
+# While a build is under way: a line, {name: record}, for each file committed since it was started.
+_JOURNAL = "journal.jsonl"
+# What a manifest holds beside the record that the bytes of the folder depend on.
+_FACTS = {"complete", "plan", "files", "counts", "fill"}
+_SHARD = re.compile(r"data-\d{5,}\.arrow")
 # A full disk, a used-up quota, and a limit on the size of files (ulimit -f).
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a folder, whether its build is complete or not."""
+    """Return the manifest of a folder; of a build under way, with all files committed so far."""
+    # The journal first: in between, a build may move its lines into the manifest.
+    lines = durable.lines_of(folder / _JOURNAL)
     found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    match found:
+        case {"complete": False, "files": dict(files)}:
+            for line in lines:
+                files.update(line if isinstance(line, dict) else {})
     return found
 
 
@@ -58,7 +71,9 @@ def is_complete(folder: Path, record: dict[str, Any]) -> bool:
     if not isinstance(found, dict) or not {"complete", "files"} <= found.keys():
         expected = f"{MANIFEST} written by packpipe, or none"
         raise FileExistsError(checks.sentence("output", str(folder), expected, remedy))
-    differing = [name for name, value in record.items() if found.get(name) != value]
+    # What only the folder names differs, too: texts packed beside the images, for example.
+    names = [*record, *(found.keys() - record.keys() - _FACTS)]
+    differing = [name for name in names if found.get(name) != record.get(name)]
     # A build of other rows may be replaced if it committed no file.
     if differing and (found["complete"] or found["files"]):
         expected = f"rows made with the same {', '.join(differing)}"
@@ -99,11 +114,16 @@ def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
         lock.release()
 
 
-def drop_stale_lock(folder: Path) -> None:
-    """Remove the lock file of a build that was killed after it had written its last file."""
-    if (folder / _LOCK).exists():
-        with suppress(OSError), alone_in(folder, wait=False):  # leaving the block removes it
-            pass
+def tidy(folder: Path) -> None:
+    """Remove what a build leaves that was killed after it had written its last file."""
+    if (folder / _LOCK).exists() or (folder / _JOURNAL).exists():
+        with suppress(OSError), alone_in(folder, wait=False):  # leaving the block removes the lock
+            drop_journal(folder)
+
+
+def drop_journal(folder: Path) -> None:
+    """Remove the journal of a locked folder, whose manifest has its lines."""
+    (folder / _JOURNAL).unlink(missing_ok=True)
 
 
 class Shards:
@@ -111,16 +131,20 @@ class Shards:
 
     Args:
         folder: a folder that `alone_in` has locked.
-        record: everything the bytes of the folder depend on.
+        record: everything the bytes of the folder depend on that is known without a plan.
+        plan: fingerprint of the plan. Sizes that are read again, or an image that can be read only
+            now, make another one of the same record.
         num_rows: rows of each data file.
 
     Attributes:
         names: names of the data files.
     """
 
-    def __init__(self, folder: Path, record: dict[str, Any], num_rows: list[int]) -> None:
+    def __init__(
+        self, folder: Path, record: dict[str, Any], plan: str, num_rows: list[int]
+    ) -> None:
         self._folder, self._record = folder, record
-        self.names = [f"data-{number:05d}.arrow" for number in range(len(num_rows))]
+        self.names = shard_names(len(num_rows))
         self._files: dict[str, Any] = {}
         # The folder is locked, so these are left from builds that were killed.
         for leftover in folder.glob("*.partial"):
@@ -129,14 +153,20 @@ class Shards:
             found = read_manifest(folder)
             # Shards of other rows, or cut in another way, are all written again.
             planned = dict(zip(self.names, num_rows, strict=True))
-            if all(found.get(name) == value for name, value in record.items()) and all(
+            same = {**record, "plan": plan}
+            if all(found.get(name) == value for name, value in same.items()) and all(
                 planned.get(name) == file["rows"] for name, file in found["files"].items()
             ):
                 self._files = {
                     name: file for name, file in found["files"].items() if self._holds(name, file)
                 }
         # The first file of a folder: `is_complete` refuses one that has files but no manifest.
-        self._note()
+        self._write({"complete": False, "plan": plan, "files": dict(sorted(self._files.items()))})
+        # Only now, since the manifest holds its lines, and before what they name.
+        drop_journal(folder)
+        for path in folder.glob("data-*.arrow"):
+            if _SHARD.fullmatch(path.name) and path.name not in self.names:
+                path.unlink()
 
     def _holds(self, name: str, file: dict[str, Any]) -> bool:
         # By size, which finds a file that was cut; it is `verify` that compares checksums.
@@ -158,11 +188,13 @@ class Shards:
         return self._folder / self.names[number]
 
     def commit(self, number: int, record: dict[str, Any], rejects: list[Reject]) -> None:
-        """Give a written shard its name, and note it with its rejects in the manifest."""
-        # In this order, so that the manifest never names a file that may still be lost.
-        tables.commit(self.path(number))
-        self._files[self.names[number]] = {**record, "rejects": [list(one) for one in rejects]}
-        self._note()
+        """Give a written shard its name, and note it with its rejects in the journal."""
+        # In this order, so that the journal never names a file that may still be lost. A line, not
+        # the whole manifest: a commit takes the same time however many there were before.
+        durable.commit(self.path(number))
+        name, noted = self.names[number], {**record, "rejects": [list(one) for one in rejects]}
+        durable.append_line(self._folder / _JOURNAL, {name: noted})
+        self._files[name] = noted
 
     def finish(self, rejects_record: dict[str, Any], **facts: Any) -> None:
         """Write the manifest of a complete folder."""
@@ -173,18 +205,22 @@ class Shards:
         }
         files[REJECTS] = rejects_record
         self._write({**facts, "complete": True, "files": files})
-
-    def _note(self) -> None:
-        self._write({"complete": False, "files": dict(sorted(self._files.items()))})
+        drop_journal(self._folder)
 
     def _write(self, facts: dict[str, Any]) -> None:
-        tables.write_json(self._folder / MANIFEST, {**self._record, **facts})
+        durable.write_json(self._folder / MANIFEST, {**self._record, **facts})
+
+
+def shard_names(number: int) -> list[str]:
+    """Return the names of a build's data files, which sort into their order."""
+    digits = max(5, len(str(number - 1)))
+    return [f"data-{shard:0{digits}d}.arrow" for shard in range(number)]
 
 
 def clear_if_bare(folder: Path) -> None:
     """Remove what a build has written to a folder, unless it committed a file."""
     if not (folder / MANIFEST).is_file() or not read_manifest(folder)["files"]:
-        for name in ("data-*.arrow", "*.partial", MANIFEST):
+        for name in ("data-*.arrow", "*.partial", _JOURNAL, MANIFEST):
             for leftover in folder.glob(name):
                 leftover.unlink()
 
@@ -244,5 +280,5 @@ def _acquire(lock: FileLock, folder: Path, *, timeout: float) -> None:
 
 def _others(folder: Path) -> Iterator[Path]:
     """Yield what is in a folder besides the lock file and an unfinished first manifest."""
-    own = {_LOCK, tables.partial_of(folder / MANIFEST).name}
+    own = {_LOCK, durable.partial_of(folder / MANIFEST).name}
     return (path for path in folder.iterdir() if path.name not in own)

@@ -76,7 +76,6 @@ def token_job(sequences: Sequences) -> Job:
     return Job(
         record=cache(partial(token_record, sequences)),
         features=sequences.features,
-        row_bytes=sequences.row_bytes,
         num_examples=len(sequences.dataset),
         plan=cache(partial(plan_sequences, sequences)),
         opened=lambda rows, _: rows,
@@ -108,6 +107,7 @@ def plan_sequences(sequences: Sequences, numbers: NDArray[np.int64] | None = Non
         rejects=bad,
         unit="sequence",
         what=f"{len(plan.index):,} {pieces} in {len(plan):,} rows",
+        cut_size=sequences.row_bytes,
         row_size=sequences.row_bytes,
         # Length, fragment, index, and a guess at the source's other values.
         segment_size=4 + 4 + 8 + 8 * len(source.values),

@@ -19,13 +19,13 @@ from datasets import ClassLabel, Dataset
 
 from packpipe import checks
 from packpipe.cli.layouts import Layout
+from packpipe.durable import write_bytes
 from packpipe.loading.epochs import EpochPacks
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.ranks import process_group, rank_of_world
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
 from packpipe.plots import plot_training
-from packpipe.rows.files import write_bytes
 from packpipe.sources.columns import label_column_of
 from packpipe.training.log import json_line, read_log
 from packpipe.training.loop import Record, TrainConfig, train

@@ -6,6 +6,7 @@ configuration says what is done with one that does not.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,6 +64,15 @@ class TokenPlan(Assignment):
     def limits(self) -> Limits:
         """The limits of every pack."""
         return Limits(self.config.seq_len, self.config.max_segments)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits, a hash of which piece is where in which pack."""
+        digest = hashlib.sha256()
+        for array in (self.index, self.seq_lens, self.fragments, self.order, self.offsets):
+            digest.update(f"{array.dtype} {len(array)} ".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:32]
 
     def __getitem__(self, pack: int) -> NDArray[np.int64]:
         rows: NDArray[np.int64] = self.index[self.members(pack)]

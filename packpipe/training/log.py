@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from packpipe.rows.files import write_bytes
+from packpipe.durable import write_bytes
 
 log = logging.getLogger(__name__)
 

@@ -528,3 +528,36 @@ def test_a_label_that_is_no_single_value_is_refused(tmp_path):
     message = "features['label'] is List(Value('int32')), expected a ClassLabel or a Value; pass"
     with pytest.raises(ValueError, match=re.escape(message)):
         packed_in(tmp_path / "out", Dataset.from_dict(rows, features=features))
+
+
+def test_the_info_of_datasets_is_what_datasets_would_write(source, tmp_path):
+    packed = packed_in(tmp_path / "out", source)
+    datasets.DatasetInfo(features=packed.features).write_to_directory(str(tmp_path))
+    info = (tmp_path / "out" / "dataset_info.json").read_bytes()
+    assert info == (tmp_path / "dataset_info.json").read_bytes()
+
+
+@pytest.mark.parametrize(("made", "asked"), [(60, 5), (5, 60), (5, 6)])
+def test_rows_made_with_another_limit_on_seconds_are_other_rows(source, tmp_path, made, asked):
+    before = packed_in(tmp_path / "out", source, image_seconds=made)
+    assert packpipe.manifest(before).get("image_seconds", 60) == made
+    assert len(packed_in(tmp_path / "out", source, image_seconds=float(made))) == len(before)
+    message = "expected rows made with the same image_seconds; choose another output, or remove it"
+    with pytest.raises(FileExistsError, match=re.escape(message)):
+        packed_in(tmp_path / "out", source, image_seconds=asked)
+
+
+def test_rows_whose_images_are_read_later_have_no_limit_on_seconds(source, tmp_path):
+    for seconds in (60, 5):
+        packed = packed_in(tmp_path / "out", source, image_seconds=seconds, materialize=False)
+        assert "image_seconds" not in packpipe.manifest(packed)
+
+
+def test_rows_packed_beside_texts_are_not_those_packed_alone(tmp_path):
+    images = pictures.dataset_of(pictures.encoded_images())
+    pairs = images.add_column("input_ids", [[1, 2]] * len(images))
+    options = {"num_workers": 0, "progress": False}
+    packpipe.pack_pairs(pairs, 64, 32, output=tmp_path, **options)
+    message = "expected rows made with the same beside; choose another output, or remove it"
+    with pytest.raises(FileExistsError, match=re.escape(message)):
+        packpipe.pack(pairs, 64, output=tmp_path / "images", image_column="image", **options)

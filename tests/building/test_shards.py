@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
@@ -21,6 +22,8 @@ import numpy as np
 import pictures
 import pytest
 from crashing import (
+    JOURNAL,
+    MANIFEST,
     Stopped,
     assert_committed_files_are_whole,
     build,
@@ -42,8 +45,9 @@ from packpipe.building import shards
 from packpipe.rows.rejects import TooManyRejects
 
 DATA = [f"data-{number:05d}.arrow" for number in range(3)]
-# The manifest is written first of all, after every shard, and last.
-WRITTEN = {"manifest.json": 5, **dict.fromkeys((*DATA, "state.json", "rejects.arrow"), 1)}
+# The manifest is written first of all, and last; the journal grows by a line for every shard.
+SIDECARS = ("dataset_info.json", "state.json", "rejects.arrow")
+WRITTEN = {"manifest.json": 2, **dict.fromkeys((*DATA, *SIDECARS), 1)}
 # What a build does, and how often.
 DONE = {
     "acquire .lock": 1,
@@ -52,8 +56,10 @@ DONE = {
         for name, times in WRITTEN.items()
         for what in ("open", "fsync", "replace")
     },
-    "fsync out": sum(WRITTEN.values()),
-    "write_to_directory info": 1,
+    "open journal.jsonl": len(DATA),
+    "fsync journal.jsonl": len(DATA),
+    "fsync out": sum(WRITTEN.values()) + len(DATA),
+    "unlink journal.jsonl": 2,
     "unlink .lock": 1,
 }
 STEPS = [
@@ -77,7 +83,7 @@ def whole(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "out"
     build(source, folder)
     found = contents(folder)
-    assert set(found) == {*WRITTEN, "dataset_info.json"}
+    assert set(found) == set(WRITTEN)
     return found
 
 
@@ -208,7 +214,7 @@ def test_datasets_opens_the_folder_once_all_rows_are_there_and_not_before(source
     opened = set()
 
     def step(name: str) -> None:
-        if name.startswith(("after replace", "after write_to_directory")):
+        if name.startswith("after replace"):
             missing = not set(DATA) <= set(committed(folder))
             try:
                 rows = len(datasets.load_from_disk(str(folder)))
@@ -231,9 +237,15 @@ def test_a_file_is_on_the_disk_before_it_is_named_and_its_name_before_it_is_note
     at = steps.index(f"after replace {name}.partial")
     assert f"after fsync {name}.partial" in steps[:at]
     assert f"before open {name}.partial" not in steps[at : steps.index("after fsync out", at)]
-    if name in (*DATA, "rejects.arrow"):
-        noted = steps.index("before open manifest.json.partial", at)
+    if name != "manifest.json":
+        where = "journal.jsonl" if name in DATA else "manifest.json.partial"
+        noted = steps.index(f"before open {where}", at)
         assert "after fsync out" in steps[at:noted]
+    if name in DATA:
+        synced = steps.index("after fsync journal.jsonl", noted)
+        assert not any(
+            "before open" in step and ".json" in step for step in steps[noted + 1 : synced]
+        )
 
 
 LEFT = [
@@ -241,6 +253,8 @@ LEFT = [
     "state.json.partial",
     "data-00001.arrow.partial",
     "data-00099.arrow.partial",
+    "data-00099.arrow",
+    "data-100000.arrow",
     "data-00002.arrow",
     "rejects.arrow",
     "state.json",
@@ -256,6 +270,60 @@ def test_what_a_killed_build_leaves_is_written_again_or_removed(source, whole, h
     build(source, half)
     assert contents(half) == whole
     assert before.items() <= stamps(half).items()
+
+
+@pytest.mark.parametrize("tail", [b"", b"{", b"\0\0\n", b"[1]\n", b'{"data-00002.arrow": '])
+@pytest.mark.parametrize("cut", [0, 1, 100, -1, None])
+def test_a_journal_counts_as_far_as_it_is_whole(source, whole, half, cut, tail):
+    journal = half / JOURNAL
+    stopped_build(source, half, f"before replace {DATA[2]}.partial")
+    (half / DATA[0]).unlink()  # so that there is something to note again
+    stopped_build(source, half, f"before open {DATA[2]}.partial")
+    assert journal.read_bytes().count(b"\n") == 1
+    journal.write_bytes(journal.read_bytes()[:cut] + tail)
+    build(source, half)
+    assert contents(half) == whole
+
+
+def test_a_build_begun_when_manifests_were_written_at_every_commit_ends_in_the_same_bytes(
+    source, whole, half
+):
+    manifest = json.loads((half / MANIFEST).read_text())
+    del manifest["plan"]
+    (half / MANIFEST).write_text(json.dumps({**manifest, "files": committed(half)}))
+    (half / JOURNAL).unlink(missing_ok=True)
+    build(source, half)
+    assert contents(half) == whole
+
+
+def test_rows_that_are_computed_when_read_are_cut_by_what_is_stored(source, whole, tmp_path):
+    lazy = build(source, tmp_path / "lazy", materialize=False)
+    assert len(list((tmp_path / "lazy").glob("data-*"))) == 1 < len(DATA)
+    rows = build(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+    planned, packed = packpipe.read_rows(lazy), packpipe.read_rows(rows)
+    assert planned.example_index.tolist() == packed.example_index.tolist()
+    assert np.array_equal(planned.patches, packed.patches)
+
+
+@pytest.mark.parametrize("number", [1, 12, 10**5, 10**5 + 1])
+def test_names_of_shards_sort_into_their_order(number):
+    names = shards.shard_names(number)
+    assert len(names) == len(set(names)) == number
+    assert names == sorted(names)
+    assert names[0] == f"data-{0:0{max(5, len(str(number - 1)))}d}.arrow"
+
+
+def test_shards_are_read_in_the_order_of_the_manifest(source, tmp_path):
+    packed = build(source, tmp_path)
+    before = packed["example_index"][:]
+    # As names were of builds of more than 99,999 shards: the last one sorts before the others.
+    for name in ("manifest.json", "state.json"):
+        text = (tmp_path / name).read_text().replace(DATA[2], "data-000000.arrow")
+        (tmp_path / name).write_text(text)
+    (tmp_path / DATA[2]).rename(tmp_path / "data-000000.arrow")
+    assert build(source, tmp_path)["example_index"][:] == before
+    assert datasets.load_from_disk(tmp_path)["example_index"][:] == before
 
 
 @pytest.mark.parametrize("name", [".lock", "manifest.json.partial"])
@@ -412,7 +480,7 @@ def test_rejects_of_committed_shards_are_there_once_and_held_against_every_call(
 
 
 def test_rejects_are_held_against_a_call_that_finds_every_shard_committed(source, tmp_path):
-    stopped_build(source, tmp_path / "out", "before write_to_directory info")
+    stopped_build(source, tmp_path / "out", "before open dataset_info.json.partial")
     assert set(committed(tmp_path / "out")) == set(DATA)
     with pytest.raises(TooManyRejects):
         build(source, tmp_path / "out", max_bad_fraction=0.05)
@@ -427,7 +495,7 @@ def test_too_many_rejects_leave_what_was_committed_before_them(tmp_path, shard, 
     with pytest.raises(TooManyRejects, match=re.escape(f"example {victim} is bad (undecodable: ")):
         build(pictures.dataset_of(images), tmp_path / "out", on_error="raise")
     assert list(committed(tmp_path / "out")) == left
-    assert set(contents(tmp_path / "out")) == ({*left, "manifest.json"} if left else set())
+    assert set(contents(tmp_path / "out")) == ({*left, MANIFEST, JOURNAL} if left else set())
     assert (tmp_path / "out").exists() == bool(left)
 
 
@@ -544,9 +612,9 @@ def test_sizes_are_for_readers(number, text):
 
 
 FULL = [
-    *(("before open", name) for name in (*DATA, "state.json", "rejects.arrow")),
-    *(("after open", name) for name in (*DATA, "state.json", "rejects.arrow")),
-    *(("before fsync", name) for name in (*DATA, "state.json", "rejects.arrow")),
+    (when, name)
+    for when in ("before open", "after open", "before fsync")
+    for name in (*DATA, *SIDECARS)
 ]
 
 
@@ -585,7 +653,7 @@ def test_rows_that_could_not_be_written_leave_their_room(source, tmp_path, nth, 
     step = raising_at("before write rows", nth, OSError(errno.ENOSPC, "full"))
     with watching(step), pytest.raises(OSError, match=message):
         build(source, tmp_path)
-    assert set(contents(tmp_path)) == {*DATA[:number], "manifest.json"}
+    assert set(contents(tmp_path)) == {*DATA[:number], MANIFEST, JOURNAL}
 
 
 @pytest.mark.parametrize("step", ["before open manifest.json.partial", "after open manifest.json"])

@@ -10,8 +10,9 @@ import pytest
 import test_schema
 import xxhash
 
+from packpipe.durable import write_json
 from packpipe.loading.read import read_rows
-from packpipe.rows.files import write_json, write_table
+from packpipe.rows.files import write_table
 
 ROWS = test_schema.made_rows(test_schema.LABELS["strings"])
 TABLE = test_schema.as_table(ROWS)

@@ -1,0 +1,120 @@
+"""Files that a kill or a power failure leaves whole, or not there at all.
+
+A file is written under a temporary name, synced, then renamed, and its folder is synced. A file of
+JSON lines grows instead, by one synced line at a time; a last line that was cut does not count.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+from uuid import uuid4
+
+
+def partial_of(path: Path) -> Path:
+    """Return the temporary name of a file that one process at a time writes."""
+    return path.with_name(path.name + ".partial")
+
+
+def commit(path: Path) -> None:
+    """Rename a finished file to its own name; its bytes and its name are then on the disk."""
+    partial = partial_of(path)
+    # Synced before it is renamed: a power failure could otherwise keep the name and lose the bytes.
+    # The writer has closed the file; fsync syncs a file through any of its descriptors.
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
+    partial.replace(path)
+    # The new name is an entry of the folder, which is synced on its own.
+    _sync_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; one of that name is replaced."""
+    try:
+        with partial_of(path).open("wb") as file:
+            file.write(content)
+    except BaseException:
+        partial_of(path).unlink(missing_ok=True)  # makes room, if the disk is full
+        raise
+    commit(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_shared(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file that several processes may write at once, whole or not at all; the last counts.
+
+    Temporary files of the same name that killed processes have left are removed.
+
+    Args:
+        path: the file.
+        write: writes its content to an open file; may be called again.
+    """
+    remove_abandoned(path.parent, f"{glob.escape(path.name)}.{'[0-9a-f]' * 32}.partial")
+    while True:
+        partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
+        try:
+            with partial.open("wb") as file:
+                with suppress(OSError):  # some file systems have no locks; nothing is removed there
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                try:
+                    partial.replace(path)
+                except FileNotFoundError:
+                    # Removed before it was locked, or by a machine that the lock does not reach.
+                    continue
+            _sync_folder(path.parent)
+            return
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path, pattern: str) -> None:
+    """Remove the temporary files of `write_shared` that no process is writing any more."""
+    for left in folder.glob(pattern):
+        # A lock ends with its process, however that ends; of a living one, it cannot be had.
+        with suppress(OSError), left.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add a value to a file of JSON lines; it is on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(path.parent)  # the file may be new
+
+
+def lines_of(path: Path) -> list[Any]:
+    """Return the values of a file of JSON lines, as far as they are whole; none without a file."""
+    found = []
+    with suppress(FileNotFoundError, ValueError):  # ValueError: a line that a power failure spoilt
+        for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline was cut
+            found.append(json.loads(line))
+    return found
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,106 @@
+"""Files that a kill leaves whole, or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packpipe.durable import append_line, lines_of, remove_abandoned, write_shared
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from packpipe.durable import write_shared
+
+def write(file):
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_shared(Path(sys.argv[1]), write)
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path):
+    path = tmp_path / "a[b].npz"  # no pattern, though it looks like one
+    path.write_bytes(b"before")
+    run = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"before"
+    (left,) = set(names(tmp_path)) - {path.name}
+    assert left.endswith(".partial")
+    (tmp_path / "a[b].npz.mine.partial").write_bytes(b"")
+    write_shared(path, lambda file: file.write(b"after") and None)
+    assert path.read_bytes() == b"after"
+    assert names(tmp_path) == [path.name, "a[b].npz.mine.partial"]
+
+
+def test_several_may_write_a_file_at_once_and_none_removes_what_another_writes(tmp_path):
+    path, together = tmp_path / "plan", Barrier(3)
+
+    def save(content: bytes) -> None:
+        def write(file) -> None:
+            file.write(content)
+            together.wait(60)
+            remove_abandoned(tmp_path, "plan.*.partial")
+            together.wait(60)
+
+        write_shared(path, write)
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(save, [b"a" * 9, b"b" * 9, b"c" * 9]))
+    assert path.read_bytes() in (b"a" * 9, b"b" * 9, b"c" * 9)
+    assert names(tmp_path) == ["plan"]
+
+
+def test_what_another_machine_took_for_abandoned_is_written_again(tmp_path):
+    times = []
+
+    def write(file) -> None:
+        file.write(b"whole")
+        if not times:
+            os.unlink(file.name)
+        times.append(file.name)
+
+    write_shared(tmp_path / "plan", write)
+    assert len(times) == 2
+    assert (tmp_path / "plan").read_bytes() == b"whole"
+    assert names(tmp_path) == ["plan"]
+
+
+def test_a_file_whose_folder_is_gone_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_shared(tmp_path / "none" / "plan", lambda _: None)
+
+
+@settings(max_examples=15)  # each line waits for the disk
+@given(
+    st.lists(st.dictionaries(st.text(max_size=3), st.integers() | st.text(max_size=9)), max_size=5),
+    st.data(),
+)
+def test_lines_are_read_as_far_as_they_were_written(tmp_path_factory, values, data):
+    path = tmp_path_factory.mktemp("lines") / "journal.jsonl"
+    assert lines_of(path) == []
+    for value in values:
+        append_line(path, value)
+    assert lines_of(path) == values
+    whole = b"".join(json.dumps(value).encode() + b"\n" for value in values)
+    cut = data.draw(st.integers(0, len(whole)))
+    path.write_bytes(whole[:cut])
+    assert lines_of(path) == values[: whole[:cut].count(b"\n")]
+    path.write_bytes(whole[:cut] + b"\0" * 5 + b"\n")  # what a power failure may leave
+    assert lines_of(path) == values[: whole[:cut].count(b"\n")]
