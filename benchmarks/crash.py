@@ -258,7 +258,7 @@ def killed(number: int, source: Path, work: Path, reference: Reference) -> Outco
         f"build {number}: {name}" for name in differences(folder, reference.folder)
     ]
     outcome.problems += [f"build {number}: {problem}" for problem in packpipe.verify(folder)]
-    outcome.litter += len(list(own.glob("packpipe-sizes-*.partial")))
+    outcome.litter += len(list(own.glob("packpipe-sizes-*.arrow.*")))
     return outcome
 
 

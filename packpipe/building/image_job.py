@@ -31,7 +31,7 @@ from packpipe.sources.columns import ImageColumns
 from packpipe.sources.features import packed_features
 from packpipe.sources.image_source import ImageSource, labels_of
 from packpipe.sources.lazy_rows import LazyRows
-from packpipe.sources.sizes import sizes_of
+from packpipe.sources.sizes import forgetting_wrong_sizes, sizes_of
 from packpipe.sources.survey import Sizes, survey
 
 # Processor time that decoding an image may take, if the caller does not say.
@@ -201,7 +201,7 @@ def _fill(
     seconds, num_workers = images.image_seconds, images.num_workers
     filled = filled_ahead(plan, packs, labels, read, num_workers=num_workers, seconds=seconds)
     # Closed also when the build stops in between, which ends the worker processes.
-    with closing(filled):
+    with forgetting_wrong_sizes(images.source, images.config.max_pixels), closing(filled):
         for rows, failed in filled:
             num_images = len(rows.seq_lens) + len(failed)
             yield FilledRows(schema.rows_table(rows, stored), failed, num_images)

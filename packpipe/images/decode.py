@@ -130,7 +130,7 @@ def decode(
         if found != image_hw:
             raise ValueError(
                 f"image_hw is {found}, expected {image_hw} as planned; "
-                "plan again, the source has changed"
+                "plan again (stored rows: into another folder), the source has changed"
             )
         try:
             box = (0.0, 0.0, float(image.width), float(image.height))

@@ -29,7 +29,7 @@ from packpipe.rows.rejects import Reject, Undecodable, tolerance_of
 from packpipe.rows.rows import Rows
 from packpipe.sources.columns import check_dataset, image_column_of, label_column_of
 from packpipe.sources.image_source import ImageSource, checked_root, labels_of
-from packpipe.sources.sizes import sizes_of
+from packpipe.sources.sizes import forgetting_wrong_sizes, sizes_of
 from packpipe.sources.survey import survey
 
 _PLANS_KEPT = 2  # the epoch under way, and one that a state is checked against
@@ -145,7 +145,8 @@ class EpochPacks:
             TooManyRejects: a ValueError; more images than are allowed cannot be decoded.
         """
         planned = planned_images(self.plan(*key), packs, self._labels)
-        rows, rejects = fill_rows(planned, self._source, self.config, key)
+        with forgetting_wrong_sizes(self._source, self.config.max_pixels):
+            rows, rejects = fill_rows(planned, self._source, self.config, key)
         self._undecodable.add(rejects, self._tolerance)
         return rows
 

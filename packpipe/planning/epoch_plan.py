@@ -8,17 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from packpipe import checks
+from packpipe.durable import write_shared
 from packpipe.packing.assignment import Assignment
 from packpipe.packing.limits import Limits
 from packpipe.philox import Key
@@ -142,17 +141,12 @@ class EpochPlan(Assignment):
         """Write the plan to a file, completely or not at all; `load` reads it."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         header = json.dumps({**self._header(), "fingerprint": self.fingerprint})
-        partial = Path(f"{path}.{uuid4().hex}.partial")  # several ranks may save it at once
-        try:
-            # An open file, since np.savez would append ".npz" to a name. Synced before it is
-            # renamed, so that the name never refers to half a plan, even after a power cut.
-            with partial.open("wb") as file:
-                np.savez(file, header=np.array(header), **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+
+        # To an open file, since np.savez would append ".npz" to a name. Several ranks may save it.
+        def write(file: BinaryIO) -> None:
+            np.savez(file, header=np.array(header), **arrays)
+
+        write_shared(Path(path), write)
 
     @classmethod
     def load(cls, path: str | Path) -> EpochPlan:

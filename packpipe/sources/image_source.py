@@ -81,7 +81,8 @@ class ImageSource:
     def files_digest(self) -> str | None:
         """Return a digest of the files that images are stored in by path; None if there are none.
 
-        Of path, size and time of change, since a dataset's own fingerprint knows paths alone.
+        Of path, size, time of change and whether they may be read, since a dataset's own
+        fingerprint knows paths alone.
         """
         column = self.rows.features[self.rows.column_names[0]]
         if not isinstance(column, Image):
@@ -100,12 +101,12 @@ class ImageSource:
 
 
 def _known(file: str) -> tuple[int, int] | None:
-    """Return size and time of change of a file, None if it cannot be found."""
+    """Return size and time of change of a file, None if it cannot be found or not be read."""
     try:
         status = os.stat(file)
+        return (status.st_size, status.st_mtime_ns) if os.access(file, os.R_OK) else None
     except (OSError, ValueError):
         return None
-    return status.st_size, status.st_mtime_ns
 
 
 def image_data(value: pa.Scalar, root: str | None = None) -> ImageData:

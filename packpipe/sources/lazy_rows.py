@@ -16,6 +16,7 @@ from packpipe.rows.rejects import bad_example
 from packpipe.rows.rows import Rows
 from packpipe.sources.features import packed_features
 from packpipe.sources.image_source import ImageSource
+from packpipe.sources.sizes import forgetting_wrong_sizes
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,9 @@ class LazyRows:
 
     def rows(self, plans: pa.Table) -> Rows:
         """Return the rows of stored segment columns, equal to those `pack` would have written."""
-        rows, rejects = fill_rows(schema.table_segments(plans), self.source, self.config, self.key)
+        planned = schema.table_segments(plans)
+        with forgetting_wrong_sizes(self.source, self.config.max_pixels):
+            rows, rejects = fill_rows(planned, self.source, self.config, self.key)
         for reject in rejects:
             if self.on_error == "raise":
                 raise ValueError(bad_example(reject))

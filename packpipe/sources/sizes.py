@@ -4,6 +4,9 @@ Probing opens every image; later epochs, builds and runs read the file of kept s
 beside the data. A digest of all that sizes depend on is part of its name: the dataset's
 fingerprint, the files it refers to by path (name, size, time of change), the limit on pixels and
 the versions. If any of them differs, sizes are probed again.
+
+Only sizes are kept. An image without one is probed again each time, so that one that could not be
+read for a while is no reject for ever; and a size that turns out to be wrong is forgotten.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
@@ -27,24 +31,17 @@ from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe._version import __version__
+from packpipe.durable import remove_abandoned, write_shared
 from packpipe.planning.plan import MAX_SIDE
-from packpipe.rows.files import write_table
 from packpipe.rows.rejects import Reject
 from packpipe.sources.image_source import ImageSource
 from packpipe.sources.survey import Sizes, probe_sizes
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
-_SCHEMA = pa.schema(
-    [
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("broken_exif", pa.bool_()),
-        ("reason", pa.string()),
-        ("exception", pa.string()),
-    ]
-)
+_VERSION = 2
+_SCHEMA = pa.schema([("height", pa.int32()), ("width", pa.int32()), ("broken_exif", pa.bool_())])
+_SEAL = b"packpipe"  # key of the schema's metadata that holds a file's `_seal`
 
 
 def sizes_of(
@@ -77,31 +74,42 @@ def kept_sizes(source: ImageSource, *, max_pixels: int, executor: Executor | Non
         max_pixels: larger images are rejected.
         executor: runs the probes; None runs them here.
     """
-    # Another Pillow or packpipe may read headers differently, or reject other images.
-    known = {
-        "version": _VERSION,
-        "packpipe": __version__,
-        "pillow": PIL.__version__,
-        "fingerprint": source.rows._fingerprint,
-        "files": source.files_digest(),
-        "max_pixels": max_pixels,
-    }
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
-    folder = _folder(source.rows)
-    path = folder / f"packpipe-sizes-{digest}.arrow"
-    kept = _read(path, len(source.rows))
-    if kept is not None:
-        return kept
-    sizes = probe_sizes(source, len(source.rows), max_pixels=max_pixels, executor=executor)
-    # Written under another name, then renamed: several processes may probe the source at once.
-    own = path.with_name(f"{path.name}.{uuid4().hex}")
+    path, known = _place(source, max_pixels)
+    remove_abandoned(path.parent, "packpipe-sizes-*.arrow.*")
+    image_hw, broken_exif = _read(path, known, len(source.rows))
+    # Where there is no size: everywhere, or where there was none the last time.
+    asked = np.flatnonzero(image_hw[:, 0] == 0)
+    if not asked.size:
+        return Sizes(image_hw, broken_exif, [])
+    found = probe_sizes(
+        lambda place: source(int(asked[place])),
+        len(asked),
+        max_pixels=max_pixels,
+        executor=executor,
+    )
+    image_hw[asked], broken_exif[asked] = found.image_hw, found.broken_exif
+    if len(found.rejects) < len(asked):
+        _keep(path, known, image_hw, broken_exif)
+    return Sizes(
+        image_hw,
+        broken_exif,
+        [one._replace(example_index=int(asked[one.example_index])) for one in found.rejects],
+    )
+
+
+@contextmanager
+def forgetting_wrong_sizes(source: ImageSource, max_pixels: int) -> Iterator[None]:
+    """Remove the kept sizes of a source if the block raises a ValueError: an image has another one.
+
+    A file that was replaced by one of equal length and time of change is not noticed before; the
+    next plan is made from sizes that are probed again.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_table(own, _SCHEMA, [_table(sizes)])
-        own.replace(path)
-    except OSError as error:
-        log.warning("sizes are not kept, they will be probed again: %s", error)
-    return sizes
+        yield
+    except ValueError:
+        with suppress(OSError):  # they may be where nothing can be written any more
+            _place(source, max_pixels)[0].unlink(missing_ok=True)
+        raise
 
 
 def checked_columns(dataset: Dataset, columns: Any) -> tuple[str, str]:
@@ -165,20 +173,63 @@ def column_sizes(dataset: Dataset, columns: tuple[str, str], *, max_pixels: int)
     return Sizes(image_hw.astype(np.int32), np.zeros(len(image_hw), np.bool_), rejects)
 
 
-def _read(path: Path, num_rows: int) -> Sizes | None:
-    """Return the sizes in a file; None if it is missing or broken, since it can be made again."""
-    if not path.is_file():
-        return None
-    try:
-        with pa.memory_map(str(path)) as file:
-            table = pa.ipc.open_stream(file).read_all()
+def _place(source: ImageSource, max_pixels: int) -> tuple[Path, str]:
+    """Return where the sizes of a source are kept, and a digest of all that they depend on."""
+    # Another Pillow or packpipe may read headers differently, or reject other images.
+    known = {
+        "version": _VERSION,
+        "packpipe": __version__,
+        "pillow": PIL.__version__,
+        "fingerprint": source.rows._fingerprint,
+        "files": source.files_digest(),
+        "max_pixels": max_pixels,
+    }
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    return _folder(source.rows) / f"packpipe-sizes-{digest[:32]}.arrow", digest
+
+
+def _read(path: Path, known: str, num_rows: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Return (image_hw, broken_exif) of a file; zeros without one, or if it is not as written."""
+    if path.is_file():
+        try:
+            with pa.memory_map(str(path)) as file:
+                table = pa.ipc.open_stream(file).read_all()
             if table.schema == _SCHEMA and table.num_rows == num_rows:
-                return _sizes(table)
-        what = f"{table.num_rows} rows of {table.schema.names}"
-    except (pa.ArrowException, OSError) as error:
-        what = str(error)
-    log.warning("%s is broken (%s); probing again", path, what)
-    return None
+                height, width, broken = (column.to_numpy() for column in table.columns)
+                image_hw, broken_exif = np.stack([height, width], axis=1), broken.copy()
+                seal = (table.schema.metadata or {}).get(_SEAL)
+                if seal == _seal(known, image_hw, broken_exif):
+                    return image_hw, broken_exif
+            what = f"{table.num_rows} rows of {table.schema.names}, or of another source"
+        except (pa.ArrowException, OSError) as error:
+            what = str(error)
+        log.warning("%s is broken (%s); probing again", path, what)
+    return np.zeros((num_rows, 2), np.int32), np.zeros(num_rows, np.bool_)
+
+
+def _keep(
+    path: Path, known: str, image_hw: NDArray[np.int32], broken_exif: NDArray[np.bool_]
+) -> None:
+    schema = _SCHEMA.with_metadata({_SEAL: _seal(known, image_hw, broken_exif)})
+    columns = dict(zip(_SCHEMA.names, [*image_hw.T, broken_exif], strict=True))
+
+    def write(file: BinaryIO) -> None:
+        with pa.ipc.new_stream(file, schema) as stream:
+            stream.write_table(pa.table(columns, schema=schema))
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_shared(path, write)  # several processes may probe the source at once
+    except OSError as error:
+        log.warning("sizes are not kept, they will be probed again: %s", error)
+
+
+def _seal(known: str, image_hw: NDArray[Any], broken_exif: NDArray[Any]) -> bytes:
+    """Return a digest of sizes and of what they depend on: those of another source are refused."""
+    digest = hashlib.sha256(known.encode())
+    for array in (image_hw, broken_exif):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest().encode()
 
 
 def _filled(values: pa.ChunkedArray) -> NDArray[np.int64]:
@@ -193,23 +244,3 @@ def _folder(rows: Dataset) -> Path:
         if os.access(folder, os.W_OK):
             return folder
     return Path(datasets.config.HF_DATASETS_CACHE) / "packpipe"
-
-
-def _table(sizes: Sizes) -> pa.Table:
-    reasons: list[Any] = [None] * len(sizes.image_hw)
-    exceptions = reasons.copy()
-    for reject in sizes.rejects:
-        reasons[reject.example_index] = reject.reason
-        exceptions[reject.example_index] = reject.exception
-    columns = [*sizes.image_hw.T, sizes.broken_exif, reasons, exceptions]
-    return pa.table(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)
-
-
-def _sizes(table: pa.Table) -> Sizes:
-    image_hw = np.stack([table.column(name).to_numpy() for name in ("height", "width")], axis=1)
-    rejected = np.flatnonzero(np.asarray(table.column("reason").is_valid()))
-    found = table.take(pa.array(rejected)).select(["reason", "exception"]).to_pylist()
-    rejects = [
-        Reject(row, "probe", **reject) for row, reject in zip(rejected.tolist(), found, strict=True)
-    ]
-    return Sizes(image_hw, table.column("broken_exif").to_numpy(), rejects)

@@ -465,7 +465,8 @@ def test_changed_files_behind_the_same_paths_are_noticed(tmp_path, monkeypatch):
     after = packpipe.pack(source, **SMALL)
     assert [before[0]["image_hw"], after[0]["image_hw"]] == [[[40, 60]], [[64, 96]]]
     message = (
-        "example 0: image_hw is (64, 96), expected (40, 60) as planned; plan again, the source"
+        "example 0: image_hw is (64, 96), expected (40, 60) as planned; "
+        "plan again (stored rows: into another folder), the source has changed"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         packpipe.read_rows(lazy)

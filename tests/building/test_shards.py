@@ -12,6 +12,7 @@ import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -294,6 +295,32 @@ def test_a_build_begun_when_manifests_were_written_at_every_commit_ends_in_the_s
     (half / JOURNAL).unlink(missing_ok=True)
     build(source, half)
     assert contents(half) == whole
+
+
+def test_a_build_does_not_continue_with_shards_of_another_plan(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{number}.png" for number in range(12)]
+    for number, path in enumerate(paths):
+        path.write_bytes(pictures.encoded_image(8, 8, number))
+    dataset = datasets.Dataset.from_dict({"image": list(map(str, paths))})
+    dataset = dataset.cast_column("image", datasets.Image())
+    read = os.open
+
+    def refused(name, *arguments, **options):
+        if name == str(paths[5]):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name)
+        return read(name, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refused)
+        folder = tmp_path / "out"
+        stopped_build(dataset, folder, f"before open {DATA[2]}.partial")
+        build(dataset, tmp_path / "without")
+    assert DATA[0] in committed(folder)
+    packed = build(dataset, folder)
+    whole = build(dataset, tmp_path / "whole")
+    assert sorted(chain(*packed["example_index"])) == list(range(12))
+    assert packed["example_index"][:] == whole["example_index"][:]
+    assert contents(folder) == contents(tmp_path / "whole") != contents(tmp_path / "without")
 
 
 def test_rows_that_are_computed_when_read_are_cut_by_what_is_stored(source, whole, tmp_path):

@@ -406,7 +406,10 @@ def test_a_sound_exif_and_no_exif_are_not_flagged(format):  # noqa: A002
 
 
 def test_a_size_that_is_not_the_planned_one_is_an_error_and_no_bad_image():
-    message = "image_hw is (5, 9), expected (9, 5) as planned; plan again, the source has changed"
+    message = (
+        "image_hw is (5, 9), expected (9, 5) as planned; "
+        "plan again (stored rows: into another folder), the source has changed"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$") as found:
         decoded(encode(Image.fromarray(REFERENCE), "PNG"), (9, 5))
     assert not isinstance(found.value, BadImage)

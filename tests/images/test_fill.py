@@ -137,7 +137,7 @@ def test_a_size_that_is_not_the_planned_one_names_the_example_and_both_sizes():
     orders = [order_of(0), order_of(1, FILES[2], example=41)]
     message = (
         "example 41: image_hw is (2, 8), expected (4, 6) as planned; "
-        "plan again, the source has changed"
+        "plan again (stored rows: into another folder), the source has changed"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         fill_row(orders, np.empty((12, WIDTH), np.uint8), RULES)

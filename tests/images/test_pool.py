@@ -292,7 +292,7 @@ def test_a_size_that_is_not_the_planned_one_names_the_example_and_both_sizes(som
     changed = order_of(1, FILES[2], example=41)
     message = (
         "example 41: image_hw is (2, 8), expected (4, 6) as planned; "
-        "plan again, the source has changed"
+        "plan again (stored rows: into another folder), the source has changed"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         filled(some_decoders, sound(0), [*sound(1), changed])

@@ -287,7 +287,7 @@ def test_an_image_whose_size_changed_is_an_error(tmp_path):
     paths[1].write_bytes(pictures.encoded_image(17, 16))
     message = (
         "example 1: image_hw is (17, 16), expected (16, 16) as planned; "
-        "plan again, the source has changed"
+        "plan again (stored rows: into another folder), the source has changed"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         all_rows(packs, 0, 1)

@@ -414,6 +414,12 @@ def test_a_plan_is_saved_under_the_very_name_given(tmp_path):
     assert EpochPlan.load(str(tmp_path / "plan")).fingerprint == of(DROPPED).fingerprint
 
 
+def test_what_a_killed_process_left_beside_a_plan_is_removed(tmp_path):
+    (tmp_path / f"plan.npz.{'0f' * 16}.partial").write_bytes(b"half")
+    of(DROPPED).save(tmp_path / "plan.npz")
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.npz"]
+
+
 def test_a_plan_that_cannot_be_saved_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "plan.npz"
     of(DROPPED).save(path)

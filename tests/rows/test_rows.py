@@ -200,7 +200,7 @@ def test_a_size_that_is_not_the_planned_one_names_the_example_and_both_sizes():
     files = [*FILES[:4], encode(random_image("RGB", 9, 8), "PNG"), *FILES[5:]]
     message = (
         "example 4: image_hw is (9, 8), expected (20, 8) as planned; "
-        "plan again, the source has changed"
+        "plan again (stored rows: into another folder), the source has changed"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         fill_rows(segments_of(), files.__getitem__, CONFIG, Key(0, 0))

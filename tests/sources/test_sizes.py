@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -74,15 +75,15 @@ def no_probe(*_, **__):
 
 
 class Counted:
-    """Probes as before, and counts how often."""
+    """Probes as before, and counts of how many images each time."""
 
     def __init__(self, monkeypatch):
-        self.times = 0
+        self.asked = []
         monkeypatch.setattr(sizes, "probe_sizes", self)
 
-    def __call__(self, *arguments, **options):
-        self.times += 1
-        return probe_sizes(*arguments, **options)
+    def __call__(self, read_image, num_examples, **options):
+        self.asked.append(num_examples)
+        return probe_sizes(read_image, num_examples, **options)
 
 
 @given(
@@ -97,8 +98,9 @@ def test_kept_sizes_are_the_probed_ones(drawn):
     dataset = images_of([*drawn, broken_exif(30, 4), BAD[1], pictures.encoded_image(3, 8)])
     with pytest.MonkeyPatch.context() as patch:
         first = kept(dataset)
-        patch.setattr(sizes, "probe_sizes", no_probe)
+        counted = Counted(patch)
         second = kept(dataset)
+    assert counted.asked == [len(first.rejects)], "only what has no size is probed again"
     wanted = plain(probe_sizes(source_of(dataset), len(dataset), max_pixels=MAX_PIXELS))
     assert plain(first) == plain(second) == wanted
     image_hw, broken, rejects = wanted
@@ -155,7 +157,8 @@ def test_a_changed_file_is_probed_again(tmp_path, monkeypatch, change):
     counted = Counted(monkeypatch)
     before = [kept(dataset).image_hw.tolist() for _ in range(2)]
     assert before[0] == before[1] != []
-    assert counted.times == 1
+    missing = [1] * (change == "added")
+    assert counted.asked == [3, *missing]
     if change == "rewritten":
         paths[1].write_bytes(pictures.encoded_image(33, 44))
     elif change == "touched":
@@ -165,7 +168,7 @@ def test_a_changed_file_is_probed_again(tmp_path, monkeypatch, change):
     else:
         paths[2].write_bytes(pictures.encoded_image(12, 20))
     after = [kept(dataset) for _ in range(2)]
-    assert counted.times == 2
+    assert counted.asked[1 + len(missing) :] == [3, *[1] * (change == "removed")]
     wanted = {
         "rewritten": [[10, 20], [33, 44], [12, 20]],
         "touched": before[0],
@@ -190,12 +193,13 @@ def test_another_limit_on_pixels_has_sizes_of_its_own(monkeypatch):
     dataset = images_of([pictures.encoded_image(10, 10), pictures.encoded_image(3, 3)])
     assert plain(kept(dataset))[0] == [[10, 10], [3, 3]]
     limited = kept(dataset, max_pixels=99)
-    monkeypatch.setattr(sizes, "probe_sizes", no_probe)
+    counted = Counted(monkeypatch)
     for found in (limited, kept(dataset, max_pixels=99)):
         message = "BadImage: 10x10 pixels, expected at most 99"
         reject = Reject(0, "probe", "too many pixels", message)
         assert plain(found) == ([[0, 0], [3, 3]], [False, False], [reject])
     assert plain(kept(dataset))[0] == [[10, 10], [3, 3]]
+    assert counted.asked == [1]
 
 
 @pytest.mark.parametrize("module", [sizes, PIL])
@@ -205,9 +209,9 @@ def test_another_version_has_sizes_of_its_own(monkeypatch, module):
     kept(dataset)
     monkeypatch.setattr(module, "__version__", "999")
     kept(dataset)
-    assert counted.times == 2
+    assert counted.asked == [9, 9]
     kept(dataset)
-    assert counted.times == 2
+    assert counted.asked == [9, 9]
 
 
 def test_other_rows_have_sizes_of_their_own():
@@ -241,7 +245,16 @@ def of_other_columns(path):
     write_table(path, table.schema, [table])
 
 
-@pytest.mark.parametrize("damage", [halved, emptied, overwritten, of_fewer_rows, of_other_columns])
+def of_another_source(path):
+    other = kept(images_of([None, *pictures.encoded_images()[:8]]))
+    assert [reject.example_index for reject in other.rejects] == [0]
+    (foreign,) = set(path.parent.iterdir()) - {path}
+    foreign.replace(path)
+
+
+@pytest.mark.parametrize(
+    "damage", [of_another_source, halved, emptied, overwritten, of_fewer_rows, of_other_columns]
+)
 def test_a_kept_file_that_is_broken_is_made_anew(cache, damage):
     dataset = images_of(pictures.encoded_images())
     wanted = plain(kept(dataset))
@@ -252,6 +265,126 @@ def test_a_kept_file_that_is_broken_is_made_anew(cache, damage):
         patch.setattr(sizes, "probe_sizes", no_probe)
         assert plain(kept(dataset)) == wanted
     assert list(cache.iterdir()) == [path]
+
+
+def test_sizes_in_which_a_bit_has_flipped_are_not_those_that_are_used(cache):
+    dataset = images_of(pictures.encoded_images())
+    wanted = plain(kept(dataset))
+    (path,) = cache.iterdir()
+    data = path.read_bytes()
+    places = np.random.default_rng(0).integers(0, 8 * len(data), 100).tolist()
+    for place in places:
+        harmed = bytearray(data)
+        harmed[place // 8] ^= 1 << place % 8
+        path.write_bytes(harmed)
+        assert plain(kept(dataset)) == wanted
+
+
+def refusing(monkeypatch, path, number):
+    """Have the system refuse to open one file, whoever asks; returns how to end that."""
+    real, access = os.open, os.access
+
+    def refused(name, *arguments, **options):
+        if name == str(path):
+            raise OSError(number, os.strerror(number), name)
+        return real(name, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refused)
+        if number == errno.EACCES:
+            patch.setattr(os, "access", lambda name, mode: name != str(path) and access(name, mode))
+        yield
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three images in files."""
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        path.write_bytes(pictures.encoded_image(16 + number, 16, number))
+    return paths
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ELOOP])
+def test_an_image_that_can_be_read_again_is_no_reject_any_more(three, monkeypatch, number):
+    dataset = by_path(three)
+    for _ in refusing(monkeypatch, three[1], number):
+        found = kept(dataset)
+        assert found.image_hw.tolist() == [[16, 16], [0, 0], [18, 16]]
+        assert [reject.example_index for reject in found.rejects] == [1]
+    for _ in range(2):
+        assert plain(kept(dataset)) == ([[16, 16], [17, 16], [18, 16]], [False] * 3, [])
+    monkeypatch.setattr(sizes, "probe_sizes", no_probe)
+    kept(dataset)
+
+
+def test_rows_made_while_an_image_could_not_be_read_are_not_those_made_when_it_can(
+    three, tmp_path, monkeypatch
+):
+    dataset, options = by_path(three), {"max_bad_fraction": 0.5, "progress": False}
+    for _ in refusing(monkeypatch, three[1], errno.EACCES):
+        before = packpipe.pack(dataset, 16, output=tmp_path / "out", num_workers=0, **options)
+        assert packpipe.rejects(before)["example_index"][:] == [1]
+    message = "expected rows made with the same source_files; choose another output, or remove it"
+    with pytest.raises(FileExistsError, match=re.escape(message)):
+        packpipe.pack(dataset, 16, output=tmp_path / "out", num_workers=0, **options)
+    after = packpipe.pack(dataset, 16, output=tmp_path / "again", num_workers=0, **options)
+    assert len(packpipe.rejects(after)) == 0
+
+
+def replaced(path, image):
+    """Replace a file by another of equal length and time of change."""
+    before = path.stat()
+    path.write_bytes(image + bytes(before.st_size - len(image)))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+WAYS = {
+    "epochs": lambda dataset, _: packpipe.EpochPacks(dataset, 16).rows((0, 0), np.arange(3)),
+    "rows": lambda dataset, folder: packpipe.read_rows(
+        packpipe.pack(dataset, 16, output=folder, num_workers=0, progress=False)
+    ),
+    "processes": lambda dataset, folder: packpipe.read_rows(
+        packpipe.pack(dataset, 16, output=folder, num_workers=1, progress=False)
+    ),
+    "rows when read": lambda dataset, folder: packpipe.read_rows(
+        packpipe.pack(dataset, 16, output=folder, materialize=False, progress=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_size_that_turns_out_to_be_wrong_is_forgotten(tmp_path, way):
+    paths = [tmp_path / f"{number}.bmp" for number in range(3)]
+    for number, path in enumerate(paths):
+        path.write_bytes(pictures.encoded_image(64, 64, number, "BMP"))
+    dataset = by_path(paths)
+    assert kept(dataset).image_hw.tolist() == [[64, 64]] * 3
+    replaced(paths[1], pictures.encoded_image(32, 64, 1, "BMP"))
+    message = (
+        "example 1: image_hw is (32, 64), expected (64, 64) as planned; "
+        "plan again (stored rows: into another folder), the source has changed"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        WAYS[way](dataset, tmp_path / "out")
+    rows = WAYS[way](dataset, tmp_path / "another")
+    at = rows.example_index.tolist().index(1)
+    assert rows.image_hw[at].tolist() == [32, 64]
+    assert sorted(rows.example_index.tolist()) == [0, 1, 2]
+
+
+def test_what_killed_probes_have_left_is_removed(tmp_path):
+    images_of(pictures.encoded_images()).save_to_disk(tmp_path / "data")
+    dataset = datasets.load_from_disk(tmp_path / "data")
+    own = {path.name for path in (tmp_path / "data").iterdir()}
+    for probed in (False, True):
+        for end in (".partial", ""):
+            left = f"packpipe-sizes-{'ab' * 16}.arrow.{'cd' * 16}{end}"
+            (tmp_path / "data" / left).write_bytes(b"half")
+        kept(dataset)
+        (name,) = {path.name for path in (tmp_path / "data").iterdir()} - own
+        assert name.endswith(".arrow"), probed
 
 
 def test_several_may_probe_at_once(cache, monkeypatch):
@@ -461,7 +594,7 @@ def test_a_wrong_size_in_a_column_names_the_example_and_both_sizes(source, tmp_p
     wrong = source.remove_columns("w").add_column("w", widths)
     message = (
         "example 3: image_hw is (8, 120), expected (8, 121) as planned; "
-        "plan again, the source has changed"
+        "plan again (stored rows: into another folder), the source has changed"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         packpipe.pack(wrong, 32, size_columns=("h", "w"), output=tmp_path / "o", progress=False)

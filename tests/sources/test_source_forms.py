@@ -549,7 +549,7 @@ def test_a_size_that_changed_since_the_plan_names_the_example_and_both_sizes(
     found = {"larger": (16, 12), "turned": (12, 8)}[change]
     message = (
         f"example 1: image_hw is {found}, expected (8, 12) as planned; "
-        "plan again, the source has changed"
+        "plan again (stored rows: into another folder), the source has changed"
     )
     options = {"num_workers": num_workers} if way == "pack" else {}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
