@@ -20,6 +20,7 @@ after the pixels is ignored, since finding it would mean decoding the image whil
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from contextlib import ExitStack
@@ -39,12 +40,14 @@ from packpipe.images.headers import (
 from packpipe.images.modes import NoRule, plain
 from packpipe.images.opening import (
     BadImage,
+    Confined,
     ImageData,
     _array_hw,
     _file,
     _opened,
-    _rejecting,
     _reraise_faults,
+    _said,
+    rejecting,
 )
 
 Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
@@ -94,10 +97,12 @@ def probe(data: ImageData, *, max_pixels: int) -> Probe:
     with ExitStack() as stack:
         source: ImageData | FileIO = data
         if not isinstance(data, Image.Image):
-            if isinstance(data, str):
-                with _rejecting(data):
+            if isinstance(data, str | Confined):
+                with rejecting(data):
                     source = stack.enter_context(_file(data))
                     head, size = source.read(HEAD_BYTES), os.fstat(source.fileno()).st_size
+                    if head is None:  # so FileIO says that there is nothing to read yet
+                        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             else:
                 head, size = data, len(data)
             image_hw = quick_probe(head, size)
@@ -148,7 +153,7 @@ def decode(
         except Exception as error:  # decoders raise whatever they like
             _reraise_faults(error)
             reason = "unsupported mode" if isinstance(error, NoRule) else "undecodable"
-            raise BadImage(reason, str(error)) from error
+            raise BadImage(reason, _said(error, data)) from error
     if orientation in _TRANSPOSE:
         box = _turned(box, pixels.size, orientation)
         pixels = pixels.transpose(_TRANSPOSE[orientation])

@@ -2,6 +2,12 @@
 
 Files are not trusted: only regular files of the raster formats below are opened, none of which
 runs another program, and sizes are checked before anything is allocated.
+
+One rule tells errors apart. An error of the machine is one that the next file would meet as well,
+whatever it is: something has run out, the storage cannot be reached, or this process is at fault
+(`_MACHINE_FAULTS`). It is raised and stops the work. Every other error is one of the file at this
+path, and the image is a reject; if it is the disk that fails after all, the limits on rejects stop
+the work.
 """
 
 from __future__ import annotations
@@ -13,11 +19,11 @@ import re
 import stat
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from io import BufferedReader, BytesIO, FileIO
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +34,21 @@ from packpipe import checks
 from packpipe.images.headers import HEAD_BYTES, ICON, icon_hw
 from packpipe.images.modes import NoRule, image_of
 
+
+class Confined(NamedTuple):
+    """The path of a file that must lie within a folder.
+
+    Attributes:
+        path: absolute, with all links resolved.
+        root: the folder, likewise.
+    """
+
+    path: str
+    root: str
+
+
 # The bytes of an encoded image, the path of its file, or its pixels.
-ImageData: TypeAlias = "bytes | memoryview | str | NDArray[Any] | Image.Image"
+ImageData: TypeAlias = "bytes | memoryview | str | Confined | NDArray[Any] | Image.Image"
 
 
 FORMATS = (
@@ -52,12 +71,26 @@ _TEXT_LIMITS = {"MAX_TEXT_CHUNK": 2**20, "MAX_TEXT_MEMORY": 2**26}
 _PILLOW_LOG = logging.getLogger("PIL.TiffImagePlugin")
 
 
-# Errors of a single path, which another machine would get as well: the image is a reject.
-_FILE_FAULTS = (
-    *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP),
-    errno.ENXIO,  # a socket
-    errno.EINVAL,  # a header that points before the file's first byte
+# Errors of the machine: the next file would meet them as well. No system knows all the names.
+_MACHINE_FAULTS = frozenset(
+    getattr(errno, name)
+    for name in (
+        # Something has run out: memory, descriptors, space, locks.
+        *("ENOMEM", "EMFILE", "ENFILE", "ENOSPC", "EDQUOT", "ENOBUFS", "ENOSR", "ENOLCK", "EUSERS"),
+        # The storage cannot be reached.
+        *("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET", "ENONET", "ENOLINK"),
+        *("ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "ENOTCONN", "ESHUTDOWN", "ETIMEDOUT"),
+        *("ETIME", "ECOMM", "EPIPE", "EPROTO", "ESTALE"),
+        # This process is at fault. (After EINTR Python itself tries again.)
+        *("EBADF", "EFAULT", "ENOSYS", "ECANCELED"),
+    )
+    if hasattr(errno, name)
 )
+# How the folders on the way to a file are opened: a link is an error, and permission to search them
+# is enough.
+_FOLDER = getattr(os, "O_PATH", os.O_RDONLY)
+_FOLDER |= getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+_OPENS_STEPWISE = os.open in os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")
 
 
 class _Clipped(BufferedReader):
@@ -106,17 +139,60 @@ def known_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _file(path: str) -> FileIO:
+def _file(path: str | Confined) -> FileIO:
     """Open a regular file for reading; anything else at the path raises `BadImage`."""
-    file = open(path, "rb", buffering=0, opener=_at_once)  # noqa: SIM115 the caller closes it
+    name = _name_of(path)
+    opener: Callable[[str, int], int] = _at_once
+    if isinstance(path, Confined):
+        opener = partial(_within if _OPENS_STEPWISE else _checked_within, path.root)
+    file = open(name, "rb", buffering=0, opener=opener)  # noqa: SIM115 the caller closes it
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise BadImage("unreadable", f"{path!r} is no regular file")
+        raise BadImage("unreadable", f"{name!r} is no regular file")
     return file
 
 
-def _at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
+def _name_of(source: object) -> Any:
+    """Return the path of a file that is to be opened or is; of other images, the image."""
+    if isinstance(source, FileIO):
+        return source.name
+    return source.path if isinstance(source, Confined) else source
+
+
+def _at_once(path: str, flags: int, *, folder: int | None = None) -> int:
+    # A pipe would wait for a writer, and a file under a lease for its holder.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), dir_fd=folder)
+
+
+def _within(root: str, path: str, flags: int) -> int:
+    """Open a file from root on, folder by folder, none of which may be a link.
+
+    The links on its way are resolved already. One that is there now was put there since, and may
+    lead out of root.
+    """
+    *folders, name = os.path.relpath(path, root).split(os.sep)
+    folder = os.open(root, _FOLDER)
+    try:
+        for inner in folders:
+            outer, folder = folder, os.open(inner, _FOLDER, dir_fd=folder)
+            os.close(outer)
+        return _at_once(name, flags | os.O_NOFOLLOW, folder=folder)
+    finally:
+        os.close(folder)
+
+
+def _checked_within(root: str, path: str, flags: int) -> int:  # noqa: ARG001 it is in the path
+    """Open a file, then make sure that its path still leads to it without a link.
+
+    For systems that cannot open a file from a folder on. Links that come and go at the right
+    moments could deceive it.
+    """
+    file = _at_once(path, flags)
+    status = os.fstat(file)
+    if os.path.realpath(path) != path or not os.path.samestat(status, os.stat(path)):
+        os.close(file)
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+    return file
 
 
 @contextmanager
@@ -125,7 +201,7 @@ def _opened(source: ImageData | FileIO, max_pixels: int) -> Iterator[Image.Image
     check_settings(max_pixels)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
-        with _rejecting(source):
+        with rejecting(source):
             image = _image(source, stack, max_pixels)
             width, height = image.size
             if width * height > max_pixels:
@@ -162,7 +238,7 @@ def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Ima
         _array_hw(source, max_pixels)
         return image_of(source)
     file: BinaryIO
-    if isinstance(source, str):
+    if isinstance(source, str | Confined):
         source = stack.enter_context(_file(source))
     if isinstance(source, FileIO):
         file = stack.enter_context(_Clipped(source, HEAD_BYTES))
@@ -214,27 +290,35 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _rejecting(source: object) -> Iterator[None]:
+def rejecting(source: object) -> Iterator[None]:
     """Turn exceptions of opening and of header parsers, of any type, into `BadImage`."""
     try:
         yield
     except Exception as error:
         _reraise_faults(error)
         if isinstance(error, FileNotFoundError):
-            raise BadImage("missing", f"no file {source!r}") from error
+            raise BadImage("missing", f"no file {_name_of(source)!r}") from error
         if isinstance(error, Image.DecompressionBombError):
             raise BadImage("too many pixels", str(error)) from error
         if isinstance(error, NoRule):
             raise BadImage("unsupported mode", str(error)) from error
         # Pillow's own message holds an address, which differs from run to run.
         unknown = isinstance(error, UnidentifiedImageError)
-        message = "no known image format" if unknown else str(error)
+        message = "no known image format" if unknown else _said(error, source)
         raise BadImage("unreadable", message) from error
 
 
 def _reraise_faults(error: Exception) -> None:
     """Raise the error if the machine caused it, not the image: it must not become a reject."""
-    known = (None, *_FILE_FAULTS)  # Pillow's decoders raise OSError without a number
-    fault = isinstance(error, OSError) and error.errno not in known
+    # Pillow's decoders raise OSError without a number: of the image.
+    fault = isinstance(error, OSError) and error.errno in _MACHINE_FAULTS
     if fault or isinstance(error, (BadImage, MemoryError)):
         raise error
+
+
+def _said(error: Exception, source: object) -> str:
+    """Return the message of an error of an image, with the path where there is one."""
+    path = _name_of(source)
+    if isinstance(error, OSError) and error.errno is not None and isinstance(path, str):
+        return str(OSError(error.errno, error.strerror, path))
+    return str(error)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from packpipe.images.decode import PixelRules
 from packpipe.images.fill import Failure, ImageTask, fill_row
-from packpipe.images.opening import known_formats
+from packpipe.images.opening import Confined, known_formats
 
 # Bytes that each process has at the front of the shared memory, for the place of its image.
 PLACE_BYTES = 8
@@ -41,8 +41,9 @@ def message_of(image: ImageTask) -> list[bytes | memoryview]:
     details: list[Any]
     if isinstance(data, Failure):
         payload, details = b"", [_NOTHING, *data]
-    elif isinstance(data, str):
-        payload, details = os.fsencode(data), [_PATH]
+    elif isinstance(data, str | Confined):
+        path, root = (data, None) if isinstance(data, str) else data
+        payload, details = os.fsencode(path), [_PATH, root]
     elif isinstance(data, np.ndarray):
         payload, details = data.tobytes(), [_PIXELS, data.dtype.str, data.shape]
     elif isinstance(data, bytes | memoryview):
@@ -66,7 +67,8 @@ def _image_from(stream: Any) -> ImageTask:
     if kind == _NOTHING:
         data = Failure(*details)
     elif kind == _PATH:
-        data = os.fsdecode(payload)
+        path, (root,) = os.fsdecode(payload), details
+        data = path if root is None else Confined(path, root)
     elif kind == _PIXELS:
         data = np.frombuffer(payload, np.dtype(details[0])).reshape(details[1])
     return ImageTask(example, data, tuple(image_hw), tuple(grid_hw), kept)

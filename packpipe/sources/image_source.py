@@ -21,7 +21,7 @@ from datasets import Image
 from numpy.typing import NDArray
 
 from packpipe import checks
-from packpipe.images.opening import BadImage, ImageData
+from packpipe.images.opening import BadImage, Confined, ImageData, rejecting
 
 
 def checked_root(image_root: Any) -> str | None:
@@ -138,22 +138,23 @@ def image_data(value: pa.Scalar, root: str | None = None) -> ImageData:
     return memoryview(value.as_buffer())  # the bytes where Arrow has them, not a copy
 
 
-def confined(path: str, root: str | None) -> str:
-    """Return the path of a file, resolved and inside root if there is one.
+def confined(path: str, root: str | None) -> str | Confined:
+    """Return the path of a file; if there is a root, resolved, and to be opened within root only.
 
     Raises:
         BadImage: it leads out of root, or no file can have such a name.
     """
     if root is None:
         return path
-    try:
-        # With links resolved: a link inside root may lead out of it.
-        found = os.path.realpath(os.path.join(root, path))
-    except ValueError as error:  # a NUL
-        raise BadImage("unreadable", f"the path {path!r}: {error}") from error
+    with rejecting(path):  # links may come and go while they are resolved
+        try:
+            # With links resolved: a link inside root may lead out of it.
+            found = os.path.realpath(os.path.join(root, path))
+        except ValueError as error:  # a NUL
+            raise BadImage("unreadable", f"the path {path!r}: {error}") from error
     if os.path.commonpath([root, found]) != root:
         raise BadImage("outside image_root", f"the path {path!r} leads out of image_root")
-    return found
+    return Confined(found, root)
 
 
 def _pixels(rows: pa.Array) -> NDArray[Any]:

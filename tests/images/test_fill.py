@@ -143,7 +143,9 @@ def test_a_size_that_is_not_the_planned_one_names_the_example_and_both_sizes():
         fill_row(orders, np.empty((12, WIDTH), np.uint8), RULES)
 
 
-@pytest.mark.parametrize("fault", [OSError(errno.EIO, "Input/output error"), MemoryError("full")])
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.EMFILE, "Too many open files"), MemoryError("full")]
+)
 def test_a_fault_of_the_machine_is_raised_as_it_is(monkeypatch, fault):
     def decode(*_, **__):
         raise fault

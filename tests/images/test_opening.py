@@ -1,0 +1,215 @@
+"""Opening files: whose fault an error is, and staying beneath a folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import signal
+import threading
+from io import FileIO
+
+import pictures
+import pytest
+from test_headers import opened_with
+
+from packpipe.images import opening
+from packpipe.images.decode import PixelRules, decode, probe
+from packpipe.images.headers import HEAD_BYTES
+from packpipe.images.opening import BadImage, Confined
+from packpipe.sources.image_source import confined
+
+INSIDE, OUTSIDE = (8, 12), (10, 6)
+RULES = PixelRules((255, 255, 255), 10**6, None, "bicubic", "bicubic")
+
+# Errors that the next file would meet as well.
+MACHINE = {
+    "ran out": "ENOMEM EMFILE ENFILE ENOSPC EDQUOT ENOBUFS ENOSR ENOLCK EUSERS",
+    "out of reach": "EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET ENONET ENOLINK "
+    "ECONNABORTED ECONNREFUSED ECONNRESET ENOTCONN ESHUTDOWN ETIMEDOUT ETIME ECOMM EPIPE EPROTO "
+    "ESTALE",
+    "ours": "EBADF EFAULT ENOSYS ECANCELED",
+}
+OF_THE_MACHINE = {
+    getattr(errno, name)
+    for names in MACHINE.values()
+    for name in names.split()
+    if hasattr(errno, name)
+}
+
+
+WHEN = {"opened": 0, "read": 1, "decoded": 2}
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_every_error_of_the_system_is_the_machines_or_makes_a_reject_of_its_path(
+    tmp_path, monkeypatch, when
+):
+    path, image_hw = tmp_path / "image.png", (200, 200)
+    path.write_bytes(pictures.encoded_image(*image_hw))
+    assert HEAD_BYTES < path.stat().st_size < 2 * HEAD_BYTES, "read twice, the second when decoded"
+    number, calls = 0, 0
+
+    class Failing(FileIO):
+        def __init__(self, *arguments):
+            self.count()
+            super().__init__(*arguments)
+
+        def readinto(self, *arguments):
+            self.count()
+            return super().readinto(*arguments)
+
+        def count(self):
+            nonlocal calls
+            calls += 1
+            if calls > WHEN[when]:
+                raise OSError(number, os.strerror(number))
+
+    opened_with(monkeypatch, Failing)
+    # And one that nobody knows; but Python itself reads again after EINTR, for ever here.
+    numbers = {*errno.errorcode, 9999} - {errno.EINTR}
+    assert len(numbers) > 100
+    for number in sorted(numbers):
+        calls = 0
+        with pytest.raises((OSError, BadImage)) as found:
+            decode(str(path), image_hw=image_hw, target_hw=INSIDE, rules=RULES)
+        if number in OF_THE_MACHINE:
+            assert found.value.errno == number
+        elif number == errno.ENOENT and when != "decoded":
+            assert found.value.reason == "missing"
+        else:
+            assert isinstance(found.value, BadImage), errno.errorcode[number]
+            assert found.value.reason == ("undecodable" if when == "decoded" else "unreadable")
+            assert str(found.value) == f"[Errno {number}] {os.strerror(number)}: {str(path)!r}"
+
+
+def test_a_file_that_has_nothing_to_read_yet_is_a_reject(tmp_path, monkeypatch):
+    path = tmp_path / "image.png"
+    path.write_bytes(pictures.encoded_image(*INSIDE))
+
+    class Waiting(FileIO):
+        def read(self, *_):
+            return None
+
+    opened_with(monkeypatch, Waiting)
+    with pytest.raises(BadImage, match=r"^\[Errno 11\] Resource temporarily unavailable: "):
+        probe(str(path), max_pixels=10**6)
+
+
+@pytest.fixture
+def leased(tmp_path):
+    """A file that somebody has leased: the system has others wait for it, or say EAGAIN."""
+    path = tmp_path / "leased.png"
+    path.write_bytes(pictures.encoded_image(*INSIDE))
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # so the system asks to have it back
+    with path.open("rb") as file:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        yield str(path)
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    signal.signal(signal.SIGIO, before)
+
+
+def test_a_file_under_a_lease_is_a_reject_of_its_path(leased):
+    message = f"[Errno 11] Resource temporarily unavailable: {leased!r}"
+    with pytest.raises(BadImage, match=f"^{re.escape(message)}$") as found:
+        probe(leased, max_pixels=10**6)
+    assert found.value.reason == "unreadable"
+
+
+def test_a_file_that_cannot_be_read_is_a_reject_of_its_path():
+    message = "[Errno 5] Input/output error: '/proc/self/mem'"
+    with pytest.raises(BadImage, match=f"^{re.escape(message)}$") as found:
+        probe("/proc/self/mem", max_pixels=10**6)
+    assert found.value.reason == "unreadable"
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder of folders of images, beside it one outside, and links of all kinds."""
+    root = tmp_path / "root"
+    (root / "a" / "b").mkdir(parents=True)
+    (root / "a" / "b" / "in.png").write_bytes(pictures.encoded_image(*INSIDE))
+    outside = tmp_path / "outside"
+    (outside / "b").mkdir(parents=True)
+    for folder in (outside, outside / "b"):
+        (folder / "in.png").write_bytes(pictures.encoded_image(*OUTSIDE))
+    (root / "link to a").symlink_to(root / "a")
+    (root / "a" / "up").symlink_to("../a/b")
+    (root / "link.png").symlink_to("link to a/b/in.png")
+    return root
+
+
+@pytest.fixture(params=["stepwise", "checked"])
+def way(request, monkeypatch):
+    """How systems of both kinds open files."""
+    assert opening._OPENS_STEPWISE
+    monkeypatch.setattr(opening, "_OPENS_STEPWISE", request.param == "stepwise")
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(
+    "path", ["a/b/in.png", "link to a/b/in.png", "a/up/in.png", "link.png", "{root}/link.png"]
+)
+def test_links_within_the_root_are_followed(root, path):
+    found = confined(path.format(root=root), str(root))
+    assert found == Confined(str(root / "a" / "b" / "in.png"), str(root))
+    assert probe(found, max_pixels=10**6).image_hw == INSIDE
+    assert decode(found, image_hw=INSIDE, target_hw=INSIDE, rules=RULES).shape == (*INSIDE, 3)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("swapped", ["a", "a/b", "a/b/in.png"])
+def test_what_is_swapped_for_a_link_after_the_path_was_resolved_is_not_followed(root, swapped):
+    found = confined("a/b/in.png", str(root))
+    place = root / swapped
+    place.rename(root / "away")
+    place.symlink_to(root.parent / "outside" / ("in.png" * (swapped == "a/b/in.png")))
+    assert probe(found.path, max_pixels=10**6).image_hw == OUTSIDE, "without a root it would be"
+    for _ in range(2):
+        with pytest.raises(BadImage, match=re.escape(repr(found.path))) as rejected:
+            probe(found, max_pixels=10**6)
+        assert rejected.value.reason == "unreadable"
+    place.unlink()
+    (root / "away").rename(place)
+    assert probe(found, max_pixels=10**6).image_hw == INSIDE
+
+
+def test_no_read_leaves_the_root_while_a_folder_is_swapped_for_a_link(root):
+    done = threading.Event()
+    swaps = 0
+
+    def swap():
+        nonlocal swaps
+        folder, away = root / "a", root / "away"
+        while not done.is_set():
+            folder.rename(away)
+            folder.symlink_to(root.parent / "outside")
+            folder.unlink()
+            away.rename(folder)
+            swaps += 1
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    found = []
+    try:
+        while len(found) < 3000 or swaps < 100:
+            try:
+                found.append(probe(confined("a/b/in.png", str(root)), max_pixels=10**6).image_hw)
+            except BadImage as error:
+                found.append(error.reason)
+    finally:
+        done.set()
+        thread.join()
+    assert swaps >= 100
+    assert set(found) <= {INSIDE, "missing", "unreadable", "outside image_root"}
+    assert INSIDE in found
+
+
+def test_a_folder_that_may_only_be_searched_is_no_obstacle(root):
+    found = confined("a/b/in.png", str(root))
+    (root / "a").chmod(0o111)
+    try:
+        assert probe(found, max_pixels=10**6).image_hw == INSIDE
+    finally:
+        (root / "a").chmod(0o755)
