@@ -4,6 +4,9 @@ Processes, not threads: decoding holds the interpreter lock in places (two threa
 times as fast as one, two processes 1.9 times), an image that takes too long can be stopped, and a
 codec that crashes does not end the build. Tasks are sent to a process as plain messages (`worker`);
 the process writes tokens straight into the rows.
+
+A process that ends at an image, or is ended since it stands still (`watch`), is started again and
+the image tried once more, for the cause may lie outside. The second time, the image is left out.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from queue import SimpleQueue
 from threading import Lock
@@ -28,6 +32,7 @@ from numpy.typing import NDArray
 
 from packpipe.images.decode import PixelRules
 from packpipe.images.fill import Failure, ImageTask
+from packpipe.images.watch import STILL_SECONDS, Progress, Watch, run_time
 from packpipe.images.worker import PLACE_BYTES, message_of
 
 _START = (
@@ -42,6 +47,9 @@ _STOPPED = "the decoding processes were stopped"
 # Signals that come from outside, for example from a system that has run out of memory.
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 _STARTS = 3  # attempts to start a process that ends before its first image
+# Seconds that a killed process may take to end; one that waits for a device cannot, until that
+# answers, and is left behind.
+_DYING = 30.0
 
 
 class RowTask(NamedTuple):
@@ -64,6 +72,7 @@ class Decoders:
         row_shape: (seq_len, P·P·3) of a row.
         rules: how pixels are made.
         seconds: processor time an image may take; one that takes longer becomes a `Failure`.
+        still_seconds: how long a process may stand still; see `watch`.
 
     Attributes:
         rows: uint8[num_rows, seq_len, P·P·3], the shared memory.
@@ -76,6 +85,8 @@ class Decoders:
         row_shape: tuple[int, int],
         rules: PixelRules,
         seconds: float,
+        *,
+        still_seconds: float = STILL_SECONDS,
     ) -> None:
         row_bytes = row_shape[0] * row_shape[1]
         first_row = num_workers * PLACE_BYTES
@@ -90,6 +101,7 @@ class Decoders:
             "row_shape": row_shape,
             "rules": rules,
             "seconds": seconds,
+            "still_seconds": still_seconds,
         }
         places = memory[:first_row].view(np.int64)
         self._processes = [
@@ -98,6 +110,7 @@ class Decoders:
         ]
         self._executor = ThreadPoolExecutor(num_workers, thread_name_prefix="packpipe")
         self._idle: SimpleQueue[_Process] = SimpleQueue()
+        self._watch = Watch(self._progress, self._end_still, still_seconds)
         try:
             for process in self._processes:
                 process.start()  # none is waited for, so all start at the same time
@@ -112,11 +125,19 @@ class Decoders:
 
     def close(self) -> None:
         """Stop the processes at once, also those that are decoding."""
+        self._watch.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
             process.stop()
         self._executor.shutdown(wait=True)
         os.close(self._file)  # the mapping lives as long as `rows` does
+
+    def _progress(self) -> Progress:
+        found = {number: process.progress() for number, process in enumerate(self._processes)}
+        return {number: progress for number, progress in found.items() if progress is not None}
+
+    def _end_still(self, number: Any) -> None:
+        self._processes[number].end_still()
 
     def __enter__(self) -> Decoders:
         return self
@@ -143,7 +164,11 @@ class _Process:
     def __init__(self, setup: dict[str, Any], place: NDArray[np.int64]) -> None:
         self._setup, self._place = setup, place
         self.seconds: float = setup["seconds"]
+        self.still_seconds: float = setup["still_seconds"]
         self._popen: subprocess.Popen[bytes] | None = None
+        self._stood_still = False
+        self._messages = 0  # sent so far, over all starts
+        self._waited_for = False
         self._starting_or_stopping = Lock()
         self._stopped = False
 
@@ -160,10 +185,12 @@ class _Process:
                 env={**_MEMORY, **os.environ},
                 process_group=0,  # so that Ctrl-C reaches the parent only, which stops the workers
             )
-            self._stream = ours.makefile("rwb")
+            # Closed with the stream, not before.
+            self._socket, self._stream = ours, ours.makefile("rwb")
+            self._stood_still = False
 
     def ask(self, task: list[RowTask]) -> dict[str, Any] | None:
-        """Send a task and return the answer; None if the process ended instead."""
+        """Send a task and return the answer; None if the process ended, or was ended, instead."""
         if self._popen is None:
             self.start()
         self._place[0] = -1
@@ -180,19 +207,52 @@ class _Process:
         rows = [(row, len(images)) for row, images in task]
         head: list[bytes | memoryview] = [json.dumps(rows).encode() + b"\n"]
         images = (message_of(image) for _, images in task for image in images)
+        # Images are read between two messages, so that this is not time that the process takes.
         for message in chain([head], images):
-            with suppress(*_NO_ANSWER):
+            with self._waiting():
                 self._stream.writelines(message)
                 self._stream.flush()  # so that the process can start with the first image
-        with suppress(*_NO_ANSWER):
+        with self._waiting():
             return self._stream.readline()
         return b""
 
-    def ended(self) -> tuple[int, int]:
-        """Return the exit status of a process that ended, and the place of its last image."""
-        if self._stopped or self._popen is None:
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Note that this thread waits for the process, which may end meanwhile."""
+        self._messages += 1
+        self._waited_for = True
+        try:
+            with suppress(*_NO_ANSWER):
+                yield
+        finally:
+            self._waited_for = False
+
+    def progress(self) -> object:
+        """Return how far the process has got, if it is waited for; None if it is not."""
+        popen = self._popen
+        if not self._waited_for or popen is None:
+            return None
+        return popen.pid, self._messages, self.place, run_time(popen.pid)
+
+    def end_still(self) -> None:
+        """Kill the process, since it stands still, and end the wait for it."""
+        with self._starting_or_stopping:
+            if self._popen is not None:
+                self._stood_still = True
+                self._kill(self._popen)
+
+    def ended(self) -> tuple[int | None, int]:
+        """Return the exit status of a process that ended, and the place of its last image.
+
+        The status is None if the process was ended since it stood still.
+        """
+        popen = self._popen
+        if self._stopped or popen is None:
             raise DecoderError(_STOPPED)
-        status = self._popen.wait()
+        if self._stood_still:
+            self._end()
+            return None, self.place
+        status = popen.wait()
         self._close()
         return status, self.place
 
@@ -207,9 +267,15 @@ class _Process:
     def _end(self) -> None:
         with self._starting_or_stopping:
             if self._popen is not None:
-                self._popen.kill()
-                self._popen.wait()
+                self._kill(self._popen)
+                with suppress(subprocess.TimeoutExpired):
+                    self._popen.wait(_DYING)
                 self._close()
+
+    def _kill(self, popen: subprocess.Popen[bytes]) -> None:
+        popen.kill()
+        with suppress(OSError):  # nobody is at the other end
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _close(self) -> None:
         self._popen = None
@@ -226,25 +292,32 @@ def _fill(process: _Process, task: list[RowTask]) -> list[list[Failure | None]]:
     starts = 0
     while (answer := process.ask(task)) is None:
         status, place = process.ended()
+        how = f"ended with {status}"
+        if status is None:
+            how = f"made no progress at all within {process.still_seconds:g} s"
         # Ended before its first image, so no image is the cause.
         if place < 0:
             starts += 1
             if starts == _STARTS:
-                raise DecoderError(f"a decoding process does not start: it ended with {status}")
+                raise DecoderError(f"a decoding process does not start: it {how}")
             continue
         row, at = _place(task, place)
         image = task[row].images[at]
+        failure = None
         if status == -signal.SIGPROF:
             what = f"not decoded within {process.seconds:g} s of processor time"
-            task[row].images[at] = image._replace(data=Failure("too slow", what))
-        elif image is suspect and status in _KILLED:
+            failure = Failure("too slow", what)
+        elif image is not suspect:
+            suspect = image  # a second time proves it; the cause may have come from outside once
+        elif status in _KILLED:
             what = f"was killed twice at example {image.example}, by signal {-status}"
             raise DecoderError(f"a decoding process {what}; is there enough memory?")
-        elif image is suspect:
-            what = f"decoding it ended the process with {status}"
-            task[row].images[at] = image._replace(data=Failure("crashed", what))
+        elif status is None:
+            failure = Failure("standstill", f"the process that decodes it {how}, twice")
         else:
-            suspect = image  # a second time proves it; a signal from outside may have ended it once
+            failure = Failure("crashed", f"decoding it ended the process with {status}")
+        if failure is not None:
+            task[row].images[at] = image._replace(data=failure)
     ((kind, said),) = answer.items()
     if kind != "outcomes":
         row, at = _place(task, process.place)

@@ -23,7 +23,7 @@ import traps
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from processes import children, of_session, wait_until
+from processes import children, is_stopped, of_session, wait_until
 from test_fill import FAILURE, FILES, PIXELS, RULES, WIDTH, cases, order_of
 
 from packpipe.images import pool
@@ -52,8 +52,8 @@ def running(code: str, image: int = 0, example: int = 0) -> ImageTask:
     return order_of(image, traps.running(code, FILES[image]), example=example)
 
 
-def decoding(num_workers: int = 1, seconds: float = 20) -> Decoders:
-    found = Decoders(num_workers, NUM_ROWS, (SEQ_LEN, WIDTH), RULES, seconds)
+def decoding(num_workers: int = 1, seconds: float = 20, **options: float) -> Decoders:
+    found = Decoders(num_workers, NUM_ROWS, (SEQ_LEN, WIDTH), RULES, seconds, **options)
     found.rows[...] = 77
     return found
 
@@ -249,9 +249,9 @@ def test_a_process_that_somebody_kills_costs_no_image(tmp_path, at_work):
     ("code", "error", "message"),
     [
         (
-            "raise OSError(5, 'Input/output error')",
+            "raise OSError(24, 'Too many open files')",
             OSError,
-            "[Errno 5] example 41: Input/output error",
+            "[Errno 24] example 41: Too many open files",
         ),
         ("raise OSError(12, 'Cannot allocate')", OSError, "[Errno 12] example 41: Cannot allocate"),
         ("raise MemoryError('all of it')", MemoryError, "example 41: all of it"),
@@ -268,6 +268,87 @@ def test_a_fault_of_the_machine_is_raised_here_and_no_failure(code, error, messa
     assert str(caught.value) == message
     if error is OSError:
         assert caught.value.errno == int(re.findall(r"\d+", message)[0])
+
+
+def stopping(mark: Path) -> str:
+    """Code that waits for a process to be stopped for good, and says how often it was run."""
+    return f"import os, signal; open({str(mark)!r}, 'a').write('x')\nos.kill(os.getpid(), {STOP})"
+
+
+STOP = int(signal.SIGSTOP)
+SOON = 0.2
+
+
+@pytest.fixture
+def only_stopped(monkeypatch):
+    """Have processes stand still that are stopped, and no other, however busy the machine is."""
+
+    def run_time(pid: int) -> object:
+        return "stopped" if is_stopped(pid) else object()
+
+    monkeypatch.setattr(pool, "run_time", run_time)
+
+
+@pytest.mark.usefixtures("trapped", "only_stopped")
+def test_an_image_at_which_a_process_stops_twice_is_left_out_and_its_neighbours_are_there(tmp_path):
+    tried = tmp_path / "tried"
+    rows = [sound(0), [*sound(1), running(stopping(tried), image=3), *sound(2)], sound(4)]
+    with decoding(still_seconds=SOON) as found:
+        outcomes = filled(found, *rows)
+        assert filled(found, sound(3)) == [[None]], "another process is there"
+    assert tried.read_text() == "xx"
+    what = "the process that decodes it made no progress at all within 0.2 s, twice"
+    assert outcomes == [[None], [None, Failure("standstill", what), None], [None]]
+    wanted = [row_of(sound(3)), row_of(sound(1, 2)), row_of(sound(4))]
+    assert [row.tobytes() for row in found.rows[:3]] == wanted
+
+
+@pytest.mark.parametrize("at_work", [True, False], ids=["at work", "idle"])
+@pytest.mark.usefixtures("trapped", "only_stopped")
+def test_a_process_that_somebody_stops_costs_no_image(tmp_path, at_work):
+    pid = tmp_path / "pid"
+    stops = once(tmp_path / "ran", f"open({str(pid)!r}, 'w').write(str(os.getpid()))")
+    if at_work:
+        stops = once(tmp_path / "ran", f"os.kill(os.getpid(), {STOP})")
+    rows = [sound(0, 1), [*sound(4), running(stops, image=2), *sound(3)]]
+    with decoding(still_seconds=SOON) as found:
+        if not at_work:
+            filled(found, *rows)
+            os.kill(int(pid.read_text()), signal.SIGSTOP)
+            wait_until(lambda: is_stopped(int(pid.read_text())))
+        assert filled(found, *rows) == [[None] * 2, [None] * 3]
+    assert [row.tobytes() for row in found.rows[:2]] == [
+        row_of(sound(0, 1)),
+        row_of(sound(4, 2, 3)),
+    ]
+
+
+def test_a_process_is_waited_for_but_not_while_an_image_is_read_here(monkeypatch):
+    seen = []
+
+    def read_image() -> bytes:
+        wait_until(lambda: found._progress() == {})
+        seen.append("read")
+        return FILES[0]
+
+    with decoding() as found:
+        (process,) = found._processes
+        wait = process._waiting
+        monkeypatch.setattr(process, "_waiting", lambda: seen.append("waits") or wait())
+        assert filled(found, [order_of(0, read_image)] * 2) == [[None] * 2]
+        assert found._progress() == {}
+    assert seen == ["waits", "read", "waits", "read", "waits", "waits"]
+
+
+@pytest.mark.usefixtures("only_stopped")
+def test_a_process_that_stops_before_its_first_image_is_an_error_after_a_few_attempts(monkeypatch):
+    start = f"import os; os.kill(os.getpid(), {STOP})"
+    monkeypatch.setattr(pool, "_START", start)
+    message = "a decoding process does not start: it made no progress at all within 0.2 s"
+    with leaving_nothing(), decoding(still_seconds=SOON) as found:
+        with pytest.raises(DecoderError, match=f"^{re.escape(message)}$"):
+            filled(found, sound(0))
+        del found
 
 
 def test_nothing_is_imported_from_the_working_folder(tmp_path, monkeypatch):
