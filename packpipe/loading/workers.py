@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -13,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from packpipe import checks
+from packpipe.images.watch import STILL_SECONDS, Progress, Watch, run_time
 from packpipe.loading.batch import PackedBatch, TokenBatch
 from packpipe.philox import Key
 from packpipe.rows.rows import Rows
@@ -94,12 +99,28 @@ def in_threads(
 
 
 def in_processes(
-    fill: Fill, parts: Iterator[Part], num_workers: int, prefetch: int
+    fill: Fill,
+    parts: Iterator[Part],
+    num_workers: int,
+    prefetch: int,
+    *,
+    still_seconds: float = STILL_SECONDS,
 ) -> Iterator[Batch]:
-    """Yield the batches in order, filled ahead by the workers of torch's own DataLoader."""
+    """Yield the batches in order, filled ahead by the workers of torch's own DataLoader.
+
+    Args:
+        fill: makes a batch.
+        parts: what it is made of.
+        num_workers: processes.
+        prefetch: batches that each fills ahead.
+        still_seconds: how long a process may stand still while a batch is waited for.
+
+    Raises:
+        RuntimeError: a process was killed, or stood still (see `packpipe.images.watch`).
+    """
     # Parts are small arrays of numbers, so all of an epoch's fit into memory.
     steps = _Steps(fill, list(parts))
-    yield from DataLoader(
+    loader = DataLoader(
         steps,
         batch_size=None,  # a step is a whole batch already
         sampler=range(len(steps.parts)),
@@ -109,6 +130,44 @@ def in_processes(
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else it draws a seed from the one that models use, too
     )
+    yield from _watched(iter(loader), still_seconds)
+
+
+def _watched(batches: Any, seconds: float) -> Iterator[Batch]:
+    """Yield the batches of a DataLoader's workers; one that stands still is an error."""
+    waits_for: int | None = None  # number of the batch that is waited for
+    still: list[Any] = []
+
+    # A worker that has nothing to do looks every five seconds whether this process is alive, so
+    # that only one that is stopped, or hangs, is not run at all.
+    def progress() -> Progress:
+        workers = [] if waits_for is None else batches._workers
+        return {worker.pid: (waits_for, run_time(worker.pid)) for worker in workers}
+
+    def end(process: Any) -> None:
+        still.append(process)
+        os.kill(process, signal.SIGKILL)  # torch notices it, and ends the wait
+
+    watch = Watch(progress, end, seconds)
+    try:
+        for number in count():
+            waits_for = number
+            batch = next(batches, None)
+            waits_for = None
+            if batch is None:
+                return
+            yield batch
+    except RuntimeError as error:
+        if not still:
+            raise
+        # Others that are stopped would not heed torch's SIGTERM, nor let this process end.
+        for worker in batches._workers:
+            worker.kill()
+        name, found = f"progress of worker process {still[0]}", f"none within {seconds:g} s"
+        remedy = "look for what stopped it, or a file system that hangs; go on from the last state"
+        raise RuntimeError(checks.sentence(name, found, "some", remedy)) from error
+    finally:
+        watch.close()
 
 
 @dataclass(frozen=True)
