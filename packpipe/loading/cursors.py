@@ -175,6 +175,10 @@ class StreamCursor(Cursor):
             checks.whole_number(name, found.num_packs, 0, most, remedy)
             name = "state['stream']['num_examples']"
             checks.whole_number(name, found.num_examples, 0, 2**62, remedy)
+            name = "state['stream']['num_bad']"
+            checks.whole_number(name, found.num_bad, 0, found.num_examples, remedy)
+            name = "state['stream']['bad_in_a_row']"
+            checks.whole_number(name, found.bad_in_a_row, 0, found.num_bad, remedy)
         return checks.MAX_WORD
 
     def load(self, state: dict[str, Any]) -> None:

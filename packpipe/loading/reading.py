@@ -21,12 +21,21 @@ class Held(NamedTuple):
 
 
 class Anchor(NamedTuple):
-    """The beginning of a window. No pack is open there, so reading can begin there again."""
+    """The beginning of a window. No pack is open there, so reading can begin there again.
 
-    # Packs and examples before it, and the dataset's state there (None: the dataset's beginning).
+    Attributes:
+        num_packs: packs before it.
+        num_examples: examples before it.
+        source: the dataset's state there; None for the dataset's beginning.
+        num_bad: how many of the examples were bad; older states do not say, and count none.
+        bad_in_a_row: how many bad ones come right before it.
+    """
+
     num_packs: int
     num_examples: int
     source: dict[str, Any] | None
+    num_bad: int = 0
+    bad_in_a_row: int = 0
 
 
 class Reading:

@@ -3,8 +3,9 @@
 Sizes are not known beforehand. Examples come one at a time. Each is decided alone (by
 `packpipe.planning.decisions`, with its number in the stream as its index), and its length goes to
 an `OnlinePacker`. After every window of examples all open packs are closed, so that the stream can
-continue from the beginning of any window. A state is the beginning of a window and how many packs
-were taken; the packs between are read and planned again, but not decoded.
+continue from the beginning of any window. A state is the beginning of a window, how many examples
+were bad before it, and how many packs were taken; the packs between are read and planned again, but
+not decoded. So a stream that is resumed stops at the bad example at which it would have stopped.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import logging
 from collections import deque
 from collections.abc import Generator, Iterator
 from copy import deepcopy
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Unpack
@@ -33,7 +33,7 @@ from packpipe.philox import Key
 from packpipe.planning.decisions import decide
 from packpipe.planning.image_config import PackConfig, PackOptions, config_from
 from packpipe.rows.fill_images import fill_rows
-from packpipe.rows.rejects import Reject, Undecodable, tolerance_of
+from packpipe.rows.rejects import NAMED, Reject, StreamUndecodable, Tally, tolerance_of
 from packpipe.rows.rows import Rows
 from packpipe.sources.columns import image_column_of, label_column_of, pixel_type
 from packpipe.sources.image_source import checked_root, confined
@@ -62,8 +62,10 @@ class PackedStream:
         num_examples: about how many examples an epoch has; needed for a drop rate that changes over
             the training.
         on_error: ``"quarantine"`` leaves out images that are bad and logs them; ``"raise"`` stops.
-        max_bad_fraction: a larger share of rejects in a window stops the stream.
-        max_consecutive_bad: this many rejects in a row, within a window, stop it.
+        max_bad_fraction: a larger share of rejects among the examples of the epoch so far stops the
+            stream, once it has more than 30 or has ended. Images with a sound header that cannot
+            be decoded are counted apart: by each process, among all that it has decoded.
+        max_consecutive_bad: this many rejects in a row stop it.
         **options: the options of `PackConfig`; all open packs are closed after every ``window``
             examples, and ``strategy`` is ``"best_fit"`` or ``"first_fit"``.
 
@@ -111,9 +113,8 @@ class PackedStream:
         self._num_examples = num_examples
         self._open_packs = open_packs
         self._packer()  # raises if one of its options is wrong
-        window = self.config.window
-        self._tolerance = tolerance_of(window, on_error, max_bad_fraction, max_consecutive_bad)
-        self._undecodable = Undecodable()
+        self._tolerance = tolerance_of(0, on_error, max_bad_fraction, max_consecutive_bad)
+        self._undecodable = StreamUndecodable()
         features = dataset.features
         if features is None:
             if image_column == "auto" or label_column == "auto":
@@ -198,23 +199,26 @@ class PackedStream:
     ) -> Iterator[list[Held]]:
         """Yield all packs from an anchor on, and add the anchor of each window to anchors."""
         examples = iter(dataset)
-        num_packs, num_examples, _ = anchors[0]
+        num_packs, num_examples, _, *bad = anchors[0]
+        tally = Tally(num_examples, *bad)
+        latest: deque[Reject] = deque(maxlen=NAMED)
         while True:
-            read, packed = yield from self._window(
-                _up_to(examples, self.config.window), num_examples, key
-            )
-            if not read:
+            before = tally.num_examples
+            window = _up_to(examples, self.config.window)
+            tally, packed = yield from self._window(window, tally, key, latest)
+            if tally.num_examples == before:
                 return
-            num_packs, num_examples = num_packs + packed, num_examples + read
-            # All packs are closed here, so the dataset's state is all there is to keep.
-            anchors.append(Anchor(num_packs, num_examples, dataset.state_dict()))
+            num_packs += packed
+            # All packs are closed here, so there is no more to keep.
+            num_examples, *bad = tally
+            anchors.append(Anchor(num_packs, num_examples, dataset.state_dict(), *bad))
 
     def rows(self, key: Key, packs: list[list[Held]]) -> Rows:
         """Return packs as rows, their images decoded."""
         images = {held.number: held.data for pack in packs for held in pack}
         planned = self._planned(packs)
         rows, rejects = fill_rows(planned, images.__getitem__, self.config, key)
-        self._undecodable.add(rejects, self._tolerance)
+        self._undecodable.add(key.epoch, len(images), rejects, self._tolerance)
         return rows
 
     def _copy(self) -> IterableDataset:
@@ -234,37 +238,37 @@ class PackedStream:
         )
 
     def _window(
-        self, examples: Iterator[dict[str, Any]], first: int, key: Key
-    ) -> Generator[list[Held], None, tuple[int, int]]:
-        """Yield the packs of a window; return how many examples and packs it has."""
+        self, examples: Iterator[dict[str, Any]], tally: Tally, key: Key, latest: deque[Reject]
+    ) -> Generator[list[Held], None, tuple[Tally, int]]:
+        """Yield the packs of a window; return the tally after it, and how many packs it has."""
         packer = self._packer()
         waiting: dict[int, Held] = {}
-        rejects: list[Reject] = []
-        read = pushed = 0
+        end = tally.num_examples + self.config.window
+        pushed = 0
         while some := list(islice(examples, _AT_ONCE)):
-            held = self._decided(some, first + read, key, rejects)
-            read += len(some)
+            held, tally = self._decided(some, tally, key, latest)
             waiting.update(enumerate(held, pushed))
             pushed += len(held)
             lengths = np.array([one.num_keep for one in held], np.int64)
             yield from _taken(waiting, *packer.push(lengths))
-        # The last window may be short, and one bad image a large share of it: the share is taken of
-        # a whole window, unless there is only one.
-        num_examples = self.config.window if first else read
-        replace(self._tolerance, num_examples=num_examples).check(rejects)
+        if tally.num_examples < end:
+            self._tolerance.check_so_far(tally, latest, ended=True)
         yield from _taken(waiting, *packer.flush())
-        return read, packer.num_packs
+        return tally, packer.num_packs
 
     def _decided(
         self,
         examples: list[dict[str, Any]],
-        first: int,
+        tally: Tally,
         key: Key,
-        rejects: list[Reject],
-    ) -> list[Held]:
-        """Return the usable examples with their decisions, and add the others to rejects."""
+        latest: deque[Reject],
+    ) -> tuple[list[Held], Tally]:
+        """Return the usable examples with their decisions, and the tally after all of them.
+
+        The others are added to the latest rejects.
+        """
         good = []
-        for number, example in enumerate(examples, first):
+        for number, example in enumerate(examples, tally.num_examples):
             for what, name in (("image", self._image_column), ("label", self._label_column)):
                 if name is not None and name not in example:
                     expected, remedy = f"one of {list(example)}", f"pass {what}_column"
@@ -281,16 +285,15 @@ class PackedStream:
                     expected = f"0..{classes[-1]}"
                     raise BadImage("bad label", f"label is {label}, expected {expected}")
             except BadImage as error:
-                reject = Reject(number, "probe", error.reason, error.exception)
-                # Where no bad example is allowed, stop at it, not at the end of the window.
-                if self._tolerance.max_bad_fraction == 0:
-                    self._tolerance.check([reject])
+                latest.append(Reject(number, "probe", error.reason, error.exception))
+                tally = tally.plus(bad=True)
+                self._tolerance.check_so_far(tally, latest)
                 log.warning("example %d left out: %s", number, error.exception)
-                rejects.append(reject)
                 continue
+            tally = tally.plus(bad=False)
             good.append((number, data, found.image_hw, label))
         if not good:
-            return []
+            return [], tally
         index = np.array([number for number, *_ in good])
         progress = None
         if self._num_examples is not None and self.config.epochs is not None:
@@ -305,10 +308,11 @@ class PackedStream:
             progress=progress,
         )
         grids, keeps = decisions.grid_hw.tolist(), decisions.num_keep.tolist()
-        return [
+        held = [
             Held(number, data, image_hw, tuple(grid), keep, label)
             for (number, data, image_hw, label), grid, keep in zip(good, grids, keeps, strict=True)
         ]
+        return held, tally
 
     def _planned(self, packs: list[list[Held]]) -> Rows:
         """Return packs as rows without tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple
@@ -14,7 +15,11 @@ log = logging.getLogger(__name__)
 ON_ERROR = ("quarantine", "raise")
 # Stage of rejects that the caller asked for (overflow="drop"); they do not count as bad.
 ASKED = "overflow"
-_NAMED = 5
+# Rejects that an error names.
+NAMED = 5
+# Bad examples that a stream may begin with before their share is judged: enough that a share below
+# half the limit stops it by bad luck in less than one of a thousand runs.
+_AT_FIRST = 30
 
 
 class TooManyRejects(ValueError):
@@ -25,12 +30,31 @@ class TooManyRejects(ValueError):
         self.rejects = rejects
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """How many rejects a build may have.
+class Tally(NamedTuple):
+    """What was read of a stream so far.
 
     Attributes:
-        num_examples: examples in the source.
+        num_examples: how many examples.
+        num_bad: how many of them were bad.
+        in_a_row: how many bad ones the last example ends a run of; 0 if it was good.
+    """
+
+    num_examples: int = 0
+    num_bad: int = 0
+    in_a_row: int = 0
+
+    def plus(self, *, bad: bool) -> Tally:
+        """Return the tally after one more example."""
+        row = self.in_a_row + 1 if bad else 0
+        return Tally(self.num_examples + 1, self.num_bad + bad, row)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How many rejects a build, or a stream, may have.
+
+    Attributes:
+        num_examples: examples in the source; 0 for a stream, which has as many as were read so far.
         max_bad_fraction: most rejects ÷ examples, 0..1.
         max_consecutive_bad: this many neighbours in the source stop the build.
     """
@@ -55,24 +79,56 @@ class Tolerance:
             TooManyRejects: names how many, the limit, and the first ones.
         """
         bad = sorted(reject for reject in rejects if reject.stage != ASKED)
-        if bad and self.max_bad_fraction == 0 and self.max_consecutive_bad == 1:
-            raise TooManyRejects(bad_example(bad[0]), bad)
+        self._check_first(bad)
+        first = _named("First", bad[:NAMED])
         # A share of the whole source, also while it is being read: rejects only become more, so an
         # early error would come at the end, too.
-        share = len(bad) / max(1, self.num_examples)
-        if share > self.max_bad_fraction:
-            found = f"{len(bad)} of {self.num_examples} examples ({share:.2%})"
-            limit = f"at most {self.max_bad_fraction:.2%} (max_bad_fraction)"
-            raise TooManyRejects(_message(found, limit, bad), bad)
+        self._check_share(len(bad), self.num_examples, bad, first)
         # A small share of a large source can still be one damaged part of it.
         in_a_row, previous = 0, -2
         for reject in bad:
             in_a_row = in_a_row + 1 if reject.example_index == previous + 1 else 1
             previous = reject.example_index
-            if in_a_row >= self.max_consecutive_bad:
-                found = f"{in_a_row} examples in a row up to example {previous}"
-                limit = f"fewer than {self.max_consecutive_bad} (max_consecutive_bad)"
-                raise TooManyRejects(_message(found, limit, bad), bad)
+            self._check_run(in_a_row, previous, bad, first)
+
+    def check_so_far(self, tally: Tally, latest: Sequence[Reject], *, ended: bool = False) -> None:
+        """Raise if a stream has too many bad examples among those that were read so far.
+
+        Asked after every bad example, and at the stream's end. Of few examples one is a large
+        share; so the share counts once there are more than 30 bad ones, or the stream has ended.
+
+        Args:
+            tally: what was read.
+            latest: some of the bad ones, in order; the last is the last there was.
+            ended: whether this was all of the stream.
+
+        Raises:
+            TooManyRejects: names how many, the limit, and the latest ones.
+        """
+        bad = list(latest)
+        self._check_first(bad)
+        last = _named("Last", bad[-NAMED:])
+        if ended or tally.num_bad > _AT_FIRST or self.max_bad_fraction == 0:
+            self._check_share(tally.num_bad, tally.num_examples, bad, last)
+        if tally.in_a_row:
+            self._check_run(tally.in_a_row, bad[-1].example_index, bad, last)
+
+    def _check_first(self, bad: list[Reject]) -> None:
+        if bad and self.max_bad_fraction == 0 and self.max_consecutive_bad == 1:
+            raise TooManyRejects(bad_example(bad[0]), bad)
+
+    def _check_share(self, num_bad: int, num_examples: int, bad: list[Reject], named: str) -> None:
+        share = num_bad / max(1, num_examples)
+        if share > self.max_bad_fraction:
+            found = f"{num_bad} of {num_examples} examples ({share:.2%})"
+            limit = f"at most {self.max_bad_fraction:.2%} (max_bad_fraction)"
+            raise TooManyRejects(_message(found, limit, named), bad)
+
+    def _check_run(self, in_a_row: int, last: int, bad: list[Reject], named: str) -> None:
+        if in_a_row >= self.max_consecutive_bad:
+            found = f"{in_a_row} examples in a row up to example {last}"
+            limit = f"fewer than {self.max_consecutive_bad} (max_consecutive_bad)"
+            raise TooManyRejects(_message(found, limit, named), bad)
 
 
 def tolerance_of(
@@ -112,6 +168,47 @@ class Undecodable:
         return Undecodable, ()  # a lock cannot be pickled; a worker process counts its own
 
 
+class StreamUndecodable:
+    """Counts images of a stream that this process could not decode; threads may share it.
+
+    Every rank decodes its own packs, so the share is that of the images decoded here, over all
+    passes since the process began. It is in no state: those are the same on all ranks.
+    """
+
+    def __init__(self) -> None:
+        self._num_decoded = self._num_bad = 0
+        # Numbers of the bad ones; each epoch numbers its examples anew.
+        self._bad: set[int] = set()
+        self._epoch = -1
+        self._lock = Lock()
+
+    def add(self, epoch: int, num_decoded: int, rejects: list[Reject], allowed: Tolerance) -> None:
+        """Count the images of some rows, and log those that could not be decoded.
+
+        Raises:
+            TooManyRejects: there are more than are tolerated.
+        """
+        with self._lock:
+            self._num_decoded += num_decoded
+            if epoch != self._epoch:
+                self._epoch, self._bad = epoch, set()
+            for reject in rejects:
+                log.warning("example %d left out: %s", reject.example_index, reject.exception)
+                self._num_bad += 1
+                self._bad.add(reject.example_index)
+                # Packs mix neighbours with others, so a run may grow at both ends, and join two.
+                first = last = reject.example_index
+                while first - 1 in self._bad:
+                    first -= 1
+                while last + 1 in self._bad:
+                    last += 1
+                tally = Tally(self._num_decoded, self._num_bad, last - first + 1)
+                allowed.check_so_far(tally, [reject])
+
+    def __reduce__(self) -> tuple[type[StreamUndecodable], tuple[()]]:
+        return StreamUndecodable, ()  # a lock cannot be pickled; a worker process counts its own
+
+
 def bad_example(reject: Reject) -> str:
     """Return the error sentence of one reject."""
     what = f"example {reject.example_index} {bad_because(reject)}"
@@ -124,11 +221,14 @@ def bad_because(reject: Reject) -> str:
     return f"is bad ({reject.reason}: {reject.exception}), expected {expected}"
 
 
-def _message(found: str, limit: str, bad: list[Reject]) -> str:
-    first = "; ".join(
-        f"example {r.example_index} ({r.reason}: {r.exception})" for r in bad[:_NAMED]
-    )
-    return f"rejected is {found}, expected {limit}; repair the source or raise it. First: {first}"
+def _message(found: str, limit: str, named: str) -> str:
+    return f"rejected is {found}, expected {limit}; repair the source or raise it{named}"
+
+
+def _named(which: str, rejects: list[Reject]) -> str:
+    # A stream that was resumed may have met none of them itself.
+    some = (f"example {r.example_index} ({r.reason}: {r.exception})" for r in rejects)
+    return f". {which}: {'; '.join(some)}" if rejects else ""
 
 
 class Reject(NamedTuple):

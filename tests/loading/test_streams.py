@@ -708,7 +708,7 @@ def test_too_many_bad_images_stop_the_stream():
     dataset = stored(bad_images()).to_iterable_dataset()
     message = (
         "rejected is 2 of 43 examples (4.65%), expected at most 1.00% (max_bad_fraction); repair "
-        "the source or raise it. First: example 3 (empty: BadImage: the file holds no bytes); "
+        "the source or raise it. Last: example 3 (empty: BadImage: the file holds no bytes); "
         "example 20 (unreadable: UnidentifiedImageError: no known image format)"
     )
     with pytest.raises(TooManyRejects, match=f"^{re.escape(message)}$"):
@@ -720,18 +720,122 @@ def test_too_many_bad_images_stop_the_stream():
     assert list(loader_of(dataset, 4, {**ONE_WINDOW, **LENIENT, "max_consecutive_bad": 4}))
     message = (
         "rejected is 3 examples in a row up to example 22, expected fewer than 3 "
-        "(max_consecutive_bad); repair the source or raise it. First: "
+        "(max_consecutive_bad); repair the source or raise it. Last: "
         + "; ".join(f"example {i} (empty: BadImage: the file holds no bytes)" for i in (20, 21, 22))
     )
     with pytest.raises(TooManyRejects, match=f"^{re.escape(message)}$"):
         list(loader_of(dataset, 4, {**ONE_WINDOW, **LENIENT, "max_consecutive_bad": 3}))
 
 
-def test_one_bad_image_in_a_short_last_window_does_not_stop_the_stream():
-    images = [*(pictures.encoded_image(8, 8, seed) for seed in range(300)), b""]
-    dataset = stored(images).to_iterable_dataset()
-    loader = loader_of(dataset, 4, {**SMALL, "window": 150}, tail="pad")
-    assert sorted(flat(examples_of(list(loader)))) == list(range(300))
+TINY = pictures.encoded_image(8, 8)
+CUT = pictures.encoded_image(8, 8, 0, "JPEG", quality=95)[:-60]
+
+
+@pytest.mark.parametrize("window", [8, 1000])
+@pytest.mark.parametrize("bad", [b"", CUT], ids=["header", "pixels"])
+def test_a_share_below_the_limit_never_stops_a_stream_whatever_the_window(bad, window):
+    images = [bad if number % 20 == 7 else TINY for number in range(700)]
+    options = {**SMALL, "window": window, "max_bad_fraction": 0.1}
+    loader = loader_of(stored(images).to_iterable_dataset(), 16, options, tail="pad")
+    good = [number for number in range(700) if number % 20 != 7]
+    for _ in range(2):
+        assert sorted(flat(examples_of(list(loader)))) == good
+
+
+@pytest.mark.parametrize("window", [16, 2000])
+def test_a_stream_of_mostly_bad_images_is_not_read_to_its_end(window):
+    images = [b"" if number % 2 else TINY for number in range(2000)]
+    loader = loader_of(stored(images).to_iterable_dataset(), 4, {**SMALL, "window": window})
+    with pytest.raises(TooManyRejects, match=r"^rejected is 31 of 62 examples \(50\.00%\), "):
+        list(loader)
+
+
+def until_it_stops(opened, options, state=None, most=None):
+    """Batches to the end or an error, its sentence without examples, and the states after each."""
+    loader = loader_of(opened(), 2, options, tail="pad")
+    if state is not None:
+        loader.load_state_dict(state)
+    found, states = [], [json.loads(json.dumps(loader.state_dict()))]
+    try:
+        for batch in loader:
+            found.append(batch_bytes(batch))
+            states.append(json.loads(json.dumps(loader.state_dict())))
+            if len(found) == most:
+                break
+    except TooManyRejects as error:
+        return found, str(error).split(" Last: ")[0].rstrip("."), states
+    return found, None, states
+
+
+@given(
+    outcomes=st.lists(st.sampled_from("ggggb"), min_size=20, max_size=60),
+    window=st.integers(1, 20),
+    limit=st.sampled_from([0.1, 0.25, 1.0]),
+    in_a_row=st.integers(2, 5),
+    at_first=st.integers(0, 6),
+    data=st.data(),
+)
+@settings(max_examples=30)
+def test_a_stream_that_is_resumed_stops_where_it_would_have_stopped(
+    outcomes, window, limit, in_a_row, at_first, data
+):
+    images = [TINY if outcome == "g" else b"" for outcome in outcomes]
+
+    def opened():
+        return stored(images).to_iterable_dataset()
+
+    options = {**SMALL, "window": window, "max_bad_fraction": limit}
+    options["max_consecutive_bad"] = in_a_row
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("packpipe.rows.rejects._AT_FIRST", at_first)
+        found, why, states = until_it_stops(opened, options)
+        stop = data.draw(st.integers(0, len(found)))
+        again, same, _ = until_it_stops(opened, options, states[stop])
+        if not states[stop]["finished"]:
+            assert (again, same) == (found[stop:], why)
+    bad = "".join(outcomes)
+    if "b" * in_a_row in bad:
+        assert why is not None, "also where a window ends within them"
+
+
+def test_a_state_that_does_not_count_bad_examples_counts_none():
+    images = [*[b""] * 3, *[TINY] * 30, *[b""] * 2]
+
+    def opened():
+        return stored(images).to_iterable_dataset()
+
+    options = {**SMALL, "window": 5, "max_bad_fraction": 0.1}
+    _, why, states = until_it_stops(opened, options)
+    assert why.startswith("rejected is 5 of 35 examples")
+    state = states[-1]
+    assert state["stream"].pop("num_bad") == 3
+    assert state["stream"].pop("bad_in_a_row") == 0
+    _, why, _ = until_it_stops(opened, options, state)
+    assert why is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("num_bad", -1, "an integer in 0..12"),
+        ("num_bad", 13, "an integer in 0..12"),
+        ("num_bad", "2", "an integer in 0..12"),
+        ("bad_in_a_row", 3, "an integer in 0..2"),
+        ("bad_in_a_row", None, "an integer in 0..2"),
+    ],
+)
+def test_counts_of_bad_examples_that_cannot_be_are_refused(name, value, expected):
+    def opened():
+        return stored(bad_images()).to_iterable_dataset()
+
+    loader = loader_of(opened(), 2, {**SMALL, **LENIENT}, tail="pad")
+    state = after(loader, 3)
+    assert state["stream"]["num_examples"] == 12
+    state["stream"] |= {"num_bad": 2, "bad_in_a_row": 0, name: value}
+    message = f"state['stream']['{name}'] is {value!r}, expected {expected}; "
+    message += "pass what state_dict returned"
+    with pytest.raises((ValueError, TypeError), match=f"^{re.escape(message)}$"):
+        loader_of(opened(), 2, {**SMALL, **LENIENT}, tail="pad").load_state_dict(state)
 
 
 BAD = (

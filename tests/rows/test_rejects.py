@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from packpipe.rows.rejects import Reject, Tolerance, TooManyRejects
+from packpipe.rows import rejects as module
+from packpipe.rows.rejects import Reject, StreamUndecodable, Tally, Tolerance, TooManyRejects
 
 
 def rejects(*examples: int) -> list[Reject]:
@@ -86,3 +90,83 @@ CONSECUTIVE = f"expected an integer in 1..{2**63}; 1 stops at the first bad exam
 def test_bad_limits_are_named(share, in_a_row, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         Tolerance(100, share, in_a_row)
+
+
+def stops_at(outcomes, limit, in_a_row):
+    """Where a stream stops and why, by the rule as its docstring puts it: the slow twin."""
+    for read in range(1, len(outcomes) + 1):
+        so_far = outcomes[:read]
+        if not so_far[-1]:
+            continue
+        if sum(so_far) > limit * read and (sum(so_far) > module._AT_FIRST or limit == 0):
+            return read, "fraction"
+        if read >= in_a_row and all(so_far[-in_a_row:]):
+            return read, "consecutive"
+    if outcomes and sum(outcomes) > limit * len(outcomes):
+        return "the end", "fraction"
+    return None
+
+
+@given(
+    outcomes=st.lists(st.sampled_from([True, False, False, False]), max_size=250)
+    | st.lists(st.sampled_from([True, True, False]), max_size=60),
+    limit=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+    in_a_row=st.integers(1, 6) | st.just(100),
+)
+def test_a_stream_stops_when_it_has_read_too_many_bad_examples(outcomes, limit, in_a_row):
+    allowed, tally = Tolerance(0, limit, in_a_row), Tally()
+    wanted = stops_at(outcomes, limit, in_a_row)
+    place, found = None, None
+    try:
+        for place, bad in enumerate(outcomes, 1):
+            tally = tally.plus(bad=bad)
+            if bad:
+                allowed.check_so_far(tally, rejects(place - 1))
+        place = "the end"
+        allowed.check_so_far(tally, [], ended=True)
+    except TooManyRejects as error:
+        found = place, "consecutive" if "(max_consecutive_bad)" in str(error) else "fraction"
+        if (limit, in_a_row) == (0, 1):
+            found = place, "fraction"
+    assert found == wanted
+
+
+def test_the_error_of_a_stream_names_the_latest():
+    allowed = Tolerance(0, 0.01, 100)
+    allowed.check_so_far(Tally(40, 30, 1), rejects(39))
+    message = (
+        "rejected is 31 of 41 examples (75.61%), expected at most 1.00% (max_bad_fraction); repair "
+        "the source or raise it. Last: example 38 (empty: error 38); example 40 (empty: error 40)"
+    )
+    with pytest.raises(TooManyRejects, match=f"^{re.escape(message)}$"):
+        allowed.check_so_far(Tally(41, 31, 1), rejects(38, 40))
+    message = (
+        "rejected is 2 of 41 examples (4.88%), expected at most 1.00% (max_bad_fraction); repair "
+        "the source or raise it"
+    )
+    with pytest.raises(TooManyRejects, match=f"^{re.escape(message)}$"):
+        allowed.check_so_far(Tally(41, 2, 0), [], ended=True)
+
+
+def test_images_that_a_process_cannot_decode_are_a_share_of_those_it_has_decoded():
+    allowed, counted = Tolerance(0, 0.1, 100), StreamUndecodable()
+    for epoch in range(40):  # two of twenty are not more than a tenth
+        counted.add(epoch, 10, [], allowed)
+        counted.add(epoch, 10, rejects(3, 5), allowed)
+    counted.add(40, 10, rejects(3), allowed)
+    with pytest.raises(TooManyRejects, match=r"^rejected is 82 of 810 examples \(10\.12%\), "):
+        counted.add(40, 0, rejects(7), allowed)
+    copy.copy(counted).add(0, 10, rejects(1), allowed)  # another process counts its own
+
+
+def test_neighbours_that_cannot_be_decoded_stop_a_stream_in_any_order():
+    allowed = Tolerance(0, 1.0, 4)
+    for order in ([1, 2, 3, 4], [4, 2, 1, 3], [1, 4, 3, 2]):
+        counted = StreamUndecodable()
+        for example in order[:-1]:
+            counted.add(0, 1, rejects(example), allowed)
+        with pytest.raises(TooManyRejects, match=r"^rejected is 4 examples in a row up to example"):
+            counted.add(0, 1, rejects(order[-1]), allowed)
+    counted = StreamUndecodable()
+    for epoch in range(3):  # numbers of another epoch are other examples
+        counted.add(epoch, 2, rejects(2 * epoch, 2 * epoch + 1), allowed)
