@@ -80,7 +80,9 @@ def pack(
         num_workers: processes that decode; 0 decodes in this process, where a codec that hangs
             or crashes cannot be stopped.
         image_seconds: processor time that decoding an image may take in such a process; an image
-            that takes longer is rejected.
+            that takes longer is rejected. A process that does not run at all for ten minutes,
+            stopped or waiting for a file system that hangs, is ended (on Linux); its image is
+            tried once more, then rejected.
         on_error: ``"quarantine"`` lists a bad image in `rejects`; ``"raise"`` allows none.
         max_bad_fraction: a larger share of rejects stops the build.
         max_consecutive_bad: this many rejects in a row stop the build.
@@ -105,7 +107,9 @@ def pack(
         TooManyRejects: a ValueError; too many images are bad. Names the first ones.
         FileExistsError: output holds something else, or another process is writing it.
         OSError: the rows do not fit on the disk; raised before any is written, if the plan's
-            estimate is above the free space. Committed shards stay.
+            estimate is above the free space. Committed shards stay. Or an error of the machine
+            while images are read, which the next image would meet as well: out of descriptors, or
+            the storage cannot be reached. An error of one path is a reject.
 
     Source: NaViT 2.2, A.3; Ding 3.
     """

@@ -60,7 +60,8 @@ class PackedLoader:
             steps.
         num_workers: workers that fill batches ahead; 0 fills each batch when it is asked for.
         workers: ``"threads"`` (decoding and copying release the interpreter lock) or
-            ``"processes"``.
+            ``"processes"``, of which one that does not run at all for ten minutes while its batch
+            is waited for is an error (on Linux).
         prefetch: batches that each worker fills ahead.
         pin_memory: return batches in page-locked memory, if there is a GPU to copy them to.
         max_segments: S of the batches; None takes what the packs allow.

@@ -353,6 +353,7 @@ PATHS: dict[str, tuple[str | None, str | None]] = {
     "{folder}": (OUTSIDE, "unreadable"),
     "/dev/zero": (OUTSIDE, "unreadable"),
     "/dev/null": (OUTSIDE, "unreadable"),
+    "/proc/self/mem": (OUTSIDE, "unreadable"),
     "no.png": ("missing", "missing"),
     "~/in.png": ("missing", "missing"),
     "link to nothing": ("missing", "missing"),
