@@ -17,7 +17,8 @@ import torch
 from strategies import encode, random_image
 
 import packpipe
-from packpipe import Beta, EpochPacks, OverTraining, PackedBatch, PackedLoader, Side, Uniform
+from packpipe import Beta, EpochPacks, OverTraining, PackedLoader, Side, Uniform
+from packpipe.loading.workers import Batch
 
 OPTIONS: dict[str, Any] = {
     "patch_size": 8,
@@ -57,25 +58,31 @@ def packs_of(kind: str, folder: Path, *, epochs: int = 50) -> Any:
     return packpipe.pack(source(), 24, output=folder / kind, **options)
 
 
-def digest(batch: PackedBatch) -> str:
+def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
+    """The tensors of a batch by name, those of columns of tokens among them."""
+    columns = {name: value for name, value in vars(batch).items() if value is not None}
+    return columns | columns.pop("tokens", {})
+
+
+def digest(batch: Batch) -> str:
     """A digest of every byte of a batch, and of shapes and dtypes."""
+    return digest_of([batch])
+
+
+def digest_of(parts: Iterable[Batch]) -> str:
+    """The digest of the ranks' batches of a step, laid end to end."""
+    columns = [tensors_of(part) for part in parts]
     found = hashlib.sha256()
-    for name, tensor in vars(batch).items():
-        if tensor is not None:
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.contiguous().numpy().tobytes())
+    for name in columns[0]:
+        tensor = torch.cat([column[name] for column in columns])
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
-
-
-def joined(parts: Iterable[PackedBatch]) -> PackedBatch:
-    """The ranks' batches of a step, laid end to end."""
-    columns = [vars(part) for part in parts]
-    return PackedBatch(**{name: torch.cat([c[name] for c in columns]) for name in columns[0]})
 
 
 def steps_of(ranks: list[PackedLoader]) -> list[str]:
     """The digest of every step of one pass, over all ranks."""
-    return [digest(joined(parts)) for parts in zip(*map(list, ranks), strict=True)]
+    return [digest_of(parts) for parts in zip(*map(list, ranks), strict=True)]
 
 
 def load_until_killed(arguments: dict[str, Any]) -> None:
@@ -106,7 +113,7 @@ def load_until_killed(arguments: dict[str, Any]) -> None:
             for loader in loaders:
                 loader.set_epoch(epoch)
             for parts in zip(*loaders, strict=True):
-                line = {"digest": digest(joined(parts)), "state": loaders[0].state_dict()}
+                line = {"digest": digest_of(parts), "state": loaders[0].state_dict()}
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -27,7 +27,7 @@ from packpipe.rows.rejects import Reject
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST = tables.MANIFEST
 REJECTS = "rejects.arrow"
 _LOCK = ".lock"
 # While a build is under way: a line, {name: record}, for each file committed since it was started.

@@ -40,7 +40,7 @@ class Confined(NamedTuple):
 
     Attributes:
         path: absolute, with all links resolved.
-        root: the folder, likewise.
+        root: the folder, absolute, with all links resolved.
     """
 
     path: str
@@ -193,6 +193,12 @@ def _checked_within(root: str, path: str, flags: int) -> int:  # noqa: ARG001 it
         os.close(file)
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
     return file
+
+
+def first_bytes(path: str | Confined, most: int) -> bytes:
+    """Return the first bytes of a regular file; anything else at the path raises `BadImage`."""
+    with _file(path) as file:
+        return file.read(most)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any, Unpack
@@ -24,6 +25,7 @@ from packpipe.philox import Key, checked_key
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig, PackOptions, config_from
 from packpipe.planning.plan import plan_epoch
+from packpipe.rows.digests import labels_digest
 from packpipe.rows.fill_images import fill_rows, planned_images
 from packpipe.rows.rejects import Reject, Undecodable, tolerance_of
 from packpipe.rows.rows import Rows
@@ -132,6 +134,17 @@ class EpochPacks:
     def fingerprint(self, key: Key) -> str:
         """Return the fingerprint of the epoch's plan."""
         return self.plan(*key).fingerprint
+
+    def contents(self) -> dict[str, str | None]:
+        """Return digests of what the batches show besides the plan, by name."""
+        return dict(self._contents)
+
+    @cached_property
+    def _contents(self) -> dict[str, str | None]:
+        return {
+            "labels": labels_digest(self._labels),
+            "images": self._source.contents_digest(),
+        }
 
     def work(self, key: Key) -> NDArray[np.int64]:
         """Return int64[packs], Σ l² of each pack."""

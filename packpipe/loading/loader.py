@@ -10,6 +10,7 @@ those among the ranks, and the packs of this loader are divided already.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,17 @@ from packpipe.philox import Key, checked_key
 
 WORKERS = ("threads", "processes")
 _VERSION = 1
+# What to do about contents that are others than those of a state, by their names.
+_OTHER = {
+    "max_segments": "pass it as max_segments, else batches have another shape",
+    "labels": "the labels are others: use the data of the state",
+    "rows": "the pixels or tokens are others: use the data of the state",
+    "files": "the files hold others: use the folder of the state, or a copy of it",
+    "images": "the images are others: use the data of the state",
+    "options": "the rows are computed in another way: use the options of the state",
+}
+
+log = logging.getLogger(__name__)
 
 
 class PackedLoader:
@@ -227,7 +239,11 @@ class PackedLoader:
         self._finished = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place of the loader as plain integers and strings, which JSON can hold."""
+        """Return the place of the loader as plain integers and strings, which JSON can hold.
+
+        The first call of a loader looks at its data: at all labels and lengths, and at 16 MB of
+        pixels, tokens or encoded images.
+        """
         return {
             "version": _VERSION,
             "unit": "packs",
@@ -235,6 +251,7 @@ class PackedLoader:
             "packs": self._taken,
             "finished": self._finished,
             **self._must_agree(self._key),
+            "contents": self._contents(),
             **self._cursor.state(self._taken),
         }
 
@@ -273,6 +290,7 @@ class PackedLoader:
                 raise ValueError(
                     checks.sentence(f"state[{name!r}]", state.get(name), repr(expected), remedy)
                 )
+        self._check_contents(state.get("contents", {}))
         most = self._cursor.check(state, key, self._share)
         taken = checks.whole_number("state['packs']", state.get("packs"), 0, most, remedy)
         if taken % self.global_batch:
@@ -295,6 +313,38 @@ class PackedLoader:
             "fingerprint": self.packs.fingerprint(key),
         }
 
+    def _contents(self) -> dict[str, Any]:
+        """Return what the batches show besides what the plan decides, by name."""
+        # Packs of a class of the caller's own may know nothing of it.
+        contents = getattr(self.packs, "contents", dict)
+        return {"max_segments": self._width, **contents()}
+
+    def _check_contents(self, known: Any) -> None:
+        """Raise ValueError if the contents of a state are others, as far as it says what they are.
+
+        States of earlier versions say nothing, and rows in other files may be known by other names.
+        """
+        if not isinstance(known, dict):
+            remedy = "pass what state_dict returned"
+            raise ValueError(checks.sentence("state['contents']", known, "a dict", remedy))
+        own = self._contents()
+        for name in [name for name in own if name in known]:
+            if known[name] != own[name]:
+                where, expected = f"state['contents'][{name!r}]", repr(own[name])
+                raise ValueError(checks.sentence(where, known[name], expected, _OTHER[name]))
+        data = own.keys() - {"max_segments", "labels"}
+        if data and not data & known.keys():
+            log.warning(
+                "the state does not say which %s it belongs to: use those of before, since others "
+                "of the same sizes would go unnoticed",
+                " and ".join(sorted(data)),
+            )
+
+    @property
+    def _width(self) -> int:
+        """S of the batches."""
+        return self._max_segments or self.packs.max_segments
+
     @property
     def _key(self) -> Key:
         return Key(self.seed, self._epoch)
@@ -311,7 +361,7 @@ class PackedLoader:
             self.packs,
             self._key,
             self.batch_size,
-            self._max_segments or self.packs.max_segments,
+            self._width,
             self.pin_memory,
         )
         parts = self._cursor.parts(self._key, self._share, self._start)

@@ -19,6 +19,7 @@ from packpipe import philox
 from packpipe.loading.read import read_rows
 from packpipe.packing.quality import attention_work
 from packpipe.philox import Key
+from packpipe.rows.digests import files_digest, labels_digest, sample_digest
 from packpipe.rows.rows import Rows, gather
 from packpipe.rows.schema import table_rows, table_segments
 
@@ -59,9 +60,18 @@ class StoredPacks:
     def fingerprint(self, key: Key) -> str:  # noqa: ARG002
         """Return a digest of which examples the rows hold and whether they are shuffled.
 
-        Pixels are left out, since they would have to be read; so are the folder and the time.
+        Labels, pixels and tokens are those of `contents`.
         """
         return self._digest
+
+    def contents(self) -> dict[str, str | None]:
+        """Return digests of what the rows hold, by name.
+
+        ``labels`` is of all labels of images; ``rows`` of 16 MB of tokens or pixels, evenly spread;
+        ``files`` of the checksums of the files, where `pack` has written them, so that no byte
+        escapes it. Rows that are computed when they are read have those of `LazyRows` instead.
+        """
+        return dict(self._contents)
 
     def work(self, key: Key) -> NDArray[np.int64]:
         """Return int64[packs], Σ l² of each pack in the order of the epoch."""
@@ -94,6 +104,10 @@ class StoredPacks:
     def _is_computed(self) -> bool:
         """Whether a transform computes the rows when they are read."""
         return not isinstance(self._dataset, pa.Table) and self._dataset.format["type"] == "custom"
+
+    @property
+    def _transform(self) -> Any:
+        return self._dataset.format["format_kwargs"].get("transform")
 
     @cached_property
     def _batches(self) -> list[pa.RecordBatch]:
@@ -146,12 +160,42 @@ class StoredPacks:
             names = ["seq_lens", "fragment", "example_index"]
         digest.update(f"{shape}".encode())
         if self._batches:
-            table = pa.Table.from_batches(self._batches).select(names)
-            if self._indices is not None:
-                table = table.take(pa.array(self._indices))
-            segments = table_segments(table)
+            segments = self._all_segments(names)
             # Where rows end, which the flat columns alone do not tell.
             digest.update(np.ascontiguousarray(segments.num_segments).data)
             for name in names:
                 digest.update(np.ascontiguousarray(segments.segments[name]).data)
         return digest.hexdigest()[:32]
+
+    def _all_segments(self, names: list[str]) -> Rows:
+        """Return some columns of segments of all rows, as the dataset selects them."""
+        table = pa.Table.from_batches(self._batches).select(names)
+        if self._indices is not None:
+            table = table.take(pa.array(self._indices))
+        return table_segments(table)
+
+    @cached_property
+    def _contents(self) -> dict[str, str | None]:
+        none = read_rows(self._dataset, range(0))
+        found = {} if none.of_tokens else {"labels": labels_digest(self._labels(none))}
+        if self._is_computed and hasattr(transform := self._transform, "contents"):
+            return found | transform.contents()
+        found["rows"] = sample_digest(len(self._dataset), self._first_tokens)
+        if not isinstance(self._dataset, pa.Table):
+            files = files_digest(file["filename"] for file in self._dataset.cache_files)
+            found |= {} if files is None else {"files": files}
+        return found
+
+    def _labels(self, none: Rows) -> pa.Array | None:
+        """Return the labels of all rows of images, or None; none are rows without any."""
+        if self._batches and "labels" in none.segments:
+            return self._all_segments(["seq_lens", "labels"]).labels
+        return none.segments.get("labels")
+
+    def _first_tokens(self, start: int, stop: int, most: int) -> list[Any]:
+        """Return the tokens of rows, as many as hold so many bytes."""
+        first = read_rows(self._dataset, slice(start, min(start + 1, stop))).tokens
+        row_bytes = max(1, sum(values.nbytes for values in first.values()))
+        end = min(stop, start + -(-most // row_bytes))
+        tokens = read_rows(self._dataset, slice(start, end)).tokens
+        return [tokens[name] for name in sorted(tokens)]

@@ -24,7 +24,8 @@ from packpipe.durable import commit, partial_of
 BATCH_BYTES = 64 * 2**20
 # Most bytes of a file, in whole rows; a file has at least one row, however large.
 FILE_BYTES = 512 * 2**20
-# Name of the checksum in a file's record.
+# The file that says what the others in its folder are, and the name of the checksum in its records.
+MANIFEST = "manifest.json"
 CHECKSUM = "xxh3_128"
 _BLOCK = 2**20
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow as pa
 from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows import schema
+from packpipe.rows.digests import hexdigest
 from packpipe.rows.fill_images import fill_rows
 from packpipe.rows.rejects import bad_example
 from packpipe.rows.rows import Rows
@@ -51,6 +53,11 @@ class LazyRows:
                 raise ValueError(bad_example(reject))
             log.warning("example %d left out: %s", reject.example_index, reject.exception)
         return rows
+
+    def contents(self) -> dict[str, str]:
+        """Return digests of what decides the pixels: the images, and the options."""
+        options = json.dumps([self.config.to_dict(), *self.key], sort_keys=True)
+        return {"images": self.source.contents_digest(), "options": hexdigest(options.encode())}
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Return the columns of packed rows: a NumPy array a row, its dtype kept."""
