@@ -94,6 +94,8 @@ def picked_rows(dataset: Any, rows: Any) -> pa.Table:
         selection = _selection(rows, dataset.num_rows)
         if isinstance(selection, range):
             return dataset.slice(selection.start, len(selection))
+        if not selection:  # `take` would first copy the whole table
+            return dataset.slice(0, 0)
         return dataset.take(pa.array(selection, pa.int64()))
     # Only a Dataset has `_indices`. To ask for the class, `datasets` would have to be imported.
     if not hasattr(dataset, "_indices"):

@@ -112,15 +112,21 @@ class ImageSource:
         sizes = self._num_bytes()
         return hexdigest(sizes.data, sample_digest(len(sizes), self._first_bytes).encode())
 
-    def _num_bytes(self) -> NDArray[np.int64]:
-        """Return int64[rows], how many bytes encode each image; 0 for arrays, -1 for none."""
+    @cached_property
+    def _encoded(self) -> pa.ChunkedArray | None:
+        """The encoded images, null for one in a file; None if the column holds arrays."""
         values = self._column
         if pa.types.is_struct(values.type):
             values = pc.struct_field(values, "bytes")
-        if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
+        is_binary = pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)
+        return values if is_binary else None
+
+    def _num_bytes(self) -> NDArray[np.int64]:
+        """Return int64[rows], how many bytes encode each image; 0 for arrays, -1 for none."""
+        if self._encoded is None:
             return np.zeros(len(self.rows), np.int64)
         # From Arrow's offsets: the bytes are not read.
-        sizes = pc.fill_null(pc.binary_length(values), -1).to_numpy().astype(np.int64)
+        sizes = pc.fill_null(pc.binary_length(self._encoded), -1).to_numpy().astype(np.int64)
         if self._indices is not None:
             sizes = sizes[self._indices]
         for row in np.flatnonzero(sizes < 0).tolist():
@@ -134,12 +140,25 @@ class ImageSource:
     def _first_bytes(self, start: int, stop: int, most: int) -> Iterator[Any]:
         """Yield the bytes of images one after the other, nothing of one that cannot be read."""
         for row in range(start, stop):
+            where = row if self._indices is None else int(self._indices[row])
+            encoded = None if self._encoded is None else self._encoded.slice(where, 1).chunk(0)
+            if encoded is not None and not encoded.null_count:
+                yield _bytes_of(encoded)
+                continue
             with suppress(BadImage, OSError, ValueError):
                 image = self(row)
                 if isinstance(image, np.ndarray):
                     yield f"{image.dtype}{image.shape}".encode()
                     image = np.ascontiguousarray(image)
                 yield first_bytes(image, most) if isinstance(image, str | Confined) else image
+
+
+def _bytes_of(one: pa.Array) -> pa.Buffer:
+    """Return the bytes of the only value of an array, where Arrow has them; a scalar copies."""
+    _, offsets, data = one.buffers()
+    dtype = np.dtype(np.int64 if pa.types.is_large_binary(one.type) else np.int32)
+    start, stop = np.frombuffer(offsets, dtype, 2, one.offset * dtype.itemsize).tolist()
+    return pa.py_buffer(b"") if data is None else data.slice(start, stop - start)
 
 
 def _known(file: str) -> tuple[int, int] | None:
