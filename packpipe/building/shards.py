@@ -23,11 +23,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from packpipe import checks, durable
+from packpipe.rows.files import MANIFEST as MANIFEST
 from packpipe.rows.rejects import Reject
 
 log = logging.getLogger(__name__)
 
-MANIFEST = tables.MANIFEST
 REJECTS = "rejects.arrow"
 _LOCK = ".lock"
 # While a build is under way: a line, {name: record}, for each file committed since it was started.

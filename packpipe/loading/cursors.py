@@ -70,6 +70,10 @@ class Cursor(ABC):
         """Return the number of steps of an epoch; None if it is unknown until the end."""
 
     @abstractmethod
+    def beginning(self, key: Key) -> dict[str, Any]:
+        """Return what a pass begins with, besides its key: the same on every rank."""
+
+    @abstractmethod
     def parts(self, key: Key, share: Share, start: int) -> Iterator[Part]:
         """Yield the packs of this rank, step by step, after the first start packs of all ranks."""
 
@@ -108,6 +112,10 @@ class EpochCursor(Cursor):
         """Return the number of steps of an epoch."""
         return num_steps(self._packs.num_packs(key), share.global_batch, self._tail)
 
+    def beginning(self, key: Key) -> dict[str, Any]:
+        """Return how many packs the epoch has."""
+        return {"num_packs": self._packs.num_packs(key)}
+
     def parts(self, key: Key, share: Share, start: int) -> Iterator[Part]:
         """Yield the numbers of the packs this rank takes at each step, and their places."""
         work = self._packs.work(key) if self._balance else None
@@ -139,6 +147,10 @@ class StreamCursor(Cursor):
     def steps(self, key: Key, share: Share) -> None:  # noqa: ARG002
         """Return None: the length of a stream is unknown."""
         return
+
+    def beginning(self, key: Key) -> dict[str, Any]:  # noqa: ARG002
+        """Return the place to read from."""
+        return {"stream": self._from}
 
     def parts(self, key: Key, share: Share, start: int) -> Iterator[Part]:
         """Yield the packs this rank takes at each step, as they come, and their places."""

@@ -25,7 +25,7 @@ from packpipe.loading.cursors import (
     StreamCursor,
     StreamedPacks,
 )
-from packpipe.loading.ranks import rank_of_world
+from packpipe.loading.ranks import agree, rank_of_world, together
 from packpipe.loading.steps import TAILS
 from packpipe.loading.stored import StoredPacks
 from packpipe.loading.workers import Batch, Fill, in_processes, in_threads
@@ -56,6 +56,10 @@ class PackedLoader:
 
     ``state_dict`` after a batch and ``load_state_dict`` in a new process continue with the batch
     after it. Every rank has the same state.
+
+    The ranks of a process group begin every pass together: each is told if they do not agree in the
+    packs, the options, the epoch or the state. For a loop of one rank alone, make a loader with
+    ``rank=0, world_size=1``.
 
     Args:
         packs: what `pack` or ``map(Packer(...))`` returned; or an `EpochPacks`, which plans the
@@ -206,6 +210,8 @@ class PackedLoader:
         A batch is a `PackedBatch`; of rows of token sequences, a `TokenBatch`.
 
         Raises:
+            ValueError: (with the first batch, on every rank) the ranks of the process group would
+                not take the same steps through the same packs.
             RuntimeError: (when asked for a batch) another loop over this loader has begun since, or
                 its epoch or state was set: the state of the loader is no longer that of this loop.
         """
@@ -213,6 +219,8 @@ class PackedLoader:
             self.set_epoch(self._epoch + 1)
         self._taken = self._start
         this_pass = self._pass = object()
+        if self._share.world_size == rank_of_world()[1] > 1:
+            agree(together(self._beginning))
         # A loop that counts steps never asks for one batch more, so the last batch must itself end
         # the pass. Which one is the last is unknown in a stream: there the end of the loop does it.
         steps = self._cursor.steps(self._key, self._share)
@@ -344,6 +352,27 @@ class PackedLoader:
     def _width(self) -> int:
         """S of the batches."""
         return self._max_segments or self.packs.max_segments
+
+    def _beginning(self) -> dict[str, Any]:
+        """Return what all ranks must begin a pass with.
+
+        Raises:
+            ValueError: this rank was given another rank's place.
+        """
+        own, _ = rank_of_world()
+        if self.rank != own:
+            expected, remedy = (
+                f"{own}, as torch.distributed counts",
+                "leave rank and world_size out",
+            )
+            raise ValueError(checks.sentence("rank", self.rank, expected, remedy))
+        return {
+            "epoch": self._epoch,
+            "packs taken": self._taken,
+            **self._cursor.beginning(self._key),
+            **self._must_agree(self._key),
+            **self._contents(),
+        }
 
     @property
     def _key(self) -> Key:

@@ -1,4 +1,7 @@
-"""The rank of this process, and a process group that ends before Python does.
+"""The rank of this process, what ranks agree in, and a process group that ends before Python does.
+
+Ranks that differ would train on other examples than they seem to, or wait for each other for ever.
+`agree` and `together` raise the same error on every rank instead, so that none is left waiting.
 
 A gloo group that is still alive when Python ends may abort it, after all work is done: "terminate
 called without an active exception". Destroying the group is not enough, since it lives as long as
@@ -14,14 +17,18 @@ anything refers to it. Two things do, and both are prevented here:
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
+from typing import Any, TypeVar
 
 import torch
 
 # Before there is a group; see above.
 if torch.distributed.is_available():
     import torch.distributed.nn.functional
+
+T = TypeVar("T")
 
 
 def has_group() -> bool:
@@ -34,6 +41,70 @@ def rank_of_world() -> tuple[int, int]:
     if not has_group():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def agree(values: dict[str, Any]) -> None:
+    """Raise the same error on every rank unless all of them pass equal values.
+
+    Every rank calls it at the same point. Of one rank, and without a process group, it does
+    nothing.
+
+    Args:
+        values: by name; they are compared by their `repr`.
+
+    Raises:
+        ValueError: names all that differs, and each rank's value of it.
+    """
+    _, world_size = rank_of_world()
+    if world_size == 1:
+        return
+    everyone: list[dict[str, str]] = [{}] * world_size
+    own = {name: repr(value) for name, value in values.items()}
+    # Under NCCL through the current GPU, which torch asks every process to choose for itself.
+    torch.distributed.all_gather_object(everyone, own)
+    # Ranks at different points of a program pass other names; what one does not pass is missing.
+    names = dict.fromkeys(name for one in everyone for name in one)
+    each = {name: [one.get(name, "missing") for one in everyone] for name in names}
+    if differing := [_by_rank(name, texts) for name, texts in each.items() if len(set(texts)) > 1]:
+        expected = "the same on every rank; give all ranks the same data, options and checkpoint"
+        if "error" in names:
+            expected = (
+                "None on every rank; mend what failed, since ranks go on together or not at all"
+            )
+        raise ValueError(f"{' and '.join(differing)}, expected {expected}")
+
+
+def together(action: Callable[[], T]) -> T:
+    """Return what an action returns; if it fails on one rank, raise an error on every rank.
+
+    Raises:
+        ValueError: the action failed on some ranks, or in different ways; has each one's error. If
+            it failed everywhere in the same way, its own error is raised.
+    """
+    try:
+        result = action()
+    except Exception as error:
+        agree({"error": f"{type(error).__name__}: {error}"})
+        raise
+    agree({"error": None})
+    return result
+
+
+def _by_rank(name: str, texts: list[str]) -> str:
+    """Return a part of a sentence: ``seed is 1 (rank 0..2), 5 (rank 3)``."""
+    parts = []
+    for text in dict.fromkeys(texts):
+        ranks = [rank for rank, other in enumerate(texts) if other == text]
+        parts.append(f"{text} (rank {_runs(ranks)})")
+    return f"{name} is {', '.join(parts)}"
+
+
+def _runs(numbers: list[int]) -> str:
+    """Return numbers as text, neighbours in short: ``0..6, 8``."""
+    # Along a run of neighbours, a number less its place stays the same.
+    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ends = [(run[0][1], run[-1][1]) for run in (list(group) for _, group in runs)]
+    return ", ".join(f"{a}..{b}" if a < b else f"{a}" for a, b in ends)
 
 
 @contextmanager

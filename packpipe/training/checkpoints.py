@@ -26,7 +26,7 @@ import torch
 
 from packpipe import checks
 from packpipe.loading.loader import PackedLoader
-from packpipe.loading.ranks import has_group, rank_of_world
+from packpipe.loading.ranks import rank_of_world, together
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
 from packpipe.rows.files import checksum_of
@@ -43,11 +43,16 @@ _WITHOUT_CHECKSUMS = 1  # the version before, which can still be loaded
 def save_checkpoint(
     folder: Path, model: NaViT, optimizer: torch.optim.Optimizer, loader: PackedLoader, step: int
 ) -> None:
-    """Write the checkpoint of a step; of several ranks, rank 0 writes and the others wait."""
-    if rank_of_world()[0] == 0:
-        _save(folder, model, optimizer, loader, step)
-    if has_group():
-        torch.distributed.barrier()
+    """Write the checkpoint of a step; of several ranks, rank 0 writes and the others wait.
+
+    What goes wrong on rank 0 is raised on every rank.
+    """
+
+    def save() -> None:
+        if rank_of_world()[0] == 0:
+            _save(folder, model, optimizer, loader, step)
+
+    together(save)
 
 
 def _save(

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from packpipe import checks
 from packpipe.loading.batch import PackedBatch
 from packpipe.loading.loader import PackedLoader
-from packpipe.loading.ranks import has_group, rank_of_world
+from packpipe.loading.ranks import agree, has_group, rank_of_world, together
 from packpipe.model.attention import check_backend
 from packpipe.model.config import NaViTConfig
 from packpipe.model.flops import TRAINING, forward_flops, matrix_rate
@@ -170,20 +170,40 @@ def train(
         config: the options.
         folder: where checkpoints and log.jsonl go; if it holds checkpoints, training resumes from
             the newest whole one. None keeps nothing.
-        stop: called after every step; True makes that step the last one, and saves it.
+        stop: called after every step; True makes that step the last one, and saves it. Of several
+            ranks all must answer the same.
 
     Raises:
         ValueError: the rows have no labels, or the folder's checkpoint is of another model or of
-            other batches, or all of them are damaged; or an epoch has no batch.
+            other batches, or all of them are damaged; or an epoch has no batch; or, on every rank,
+            the ranks do not agree in the checkpoint, the options or the packs.
         RuntimeError: the attention backend differs from reference attention on this device.
     """
     device = next(model.parameters()).device
     half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     optimizer = optimizer_of(model, config)
     folder = None if folder is None else Path(folder)
-    # On every rank: DDP sends rank 0's weights, but no state of the optimizer or the loader.
-    first = load_checkpoint(folder, model, optimizer, loader) if folder else 0
-    _state_backend(model, device, half)
+    if has_group() and device.type == "cuda":
+        torch.cuda.set_device(device)  # ranks compare what they have through the current GPU
+
+    def begin() -> int:
+        # On every rank: DDP sends rank 0's weights, but no state of the optimizer or the loader.
+        first = load_checkpoint(folder, model, optimizer, loader) if folder else 0
+        _state_backend(model, device, half)
+        return first
+
+    first = together(begin)
+    # All but log_every: a rank may keep silent.
+    options = {name: value for name, value in asdict(config).items() if name != "log_every"}
+    agree({"step": first, "has_folder": folder is not None, **options})
+    kept = folder if rank_of_world()[0] == 0 else None  # what one rank alone may write to
+
+    def go_on() -> None:
+        if kept:  # all ranks have loaded by now, since they agree in the step
+            begin_after(kept, first)
+            begin_log(kept, first)
+
+    together(go_on)
     run: nn.Module = model.train()
     compiled = device.type == "cuda" if config.compiled is None else config.compiled
     if compiled and not model.keep_padding:  # keep_padding: it is compiled already
@@ -196,11 +216,6 @@ def train(
         else None
     )
     figures = _Figures(model.config, rate, first)
-    kept = folder if rank_of_world()[0] == 0 else None  # what one rank alone may write to
-    if kept:
-        # All ranks have loaded by now, since DDP has waited for them.
-        begin_after(kept, first)
-        begin_log(kept, first)
 
     batches = _passes(loader)
     for step in range(first, config.steps):

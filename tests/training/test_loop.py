@@ -11,6 +11,8 @@ import subprocess
 import sys
 from itertools import islice
 
+import broken
+import disagreeing
 import learning
 import loading
 import packed
@@ -19,6 +21,7 @@ import torch
 from two_ranks import run_on_two_ranks
 
 from packpipe import PackedLoader
+from packpipe.loading.steps import TAILS
 from packpipe.training.checkpoints import KEPT, checkpoints, load_model, save_checkpoint
 from packpipe.training.loop import TrainConfig, optimizer_of, read_log, train
 
@@ -198,19 +201,87 @@ def test_another_model_or_loader_cannot_go_on(tmp_path):
         )
 
 
+@pytest.fixture(scope="module")
+def two_ranks_in(tmp_path_factory):
+    """The folder in which two ranks have trained, and have disagreed: one start for all tests."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_on_two_ranks(disagreeing.__file__, folder)
+    return folder
+
+
+def by_rank(folder, name):
+    return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+
+
 @pytest.mark.slow
-def test_two_ranks_train_as_one(tmp_path):
-    run_on_two_ranks(learning.__file__, tmp_path, 1)
+def test_two_ranks_train_as_one(two_ranks_in):
     model = learning.model_of(torch.float64)
     records = list(train(model, learning.loader_of(2), learning.config_of()))
     wanted = torch.cat([p.detach().flatten() for p in model.parameters()])
-    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    ranks = by_rank(two_ranks_in, "rank")
     for step, record in enumerate(records):
         assert (ranks[0][0][step] + ranks[1][0][step]) / 2 == pytest.approx(record.loss)
     for _, weights in ranks:
         assert (torch.tensor(weights, dtype=torch.float64) - wanted).abs().max() < 1e-9
     assert ranks[0][0] != ranks[1][0]
-    assert checkpoints(tmp_path)[-1].name == f"step-{learning.STEPS:08d}"
+    assert checkpoints(two_ranks_in)[-1].name == f"step-{learning.STEPS:08d}"
+
+
+@pytest.mark.slow
+def test_ranks_without_a_token_train_as_one(two_ranks_in):
+    """One broken image in every tenth pack, every tail; `benchmarks/two_ranks.py` runs longer."""
+    found = list(broken.compared(two_ranks_in, disagreeing.BROKEN_STEPS))
+    assert {name for name, *_ in found} == {*TAILS, "one pack"}
+    for name, empty, of_losses, of_weights in found:
+        assert empty >= 4, name
+        assert max(of_losses, of_weights) < 1e-12, name
+
+
+SAME = "the same on every rank; give all ranks the same data, options and checkpoint"
+NONE = "None on every rank; mend what failed, since ranks go on together or not at all"
+# In place of each * stands something.
+TOLD = {
+    "a missing file": "num_packs is 30 (rank 0), 29 (rank 1) and fingerprint is '*' (rank 0), '*' "
+    f"(rank 1), expected {SAME}",
+    "seed": f"seed is 3 (rank 0), 4 (rank 1), expected {SAME}",
+    "batch size": f"global_batch is 2 (rank 0), 4 (rank 1), expected {SAME}",
+    "several": "epoch is 2 (rank 0), 0 (rank 1) and balance is False (rank 0), True (rank 1), "
+    f"expected {SAME}",
+    "tail": f"tail is 'pad' (rank 0), 'error' (rank 1), expected {SAME}",
+    "segments": f"max_segments is 4 (rank 0), 5 (rank 1), expected {SAME}",
+    "state": f"packs taken is 4 (rank 0), 0 (rank 1), expected {SAME}",
+    "one rank twice": "error is None (rank 0), 'ValueError: rank is 0, expected 1, as "
+    f"torch.distributed counts; leave rank and world_size out' (rank 1), expected {NONE}",
+    "a later epoch": f"epoch is 1 (rank 0), 2 (rank 1), expected {SAME}",
+    "no plan": "error is None (rank 0), 'OSError: the sizes of epoch 0 are gone' (rank 1), "
+    f"expected {NONE}",
+    "a refused state": "error is None (rank 0), \"ValueError: state['fingerprint'] is '*', "
+    f"expected '*'; the packs are others: *\" (rank 1), expected {NONE}",
+    "a lacking checkpoint": f"step is 2 (rank 0), 0 (rank 1), expected {SAME}",
+    "a damaged checkpoint": f"error is None (rank 0), * (rank 1), expected {NONE}",
+    "steps": f"steps is 4 (rank 0), 5 (rank 1), expected {SAME}",
+    "no checkpoint written": 'error is "*Error: *step-00000001.partial*" (rank 0), None (rank 1), '
+    f"expected {NONE}",
+    "no log": f'error is "*Error: *log.jsonl*" (rank 0), None (rank 1), expected {NONE}',
+    # What fails everywhere in the same way is said as it is.
+    "too large a batch": "num_packs is 10, expected 22 (batch_size times world_size) or more; "
+    "choose a smaller batch, or tail='pad'",
+    "nothing": None,
+    "ranks that are told": None,
+    "one alone": None,
+}
+
+
+@pytest.mark.slow
+def test_ranks_that_disagree_are_all_told_in_what(two_ranks_in):
+    first, second = by_rank(two_ranks_in, "told")
+    assert first == second
+    assert first.keys() == TOLD.keys()
+    for name, message in TOLD.items():
+        if message is None:
+            assert first[name] is None, name
+        else:
+            assert re.fullmatch(re.escape(message).replace(r"\*", ".+"), first[name]), first[name]
 
 
 @pytest.mark.parametrize(

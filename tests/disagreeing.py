@@ -1,0 +1,155 @@
+"""Two ranks that disagree, each time in one thing: what each of them is told.
+
+Run as one of two ranks. Since a start takes long, they also train as one, and on broken images.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import broken
+import datasets
+import learning
+import pictures
+from two_ranks import one_of_two_ranks
+
+from packpipe import EpochPacks, PackedLoader
+from packpipe.loading.ranks import rank_of_world
+from packpipe.training.loop import train
+
+BROKEN_STEPS = 22
+EACH = [{}, {}]  # what rank 0 and rank 1 are given
+
+
+def go_through(rank, /, *, each=EACH, states=EACH, **options):
+    """Go through a pass, each rank with options of its own and from a state of its own."""
+    every = {"batch_size": 1, "max_segments": 4, **options}
+    loader = PackedLoader(learning.table(), **{**every, **each[rank]})
+    if states[rank]:
+        loader.load_state_dict({**loader.state_dict(), **states[rank]})
+    list(loader)
+
+
+def go_on_to_other_epochs(rank):
+    loader = learning.loader_of(1)
+    list(loader)
+    loader.set_epoch(1 + rank)
+    list(loader)
+
+
+def go_through_images(rank, folder):
+    """Go through packs of one image each, of which rank 1 lacks the last file."""
+    paths = [folder / f"{number}.png" for number in range(30)]
+    for number, path in enumerate(paths[: 30 - rank]):
+        path.write_bytes(pictures.encoded_image(64, 64, number))
+    dataset = datasets.Dataset.from_dict({"image": list(map(str, paths))})
+    packs = EpochPacks(
+        dataset.cast_column("image", datasets.Image()), 16, num_workers=1, max_bad_fraction=0.1
+    )
+    list(PackedLoader(packs, 1))
+
+
+class Unplanned:
+    """Packs whose plan cannot be made on rank 1."""
+
+    max_segments = 4
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def num_packs(self, key):
+        del key
+        return 4
+
+    def fingerprint(self, key):
+        if self.rank:
+            raise OSError(f"the sizes of epoch {key.epoch} are gone")
+        return "a plan"
+
+    def rows(self, key, packs):
+        raise AssertionError(f"{packs} of {key} are read, though the ranks do not agree")
+
+
+def train_on(rank, folder, *, checkpoint=None, rows=(10, 10), each=EACH, batch_size=1):
+    """Train, each rank in its own folder, from a checkpoint or the beginning."""
+    if checkpoint:
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    loader = PackedLoader(learning.table(rows[rank]), batch_size, seed=3, max_segments=4)
+    config = learning.config_of(**{"steps": 4, **each[rank]})
+    list(train(learning.model_of(), loader, config, folder=folder))
+
+
+def train_from_a_damaged_checkpoint(rank, folder, checkpoint):
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    if rank:
+        (path,) = folder.glob("*/state.json")
+        path.write_text(path.read_text()[:20])
+    train_on(rank, folder)
+
+
+def train_where_nothing_can_be_saved(rank, folder):
+    # A file in the place of the folder that a kill leaves, which is removed as a folder.
+    (folder / "step-00000001.partial").touch()
+    train_on(rank, folder)
+
+
+def train_where_no_log_can_be(rank, folder):
+    (folder / "log.jsonl").mkdir()
+    train_on(rank, folder)
+
+
+def disagreements(rank, checkpoint):
+    """What the ranks do, by name; each is given a folder of this rank's own."""
+    own = checkpoint if rank == 0 else None
+    return {
+        "a missing file": lambda folder: go_through_images(rank, folder),
+        "seed": lambda _: go_through(rank, each=[{"seed": 3}, {"seed": 4}]),
+        "batch size": lambda _: go_through(rank, each=[{}, {"batch_size": 2}]),
+        "several": lambda _: go_through(rank, each=[{"epoch": 2}, {"balance": True}]),
+        "tail": lambda _: go_through(rank, each=[{"tail": "pad"}, {"tail": "error"}]),
+        "segments": lambda _: go_through(rank, each=[{}, {"max_segments": 5}]),
+        "state": lambda _: go_through(rank, states=[{"packs": 4}, {}]),
+        "one rank twice": lambda _: go_through(rank, rank=0, world_size=2),
+        "a later epoch": lambda _: go_on_to_other_epochs(rank),
+        "no plan": lambda _: list(PackedLoader(Unplanned(rank), 1)),
+        "a refused state": lambda folder: train_on(
+            rank, folder, checkpoint=checkpoint, rows=(10, 9)
+        ),
+        "a lacking checkpoint": lambda folder: train_on(rank, folder, checkpoint=own),
+        "a damaged checkpoint": lambda folder: train_from_a_damaged_checkpoint(
+            rank, folder, checkpoint
+        ),
+        "steps": lambda folder: train_on(rank, folder, each=[{}, {"steps": 5}]),
+        "no checkpoint written": lambda folder: train_where_nothing_can_be_saved(rank, folder),
+        "no log": lambda folder: train_where_no_log_can_be(rank, folder),
+        "too large a batch": lambda folder: train_on(rank, folder, batch_size=11),
+        "nothing": lambda folder: train_on(rank, folder, checkpoint=checkpoint),
+        "ranks that are told": lambda _: go_through(rank, rank=rank, world_size=2),
+        "one alone": lambda _: rank or go_through(rank, rank=0, world_size=1),
+    }
+
+
+def main(folder):
+    """Write what this rank is told."""
+    rank, _ = rank_of_world()
+    checkpoint = folder / "checkpoint"
+    train_on(rank, checkpoint, each=[{"steps": 2}] * 2)
+    told = {}
+    for name, do in disagreements(rank, checkpoint).items():
+        own = folder / name / str(rank)
+        own.mkdir(parents=True)
+        try:
+            do(own)
+            told[name] = None
+        except ValueError as error:
+            told[name] = str(error)
+    (folder / f"told-{rank}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    with one_of_two_ranks():
+        learning.main(where, 1)
+        broken.main(where, BROKEN_STEPS)
+        main(where)
