@@ -179,7 +179,7 @@ class StoredPacks:
         none = read_rows(self._dataset, range(0))
         found = {} if none.of_tokens else {"labels": labels_digest(self._labels(none))}
         if self._is_computed and hasattr(transform := self._transform, "contents"):
-            return found | transform.contents()
+            return {**found, **transform.contents()}
         found["rows"] = sample_digest(len(self._dataset), self._first_tokens)
         if not isinstance(self._dataset, pa.Table):
             files = files_digest(file["filename"] for file in self._dataset.cache_files)

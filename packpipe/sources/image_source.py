@@ -126,7 +126,8 @@ class ImageSource:
         if self._encoded is None:
             return np.zeros(len(self.rows), np.int64)
         # From Arrow's offsets: the bytes are not read.
-        sizes = pc.fill_null(pc.binary_length(self._encoded), -1).to_numpy().astype(np.int64)
+        lengths = pc.fill_null(pc.binary_length(self._encoded), -1)
+        sizes: NDArray[np.int64] = lengths.to_numpy().astype(np.int64)
         if self._indices is not None:
             sizes = sizes[self._indices]
         for row in np.flatnonzero(sizes < 0).tolist():
