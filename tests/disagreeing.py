@@ -14,7 +14,7 @@ import learning
 import pictures
 from two_ranks import one_of_two_ranks
 
-from packpipe import EpochPacks, PackedLoader
+from packpipe import EpochPacks, PackedLoader, PackedStream
 from packpipe.loading.ranks import rank_of_world
 from packpipe.training.loop import train
 
@@ -35,6 +35,20 @@ def go_on_to_other_epochs(rank):
     loader = learning.loader_of(1)
     list(loader)
     loader.set_epoch(1 + rank)
+    list(loader)
+
+
+def go_through_a_stream(rank):
+    """Go through a stream, rank 0 from the state after two steps."""
+    images = [pictures.encoded_image(64, 64, number) for number in range(8)]
+    stream = pictures.dataset_of(images).to_iterable_dataset()
+    packs = PackedStream(stream, 16, window=2)
+    loader = PackedLoader(packs, 1)
+    if rank == 0:
+        alone = PackedLoader(packs, 2, rank=0, world_size=1)
+        batches = iter(alone)
+        next(batches), next(batches)
+        loader.load_state_dict(alone.state_dict())
     list(loader)
 
 
@@ -110,6 +124,7 @@ def disagreements(rank, checkpoint):
         "tail": lambda _: go_through(rank, each=[{"tail": "pad"}, {"tail": "error"}]),
         "segments": lambda _: go_through(rank, each=[{}, {"max_segments": 5}]),
         "state": lambda _: go_through(rank, states=[{"packs": 4}, {}]),
+        "a stream": lambda _: go_through_a_stream(rank),
         "one rank twice": lambda _: go_through(rank, rank=0, world_size=2),
         "a later epoch": lambda _: go_on_to_other_epochs(rank),
         "no plan": lambda _: list(PackedLoader(Unplanned(rank), 1)),

@@ -150,7 +150,7 @@ class StreamCursor(Cursor):
 
     def beginning(self, key: Key) -> dict[str, Any]:  # noqa: ARG002
         """Return the place to read from."""
-        return {"stream": self._from}
+        return {"stream": self._from or Anchor(0, 0, None)._asdict()}
 
     def parts(self, key: Key, share: Share, start: int) -> Iterator[Part]:
         """Yield the packs this rank takes at each step, as they come, and their places."""

@@ -58,8 +58,8 @@ class PackedLoader:
     after it. Every rank has the same state.
 
     The ranks of a process group begin every pass together: each is told if they do not agree in the
-    packs, the options, the epoch or the state. For a loop of one rank alone, make a loader with
-    ``rank=0, world_size=1``.
+    packs, the options, the epoch or the state. What a `PackedStream` will read is not known by then
+    and not compared. For a loop of one rank alone, make a loader with ``rank=0, world_size=1``.
 
     Args:
         packs: what `pack` or ``map(Packer(...))`` returned; or an `EpochPacks`, which plans the

@@ -46,8 +46,10 @@ _AT_ONCE = 64  # examples decided and packed together; the packs do not depend o
 class PackedStream:
     """An IterableDataset of images as packs: ``PackedLoader(PackedStream(dataset, 1024), 8)``.
 
-    Every rank reads all examples and decodes those of its own packs. ``example_index`` is the place
-    in the epoch's stream; `datasets` shuffles shards anew each epoch where it shuffles at all.
+    Every rank reads all examples and decodes those of its own packs. They must be the same on every
+    rank: a file that one rank lacks is not noticed, and ranks may take different numbers of steps.
+    ``example_index`` is the place in the epoch's stream; `datasets` shuffles shards anew each epoch
+    where it shuffles at all.
 
     Args:
         dataset: an IterableDataset with an image column. To resume exactly, it must resume exactly

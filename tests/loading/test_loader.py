@@ -386,6 +386,13 @@ class Failing:
         return self._packs.rows(key, packs)
 
 
+@pytest.mark.parametrize("place", [{}, {"rank": 1, "world_size": 3}])
+def test_without_a_process_group_ranks_compare_nothing(packs, place, monkeypatch):
+    monkeypatch.setattr(StoredPacks, "fingerprint", None)
+    loader = PackedLoader(packs["stored"], 2, tail="pad", **place)
+    assert len(list(loader)) > 5
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"num_workers": 2}, {"num_workers": 2, "workers": "processes"}]
 )

@@ -250,6 +250,8 @@ TOLD = {
     "tail": f"tail is 'pad' (rank 0), 'error' (rank 1), expected {SAME}",
     "segments": f"max_segments is 4 (rank 0), 5 (rank 1), expected {SAME}",
     "state": f"packs taken is 4 (rank 0), 0 (rank 1), expected {SAME}",
+    "a stream": "packs taken is 4 (rank 0), 0 (rank 1) and stream is {'num_packs': 2, * (rank 0), "
+    f"{{'num_packs': 0, 'num_examples': 0, 'source': None}} (rank 1), expected {SAME}",
     "one rank twice": "error is None (rank 0), 'ValueError: rank is 0, expected 1, as "
     f"torch.distributed counts; leave rank and world_size out' (rank 1), expected {NONE}",
     "a later epoch": f"epoch is 1 (rank 0), 2 (rank 1), expected {SAME}",
