@@ -287,6 +287,12 @@ def _state(checkpoint: Path) -> dict[str, Any]:
             f"{_WITHOUT_CHECKSUMS} or {_VERSION}",
         )
         raise ValueError(checks.sentence(name, version, expected, "use the packpipe that wrote it"))
+    if (step := state["step"]) != _step_of(checkpoint):  # it would be taken for a later one
+        name, expected = (
+            f"{checkpoint.name}/{_STATE} step",
+            f"{_step_of(checkpoint)}, as in its name",
+        )
+        raise ValueError(checks.sentence(name, step, expected, "give the folder its name back"))
     return state
 
 

@@ -188,6 +188,13 @@ def test_a_checkpoint_of_another_version_is_no_damage(folder, parts):
         load_checkpoint(folder, *parts)
 
 
+def test_a_checkpoint_under_another_name_is_refused(folder, parts):
+    (folder / NEWEST).rename(folder / "step-00000099")
+    message = "step-00000099/state.json step is 12, expected 99, as in its name; give the folder"
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(folder, *parts)
+
+
 def test_checkpoints_are_in_the_order_of_their_steps(parts, tmp_path):
     for step in (99_999_998, 99_999_999, 100_000_000):
         save_checkpoint(tmp_path, *parts, step)
