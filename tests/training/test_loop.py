@@ -242,7 +242,7 @@ NONE = "None on every rank; mend what failed, since ranks go on together or not 
 # In place of each * stands something.
 TOLD = {
     "a missing file": "num_packs is 30 (rank 0), 29 (rank 1) and fingerprint is '*' (rank 0), '*' "
-    f"(rank 1), expected {SAME}",
+    f"(rank 1) and *, expected {SAME}",
     "seed": f"seed is 3 (rank 0), 4 (rank 1), expected {SAME}",
     "batch size": f"global_batch is 2 (rank 0), 4 (rank 1), expected {SAME}",
     "several": "epoch is 2 (rank 0), 0 (rank 1) and balance is False (rank 0), True (rank 1), "
@@ -251,7 +251,7 @@ TOLD = {
     "segments": f"max_segments is 4 (rank 0), 5 (rank 1), expected {SAME}",
     "state": f"packs taken is 4 (rank 0), 0 (rank 1), expected {SAME}",
     "a stream": "packs taken is 4 (rank 0), 0 (rank 1) and stream is {'num_packs': 2, * (rank 0), "
-    f"{{'num_packs': 0, 'num_examples': 0, 'source': None}} (rank 1), expected {SAME}",
+    f"{{'num_packs': 0, 'num_examples': 0, 'source': None, *}} (rank 1), expected {SAME}",
     "one rank twice": "error is None (rank 0), 'ValueError: rank is 0, expected 1, as "
     f"torch.distributed counts; leave rank and world_size out' (rank 1), expected {NONE}",
     "a later epoch": f"epoch is 1 (rank 0), 2 (rank 1), expected {SAME}",
