@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 from naive import random_word, seeded_order
 
@@ -16,39 +17,50 @@ def online(
     open_packs: int = 64,
     max_segments: int | None = None,
     max_wait: int | None = None,
+    state: dict[str, Any] | None = None,
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """(packs in the order they are closed, packs left open in the order they were opened)."""
+    """(packs in the order they are closed, packs left open in the order they were opened).
+
+    With a state of `OnlinePacker`, the stream goes on from there.
+    """
     max_wait = 32 * open_packs if max_wait is None else max_wait
     places: list[list[int]] = [[] for _ in range(open_packs)]
+    rooms = [seq_len] * open_packs
     closed_before = [0] * open_packs  # packs closed when the one at this place was opened
+    came, closed_already = 0, 0
+    if state is not None:
+        came, closed_already = state["num_examples"], state["counters"][1]
+        for place, room in enumerate(state["rooms"]):
+            if room:
+                rooms[place], (_, number, closed_before[place]) = room, state["table"][place]
+                waiting = zip(state["waiting"], state["waiting_in"], strict=True)
+                places[place] = [i for i, pack in waiting if pack == number]
     closed: list[list[int]] = []
-
-    def room(place: int) -> int:
-        return seq_len - sum(lengths[i] for i in places[place])
 
     def close(place: int) -> None:
         closed.append(places[place])
-        places[place] = []
+        places[place], rooms[place] = [], seq_len
 
-    for i, length in enumerate(lengths):
-        fitting = [place for place, pack in enumerate(places) if pack and room(place) >= length]
+    for i, length in enumerate(lengths, came):
+        fitting = [place for place, pack in enumerate(places) if pack and rooms[place] >= length]
         free = [place for place, pack in enumerate(places) if not pack]
         if fitting:
-            place = min(fitting, key=room) if strategy == "best_fit" else fitting[0]
+            place = min(fitting, key=rooms.__getitem__) if strategy == "best_fit" else fitting[0]
         else:
             if free:
                 place = free[0]
             else:
-                place = min(range(open_packs), key=room)
+                place = min(range(open_packs), key=rooms.__getitem__)
                 close(place)
-            closed_before[place] = len(closed)
+            closed_before[place] = closed_already + len(closed)
         places[place].append(i)
-        if room(place) == 0 or len(places[place]) == max_segments:
+        rooms[place] -= length
+        if rooms[place] == 0 or len(places[place]) == max_segments:
             close(place)
         while overdue := [
             place
             for place, pack in enumerate(places)
-            if pack and len(closed) - closed_before[place] >= max_wait
+            if pack and closed_already + len(closed) - closed_before[place] >= max_wait
         ]:
             close(min(overdue, key=lambda place: places[place][0]))
     return closed, sorted(pack for pack in places if pack)

@@ -17,6 +17,7 @@ from packpipe import checks
 from packpipe.packing import lengths as fronts
 from packpipe.packing import placement
 from packpipe.packing.limits import Limits
+from packpipe.packing.online_state import checked_state
 
 STRATEGIES = ("best_fit", "first_fit")
 MAX_OPEN_PACKS = 2**16
@@ -270,23 +271,23 @@ class OnlinePacker:
         """Restore a state that `state_dict` of a packer with the same options returned.
 
         Raises:
-            TypeError: the state is no dict.
-            ValueError: the state is of another version, of other options, or incomplete. The
-                packer is then unchanged.
+            TypeError, ValueError: the state is no dict, of another version or of other options, or
+                a field is missing, of another type, or contradicts the others. The message names
+                the field; the packer is then unchanged.
         """
         if not isinstance(state, dict):
             kind = type(state).__name__
             raise TypeError(checks.sentence("state", kind, "a dict", "pass a state_dict()"))
         for name, value in self._options().items():
-            if state.get(name) != value:
+            found = state.get(name, "missing")
+            # 8.0 and True are equal to integers and are none.
+            if type(found) is not type(value) or found != value:
                 remedy = "make the packer with the options of the state"
-                raise ValueError(checks.sentence(name, state.get(name), repr(value), remedy))
-        counters, rooms, table, waiting, waiting_in, totals = _checked_state(
-            state, len(self._rooms), self._limits
-        )
-        self._counters, self._rooms, self._table = counters, rooms, table
-        self._waiting, self._waiting_in = waiting, waiting_in
-        self._num_examples, self._num_tokens = totals
+                raise ValueError(checks.sentence(name, found, repr(value), remedy))
+        found = checked_state(state, self._limits, len(self._rooms), self._max_wait)
+        self._counters, self._rooms, self._table = found.counters, found.rooms, found.table
+        self._waiting, self._waiting_in = found.waiting, found.waiting_in
+        self._num_examples, self._num_tokens = found.num_examples, found.num_tokens
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -315,37 +316,3 @@ class OnlinePacker:
         # The kernel moves its offsets on, so it gets a copy.
         placement.group_by_pack(places, offsets[:-1].copy(), order)
         return leaving[order], offsets
-
-
-def _checked_state(
-    state: dict[str, Any], open_packs: int, limits: Limits
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], tuple[int, int]]:
-    """Return a state's contents as arrays, checked: the kernels do not check them again."""
-    shapes = {"counters": (3,), "rooms": (open_packs,), "table": (open_packs, 3)}
-    try:
-        arrays = [np.array(state[name], np.int64).reshape(shape) for name, shape in shapes.items()]
-        waiting = np.array(state["waiting"], np.int64).reshape(-1)
-        waiting_in = np.array(state["waiting_in"], np.int64).reshape(waiting.shape)
-        totals = int(state["num_examples"]), int(state["num_tokens"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        expected = "the numbers of a state_dict()"
-        raise ValueError(
-            checks.sentence("state", f"amiss: {error}", expected, "pass a whole one")
-        ) from error
-    counters, rooms, table = arrays
-    is_open = rooms > 0
-    numbers = table[is_open, _NUMBER]
-    sound = (
-        counters.min() >= 0
-        and rooms.min() >= 0
-        and rooms.max() <= limits.capacity
-        and bool((table[is_open, _SLOTS] >= 1).all())
-        and bool((table[is_open, _SINCE] >= 0).all())
-        and len(np.unique(numbers)) == len(numbers)
-        and bool(((numbers >= 0) & (numbers < counters[_OPENED])).all())
-        and set(waiting_in.tolist()) == set(numbers.tolist())
-    )
-    if not sound:
-        expected = "open packs within their limits, and examples that wait in them"
-        raise ValueError(checks.sentence("state", "amiss", expected, "pass a whole one"))
-    return counters, rooms.astype(np.uint32), table, waiting, waiting_in, totals

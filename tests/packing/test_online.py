@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import strategies
-from hypothesis import example, given
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from packpipe.packing.online import STRATEGIES, OnlinePacker
@@ -148,11 +148,14 @@ def test_a_state_is_not_changed_by_what_is_pushed_later():
     packer, resumed = OnlinePacker(8, open_packs=2), OnlinePacker(8, open_packs=2)
     packer.push([5, 4])
     state = packer.state_dict()
+    # In arrays too, which need not be copied to be read.
+    arrays = {name: np.array(value) for name, value in state.items() if isinstance(value, list)}
     before = json.dumps(state)
-    resumed.load_state_dict(state)
+    resumed.load_state_dict({**state, **arrays})
     packer.push([3, 6, 7])
     resumed.push([1, 1, 1])
     assert json.dumps(state) == before
+    assert {name: array.tolist() for name, array in arrays.items()}.items() <= state.items()
 
 
 @given(streams())
@@ -351,28 +354,175 @@ def test_a_state_of_other_options_is_refused_and_nothing_changes(changed, messag
     packer.load_state_dict(state)
 
 
+WHOLE = "pass a state_dict() as it was"
+
+
+def open_state() -> tuple[OnlinePacker, dict[str, Any]]:
+    """A packer of 8 tokens with packs 1 (examples 1 and 3) and 2 (example 4) open, and its state.
+
+    Pack 0 (examples 0 and 2) is closed; its place is taken by pack 2.
+    """
+    packer = OnlinePacker(8, open_packs=3, max_segments=3)
+    assert listed(packer.push([5, 4, 3, 1, 7])) == [[0, 2]]
+    state = packer.state_dict()
+    assert state["counters"] == [3, 1, 96]
+    assert state["rooms"] == [1, 3, 0]
+    assert state["table"] == [[2, 2, 1], [1, 1, 0], [0, 0, 0]]
+    assert (state["waiting"], state["waiting_in"]) == ([1, 3, 4], [1, 1, 2])
+    assert (state["num_examples"], state["num_tokens"]) == (5, 20)
+    return packer, state
+
+
+@pytest.mark.parametrize("counters", [[3, 4, 96], [3, 2, 96], [2, 1, 96], [2**62, 1, 96]], ids=str)
+def test_a_state_with_more_or_fewer_open_packs_than_it_counts_is_refused(counters):
+    packer, state = open_state()
+    expected = f"{counters[0] - counters[1]} (opened - closed)"
+    message = f"np.count_nonzero(state['rooms']) is 2, expected {expected}; {WHOLE}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        packer.load_state_dict({**state, "counters": counters})
+    assert packer.state_dict() == state
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        {"rooms": [3]},
-        {"rooms": [9] + [0] * 63},
-        {"rooms": [-1] * 64},
-        {"table": []},
-        {"table": [[0, 0, 0]] * 64},
-        {"counters": [0, 0]},
-        {"waiting": []},
-        {"waiting_in": [7]},
-        {"num_examples": "x"},
-        {"num_tokens": None},
+        ({"counters": [3, 1]}, "['counters'].shape is (2,), expected (3,)"),
+        ({"counters": [3, 1, 97]}, "['counters'][2] is 97, expected 96"),
+        ({"counters": [3, 1, 95]}, "['counters'][2] is 95, expected 96"),
+        ({"rooms": 7}, "['rooms'].ndim is 0, expected 1"),
+        ({"rooms": [1, 3]}, "['rooms'].shape is (2,), expected (3,)"),
+        ({"rooms": [1.0, 3.0, 0.0]}, "['rooms'].dtype is 'float64', expected an integer dtype"),
+        ({"rooms": [True, False, True]}, "['rooms'].dtype is 'bool', expected an integer dtype"),
+        ({"rooms": [1, "3", 0]}, "['rooms'].dtype is '<U21', expected an integer dtype"),
+        ({"rooms": None}, "['rooms'].dtype is 'object', expected an integer dtype"),
+        ({"rooms": [-1, 3, 0]}, "['rooms'][0] is -1, expected 0..4611686018427387904"),
+        (
+            {"rooms": np.array([2**63, 3, 0], np.uint64)},
+            "['rooms'][0] is 9223372036854775808, expected 0..4611686018427387904",
+        ),
+        ({"rooms": [8, 3, 0]}, "['rooms'][0] is 8, expected 1..7"),
+        ({"rooms": [1, 7, 0]}, "['rooms'][1] is 7, expected 1..6"),
+        (
+            {"table": [[2, 2, 1], [1, 1], [0, 0, 0]]},
+            "['table'] is 'ragged', expected an integer array of 2 dimensions",
+        ),
+        ({"table": [[2, 2, 1, 0]] * 3}, "['table'].shape is (3, 4), expected (3, 3)"),
+        ({"table": [[3, 2, 1], [1, 1, 0], [0, 0, 0]]}, "['table'][0][0] is 3, expected 2"),
+        ({"table": [[2, 3, 1], [1, 1, 0], [0, 0, 0]]}, "['table'][0][1] is 3, expected 2"),
+        ({"table": [[2, 1, 1], [1, 1, 0], [0, 0, 0]]}, "['table'][1][1] is 1, expected 2"),
+        ({"table": [[2, 2, 2], [1, 1, 0], [0, 0, 0]]}, "['table'][0][2] is 2, expected 0..1"),
+        ({"table": [[2, 2, 0], [1, 1, 1], [0, 0, 0]]}, "['table'][0][2] is 0, expected 1"),
+        ({"waiting": [1, 3]}, "['waiting_in'].shape is (3,), expected (2,)"),
+        ({"waiting": [1, 3, 5]}, "['waiting'][2] is 5, expected 4"),
+        ({"waiting": [1, 1, 4]}, "['waiting'][1] is 1, expected 2..4"),
+        ({"waiting_in": [1, 1, 0]}, "['waiting_in'][2] is 0, expected 1"),
+        ({"waiting_in": [1, 1, 3]}, "['waiting_in'][2] is 3, expected -1"),
+        ({"waiting_in": [1, 2, 2]}, "['table'][1][0] is 1, expected 2"),
+        ({"waiting_in": [2, 1, 1]}, "['waiting_in'][0] is 2, expected 0..1"),
+        ({"num_examples": "x"}, "['num_examples'] is 'x', expected an integer in 4..6"),
+        ({"num_examples": 7}, "['num_examples'] is 7, expected an integer in 4..6"),
+        ({"num_tokens": True}, "['num_tokens'] is True, expected an integer in 14..20"),
+        ({"num_tokens": 21}, "['num_tokens'] is 21, expected an integer in 14..20"),
+        ({"num_tokens": 13}, "['num_tokens'] is 13, expected an integer in 14..20"),
     ],
 )
-def test_a_state_that_is_amiss_changes_nothing(change):
-    packer = OnlinePacker(8)
-    packer.push([5])
-    before = packer.state_dict()
-    with pytest.raises(ValueError, match=r"^state is ['\"]amiss.*, expected .*; pass a whole one$"):
-        packer.load_state_dict({**before, **change})
-    assert packer.state_dict() == before
+def test_a_state_that_is_amiss_is_named_and_changes_nothing(change, message):
+    packer, state = open_state()
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(f'state{message}; {WHOLE}')}$"):
+        packer.load_state_dict({**state, **change})
+    assert packer.state_dict() == state
+
+
+def test_a_state_without_one_of_its_fields_is_refused():
+    packer, state = OnlinePacker(8), OnlinePacker(8).state_dict()
+    assert len(state) == 13
+    for name in state:
+        rest = {key: value for key, value in state.items() if key != name}
+        with pytest.raises(
+            ValueError, match=rf"^(state\['{name}'\]|{name}) is 'missing', expected "
+        ):
+            packer.load_state_dict(rest)
+
+
+def test_numbers_of_an_option_are_integers():
+    state = OnlinePacker(8).state_dict()
+    for name in ("version", "seq_len", "open_packs", "max_wait"):
+        message = f"{name} is {float(state[name])}, expected {state[name]}; make the packer"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            OnlinePacker(8).load_state_dict({**state, name: float(state[name])})
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all parts of a state, lists and their numbers alike."""
+    found = [path] if path else []
+    if not isinstance(value, dict | list):
+        return found
+    inside = value.items() if isinstance(value, dict) else enumerate(value)
+    return found + [leaf for key, part in inside for leaf in leaves(part, (*path, key))]
+
+
+HOSTILE = [-1, 0, 1, 2, 2**31, 2**32, 2**62, 2**63, 2**64, -(2**63), 1.5, "1", None, True, [], {}]
+
+
+@st.composite
+def harmed_states(draw: st.DrawFn, state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a state in which one part is changed, left out, doubled or swapped."""
+    harmed = json.loads(json.dumps(state))
+    *parents, key = draw(st.sampled_from(leaves(state)))
+    holder = harmed
+    for name in parents:
+        holder = holder[name]
+    old = holder[key]
+    kinds = ["change", "nudge"] + ["double", "leave out", "swap"] * isinstance(holder, list)
+    kind = draw(st.sampled_from(kinds))
+    if kind == "nudge" and isinstance(old, int):
+        holder[key] = old + draw(st.integers(-3, 3))
+    elif kind == "double":
+        holder.insert(key, old)
+    elif kind == "leave out":
+        del holder[key]
+    elif kind == "swap":
+        other = draw(st.integers(0, len(holder) - 1))
+        holder[key], holder[other] = holder[other], old
+    else:
+        holder[key] = draw(st.sampled_from(HOSTILE))
+    return harmed
+
+
+def refusal(packer: OnlinePacker, state: dict[str, Any]) -> Exception | None:
+    """Load a state; return the error that refuses it."""
+    try:
+        packer.load_state_dict(state)
+    except (TypeError, ValueError) as error:
+        return error
+    return None
+
+
+@settings(max_examples=6 * settings().max_examples)
+@given(streams(), st.integers(0, 80), st.booleans(), st.data())
+def test_a_harmed_state_is_refused_by_name_or_goes_on_by_the_rules(stream, place, flush, data):
+    first, rest = cut(stream.lengths, [place])
+    packer = stream.packer()
+    packer.push(first)
+    if flush:
+        packer.flush()
+    whole = packer.state_dict()
+    state = data.draw(harmed_states(whole))
+    error = refusal(packer, state)
+    if error is not None:
+        named = rf"(np\.count_nonzero\()?state\['(\w+)'\]|({'|'.join(whole)}) is "
+        assert re.match(named, str(error))
+        assert packer.state_dict() == whole
+        return
+    event("accepted as it was" if state == whole else "accepted")
+    # It goes on as the rules say of what it holds, with every example once.
+    closed, left = naive_streams.online(rest, stream.seq_len, **stream.options, state=state)
+    assert listed(packer.push(rest)) == closed
+    assert 0 < packer.fill <= 1
+    assert listed(packer.flush()) == left
+    assert 0 < packer.fill <= 1
+    came = range(state["num_examples"], state["num_examples"] + len(rest))
+    assert sorted(i for pack in closed + left for i in pack) == sorted([*state["waiting"], *came])
 
 
 def test_a_state_that_is_no_dict_is_named():
