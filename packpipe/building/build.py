@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features
+from numpy.typing import NDArray
 
 from packpipe import durable
 from packpipe.building.job import FilledRows, Job, PlannedRows
@@ -107,8 +109,8 @@ class Build:
         num_packs = len(planned.plan)
         # Shards depend on the plan and the size of rows alone, so that a build that is started
         # again has the same ones. At least one, so that an empty dataset has its columns too.
-        per_shard = max(1, files.FILE_BYTES // planned.cut_size)
-        packs = _cut(range(num_packs), per_shard) or [range(0)]
+        sizes = planned.cut_size + planned.text_sizes
+        packs = _cut(range(num_packs), sizes, files.FILE_BYTES) or [range(0)]
         with naming_full_disks(folder):
             rows = [len(some) for some in packs]
             shards = Shards(folder, job.record(), planned.plan.fingerprint, rows)
@@ -139,8 +141,9 @@ class Build:
                 yield rows
 
         with bar, naming_full_disks(folder):
-            per_batch = max(1, files.BATCH_BYTES // planned.cut_size)
-            batches = {number: _cut(some, per_batch) for number, some in missing.items()}
+            batches = {
+                number: _cut(some, sizes, files.BATCH_BYTES) for number, some in missing.items()
+            }
             # One generator fills all shards: worker processes go on past the end of a shard.
             # Closed also after an error, which ends those processes.
             with closing(planned.fill(list(chain(*batches.values())))) as filled:
@@ -205,9 +208,16 @@ def read_rejects(folder: Path) -> list[Reject]:
     return [Reject(**row) for row in stored]
 
 
-def _cut(packs: range, step: int) -> list[range]:
-    """Return consecutive ranges of step packs; none if there are no packs."""
-    return [packs[start : start + step] for start in range(0, len(packs), step)]
+def _cut(packs: range, sizes: NDArray[np.int64], most: int) -> list[range]:
+    """Return consecutive ranges of at most so many bytes, or of one pack; none without packs."""
+    ends = np.cumsum(sizes[packs.start : packs.stop])
+    cut: list[range] = []
+    start, before = 0, 0
+    while start < len(packs):
+        stop = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
+        cut.append(packs[start:stop])
+        start, before = stop, int(ends[stop - 1])
+    return cut
 
 
 def _info(features: Features) -> dict[str, Any]:

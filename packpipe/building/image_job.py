@@ -171,6 +171,7 @@ def plan_images(
         cut_size=config.row_bytes if images.materialize else stored,
         row_size=row_size,
         segment_size=segment_size,
+        text_sizes=np.zeros(len(plan), np.int64),
         fill=partial(_fill, images, plan, labels, read),
         counts=partial(_counts, plan, found.broken_exif),
     )

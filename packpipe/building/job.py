@@ -6,8 +6,10 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features
+from numpy.typing import NDArray
 
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.token_plan import TokenPlan
@@ -34,7 +36,8 @@ class PlannedRows:
         cut_size: bytes by which rows are cut into files and batches: of a row's patches or tokens,
             or about all that it takes if neither is stored.
         row_size: about how many bytes a row takes on the disk.
-        segment_size: about how many bytes each of its segments adds.
+        segment_size: about how many bytes each of its segments adds, without texts.
+        text_sizes: int64[rows], bytes of texts of each.
         fill: yields the rows of each range of packs. The next ones may overwrite their memory.
         counts: the manifest's counts, given all rejects.
     """
@@ -46,6 +49,7 @@ class PlannedRows:
     cut_size: int
     row_size: int
     segment_size: int
+    text_sizes: NDArray[np.int64]
     fill: Callable[[list[range]], Generator[FilledRows, None, None]]
     counts: Callable[[list[Reject]], dict[str, int]]
 
@@ -57,7 +61,8 @@ class PlannedRows:
         """Return about how many bytes some packs take on the disk."""
         # An estimate to ask for room before a row is made: what Arrow adds to a batch is left out.
         segments = sum(map(self.num_examples, packs))
-        return self.row_size * sum(map(len, packs)) + self.segment_size * segments
+        texts = sum(int(self.text_sizes[some.start : some.stop].sum()) for some in packs)
+        return self.row_size * sum(map(len, packs)) + self.segment_size * segments + texts
 
 
 @dataclass(frozen=True, eq=False)

@@ -103,16 +103,24 @@ class Packer:
             indices: source row of each example, with ``with_indices=True``.
 
         Returns:
-            a ``pyarrow.Table``; for an iterator, an iterator of record batches.
+            a ``pyarrow.Table``, of several chunks where a column has more than 2 GiB of texts or
+            2**31 tokens; for an iterator, an iterator of record batches.
         """
         if isinstance(batch, Iterator):
-            return (rows for one in batch for rows in self(one).combine_chunks().to_batches())
+            return (rows for one in batch for rows in self(one).to_batches())
         numbers = None if indices is None else np.asarray(indices, np.int64)
         planned = self._planned(_as_dataset(batch), numbers)
         self._settle(planned.rejects, numbers is not None)
         # One range of packs gives one table; the memory of its rows is not used again.
         (filled,) = planned.fill([range(len(planned.plan))])
         self._settle(filled.rejects, numbers is not None)
+        if isinstance(batch, LazyBatch) and filled.rows.column(0).num_chunks > 1:
+            found, expected = (
+                "of 2 GiB or more",
+                "2 GiB at most in a column, which map writes whole",
+            )
+            remedy = "lower map's batch_size, or use packpipe.pack"
+            raise ValueError(checks.sentence("batch", found, expected, remedy))
         return filled.rows if numbers is not None else _without_numbers(filled.rows)
 
     def _planned(self, dataset: Dataset, numbers: NDArray[np.int64] | None) -> PlannedRows:
@@ -241,9 +249,11 @@ def _without_numbers(rows: pa.Table) -> pa.Table:
     """Return rows whose ``example_index`` is -1 throughout, since the source rows are unknown."""
     # Numbers within the batch would be the same in every batch, and look like source rows.
     place = rows.schema.get_field_index("example_index")
-    known = rows.column(place).combine_chunks()
-    unknown = pa.ListArray.from_arrays(known.offsets, pa.array(np.full(len(known.values), -1)))
-    return rows.set_column(place, rows.schema.field(place), unknown)
+    unknown = [
+        pa.ListArray.from_arrays(known.offsets, pa.array(np.full(len(known.values), -1)))
+        for known in rows.column(place).chunks
+    ]
+    return rows.set_column(place, rows.schema.field(place), pa.chunked_array(unknown))
 
 
 def _config_from(

@@ -111,6 +111,7 @@ def plan_sequences(sequences: Sequences, numbers: NDArray[np.int64] | None = Non
         row_size=sequences.row_bytes,
         # Length, fragment, index, and a guess at the source's other values.
         segment_size=4 + 4 + 8 + 8 * len(source.values),
+        text_sizes=_text_sizes(plan, source),
         fill=partial(_fill, sequences, plan, numbers),
         counts=partial(_counts, plan),
     )
@@ -140,6 +141,14 @@ def _fill(
             )
             num_pieces = int(plan.offsets[some.stop] - plan.offsets[some.start])
             yield FilledRows(rows, [], num_pieces)
+
+
+def _text_sizes(plan: TokenPlan, source: TokenSource) -> NDArray[np.int64]:
+    """Return int64[packs], bytes of the texts of each."""
+    lens = source.text_lens[plan.index[plan.order]]
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(lens)])
+    sizes: NDArray[np.int64] = np.diff(before[plan.offsets])
+    return sizes
 
 
 def _counts(plan: TokenPlan, rejects: list[Reject]) -> dict[str, int]:

@@ -32,13 +32,14 @@ class Buffers:
         return self._kept[name][:size]
 
 
-def planned_pieces(plan: TokenPlan, packs: range, values: dict[str, pa.Array]) -> Rows:
+def planned_pieces(plan: TokenPlan, packs: range, values: dict[str, Any]) -> Rows:
     """Return the pieces of sequences that a plan puts into some packs: rows without tokens yet.
 
     Args:
         plan: the plan.
         packs: the numbers of its packs.
-        values: the source's other columns, one value a source row.
+        values: the source's other columns, one value a source row: Arrow arrays, or what takes rows
+            as they do.
     """
     offsets = plan.offsets[packs.start : packs.stop + 1]
     members = plan.order[offsets[0] : offsets[-1]]
@@ -161,7 +162,7 @@ def packed_table(
     plan: TokenPlan,
     packs: range,
     columns: dict[str, TokenColumn],
-    values: dict[str, pa.Array],
+    values: dict[str, Any],
     schema: pa.Schema,
     *,
     numbers: NDArray[np.int64] | None = None,
@@ -174,7 +175,7 @@ def packed_table(
         plan: the plan.
         packs: the numbers of its packs.
         columns: the source's token columns.
-        values: its other columns.
+        values: its other columns; see `planned_pieces`.
         schema: of the rows.
         numbers: int64[source rows], the ``example_index`` to store for each; None stores the row.
         executor: threads that copy; None copies in this thread.

@@ -21,6 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe.rows.picture import png
+from packpipe.rows.text import joined
 
 NO_LABEL = -100  # in `labels`, where there is no segment: torch's cross-entropy ignores it
 # What a column of tokens holds in padding, where that is not 0.
@@ -147,4 +148,6 @@ def _kept(values: Any, kept: NDArray[np.bool_]) -> Any:
 
 
 def _joined(parts: list[Any]) -> Any:
-    return pa.concat_arrays(parts) if isinstance(parts[0], pa.Array) else np.concatenate(parts)
+    if not isinstance(parts[0], pa.Array):
+        return np.concatenate(parts)
+    return joined(pa.chunked_array(parts))

@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from packpipe import checks
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.token_config import TokenConfig
+from packpipe.rows import text
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
 
@@ -115,27 +116,83 @@ def holds_tokens(names: Any) -> bool:
 def rows_table(rows: Rows, schema: pa.Schema) -> pa.Table:
     """Return rows as Arrow, without copying.
 
+    The offsets of a list and of a text have 32 bits, so a column is cut into chunks of whole rows
+    where they do not reach.
+
     Args:
         rows: hold the schema's columns. A token column of ragged rows has one dimension, its rows
             laid end to end.
         schema: made by `row_schema`, `segment_schema` or `token_schema`.
+
+    Raises:
+        ValueError: the texts of a single row are more than 2 GiB, and their type is no large one.
     """
-    # Arrow's lists have 32-bit offsets; a batch that `pack` writes holds about 64 MB.
-    offsets = pa.array(rows.offsets.astype(np.int32))
-    columns = []
+    before = np.concatenate([[0], np.cumsum(rows.segments["seq_lens"], dtype=np.int64)])
+    # By column, int64[rows + 1]: where each row's values end.
+    ends, values = {}, {}
     for field in schema:
+        name = field.name
         if pa.types.is_fixed_size_list(field.type):
             # Arrow shares the memory of a contiguous NumPy array.
-            values = pa.array(rows.tokens[field.name].reshape(-1))
-            columns.append(pa.FixedSizeListArray.from_arrays(values, type=field.type))
-        elif field.name in rows.tokens:
-            before = np.concatenate([[0], np.cumsum(rows.segments["seq_lens"], dtype=np.int64)])
-            ends = pa.array(before[rows.offsets].astype(np.int32))
-            columns.append(pa.ListArray.from_arrays(ends, pa.array(rows.tokens[field.name])))
+            flat = pa.array(rows.tokens[name].reshape(-1))
+            values[name] = pa.FixedSizeListArray.from_arrays(flat, type=field.type)
+        elif name in rows.tokens:
+            ends[name], values[name] = before[rows.offsets], pa.array(rows.tokens[name])
         else:
-            values = rows.segments[field.name]
-            columns.append(pa.ListArray.from_arrays(offsets, _arrow(values, field.type.value_type)))
+            found = _arrow(rows.segments[name], field.type.value_type)
+            ends[name], values[name] = rows.offsets, found
+    spans = _spans(rows, ends, values, schema)
+    columns = [
+        pa.chunked_array(
+            [_chunk(values[n], ends.get(n), some, schema.field(n).type) for some in spans]
+        )
+        for n in schema.names
+    ]
     return pa.table(columns, schema=schema)
+
+
+def _spans(
+    rows: Rows,
+    ends: dict[str, NDArray[np.int64]],
+    values: dict[str, pa.Array],
+    schema: pa.Schema,
+) -> list[range]:
+    """Return ranges of rows within the reach of 32-bit offsets; one, unless there are 2 GiB."""
+    reached = list(ends.items())
+    for name in ends:
+        kind = schema.field(name).type.value_type
+        if text.is_narrow(kind) and values[name].nbytes > text.MOST:
+            reached.append((name, text.ends_of(values[name])[rows.offsets]))
+    spans: list[range] = []
+    start = 0
+    while start < len(rows) or not spans:
+        stops = [
+            int(np.searchsorted(some, some[start] + text.MOST, side="right")) - 1
+            for _, some in reached
+        ]
+        stop = min(stops)
+        if stop == start < len(rows):  # of texts: a row has at most 2**24 tokens and segments
+            name, some = reached[stops.index(stop)]
+            size = int(some[start + 1] - some[start])
+            expected, remedy = f"at most {text.MOST}", "cast_column it to Value('large_string')"
+            what = f"bytes of {name} in row {start}"
+            raise ValueError(checks.sentence(what, size, expected, remedy))
+        spans.append(range(start, stop))
+        start = stop
+    return spans
+
+
+def _chunk(
+    values: pa.Array, ends: NDArray[np.int64] | None, some: range, kind: pa.DataType
+) -> pa.Array:
+    """Return some rows of a column; the ends of rows are None if all have one length."""
+    if ends is None:
+        return values.slice(some.start, len(some))
+    ends = ends[some.start : some.stop + 1]
+    values = values.slice(ends[0], ends[-1] - ends[0])
+    if text.is_narrow(kind.value_type) and values.type != kind.value_type:
+        values = text.narrowed(values, kind.value_type)
+    return pa.ListArray.from_arrays(pa.array((ends - ends[0]).astype(np.int32)), values)
 
 
 def table_rows(table: pa.Table) -> Rows:
@@ -212,7 +269,7 @@ def _not_a_row(name: str, found: pa.DataType | None, expected: str) -> str:
 
 def _segments(table: pa.Table, names: list[str]) -> Rows:
     """Return rows with some columns of segments, and no tokens yet."""
-    columns = {name: _one_chunk(table, name) for name in names}
+    columns = {name: text.joined(table.column(name)) for name in names}
     own = _own_segments(table.column_names)
     # A list array may be a slice: its offsets then start above zero, and `flatten` obeys them.
     offsets = {name: _from_zero(column.offsets) for name, column in columns.items()}
@@ -229,12 +286,6 @@ def _from_zero(offsets: pa.Array) -> NDArray[np.int64]:
     starts = offsets.to_numpy().astype(np.int64)
     from_zero: NDArray[np.int64] = starts - starts[0]
     return from_zero
-
-
-def _one_chunk(table: pa.Table, name: str) -> pa.Array:
-    column = table.column(name)
-    # `combine_chunks` copies even a single chunk.
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _fixed(table: pa.Table, name: str) -> NDArray[Any]:

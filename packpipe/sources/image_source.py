@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from packpipe import checks
 from packpipe.images.opening import BadImage, Confined, ImageData, first_bytes, rejecting
 from packpipe.rows.digests import hexdigest, sample_digest
+from packpipe.rows.text import joined
 
 
 def checked_root(image_root: Any) -> str | None:
@@ -240,4 +241,4 @@ def labels_of(dataset: Any, label_column: str | None) -> pa.Array | None:
     if label_column is None:
         return None
     rows = dataset.select_columns([label_column]).with_format("arrow")
-    return rows[:].column(0).combine_chunks()  # `take` searches every chunk of a column
+    return joined(rows[:].column(0))  # `take` searches every chunk of a column

@@ -17,8 +17,10 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from packpipe.rows.copy import gather
 from packpipe.rows.fill_tokens import TokenColumn
 from packpipe.rows.rejects import Reject
+from packpipe.rows.text import as_bytes, from_bytes, is_text, joined
 from packpipe.sources.columns import TokenColumns
 
 
@@ -28,12 +30,12 @@ class TokenSource:
 
     Attributes:
         columns: of tokens, by name; the first gives a sequence's length.
-        values: the other columns that are packed, one value a sequence.
+        values: the other columns that are packed, one value a sequence, as ``take`` returns them.
         rejects: the examples that cannot be packed.
     """
 
     columns: dict[str, TokenColumn]
-    values: dict[str, pa.Array]
+    values: dict[str, pa.Array | TextColumn]
     rejects: list[Reject]
 
     @property
@@ -41,21 +43,59 @@ class TokenSource:
         """int64[examples], tokens of each; 0 where there is no list."""
         return next(iter(self.columns.values())).lens
 
+    @property
+    def text_lens(self) -> NDArray[np.int64]:
+        """int64[examples], bytes of all texts of each."""
+        texts = [column for column in self.values.values() if isinstance(column, TextColumn)]
+        return sum((column.bytes.lens for column in texts), np.zeros(len(self.lens), np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class TextColumn:
+    """A column of texts of any size, which stay where they lie until they are taken.
+
+    Attributes:
+        bytes: text i is list i of uint8; ``bad`` are the nulls.
+        type: Arrow's type of the texts.
+    """
+
+    bytes: TokenColumn
+    type: pa.DataType
+
+    def take(self, rows: pa.Array) -> pa.Array:
+        """Return a copy of the texts of some rows; beyond 2 GiB, of the large type."""
+        some = self.bytes.take(np.asarray(rows))
+        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(some.lens)])
+        data = np.empty(ends[-1], np.uint8)
+        gather(some.values, some.starts, some.lens, ends[:-1], data)
+        return from_bytes(self.type, ends, data, ~some.bad)
+
 
 def token_source(dataset: Dataset, names: TokenColumns) -> TokenSource:
-    """Return the sequences of a dataset; tokens are not copied, apart from bool and nulls."""
+    """Return the sequences of a dataset; tokens and texts are not copied, bool and nulls are."""
     table = dataset.data
-    columns = {name: token_column(table.column(name)) for name in names.tokens}
-    # Rows that were selected or shuffled: reading them through `datasets` would copy the tokens.
+    texts = [name for name in names.values if is_text(table.schema.field(name).type)]
+    found = {name: token_column(table.column(name)) for name in names.tokens}
+    found |= {name: token_column(_as_bytes(table.column(name))) for name in texts}
+    # Rows that were selected or shuffled: reading them through `datasets` would copy them all.
     if dataset._indices is not None:
         rows = dataset._indices.column(0).to_numpy().astype(np.int64)
-        columns = {name: column.take(rows) for name, column in columns.items()}
-    values = {}
-    if names.values:
-        others = dataset.select_columns(names.values).with_format("arrow")[:]
-        # One chunk, since `take` searches every chunk of a column, for every pack.
-        values = {name: others.column(name).combine_chunks() for name in names.values}
+        found = {name: column.take(rows) for name, column in found.items()}
+    values: dict[str, pa.Array | TextColumn] = {}
+    for name in names.values:
+        if name in texts:
+            values[name] = TextColumn(found[name], table.schema.field(name).type)
+        else:
+            rows = dataset.select_columns([name]).with_format("arrow")[:]
+            # One chunk, since `take` searches every chunk of a column, for every pack.
+            values[name] = joined(rows.column(name))
+    columns = {name: found[name] for name in names.tokens}
     return TokenSource(columns, values, rejected(columns))
+
+
+def _as_bytes(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    chunks = [as_bytes(chunk) for chunk in texts.chunks if len(chunk)]
+    return pa.chunked_array(chunks, None if chunks else pa.list_(pa.uint8()))
 
 
 def one_view(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -19,6 +19,7 @@ from packpipe.planning.image_config import PackConfig
 from packpipe.rows import schema
 from packpipe.rows.fill_images import planned_tokens, token_columns
 from packpipe.rows.rows import Rows
+from packpipe.rows.text import wide
 from packpipe.sources.image_source import ImageSource, labels_of
 from packpipe.verification.problems import FoundRows, Problem
 from packpipe.verification.row_checks import Check, RowChecks, rows_with, value_type_of
@@ -106,7 +107,8 @@ class ImageChecks(RowChecks):
         source = ImageSource(rows, self.manifest["image_root"])
         labels = labels_of(dataset, self.manifest["label_column"])
         stored_type = _label_type(found)
-        if labels is not None and stored_type not in (None, labels.type):
+        # Labels of more than 2 GiB come in the large type.
+        if None not in (labels, stored_type) and wide(labels.type) != wide(stored_type):
             yield Problem("dataset", f"has labels of type {labels.type}, expected {stored_type}")
             labels = None
         offsets = found.held().offsets

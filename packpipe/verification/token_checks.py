@@ -188,9 +188,9 @@ def _differences(
     for name, value in source.values.items():
         expected = value.take(pa.array(example))
         stored = rows.column(name).combine_chunks().flatten()
-        if stored.type != expected.type:
+        if stored.type != value.type:
             every = np.ones(len(stored), np.bool_)
-            what = f"{name} are {stored.type}, those of the source {expected.type}"
+            what = f"{name} are {stored.type}, those of the source {value.type}"
             yield what, rows_with(segments, every)
         elif not stored.equals(expected):
             # For Arrow null = null is null and NaN = NaN false, while here both are the same.

@@ -17,7 +17,7 @@ from packpipe.building.shards import alone_in
 from packpipe.images.decode import decode, pixel_rules
 from packpipe.images.patches import unpatchify
 from packpipe.planning.image_config import PackConfig
-from packpipe.rows import files
+from packpipe.rows import files, text
 from packpipe.rows.rejects import TooManyRejects
 
 SMALL = {"seq_len": 32, "progress": False, "num_workers": 0}
@@ -59,6 +59,23 @@ def test_every_image_is_in_exactly_one_row_with_its_own_pixels_and_label(source,
             assert tuple(segments.image_hw[segment]) == pictures.SIZES[example]
             assert segments.labels[segment].as_py() == example % 3
         assert not rows.patches[row, place:].any()
+
+
+@pytest.mark.parametrize("materialize", [True, False])
+def test_labels_of_more_than_2_gib_of_text_are_packed(source, tmp_path, monkeypatch, materialize):
+    texts = [f"a caption, number {n}" for n in range(len(source))]
+    captions = source.select_columns(["image"]).add_column("label", texts)
+    halves = [captions.select(range(4)), captions.select(range(4, len(source)))]
+    captions = datasets.concatenate_datasets(halves)
+    wanted = packpipe.read_rows(packed_in(tmp_path / "wanted", captions))
+    assert np.diff(wanted.offsets).max() > 1
+    monkeypatch.setattr(text, "MOST", 100)  # more than the captions of a row, fewer than of all
+    packed = packed_in(tmp_path / "out", captions, materialize=materialize)
+    assert packed.features["labels"] == List(Value("string"))
+    rows = packpipe.read_rows(packed)
+    assert rows.labels.to_pylist() == wanted.labels.to_pylist()
+    assert rows.labels.to_pylist() == [texts[n] for n in rows.example_index]
+    assert packpipe.verify(tmp_path / "out", captions) == []
 
 
 def test_the_rows_follow_the_public_plan(source, tmp_path):

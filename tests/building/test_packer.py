@@ -15,6 +15,7 @@ from datasets import ClassLabel, Dataset, List
 
 import packpipe
 from packpipe.planning.image_config import PackConfig
+from packpipe.rows import text
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +284,29 @@ def test_map_in_any_format_gives_the_same_rows_of_tokens(kind):
     wanted = mapped(dataset, packpipe.Packer(seq_len=8), with_indices=True)
     found = mapped(dataset.with_format(kind), packpipe.Packer(seq_len=8), with_indices=True)
     assert found.with_format(None).to_dict() == wanted.to_dict()
+
+
+@pytest.mark.parametrize("layout", ["ragged", "fixed"])
+def test_a_batch_beyond_32_bit_offsets_is_a_table_of_several_chunks(layout, monkeypatch):
+    table = Dataset.from_dict(TOKENS).data.table
+    packer = packpipe.Packer(seq_len=8, layout=layout)
+    wanted, unknown = packer(table, list(range(5))), packer(table)
+    assert wanted.column(0).num_chunks == unknown.column(0).num_chunks == 1
+    monkeypatch.setattr(text, "MOST", 8 if layout == "ragged" else 3)
+    found = packer(table, list(range(5)))
+    assert found.column(0).num_chunks > 1
+    assert found.equals(wanted)
+    assert packer(table).equals(unknown)
+    # An iterator gives each chunk as a batch, since no batch could hold them all.
+    batches = list(packer(iter(table.to_batches())))
+    assert len(batches) == found.column(0).num_chunks
+    assert pa.Table.from_batches(batches).equals(unknown)
+    message = (
+        "batch is 'of 2 GiB or more', expected 2 GiB at most in a column, which map writes whole; "
+        "lower map's batch_size, or use packpipe.pack"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        mapped(Dataset.from_dict(TOKENS), packer)
 
 
 def test_map_in_numpys_format_packs_the_pixels_that_datasets_has_decoded():

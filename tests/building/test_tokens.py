@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import datasets
@@ -23,9 +26,13 @@ from packpipe import (
     pack,
     read_tokens,
     rejects,
+    verify,
 )
+from packpipe.building import build
+from packpipe.building.build import _cut
 from packpipe.planning.token_config import OVERFLOWS, TokenConfig
 from packpipe.planning.token_plan import plan_tokens
+from packpipe.rows import files
 from packpipe.rows.copy import gather, number_tokens
 from packpipe.rows.rejects import TooManyRejects
 from packpipe.sources.token_source import one_view, token_column
@@ -319,6 +326,93 @@ def test_a_slice_that_map_hands_out_is_read_through_its_offsets():
         [4, 5, 6],
     ]
     assert column.bad.tolist() == [False, True, False]
+
+
+def beyond_2_gib(kind: str) -> Dataset:
+    """3,072 sequences, of which 3 have a token and the others 9, beside 3 GiB of text.
+
+    The texts take no memory: their pages are never written to, and all chunks share them.
+    """
+    size, each = 1024, 2**20
+    wide = kind.startswith("large")
+    ends = (np.arange(size + 1) * each).astype(np.int64 if wide else np.int32)
+    zeros = np.zeros(size * each, np.uint8)
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(zeros)]
+    texts = pa.chunked_array([pa.Array.from_buffers(getattr(pa, kind)(), size, buffers)] * 3)
+    tokens = [[n] * (1 if n in (0, 1500, 3071) else 9) for n in range(3 * size)]
+    table = pa.table({"input_ids": pa.array(tokens), "text": texts})
+    return Dataset(table, fingerprint="zeros")  # else `datasets` would hash them
+
+
+@pytest.mark.parametrize("kind", ["string", "binary", "large_string"])
+def test_more_than_2_gib_of_text_may_stand_beside_tokens(kind, tmp_path):
+    dataset = beyond_2_gib(kind)
+    out, columns = tmp_path / "out", {"token_columns": "input_ids", "value_columns": "text"}
+    packed = pack(dataset, 8, overflow="drop", output=out, progress=False, **columns)
+    assert packed.features["text"] == List(Value(kind))
+    (row,) = packed
+    nothing = "\0" * 2**20
+    assert sorted(row["input_ids"][:3]) == [0, 1500, 3071]
+    assert row["text"] == [nothing.encode() if kind == "binary" else nothing] * 3
+    assert verify(out, dataset) == []
+
+
+def peak_memory(run: Callable[[], Any]) -> int:
+    """Return the most bytes that NumPy and Arrow have at a time, beyond those from before."""
+    pool = pa.proxy_memory_pool(pa.default_memory_pool())
+    usual = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1] + pool.max_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(usual)
+
+
+@pytest.mark.parametrize("form", ["string", "large_string", "shuffled"])
+def test_texts_beside_tokens_take_a_batch_of_memory_not_all(form, tmp_path, monkeypatch):
+    kind = "string" if form == "shuffled" else form
+    features = Features({"input_ids": List(Value("int32")), "text": Value(kind)})
+    texts = [chr(97 + n % 26) * 2**16 for n in range(1024)]  # 64 MiB
+    columns = {"input_ids": [[n] * (1 + n % 7) for n in range(1024)], "text": texts}
+    dataset = Dataset.from_dict(columns, features=features)
+    if form == "shuffled":
+        dataset = dataset.shuffle(seed=1)
+    pack(dataset.select(range(8)), 8, output=tmp_path / "warm", progress=False)
+    monkeypatch.setattr(files, "BATCH_BYTES", 2**21)
+    out = tmp_path / "out"
+    peak = peak_memory(lambda: pack(dataset, 8, output=out, progress=False))
+    assert peak < 10 * 2**20
+    packed = datasets.load_from_disk(str(out))
+    found = {
+        row: one
+        for some in packed
+        for row, one in zip(some["example_index"], some["text"], strict=True)
+    }
+    assert len(found) == 1024
+    assert all(found[row] == one for row, one in enumerate(dataset["text"]))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 60), st.integers(0, 5))
+def test_rows_are_cut_by_their_bytes(sizes, most, start):
+    packs = range(start, start + len(sizes))
+    cut = _cut(packs, np.array([7] * start + sizes, np.int64), most)
+    assert [pack for some in cut for pack in some] == list(packs)
+    held = [[sizes[pack - start] for pack in some] for some in cut]
+    assert all(sum(some) <= most or len(some) == 1 for some in held)
+    assert all(sum(one) + other[0] > most for one, other in pairwise(held))
+
+
+def test_the_space_asked_for_counts_texts(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(build, "check_space", lambda _, size, __: asked.append(size))
+    for length in (10, 1010):
+        columns = {"input_ids": [[1], [2, 3]], "text": ["a" * length, "b" * length]}
+        pack(Dataset.from_dict(columns), 8, output=tmp_path / f"{length}", progress=False)
+    assert asked[1] - asked[0] == 2000
 
 
 def test_nulls_are_rejected_by_name(tmp_path):

@@ -11,8 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from packpipe.planning.image_config import PackConfig
+from packpipe.rows import text
 from packpipe.rows.rejects import Reject
-from packpipe.rows.rows import Rows
+from packpipe.rows.rows import Rows, gather
 from packpipe.rows.schema import (
     REJECTS,
     rejects_table,
@@ -212,6 +213,67 @@ def test_segments_go_to_arrow_and_back_without_copying(name):
     # Rows 2 to 4 hold the segments 3 to 6.
     part = getattr(table_rows(table.slice(2, 3)), name)
     assert part.ctypes.data == values[3:].ctypes.data
+
+
+def text_and_segments(batch: pa.RecordBatch, rows: slice) -> tuple[int, int]:
+    """How many bytes of labels, and how many segments, some rows have."""
+    held = batch.slice(rows.start, rows.stop).to_pydict()
+    labels = [one for row in held.get("labels", []) for one in row if isinstance(one, str)]
+    return sum(map(len, labels)), sum(map(len, held["seq_lens"]))
+
+
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("most", [4, 9, 21, 50])
+def test_columns_are_cut_into_chunks_of_rows_that_32_bit_offsets_reach(kind, most, monkeypatch):
+    rows = made_rows(LABELS[kind])
+    whole = as_table(rows)
+    assert whole.column(0).num_chunks == 1
+    monkeypatch.setattr(text, "MOST", most)
+    if kind == "strings" and most < 21:
+        first = 14 if most < 14 else 21
+        message = (
+            f"bytes of labels in row {0 if most < 14 else 2} is {first}, expected at most "
+            f"{most}; cast_column it to Value('large_string')"
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            as_table(rows)
+        return
+    cut = as_table(rows)
+    cut.validate(full=True)
+    assert cut.schema == whole.schema
+    assert cut.to_pylist() == whole.to_pylist()
+    batches = cut.to_batches()
+    assert (len(batches) > 1) == (most < 9 or (kind == "strings"))
+    assert all(max(text_and_segments(batch, slice(0, 9))) <= most for batch in batches)
+    # No batch could have had the first row of the next one.
+    for one, other in itertools.pairwise(batches):
+        whole_batch, first_row = (
+            text_and_segments(one, slice(0, 9)),
+            text_and_segments(other, slice(0, 1)),
+        )
+        assert max(np.add(whole_batch, first_row)) > most
+
+
+def test_texts_of_a_large_type_are_not_cut(monkeypatch):
+    rows = made_rows(LABELS["strings"].cast(pa.large_string()))
+    whole = as_table(rows)
+    monkeypatch.setattr(text, "MOST", 12)
+    assert as_table(rows).column(0).num_chunks == 1
+    assert as_table(rows).equals(whole)
+
+
+@pytest.mark.parametrize("kind", ["integers", "strings", "none"])
+def test_rows_beyond_32_bit_offsets_are_read_and_gathered(kind, monkeypatch):
+    rows = made_rows(LABELS[kind])
+    table = as_table(rows)
+    chunks = pa.concat_tables([table.slice(0, 2), table.slice(2)])
+    monkeypatch.setattr(text, "MOST", 3)
+    found = table_rows(chunks)
+    for read in (found, gather([found] * 6, range(6))):
+        if kind == "strings":
+            assert read.labels.type == pa.large_string()
+            read.segments["labels"] = read.labels.cast(pa.string())
+        assert_same(read, rows, list(range(6)))
 
 
 @pytest.mark.parametrize("labels", LABELS)
