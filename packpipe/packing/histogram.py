@@ -118,18 +118,17 @@ class HistogramPlan(Figures):
         ends = self._longest_first()
         starts = ends - self.limits.unit_counts(self.counts)
         next_place = starts.copy()
-        start = 0
-        for chunk in chunks:
-            units = fronts.unit_view(chunk, self.limits.segment_multiple)
+        for start, units in fronts.pieces(chunks, self.limits.segment_multiple):
             placement.sort_by_length(units, start, next_place, members)
-            start += len(chunk)
         if key is not None:
             _shuffle(members, ends[::-1], key)
         order = np.empty(num_examples, dtype)
         held = self.patterns
         # `starts` still marks the first example of each length; sorting moved `next_place` on.
         placement.fill_packs(held.repeats, held.offsets, held.entries, starts, members, order)
-        del members  # before the offsets are allocated: at most 8 bytes an example at a time
+        # Before the offsets are allocated: at most 8 bytes an example at a time, unless packs hold
+        # fewer than two.
+        del members
         offsets = np.empty(len(self) + 1, np.int64)
         placement.end_packs(held.repeats, held.num_segments, offsets)
         return order, offsets
@@ -167,12 +166,8 @@ class HistogramPlan(Figures):
         first_row, rows = self._rows_by_length
         placement.number_places(first_row, rows, skip, take, places)
         numbers = np.empty(len(places), dtype)
-        start = 0
-        for chunk in chunks:
-            found = numbers[start : start + len(chunk)]
-            units = fronts.unit_view(chunk, self.limits.segment_multiple)
-            placement.look_up(units, next_place, places, found)
-            start += len(chunk)
+        for start, units in fronts.pieces(chunks, self.limits.segment_multiple):
+            placement.look_up(units, next_place, places, numbers[start : start + len(units)])
         return numbers
 
     @cached_property

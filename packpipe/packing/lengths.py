@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe.packing import placement
+
+_AT_ONCE = 2**16  # lengths, whose copies stay in the cache
 
 
 def chunks_of(
@@ -73,6 +76,19 @@ def unit_view(chunk: NDArray[Any], multiple: int) -> NDArray[Any]:
     return array if multiple == 1 else kernel_view(-(-array // multiple))
 
 
+def pieces(chunks: list[NDArray[Any]], multiple: int = 1) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Yield (start, lengths in units) of pieces of all chunks, as the kernels take them.
+
+    Piece by piece, since narrow, strided or rounded lengths are copied: one more array as long as
+    all of them would be half of the memory that packing takes.
+    """
+    start = 0
+    for chunk in chunks:
+        for first in range(0, len(chunk), _AT_ONCE):
+            yield start + first, unit_view(chunk[first : first + _AT_ONCE], multiple)
+        start += len(chunk)
+
+
 def index_dtype(number: int) -> np.dtype[np.integer[Any]]:
     """Return the dtype of indices below a number: int32 if it holds them, else int64."""
     return np.dtype(np.int32 if number < 2**31 else np.int64)
@@ -86,12 +102,10 @@ def count(chunks: list[NDArray[Any]], seq_len: int, longest: int) -> NDArray[np.
     """
     counts = np.zeros(seq_len + 1, np.int64)
     # The kernel stops at the first length outside the histogram, so checking costs no extra pass.
-    start = 0
-    for chunk in chunks:
-        where = placement.count(kernel_view(chunk), counts[: longest + 1])
+    for start, piece in pieces(chunks):
+        where = placement.count(piece, counts[: longest + 1])
         if where >= 0:
-            raise _out_of_range(start + where, chunk[where], seq_len, longest)
-        start += len(chunk)
+            raise _out_of_range(start + where, joined(chunks)[start + where], seq_len, longest)
     return counts
 
 

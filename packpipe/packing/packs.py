@@ -158,6 +158,10 @@ def pack_lengths(
     ``"best_fit"``  in the order given, into the pack with the least room that suffices
     =============== =============================================================================
 
+    Beside lengths and the result, which is 4 bytes an example and 8 a pack, at most 4 more bytes an
+    example are held at a time, whatever the lengths' integer type. The rules that take examples in
+    the order given hold about 9, a second limit about 60. A Python list is copied first: 8 more.
+
     Args:
         lengths: int[examples], tokens per example, each in 1..seq_len: a sequence, NumPy array
             of any integer dtype, or Arrow array (chunked and sliced ones are not copied).

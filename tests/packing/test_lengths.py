@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -393,3 +395,52 @@ def test_masked_lengths_are_refused():
     message = "lengths is 'masked', expected values without a mask; fill or leave out"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         pack_lengths(np.ma.array([1, 2], mask=[False, True]), 8)
+
+
+MANY = 400_000
+
+
+def peak_memory(work: Callable[[], object]) -> int:
+    """Return the most bytes held at a time, with what the call returns; NumPy reports its own."""
+    work()  # compiles
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def strided(lengths: np.ndarray) -> np.ndarray:
+    return np.repeat(lengths, 2)[::2]
+
+
+IN_MEMORY = {
+    **{dtype: partial(np.ndarray.astype, dtype=dtype) for dtype in NUMPY_TYPES},
+    "strided": strided,
+    "arrow": pa.array,
+    "chunked": lambda lengths: pa.chunked_array([lengths[: MANY // 3], lengths[MANY // 3 :]]),
+}
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("form", IN_MEMORY)
+def test_lengths_of_every_type_are_packed_in_four_bytes_an_example_beside_the_result(
+    form, multiple
+):
+    lengths = IN_MEMORY[form](np.random.default_rng(0).integers(1, 101, MANY))
+    options = {"segment_multiple": multiple}
+    packs = pack_lengths(lengths, SEQ_LEN, **options)
+    assert packs.order.nbytes == 4 * MANY
+    most = max(4 * MANY + packs.offsets.nbytes, 8 * MANY) + 2**21  # and tables by length
+    assert 8 * MANY <= peak_memory(lambda: pack_lengths(lengths, SEQ_LEN, **options)) <= most
+    assert peak_memory(lambda: packs.plan.pack_numbers(lengths)) <= most
+    assert peak_memory(lambda: count_lengths(lengths, SEQ_LEN)) <= 2**21
+
+
+@pytest.mark.parametrize("form", ["int8", ">i4", "strided", "chunked"])
+def test_a_bad_length_far_behind_is_named_by_its_place(form):
+    lengths = np.full(MANY, 7)
+    lengths[MANY - 2] = 0
+    with pytest.raises(ValueError, match=rf"^lengths\[{MANY - 2}\] is 0, expected 1..120"):
+        pack_lengths(IN_MEMORY[form](lengths), SEQ_LEN)
