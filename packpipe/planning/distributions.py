@@ -5,6 +5,13 @@ values. With `philox.uniform` an example's draw is a function of (seed, epoch, i
 
     distribution.quantile(uniform(key, index=index, stream=stream))
 
+`Constant`, `Uniform` and `Choice` add, multiply and compare only, which IEEE 754 fixes to the last
+bit, so they give the same values on every machine. `TruncatedNormal` and `Beta` ask SciPy and the
+C library for logarithms and the like, whose last bits depend on the processor and the versions.
+Values then differ by about 1e-15 of their size. What is decided from them is a whole number, which
+differs only if a value lies that close to where rounding turns: about one image in 10**12. The
+plan's fingerprint tells.
+
 Source: NaViT 2.2, A.1, A.4.
 """
 

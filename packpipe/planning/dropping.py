@@ -1,7 +1,9 @@
 """Token dropping: how many of an image's tokens are kept, and which.
 
 A drop rate is a number, a distribution, or one of the two laws below. The tokens that stay are
-drawn uniformly without replacement, a function of (seed, epoch, index) alone.
+drawn uniformly without replacement, a function of (seed, epoch, index) alone. The last bits of a
+rate of `ByResolution` or `OverTraining` may depend on the machine, as those of a `Beta` may
+(`packpipe.planning.distributions`).
 
 Source: NaViT 2.2, 3.3, A.4, A.5.
 """

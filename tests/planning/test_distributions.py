@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, replace
 
 import naive
@@ -423,3 +426,72 @@ FINITE = "expected a finite number; pass a number"
 def test_bad_arguments_are_named(make, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         make()
+
+
+# Exact laws, and laws that rest on the C library; one file of values for each process.
+_DRAWN = """
+import sys
+import numpy as np
+from packpipe import philox
+from packpipe.philox import Key
+from packpipe.planning.distributions import Beta, Choice, Constant, TruncatedNormal, Uniform
+from packpipe.planning.dropping import ByResolution, OverTraining, drop_rates, num_kept
+from packpipe.planning.resolution import Area, Side, Square, patch_grids
+
+u = philox.uniform(Key(1, 2), index=np.arange(100_000), stream=philox.RESOLUTION)
+exact = Constant(0.1), Uniform(0.1, 0.7), Choice((0.1, 0.3, 0.7), (0.1, 0.2, 0.3))
+found = {f"exact {law}": law.quantile(u) for law in exact}
+hw = 1 + np.stack([np.arange(len(u)) * 7 % 1999, np.arange(len(u)) * 11 % 1777], axis=1)
+for law in Side(Uniform(64, 256)), Area(Uniform(4096, 65536)), Square(Choice((64.5, 99.9))):
+    for max_upscale in (None, 1.1)[: 1 if isinstance(law, Square) else 2]:
+        grids, pixels = patch_grids(law, hw, 16, 1024, u=u, max_upscale=max_upscale)
+        found[f"exact {law} {max_upscale}"] = grids
+        found[f"exact pixels {law} {max_upscale}"] = pixels
+tokens = 1 + np.arange(len(u)) % 1024
+for law in (
+    Beta(0.5, 0.8),
+    TruncatedNormal(0.5, 0.2, 0.1, 0.9),
+    ByResolution(64, 0.2, 1024, 0.8),
+    OverTraining(0.2, Beta(0.5, 0.8), 0.5, 0.1),
+):
+    rates = drop_rates(law, u, tokens, np.arange(len(u)) / len(u))
+    found[f"close {law}"] = rates
+    found[f"exact tokens {law}"] = num_kept(tokens, rates)
+np.savez(sys.argv[1], **found)
+"""
+
+
+def drawn(path, environment):
+    command = [sys.executable, "-c", _DRAWN, str(path)]
+    subprocess.run(command, check=True, env={**os.environ, **environment})
+    with np.load(path) as file:
+        return dict(file)
+
+
+def test_other_instructions_of_the_processor_change_no_value_but_in_its_last_bits(tmp_path):
+    usual = drawn(tmp_path / "usual.npz", {})
+    # NumPy without what it found, and glibc's functions without fused products.
+    plain = drawn(
+        tmp_path / "plain.npz",
+        {
+            "NPY_DISABLE_CPU_FEATURES": " ".join(
+                np.show_config("dicts")["SIMD Extensions"]["found"]
+            ),
+            "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-FMA,-FMA4,-AVX2,-AVX512F",
+        },
+    )
+    assert usual.keys() == plain.keys()
+    exact = [name for name in usual if name.startswith("exact")]
+    assert len(exact) == 17
+    for name in exact:
+        assert np.array_equal(usual[name], plain[name]), name
+    for name in usual.keys() - exact:
+        assert len(np.unique(usual[name])) > 10_000
+        np.testing.assert_allclose(plain[name], usual[name], rtol=1e-14, atol=1e-15)
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-3, 1e9), st.lists(UNITS, min_size=1, max_size=20))
+def test_uniform_values_are_those_of_ieee_754_operation_by_operation(low, width, units):
+    law = Uniform(low, low + width)
+    found = law.quantile(np.array(units)).tolist()
+    assert found == [min(law.low + u * (law.high - law.low), law.high) for u in units]
