@@ -30,7 +30,8 @@ from packpipe.sources.columns import label_column_of
 from packpipe.training.log import json_line, read_log
 from packpipe.training.loop import Record, TrainConfig, train
 
-TRIM = 64  # bucketed rows are cut to a multiple of so many tokens, so that few shapes occur
+_TRIM = 64  # bucketed rows are cut to a multiple of so many tokens, or of a multiple of it
+_LENGTHS = 8  # for which torch.compile keeps graphs; beyond, it would compute without one
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ class Training:
     @cached_property
     def train_config(self) -> TrainConfig:
         """The options of the training loop."""
-        return TrainConfig(**self.options, trim=TRIM if self.layout.name == "bucketed" else None)
+        bucketed = self.layout.name == "bucketed"
+        return TrainConfig(
+            **self.options, trim=trim_of(self.packs.config.seq_len) if bucketed else None
+        )
 
     @cached_property
     def packs(self) -> EpochPacks:
@@ -153,6 +157,15 @@ class Training:
             if not as_json:
                 sys.stdout.write(f"checkpoints, log and plot are in {output}\n")
         return not stopped.is_set()
+
+
+def trim_of(seq_len: int) -> int:
+    """Return what lengths of bucketed rows are multiples of, so that there are 8 of them at most.
+
+    >>> trim_of(256), trim_of(1024), trim_of(4096)
+    (64, 128, 512)
+    """
+    return -(-seq_len // (_TRIM * _LENGTHS)) * _TRIM
 
 
 def _line(record: Record, as_json: bool) -> str:

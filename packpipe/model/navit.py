@@ -202,7 +202,9 @@ class Block(nn.Module):
 def compile_parts(model: NaViT, **options: Any) -> NaViT:
     """Return the model with its parts compiled: one graph for all of its blocks, two around them.
 
-    Compiles in seconds where ``torch.compile(model)`` takes minutes, and runs as fast.
+    Compiles in seconds where ``torch.compile(model)`` takes minutes, and runs as fast. Batches of
+    another shape have graphs of their own, up to ``torch._dynamo.config.recompile_limit``, 8 as
+    torch comes; beyond, they are computed without one.
 
     Args:
         model: compiled in place.

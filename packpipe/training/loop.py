@@ -61,7 +61,9 @@ class TrainConfig:
         loss: ``"sigmoid"`` or ``"softmax"``.
         precision: of matrix products; ``"auto"`` is bfloat16 on a GPU.
         compiled: whether `compile_parts` is used; None: on a GPU.
-        trim: `PackedBatch.trim` cuts batches to a multiple of so many tokens; None does not.
+        trim: `PackedBatch.trim` cuts batches to a multiple of so many tokens; None does not. Every
+            length is a graph of its own: with ``compiled``, an eighth of seq_len or more, since
+            torch.compile keeps 8 (``torch._dynamo.config.recompile_limit``).
         log_every: steps between records. Each record waits for the GPU.
         save_every: steps between checkpoints; None saves the last step alone.
 
@@ -223,6 +225,8 @@ def train(
         batch = next(batches)
         figures.waited += time.perf_counter() - asked
         if config.trim:  # on the CPU, where the longest row is known without waiting for a GPU
+            if compiled and step == first:
+                _warn_of_lengths(batch.segment_ids.shape[1], config.trim)
             batch = batch.trim(config.trim)
         if batch.labels is not None and model.config.num_classes is not None:
             check_labels(batch.labels, model.config.num_classes)  # also on the CPU, without waiting
@@ -335,6 +339,15 @@ class _Figures:
         )
         self._reset(step)
         return record
+
+
+def _warn_of_lengths(seq_len: int, trim: int) -> None:
+    """Log a warning if trimmed batches may have more lengths than there are graphs for."""
+    limit = torch._dynamo.config.recompile_limit
+    if -(-seq_len // trim) > limit:
+        expected = f"{-(-seq_len // limit)} or more, for {limit} lengths of {seq_len} tokens"
+        remedy = "raise it, or torch._dynamo.config.recompile_limit: further lengths have no graph"
+        log.warning(checks.sentence("trim", trim, expected, remedy))
 
 
 def _passes(loader: PackedLoader) -> Iterator[PackedBatch]:

@@ -4,10 +4,14 @@ import shutil
 
 import commanding
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from two_ranks import run_on_two_ranks
 from typer.testing import CliRunner
 
 from packpipe.cli.main import app
+from packpipe.cli.training_run import trim_of
 from packpipe.samples import images_folder
 from packpipe.training.checkpoints import checkpoints, load_model
 from packpipe.training.loop import read_log
@@ -22,6 +26,15 @@ def few(tmp_path_factory):
         for path in sorted(name.iterdir())[: 9 + number]:
             shutil.copy(path, folder / name.name / path.name)
     return folder
+
+
+@given(st.integers(1, 2**15))
+def test_bucketed_rows_have_eight_lengths_at_most(seq_len):
+    trim = trim_of(seq_len)
+    assert trim % 64 == 0
+    assert -(-seq_len // trim) <= torch._dynamo.config.recompile_limit
+    # No more is cut off than that asks for.
+    assert trim == 64 or -(-seq_len // (trim - 64)) > 8
 
 
 def run(*arguments):

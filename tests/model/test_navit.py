@@ -29,7 +29,7 @@ from packpipe.model.attention import (
 )
 from packpipe.model.config import NaViTConfig
 from packpipe.model.maps import token_maps
-from packpipe.model.navit import NaViT
+from packpipe.model.navit import NaViT, compile_parts
 from packpipe.model.pooling import POOLINGS, segment_softmax
 from packpipe.model.positions import POSITIONS
 
@@ -213,6 +213,34 @@ def test_one_graph_serves_a_hundred_batches(backend, pooling):
             found, wanted = compiled(batch)[batch.present], model(batch)[batch.present]
         assert close(found, wanted, 1e-5)
     assert len(graphs) == 1
+
+
+def test_trimmed_rows_have_a_graph_for_each_length_up_to_torchs_limit_and_none_beyond():
+    torch._dynamo.reset()
+    parts = []
+
+    def count(graph, _):
+        parts.append(graph)
+        return graph.forward
+
+    model = packed.model_of("reference", torch.float32)
+    compiled = compile_parts(packed.model_of("reference", torch.float32), backend=count)
+    batches = [
+        packed.batch_of(packed.RowSet([[n], [n]], seq_len=4, max_segments=1)).trim(1)
+        for n in (1, 2, 3, 4)
+    ]
+    limit = {"recompile_limit": 3, "fail_on_recompile_limit_hit": True}
+    with torch.no_grad(), torch._dynamo.config.patch(**limit):
+        for number, batch in enumerate(batches[:3], 1):
+            assert batch.segment_ids.shape[1] == number
+            assert close(compiled(batch)[batch.present], model(batch)[batch.present], 1e-5)
+            assert len(parts) == 3 * number  # what is before the blocks, all blocks, what is after
+        for batch in batches[:3]:
+            compiled(batch)
+        assert len(parts) == 3 * 3
+        with pytest.raises(Exception, match="recompile_limit"):
+            compiled(batches[3])
+    torch._dynamo.reset()
 
 
 @given(case=packed.row_sets())

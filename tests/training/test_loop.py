@@ -22,6 +22,7 @@ from two_ranks import run_on_two_ranks
 
 from packpipe import PackedLoader
 from packpipe.loading.steps import TAILS
+from packpipe.training import loop
 from packpipe.training.checkpoints import KEPT, checkpoints, load_model, save_checkpoint
 from packpipe.training.loop import TrainConfig, optimizer_of, read_log, train
 
@@ -91,6 +92,23 @@ def test_a_record_says_what_the_steps_were_like():
     assert all(0 <= r.accuracy <= 1 and 0 <= r.data_wait <= 1 and r.mfu is None for r in each)
     assert all(r.tokens_per_s > r.images_per_s > 0 for r in each)
     assert each[0].learning_rate == learning.config_of().rate(0)
+
+
+@pytest.mark.parametrize(
+    ("trim", "compiled", "warned"),
+    [(1, True, True), (1, False, False), (None, True, False), (4, True, False)],
+)
+def test_more_lengths_than_graphs_are_warned_of_once(trim, compiled, warned, caplog, monkeypatch):
+    monkeypatch.setattr(loop, "compile_parts", lambda model: model)
+    with caplog.at_level(logging.WARNING, logger="packpipe.training.loop"):
+        trained(steps=2, trim=trim, compiled=compiled)
+    message = (
+        "trim is 1, expected 2 or more, for 8 lengths of 16 tokens; raise it, or "
+        "torch._dynamo.config.recompile_limit: further lengths have no graph"
+    )
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        message
+    ] * warned
 
 
 def test_the_backend_is_stated_once(caplog):
