@@ -14,7 +14,8 @@ from packpipe.rows.schema import table_rows
 def read_rows(dataset: Any, rows: Any = None) -> Rows:
     """Return packed rows, of images or of tokens, as views of Arrow's memory where possible.
 
-    uint8 stays uint8: `datasets`' own torch and numpy formats widen it to int64.
+    uint8 stays uint8: `datasets`' own torch and numpy formats widen it to int64. Texts of more than
+    2 GiB come as Arrow's large types.
 
     Args:
         dataset: what `pack` or ``map(Packer(...))`` returned (selections and shuffles of it

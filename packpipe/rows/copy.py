@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 def gather(
     values: NDArray[Any],
     starts: NDArray[np.int64],
-    lens: NDArray[np.int32],
+    lens: NDArray[np.integer],
     places: NDArray[np.int64],
     out: NDArray[Any],
     *,
@@ -27,7 +27,7 @@ def gather(
     Args:
         values: one-dimensional array.
         starts: int64[runs], first value of each run.
-        lens: int32[runs], values of each run.
+        lens: int[runs], values of each run.
         places: int64[runs], where each run begins in out; runs do not overlap there.
         out: one-dimensional array of the same dtype.
         executor: threads that copy one part per processor; None copies in this thread.

@@ -106,10 +106,10 @@ class ImageChecks(RowChecks):
         rows = dataset.select_columns([self.manifest["image_column"]]).with_format("arrow")
         source = ImageSource(rows, self.manifest["image_root"])
         labels = labels_of(dataset, self.manifest["label_column"])
-        stored_type = _label_type(found)
+        stored = _label_type(found)
         # Labels of more than 2 GiB come in the large type.
-        if None not in (labels, stored_type) and wide(labels.type) != wide(stored_type):
-            yield Problem("dataset", f"has labels of type {labels.type}, expected {stored_type}")
+        if labels is not None and stored is not None and wide(labels.type) != wide(stored):
+            yield Problem("dataset", f"has labels of type {labels.type}, expected {stored}")
             labels = None
         offsets = found.held().offsets
         total = int(offsets[-1])
