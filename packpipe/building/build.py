@@ -5,7 +5,6 @@ A `Job` says what: a plan, and a function that fills its packs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -31,6 +30,8 @@ from packpipe.building.shards import (
     alone_in,
     check_space,
     clear_if_bare,
+    data_files,
+    digest_of,
     drop_journal,
     format_bytes,
     is_complete,
@@ -42,6 +43,9 @@ from packpipe.rows import files, schema
 from packpipe.rows.rejects import Reject, Tolerance
 
 log = logging.getLogger(__name__)
+
+# `datasets.load_from_disk` opens a folder by this file and dataset_info.json.
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,14 @@ class Build:
 
     def open(self, folder: Path, on_error: str) -> Dataset:
         """Return the dataset in a complete folder; on_error is for rows computed when read."""
-        # The manifest of a complete folder has the shards in their order.
-        names = [name for name in read_manifest(folder)["files"] if name != REJECTS]
+        names = data_files(read_manifest(folder))
         stored = datasets.concatenate_datasets(
             [Dataset.from_file(str(folder / name)) for name in names]
         )
         return self.job.opened(stored, on_error)
 
     def _digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.job.record(), sort_keys=True).encode()).hexdigest()
+        return digest_of(self.job.record())
 
     def _write(self, folder: Path, tolerance: Tolerance, progress: bool) -> None:
         job = self.job
@@ -183,9 +186,8 @@ class Build:
     def _write_sidecars(
         self, folder: Path, planned: PlannedRows, rejects: list[Reject], shards: Shards
     ) -> None:
-        # `datasets.load_from_disk` opens the folder by these two.
         durable.write_text(folder / "dataset_info.json", json.dumps(_info(self.job.features)))
-        durable.write_json(folder / "state.json", _state(shards.names, self._digest()[:16]))
+        durable.write_json(folder / STATE, state_of(shards.names, self._digest()))
         # Sorted, so that the bytes do not depend on the order in which images failed.
         absent = sorted(rejects)
         record = files.write_table(folder / REJECTS, schema.REJECTS, [schema.rejects_table(absent)])
@@ -199,7 +201,7 @@ class Build:
         }
         share = fill(counts["tokens"], len(planned.plan), planned.plan.seq_len)
         # The manifest comes last: complete means that all other files are written.
-        shards.finish(record, counts=counts, fill=share)
+        shards.finish(record, counts=counts, fill=share, **planned.facts(rejects))
 
 
 def read_rejects(folder: Path) -> list[Reject]:
@@ -227,11 +229,16 @@ def _info(features: Features) -> dict[str, Any]:
     return {**texts, "features": features.to_dict()}
 
 
-def _state(data_files: list[str], fingerprint: str) -> dict[str, Any]:
-    """Return what `datasets` keeps in the state.json of a saved dataset."""
+def state_of(names: list[str], digest: str) -> dict[str, Any]:
+    """Return what `datasets` keeps in the state.json of a saved dataset.
+
+    Args:
+        names: its files.
+        digest: of the record of its rows.
+    """
     return {
-        "_data_files": [{"filename": name} for name in data_files],
-        "_fingerprint": fingerprint,
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": digest[:16],
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,

@@ -174,6 +174,7 @@ def plan_images(
         text_sizes=np.zeros(len(plan), np.int64),
         fill=partial(_fill, images, plan, labels, read),
         counts=partial(_counts, plan, found.broken_exif),
+        facts=partial(_facts, plan),
     )
 
 
@@ -219,6 +220,15 @@ def _counts(plan: EpochPlan, broken_exif: int, rejects: list[Reject]) -> dict[st
         "bound": plan.bound,
         "tokens": plan.num_tokens - sum(tokens[example] for example in lost),
     }
+
+
+def _facts(plan: EpochPlan, rejects: list[Reject]) -> dict[str, Any]:
+    """Return (example, height, width) of the images that the plan holds and no row does.
+
+    With them a folder says the sizes of all that was planned, so its plan can be made again.
+    """
+    lost = np.isin(plan.index, [one.example_index for one in rejects if one.stage == "decode"])
+    return {"undecoded": np.column_stack([plan.index, plan.image_hw])[lost].tolist()}
 
 
 def _record(images: Images) -> dict[str, Any]:

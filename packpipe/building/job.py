@@ -40,6 +40,7 @@ class PlannedRows:
         text_sizes: int64[rows], bytes of texts of each.
         fill: yields the rows of each range of packs. The next ones may overwrite their memory.
         counts: the manifest's counts, given all rejects.
+        facts: what else the manifest says of the rows, given all rejects.
     """
 
     plan: EpochPlan | TokenPlan
@@ -52,6 +53,7 @@ class PlannedRows:
     text_sizes: NDArray[np.int64]
     fill: Callable[[list[range]], Generator[FilledRows, None, None]]
     counts: Callable[[list[Reject]], dict[str, int]]
+    facts: Callable[[list[Reject]], dict[str, Any]] = lambda _: {}
 
     def num_examples(self, packs: range) -> int:
         """Return how many examples, or pieces of them, are in some packs."""

@@ -11,6 +11,7 @@ process, lets one build at a time write to a folder.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import re
@@ -29,11 +30,11 @@ from packpipe.rows.rejects import Reject
 log = logging.getLogger(__name__)
 
 REJECTS = "rejects.arrow"
+# What a manifest says of the build itself; the rest is the record, on which the rows depend.
+FACTS = ("counts", "fill", "undecoded", "complete", "plan", "files")
 _LOCK = ".lock"
 # While a build is under way: a line, {name: record}, for each file committed since it was started.
 _JOURNAL = "journal.jsonl"
-# What a manifest holds beside the record that the bytes of the folder depend on.
-_FACTS = {"complete", "plan", "files", "counts", "fill"}
 _SHARD = re.compile(r"data-\d{5,}\.arrow")
 # A full disk, a used-up quota, and a limit on the size of files (ulimit -f).
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,6 +50,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             for line in lines:
                 files.update(line if isinstance(line, dict) else {})
     return found
+
+
+def record_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a manifest that the bytes of the folder depend on."""
+    return {name: value for name, value in manifest.items() if name not in FACTS}
+
+
+def digest_of(record: dict[str, Any]) -> str:
+    """Return the digest of a record: 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def data_files(manifest: dict[str, Any]) -> list[str]:
+    """Return the names of the files of rows, in the order of the rows."""
+    # By their numbers, which have five digits or more.
+    names = (name for name in manifest["files"] if name != REJECTS)
+    return sorted(names, key=lambda name: (len(name), name))
 
 
 def is_complete(folder: Path, record: dict[str, Any]) -> bool:
@@ -72,7 +90,7 @@ def is_complete(folder: Path, record: dict[str, Any]) -> bool:
         expected = f"{MANIFEST} written by packpipe, or none"
         raise FileExistsError(checks.sentence("output", str(folder), expected, remedy))
     # What only the folder names differs, too: texts packed beside the images, for example.
-    names = [*record, *(found.keys() - record.keys() - _FACTS)]
+    names = [*record, *(found.keys() - record.keys() - set(FACTS))]
     differing = [name for name in names if found.get(name) != record.get(name)]
     # A build of other rows may be replaced if it committed no file.
     if differing and (found["complete"] or found["files"]):

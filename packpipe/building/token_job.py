@@ -98,7 +98,7 @@ def plan_sequences(sequences: Sequences, numbers: NDArray[np.int64] | None = Non
     else:
         bad = list(sequences.rejects)
         plan = accompanying(sequences.images, source.lens, sequences.longest, config)
-    bad = bad + _too_long(plan, source.lens)
+    bad = bad + too_long(plan.dropped, source.lens, config)
     if numbers is not None:
         bad = [reject._replace(example_index=int(numbers[reject.example_index])) for reject in bad]
     pieces = "pieces of sequences" if plan.num_cut else "sequences"
@@ -181,10 +181,17 @@ def token_record(sequences: Sequences) -> dict[str, Any]:
     }
 
 
-def _too_long(plan: TokenPlan, lens: NDArray[np.int64]) -> list[Reject]:
-    """Return as rejects the sequences that a plan leaves out for their length."""
-    what = f"expected at most {plan.config.seq_len} (seq_len), with overflow='drop'"
+def too_long(
+    dropped: NDArray[np.int64], lens: NDArray[np.int64], config: TokenConfig
+) -> list[Reject]:
+    """Return as rejects the sequences that a plan leaves out for their length.
+
+    Args:
+        dropped: their rows in the source.
+        lens: int64[rows of the source], tokens of each.
+        config: the options.
+    """
+    what = f"expected at most {config.seq_len} (seq_len), with overflow='drop'"
     return [
-        Reject(row, ASKED, "too long", f"{lens[row]} tokens, {what}")
-        for row in plan.dropped.tolist()
+        Reject(row, ASKED, "too long", f"{lens[row]} tokens, {what}") for row in dropped.tolist()
     ]
