@@ -1,8 +1,8 @@
-"""Checks rows of images, and compares their pixels with the source."""
+"""Checks rows of images, with the plan that they follow."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,41 +10,55 @@ import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from packpipe.images.decode import pixel_rules, probe
-from packpipe.images.fill import Failure, ImageTask, fill_row
-from packpipe.images.opening import BadImage
-from packpipe.philox import Key
-from packpipe.planning.decisions import decide_all
+from packpipe import checks
+from packpipe.building.shards import MANIFEST
+from packpipe.planning.decisions import decide, decide_all
 from packpipe.planning.image_config import PackConfig
+from packpipe.planning.plan import MAX_SIDE, plan_epoch
+from packpipe.planning.token_config import TokenConfig
 from packpipe.rows import schema
-from packpipe.rows.fill_images import planned_tokens, token_columns
+from packpipe.rows.fill_images import planned_images, planned_tokens, token_columns
+from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
-from packpipe.rows.text import wide
-from packpipe.sources.image_source import ImageSource, labels_of
+from packpipe.sources.columns import TokenColumns, holds_numbers
+from packpipe.sources.token_source import token_source
+from packpipe.verification.image_comparison import ImageComparison
 from packpipe.verification.problems import FoundRows, Problem
-from packpipe.verification.row_checks import Check, RowChecks, rows_with, value_type_of
+from packpipe.verification.row_checks import Again, Check, RowChecks, rows_with, value_type_of
+
+
+class Texts(NamedTuple):
+    """What rows of images say of the texts beside them: their columns, and limits of a pack."""
+
+    columns: list[str]
+    seq_len: int
+    longest: int
 
 
 class ImageChecks(RowChecks):
     """The checks of rows of images, stored with or without their pixels."""
 
     KEYS = ("materialized", "image_column", "label_column", "image_root")
+    COUNTS = ("shrunk", "broken_exif")
     VERSION_KEY, VERSION = "schema_version", schema.VERSION
     config: PackConfig
+
+    def __init__(self, manifest: dict[str, Any]) -> None:
+        super().__init__(manifest)
+        # Raises if the epoch lies after the end of the training.
+        decide(np.ones((1, 2), np.int32), self.config, self.key, index=np.zeros(1, np.int64))
+        self.texts = None if "beside" not in manifest else _texts(manifest["beside"])
+        self.undecoded = _undecoded(manifest.get("undecoded"))
 
     @staticmethod
     def config_of(values: dict[str, Any]) -> PackConfig:
         """Return the options of a manifest."""
         return PackConfig.from_dict(values)
 
-    @property
-    def key(self) -> Key:
-        """(seed, epoch) that the rows were made with."""
-        return Key(self.manifest["seed"], self.manifest["epoch"])
-
     def columns(self) -> list[str]:
         """Return the columns that stored rows must have."""
-        return list(self._schema(None, self.manifest["materialized"]).names)
+        label = None if self.manifest["label_column"] is None else pa.null()
+        return list(self._schema(label, self.manifest["materialized"]).names)
 
     def schema_of(self, rows: pa.Table) -> pa.Schema:
         """Return the schema rows must have, given the type of their labels."""
@@ -94,109 +108,113 @@ class ImageChecks(RowChecks):
         left = np.array([patches[end:].any() for patches, end in pixels], np.bool_)
         yield "patches are not zero in padding", left
 
+    def no_rows(self) -> Rows:
+        """Return rows with packpipe's own columns of segments, and no row."""
+        return schema.table_segments(schema.segment_schema(None).empty_table())
+
+    def stages(self) -> set[str]:
+        """Return the stages that an example may be rejected at."""
+        sized = "probe" if self.manifest.get("size_columns") is None else "size"
+        found = {
+            "label": self.manifest["label_column"] is not None,
+            "tokens": self.texts is not None,
+            "decode": self.manifest["materialized"],
+        }
+        return {sized, *(name for name, possible in found.items() if possible)}
+
+    def total_problems(self, held: Rows, rejects: list[Reject]) -> Iterator[Problem]:  # noqa: ARG002
+        """Yield whether the sizes of images that could not be decoded are not of those."""
+        lost = [reject.example_index for reject in rejects if reject.stage == "decode"]
+        if self.undecoded is not None and self.undecoded[:, 0].tolist() != lost:
+            found = self.undecoded[:, 0].tolist()
+            yield Problem(MANIFEST, f"undecoded names the examples {found}, expected {lost}")
+
+    def plan_again(self, held: Rows, rejects: list[Reject], beside: Any) -> Again | None:
+        """Return the plan of all rows, made again; None if a size or a text is not known.
+
+        Args:
+            held: the rows, in which each example is once.
+            rejects: of the folder.
+            beside: int64[rows of the source], tokens of the texts of `pack_pairs`.
+        """
+        lost = self.undecoded
+        if lost is None:  # written before manifests had it
+            if any(reject.stage == "decode" for reject in rejects):
+                return None
+            lost = np.empty((0, 3), np.int64)
+        index = np.concatenate([held.example_index, lost[:, 0]])
+        image_hw = np.concatenate([held.image_hw, lost[:, 1:]])
+        by_row = np.argsort(index)
+        also = None
+        if self.texts is not None:
+            if beside is None:
+                return None
+            if index.max(initial=-1) >= len(beside):
+                raise ValueError(f"example {index.max()} has no text")
+            also = np.minimum(beside[index[by_row]], self.texts.longest), self.texts.seq_len
+        plan = plan_epoch(
+            image_hw[by_row], self.config, **self.key._asdict(), index=index[by_row], also=also
+        )
+        rows = planned_images(plan, range(len(plan)), None)
+        # Images that could not be decoded were planned, and left out of their rows.
+        rows = rows.keep(~np.isin(rows.example_index, lost[:, 0]))
+        return Again(plan, rows, {"shrunk": plan.num_shrunk, "bound": plan.bound})
+
+    def beside_from(self, dataset: Dataset) -> NDArray[np.int64] | None:
+        """Return int64[rows of the source], tokens of the texts beside the images, if there are."""
+        columns = [] if self.texts is None else self.texts.columns
+        fitting = all(holds_numbers(dataset.features.get(name)) for name in columns)
+        if not columns or not fitting or len(dataset) != self.manifest["counts"].get("read"):
+            return None
+        return token_source(dataset, TokenColumns(columns, [])).lens
+
     def source_columns(self) -> list[str]:
         """Return the columns of the source that rows were made from."""
-        names = (self.manifest["image_column"], self.manifest["label_column"])
+        names = [self.manifest["image_column"], self.manifest["label_column"]]
+        names += self.manifest.get("size_columns") or []
+        names += [] if self.texts is None else self.texts.columns
         return [name for name in names if name is not None]
 
     def source_problems(
-        self, dataset: Dataset, sample: int | None, found: FoundRows
-    ) -> Iterator[Problem]:
-        """Decode some images again, and yield how they differ from their tokens."""
-        rows = dataset.select_columns([self.manifest["image_column"]]).with_format("arrow")
-        source = ImageSource(rows, self.manifest["image_root"])
-        labels = labels_of(dataset, self.manifest["label_column"])
-        stored = _label_type(found)
-        # Labels of more than 2 GiB come in the large type.
-        if labels is not None and stored is not None and wide(labels.type) != wide(stored):
-            yield Problem("dataset", f"has labels of type {labels.type}, expected {stored}")
-            labels = None
-        offsets = found.held().offsets
-        total = int(offsets[-1])
-        number = total if sample is None else min(sample, total)
-        # A fixed seed, so that a second call looks at the same images; sorted, so that files are
-        # read from front to back.
-        chosen = np.random.default_rng(0).choice(total, number, replace=False)
-        for at in np.sort(chosen).tolist():
-            pack = int(np.searchsorted(offsets, at, side="right")) - 1
-            name, stored, row = found.places[pack]
-            number = at - int(offsets[pack])
-            segment = _segment_of(stored.slice(row, 1), number)
-            # The grid of a broken row may be anything, and ask for more memory than there is.
-            if pack in found.broken:
-                segment = segment._replace(patches=None)
-            where = f"{name}, row {row}, segment {number + 1} (example {segment.example_index})"
-            for what in _differences(segment, source, labels, self.config):
-                yield Problem(where, what)
+        self,
+        dataset: Dataset,
+        sample: int | None,
+        found: FoundRows,
+        rejects: list[Reject] | None,
+    ) -> Generator[Problem, None, dict[str, int]]:
+        """Compare sizes, labels and rejects with the source, and some pixels."""
+        texts = None if self.texts is None else self.texts.columns
+        comparison = ImageComparison(dataset, self.manifest, self.config, self.key, texts)
+        return (yield from comparison.problems(found, rejects, self.undecoded, sample))
 
 
-def _label_type(found: FoundRows) -> pa.DataType | None:
-    """Return the type of the stored labels, None if there are none."""
-    for _, stored, _ in found.places[:1]:
-        if "labels" in stored.column_names:
-            return stored.schema.field("labels").type.value_type
-    return None
+def _texts(beside: Any) -> Texts:
+    """Return what a manifest says of texts beside the images.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not what `pack_pairs` writes.
+    """
+    config, columns = TokenConfig(**beside["config"]), beside["token_columns"]
+    if not columns or not all(isinstance(name, str) for name in columns):
+        raise ValueError(f"beside.token_columns is {columns!r}, expected names")
+    longest = checks.whole_number(
+        "beside.max_text", beside["max_text"], 1, config.seq_len, "a text must fit into a row"
+    )
+    return Texts(list(columns), config.seq_len, longest)
 
 
-class _Segment(NamedTuple):
-    """A segment as it is stored; patches and kept are None in rows without pixels."""
+def _undecoded(found: Any) -> NDArray[np.int64] | None:
+    """Return int64[images, 3], the example and size of images that could not be decoded.
 
-    example_index: int
-    image_hw: tuple[int, int]
-    grid_hw: tuple[int, int]
-    label: Any
-    patches: NDArray[np.uint8] | None
-    kept: NDArray[np.int32] | None
-
-
-def _segment_of(row: pa.Table, number: int) -> _Segment:
-    segments = schema.table_segments(row)
-    height, width = segments.image_hw[number].tolist()
-    rows, columns = segments.grid_hw[number].tolist()
-    patches = kept = None
-    if "patches" in row.column_names:
-        tokens = schema.table_rows(row)
-        start = int(segments.seq_lens[:number].sum())
-        span = slice(start, start + int(segments.seq_lens[number]))
-        patches = tokens.patches[0, span]
-        # y · columns + x is the number of a token in raster order.
-        kept = (tokens.coords[0, span] @ np.array([columns, 1])).astype(np.int32)
-    labels = segments.segments.get("labels")
-    label = None if labels is None else labels[number].as_py()
-    example = int(segments.example_index[number])
-    return _Segment(example, (height, width), (rows, columns), label, patches, kept)
-
-
-def _differences(
-    found: _Segment, source: ImageSource, labels: pa.Array | None, config: PackConfig
-) -> Iterator[str]:
-    """Yield how a segment differs from its example."""
-    example = found.example_index
-    if not 0 <= example < len(source.rows):  # the totals report it
-        return
-    if labels is not None and labels[example].as_py() != found.label:
-        yield f"its label is {found.label!r}, expected {labels[example].as_py()!r}"
-    try:
-        data = source(example)
-        image_hw = probe(data, max_pixels=config.max_pixels).image_hw
-    except BadImage as error:
-        yield f"its image cannot be read again: {error}"
-        return
-    if image_hw != found.image_hw:
-        yield f"image_hw is {found.image_hw}, expected {image_hw}"
-        return
-    if found.patches is None:
-        return
-    task = ImageTask(example, data, image_hw, found.grid_hw, found.kept)
-    expected = np.empty_like(found.patches)
-    (failure,) = fill_row([task], expected, pixel_rules(config))
-    if isinstance(failure, Failure):
-        yield f"its image cannot be decoded again: {failure.exception}"
-        return
-    # int16, since a difference of two uint8 would wrap around.
-    apart = np.abs(found.patches.astype(np.int16) - expected)
-    if apart.any():
-        yield (
-            f"{np.count_nonzero(apart):,} of {apart.size:,} pixel values differ from the image's, "
-            f"by {apart.max()} at most"
-        )
+    Raises:
+        TypeError, ValueError: they are no such numbers.
+    """
+    if found is None:
+        return None
+    numbers = np.array(
+        [[checks.whole_number("undecoded", one, 0, 2**63 - 1, "") for one in row] for row in found],
+        np.int64,
+    ).reshape(len(found), 3)
+    if (numbers[:, 1:] < 1).any() or (numbers[:, 1:] > MAX_SIDE).any():
+        raise ValueError(f"undecoded is {found!r}, expected [example, height, width] of images")
+    return numbers

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -38,33 +40,53 @@ class FoundRows:
     """The rows found in files that can be read, in order.
 
     Attributes:
+        none: rows of the same columns of segments, none of them.
         places: file, table and number of each row.
         parts: the segments of each record batch, without tokens.
         broken: positions in places of the rows with which something is wrong.
+        schemas: of each file.
         whole: whether every file could be read.
     """
 
+    none: Rows
     places: list[tuple[str, pa.Table, int]] = field(default_factory=list)
     parts: list[Rows] = field(default_factory=list)
     broken: set[int] = field(default_factory=set)
+    schemas: dict[str, pa.Schema] = field(default_factory=dict)
     whole: bool = True
 
     def held(self) -> Rows:
-        """Return example_index, seq_lens and fragment of the segments of all rows."""
+        """Return packpipe's own columns of the segments of all rows."""
         offsets = np.concatenate([[0], *(part.num_segments for part in self.parts)])
-        types = {"example_index": np.int64, "seq_lens": np.int32, "fragment": np.int32}
-        # An empty array comes first, which gives columns their type if there are no rows.
+        # That of no rows comes first, which gives columns their type if there are no others.
         segments = {
-            name: np.concatenate([np.empty(0, kind), *(_column(part, name) for part in self.parts)])
-            for name, kind in types.items()
+            name: np.concatenate([empty, *(part.segments[name] for part in self.parts)])
+            for name, empty in self.none.segments.items()
         }
         return Rows(np.cumsum(offsets), segments)
 
+    def batches(self) -> Iterator[tuple[str, pa.Table, int, Rows, int]]:
+        """Yield each part that has rows, and where they are.
 
-def _column(rows: Rows, name: str) -> NDArray[Any]:
-    """Return a column of segments; fragment is 0 for images, which are never cut."""
-    found: NDArray[Any] = rows.segments.get(name, np.zeros(len(rows.seq_lens), np.int32))
-    return found
+        Yields:
+            The file, its table, and the part's first row in it; the part; its first row in places.
+        """
+        first = 0
+        for part in self.parts:
+            if len(part):  # its rows are one record batch, so they follow each other in one file
+                yield *self.places[first], part, first
+            first += len(part)
+
+    def named(self, rows: NDArray[np.int64]) -> Iterator[tuple[str, NDArray[np.int64]]]:
+        """Yield text that names some of the rows, file by file, and which rows it names.
+
+        Args:
+            rows: positions in places, ascending.
+        """
+        for file, of_file in groupby(rows.tolist(), lambda row: self.places[row][0]):
+            some = list(of_file)
+            numbers = [self.places[row][2] for row in some]
+            yield f"{file}, {named('row', numbers)}", np.array(some)
 
 
 def rows_of(path: Path) -> pa.Table:

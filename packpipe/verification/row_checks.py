@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Generator, Iterator
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +12,11 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from packpipe.packing.assignment import Assignment
+from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.token_config import TokenConfig
+from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
 from packpipe.rows.schema import table_segments
 from packpipe.verification.problems import Broken, FoundRows, Problem
@@ -22,11 +25,20 @@ from packpipe.verification.problems import Broken, FoundRows, Problem
 Check: TypeAlias = tuple[str, NDArray[np.bool_]]
 
 
+class Again(NamedTuple):
+    """A plan made again, the rows it gives, and those of the manifest's counts that it tells."""
+
+    plan: Assignment
+    rows: Rows
+    counts: dict[str, int]
+
+
 class RowChecks(ABC):
     """The checks of one kind of rows: `ImageChecks` or `TokenChecks`.
 
     Attributes:
         KEYS: keys of the manifest that only this kind has.
+        COUNTS: names of the manifest's counts.
         VERSION_KEY: key of the version of the rows' columns.
         VERSION: the version that can be checked.
         manifest: the manifest of the folder.
@@ -34,12 +46,15 @@ class RowChecks(ABC):
     """
 
     KEYS: ClassVar[tuple[str, ...]]
+    COUNTS: ClassVar[tuple[str, ...]]
     VERSION_KEY: ClassVar[str]
     VERSION: ClassVar[int]
 
     def __init__(self, manifest: dict[str, Any]) -> None:
         self.manifest = manifest
         self.config: Any = self.config_of(manifest["config"])
+        # (seed, epoch) that the rows were made with.
+        self.key = Key(manifest["seed"], manifest["epoch"])
 
     @staticmethod
     @abstractmethod
@@ -67,14 +82,47 @@ class RowChecks(ABC):
         """Yield each thing that can be wrong with tokens whose segments are sound."""
 
     @abstractmethod
+    def no_rows(self) -> Rows:
+        """Return rows with packpipe's own columns of segments, and no row."""
+
+    @abstractmethod
+    def stages(self) -> set[str]:
+        """Return the stages that an example may be rejected at."""
+
+    @abstractmethod
+    def plan_again(self, held: Rows, rejects: list[Reject], beside: Any) -> Again | None:
+        """Return the plan of all rows, made again; None if not all it depends on is known.
+
+        Args:
+            held: the rows, in which each example is once.
+            rejects: of the folder.
+            beside: what the plan needs of the other folder of `pack_pairs`; None without it.
+
+        Raises:
+            ValueError: there is no such plan.
+        """
+
+    @abstractmethod
     def source_columns(self) -> list[str]:
         """Return the columns of the source that rows were made from."""
 
     @abstractmethod
     def source_problems(
-        self, dataset: Dataset, sample: int | None, found: FoundRows
-    ) -> Iterator[Problem]:
-        """Yield how rows differ from their source."""
+        self,
+        dataset: Dataset,
+        sample: int | None,
+        found: FoundRows,
+        rejects: list[Reject] | None,
+    ) -> Generator[Problem, None, dict[str, int]]:
+        """Yield how rows and rejects, if these could be read, differ from their source.
+
+        Returns:
+            Those of the manifest's counts that only the source tells.
+        """
+
+    def beside_from(self, dataset: Dataset) -> Any:  # noqa: ARG002
+        """Return what the plan needs of the other folder of `pack_pairs`, if the source tells."""
+        return None
 
     def values(self) -> list[str]:
         """Return the columns of the source that go with each segment, which may hold nulls."""
@@ -88,9 +136,9 @@ class RowChecks(ABC):
         """Return the manifest's counts that only rows of this kind have."""
         return {}
 
-    def total_problems(self, held: Rows) -> Iterator[Problem]:  # noqa: ARG002
-        """Yield what is wrong with all rows together."""
-        yield from ()
+    @abstractmethod
+    def total_problems(self, held: Rows, rejects: list[Reject]) -> Iterator[Problem]:
+        """Yield what is wrong with all rows together, and with what was rejected from them."""
 
     def broken_rows(self, rows: pa.Table) -> Iterator[Broken]:
         """Yield what is wrong with which rows of a table; nothing if all is well.
@@ -179,6 +227,18 @@ def has_nulls(column: pa.ChunkedArray | pa.Array) -> bool:
         and pa.types.is_nested(column.type)
         and has_nulls(column.flatten())
     )
+
+
+def same_values(found: pa.Array, expected: pa.Array) -> NDArray[np.bool_]:
+    """Return bool[values], which are the same; null is the same as null, and NaN as NaN."""
+    if found.equals(expected):
+        return np.ones(len(found), np.bool_)
+    # For Arrow null = null is null, and NaN = NaN is false.
+    same = pc.fill_null(pc.equal(found, expected), False).to_numpy(zero_copy_only=False)
+    for is_so in (pc.is_null, pc.is_nan)[: 1 + pa.types.is_floating(found.type)]:
+        both = pc.and_(is_so(found), is_so(expected))
+        same |= pc.fill_null(both, False).to_numpy(zero_copy_only=False)
+    return np.asarray(same)
 
 
 def value_type_of(rows: pa.Table, name: str) -> pa.DataType:

@@ -1,26 +1,29 @@
-"""Checks rows of token sequences, and compares all their pieces with the source."""
+"""Checks rows of token sequences, with the plan that they follow, and compares the source."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from packpipe.building import token_job
+from packpipe.building.token_job import VERSION, too_long
 from packpipe.planning.token_config import TokenConfig
-from packpipe.rows.fill_tokens import fill_tokens, first_places, padding_of
+from packpipe.planning.token_plan import TokenPlan, accompanying, plan_tokens
+from packpipe.rows.fill_tokens import fill_tokens, first_places, padding_of, planned_pieces
+from packpipe.rows.rejects import ASKED, Reject
 from packpipe.rows.rows import NO_LABEL, Rows
 from packpipe.rows.schema import table_segments, token_schema
 from packpipe.sources.columns import TokenColumns, holds_numbers, value_type
 from packpipe.sources.token_source import TokenSource, token_source
 from packpipe.verification.problems import FoundRows, Problem, named
+from packpipe.verification.reject_checks import depth_of, reject_problems
 from packpipe.verification.row_checks import (
+    Again,
     Check,
     RowChecks,
     lengths_of,
@@ -28,19 +31,35 @@ from packpipe.verification.row_checks import (
     rows_with,
     value_type_of,
 )
+from packpipe.verification.token_comparison import differing_pieces, flat_tokens, lost_tokens
+
+# Stages at which the image of a pair is rejected.
+_OF_IMAGES = ("probe", "size", "label")
 
 
 class TokenChecks(RowChecks):
     """The checks of rows of token sequences, fixed or ragged."""
 
     KEYS = ("token_columns", "value_columns")
-    VERSION_KEY, VERSION = "token_schema_version", token_job.VERSION
+    COUNTS = ("cut", "truncated_tokens", "pieces")
+    VERSION_KEY, VERSION = "token_schema_version", VERSION
     config: TokenConfig
 
     @staticmethod
     def config_of(values: dict[str, Any]) -> TokenConfig:
         """Return the options of a manifest."""
         return TokenConfig(**values)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that texts of `pack_pairs` are truncated to; 0 for all other rows."""
+        found: int = self.manifest.get("longest", 0)
+        return found
+
+    @property
+    def beside_images(self) -> bool:
+        """Whether rows hold the texts of images, and follow their plan."""
+        return "beside" in self.manifest
 
     def values(self) -> list[str]:
         """Return the columns of the source that go with each segment, which may hold nulls."""
@@ -71,6 +90,7 @@ class TokenChecks(RowChecks):
 
     def broken_segments(self, segments: Rows) -> Iterator[Check]:
         """Yield each thing that can be wrong with segments."""
+        yield "an example below 0", rows_with(segments, segments.example_index < 0)
         bad = (segments.seq_lens < 1) | (segments.fragment < 0)
         yield "a segment with no token, or a fragment below 0", rows_with(segments, bad)
 
@@ -83,11 +103,11 @@ class TokenChecks(RowChecks):
             plain = replace(config, mask_first_label=False)
             padding = np.arange(config.seq_len) >= lens[:, None]
             for name, expected in fill_tokens(segments, {}, plain).items():
-                differing = _flat_tokens(rows, name) != expected
+                differing = flat_tokens(rows, name) != expected
                 yield f"{name} are not those of seq_lens", _any_by_row(differing, len(rows))
             for name in names:
                 absent = padding_of(name, config)
-                differing = (_flat_tokens(rows, name) != absent) & padding.reshape(-1)
+                differing = (flat_tokens(rows, name) != absent) & padding.reshape(-1)
                 yield f"{name} are not {absent} in padding", _any_by_row(differing, len(rows))
         else:
             uneven = [lengths_of(rows, name) != lens for name in names]
@@ -95,17 +115,37 @@ class TokenChecks(RowChecks):
             if np.any(uneven):
                 return
         if config.mask_first_label:
-            firsts = _flat_tokens(rows, "labels")[first_places(segments, config)]
+            firsts = flat_tokens(rows, "labels")[first_places(segments, config)]
             what = f"the first label of a segment is not {NO_LABEL}"
             yield what, rows_with(segments, firsts != NO_LABEL)
 
+    def no_rows(self) -> Rows:
+        """Return rows with packpipe's own columns of segments, and no row."""
+        return table_segments(token_schema(self.config, {}, {}).empty_table())
+
+    def stages(self) -> set[str]:
+        """Return the stages that an example may be rejected at."""
+        of_images = _OF_IMAGES if self.beside_images else ()
+        return {"tokens", *of_images, *([ASKED] if self.config.overflow == "drop" else [])}
+
     def counts(self, held: Rows) -> dict[str, int]:
         """Return the manifest's counts that only rows of tokens have."""
-        return {"pieces": len(held.example_index)}
+        found = {"pieces": len(held.example_index)}
+        # How long a sequence was before it was truncated only the source tells.
+        if self.config.overflow == "truncate" or self.beside_images:
+            return found
+        return {**found, **cut_counts(_whole_lens(held)[1], self.config, self.longest)}
 
-    def total_problems(self, held: Rows) -> Iterator[Problem]:
+    def total_problems(self, held: Rows, rejects: list[Reject]) -> Iterator[Problem]:  # noqa: ARG002
         """Yield which sequences miss a piece, have one twice, or were cut at another place."""
-        seq_len = self.config.seq_len
+        seq_len, longest = self.config.seq_len, self.longest
+        if self.config.overflow != "split" and (cut := held.fragment > 0).any():
+            examples = np.unique(held.example_index[cut]).tolist()
+            what = f"is cut into pieces, expected none with overflow {self.config.overflow!r}"
+            yield Problem(named("example", examples), what)
+        if longest and (over := held.seq_lens > longest).any():
+            examples = held.example_index[over].tolist()
+            yield Problem(named("example", examples), f"has over {longest} tokens (longest)")
         # By sequence, then by piece: the last key comes first.
         order = np.lexsort((held.fragment, held.example_index))
         example, fragment = held.example_index[order], held.fragment[order]
@@ -120,6 +160,28 @@ class TokenChecks(RowChecks):
             what = f"its pieces are not 0, 1, ... of {seq_len} tokens and a rest"
             yield Problem(named("example", np.unique(example[bad]).tolist()), what)
 
+    def plan_again(self, held: Rows, rejects: list[Reject], beside: Any) -> Again | None:  # noqa: ARG002
+        """Return the plan of all rows, made again; None if that of the images is not known.
+
+        Args:
+            held: the rows, in which each sequence is once, with all its pieces.
+            rejects: of the folder.
+            beside: the `EpochPlan` of the images that these texts belong to.
+        """
+        plan: TokenPlan
+        if not self.beside_images:
+            index, lens = _whole_lens(held)
+            plan = plan_tokens(lens, self.config, **self.key._asdict(), index=index)
+        elif beside is None:
+            return None
+        else:
+            highest = max(held.example_index.max(initial=-1), beside.index.max(initial=-1))
+            lens = np.zeros(highest + 1, np.int64)
+            lens[held.example_index] = held.seq_lens
+            plan = accompanying(beside, lens, self.longest, self.config)
+        rows = planned_pieces(plan, range(len(plan)), {})
+        return Again(plan, rows, {"bound": plan.bound})
+
     def source_columns(self) -> list[str]:
         """Return the columns of the source that rows were made from."""
         return [*self.manifest["token_columns"], *self.values()]
@@ -129,103 +191,66 @@ class TokenChecks(RowChecks):
         dataset: Dataset,
         sample: int | None,  # noqa: ARG002
         found: FoundRows,
-    ) -> Iterator[Problem]:
-        """Compare every piece with its sequence, and yield how they differ."""
+        rejects: list[Reject] | None,
+    ) -> Generator[Problem, None, dict[str, int]]:
+        """Compare every piece with its sequence, and the rejects; yield how they differ."""
         columns = TokenColumns(self.manifest["token_columns"], self.values())
         for name in columns.tokens:
             if not holds_numbers(dataset.features[name]):
                 what = f"has {name} of {dataset.features[name]}, expected lists of numbers"
                 yield Problem("dataset", what)
-                return
+                return {}
         source = token_source(dataset, columns)
         types = {name: value_type(dataset.features, name) for name in columns.tokens}
-        # A part is one record batch, so its rows follow each other in one file.
-        row = 0
-        for part in found.parts:
-            if len(part):
-                name, stored, start = found.places[row]
-                # Lists of a broken row may be of other lengths than it says.
-                sound = [n for n in range(len(part)) if row + n not in found.broken]
-                rows = stored.slice(start, len(part)).take(pa.array(sound, pa.int64()))
-                for what, bad in _differences(rows, source, types, self.config):
-                    numbers = np.array(sound, np.int64)[bad] + start
-                    yield Problem(f"{name}, {named('row', numbers.tolist())}", what)
-            row += len(part)
-        yield from _lost_tokens(
-            found.held(), source.lens, self.config, self.manifest.get("longest", 0)
-        )
+        for file, table, start, part, first in found.batches():
+            # Lists of a broken row may be of other lengths than it says.
+            sound = [n for n in range(len(part)) if first + n not in found.broken]
+            rows = table.slice(start, len(part)).take(pa.array(sound, pa.int64()))
+            for what, differing in differing_pieces(rows, source, types, self.config):
+                numbers = np.array(sound, np.int64)[differing] + start
+                yield Problem(f"{file}, {named('row', numbers.tolist())}", what)
+        held = found.held()
+        lost = list(lost_tokens(held, source.lens, self.config, self.longest))
+        yield from lost
+        if lost:
+            return {}
+        if rejects is not None:
+            of_images = {one.example_index for one in rejects if one.stage in _OF_IMAGES}
+            bad = source.rejects + self._too_long(source)
+            yield from reject_problems(rejects, bad, depth_of(self.manifest, dataset), of_images)
+        packed = np.unique(held.example_index)
+        packed = packed[(packed >= 0) & (packed < len(source.lens))]
+        return cut_counts(source.lens[packed], self.config, self.longest)
+
+    def _too_long(self, source: TokenSource) -> list[Reject]:
+        """Return the sequences of a source that were asked to be dropped."""
+        if self.config.overflow != "drop":
+            return []
+        long = np.flatnonzero(source.lens > self.config.seq_len)
+        bad = [reject.example_index for reject in source.rejects]
+        return too_long(np.setdiff1d(long, bad), source.lens, self.config)
 
 
-def _differences(
-    rows: pa.Table, source: TokenSource, types: dict[str, pa.DataType], config: TokenConfig
-) -> Iterator[Check]:
-    """Yield how rows differ from the source."""
-    segments = table_segments(rows)
-    for name, expected in types.items():
-        kind = rows.schema.field(name).type.value_type
-        if kind != expected:
-            every = np.ones(len(segments.seq_lens), np.bool_)
-            what = f"{name} are {kind}, those of the source {expected}"
-            yield what, rows_with(segments, every)
-            return
-    example, starts = segments.example_index, segments.fragment.astype(np.int64) * config.seq_len
-    outside = (example < 0) | (example >= len(source.lens))
-    known = np.where(outside, 0, example)
-    outside |= starts + segments.seq_lens > (source.lens[known] if len(source.lens) else 0)
-    # `fill_tokens` does not check bounds: it would read memory behind the sequence.
-    if outside.any():
-        yield "a piece that its sequence does not have", rows_with(segments, outside)
-        return
-    held = lengths_of(rows, next(iter(types)))
-    for name, expected in fill_tokens(segments, source.columns, config).items():
-        found = _flat_tokens(rows, name)
-        # NaN differs from itself, and here is what it should be.
-        differing = (found != expected) & ~((found != found) & (expected != expected))
-        if differing.any():
-            bad = np.zeros(len(segments), np.bool_)
-            bad[np.repeat(np.arange(len(segments)), held)[differing]] = True
-            yield f"{name} are not those of the source", bad
-    for name, value in source.values.items():
-        expected = value.take(pa.array(example))
-        stored = rows.column(name).combine_chunks().flatten()
-        if stored.type != value.type:
-            every = np.ones(len(stored), np.bool_)
-            what = f"{name} are {stored.type}, those of the source {value.type}"
-            yield what, rows_with(segments, every)
-        elif not stored.equals(expected):
-            # For Arrow null = null is null and NaN = NaN false, while here both are the same.
-            same = pc.fill_null(pc.equal(stored, expected), False).to_numpy(zero_copy_only=False)
-            for is_so in (pc.is_null, pc.is_nan)[: 1 + pa.types.is_floating(stored.type)]:
-                both = pc.and_(is_so(stored), is_so(expected))
-                same |= pc.fill_null(both, False).to_numpy(zero_copy_only=False)
-            if not same.all():
-                yield f"{name} is not that of the source", rows_with(segments, ~same)
+def cut_counts(lens: NDArray[np.int64], config: TokenConfig, longest: int) -> dict[str, int]:
+    """Return the manifest's counts of what was cut.
+
+    Args:
+        lens: tokens of each packed sequence.
+        config: the options.
+        longest: tokens that texts of `pack_pairs` are truncated to; 0 for all other rows.
+    """
+    limit = longest or config.seq_len
+    over = lens[lens > limit]
+    truncated = bool(longest) or config.overflow == "truncate"
+    lost = int((over - limit).sum()) if truncated else 0
+    return {"cut": len(over), "truncated_tokens": lost}
 
 
-def _lost_tokens(
-    held: Rows, lens: NDArray[np.int64], config: TokenConfig, longest: int
-) -> Iterator[Problem]:
-    """Yield which sequences have more or fewer tokens in rows than they should."""
-    example = held.example_index
-    inside = (example >= 0) & (example < len(lens))
-    found = np.bincount(example[inside], held.seq_lens[inside], len(lens)).astype(np.int64)
-    if config.overflow == "truncate":
-        lens = np.minimum(lens, config.seq_len)
-    # Texts of `pack_pairs` are truncated to max_text.
-    if longest:
-        lens = np.minimum(lens, longest)
-    # A sequence without any token is a reject, or the totals report it.
-    wrong = np.flatnonzero((found != lens) & (found > 0))
-    if len(wrong):
-        what = f"{found[wrong[0]]} tokens in rows, expected {lens[wrong[0]]}"
-        what += ", the first of them" * (len(wrong) > 1)
-        yield Problem(named("example", wrong.tolist()), what)
-
-
-def _flat_tokens(rows: pa.Table, name: str) -> NDArray[Any]:
-    """Return a column of tokens, all rows laid end to end."""
-    flat: NDArray[Any] = rows.column(name).combine_chunks().flatten().to_numpy()
-    return flat
+def _whole_lens(held: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the examples in rows, ascending, and how many tokens all pieces of each hold."""
+    examples, at = np.unique(held.example_index, return_inverse=True)
+    # In floats, which are exact up to 2**53.
+    return examples, np.bincount(at, held.seq_lens, len(examples)).astype(np.int64)
 
 
 def _any_by_row(flat: NDArray[np.bool_], num_rows: int) -> NDArray[np.bool_]:

@@ -1,50 +1,40 @@
 """`verify`: checks that a folder is as `pack` wrote it and holds every example once.
 
-All that can be computed again is compared with the manifest: checksums, counts and fill. The tokens
-of a row are compared with its segments (`row_checks`). A file with a wrong checksum is not opened.
+All that can be computed again is compared with what the folder says: checksums, counts and fill,
+tokens with their segments (`row_checks`), rows with the plan (`plan_checks`), and all of it with
+the source, if it is given. A file with a wrong checksum is not opened.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-import datasets
 import numpy as np
-import pyarrow as pa
-from datasets import Dataset, Features
+from datasets import Dataset
 from numpy.typing import NDArray
 
 from packpipe import checks
-from packpipe.building.shards import MANIFEST, REJECTS, read_manifest
+from packpipe.building.shards import MANIFEST, REJECTS, record_of
 from packpipe.packing.quality import fill
-from packpipe.philox import checked_key
-from packpipe.rows import files
+from packpipe.planning.epoch_plan import EpochPlan
+from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
-from packpipe.rows.schema import REJECTS as REJECTS_SCHEMA
-from packpipe.rows.schema import table_segments
+from packpipe.verification.folder import Opened, read_folder
 from packpipe.verification.image_checks import ImageChecks
-from packpipe.verification.problems import FoundRows, Problem, named, rows_of
-from packpipe.verification.row_checks import RowChecks, has_nulls
+from packpipe.verification.manifest import same_json, sidecar_problems
+from packpipe.verification.plan_checks import plan_problems
+from packpipe.verification.problems import Problem, named
+from packpipe.verification.reject_checks import order_problems
+from packpipe.verification.row_checks import Again, RowChecks
 from packpipe.verification.token_checks import TokenChecks
 
-_KEYS = ("config", "seed", "epoch", "complete", "files")
-_COMPLETE = ("counts", "fill")
-_TYPES: dict[str, tuple[type, ...]] = {
-    "files": (dict,),
-    "counts": (dict,),
-    "seed": (int,),
-    "epoch": (int,),
-    "materialized": (bool,),
-    "image_column": (str,),
-    "label_column": (str, type(None)),
-    "image_root": (str, type(None)),
-    "token_columns": (list,),
-    "value_columns": (list,),
-    "longest": (int,),
-}
+# The folders that `pack_pairs` writes.
+PAIR = ("images", "texts")
+_COUNTS = ("read", "packed", "rejected", "rejected_by_reason", "packs", "bound", "tokens")
+_Returned = TypeVar("_Returned")
 
 
 def verify(
@@ -52,12 +42,21 @@ def verify(
 ) -> list[Problem]:
     """Return what is wrong with the folder of a packed dataset; an empty list if nothing is.
 
-    Every checksum, row and count is checked, and that each source example is in exactly one row
-    or in the rejects. Given the source, some of its images are decoded again and compared with
-    their tokens; of token sequences all pieces are compared. Takes about as long as reading files.
+    Every checksum, row and count is checked; that each source example is in exactly one row or in
+    the rejects; and that each row holds what the plan, made again, puts there. Given the source,
+    all labels and sizes (from the headers of all images), all pieces of sequences and all rejects
+    are compared with it, and some images are decoded again and compared with their tokens. Takes
+    about as long as reading the files, and with the source its headers.
+
+    What nothing else in a folder tells is not seen: labels, pixels, tokens, and what is said of
+    rejects, without the source; pixels outside the sample; the versions, paths and fingerprints
+    that the manifest names, if ``state.json`` has their digest; an option that makes no
+    difference to these rows; and where rows are cut into files.
 
     Args:
-        folder: the folder that `pack` was given as ``output``.
+        folder: the folder that `pack` or `pack_pairs` was given as ``output``. Of `pack_pairs`,
+            rows of texts alone are not compared with a plan, which is that of the images; rows of
+            images alone need the source for it.
         dataset: the dataset that was packed; None checks the folder alone.
         sample: how many images of dataset are decoded again; None for all.
 
@@ -79,169 +78,125 @@ def verify(
 
 
 def _problems(folder: Path, dataset: Dataset | None, sample: int | None) -> Iterator[Problem]:
-    manifest = _manifest(folder)
-    if isinstance(manifest, str):
-        yield Problem(MANIFEST, manifest)
+    if not (folder / MANIFEST).exists() and all((folder / name).is_dir() for name in PAIR):
+        yield from _pair_problems(folder, dataset, sample)
         return
-    row_checks, found = _checks_of(manifest)(manifest), FoundRows()
-    rejects: list[dict[str, Any]] | None = None
-    for name, record in manifest["files"].items():
-        damage = _damage(folder / name, record)
-        if damage is not None:
-            yield Problem(name, damage)
-            # Totals need all files of rows; without rejects they are left out, too (below).
-            found.whole &= name == REJECTS
-        elif name != REJECTS:
-            yield from _row_problems(row_checks, folder / name, record, found)
-        else:
-            read = _rejects(folder / name)
-            if isinstance(read, str):
-                yield Problem(name, read)
-            else:
-                rejects = read
-    for pattern in ("data-*.arrow", "*.partial"):
-        for stray in sorted(folder.glob(pattern)):
-            if stray.name not in manifest["files"]:
-                yield Problem(stray.name, "is not in the manifest")
+    opened = yield from read_folder(folder)
+    if opened is not None:
+        yield from _content_problems(opened, dataset, sample)
+
+
+def _pair_problems(folder: Path, dataset: Dataset | None, sample: int | None) -> Iterator[Problem]:
+    """Check both folders of `pack_pairs`, and that they belong together."""
+    images = yield from _within(PAIR[0], read_folder(folder / PAIR[0]))
+    texts = yield from _within(PAIR[1], read_folder(folder / PAIR[1]))
+    for name, opened, kind in ((PAIR[0], images, ImageChecks), (PAIR[1], texts, TokenChecks)):
+        if opened is not None and not isinstance(opened.checks, kind):
+            yield Problem(name, f"holds no rows of {name}")
+            return
+    lens = None
+    if texts is not None and texts.found.whole:
+        lens = _lens_by_example(texts.found.held())
+    again = None
+    if images is not None:
+        of_images = _content_problems(images, dataset, sample, lens)
+        again = yield from _within(PAIR[0], of_images)
+    if texts is None:
+        return
+    plan = None if again is None else cast(EpochPlan, again.plan)
+    yield from _within(PAIR[1], _content_problems(texts, dataset, sample, plan))
+    if images is None:
+        return
+    record = record_of(texts.manifest)
+    # Written from one call: each says of the other what its own rows depend on.
+    longest, beside = record.pop("longest", None), record.pop("beside", None)
+    if not same_json(images.manifest.get("beside"), {**record, "max_text": longest}):
+        yield Problem(f"{PAIR[0]}/{MANIFEST}", "beside names other texts than those beside it")
+    if plan is not None and beside != plan.fingerprint:
+        what = f"beside is {beside!r}, expected {plan.fingerprint!r}, the plan of the images"
+        yield Problem(f"{PAIR[1]}/{MANIFEST}", what)
+    if images.rejects is not None and texts.rejects is not None:
+        # A text stays if its image cannot be decoded.
+        planned = [reject for reject in images.rejects if reject.stage != "decode"]
+        if planned != texts.rejects:
+            what = "are not those of the images that have no row either"
+            yield Problem(f"{PAIR[1]}/{REJECTS}", what)
+
+
+def _within(
+    name: str, found: Generator[Problem, None, _Returned]
+) -> Generator[Problem, None, _Returned]:
+    """Yield problems of a folder within another, with its name; return what they return."""
+    while True:
+        try:
+            problem = next(found)
+        except StopIteration as end:
+            returned: _Returned = end.value
+            return returned
+        yield problem._replace(where=f"{name}/{problem.where}")
+
+
+def _lens_by_example(held: Rows) -> NDArray[np.int64] | None:
+    """Return int64[examples], the tokens of each; None if they are not rows of a source."""
+    examples = held.example_index
+    # An index may be anything in a broken folder; those of a source are as many as its examples.
+    if len(examples) and not 0 <= examples.min() <= examples.max() < 2**31:
+        return None
+    lens = np.zeros(examples.max(initial=-1) + 1, np.int64)
+    lens[examples] = held.seq_lens
+    return lens
+
+
+def _content_problems(
+    opened: Opened, dataset: Dataset | None, sample: int | None, beside: Any = None
+) -> Generator[Problem, None, Again | None]:
+    """Yield what is wrong with all files together, and beside the source; return the plan.
+
+    Args:
+        opened: the folder.
+        dataset: the source, or None.
+        sample: how many images are decoded again.
+        beside: what the plan needs of the other folder of `pack_pairs`.
+    """
+    row_checks, found, rejects = opened.checks, opened.found, opened.rejects
     # Counts and the files that `datasets` opens are written at the end of a build.
-    if not manifest["complete"]:
+    if not opened.manifest["complete"]:
         what = "says that the build is not complete; call pack again, and it continues"
         yield Problem(MANIFEST, what)
-        return
-    held = found.held()
+        return None
+    again: Again | None = None
+    counts: dict[str, Any] = {}
+    whole = found.whole and rejects is not None  # totals need all files
     if found.whole and rejects is not None:
-        yield from _total_problems(row_checks, held, rejects)
-        yield from _opening_problems(folder, found, held)
+        held = found.held()
+        amiss = [
+            *_partition_problems(opened.manifest, held, rejects),
+            *row_checks.total_problems(held, rejects),
+        ]
+        yield from amiss
+        yield from order_problems(rejects, row_checks.stages())
+        if not amiss:  # an example that is there twice, or in odd pieces, has no plan
+            if beside is None and dataset is not None:
+                beside = row_checks.beside_from(dataset)
+            again = yield from plan_problems(row_checks, found, held, rejects, beside)
+        counts = _counts(held, rejects) | row_checks.counts(held)
+        counts |= {} if again is None else again.counts
     if dataset is not None:
-        yield from _source_problems(row_checks, dataset, sample, found)
+        counts |= yield from _source_problems(opened, dataset, sample)
+    if whole:
+        yield from _count_problems(row_checks, counts)
+        yield from sidecar_problems(opened.folder, opened.manifest, found)
+    return again
 
 
-def _checks_of(manifest: dict[str, Any]) -> type[RowChecks]:
-    return TokenChecks if TokenChecks.VERSION_KEY in manifest else ImageChecks
-
-
-def _manifest(folder: Path) -> dict[str, Any] | str:
-    """Return the manifest of a folder, or what is wrong with it."""
-    try:
-        manifest = read_manifest(folder)
-        kind = _checks_of(manifest)
-        missing = [key for key in (kind.VERSION_KEY, *_KEYS, *kind.KEYS) if key not in manifest]
-        if not missing and manifest["complete"]:
-            missing = [key for key in _COMPLETE if key not in manifest]
-        if missing:
-            return f"lacks {', '.join(missing)}"
-        if manifest[kind.VERSION_KEY] != kind.VERSION:
-            return f"{kind.VERSION_KEY} is {manifest[kind.VERSION_KEY]!r}, expected {kind.VERSION}"
-        kind.config_of(manifest["config"])
-        for key, expected in _TYPES.items():
-            value = manifest.get(key)
-            if key in manifest and not isinstance(value, expected):
-                return f"{key} is {value!r}, expected {expected[0].__name__}"
-            if isinstance(value, list) and not all(isinstance(name, str) for name in value):
-                return f"{key} is {value!r}, expected names"
-        checked_key(manifest["seed"], manifest["epoch"])
-        if manifest.get("token_columns") == []:
-            return "token_columns is [], expected one name at least"
-        if manifest["complete"] and REJECTS not in manifest["files"]:
-            return f"files lacks {REJECTS}"
-        read = manifest.get("counts", {}).get("read", 0)
-        if type(read) is not int or read < 0:  # True is an int, too
-            return f"counts.read is {read!r}, expected a whole number"
-        # A manifest may come from anywhere: its names must not lead out of the folder.
-        for name, record in manifest["files"].items():
-            if Path(name).name != name or not {"rows", "bytes", files.CHECKSUM} <= record.keys():
-                return f"files[{name!r}] is {record!r}, expected rows, bytes and checksum"
-    except FileNotFoundError:
-        return "is missing: the folder is none that pack wrote"
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"cannot be read: {type(error).__name__}: {error}"
-    return manifest
-
-
-def _rejects(path: Path) -> list[dict[str, Any]] | str:
-    """Return the rejects of a folder, or what is wrong with their file."""
-    try:
-        table = rows_of(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        return f"cannot be read: {error}"
-    if not table.schema.equals(REJECTS_SCHEMA):
-        return f"has the columns {table.schema.names}, expected {REJECTS_SCHEMA.names}"
-    if any(has_nulls(column) for column in table.columns):
-        return "holds nulls"
-    rejects: list[dict[str, Any]] = table.to_pylist()
-    return rejects
-
-
-def _damage(path: Path, record: dict[str, Any]) -> str | None:
-    """Return what is wrong with the bytes of a file, None if nothing is."""
-    if not path.is_file():
-        return "is missing"
-    # The size first, since a file that was cut need not be read.
-    size = path.stat().st_size
-    if size != record["bytes"]:
-        return f"holds {size} bytes, expected {record['bytes']}"
-    checksum = files.checksum_of(path)
-    if checksum != record[files.CHECKSUM]:
-        return f"{files.CHECKSUM} is {checksum}, expected {record[files.CHECKSUM]}"
-    return None
-
-
-def _row_problems(
-    row_checks: RowChecks, path: Path, record: dict[str, Any], found: FoundRows
+def _partition_problems(
+    manifest: dict[str, Any], held: Rows, rejects: list[Reject]
 ) -> Iterator[Problem]:
-    """Check the rows of a file, batch by batch, and add them to found."""
-    try:
-        stored = rows_of(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        yield Problem(path.name, f"cannot be read: {error}")
-        found.whole = False
-        return
-    if stored.num_rows != record["rows"]:
-        yield Problem(path.name, f"holds {stored.num_rows} rows, expected {record['rows']}")
-    if missing := [name for name in row_checks.columns() if name not in stored.column_names]:
-        yield Problem(path.name, f"lacks the columns {', '.join(missing)}")
-        found.whole = False
-        return
-    start = 0
-    for batch in stored.to_batches():
-        rows = pa.Table.from_batches([batch])
-        amiss = list(row_checks.broken_rows(rows))
-        for broken in amiss:
-            where = f"{path.name}, {named('row', (broken.rows + start).tolist())}"
-            yield Problem(where, broken.what)
-        readable = all(broken.readable for broken in amiss)
-        if readable:
-            # Numbered through all files, while a problem names the row within its file.
-            for broken in amiss:
-                found.broken.update((broken.rows + len(found.places)).tolist())
-            numbers = range(start, start + batch.num_rows)
-            found.places += [(path.name, stored, number) for number in numbers]
-            found.parts.append(table_segments(rows))
-        found.whole &= readable
-        start += batch.num_rows
-
-
-def _total_problems(
-    row_checks: RowChecks, held: Rows, rejects: list[dict[str, Any]]
-) -> Iterator[Problem]:
-    """Yield the examples that are missing or there twice, and the counts that are wrong."""
-    manifest, counts = row_checks.manifest, row_checks.manifest["counts"]
-    # A sequence in several pieces counts once, by its first piece.
-    packed = held.example_index[held.fragment == 0]
-    rejected = np.array([reject["example_index"] for reject in rejects], np.int64)
-    every = np.concatenate([packed, rejected])
-    num_packs, num_tokens = len(held), int(held.seq_lens.sum(dtype=np.int64))
-    expected = {
-        "read": len(every),
-        "packed": len(packed),
-        "rejected": len(rejected),
-        "rejected_by_reason": dict(Counter(reject["reason"] for reject in rejects)),
-        "packs": num_packs,
-        "tokens": num_tokens,
-        **row_checks.counts(held),
-    }
+    """Yield the examples that are missing, there twice, or none of the source."""
+    rejected = np.array([reject.example_index for reject in rejects], np.int64)
+    every = np.concatenate([_packed(held), rejected])
     # A count may be anything; what is too many is said of the count, not of each example.
-    num_examples = min(counts.get("read", 0), 2 * len(every) + 1000)
+    num_examples = min(manifest["counts"].get("read", 0), 2 * len(every) + 1000)
     # np.bincount refuses negative numbers, and takes memory for as many as the largest one.
     inside = every[(every >= 0) & (every < num_examples)]
     times = np.bincount(inside, minlength=num_examples)
@@ -252,50 +207,57 @@ def _total_problems(
     ):
         if len(examples):
             yield Problem(named("example", examples.tolist()), what)
-    yield from row_checks.total_problems(held)
+
+
+def _packed(held: Rows) -> NDArray[np.int64]:
+    """Return the examples in rows; a sequence in several pieces once, by its first piece."""
+    found: NDArray[np.int64] = held.example_index
+    return found[held.fragment == 0] if held.of_tokens else found
+
+
+def _counts(held: Rows, rejects: list[Reject]) -> dict[str, Any]:
+    """Return the manifest's counts that rows and rejects tell by themselves."""
+    packed = len(_packed(held))
+    return {
+        "read": packed + len(rejects),
+        "packed": packed,
+        "rejected": len(rejects),
+        "rejected_by_reason": dict(Counter(reject.reason for reject in rejects)),
+        "packs": len(held),
+        "tokens": int(held.seq_lens.sum(dtype=np.int64)),
+    }
+
+
+def _count_problems(row_checks: RowChecks, expected: dict[str, Any]) -> Iterator[Problem]:
+    """Yield which counts of the manifest are not those that were found."""
+    manifest, counts = row_checks.manifest, row_checks.manifest["counts"]
     for name, number in expected.items():
-        if counts.get(name) != number:
+        if not same_json(counts.get(name), number):
             yield Problem(MANIFEST, f"counts.{name} is {counts.get(name)!r}, expected {number!r}")
-    share = fill(num_tokens, num_packs, row_checks.config.seq_len)
-    if manifest["fill"] != share:
+    known = {*_COUNTS, *row_checks.COUNTS}
+    for name in sorted(counts.keys() - known):
+        yield Problem(MANIFEST, f"counts.{name} is {counts[name]!r}, expected none")
+    for name in sorted(known - expected.keys()):
+        # Only the source tells, or a plan that cannot be made.
+        found = counts.get(name)
+        if type(found) is not int or found < 0:
+            yield Problem(MANIFEST, f"counts.{name} is {found!r}, expected a whole number")
+    share = fill(expected["tokens"], expected["packs"], row_checks.config.seq_len)
+    if not same_json(manifest["fill"], share):
         yield Problem(MANIFEST, f"fill is {manifest['fill']!r}, expected {share!r}")
 
 
-def _opening_problems(folder: Path, found: FoundRows, held: Rows) -> Iterator[Problem]:
-    """Yield what is wrong with the dataset that `datasets` opens from the folder."""
-    try:
-        opened = datasets.load_from_disk(str(folder))
-    except Exception as error:  # noqa: BLE001 whatever a damaged sidecar makes it raise
-        yield Problem("state.json, dataset_info.json", f"do not open: {error}")
-        return
-    if not isinstance(opened, Dataset) or "example_index" not in opened.column_names:
-        yield Problem("state.json", "opens no packed rows")
-        return
-    if len(opened) != len(found.places):
-        what = f"opens {len(opened)} rows, expected {len(found.places)}"
-        yield Problem("state.json", what)
-        return
-    examples: NDArray[np.int64] = (
-        opened.data.column("example_index").combine_chunks().flatten().to_numpy()
-    )
-    if not np.array_equal(examples, held.example_index):
-        yield Problem("state.json", "opens other rows than the files hold, or in another order")
-    for _, stored, _ in found.places[:1]:
-        if opened.features != Features.from_arrow_schema(stored.schema):
-            what = f"has the features {opened.features}, expected those of the files"
-            yield Problem("dataset_info.json", what)
-
-
 def _source_problems(
-    row_checks: RowChecks, dataset: Dataset, sample: int | None, found: FoundRows
-) -> Iterator[Problem]:
+    opened: Opened, dataset: Dataset, sample: int | None
+) -> Generator[Problem, None, dict[str, int]]:
     """Yield how rows differ from the dataset they were made from."""
-    expected = row_checks.manifest["counts"].get("read")
+    expected = opened.manifest["counts"].get("read")
     if len(dataset) != expected:
         yield Problem("dataset", f"holds {len(dataset)} examples, expected {expected}")
-        return
-    for column in row_checks.source_columns():
+        return {}
+    for column in opened.checks.source_columns():
         if column not in dataset.column_names:
             yield Problem("dataset", f"has no column {column!r}")
-            return
-    yield from row_checks.source_problems(dataset, sample, found)
+            return {}
+    of_source = opened.checks.source_problems(dataset, sample, opened.found, opened.rejects)
+    return (yield from of_source)

@@ -248,9 +248,13 @@ def test_an_example_that_is_in_a_row_and_rejected(folder):
     lost = rejects["example_index"][0].as_py()
     index = pa.array([example, *rejects["example_index"].to_pylist()[1:]])
     write(folder, REJECTS, rejects.set_column(0, schema.REJECTS.field(0), index))
+    others = index.to_pylist()[1:]
+    undecoded = f"undecoded names the examples {[lost, *others]}, expected {[example, *others]}"
     assert said(folder) == [
         f"example {lost}: is in no row and not in the rejects",
         f"example {example}: is in more than one row, or in a row and in the rejects",
+        f"manifest.json: {undecoded}",
+        "rejects.arrow: is not in the order of the examples",
     ]
 
 
@@ -314,7 +318,9 @@ def places_in(value, path=()):
 
 
 @pytest.mark.parametrize("value", [None, -5, 2**70, 1.5, float("nan"), "x", True, [], {}, [None]])
-def test_whatever_a_manifest_says_it_is_a_list_of_problems(source, folder, value):
+def test_whatever_a_manifest_says_it_is_a_list_of_problems(tmp_path, value):
+    source, folder = crashing.source(9), tmp_path / "packed"
+    crashing.build(source, folder)
     whole = json.loads((folder / "manifest.json").read_text())
     for path in places_in(whole):
         changed = json.loads(json.dumps(whole))
@@ -379,7 +385,8 @@ def test_a_state_that_opens_one_file_twice_and_another_never(folder):
     )
     state["_data_files"] = [first, first, *others]
     (folder / "state.json").write_text(json.dumps(state))
-    assert said(folder) == ["state.json: opens other rows than the files hold, or in another order"]
+    (problem,) = said(folder)
+    assert problem.startswith("state.json: _data_files is [{'filename': 'data-00000.arrow'}, ")
 
 
 def test_features_that_are_not_those_of_the_files(folder):
@@ -438,7 +445,7 @@ def test_a_sidecar_that_leaves_a_file_out(folder):
     state["_data_files"].pop()
     (folder / "state.json").write_text(json.dumps(state))
     (problem,) = said(folder)
-    assert re.fullmatch(r"state\.json: opens \d+ rows, expected \d+", problem)
+    assert problem.startswith("state.json: _data_files is [{'filename': 'data-00000.arrow'}, ")
 
 
 def test_pixels_that_are_not_the_images_are_found_by_decoding_again(source, folder):
@@ -458,9 +465,11 @@ def test_pixels_that_are_not_the_images_are_found_by_decoding_again(source, fold
 def test_a_label_that_is_not_the_examples(source, folder):
     labels = [(label + 1) % 3 for label in source["label"]]
     other = source.remove_columns("label").add_column("label", labels)
-    found = said(folder, other, sample=None)
-    assert len(found) == len(source) - stored(folder, REJECTS).num_rows
-    assert re.search(r"segment 1 \(example \d+\): its label is [012], expected [012]$", found[0])
+    for sample in (0, None):
+        found = said(folder, other, sample=sample)
+        wrong = r"\S+, .*: labels are not those of the source \(example \d+: [012], expected .\)"
+        assert len(found) > 3
+        assert all(re.fullmatch(wrong, problem) for problem in found)
 
 
 def test_a_source_that_is_another(source, folder):
@@ -471,13 +480,29 @@ def test_a_source_that_is_another(source, folder):
     assert said(folder, words, sample=0) == ["dataset: has labels of type string, expected int64"]
     images = [pictures.encoded_image(4, 4) for _ in range(40)]
     found = said(folder, pictures.dataset_of(images, source["label"]), sample=None)
-    assert re.search(r"\(example \d+\): image_hw is \(\d+, \d+\), expected \(4, 4\)$", found[0])
+    assert re.fullmatch(
+        r"data-00000.arrow, rows .*: image_hw are not those of the source "
+        r"\(example \d+: \(\d+, \d+\), expected \(4, 4\)\)",
+        found[0],
+    )
+    assert "examples 4, 13, 22 and 1 more: is among the rejects, but good" in found
     found = said(folder, pictures.dataset_of([b"x"] * 40, source["label"]), sample=1)
-    assert re.search(r": its image cannot be read again: no known image format$", found[0])
+    assert found[0] == (
+        "examples 0, 1, 2 and 33 more: is bad (example 0 unreadable: UnidentifiedImageError: no "
+        "known image format), but not among the rejects"
+    )
 
 
 def test_a_sample_is_drawn_without_repetition_and_the_same_every_time(source, folder):
-    other = pictures.dataset_of([b"x"] * 40, source["label"])
+    lost = stored(folder, REJECTS)["example_index"].to_pylist()
+    images = source.with_format("arrow")[:]["image"].to_pylist()
+    others = [
+        image["bytes"]
+        if number in lost
+        else pictures.encoded_image(*source[number]["image"].size[::-1], 99)
+        for number, image in enumerate(images)
+    ]
+    other = pictures.dataset_of(others, source["label"])
     first, second = said(folder, other, sample=5), said(folder, other, sample=5)
     assert first == second
     assert len(set(first)) == 5

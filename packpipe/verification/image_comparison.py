@@ -1,0 +1,279 @@
+"""Compares rows of images with their source: all sizes, labels and rejects, and some pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, Value
+from numpy.typing import NDArray
+
+from packpipe.building.shards import MANIFEST
+from packpipe.images.decode import pixel_rules
+from packpipe.images.fill import Failure, ImageTask, fill_row
+from packpipe.philox import Key
+from packpipe.planning.decisions import decide_all
+from packpipe.planning.image_config import PackConfig
+from packpipe.rows import schema
+from packpipe.rows.fill_images import planned_tokens, row_tasks
+from packpipe.rows.rejects import Reject
+from packpipe.rows.rows import Rows
+from packpipe.rows.text import wide
+from packpipe.sources.columns import TokenColumns, holds_images, holds_numbers
+from packpipe.sources.image_source import ImageSource, labels_of
+from packpipe.sources.sizes import column_sizes
+from packpipe.sources.survey import Sizes, probe_sizes, survey
+from packpipe.sources.token_source import token_source
+from packpipe.verification.problems import FoundRows, Problem, named
+from packpipe.verification.reject_checks import depth_of, reject_problems
+from packpipe.verification.row_checks import rows_with, same_values
+
+# Such an image is not decoded again: it might end this process, or keep it busy; and how long one
+# takes depends on the machine.
+_ENDED = ("too slow", "crashed")
+
+
+@dataclass(frozen=True)
+class ImageComparison:
+    """The source of some rows of images, and how they were made from it.
+
+    Attributes:
+        dataset: the source; it has the columns that the manifest names.
+        manifest: of the rows.
+        config, key: what they were made with.
+        texts: with `pack_pairs`, the columns of the texts beside the images; else None.
+    """
+
+    dataset: Dataset
+    manifest: dict[str, Any]
+    config: PackConfig
+    key: Key
+    texts: list[str] | None
+
+    def problems(
+        self,
+        found: FoundRows,
+        rejects: list[Reject] | None,
+        undecoded: NDArray[np.int64] | None,
+        sample: int | None,
+    ) -> Generator[Problem, None, dict[str, int]]:
+        """Yield how rows and rejects differ; return the counts that only the source tells."""
+        unfit = list(self._unfit())
+        if unfit:
+            yield from unfit
+            return {}
+        column = self.manifest["label_column"]
+        labels = labels_of(self.dataset, column)
+        label = None if column is None else self.dataset.features[column]
+        stored = _label_type(found)
+        # Labels of more than 2 GiB come in the large type.
+        if labels is not None and stored is not None and wide(stored) != wide(labels.type):
+            yield Problem("dataset", f"has labels of type {labels.type}, expected {stored}")
+            labels = None
+        sizes = self._sizes()
+        usable = survey(sizes, labels, label)
+        num_broken = usable.broken_exif
+        if self.texts is not None:
+            of_texts = token_source(self.dataset, TokenColumns(self.texts, []))
+            usable = usable.without(of_texts.rejects)
+        differing = yield from _different_columns(found, sizes, labels)
+        if rejects is not None:
+            lost, unknown = self._lost_again(rejects, sizes)
+            bad, depth = [*usable.rejects, *lost], depth_of(self.manifest, self.dataset)
+            yield from reject_problems(rejects, bad, depth, unknown)
+        if undecoded is not None:
+            inside = undecoded[undecoded[:, 0] < len(self.dataset)]
+            unlike = (sizes.image_hw[inside[:, 0]] != inside[:, 1:]).any(axis=1)
+            if unlike.any():
+                examples = named("example", inside[unlike, 0].tolist())
+                yield Problem(MANIFEST, f"undecoded has other sizes than the images of {examples}")
+        yield from self._different_pixels(found, differing, sample)
+        return {"broken_exif": num_broken}
+
+    @cached_property
+    def _source(self) -> ImageSource:
+        rows = self.dataset.select_columns([self.manifest["image_column"]]).with_format("arrow")
+        return ImageSource(rows, self.manifest["image_root"])
+
+    def _unfit(self) -> Iterator[Problem]:
+        """Yield which columns of the source cannot be what the manifest says they are."""
+        features, label = self.dataset.features, self.manifest["label_column"]
+        expected = {self.manifest["image_column"]: (holds_images, "images")}
+        if label is not None:
+            expected[label] = (lambda feature: isinstance(feature, ClassLabel | Value), "labels")
+        for name in self.texts or []:
+            expected[name] = (holds_numbers, "lists of numbers")
+        for name, (fits, what) in expected.items():
+            if not fits(features[name]):
+                yield Problem("dataset", f"has {name} of {features[name]}, expected {what}")
+        for name in self.manifest.get("size_columns") or []:
+            if not pa.types.is_integer(features.arrow_schema.field(name).type):
+                yield Problem("dataset", f"has {name} of {features[name]}, expected integers")
+
+    def _sizes(self) -> Sizes:
+        """Return the sizes of all images: read anew, since kept ones may be what is wrong."""
+        columns, most = self.manifest.get("size_columns"), self.config.max_pixels
+        if columns is not None:
+            return column_sizes(self.dataset, tuple(columns), max_pixels=most)
+        with ThreadPoolExecutor() as executor:
+            return probe_sizes(self._source, len(self.dataset), max_pixels=most, executor=executor)
+
+    def _lost_again(self, rejects: list[Reject], sizes: Sizes) -> tuple[list[Reject], set[int]]:
+        """Decode again what could not be decoded; return what still cannot, and what was not tried.
+
+        Args:
+            rejects: of the folder.
+            sizes: of all images of the source.
+        """
+        undecodable = [
+            one
+            for one in rejects
+            if one.stage == "decode"
+            and 0 <= one.example_index < len(self.dataset)
+            and sizes.image_hw[one.example_index].all()
+        ]
+        unknown = {one.example_index for one in undecodable if one.reason in _ENDED}
+        index = np.array(
+            [one.example_index for one in undecodable if one.reason not in _ENDED], np.int64
+        )
+        image_hw = sizes.image_hw[index]
+        grid_hw, num_keep, _ = decide_all(image_hw, self.config, self.key, index=index)
+        segments = {"seq_lens": num_keep, "grid_hw": grid_hw, "image_hw": image_hw}
+        alone = Rows(np.arange(len(index) + 1), {**segments, "example_index": index})
+        tasks = row_tasks(alone, planned_tokens(alone, self.key), self._source)
+        out = np.empty((self.config.seq_len, self.config.patch_bytes), np.uint8)
+        lost = []
+        for (task,) in tasks:
+            failure = _failure_of(task, out, self.config)
+            if failure is not None:
+                lost.append(Reject(task.example, "decode", *failure))
+        return lost, unknown
+
+    def _different_pixels(
+        self, found: FoundRows, differing: NDArray[np.bool_], sample: int | None
+    ) -> Iterator[Problem]:
+        """Decode some images again, and yield how they differ from their tokens.
+
+        Args:
+            found: the rows.
+            differing: bool[segments], those with another size than the source's.
+            sample: how many; None for all.
+        """
+        if not self.manifest["materialized"]:
+            return
+        held = found.held()
+        offsets = held.offsets
+        total = int(offsets[-1])
+        number = total if sample is None else min(sample, total)
+        # A fixed seed, so that a second call looks at the same images; sorted, so that files are
+        # read from front to back.
+        chosen = np.random.default_rng(0).choice(total, number, replace=False)
+        for at in np.sort(chosen[~differing[chosen]]).tolist():
+            pack = int(np.searchsorted(offsets, at, side="right")) - 1
+            # The grid of a broken row may be anything, and ask for more memory than there is.
+            if pack in found.broken:
+                continue
+            name, stored, row = found.places[pack]
+            number = at - int(offsets[pack])
+            what = _pixel_difference(stored.slice(row, 1), number, self._source, self.config)
+            if what is not None:
+                example = held.example_index[at]
+                where = f"{name}, row {row}, segment {number + 1} (example {example})"
+                yield Problem(where, what)
+
+
+def _label_type(found: FoundRows) -> pa.DataType | None:
+    """Return the type of the stored labels, None if there are none."""
+    for kinds in found.schemas.values():
+        if "labels" in kinds.names:
+            return kinds.field("labels").type.value_type
+    return None
+
+
+def _different_columns(
+    found: FoundRows, sizes: Sizes, labels: pa.Array | None
+) -> Generator[Problem, None, NDArray[np.bool_]]:
+    """Yield which rows have other sizes or labels than the source.
+
+    Returns:
+        bool[segments], those of other sizes, of unreadable images, or of no example of the source.
+    """
+    num_examples, parts = len(sizes.image_hw), [np.empty(0, np.bool_)]
+    for _, _, _, part, first in found.batches():
+        example = part.example_index
+        inside = (example >= 0) & (example < num_examples)  # others are in the totals
+        known, at = example[inside], np.flatnonzero(inside)
+        unlike = np.ones(len(example), np.bool_)
+        unlike[at] = (part.image_hw[at] != sizes.image_hw[known]).any(axis=1)
+        parts.append(unlike)
+        # Images that cannot be read now have no size; they are among those that are bad.
+        unsized = ~sizes.image_hw[known].all(axis=1)
+        columns = [("image_hw", part.image_hw[at], sizes.image_hw[known], ~unlike[at] | unsized)]
+        stored = part.segments.get("labels")
+        if labels is not None and stored is not None:
+            ours, theirs = stored.take(pa.array(at)), labels.take(pa.array(known))
+            columns.append(("labels", ours, theirs, same_values(ours, theirs)))
+        for name, ours, theirs, same in columns:
+            if same.all():
+                continue
+            bad = np.zeros(len(example), np.bool_)
+            bad[at[~same]] = True
+            one = int(np.flatnonzero(~same)[0])
+            shown = f"{_plain(ours[one])}, expected {_plain(theirs[one])}"
+            what = f"{name} are not those of the source (example {known[one]}: {shown})"
+            for where, _ in found.named(first + np.flatnonzero(rows_with(part, bad))):
+                yield Problem(where, what)
+    return np.concatenate(parts)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as Python has it."""
+    return value.as_py() if isinstance(value, pa.Scalar) else tuple(value.tolist())
+
+
+def _pixel_difference(
+    row: pa.Table, number: int, source: ImageSource, config: PackConfig
+) -> str | None:
+    """Return how the pixels of a segment differ from its image's; None if they do not.
+
+    Args:
+        row: one packed row.
+        number: of the segment in it.
+        source: the images.
+        config: the options.
+    """
+    rows = schema.table_rows(row)
+    example, grid_hw = int(rows.example_index[number]), tuple(rows.grid_hw[number].tolist())
+    start = int(rows.seq_lens[:number].sum())
+    span = slice(start, start + int(rows.seq_lens[number]))
+    # y · columns + x is the number of a token in raster order.
+    kept = (rows.coords[0, span] @ np.array([grid_hw[1], 1])).astype(np.int32)
+    size = tuple(rows.image_hw[number].tolist())
+    found = rows.patches[0, span]
+    expected = np.empty_like(found)
+    task = ImageTask(example, partial(source, example), size, grid_hw, kept)
+    failure = _failure_of(task, expected, config)
+    if failure is not None:
+        return f"its image cannot be decoded again: {failure.exception}"
+    # int16, since a difference of two uint8 would wrap around.
+    apart = np.abs(found.astype(np.int16) - expected)
+    if not apart.any():
+        return None
+    return (
+        f"{np.count_nonzero(apart):,} of {apart.size:,} pixel values differ from the image's, "
+        f"by {apart.max()} at most"
+    )
+
+
+def _failure_of(task: ImageTask, out: NDArray[np.uint8], config: PackConfig) -> Failure | None:
+    """Decode an image, and return why it cannot be."""
+    try:
+        (failure,) = fill_row([task], out, pixel_rules(config))
+    except ValueError as error:  # its pixels have another size than its header or column
+        return Failure("unreadable", str(error))
+    return failure
