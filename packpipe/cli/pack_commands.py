@@ -203,21 +203,27 @@ def verify(
     source: Annotated[
         str | None,
         typer.Option(
-            help="The dataset that was packed. Some of its images are decoded again and compared; "
-            "sequences all are."
+            help="The dataset that was packed. All labels, sizes, sequences and rejects are "
+            "compared with it; some images are decoded again."
         ),
     ] = None,
     sample: Annotated[int, typer.Option(min=0, help="How many images.")] = 100,
     split: Split = "train",
     as_json: AsJson = False,
 ) -> None:
-    """Check every file, row and count of a packed folder, and that no example is lost."""
+    """Check every file, row and count of a packed folder, and that no example is lost.
+
+    The plan is made again and compared row by row. --json prints one object: folder, ok, problems
+    (a list of where and what) and counts (those of the manifest; {} if it cannot be read).
+    """
     import packpipe
 
     dataset = None if source is None else open_source(source, split)
     problems = packpipe.verify(folder, dataset, sample=sample)
     if as_json:
-        print_json([problem._asdict() for problem in problems])
+        found = [problem._asdict() for problem in problems]
+        counts = _counts_of(folder)
+        print_json({"folder": str(folder), "ok": not found, "problems": found, "counts": counts})
     else:
         for problem in problems:
             typer.echo(plain(problem), err=True)
@@ -225,6 +231,19 @@ def verify(
         raise typer.Exit(1)
     if not as_json:
         typer.echo(plain(f"{folder}: nothing is wrong"))
+
+
+def _counts_of(folder: Path) -> dict[str, Any]:
+    """Return the counts of a manifest, which may be broken; of `pack_pairs` those of the images."""
+    from packpipe.building.shards import read_manifest
+
+    for place in (folder, folder / "images"):
+        try:
+            counts = read_manifest(place)["counts"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return counts if isinstance(counts, dict) else {}
+    return {}
 
 
 def _given(**options: Any) -> dict[str, Any]:

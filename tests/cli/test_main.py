@@ -165,14 +165,26 @@ def test_rows_are_drawn(packed, tmp_path):
 
 
 def test_problems_are_json_too(packed, tmp_path):
-    assert json.loads(told("verify", packed, "--json")) == []
+    counts = json.loads((packed / "manifest.json").read_text())["counts"]
+    found = json.loads(told("verify", packed, "--json"))
+    assert found == {"folder": str(packed), "ok": True, "problems": [], "counts": counts}
     folder = shutil.copytree(packed, tmp_path / "a")
     (folder / "data-00099.arrow").touch()
     result = run("verify", folder, "--json")
     assert result.exit_code == 1
-    assert json.loads(result.stdout) == [
-        {"where": "data-00099.arrow", "what": "is not in the manifest"}
-    ]
+    problem = {"where": "data-00099.arrow", "what": "is not in the manifest"}
+    expected = {"folder": str(folder), "ok": False, "problems": [problem], "counts": counts}
+    assert json.loads(result.stdout) == expected
+
+
+@pytest.mark.parametrize("manifest", [None, "{", "[]", '{"counts": 3}'])
+def test_problems_of_a_folder_without_a_manifest_are_json_too(tmp_path, manifest):
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    result = run("verify", tmp_path, "--json")
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["ok"], found["counts"]) == (1, False, {})
+    assert [problem["where"] for problem in found["problems"]] == ["manifest.json"]
 
 
 def test_bench_compares_packed_with_padded(few, monkeypatch):
