@@ -64,6 +64,7 @@ def assert_continues(saved, folder, undisturbed):
     build(datasets.load_from_disk(saved), folder)
     assert contents(folder) == undisturbed.contents
     assert before.items() <= stamps(folder).items()
+    assert len(list(saved.glob("packpipe-sizes-*"))) == 1, "a probe that was killed left something"
 
 
 def assert_no_process_is_left(run):
