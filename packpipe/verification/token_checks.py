@@ -45,6 +45,12 @@ class TokenChecks(RowChecks):
     VERSION_KEY, VERSION = "token_schema_version", VERSION
     config: TokenConfig
 
+    def __init__(self, manifest: dict[str, Any]) -> None:
+        super().__init__(manifest)
+        names = [*manifest["token_columns"], *manifest["value_columns"]]
+        if len(set(names)) < len(names):
+            raise ValueError(f"token_columns and value_columns are {names}, expected each once")
+
     @staticmethod
     def config_of(values: dict[str, Any]) -> TokenConfig:
         """Return the options of a manifest."""

@@ -252,7 +252,10 @@ def test_nan_is_what_the_source_holds_too(tmp_path):
     assert said(tmp_path / "a", other) == [f"{FIRST}, row 0: value is not that of the source"]
 
 
-@pytest.mark.parametrize("value", [None, -5, 2**70, 1.5, "x", True, [], {}, [None], ["name"]])
+_ANY = [None, -5, 2**70, 1.5, "x", True, [], {}, [None], ["name"], ["name", "name"]]
+
+
+@pytest.mark.parametrize("value", _ANY)
 def test_whatever_a_manifest_says_it_is_a_list_of_problems(tmp_path, value):
     folder = built(tmp_path / "a")
     whole = json.loads((folder / "manifest.json").read_text())
