@@ -1,8 +1,9 @@
 """`PackedLoader`: batches of packs, the same at any number of workers or ranks.
 
 The order of an epoch's packs is arithmetic (`steps`), so the loader's whole state is a few
-integers: how many packs the global batches so far have taken, and a fingerprint that tells whether
-they were packs of this plan. Workers fill the batches they are given, and batches come in order.
+integers and digests: how many packs the global batches so far have taken, and what tells whether
+they were packs of this plan and of these data. Workers fill the batches they are given, and batches
+come in order.
 
 The loader is not a ``torch.utils.data.DataLoader``: Lightning and accelerate would divide one of
 those among the ranks, and the packs of this loader are divided already.
@@ -339,7 +340,8 @@ class PackedLoader:
         for name in [name for name in own if name in known]:
             if known[name] != own[name]:
                 where, expected = f"state['contents'][{name!r}]", repr(own[name])
-                raise ValueError(checks.sentence(where, known[name], expected, _OTHER[name]))
+                remedy = _OTHER.get(name, "use the data of the state")
+                raise ValueError(checks.sentence(where, known[name], expected, remedy))
         data = own.keys() - {"max_segments", "labels"}
         if data and not data & known.keys():
             log.warning(

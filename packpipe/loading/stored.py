@@ -177,13 +177,17 @@ class StoredPacks:
     @cached_property
     def _contents(self) -> dict[str, str | None]:
         none = read_rows(self._dataset, range(0))
-        found = {} if none.of_tokens else {"labels": labels_digest(self._labels(none))}
+        found: dict[str, str | None] = {}
+        if not none.of_tokens:
+            found["labels"] = labels_digest(self._labels(none))
         if self._is_computed and hasattr(transform := self._transform, "contents"):
-            return {**found, **transform.contents()}
+            found |= transform.contents()
+            return found
         found["rows"] = sample_digest(len(self._dataset), self._first_tokens)
         if not isinstance(self._dataset, pa.Table):
             files = files_digest(file["filename"] for file in self._dataset.cache_files)
-            found |= {} if files is None else {"files": files}
+            if files is not None:
+                found["files"] = files
         return found
 
     def _labels(self, none: Rows) -> pa.Array | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -129,14 +130,16 @@ class ImageSource:
         # From Arrow's offsets: the bytes are not read.
         lengths = pc.fill_null(pc.binary_length(self._encoded), -1)
         sizes: NDArray[np.int64] = lengths.to_numpy().astype(np.int64)
-        if self._indices is not None:
-            sizes = sizes[self._indices]
-        for row in np.flatnonzero(sizes < 0).tolist():
-            with suppress(BadImage):
-                image = self(row)
-                file = image.path if isinstance(image, Confined) else image
-                known = _known(file) if isinstance(file, str) else None
-                sizes[row] = -1 if known is None else known[0]
+        where = np.arange(len(sizes)) if self._indices is None else self._indices
+        sizes = sizes[where]
+        rest = np.flatnonzero(sizes < 0)
+        if len(rest) and pa.types.is_struct(self._column.type):
+            paths = pc.struct_field(self._column, "path").take(pa.array(where[rest]))
+            for row, path in zip(rest.tolist(), paths.to_pylist(), strict=True):
+                with suppress(BadImage, OSError, ValueError):
+                    if path is not None:
+                        file = confined(path, self.root)
+                        sizes[row] = _file_bytes(file if isinstance(file, str) else file.path)
         return sizes
 
     def _first_bytes(self, start: int, stop: int, most: int) -> Iterator[Any]:
@@ -161,6 +164,12 @@ def _bytes_of(one: pa.Array) -> pa.Buffer:
     dtype = np.dtype(np.int64 if pa.types.is_large_binary(one.type) else np.int32)
     start, stop = np.frombuffer(offsets, dtype, 2, one.offset * dtype.itemsize).tolist()
     return pa.py_buffer(b"") if data is None else data.slice(start, stop - start)
+
+
+def _file_bytes(file: str) -> int:
+    """Return how many bytes a regular file has, -1 for anything else, such as a folder."""
+    status = os.stat(file)
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 def _known(file: str) -> tuple[int, int] | None:

@@ -276,6 +276,23 @@ def test_the_same_images_are_the_same_wherever_they_lie(tmp_path):
     assert planned(None, datasets.concatenate_datasets(parts[::-1])).contents() != wanted
 
 
+def test_images_that_cannot_be_read_have_digests_too(tmp_path):
+    dataset = in_files(tmp_path / "files", source())
+    table = dataset.with_format("arrow")[:]
+    values = [*table["image"].to_pylist()[:4], None]
+    values += [{"bytes": None, "path": name} for name in ("gone", str(tmp_path), "nul\0")]
+    images = datasets.Dataset.from_dict(
+        {"image": values, "label": [0] * len(values)}, features=dataset.features
+    )
+    options = {"max_bad_fraction": 0.9}
+    wanted = planned(None, images, **options).contents()
+    assert planned(None, images.shuffle(seed=3), **options).contents() != wanted
+    rooted = planned(None, images, **options, image_root=tmp_path / "files").contents()
+    assert rooted == wanted
+    (tmp_path / "files" / "2.bmp").write_bytes(b"other")
+    assert planned(None, images, **options).contents() != wanted
+
+
 def test_the_same_rows_are_the_same_wherever_they_lie(tmp_path):
     one = packed(tmp_path / "one", source())
     state = state_of(one)
