@@ -87,6 +87,8 @@ def checks_of(folder: Path) -> RowChecks | str:
             return f"size_columns is {sizes!r}, expected two names"
         if manifest["complete"] and REJECTS not in manifest["files"]:
             return f"files lacks {REJECTS}"
+        if manifest["complete"] and not data_files(manifest):
+            return "files lacks rows, of which there is one file at least"
         read = manifest.get("counts", {}).get("read", 0)
         if type(read) is not int or read < 0:
             return f"counts.read is {read!r}, expected a whole number"

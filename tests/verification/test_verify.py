@@ -377,6 +377,13 @@ def test_a_complete_folder_without_rejects(folder):
     assert "manifest.json: files lacks rejects.arrow" in said(folder)
 
 
+def test_a_complete_folder_without_rows(folder):
+    change_manifest(folder, lambda found: found.update(files={REJECTS: found["files"][REJECTS]}))
+    assert said(folder) == [
+        "manifest.json: files lacks rows, of which there is one file at least",
+    ]
+
+
 def test_a_state_that_opens_one_file_twice_and_another_never(folder):
     state = json.loads((folder / "state.json").read_text())
     first, second, *others = state["_data_files"]
