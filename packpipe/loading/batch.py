@@ -9,10 +9,11 @@ Shape letters, here and in the model: B rows, L tokens a row (seq_len), S segmen
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,10 +27,52 @@ from packpipe.rows.schema import SEGMENT_TYPES
 
 NO_EXAMPLE = -1
 
+_Batch = TypeVar("_Batch", bound=type)
 
-@dataclass(frozen=True, eq=False)
-class PackedBatch:
+
+def _made_of_columns(
+    fields_of: Callable[[Mapping[str, Any]], dict[str, Any]],
+) -> Callable[[_Batch], _Batch]:
+    """Let a class of batches be made of its columns, too, and be a tree of tensors to torch.
+
+    Training frameworks change the tensors of a mapping with ``type(batch)({name: ..., ...})``.
+
+    Args:
+        fields_of: returns the fields of the class that hold some columns.
+    """
+
+    def changed(batch: _Batch) -> _Batch:
+        made_of_fields = batch.__init__  # type: ignore[misc]
+
+        @functools.wraps(made_of_fields)
+        def init(self: Any, *columns: Any, **fields: Any) -> None:
+            if len(columns) == 1 and isinstance(columns[0], Mapping):
+                made_of_fields(self, **fields_of(columns[0]))
+            else:
+                made_of_fields(self, *columns, **fields)
+
+        batch.__init__ = init  # type: ignore[misc]
+        torch.export.register_dataclass(batch, serialized_type_name=f"packpipe.{batch.__name__}")
+        return batch
+
+    return changed
+
+
+def _columns(batch: Any) -> dict[str, Any]:
+    """Return the columns of a batch in the order of its fields, those of a dict one by one."""
+    found: dict[str, Any] = {}
+    for name, value in vars(batch).items():
+        found |= value if isinstance(value, dict) else {name: value}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@_made_of_columns(dict)
+# Not frozen: Lightning's precisions set the fields of a copy, and refuse a dataclass that is.
+@dataclass(eq=False)
+class PackedBatch(Mapping[str, Tensor]):
     """A batch of packed rows; absent segments have seq_lens 0.
+
+    It is a mapping of its tensors, too: ``model(**batch)``, ``batch["labels"]``, ``dict(batch)``.
 
     Attributes:
         patches: uint8[B, L, D], zeros in padding.
@@ -38,7 +81,7 @@ class PackedBatch:
         seq_lens: int32[B, S], tokens of each segment.
         grid_hw: int16[B, S, 2], patches of each full grid; 0 where absent.
         example_index: int64[B, S], row in the source; -1 where absent.
-        labels: int64[B, S], -100 where absent; None without labels.
+        labels: int64[B, S], -100 where absent; None, and no part of the mapping, without labels.
     """
 
     patches: Tensor
@@ -48,6 +91,20 @@ class PackedBatch:
     grid_hw: Tensor
     example_index: Tensor
     labels: Tensor | None = None
+
+    # A batch is itself alone: a mapping's == would ask for one truth of a tensor.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __getitem__(self, name: str) -> Tensor:
+        found: Tensor = _columns(self)[name]
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_columns(self))
+
+    def __len__(self) -> int:
+        return len(_columns(self))
 
     @classmethod
     def from_rows(cls, rows: Rows, *, max_segments: int = 64, copy: bool = True) -> PackedBatch:
@@ -167,11 +224,31 @@ def _integer_labels(labels: pa.Array) -> NDArray[np.int64]:
     return np.asarray(labels).astype(np.int64)
 
 
-@dataclass(frozen=True, eq=False)
-class TokenBatch:
+def _token_fields(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `TokenBatch` that hold the columns, given in the order of a batch."""
+    # Told by the order alone, since columns may be anything that was made of the tensors.
+    fields: dict[str, Any] = {"tokens": {}, "segments": {}}
+    others = "tokens"
+    for name, value in columns.items():
+        if name in _OF_ALL_TOKENS:
+            fields[name], others = value, "segments"
+        else:
+            fields[others][name] = value
+    return fields
+
+
+# Fields of a `TokenBatch` that do not depend on the source, between tokens and segments.
+_OF_ALL_TOKENS = ("segment_ids", "position_ids", "seq_lens", "fragment", "example_index")
+
+
+@_made_of_columns(_token_fields)
+@dataclass(eq=False)
+class TokenBatch(Mapping[str, Any]):
     """A batch of packed rows of token sequences; absent segments have seq_lens 0.
 
     It has the fields that `packpipe.model.attention.flatten` reads, so its backends take text, too.
+    It is a mapping of its columns, too, those of tokens first and those of segments last:
+    ``batch["input_ids"]``, ``dict(batch)``. Models of transformers take `to_transformers`'s.
 
     Attributes:
         tokens: the source's token columns by name, each [B, L]; unsigned types as int64.
@@ -180,7 +257,7 @@ class TokenBatch:
         seq_lens: int32[B, S], tokens of each segment.
         fragment: int32[B, S], which piece of its sequence; 0 where absent.
         example_index: int64[B, S], row in the source; -1 where absent.
-        values: the source's other columns by name, such as ``labels`` of sequences: numbers as
+        segments: the source's other columns by name, such as ``labels`` of sequences: numbers as
             [B, S], with -100 (``labels``), 0, False or NaN where absent; others as a list of each
             row's values. Integers and bools with a null among them are such lists, too.
     """
@@ -191,7 +268,20 @@ class TokenBatch:
     seq_lens: Tensor
     fragment: Tensor
     example_index: Tensor
-    values: dict[str, Tensor | list[list[Any]]] = field(default_factory=dict)
+    segments: dict[str, Tensor | list[list[Any]]] = field(default_factory=dict)
+
+    # A batch is itself alone: a mapping's == would ask for one truth of a tensor.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __getitem__(self, name: str) -> Any:
+        return _columns(self)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_columns(self))
+
+    def __len__(self) -> int:
+        return len(_columns(self))
 
     @classmethod
     def from_rows(cls, rows: Rows, *, max_segments: int) -> TokenBatch:
@@ -214,7 +304,7 @@ class TokenBatch:
             seq_lens=pad(rows.seq_lens, 0),
             fragment=pad(rows.fragment, 0),
             example_index=pad(rows.example_index, NO_EXAMPLE),
-            values={
+            segments={
                 name: _value_tensor(name, values, rows, pad)
                 for name, values in rows.segments.items()
                 if name not in SEGMENT_TYPES

@@ -68,10 +68,10 @@ def to_transformers(batch: TokenBatch, *, position_ids_start: int = 0) -> dict[s
 def _labels(batch: TokenBatch) -> Tensor:
     """Return the labels of tokens, int64[1, T], or of sequences, [segments]."""
     for name in ("labels", "label"):
-        value = batch.values.get(name)
+        value = batch.segments.get(name)
         if "labels" not in batch.tokens and value is not None:
             if not isinstance(value, Tensor):
-                found, remedy = f"values[{name!r}]", "class_encode_column it before packing"
+                found, remedy = f"segments[{name!r}]", "class_encode_column it before packing"
                 raise TypeError(checks.sentence(found, value[0][:1], "numbers", remedy))
             return value[batch.present]
     real = batch.segment_ids > 0

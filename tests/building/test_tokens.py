@@ -571,22 +571,22 @@ def test_values_of_sequences_reach_the_batch(tmp_path):
     }
     packed = pack(Dataset.from_dict(columns), 4, output=tmp_path / "packed", progress=False)
     (batch,) = PackedLoader(packed, 2, rank=0, world_size=1)
-    assert batch.values.keys() == columns.keys() - {"input_ids"}
+    assert batch.segments.keys() == columns.keys() - {"input_ids"}
     index = batch.example_index
     for row, column in batch.present.nonzero().tolist():
         example = int(index[row, column])
         for name in ("labels", "right"):
-            assert batch.values[name][row, column] == columns[name][example]
+            assert batch.segments[name][row, column] == columns[name][example]
         for name in ("rare", "name"):
-            assert batch.values[name][row][column] == columns[name][example]
-        weight, wanted = float(batch.values["weight"][row, column]), columns["weight"][example]
+            assert batch.segments[name][row][column] == columns[name][example]
+        weight, wanted = float(batch.segments["weight"][row, column]), columns["weight"][example]
         assert weight == wanted or (wanted is None and np.isnan(weight))
     absent = ~batch.present
     assert absent.any()
-    assert (batch.values["labels"][absent] == -100).all()
-    assert batch.values["weight"][absent].isnan().all()
-    assert not batch.values["right"][absent].any()
-    assert batch.values["right"].dtype == torch.bool
+    assert (batch.segments["labels"][absent] == -100).all()
+    assert batch.segments["weight"][absent].isnan().all()
+    assert not batch.segments["right"][absent].any()
+    assert batch.segments["right"].dtype == torch.bool
     moved = batch.to("meta")
-    assert moved.values["labels"].device.type == "meta"
-    assert moved.values["name"] == batch.values["name"]
+    assert moved.segments["labels"].device.type == "meta"
+    assert moved.segments["name"] == batch.segments["name"]

@@ -137,7 +137,7 @@ def test_labels_of_sequences_are_labels(tmp_path_factory):
         wanted = {tuple(ids): value for ids, value in zip(rows, values, strict=True)}
         assert found == [wanted[tuple(ids)] for ids in segments_of(batch)]
     named = one_batch(packed_tokens(tmp_path_factory, rows, columns={"labels": ["a", "b", "c"]}))
-    with pytest.raises(TypeError, match=r"values\['labels'\] is \['.'\], expected numbers"):
+    with pytest.raises(TypeError, match=r"segments\['labels'\] is \['.'\], expected numbers"):
         to_transformers(named)
 
 
