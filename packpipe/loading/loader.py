@@ -6,7 +6,9 @@ they were packs of this plan and of these data. Workers fill the batches they ar
 come in order.
 
 The loader is not a ``torch.utils.data.DataLoader``: Lightning and accelerate would divide one of
-those among the ranks, and the packs of this loader are divided already.
+those among the ranks, and the packs of this loader are divided already. It has the attributes of
+one that frameworks ask for and that are true of it; ``num_workers`` is none of them, since a
+DataLoader that accelerate makes of the loader would start processes around its own workers.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils.data import SequentialSampler
 
 from packpipe import checks
 from packpipe.loading.cursors import (
@@ -26,10 +29,11 @@ from packpipe.loading.cursors import (
     StreamCursor,
     StreamedPacks,
 )
+from packpipe.loading.numbered import NumberedBatches, NumberedSteps
 from packpipe.loading.ranks import agree, rank_of_world, together
 from packpipe.loading.steps import TAILS
 from packpipe.loading.stored import StoredPacks
-from packpipe.loading.workers import Batch, Fill, in_processes, in_threads
+from packpipe.loading.workers import Batch, Fill, as_it_is, in_processes, in_threads
 from packpipe.philox import Key, checked_key
 
 WORKERS = ("threads", "processes")
@@ -87,6 +91,14 @@ class PackedLoader:
         TypeError, ValueError: an argument is wrong.
     """
 
+    # What accelerate asks for. `prepare_data_loader` returns a loader that is prepared, and
+    # `save_state` then keeps the state of one that is stateful.
+    _is_accelerate_prepared = True
+    use_stateful_dataloader = True
+    # And what it makes a DataLoader with, to leave out batches: of batches that are made already.
+    collate_fn = staticmethod(as_it_is)
+    prefetch_factor = None
+
     def __init__(
         self,
         packs: Any,
@@ -130,7 +142,7 @@ class PackedLoader:
         self.balance = checks.boolean("balance", balance)
         self.tail = checks.choice("tail", tail, TAILS, "choose what an unfilled step becomes")
         remedy = "0 reads when asked"
-        self.num_workers = checks.whole_number("num_workers", num_workers, 0, 1024, remedy)
+        self._num_workers = checks.whole_number("num_workers", num_workers, 0, 1024, remedy)
         self.workers = checks.choice("workers", workers, WORKERS, "choose who fills batches")
         self.prefetch = checks.whole_number("prefetch", prefetch, 1, 1024, "2 is usual")
         self.pin_memory = checks.boolean("pin_memory", pin_memory) and torch.cuda.is_available()
@@ -138,6 +150,7 @@ class PackedLoader:
             remedy = "None takes what the packs allow"
             max_segments = checks.whole_number("max_segments", max_segments, 1, 2**31 - 1, remedy)
         self._max_segments = max_segments
+        self._has_one_order = not (shuffle or self.balance)
         # Both need all packs of an epoch: balance sorts them, and `in_processes` lists them.
         if is_stream and (self.balance or (num_workers and workers == "processes")):
             remedy = "all of it has to be known for that; use threads, or EpochPacks"
@@ -160,9 +173,27 @@ class PackedLoader:
         return self._epoch
 
     @property
-    def sampler(self) -> PackedLoader:
-        """The loader itself: Lightning calls ``sampler.set_epoch``."""
-        return self
+    def sampler(self) -> PackedLoader | SequentialSampler:
+        """The loader itself, whose ``set_epoch`` Lightning calls.
+
+        If all epochs have one order, a `SequentialSampler`: by that Lightning knows that they have.
+        """
+        return SequentialSampler(self.dataset) if self._has_one_order else self
+
+    @property
+    def batch_sampler(self) -> NumberedSteps:
+        """The numbers of the epoch's steps."""
+        return NumberedSteps(self)
+
+    @property
+    def dataset(self) -> NumberedBatches:
+        """The batches by the numbers of `batch_sampler`; its length is the packs of all steps."""
+        return NumberedBatches(self)
+
+    @property
+    def generator(self) -> torch.Generator:
+        """One that nothing is drawn from, so that a DataLoader draws no seed from torch's own."""
+        return torch.Generator()
 
     @property
     def rank(self) -> int:
@@ -246,6 +277,15 @@ class PackedLoader:
                     )
                 )
         self._finished = True
+
+    def from_step(self, step: int) -> Iterator[Any]:
+        """Return the batches of the epoch from a step on, 0 being its first."""
+        if self._finished:
+            self.set_epoch(self._epoch + 1)
+        # A stream is read from its beginning: the place of a state may lie after this step.
+        self._cursor.load({})
+        self._start = step * self.global_batch
+        return iter(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place of the loader as plain integers and strings, which JSON can hold.
@@ -396,7 +436,7 @@ class PackedLoader:
             self.pin_memory,
         )
         parts = self._cursor.parts(self._key, self._share, self._start)
-        if not self.num_workers:
+        if not self._num_workers:
             return map(fill, parts)
         fill_ahead = in_threads if self.workers == "threads" else in_processes
-        return fill_ahead(fill, parts, self.num_workers, self.prefetch)
+        return fill_ahead(fill, parts, self._num_workers, self.prefetch)

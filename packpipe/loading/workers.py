@@ -127,7 +127,7 @@ def in_processes(
         num_workers=num_workers,
         prefetch_factor=prefetch,
         pin_memory=fill.pin_memory,  # here, since a worker has no GPU
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         generator=torch.Generator(),  # else it draws a seed from the one that models use, too
     )
     yield from _watched(iter(loader), still_seconds)
@@ -181,5 +181,6 @@ class _Steps(Dataset[Batch]):
         return self.fill.rows(self.parts[step])
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """Return the batch: a ``collate_fn`` of batches that are made already."""
     return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import frameworks
@@ -33,6 +34,35 @@ def test_accelerate_leaves_the_loader_as_it_is(tmp_path):
     found = frameworks.with_accelerate(tmp_path)
     assert found == taken_by(0, 1, tmp_path, "planned")
     assert len(found) > 20
+
+
+@pytest.mark.parametrize("prepared", ["prepare", "prepare_data_loader"])
+def test_accelerate_saves_a_loader_that_it_is_told_of(tmp_path, prepared):
+    """By ``register_for_checkpointing`` or ``prepare_data_loader``; ``prepare`` tells nothing."""
+    from accelerate import Accelerator
+
+    packs = loading.packs_of("planned", tmp_path)
+
+    def begin() -> tuple[Accelerator, PackedLoader]:
+        accelerator, loader = Accelerator(cpu=True), PackedLoader(packs, 2, num_workers=1)
+        assert getattr(accelerator, prepared)(loader) is loader
+        if prepared == "prepare":
+            accelerator.register_for_checkpointing(loader)
+        return accelerator, loader
+
+    accelerator, loader = begin()
+    whole = []
+    for step, batch in enumerate(itertools.chain(loader, loader)):
+        if step == len(loader) + 3:  # within the second epoch
+            accelerator.save_state(str(tmp_path / "state"))
+            stop = len(whole)
+        whole.append(loading.digest(batch))
+    accelerator, loader = begin()
+    accelerator.load_state(str(tmp_path / "state"))
+    assert loader.epoch == 1
+    # The batch that the loop was given before it saved counts as taken.
+    assert [loading.digest(batch) for batch in loader] == whole[stop + 1 :]
+    assert len(whole) > stop + 5
 
 
 @pytest.mark.parametrize("kind", ["stored", "planned"])
