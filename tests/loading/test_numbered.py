@@ -66,6 +66,16 @@ def test_the_state_counts_the_steps_left_out(tmp_path):
     assert len(taken) > 4
 
 
+def test_ranks_leave_out_the_same_steps(tmp_path):
+    packs = loading.packs_of("stored", tmp_path)
+    whole = [loading.digest(batch) for batch in PackedLoader(packs, 4)]
+    loaders = [PackedLoader(packs, 2, rank=rank, world_size=2) for rank in range(2)]
+    rest = [accelerate.skip_first_batches(loader, 3) for loader in loaders]
+    assert list(map(loading.digest_of, zip(*rest, strict=True))) == whole[3:]
+    assert [len(loader.dataset) for loader in loaders] == 2 * [4 * len(whole)]
+    assert len(whole) > 6
+
+
 def test_the_loader_goes_on_with_the_next_epoch(tmp_path):
     epochs = loader_of("stored", tmp_path)
     epochs = [[loading.digest(batch) for batch in epochs] for _ in range(2)]

@@ -6,7 +6,6 @@ sequences alone.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +121,15 @@ def trainer_of(kind: str, folder: Path, **options: Any) -> Any:
     return (PackedTextTrainer if kind == "text" else PackedTrainer)(
         llama() if kind == "text" else Pooled(),
         arguments(folder / "run", num_train_epochs=2, **options),
-        train_dataset=PackedLoader(packs, 2, num_workers=1),
-        eval_dataset=PackedLoader(stored, 2, shuffle=False, tail="pad"),
+        train_dataset=PackedLoader(packs, 2 if kind == "text" else 4, num_workers=1),
+        eval_dataset=PackedLoader(stored, 8, shuffle=False, tail="pad"),
     )
 
 
-@pytest.mark.parametrize(("kind", "accumulated"), [("text", 2), ("stored", 4), ("planned", 1)])
+@pytest.mark.parametrize(("kind", "accumulated"), [("text", 2), ("stored", 3), ("planned", 1)])
 def test_it_resumes_within_an_epoch_to_the_same_losses(tmp_path, kind, accumulated):
-    every = 2 if accumulated > 1 else 5
-    options = {"gradient_accumulation_steps": accumulated, "save_steps": every, "eval_steps": 6}
+    every = 3 if accumulated > 1 else 5
+    options = {"gradient_accumulation_steps": accumulated, "save_steps": every, "eval_steps": 4}
     options["eval_strategy"] = "steps"
     trainer = trainer_of(kind, tmp_path, **options)
     trainer.train()
@@ -205,12 +204,39 @@ def test_evaluation_and_prediction_take_all_rows(tmp_path):
         assert found.predictions.shape == (*labels.shape, 9)
         assert len(labels) > 40
     assert trainer.evaluate()["eval_loss"] == found.metrics["test_loss"]
-    assert trainer.num_examples(trainer.train_dataset) == 2 * len(trainer.train_dataset)
+    assert trainer.num_examples(trainer.train_dataset) == 4 * len(trainer.train_dataset)
+
+
+def test_labels_are_taken_out_of_a_dict(tmp_path):
+    """By a loss of one's own; a batch itself cannot be changed."""
+    given = []
+
+    def loss_of(outputs: Any, labels: Tensor, **_: Any) -> Tensor:
+        given.append(labels)
+        return outputs["loss"]
+
+    class DictTrainer(PackedTrainer):
+        def compute_loss(self, model: Any, inputs: Any, **options: Any) -> Any:
+            return super().compute_loss(model, {**inputs, "targets": inputs["labels"]}, **options)
+
+    class Targets(Pooled):
+        def forward(self, targets: Tensor, **columns: Any) -> dict[str, Tensor]:
+            return super().forward(targets, **columns)
+
+    loader = PackedLoader(loading.packs_of("stored", tmp_path), 2)
+    options = {
+        "args": arguments(tmp_path / "run", max_steps=2),
+        "train_dataset": loader,
+        "compute_loss_func": loss_of,
+    }
+    DictTrainer(Targets(), **options).train()
+    wanted = [batch.labels for batch in PackedLoader(loading.packs_of("stored", tmp_path), 2)][:2]
+    assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
+    with pytest.raises(AttributeError, match="'PackedBatch' object has no attribute 'pop'"):
+        PackedTrainer(Pooled(), **options).train()
 
 
 def test_a_stream_is_resumed(tmp_path):
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
-
     def trainer() -> Any:
         stream = loading.source().to_iterable_dataset()
         packs = packpipe.PackedStream(stream, 24, patch_size=8, window=40)
