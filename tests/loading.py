@@ -59,9 +59,8 @@ def packs_of(kind: str, folder: Path, *, epochs: int = 50) -> Any:
 
 
 def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
-    """The tensors of a batch by name, those of columns of tokens among them."""
-    columns = {name: value for name, value in vars(batch).items() if value is not None}
-    return columns | columns.pop("tokens", {})
+    """The tensors of a batch by name, those of columns of tokens and segments among them."""
+    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
 def digest(batch: Batch) -> str:
