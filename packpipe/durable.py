@@ -6,7 +6,6 @@ JSON lines grows instead, by one synced line at a time; a last line that was cut
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import json
 import os
@@ -31,7 +30,7 @@ def commit(path: Path) -> None:
         os.fsync(written.fileno())
     partial.replace(path)
     # The new name is an entry of the folder, which is synced on its own.
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -64,6 +63,8 @@ def write_shared(path: Path, write: Callable[[BinaryIO], None]) -> None:
         path: the file.
         write: writes its content to an open file; may be called again.
     """
+    import fcntl  # POSIX has it, and who only reads needs it not
+
     remove_abandoned(path.parent, f"{glob.escape(path.name)}.{'[0-9a-f]' * 32}.partial")
     while True:
         partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
@@ -79,7 +80,7 @@ def write_shared(path: Path, write: Callable[[BinaryIO], None]) -> None:
                 except FileNotFoundError:
                     # Removed before it was locked, or by a machine that the lock does not reach.
                     continue
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
             return
         finally:
             partial.unlink(missing_ok=True)
@@ -87,6 +88,8 @@ def write_shared(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 def remove_abandoned(folder: Path, pattern: str) -> None:
     """Remove the temporary files of `write_shared` that no process is writing any more."""
+    import fcntl
+
     for left in folder.glob(pattern):
         # A lock ends with its process, however that ends; of a living one, it cannot be had.
         with suppress(OSError), left.open("r+b") as file:
@@ -100,7 +103,7 @@ def append_line(path: Path, value: Any) -> None:
         file.write(json.dumps(value) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(path.parent)  # the file may be new
+    sync_folder(path.parent)  # the file may be new
 
 
 def lines_of(path: Path) -> list[Any]:
@@ -112,7 +115,8 @@ def lines_of(path: Path) -> list[Any]:
     return found
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names of a folder's files."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

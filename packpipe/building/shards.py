@@ -140,8 +140,10 @@ def tidy(folder: Path) -> None:
 
 
 def drop_journal(folder: Path) -> None:
-    """Remove the journal of a locked folder, whose manifest has its lines."""
-    (folder / _JOURNAL).unlink(missing_ok=True)
+    """Remove the journal of a locked folder, whose lines the manifest has or nothing needs."""
+    if (folder / _JOURNAL).exists():
+        (folder / _JOURNAL).unlink()
+        durable.sync_folder(folder)  # else a power failure might bring it back
 
 
 class Shards:
@@ -178,6 +180,9 @@ class Shards:
                 self._files = {
                     name: file for name, file in found["files"].items() if self._holds(name, file)
                 }
+        if not self._files:
+            # Before the manifest names this plan: lines of another plan would be taken for its own.
+            drop_journal(folder)
         # The first file of a folder: `is_complete` refuses one that has files but no manifest.
         self._write({"complete": False, "plan": plan, "files": dict(sorted(self._files.items()))})
         # Only now, since the manifest holds its lines, and before what they name.

@@ -198,7 +198,10 @@ def _checked_within(root: str, path: str, flags: int) -> int:  # noqa: ARG001 it
 def first_bytes(path: str | Confined, most: int) -> bytes:
     """Return the first bytes of a regular file; anything else at the path raises `BadImage`."""
     with _file(path) as file:
-        return file.read(most)
+        content = file.read(most)
+    if content is None:  # of a file that would have to be waited for
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), _name_of(path))
+    return content
 
 
 @contextmanager

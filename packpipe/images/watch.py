@@ -64,6 +64,8 @@ def run_time(process: int) -> object:
     """Return a value that changes whenever a process runs; where nobody knows, at every call."""
     try:
         threads = sorted(Path(f"/proc/{process}/task").iterdir())
-        return [(thread.name, (thread / "schedstat").read_text()) for thread in threads]
+        times = [(thread.name, (thread / "schedstat").read_text()) for thread in threads]
     except OSError:
         return object()
+    # A process that has started has run; a kernel that does not count says 0 for ever.
+    return times if any(not time.startswith("0 ") for _, time in times) else object()

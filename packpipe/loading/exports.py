@@ -39,8 +39,8 @@ def to_transformers(batch: TokenBatch, *, position_ids_start: int = 0) -> dict[s
 
     Args:
         batch: the batch. Labels are its token column ``labels``, else the input_ids; they are -100
-            where a ``completion_mask`` or ``assistant_masks`` column is 0. If ``labels`` (or
-            ``label``) has one value a sequence, these are the labels, for classification.
+            where a ``completion_mask`` or ``assistant_masks`` column is 0. If the source's
+            ``labels`` have one value a sequence, these are the labels, for classification.
         position_ids_start: position of first tokens; 2 for RoBERTa and its like (padding_idx + 1).
 
     Returns:
@@ -67,13 +67,12 @@ def to_transformers(batch: TokenBatch, *, position_ids_start: int = 0) -> dict[s
 
 def _labels(batch: TokenBatch) -> Tensor:
     """Return the labels of tokens, int64[1, T], or of sequences, [segments]."""
-    for name in ("labels", "label"):
-        value = batch.segments.get(name)
-        if "labels" not in batch.tokens and value is not None:
-            if not isinstance(value, Tensor):
-                found, remedy = f"segments[{name!r}]", "class_encode_column it before packing"
-                raise TypeError(checks.sentence(found, value[0][:1], "numbers", remedy))
-            return value[batch.present]
+    of_sequences = batch.segments.get("labels")
+    if isinstance(of_sequences, Tensor):
+        return of_sequences[batch.present]
+    if of_sequences is not None:
+        remedy = "class_encode_column it before packing, or leave it out with value_columns"
+        raise TypeError(checks.sentence("segments['labels']", of_sequences, "numbers", remedy))
     real = batch.segment_ids > 0
     name = "labels" if "labels" in batch.tokens else "input_ids"
     labels = _column(batch, name)[real].long()

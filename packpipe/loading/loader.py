@@ -42,6 +42,7 @@ _VERSION = 1
 _OTHER = {
     "max_segments": "pass it as max_segments, else batches have another shape",
     "labels": "the labels are others: use the data of the state",
+    "values": "the labels or other numbers are others: use the data of the state",
     "rows": "the pixels or tokens are others: use the data of the state",
     "files": "the files hold others: use the folder of the state, or a copy of it",
     "images": "the images are others: use the data of the state",
@@ -382,7 +383,7 @@ class PackedLoader:
                 where, expected = f"state['contents'][{name!r}]", repr(own[name])
                 remedy = _OTHER.get(name, "use the data of the state")
                 raise ValueError(checks.sentence(where, known[name], expected, remedy))
-        data = own.keys() - {"max_segments", "labels"}
+        data = own.keys() - {"max_segments", "labels", "values"}
         if data and not data & known.keys():
             log.warning(
                 "the state does not say which %s it belongs to: use those of before, since others "

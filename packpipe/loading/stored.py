@@ -19,9 +19,9 @@ from packpipe import philox
 from packpipe.loading.read import read_rows
 from packpipe.packing.quality import attention_work
 from packpipe.philox import Key
-from packpipe.rows.digests import files_digest, labels_digest, sample_digest
+from packpipe.rows.digests import files_digest, hexdigest, labels_digest, sample_digest
 from packpipe.rows.rows import Rows, gather
-from packpipe.rows.schema import table_rows, table_segments
+from packpipe.rows.schema import SEGMENT_TYPES, table_rows, table_segments
 
 
 class StoredPacks:
@@ -67,9 +67,10 @@ class StoredPacks:
     def contents(self) -> dict[str, str | None]:
         """Return digests of what the rows hold, by name.
 
-        ``labels`` is of all labels of images; ``rows`` of 16 MB of tokens or pixels, evenly spread;
-        ``files`` of the checksums of the files, where `pack` has written them, so that no byte
-        escapes it. Rows that are computed when they are read have those of `LazyRows` instead.
+        ``labels`` is of all labels of images, ``values`` of all numbers beside tokens; ``rows`` of
+        16 MB of tokens or pixels, evenly spread; ``files`` of the checksums of the files, where
+        `pack` has written them, so that no byte escapes it. Rows that are computed when they are
+        read have those of `LazyRows` instead.
         """
         return dict(self._contents)
 
@@ -169,16 +170,20 @@ class StoredPacks:
 
     def _all_segments(self, names: list[str]) -> Rows:
         """Return some columns of segments of all rows, as the dataset selects them."""
+        return table_segments(self._selected(names))
+
+    def _selected(self, names: list[str]) -> pa.Table:
+        """Return some columns of all rows, as the dataset selects them."""
         table = pa.Table.from_batches(self._batches).select(names)
-        if self._indices is not None:
-            table = table.take(pa.array(self._indices))
-        return table_segments(table)
+        return table if self._indices is None else table.take(pa.array(self._indices))
 
     @cached_property
     def _contents(self) -> dict[str, str | None]:
         none = read_rows(self._dataset, range(0))
         found: dict[str, str | None] = {}
-        if not none.of_tokens:
+        if none.of_tokens:
+            found["values"] = self._values_digest(none)
+        else:
             found["labels"] = labels_digest(self._labels(none))
         if self._is_computed and hasattr(transform := self._transform, "contents"):
             found |= transform.contents()
@@ -189,6 +194,23 @@ class StoredPacks:
             if files is not None:
                 found["files"] = files
         return found
+
+    def _values_digest(self, none: Rows) -> str | None:
+        """Return a digest of all numbers beside tokens, None without any."""
+        numbers = [
+            name
+            for name, values in sorted(none.segments.items())
+            if name not in SEGMENT_TYPES
+            and isinstance(values, pa.Array)
+            and _is_number(values.type)
+        ]
+        if not numbers or not self._batches:
+            return None
+        table = self._selected(numbers)
+        columns = [table.column(name).combine_chunks().flatten() for name in numbers]
+        # A null among integers makes them floats, and is NaN.
+        arrays = [values.to_numpy(zero_copy_only=False) for values in columns]
+        return hexdigest(*(np.ascontiguousarray(values).data for values in arrays))
 
     def _labels(self, none: Rows) -> pa.Array | None:
         """Return the labels of all rows of images, or None; none are rows without any."""
@@ -203,3 +225,9 @@ class StoredPacks:
         end = min(stop, start + -(-most // row_bytes))
         tokens = read_rows(self._dataset, slice(start, end)).tokens
         return [tokens[name] for name in sorted(tokens)]
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    )

@@ -111,7 +111,9 @@ class Tolerance:
         if ended or tally.num_bad > _AT_FIRST or self.max_bad_fraction == 0:
             self._check_share(tally.num_bad, tally.num_examples, bad, last)
         if tally.in_a_row:
-            self._check_run(tally.in_a_row, bad[-1].example_index, bad, last)
+            # The last one read ended the run; a resumed stream may not have met it itself.
+            number = bad[-1].example_index if bad else tally.num_examples - 1
+            self._check_run(tally.in_a_row, number, bad, last)
 
     def _check_first(self, bad: list[Reject]) -> None:
         if bad and self.max_bad_fraction == 0 and self.max_consecutive_bad == 1:
@@ -198,9 +200,11 @@ class StreamUndecodable:
                 self._bad.add(reject.example_index)
                 # Packs mix neighbours with others, so a run may grow at both ends, and join two.
                 first = last = reject.example_index
-                while first - 1 in self._bad:
+                # No further than a run that stops the stream.
+                most = allowed.max_consecutive_bad
+                while first - 1 in self._bad and last - first < most:
                     first -= 1
-                while last + 1 in self._bad:
+                while last + 1 in self._bad and last - first < most:
                     last += 1
                 tally = Tally(self._num_decoded, self._num_bad, last - first + 1)
                 allowed.check_so_far(tally, [reject])

@@ -246,6 +246,10 @@ def check_paddings(features: Features, columns: list[str], config: TokenConfig) 
     if config.mask_first_label and not {"labels", "input_ids"} & set(columns):
         expected = "False without a column labels or input_ids"
         raise ValueError(checks.sentence("mask_first_label", True, expected, "rename the column"))
+    if config.mask_first_label and "labels" in features and "labels" not in columns:
+        found, expected = features["labels"], "a list of numbers, for mask_first_label=True"
+        remedy = "rename it, or leave mask_first_label out"
+        raise ValueError(checks.sentence("features['labels']", found, expected, remedy))
     written = {name: padding_of(name, config) for name in columns}
     if config.mask_first_label and "labels" not in columns:  # labels are made from input_ids
         written["labels"] = NO_LABEL

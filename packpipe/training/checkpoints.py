@@ -13,6 +13,7 @@ before, and never passes for weights.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -160,6 +161,9 @@ def _damage_of(checkpoint: Path) -> str:
             return _unreadable(checkpoint)
         found, written = _checksums(checkpoint), (checkpoint / _CHECKSUMS).read_bytes()
     except OSError as error:  # it names the file
+        # Any other is of the machine, such as too many open files: the checkpoint may be whole.
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO):
+            raise
         return str(error)
     if written == b"".join(found.values()):
         return ""

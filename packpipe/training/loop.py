@@ -258,8 +258,7 @@ def train(
         if folder and (
             done == config.steps or stopped or (config.save_every and done % config.save_every == 0)
         ):
-            if kept:
-                sync_log(kept)
+            together(lambda: sync_log(kept) if kept else None)
             save_checkpoint(folder, model, optimizer, loader, done)
         if stopped:
             return

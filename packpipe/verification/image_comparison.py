@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from packpipe.building.shards import MANIFEST
 from packpipe.images.decode import pixel_rules
 from packpipe.images.fill import Failure, ImageTask, fill_row
+from packpipe.images.pool import ENDED
 from packpipe.philox import Key
 from packpipe.planning.decisions import decide_all
 from packpipe.planning.image_config import PackConfig
@@ -32,10 +33,6 @@ from packpipe.sources.token_source import token_source
 from packpipe.verification.problems import FoundRows, Problem, named
 from packpipe.verification.reject_checks import depth_of, reject_problems
 from packpipe.verification.row_checks import rows_with, same_values
-
-# Such an image is not decoded again: it might end this process, or keep it busy; and how long one
-# takes depends on the machine.
-_ENDED = ("too slow", "crashed")
 
 
 @dataclass(frozen=True)
@@ -137,9 +134,10 @@ class ImageComparison:
             and 0 <= one.example_index < len(self.dataset)
             and sizes.image_hw[one.example_index].all()
         ]
-        unknown = {one.example_index for one in undecodable if one.reason in _ENDED}
+        # Not decoded again: it might end this process, or keep it busy for ever.
+        unknown = {one.example_index for one in undecodable if one.reason in ENDED}
         index = np.array(
-            [one.example_index for one in undecodable if one.reason not in _ENDED], np.int64
+            [one.example_index for one in undecodable if one.reason not in ENDED], np.int64
         )
         image_hw = sizes.image_hw[index]
         grid_hw, num_keep, _ = decide_all(image_hw, self.config, self.key, index=index)

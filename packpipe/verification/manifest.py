@@ -82,6 +82,9 @@ def checks_of(folder: Path) -> RowChecks | str:
         checked_key(manifest["seed"], manifest["epoch"])
         if manifest.get("token_columns") == []:
             return "token_columns is [], expected one name at least"
+        root = manifest.get("image_root")
+        if root is not None and not Path(root).is_absolute():
+            return f"image_root is {root!r}, expected an absolute path"
         sizes = manifest.get("size_columns")
         if sizes is not None and len(sizes) != 2:
             return f"size_columns is {sizes!r}, expected two names"

@@ -41,7 +41,7 @@ from hypothesis import strategies as st
 from processes import is_stopped, wait_until
 
 import packpipe
-from packpipe import Beta, Side, Uniform
+from packpipe import Beta, Side, Uniform, durable
 from packpipe.building import shards
 from packpipe.rows.rejects import TooManyRejects
 
@@ -59,8 +59,8 @@ DONE = {
     },
     "open journal.jsonl": len(DATA),
     "fsync journal.jsonl": len(DATA),
-    "fsync out": sum(WRITTEN.values()) + len(DATA),
-    "unlink journal.jsonl": 2,
+    "fsync out": sum(WRITTEN.values()) + len(DATA) + 1,  # also when the journal is gone
+    "unlink journal.jsonl": 1,
     "unlink .lock": 1,
 }
 STEPS = [
@@ -702,3 +702,27 @@ def test_another_error_of_the_disk_is_raised_as_it_is(source, tmp_path):
         build(source, tmp_path / "out")
     assert str(caught.value) == "[Errno 5] Input/output error"
     assert list(committed(tmp_path / "out")) == DATA[:1]
+
+
+def test_a_journal_of_another_plan_is_gone_before_the_manifest_names_a_new_one(
+    tmp_path, monkeypatch
+):
+    def write(shard, number):
+        durable.partial_of(shard.path(number)).write_bytes(b"rows")
+        shard.commit(number, {"rows": 1, "bytes": 4}, [])
+
+    before = shards.Shards(tmp_path, {"seed": 0}, "one plan", [1, 1])
+    write(before, 0)
+    assert shards.Shards(tmp_path, {"seed": 0}, "one plan", [1, 1]).missing == [1]
+    again = shards.Shards(tmp_path, {"seed": 0}, "one plan", [1, 1])
+    write(again, 1)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # as soon as the manifest names the other plan
+        patch.setattr(shards.Shards, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shards.Shards(tmp_path, {"seed": 0}, "another plan", [1, 1])
+    assert not (tmp_path / "journal.jsonl").exists()
+    assert shards.Shards(tmp_path, {"seed": 0}, "another plan", [1, 1]).missing == [0, 1]

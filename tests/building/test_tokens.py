@@ -590,3 +590,11 @@ def test_values_of_sequences_reach_the_batch(tmp_path):
     moved = batch.to("meta")
     assert moved.segments["labels"].device.type == "meta"
     assert moved.segments["name"] == batch.segments["name"]
+
+
+def test_labels_of_sequences_are_not_masked(tmp_path):
+    rows = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [1]})
+    with pytest.raises(
+        ValueError, match=r"features\['labels'\] is Value.*for mask_first_label=True"
+    ):
+        pack(rows, 4, mask_first_label=True, output=tmp_path / "packed")

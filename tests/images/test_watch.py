@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
@@ -73,3 +74,8 @@ def test_a_process_that_nobody_can_tell_about_is_never_still(process):
     ended = process("pass")
     ended.wait()
     assert run_time(ended.pid) != run_time(ended.pid)
+
+
+def test_a_system_that_counts_nothing_accuses_nobody(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda _: "0 0 0\n")
+    assert run_time(os.getpid()) != run_time(os.getpid())

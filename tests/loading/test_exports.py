@@ -131,13 +131,15 @@ def test_prompts_are_not_trained_on(tmp_path_factory, mask):
 
 def test_labels_of_sequences_are_labels(tmp_path_factory):
     rows = [[5, 6, 7], [8, 9], [1] * 9]
-    for name, values in (("labels", [2, 0, 1]), ("label", [0.5, 1.5, 2.5])):
-        batch = one_batch(packed_tokens(tmp_path_factory, rows, columns={name: values}))
+    for values in ([2, 0, 1], [0.5, 1.5, 2.5]):
+        batch = one_batch(packed_tokens(tmp_path_factory, rows, columns={"labels": values}))
         found = to_transformers(batch)["labels"].tolist()
         wanted = {tuple(ids): value for ids, value in zip(rows, values, strict=True)}
         assert found == [wanted[tuple(ids)] for ids in segments_of(batch)]
     named = one_batch(packed_tokens(tmp_path_factory, rows, columns={"labels": ["a", "b", "c"]}))
-    with pytest.raises(TypeError, match=r"segments\['labels'\] is \['.'\], expected numbers"):
+    with pytest.raises(
+        TypeError, match=r"segments\['labels'\] is \[\['.*, expected numbers; class"
+    ):
         to_transformers(named)
 
 

@@ -355,3 +355,19 @@ def test_data_is_looked_at_once(tmp_path, monkeypatch):
     loader.state_dict()["contents"].clear()
     assert loader.state_dict() == states[0] == states[2]
     assert calls == [1]
+
+
+def test_a_state_is_kept_from_other_values_beside_the_same_tokens(tmp_path):
+    def labelled(values):
+        rows = {"input_ids": [[number] * 3 for number in range(NUM)], "label": values}
+        return mapped(tmp_path, datasets.Dataset.from_dict(rows), seq_len=16)
+
+    values = [number % 2 for number in range(NUM)]
+    loader = PackedLoader(labelled(values), 1, rank=0, world_size=1)
+    state = loader.state_dict()
+    PackedLoader(labelled(values), 1, rank=0, world_size=1).load_state_dict(state)
+    other = PackedLoader(labelled([1 - value for value in values]), 1, rank=0, world_size=1)
+    with pytest.raises(
+        ValueError, match=r"state\['contents'\]\['values'\] is .* numbers are others"
+    ):
+        other.load_state_dict(state)

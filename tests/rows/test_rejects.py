@@ -170,3 +170,10 @@ def test_neighbours_that_cannot_be_decoded_stop_a_stream_in_any_order():
     counted = StreamUndecodable()
     for epoch in range(3):  # numbers of another epoch are other examples
         counted.add(epoch, 2, rejects(2 * epoch, 2 * epoch + 1), allowed)
+
+
+def test_a_run_goes_on_where_a_resumed_stream_has_met_none_of_it_itself():
+    allowed = Tolerance(0, 1.0, 3)
+    allowed.check_so_far(Tally(5, 2, 2), [], ended=True)
+    with pytest.raises(TooManyRejects, match="3 examples in a row up to example 5, expected fewer"):
+        allowed.check_so_far(Tally(6, 3, 3), [], ended=True)

@@ -1,5 +1,6 @@
 """Checkpoints: no damage is silent, the newest whole one counts; killed, or on a full disk."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from packpipe.training import checkpoints as module
 from packpipe.training.checkpoints import (
     checkpoints,
     load_checkpoint,
@@ -327,3 +329,14 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_there(share, folder, parts)
     assert sorted(path.name for path in folder.glob("step-*")) == [OLDER, NEWEST]
     save_checkpoint(folder, *parts, 14)
     assert load_checkpoint(folder, *parts) == 14
+
+
+def test_an_error_of_the_machine_is_no_damage(folder, parts, monkeypatch):
+    def exhausted(path):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    before = contents(folder)
+    monkeypatch.setattr(module, "checksum_of", exhausted)
+    with pytest.raises(OSError, match="Too many open files"):
+        load_checkpoint(folder, *parts)
+    assert contents(folder) == before

@@ -581,3 +581,10 @@ def test_the_command_ends_with_2_if_the_call_is_wrong(folder, tmp_path):
     result = ran(folder, "--source", tmp_path / "empty")
     assert result.exit_code == 2
     assert "expected a dataset that datasets can load" in result.stderr
+
+
+def test_a_root_of_images_that_is_no_absolute_path(folder):
+    change_manifest(folder, lambda found: found.update(image_root="photos"))
+    assert said(folder) == [
+        "manifest.json: image_root is 'photos', expected an absolute path",
+    ]
