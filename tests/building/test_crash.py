@@ -106,7 +106,7 @@ def test_a_build_that_is_killed_again_and_again_continues_to_the_same_bytes(
     saved, undisturbed, tmp_path
 ):
     folder, lens = tmp_path / "out", []
-    for share, (num_workers, group) in zip((0.1, 0.3, 0.6, 0.2), WAYS, strict=True):
+    for share, (num_workers, group) in zip((0.1, 0.3, 0.5, 0.2), WAYS, strict=True):
         signal_at = (int(undisturbed.steps * share), signal.SIGKILL)
         run = Run(saved, folder, num_workers=num_workers, signal_at=signal_at, group=group)
         assert run.result()[0] == -signal.SIGKILL
