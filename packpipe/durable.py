@@ -26,11 +26,10 @@ def commit(path: Path) -> None:
     partial = partial_of(path)
     # Synced before it is renamed: a power failure could otherwise keep the name and lose the bytes.
     # The writer has closed the file; fsync syncs a file through any of its descriptors.
-    with partial.open("rb") as written:
-        os.fsync(written.fileno())
+    sync(partial)
     partial.replace(path)
     # The new name is an entry of the folder, which is synced on its own.
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -80,7 +79,7 @@ def write_shared(path: Path, write: Callable[[BinaryIO], None]) -> None:
                 except FileNotFoundError:
                     # Removed before it was locked, or by a machine that the lock does not reach.
                     continue
-            sync_folder(path.parent)
+            sync(path.parent)
             return
         finally:
             partial.unlink(missing_ok=True)
@@ -103,7 +102,7 @@ def append_line(path: Path, value: Any) -> None:
         file.write(json.dumps(value) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(path.parent)  # the file may be new
+    sync(path.parent)  # the file may be new
 
 
 def lines_of(path: Path) -> list[Any]:
@@ -115,9 +114,9 @@ def lines_of(path: Path) -> list[Any]:
     return found
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names of a folder's files."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until the disk has the bytes of a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -143,7 +143,7 @@ def drop_journal(folder: Path) -> None:
     """Remove the journal of a locked folder, whose lines the manifest has or nothing needs."""
     if (folder / _JOURNAL).exists():
         (folder / _JOURNAL).unlink()
-        durable.sync_folder(folder)  # else a power failure might bring it back
+        durable.sync(folder)  # else a power failure might bring it back
 
 
 class Shards:

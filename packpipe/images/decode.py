@@ -42,6 +42,7 @@ from packpipe.images.opening import (
     BadImage,
     Confined,
     ImageData,
+    SizeChanged,
     _array_hw,
     _file,
     _opened,
@@ -127,13 +128,13 @@ def decode(
 
     Raises:
         BadImage: the image cannot be decoded, or its mode has no rule.
-        ValueError: its size is not image_hw, so the source has changed since the plan was made.
+        SizeChanged: its size is not image_hw, so the source has changed since the plan was made.
     """
     with _opened(data, rules.max_pixels) as image:
         orientation, _ = _orientation(image)
         found = upright_hw(*image.size, orientation)
         if found != image_hw:
-            raise ValueError(
+            raise SizeChanged(
                 f"image_hw is {found}, expected {image_hw} as planned; "
                 "plan again (stored rows: into another folder), the source has changed"
             )

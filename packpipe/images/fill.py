@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packpipe.images.decode import PixelRules, decode
-from packpipe.images.opening import BadImage, ImageData
+from packpipe.images.opening import BadImage, ImageData, SizeChanged
 from packpipe.images.patches import patchify, side_of
 
 
@@ -67,7 +67,7 @@ def fill_row(
         One value for each image: None if its tokens are written, else why not.
 
     Raises:
-        ValueError: an image's size is not the planned one; the message names the example.
+        SizeChanged: an image's size is not the planned one; the message names the example.
     """
     patch_size = side_of(out.shape[1])
     outcomes: list[Failure | None] = []
@@ -90,7 +90,8 @@ def fill_row(
             outcomes.append(Failure(error.reason, error.exception))
             continue
         except ValueError as error:
-            raise ValueError(f"example {image.example}: {error}") from error
+            kind = SizeChanged if isinstance(error, SizeChanged) else ValueError
+            raise kind(f"example {image.example}: {error}") from error
         start, end = end, end + image.num_tokens
         patchify(pixels, out[start:end], image.kept)
         outcomes.append(None)

@@ -119,6 +119,10 @@ class _Clipped(BufferedReader):
         return os.fstat(self.fileno()).st_size
 
 
+class SizeChanged(ValueError):
+    """An image has another size than its plan was made for: the source was changed since."""
+
+
 class BadImage(ValueError):
     """An image that gives no tokens; ``reason`` is the word by which rejects are counted."""
 

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from packpipe.images.decode import PixelRules
 from packpipe.images.fill import Failure, ImageTask
+from packpipe.images.opening import SizeChanged
 from packpipe.images.watch import STILL_SECONDS, Progress, Watch, run_time
 from packpipe.images.worker import PLACE_BYTES, message_of
 
@@ -339,8 +340,8 @@ def _place(task: list[RowTask], place: int) -> tuple[int, int]:
 
 def _fault(kind: str, said: Any, example: int) -> Exception:
     """Return the exception for an error at an example that the image did not cause."""
-    if kind == "error":
-        return ValueError(said)  # names the example
+    if kind in ("changed", "error"):  # these name the example
+        return SizeChanged(said) if kind == "changed" else ValueError(said)
     if kind == "fault":
         return OSError(said[0], f"example {example}: {said[1]}")
     if kind == "memory":

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from packpipe.images.decode import PixelRules
 from packpipe.images.fill import Failure, ImageTask, fill_row
-from packpipe.images.opening import Confined, known_formats
+from packpipe.images.opening import Confined, SizeChanged, known_formats
 
 # Bytes that each process has at the front of the shared memory, for the place of its image.
 PLACE_BYTES = 8
@@ -126,6 +126,8 @@ def _answer(
         return {"fault": [error.errno, error.strerror or str(error)]}
     except MemoryError as error:
         return {"memory": str(error)}
+    except SizeChanged as error:
+        return {"changed": str(error)}
     except ValueError as error:
         return {"error": str(error)}
     except Exception:  # noqa: BLE001 a defect, raised by the parent with this traceback

@@ -58,18 +58,34 @@ def _made_of_columns(
     return changed
 
 
-def _columns(batch: Any) -> dict[str, Any]:
-    """Return the columns of a batch in the order of its fields, those of a dict one by one."""
-    found: dict[str, Any] = {}
-    for name, value in vars(batch).items():
-        found |= value if isinstance(value, dict) else {name: value}
-    return {name: value for name, value in found.items() if value is not None}
+class _Columns(Mapping[str, Any]):
+    """A batch as the mapping of its columns, in the order of its fields, a dict's one by one."""
+
+    # A batch is itself alone: a mapping's == would ask for one truth of a tensor.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    @property
+    def _columns(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            found |= value if isinstance(value, dict) else {name: value}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
 
 
 @_made_of_columns(dict)
 # Not frozen: Lightning's precisions set the fields of a copy, and refuse a dataclass that is.
 @dataclass(eq=False)
-class PackedBatch(Mapping[str, Tensor]):
+class PackedBatch(_Columns):
     """A batch of packed rows; absent segments have seq_lens 0.
 
     It is a mapping of its tensors, too: ``model(**batch)``, ``batch["labels"]``, ``dict(batch)``.
@@ -91,20 +107,6 @@ class PackedBatch(Mapping[str, Tensor]):
     grid_hw: Tensor
     example_index: Tensor
     labels: Tensor | None = None
-
-    # A batch is itself alone: a mapping's == would ask for one truth of a tensor.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    def __getitem__(self, name: str) -> Tensor:
-        found: Tensor = _columns(self)[name]
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_columns(self))
-
-    def __len__(self) -> int:
-        return len(_columns(self))
 
     @classmethod
     def from_rows(cls, rows: Rows, *, max_segments: int = 64, copy: bool = True) -> PackedBatch:
@@ -225,8 +227,18 @@ def _integer_labels(labels: pa.Array) -> NDArray[np.int64]:
 
 
 def _token_fields(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `TokenBatch` that hold the columns, given in the order of a batch."""
+    """Return the fields of a `TokenBatch` that hold the columns, given in the order of a batch.
+
+    Raises:
+        ValueError: they are in another order.
+    """
     # Told by the order alone, since columns may be anything that was made of the tensors.
+    own = [number for number, name in enumerate(columns) if name in _OF_ALL_TOKENS]
+    found = tuple(name for name in columns if name in _OF_ALL_TOKENS)
+    if found != _OF_ALL_TOKENS or own[-1] - own[0] >= len(own):
+        expected = f"{', '.join(_OF_ALL_TOKENS)} one after the other, as a batch has them"
+        remedy = "keep the order, or pass the fields by name"
+        raise ValueError(checks.sentence("columns", list(columns), expected, remedy))
     fields: dict[str, Any] = {"tokens": {}, "segments": {}}
     others = "tokens"
     for name, value in columns.items():
@@ -243,7 +255,7 @@ _OF_ALL_TOKENS = ("segment_ids", "position_ids", "seq_lens", "fragment", "exampl
 
 @_made_of_columns(_token_fields)
 @dataclass(eq=False)
-class TokenBatch(Mapping[str, Any]):
+class TokenBatch(_Columns):
     """A batch of packed rows of token sequences; absent segments have seq_lens 0.
 
     It has the fields that `packpipe.model.attention.flatten` reads, so its backends take text, too.
@@ -269,19 +281,6 @@ class TokenBatch(Mapping[str, Any]):
     fragment: Tensor
     example_index: Tensor
     segments: dict[str, Tensor | list[list[Any]]] = field(default_factory=dict)
-
-    # A batch is itself alone: a mapping's == would ask for one truth of a tensor.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    def __getitem__(self, name: str) -> Any:
-        return _columns(self)[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_columns(self))
-
-    def __len__(self) -> int:
-        return len(_columns(self))
 
     @classmethod
     def from_rows(cls, rows: Rows, *, max_segments: int) -> TokenBatch:

@@ -108,6 +108,9 @@ def to_attention_mask(
     """
     remedy = "flash-attention takes `to_transformers`"
     checks.choice("implementation", implementation, IMPLEMENTATIONS, remedy)
+    if not dtype.is_floating_point:
+        remedy = "pass that of the model, model.dtype"
+        raise ValueError(checks.sentence("dtype", dtype, "a floating type", remedy))
     ids = batch.segment_ids
     seq_len = ids.shape[1]
     if implementation == "flex_attention":

@@ -13,7 +13,6 @@ DataLoader that accelerate makes of the loader would start processes around its 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from torch.utils.data import SequentialSampler
 
 from packpipe import checks
+from packpipe.loading.contents import check_contents
 from packpipe.loading.cursors import (
     Cursor,
     EpochCursor,
@@ -38,18 +38,6 @@ from packpipe.philox import Key, checked_key
 
 WORKERS = ("threads", "processes")
 _VERSION = 1
-# What to do about contents that are others than those of a state, by their names.
-_OTHER = {
-    "max_segments": "pass it as max_segments, else batches have another shape",
-    "labels": "the labels are others: use the data of the state",
-    "values": "the labels or other numbers are others: use the data of the state",
-    "rows": "the pixels or tokens are others: use the data of the state",
-    "files": "the files hold others: use the folder of the state, or a copy of it",
-    "images": "the images are others: use the data of the state",
-    "options": "the rows are computed in another way: use the options of the state",
-}
-
-log = logging.getLogger(__name__)
 
 
 class PackedLoader:
@@ -340,7 +328,7 @@ class PackedLoader:
                 raise ValueError(
                     checks.sentence(f"state[{name!r}]", state.get(name), repr(expected), remedy)
                 )
-        self._check_contents(state.get("contents", {}))
+        check_contents(self._contents(), state.get("contents", {}))
         most = self._cursor.check(state, key, self._share)
         taken = checks.whole_number("state['packs']", state.get("packs"), 0, most, remedy)
         if taken % self.global_batch:
@@ -368,28 +356,6 @@ class PackedLoader:
         # Packs of a class of the caller's own may know nothing of it.
         contents = getattr(self.packs, "contents", dict)
         return {"max_segments": self._width, **contents()}
-
-    def _check_contents(self, known: Any) -> None:
-        """Raise ValueError if the contents of a state are others, as far as it says what they are.
-
-        States of earlier versions say nothing, and rows in other files may be known by other names.
-        """
-        if not isinstance(known, dict):
-            remedy = "pass what state_dict returned"
-            raise ValueError(checks.sentence("state['contents']", known, "a dict", remedy))
-        own = self._contents()
-        for name in [name for name in own if name in known]:
-            if known[name] != own[name]:
-                where, expected = f"state['contents'][{name!r}]", repr(own[name])
-                remedy = _OTHER.get(name, "use the data of the state")
-                raise ValueError(checks.sentence(where, known[name], expected, remedy))
-        data = own.keys() - {"max_segments", "labels", "values"}
-        if data and not data & known.keys():
-            log.warning(
-                "the state does not say which %s it belongs to: use those of before, since others "
-                "of the same sizes would go unnoticed",
-                " and ".join(sorted(data)),
-            )
 
     @property
     def _width(self) -> int:

@@ -9,8 +9,8 @@ values. With `philox.uniform` an example's draw is a function of (seed, epoch, i
 bit, so they give the same values on every machine. `TruncatedNormal` and `Beta` ask SciPy and the
 C library for logarithms and the like, whose last bits depend on the processor and the versions.
 Values then differ by about 1e-15 of their size. What is decided from them is a whole number, which
-differs only if a value lies that close to where rounding turns: about one image in 10**12. The
-plan's fingerprint tells.
+differs only if a value lies that close to where rounding turns: one image in 10**12, to judge by
+the size of the difference. The plan's fingerprint tells.
 
 Source: NaViT 2.2, A.1, A.4.
 """

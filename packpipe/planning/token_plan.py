@@ -57,8 +57,7 @@ class TokenPlan(Assignment):
     @property
     def starts(self) -> NDArray[np.int64]:
         """int64[pieces], the place of each piece's first token in its sequence."""
-        # Every piece but the last of its sequence has seq_len tokens.
-        return self.fragments.astype(np.int64) * self.seq_len
+        return piece_starts(self.fragments, self.seq_len)
 
     @cached_property
     def limits(self) -> Limits:
@@ -163,6 +162,12 @@ def plan_tokens(
         num_cut=0 if config.overflow == "drop" else num_long,
         num_truncated_tokens=lost,
     )
+
+
+def piece_starts(fragments: NDArray[np.int32], seq_len: int) -> NDArray[np.int64]:
+    """Return int64[pieces], the place of each piece's first token in its sequence."""
+    # Every piece but the last of its sequence has seq_len tokens; int32 might not hold the place.
+    return fragments.astype(np.int64) * seq_len
 
 
 def accompanying(

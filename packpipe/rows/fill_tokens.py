@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe.planning.token_config import TokenConfig
-from packpipe.planning.token_plan import TokenPlan
+from packpipe.planning.token_plan import TokenPlan, piece_starts
 from packpipe.rows.copy import gather, number_tokens
 from packpipe.rows.rows import NO_LABEL, Rows
 from packpipe.rows.schema import NUMBER_COLUMNS, rows_table
@@ -83,8 +83,7 @@ def fill_tokens(
     lens, places = planned.seq_lens, first_places(planned, config)
     fixed = config.layout == "fixed"
     size = len(planned) * config.seq_len if fixed else int(lens.sum(dtype=np.int64))
-    # A piece begins at token fragment · seq_len of its sequence; int32 might not hold that.
-    starts = planned.fragment.astype(np.int64) * config.seq_len
+    starts = piece_starts(planned.fragment, config.seq_len)
     out: dict[str, NDArray[Any]] = {}
 
     def empty(name: str, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from packpipe import checks
 from packpipe._version import __version__
 from packpipe.durable import remove_abandoned, write_shared
+from packpipe.images.opening import SizeChanged
 from packpipe.planning.plan import MAX_SIDE
 from packpipe.rows.rejects import Reject
 from packpipe.sources.image_source import ImageSource
@@ -99,14 +100,14 @@ def kept_sizes(source: ImageSource, *, max_pixels: int, executor: Executor | Non
 
 @contextmanager
 def forgetting_wrong_sizes(source: ImageSource, max_pixels: int) -> Iterator[None]:
-    """Remove the kept sizes of a source if the block raises a ValueError: an image has another one.
+    """Remove the kept sizes of a source if the block finds that an image has another one.
 
     A file that was replaced by one of equal length and time of change is not noticed before; the
     next plan is made from sizes that are probed again.
     """
     try:
         yield
-    except ValueError:
+    except SizeChanged:
         with suppress(OSError):  # they may be where nothing can be written any more
             _place(source, max_pixels)[0].unlink(missing_ok=True)
         raise

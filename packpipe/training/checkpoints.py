@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import re
 import shutil
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 
 from packpipe import checks
+from packpipe.durable import sync
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.ranks import rank_of_world, together
 from packpipe.model.config import NaViTConfig
@@ -71,7 +71,7 @@ def _save(
     if whole.exists():  # a folder that holds files cannot be renamed over
         _remove(whole)
     partial.rename(whole)
-    _sync(folder)  # makes the rename itself durable
+    sync(folder)  # makes the rename itself durable
     for old in checkpoints(folder)[:-KEPT]:
         _remove(old)
 
@@ -95,7 +95,7 @@ def _fill(
     (partial / _CHECKSUMS).write_bytes(b"".join(_checksums(partial).values()))
     # Synced before the rename: after a crash the new name must not stand for files without data.
     for path in (*partial.iterdir(), partial):
-        _sync(path)
+        sync(path)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -298,11 +298,3 @@ def _state(checkpoint: Path) -> dict[str, Any]:
         )
         raise ValueError(checks.sentence(name, step, expected, "give the folder its name back"))
     return state
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
-from packpipe.durable import write_bytes
+from packpipe.durable import sync, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +68,7 @@ def append_record(folder: Path, record: dict[str, Any]) -> None:
 
 def sync_log(folder: Path) -> None:
     """Wait until the disk has all records, as it must before it has a checkpoint of their steps."""
-    with (folder / _NAME).open("a") as file:
-        os.fsync(file.fileno())
+    sync(folder / _NAME)
 
 
 def _content(path: Path) -> bytes:

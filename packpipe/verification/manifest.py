@@ -88,6 +88,8 @@ def checks_of(folder: Path) -> RowChecks | str:
         sizes = manifest.get("size_columns")
         if sizes is not None and len(sizes) != 2:
             return f"size_columns is {sizes!r}, expected two names"
+        if manifest["complete"] and "plan" in manifest:
+            return "has a plan, which a complete folder has not"
         if manifest["complete"] and REJECTS not in manifest["files"]:
             return f"files lacks {REJECTS}"
         if manifest["complete"] and not data_files(manifest):

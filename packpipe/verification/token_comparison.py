@@ -10,6 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe.planning.token_config import TokenConfig
+from packpipe.planning.token_plan import piece_starts
 from packpipe.rows.fill_tokens import fill_tokens
 from packpipe.rows.rows import Rows
 from packpipe.rows.schema import table_segments
@@ -30,7 +31,7 @@ def differing_pieces(
             what = f"{name} are {kind}, those of the source {expected}"
             yield what, rows_with(segments, every)
             return
-    example, starts = segments.example_index, segments.fragment.astype(np.int64) * config.seq_len
+    example, starts = segments.example_index, piece_starts(segments.fragment, config.seq_len)
     outside = (example < 0) | (example >= len(source.lens))
     known = np.where(outside, 0, example)
     outside |= starts + segments.seq_lens > (source.lens[known] if len(source.lens) else 0)

@@ -147,3 +147,12 @@ def test_models_of_batches_are_exported(batch):
 def test_a_column_that_no_batch_has_is_refused():
     with pytest.raises(TypeError, match="unexpected keyword argument 'pixels'"):
         PackedBatch({**images(), "pixels": torch.zeros(1)})
+
+
+def test_columns_in_another_order_are_refused():
+    batch = tokens(["input_ids"], ["label"])
+    for columns in (dict(sorted(batch.items())), dict(reversed(list(batch.items())))):
+        with pytest.raises(
+            ValueError, match=r"columns is \[.*, as a batch has them; keep the order"
+        ):
+            TokenBatch(columns)

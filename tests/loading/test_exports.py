@@ -149,6 +149,12 @@ def test_a_mask_is_refused_for_what_takes_none(tmp_path_factory):
         to_attention_mask(batch, implementation="flash_attention_2")
 
 
+def test_a_mask_of_whole_numbers_is_refused(tmp_path_factory):
+    batch = one_batch(packed_tokens(tmp_path_factory, [[5, 6, 7]]))
+    with pytest.raises(ValueError, match=r"dtype is torch\.int64, expected a floating type"):
+        to_attention_mask(batch, implementation="eager", dtype=torch.int64)
+
+
 def test_grain_packs_under_the_same_names(tmp_path_factory):
     grain = pytest.importorskip("grain")
     rows = [[11, 12, 13], [21, 22], [31, 32, 33, 34], [41]]

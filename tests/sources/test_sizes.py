@@ -21,8 +21,10 @@ import strategies
 from datasets import Dataset, Features, Image, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import ImageFile
 
 import packpipe
+from packpipe.images.opening import check_settings
 from packpipe.planning.image_config import MAX_PIXELS
 from packpipe.rows.files import write_table
 from packpipe.rows.rejects import Reject
@@ -372,6 +374,21 @@ def test_a_size_that_turns_out_to_be_wrong_is_forgotten(tmp_path, way):
     at = rows.example_index.tolist().index(1)
     assert rows.image_hw[at].tolist() == [32, 64]
     assert sorted(rows.example_index.tolist()) == [0, 1, 2]
+
+
+def test_sizes_are_kept_where_another_error_stops_the_work(tmp_path, monkeypatch):
+    path = tmp_path / "0.bmp"
+    path.write_bytes(pictures.encoded_image(64, 64, 0, "BMP"))
+    dataset = by_path([path])
+    kept(dataset)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with (
+        pytest.raises(ValueError, match="LOAD_TRUNCATED_IMAGES"),
+        sizes.forgetting_wrong_sizes(source_of(dataset), MAX_PIXELS),
+    ):
+        check_settings(MAX_PIXELS)
+    monkeypatch.setattr(sizes, "probe_sizes", no_probe)
+    assert kept(dataset).image_hw.tolist() == [[64, 64]]
 
 
 def test_what_killed_probes_have_left_is_removed(tmp_path):

@@ -5,16 +5,15 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
 
 import learning
 import numpy as np
 import pytest
 import torch
+from processes import files_of_at_most
 from safetensors import SafetensorError
 
 from packpipe.training import checkpoints as module
@@ -305,17 +304,6 @@ def test_killed_at_any_moment_of_saving_a_whole_checkpoint_is_left(step, folder,
         shutil.rmtree(work)
     assert STRIDE * len(newest) > 20
     assert set(newest) == ({12, 14} if step == 14 else {10, 12})
-
-
-@contextmanager
-def files_of_at_most(size):
-    """Let no file grow beyond a size, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])

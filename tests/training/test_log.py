@@ -4,10 +4,8 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import signal
 import sys
-from contextlib import contextmanager
 
 import learning
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import files_of_at_most
 
 from packpipe.cli.training_run import _line
 from packpipe.plots import plot_training
@@ -64,17 +63,6 @@ def test_a_log_that_needs_no_change_is_not_touched(tmp_path):
     assert path.read_bytes() == before
     after = path.stat()
     assert (after.st_ino, after.st_mtime_ns) == (stamp.st_ino, stamp.st_mtime_ns)
-
-
-@contextmanager
-def files_of_at_most(size):
-    """Let no file grow beyond a size, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_all_records(tmp_path):

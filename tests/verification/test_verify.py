@@ -588,3 +588,8 @@ def test_a_root_of_images_that_is_no_absolute_path(folder):
     assert said(folder) == [
         "manifest.json: image_root is 'photos', expected an absolute path",
     ]
+
+
+def test_a_complete_folder_with_a_plan(folder):
+    change_manifest(folder, lambda found: found.update(plan="0" * 32))
+    assert said(folder) == ["manifest.json: has a plan, which a complete folder has not"]

@@ -1,0 +1,47 @@
+"""Compares what a loader's state says of its data with the data there are now."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from packpipe import checks
+
+log = logging.getLogger(__name__)
+
+# What to do about contents that are others than those of a state, by their names.
+_REMEDIES = {
+    "max_segments": "pass it as max_segments, else batches have another shape",
+    "labels": "the labels are others: use the data of the state",
+    "values": "the labels or other numbers are others: use the data of the state",
+    "rows": "the pixels or tokens are others: use the data of the state",
+    "files": "the files hold others: use the folder of the state, or a copy of it",
+    "images": "the images are others: use the data of the state",
+    "options": "the rows are computed in another way: use the options of the state",
+}
+
+
+def check_contents(own: dict[str, Any], known: Any) -> None:
+    """Raise ValueError if the contents of a state are others, as far as it says what they are.
+
+    States of earlier versions say nothing, and rows in other files may be known by other names.
+
+    Args:
+        own: digests of what the batches show now, by name.
+        known: those of the state.
+    """
+    if not isinstance(known, dict):
+        remedy = "pass what state_dict returned"
+        raise ValueError(checks.sentence("state['contents']", known, "a dict", remedy))
+    for name in [name for name in own if name in known]:
+        if known[name] != own[name]:
+            where, expected = f"state['contents'][{name!r}]", repr(own[name])
+            remedy = _REMEDIES.get(name, "use the data of the state")
+            raise ValueError(checks.sentence(where, known[name], expected, remedy))
+    data = own.keys() - {"max_segments", "labels", "values"}
+    if data and not data & known.keys():
+        log.warning(
+            "the state does not say which %s it belongs to: use those of before, since others "
+            "of the same sizes would go unnoticed",
+            " and ".join(sorted(data)),
+        )
