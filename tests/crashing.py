@@ -18,6 +18,7 @@ from unittest.mock import patch
 import datasets
 import filelock
 import pictures
+from forked import Forked
 from processes import of_session, wait_until
 from traps import say
 
@@ -217,21 +218,19 @@ class Run:
         signal_at: tuple[int, int] | None = None,
         group: bool = False,
     ) -> None:
-        self.process = started(
-            {
-                "source": str(source_folder),
-                "folder": str(folder),
-                "num_workers": num_workers,
-                "signal_at": signal_at,
-                "group": group,
-            }
-        )
+        arguments = {
+            "source": str(source_folder),
+            "folder": str(folder),
+            "num_workers": num_workers,
+            "signal_at": signal_at,
+            "group": group,
+        }
+        self.process = Forked(__file__, json.dumps(arguments))
 
     def wait_until_ready(self) -> None:
         """Wait until everything is imported and the dataset is open."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line == READY + "\n", self.process.communicate()[1]
+        wait_until(lambda: self.process.said or self.process.poll() is not None)
+        assert self.process.said.startswith(READY), self.process.complaint
 
     def kill(self, *, group: bool) -> None:
         """Kill the process, or its whole session, if it has not ended."""
@@ -240,9 +239,9 @@ class Run:
 
     def result(self) -> tuple[int, list[str]]:
         """Wait for the end; return the status, and the number of steps if it counted them."""
-        said, complaint = said_by(self.process)
-        assert self.process.returncode in (0, -signal.SIGKILL), complaint
-        return self.process.returncode, said.removeprefix(READY).split()
+        status = self.process.wait()
+        assert status in (0, -signal.SIGKILL), self.process.complaint
+        return status, self.process.said.removeprefix(READY).split()
 
 
 def build_once(arguments: dict[str, Any]) -> None:

@@ -9,18 +9,45 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import loading
+import torch
+from forked import Forked
 from processes import wait_until
 
 from packpipe.loading.ranks import end_process_group, process_group
 
-# Ports are found by the launcher; addresses are this machine's, whatever its name leads to.
+# The launcher finds ports; addresses are this machine's, whatever its name leads to.
 LAUNCH = ["-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 LAUNCH += ["--local-addr=127.0.0.1"]
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def run_on_two_ranks(*command: object) -> None:
-    """Run a script, or ``-m`` and a module, on two ranks; fail if either does."""
+def run_on_two_ranks(script: str, *arguments: object) -> None:
+    """Run a script on two ranks, as the launcher would but sooner; fail if either does."""
+    # As with the launcher, the ranks find each other by a store of whoever starts them.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        **ENVIRONMENT,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    ranks = [
+        Forked(script, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank in range(2)
+    ]
+    try:
+        # One that has failed is not waited for by the other.
+        wait_until(lambda: all(r.poll() == 0 for r in ranks) or any(r.poll() for r in ranks), 600)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.wait() for rank in ranks] == [0, 0], "".join(rank.complaint for rank in ranks)
+
+
+def launch_two_ranks(*command: object) -> None:
+    """Run a script by torch's launcher on two ranks; fail if either does."""
     process = subprocess.Popen(
         [sys.executable, *LAUNCH, *map(str, command)],
         env={**loading.environment(), **ENVIRONMENT},

@@ -419,7 +419,7 @@ def under_way(saved, folder, step):
         assert run.result()[0] == 0
     finally:
         run.kill(group=True)
-        run.process.communicate()
+        run.process.wait()
 
 
 @pytest.mark.parametrize(("step", "options"), [(20, {}), (20, {"seed": 1}), (250, {})])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from two_ranks import run_on_two_ranks
+from two_ranks import launch_two_ranks
 from typer.testing import CliRunner
 
 from packpipe.cli.main import app
@@ -64,7 +64,7 @@ def test_every_layout_trains(layout, few, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_train_and_end(few, tmp_path):
     options = [*SMALL[:-1], 1, "--num-workers", 1, "--steps", 3, "--log-every", 1]
-    run_on_two_ranks(commanding.__file__, "train", few, tmp_path / "out", *options)
+    launch_two_ranks(commanding.__file__, "train", few, tmp_path / "out", *options)
     assert [record["step"] for record in read_log(tmp_path / "out")] == [1, 2, 3]
     assert checkpoints(tmp_path / "out")[-1].name == "step-00000003"
 

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from itertools import chain
 from pathlib import Path
@@ -15,6 +13,7 @@ import loading
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from processes import wait_until
@@ -154,10 +153,10 @@ def lines_of(log: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-def wait_for_lines(log: Path, number: int, child: subprocess.Popen) -> None:
+def wait_for_lines(log: Path, number: int, child: Forked) -> None:
     """Wait until a child, which has not ended, has written so many lines."""
     wait_until(lambda: lines_of(log) >= number or child.poll() is not None)
-    assert child.poll() is None
+    assert child.poll() is None, child.complaint
 
 
 @pytest.mark.slow
@@ -190,21 +189,15 @@ def test_killed_again_and_again_the_batches_are_those_of_an_uninterrupted_run(
             "pause": 0 if last else 0.1,
             "most": None if last else wanted + 2,
         }
-        child = subprocess.Popen(
-            [sys.executable, "-W", "ignore", loading.__file__, json.dumps(arguments)],
-            env=loading.environment(),
-            start_new_session=True,
-        )
+        child = Forked(loading.__file__, json.dumps(arguments))
         try:
             if not last:
                 wait_for_lines(log, wanted, child)
                 time.sleep(float(rng.uniform(0, 0.04)))
-                os.killpg(child.pid, signal.SIGKILL)
-            assert child.wait(300) == (0 if last else -signal.SIGKILL)
+                child.kill()
+            assert child.wait() == (0 if last else -signal.SIGKILL), child.complaint
         finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+            child.kill()
     found = [json.loads(line)["digest"] for line in log.read_text().splitlines()]
     assert found == whole
 

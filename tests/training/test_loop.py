@@ -3,21 +3,19 @@
 import json
 import logging
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from itertools import islice
 
 import broken
 import disagreeing
 import learning
-import loading
 import packed
 import pytest
 import torch
+from forked import Forked
+from processes import wait_until
 from two_ranks import run_on_two_ranks
 
 from packpipe import PackedLoader
@@ -138,21 +136,12 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(tmp_path):
     seen = []
     for wait in (1, 4, 3, 0):  # lines to wait for before each kill
         most = wait + 2 if wait else 0  # every other step has a checkpoint
-        process = subprocess.Popen(
-            [sys.executable, learning.__file__, str(folder), "2", str(most)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=loading.environment(),
-        )
-        lines = []
-        for line in process.stdout:
-            lines.append(int(line))
-            if len(lines) == wait:
-                os.kill(process.pid, signal.SIGKILL)
-                break
-        process.wait()
-        process.stdout.close()
-        seen.append(process.returncode)
+        process = Forked(learning.__file__, folder, 2, most)
+        if wait:
+            wait_until(lambda process=process, wait=wait: process.said.count("\n") >= wait)
+            process.kill()
+        seen.append(process.wait())
+        lines = [int(line) for line in process.said.split()]
         assert all(path.joinpath("state.json").exists() for path in checkpoints(folder))
     assert seen == [-signal.SIGKILL] * 3 + [0]
     assert lines[0] > 1
