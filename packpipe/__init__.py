@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from packpipe.building.pairs import pack_pairs as pack_pairs
     from packpipe.building.summary import summarize as summarize
     from packpipe.loading.batch import PackedBatch as PackedBatch
+    from packpipe.loading.batch import PairBatch as PairBatch
     from packpipe.loading.batch import TokenBatch as TokenBatch
     from packpipe.loading.epochs import EpochPacks as EpochPacks
     from packpipe.loading.loader import PackedLoader as PackedLoader
@@ -75,6 +76,7 @@ _HOMES = {
     "PackedStream": "loading.streams",
     "Packer": "building.packer",
     "Packs": "packing.packs",
+    "PairBatch": "loading.batch",
     "Side": "planning.resolution",
     "Square": "planning.resolution",
     "TokenBatch": "loading.batch",

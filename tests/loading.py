@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from strategies import encode, random_image
 
 import packpipe
 from packpipe import Beta, EpochPacks, OverTraining, PackedLoader, Side, Uniform
-from packpipe.loading.workers import Batch
+from packpipe.loading.batch import Batch
 
 OPTIONS: dict[str, Any] = {
     "patch_size": 8,
@@ -59,8 +59,14 @@ def packs_of(kind: str, folder: Path, *, epochs: int = 50) -> Any:
 
 
 def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
-    """The tensors of a batch by name, those of columns of tokens and segments among them."""
-    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    """The tensors of a batch by name; of a batch of pairs, those of its images and its texts."""
+    found = {}
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, Mapping):
+            found |= {f"{name}.{inner}": tensor for inner, tensor in tensors_of(value).items()}
+    return found
 
 
 def digest(batch: Batch) -> str:

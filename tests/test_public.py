@@ -26,6 +26,7 @@ PUBLIC = [
     "PackedStream",
     "Packer",
     "Packs",
+    "PairBatch",
     "Side",
     "Square",
     "TokenBatch",

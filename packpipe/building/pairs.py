@@ -1,7 +1,8 @@
 """`pack_pairs`: images and their texts, packed side by side in two tables.
 
 Row r of one table holds the examples of row r of the other, in the same order, and both fit their
-seq_len. Batches of both, read with the same seed, hold pairs, as contrastive training needs them.
+seq_len. ``PackedLoader(pack_pairs(...), 8)`` reads batches of both, as contrastive training needs
+them.
 
 Source: NaViT B.1 (texts of up to 24 tokens, packed too).
 """
@@ -56,9 +57,8 @@ def pack_pairs(
 ) -> tuple[Dataset, Dataset]:
     """Return rows of images, and rows of their texts: row r of both holds the same examples.
 
-    An image that cannot be decoded is left out of its row, like in `pack`; its text stays.
-    `example_index` says which text belongs to which image
-    (`packpipe.training.contrastive.in_order_of`).
+    An image that cannot be decoded is left out of its row, like in `pack`; its text stays, and
+    `PackedLoader` leaves it out when it reads both. By `example_index` they are found elsewhere.
 
     Args:
         dataset: a Dataset with an image column and lists of tokens.

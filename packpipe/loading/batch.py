@@ -1,4 +1,4 @@
-"""`PackedBatch`: packed rows as tensors of one shape.
+"""`PackedBatch`, `TokenBatch`, `PairBatch`: packed rows as tensors of one shape.
 
 The shapes depend on the batch size, ``seq_len`` and ``max_segments`` alone, never on what the
 rows hold, so a model is compiled for one graph only.
@@ -13,7 +13,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from packpipe import checks
+from packpipe.rows.pairs import PairRows
 from packpipe.rows.rows import NO_LABEL, Rows
 from packpipe.rows.schema import SEGMENT_TYPES
 
@@ -351,3 +352,57 @@ def _signed_tensor(values: NDArray[Any]) -> Tensor:
     # torch has few operations on unsigned integers, uint8 excepted.
     wide = values.dtype.kind == "u" and values.dtype.itemsize > 1
     return torch.from_numpy(values.astype(np.int64) if wide else values.copy())
+
+
+@_made_of_columns(dict)
+@dataclass(eq=False)
+class PairBatch(_Columns):
+    """A batch of images and their texts: segment s of row b is the same example in both.
+
+    Pairs whose image could not be decoded are in neither. It is a mapping of the two batches, too:
+    ``model(**batch)``, of a model whose ``forward`` takes ``images`` and ``texts``.
+
+    Attributes:
+        images: rows of images, [B, L, ...] and [B, S, ...].
+        texts: rows of their texts, [B, L2, ...] and [B, S, ...].
+    """
+
+    images: PackedBatch
+    texts: TokenBatch
+
+    @property
+    def present(self) -> Tensor:
+        """bool[B, S], which pairs are present, not padding."""
+        return self.images.present
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PairBatch:
+        """Return the batch on a device."""
+        return self._map(lambda rows: rows.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PairBatch:
+        """Return the batch in page-locked memory, which a GPU copies from without waiting."""
+        return self._map(lambda rows: rows.pin_memory())
+
+    def _map(self, change: Callable[[Any], Any]) -> PairBatch:
+        return PairBatch(images=change(self.images), texts=change(self.texts))
+
+
+Batch: TypeAlias = PackedBatch | TokenBatch | PairBatch
+
+
+def batch_of(rows: Rows | PairRows, *, max_segments: int) -> Batch:
+    """Return the batch of some rows, which are in memory of their own or read-only.
+
+    Args:
+        rows: of images, of token sequences, or of pairs of both.
+        max_segments: S; as many as any row holds, or more.
+    """
+    if isinstance(rows, PairRows):
+        return PairBatch(
+            images=PackedBatch.from_rows(rows.images, max_segments=max_segments, copy=False),
+            texts=TokenBatch.from_rows(rows.texts, max_segments=max_segments),
+        )
+    if rows.of_tokens:
+        return TokenBatch.from_rows(rows, max_segments=max_segments)
+    # Not copied again: what is read-only is copied anyway.
+    return PackedBatch.from_rows(rows, max_segments=max_segments, copy=False)

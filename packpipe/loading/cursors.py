@@ -22,7 +22,7 @@ from packpipe.philox import Key
 
 
 class PlannedPacks(Packs, Protocol):
-    """Packs of an epoch whose number is known beforehand: `StoredPacks`, `EpochPacks`.
+    """Packs of an epoch whose number is known: `StoredPacks`, `StoredPairs`, `EpochPacks`.
 
     A pack is named by its place in the epoch's order.
     """

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import SequentialSampler
 
 from packpipe import checks
+from packpipe.loading.batch import Batch
 from packpipe.loading.contents import check_contents
 from packpipe.loading.cursors import (
     Cursor,
@@ -30,10 +31,11 @@ from packpipe.loading.cursors import (
     StreamedPacks,
 )
 from packpipe.loading.numbered import NumberedBatches, NumberedSteps
+from packpipe.loading.pairs import StoredPairs
 from packpipe.loading.ranks import agree, rank_of_world, together
 from packpipe.loading.steps import TAILS
 from packpipe.loading.stored import StoredPacks
-from packpipe.loading.workers import Batch, Fill, as_it_is, in_processes, in_threads
+from packpipe.loading.workers import Fill, as_it_is, in_processes, in_threads
 from packpipe.philox import Key, checked_key
 
 WORKERS = ("threads", "processes")
@@ -56,8 +58,9 @@ class PackedLoader:
     and not compared. For a loop of one rank alone, make a loader with ``rank=0, world_size=1``.
 
     Args:
-        packs: what `pack` or ``map(Packer(...))`` returned; or an `EpochPacks`, which plans the
-            source images anew each epoch; or a `PackedStream`.
+        packs: what `pack` or ``map(Packer(...))`` returned; or what `pack_pairs` did, the tuple of
+            both tables; or an `EpochPacks`, which plans the source images anew each epoch; or a
+            `PackedStream`.
         batch_size: packs a step of this rank.
         rank: number of this rank; None asks torch.distributed, and without a process group is 0.
         world_size: how many ranks there are; given or left out together with rank.
@@ -110,7 +113,8 @@ class PackedLoader:
         # Told by their methods: packs may also come from a class of the caller's own.
         is_stream = hasattr(packs, "stream_packs")
         if not (hasattr(packs, "fingerprint") and hasattr(packs, "rows")):
-            packs = StoredPacks(packs, shuffle=shuffle)
+            stored = StoredPairs if isinstance(packs, tuple) else StoredPacks
+            packs = stored(packs, shuffle=shuffle)
         elif not shuffle:
             remedy = "leave it out, or pass rows that pack has stored"
             expected = "True for packs that have an order of their own"
@@ -228,7 +232,8 @@ class PackedLoader:
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches of an epoch, from its beginning or where a loaded state stopped.
 
-        A batch is a `PackedBatch`; of rows of token sequences, a `TokenBatch`.
+        A batch is a `PackedBatch`; of rows of token sequences, a `TokenBatch`; of both tables of
+        `pack_pairs`, a `PairBatch`.
 
         Raises:
             ValueError: (with the first batch, on every rank) the ranks of the process group would

@@ -57,6 +57,17 @@ class StoredPacks:
         most = (int(some.num_segments.max()) for some in self._segments)
         return max(1, max(most, default=1))
 
+    @property
+    def of_tokens(self) -> bool:
+        """Whether these are rows of token sequences, not of images."""
+        return read_rows(self._dataset, range(0)).of_tokens
+
+    @property
+    def examples(self) -> Rows:
+        """Which examples the rows hold, without their tokens."""
+        names = ["seq_lens", "example_index"]
+        return self._all_segments(names) if self._batches else read_rows(self._dataset, range(0))
+
     def fingerprint(self, key: Key) -> str:  # noqa: ARG002
         """Return a digest of which examples the rows hold and whether they are shuffled.
 

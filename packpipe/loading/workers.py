@@ -18,18 +18,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from packpipe import checks
 from packpipe.images.watch import STILL_SECONDS, Progress, Watch, run_time
-from packpipe.loading.batch import PackedBatch, TokenBatch
+from packpipe.loading.batch import Batch, batch_of
 from packpipe.philox import Key
+from packpipe.rows.pairs import PairRows
 from packpipe.rows.rows import Rows
-
-Batch: TypeAlias = PackedBatch | TokenBatch
 
 # The packs that a rank takes at a step, and their places in its batch.
 Part: TypeAlias = tuple[Any, NDArray[np.int64]]
 
 
 class Packs(Protocol):
-    """Where packs come from: `StoredPacks`, `EpochPacks` or `PackedStream`."""
+    """Where packs come from: `StoredPacks`, `StoredPairs`, `EpochPacks` or `PackedStream`."""
 
     @property
     def max_segments(self) -> int:
@@ -38,7 +37,7 @@ class Packs(Protocol):
     def fingerprint(self, key: Key) -> str:
         """Return a text that is equal for epochs whose packs hold the same."""
 
-    def rows(self, key: Key, packs: Any) -> Rows:
+    def rows(self, key: Key, packs: Any) -> Rows | PairRows:
         """Return the rows of some packs."""
 
 
@@ -67,10 +66,7 @@ class Fill:
         # At a padded last step a rank has fewer packs than rows; the other rows stay empty.
         if len(places) < self.batch_size:
             rows = rows.spread(places, self.batch_size)
-        if rows.of_tokens:
-            return TokenBatch.from_rows(rows, max_segments=self.max_segments)
-        # Not copied again: these rows are in memory of their own, or read-only and copied anyway.
-        return PackedBatch.from_rows(rows, max_segments=self.max_segments, copy=False)
+        return batch_of(rows, max_segments=self.max_segments)
 
     def __call__(self, part: Part) -> Batch:
         """Return the batch of a part."""

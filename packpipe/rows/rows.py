@@ -88,10 +88,25 @@ class Rows:
         return places
 
     def keep(self, kept: NDArray[np.bool_]) -> Rows:
-        """Return rows without tokens of the segments for which kept: bool[segments] is true."""
+        """Return these rows of the segments for which kept: bool[segments] is true.
+
+        Tokens move up to where others are left out; padding follows them.
+        """
         before = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])
         segments = {name: _kept(values, kept) for name, values in self.segments.items()}
-        return Rows(before[self.offsets], segments)
+        rows = Rows(before[self.offsets], segments)
+        if not self.tokens:
+            return rows
+        real = self.tokens["segment_ids"] > 0
+        stays = real.copy()
+        stays[real] = np.repeat(kept, self.segments["seq_lens"])
+        front = np.arange(real.shape[1]) < stays.sum(1, keepdims=True)
+        for name, values in self.tokens.items():
+            rows.tokens[name] = _padding(name, values, len(self))
+            rows.tokens[name][front] = values[stays]
+        ids = np.repeat(rows.numbers + 1, rows.segments["seq_lens"])
+        rows.tokens["segment_ids"][front] = ids
+        return rows
 
     def spread(self, places: NDArray[np.int64], num_rows: int) -> Rows:
         """Return num_rows rows: these rows at ascending places, empty rows elsewhere."""
@@ -99,9 +114,7 @@ class Rows:
         held[places] = self.num_segments
         tokens = {}
         for name, values in self.tokens.items():
-            # Rows do not hold pad_token_id. Padding is never attended to, so input_ids may be 0.
-            shape, absent = (num_rows, *values.shape[1:]), _ABSENT.get(name, 0)
-            tokens[name] = np.full(shape, absent, values.dtype)
+            tokens[name] = _padding(name, values, num_rows)
             tokens[name][places] = values
         return replace(self, offsets=np.concatenate([[0], np.cumsum(held)]), tokens=tokens)
 
@@ -141,6 +154,12 @@ def gather(parts: Sequence[Rows], numbers: Sequence[int]) -> Rows:
         for name in parts[0].segments
     }
     return Rows(np.cumsum([0, *(span.stop - span.start for span in spans)]), segments, tokens)
+
+
+def _padding(name: str, values: NDArray[Any], num_rows: int) -> NDArray[Any]:
+    """Return num_rows rows of padding of a column of tokens."""
+    # Rows do not hold pad_token_id. Padding is never attended to, so input_ids may be 0.
+    return np.full((num_rows, *values.shape[1:]), _ABSENT.get(name, 0), values.dtype)
 
 
 def _kept(values: Any, kept: NDArray[np.bool_]) -> Any:

@@ -39,8 +39,8 @@ def softmax_contrastive(
     """Return the cross-entropy of finding each image's text and each text's image, averaged.
 
     Args:
-        images: float[N, C], vectors of length 1; row i belongs to row i of texts. Of a packed
-            batch: ``model(batch).flatten(0, 1)``.
+        images: float[N, C], vectors of length 1; row i belongs to row i of texts. Of a `PairBatch`:
+            ``model(batch.images).flatten(0, 1)``, with ``present=batch.present.flatten()``.
         texts: float[N, C], vectors of length 1.
         scale: float[], multiplies the logits; exp of a learned number.
         present: bool[N], which pairs are there; None is all.
@@ -104,28 +104,6 @@ def sigmoid_contrastive(
     images, texts = _clean(images, here), _clean(texts, here)
     total = _in_chunks(missed, images, all_pairs(texts), (scale, bias), chunk)
     return total / global_count(here)
-
-
-def in_order_of(wanted: Tensor, example_index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the texts' vectors in the order of their images.
-
-    Row by row both batches must hold the same examples, as those of `pack_pairs` do; images that
-    could not be decoded may be missing.
-
-    Args:
-        wanted: int64[B, S], example_index of the images; -1 where absent.
-        example_index: int64[B, S2], of the texts.
-        values: float[B, S2, C], one vector a text.
-
-    Returns:
-        float[B, S, C], 0 where absent; bool[B, S], which pairs are there.
-    """
-    # [B, S, S2]
-    same = (wanted[:, :, None] == example_index[:, None, :]) & (wanted >= 0)[:, :, None]
-    present = same.any(-1)
-    # As int: argmax takes no bool. Of an absent pair it is 0, and masked below.
-    place = same.int().argmax(-1)[..., None].expand(-1, -1, values.shape[-1])
-    return values.gather(1, place).masked_fill(~present[..., None], 0), present
 
 
 def _in_chunks(

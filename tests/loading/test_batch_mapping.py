@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
-from packpipe.loading.batch import PackedBatch, TokenBatch
+from packpipe.loading.batch import PackedBatch, PairBatch, TokenBatch
 
 IMAGES = ["patches", "segment_ids", "coords", "seq_lens", "grid_hw", "example_index"]
 TOKENS = ["segment_ids", "position_ids", "seq_lens", "fragment", "example_index"]
@@ -96,7 +96,13 @@ def test_a_batch_is_made_of_its_columns_again(case, width):
         assert same(pytree.tree_unflatten(leaves, tree), batch)
 
 
-@pytest.mark.parametrize("batch", [images(), images(labels=None), tokens(["input_ids"], ["x"])])
+def pairs() -> PairBatch:
+    return PairBatch(images(), tokens(["input_ids"], ["x"]))
+
+
+@pytest.mark.parametrize(
+    "batch", [images(), images(labels=None), tokens(["input_ids"], ["x"]), pairs()]
+)
 def test_frameworks_change_its_tensors(batch):
     from accelerate.utils import operations
     from lightning_utilities.core.apply_func import apply_to_collection
@@ -122,9 +128,18 @@ def test_frameworks_change_its_tensors(batch):
     ):
         assert type(found) is type(batch)
         assert list(found) == list(batch)
-        tensors = [value for value in found.values() if isinstance(value, torch.Tensor)]
+        assert pytree.tree_structure(found) == pytree.tree_structure(batch)
+        tensors = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
         assert {tensor.device.type for tensor in tensors} == {"meta"}
         assert len(tensors) >= len(TOKENS)
+
+
+def test_a_batch_of_pairs_is_a_mapping_of_its_images_and_its_texts():
+    batch = pairs()
+    assert dict(**batch) == {"images": batch.images, "texts": batch.texts}
+    again = PairBatch(dict(batch))
+    assert again.images is batch.images
+    assert again.texts is batch.texts
 
 
 def test_keys_of_the_tree_are_names():

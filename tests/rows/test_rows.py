@@ -333,3 +333,41 @@ def test_keep_leaves_rows_where_they_are():
     assert kept.example_index.tolist() == [20, 40, 50]
     assert kept.labels.to_pylist() == ["b", "d", "e"]
     assert len(kept) == len(segments) == 4
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=3), max_size=4),
+    st.integers(0, 2),
+)
+def test_kept_segments_bring_their_tokens_along(drawn, padding):
+    seq_len = 9 + padding
+    names = {"input_ids": (7, 0), "labels": (-100, -100)}  # what stands in padding, before and then
+
+    def columns(some, absent):
+        """Columns of rows of (tokens, ...) by plain loops; the n-th segment of all is full of n."""
+        found = {name: [] for name in ("segment_ids", "position_ids", *names)}
+        for row in some:
+            flat = [(s, p, n) for s, (n, length) in enumerate(row, 1) for p in range(length)]
+            end = [0] * (seq_len - len(flat))
+            found["segment_ids"].append([s for s, _, _ in flat] + end)
+            found["position_ids"].append([p for _, p, _ in flat] + end)
+            for name in names:
+                found[name].append([n for _, _, n in flat] + [names[name][absent]] * len(end))
+        return {
+            name: np.array(values, np.int32).reshape(-1, seq_len) for name, values in found.items()
+        }
+
+    numbers = itertools.count(1)
+    drawn = [[(next(numbers), *segment) for segment in row] for row in drawn]
+    whole = [[(n, length) for n, length, _ in row] for row in drawn]
+    rows = Rows(
+        np.cumsum([0, *map(len, whole)]),
+        {"seq_lens": np.array([length for row in whole for _, length in row], np.int32)},
+        columns(whole, 0),
+    )
+    found = rows.keep(np.array([kept for row in drawn for _, _, kept in row], np.bool_))
+    left = [[(n, length) for n, length, kept in row if kept] for row in drawn]
+    assert found.offsets.tolist() == np.cumsum([0, *map(len, left)]).tolist()
+    for name, values in columns(left, 1).items():
+        assert found.tokens[name].tolist() == values.tolist()
+        assert found.tokens[name].dtype == np.int32
