@@ -6,7 +6,8 @@ import packed
 import torch
 from torch.nn import functional as F
 
-from packpipe.loading.batch import NO_LABEL, PackedBatch
+from packpipe.loading.batch import PackedBatch
+from packpipe.rows.rows import NO_LABEL
 from packpipe.training.contrastive import sigmoid_contrastive, softmax_contrastive
 from packpipe.training.losses import (
     segment_cross_entropy,

@@ -57,9 +57,10 @@ def test_packing_lengths_loads_no_arrow():
     assert found & {"pyarrow", "PIL", "datasets", "torch", "matplotlib"} == set()
 
 
-def test_a_stream_of_packs_loads_no_torch():
-    found = loaded_by("import packpipe; packpipe.PackedStream, packpipe.EpochPacks, packpipe.pack")
-    assert {"datasets", "packpipe.loading.streams"} <= found
+def test_packing_and_reading_load_no_torch():
+    names = ("PackedStream", "EpochPacks", "pack", "read_rows", "PackedLoader", "verify")
+    found = loaded_by("import packpipe; " + "; ".join(f"packpipe.{name}" for name in names))
+    assert {"datasets", "packpipe.loading.streams", "packpipe.loading.loader"} <= found
     assert found & {"torch", "matplotlib"} == set()
 
 

@@ -1,32 +1,23 @@
 """`PackedBatch`, `TokenBatch`, `PairBatch`: packed rows as tensors of one shape.
 
-The shapes depend on the batch size, ``seq_len`` and ``max_segments`` alone, never on what the
-rows hold, so a model is compiled for one graph only.
-
-Shape letters, here and in the model: B rows, L tokens a row (seq_len), S segments a row
-(max_segments), D bytes a patch.
+The tensors are the arrays of `packpipe.loading.columns`, which says what the shape letters mean.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from packpipe import checks
+from packpipe.loading.columns import image_columns, token_columns
 from packpipe.rows.pairs import PairRows
-from packpipe.rows.rows import NO_LABEL, Rows
-from packpipe.rows.schema import SEGMENT_TYPES
-
-NO_EXAMPLE = -1
+from packpipe.rows.rows import Rows
 
 _Batch = TypeVar("_Batch", bound=type)
 
@@ -123,22 +114,7 @@ class PackedBatch(_Columns):
             ValueError: a row holds more segments than max_segments.
             TypeError: the labels are not integers.
         """
-        width = _checked_width(
-            rows, max_segments, "pass the max_segments the rows were packed with"
-        )
-        pad = _padding_to(rows, width)
-        labels = None
-        if "labels" in rows.segments:
-            labels = pad(_integer_labels(rows.segments["labels"]), NO_LABEL)
-        return cls(
-            patches=_tensor(rows.patches, copy),
-            segment_ids=_tensor(rows.segment_ids, copy),
-            coords=_tensor(rows.coords, copy),
-            seq_lens=pad(rows.seq_lens, 0),
-            grid_hw=pad(rows.grid_hw, 0),
-            example_index=pad(rows.example_index, NO_EXAMPLE),
-            labels=labels,
-        )
+        return cls(**_tensors(image_columns(rows, max_segments, copy=copy)))
 
     @property
     def present(self) -> Tensor:
@@ -183,48 +159,6 @@ class PackedBatch(_Columns):
         """
         present = self.present
         return self.example_index[present], values[present]
-
-
-def _checked_width(rows: Rows, max_segments: int, remedy: str) -> int:
-    """Return max_segments; raise ValueError if a row holds more segments."""
-    width = checks.whole_number("max_segments", max_segments, 1, 2**31 - 1, remedy)
-    num_segments = rows.num_segments
-    too_many = np.flatnonzero(num_segments > width)
-    if too_many.size:
-        name, found = f"num_segments[{too_many[0]}]", int(num_segments[too_many[0]])
-        expected = f"at most {width} (max_segments)"
-        raise ValueError(checks.sentence(name, found, expected, remedy))
-    return width
-
-
-def _padding_to(rows: Rows, width: int) -> Callable[[NDArray[Any], float], Tensor]:
-    """Return a function that makes a column of segments a tensor [B, S, ...].
-
-    Its second argument is what stands where a row has no such segment.
-    """
-    places = rows.places(width)  # worked out once for all columns
-
-    def pad(values: NDArray[Any], absent: float) -> Tensor:
-        column = np.full((len(rows) * width, *values.shape[1:]), absent, values.dtype)
-        column[places] = values
-        return torch.from_numpy(column.reshape(len(rows), width, *values.shape[1:]))
-
-    return pad
-
-
-def _tensor(values: NDArray[Any], copy: bool) -> Tensor:
-    # torch has no read-only tensors: writing to one over a mapped file would end the process.
-    return torch.from_numpy(values.copy() if copy or not values.flags.writeable else values)
-
-
-def _integer_labels(labels: pa.Array) -> NDArray[np.int64]:
-    if not len(labels):  # a rank without packs, where the type may be unknown
-        return np.empty(0, np.int64)
-    if not pa.types.is_integer(labels.type):
-        remedy = "class_encode_column it before packing, or pack with label_column=None"
-        raise TypeError(checks.sentence("labels.type", str(labels.type), "an integer type", remedy))
-    # torch's cross-entropy takes class numbers as int64.
-    return np.asarray(labels).astype(np.int64)
 
 
 def _token_fields(columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,32 +218,19 @@ class TokenBatch(_Columns):
     segments: dict[str, Tensor | list[list[Any]]] = field(default_factory=dict)
 
     @classmethod
-    def from_rows(cls, rows: Rows, *, max_segments: int) -> TokenBatch:
+    def from_rows(cls, rows: Rows, *, max_segments: int, copy: bool = True) -> TokenBatch:
         """Return rows as tensors, segments padded to max_segments.
 
         Args:
             rows: what `read_rows` returned for token sequences.
             max_segments: S; as many as any row holds, or more.
+            copy: False lets the tensors share the rows' memory where it is writable.
 
         Raises:
             ValueError: a row holds more segments than max_segments.
         """
-        width = _checked_width(rows, max_segments, "pass as many as the rows hold")
-        tokens = {name: _signed_tensor(values) for name, values in rows.tokens.items()}
-        pad = _padding_to(rows, width)
-        return cls(
-            segment_ids=tokens.pop("segment_ids"),
-            position_ids=tokens.pop("position_ids"),
-            tokens=tokens,
-            seq_lens=pad(rows.seq_lens, 0),
-            fragment=pad(rows.fragment, 0),
-            example_index=pad(rows.example_index, NO_EXAMPLE),
-            segments={
-                name: _value_tensor(name, values, rows, pad)
-                for name, values in rows.segments.items()
-                if name not in SEGMENT_TYPES
-            },
-        )
+        columns = _tensors(token_columns(rows, max_segments, copy=copy))
+        return cls(**_token_fields(columns))
 
     @property
     def present(self) -> Tensor:
@@ -333,25 +254,11 @@ class TokenBatch(_Columns):
         return TokenBatch(**changed(vars(self)))
 
 
-def _value_tensor(
-    name: str, values: pa.Array, rows: Rows, pad: Callable[[NDArray[Any], float], Tensor]
-) -> Tensor | list[list[Any]]:
-    """Return a column with one value a segment: numbers as [B, S], others as lists of the rows."""
-    kind = values.type
-    if pa.types.is_floating(kind):
-        return pad(values.to_numpy(zero_copy_only=False), np.nan)  # a null is NaN
-    if not values.null_count and pa.types.is_boolean(kind):
-        return pad(values.to_numpy(zero_copy_only=False), False)
-    if not values.null_count and pa.types.is_integer(kind):
-        return pad(values.to_numpy().astype(np.int64), NO_LABEL if name == "labels" else 0)
-    ends = rows.offsets.tolist()
-    return [values[a:b].to_pylist() for a, b in itertools.pairwise(ends)]
-
-
-def _signed_tensor(values: NDArray[Any]) -> Tensor:
-    # torch has few operations on unsigned integers, uint8 excepted.
-    wide = values.dtype.kind == "u" and values.dtype.itemsize > 1
-    return torch.from_numpy(values.astype(np.int64) if wide else values.copy())
+def _tensors(columns: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+        for name, values in columns.items()
+    }
 
 
 @_made_of_columns(dict)
@@ -390,19 +297,18 @@ class PairBatch(_Columns):
 Batch: TypeAlias = PackedBatch | TokenBatch | PairBatch
 
 
-def batch_of(rows: Rows | PairRows, *, max_segments: int) -> Batch:
-    """Return the batch of some rows, which are in memory of their own or read-only.
+def batch_of(rows: Rows | PairRows, max_segments: int, *, copy: bool = True) -> Batch:
+    """Return rows as the batch of their kind; see ``from_rows`` of `PackedBatch` and `TokenBatch`.
 
     Args:
         rows: of images, of token sequences, or of pairs of both.
         max_segments: S; as many as any row holds, or more.
+        copy: False lets the tensors share the rows' memory where it is writable.
     """
     if isinstance(rows, PairRows):
         return PairBatch(
-            images=PackedBatch.from_rows(rows.images, max_segments=max_segments, copy=False),
-            texts=TokenBatch.from_rows(rows.texts, max_segments=max_segments),
+            images=PackedBatch.from_rows(rows.images, max_segments=max_segments, copy=copy),
+            texts=TokenBatch.from_rows(rows.texts, max_segments=max_segments, copy=copy),
         )
-    if rows.of_tokens:
-        return TokenBatch.from_rows(rows, max_segments=max_segments)
-    # Not copied again: what is read-only is copied anyway.
-    return PackedBatch.from_rows(rows, max_segments=max_segments, copy=False)
+    kind = TokenBatch if rows.of_tokens else PackedBatch
+    return kind.from_rows(rows, max_segments=max_segments, copy=copy)

@@ -13,14 +13,11 @@ DataLoader that accelerate makes of the loader would start processes around its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-import torch
-from torch.utils.data import SequentialSampler
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from packpipe import checks
-from packpipe.loading.batch import Batch
+from packpipe.loading.columns import batch_columns
 from packpipe.loading.contents import check_contents
 from packpipe.loading.cursors import (
     Cursor,
@@ -37,6 +34,12 @@ from packpipe.loading.steps import TAILS
 from packpipe.loading.stored import StoredPacks
 from packpipe.loading.workers import Fill, as_it_is, in_processes, in_threads
 from packpipe.philox import Key, checked_key
+
+if TYPE_CHECKING:
+    import torch
+    from torch.utils.data import SequentialSampler
+
+    from packpipe.loading.batch import Batch
 
 WORKERS = ("threads", "processes")
 _VERSION = 1
@@ -78,9 +81,14 @@ class PackedLoader:
         prefetch: batches that each worker fills ahead.
         pin_memory: return batches in page-locked memory, if there is a GPU to copy them to.
         max_segments: S of the batches; None takes what the packs allow.
+        as_numpy: make each batch a dict of NumPy arrays, for JAX and others: the columns that a
+            `PackedBatch`, `TokenBatch` or `PairBatch` has as tensors, with the same values. torch is not
+            imported then; processes and pinned memory, which are its part, are refused. Several
+            processes of JAX pass ``rank=jax.process_index(), world_size=jax.process_count()``.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
+        ModuleNotFoundError: batches of tensors are asked for, and torch is not installed.
     """
 
     # What accelerate asks for. `prepare_data_loader` returns a loader that is prepared, and
@@ -108,6 +116,7 @@ class PackedLoader:
         prefetch: int = 2,
         pin_memory: bool = False,
         max_segments: int | None = None,
+        as_numpy: bool = False,
     ) -> None:
         checks.boolean("shuffle", shuffle)
         # Told by their methods: packs may also come from a class of the caller's own.
@@ -138,7 +147,13 @@ class PackedLoader:
         self._num_workers = checks.whole_number("num_workers", num_workers, 0, 1024, remedy)
         self.workers = checks.choice("workers", workers, WORKERS, "choose who fills batches")
         self.prefetch = checks.whole_number("prefetch", prefetch, 1, 1024, "2 is usual")
-        self.pin_memory = checks.boolean("pin_memory", pin_memory) and torch.cuda.is_available()
+        self.pin_memory = checks.boolean("pin_memory", pin_memory)
+        self.as_numpy = checks.boolean("as_numpy", as_numpy)
+        if as_numpy:
+            self._check_without_torch()
+        else:
+            torch = _torch()
+            self.pin_memory = pin_memory and torch.cuda.is_available()
         if max_segments is not None:
             remedy = "None takes what the packs allow"
             max_segments = checks.whole_number("max_segments", max_segments, 1, 2**31 - 1, remedy)
@@ -171,7 +186,11 @@ class PackedLoader:
 
         If all epochs have one order, a `SequentialSampler`: by that Lightning knows that they have.
         """
-        return SequentialSampler(self.dataset) if self._has_one_order else self
+        if not self._has_one_order:
+            return self
+        from torch.utils.data import SequentialSampler
+
+        return SequentialSampler(self.dataset)
 
     @property
     def batch_sampler(self) -> NumberedSteps:
@@ -186,7 +205,8 @@ class PackedLoader:
     @property
     def generator(self) -> torch.Generator:
         """One that nothing is drawn from, so that a DataLoader draws no seed from torch's own."""
-        return torch.Generator()
+        found: torch.Generator = _torch().Generator()
+        return found
 
     @property
     def rank(self) -> int:
@@ -233,7 +253,7 @@ class PackedLoader:
         """Yield the batches of an epoch, from its beginning or where a loaded state stopped.
 
         A batch is a `PackedBatch`; of rows of token sequences, a `TokenBatch`; of both tables of
-        `pack_pairs`, a `PairBatch`.
+        `pack_pairs`, a `PairBatch`; with ``as_numpy``, a dict of their columns.
 
         Raises:
             ValueError: (with the first batch, on every rank) the ranks of the process group would
@@ -363,6 +383,25 @@ class PackedLoader:
         return {"max_segments": self._width, **contents()}
 
     @property
+    def _batch_of(self) -> Callable[..., Batch]:
+        """What makes a batch of rows."""
+        if self.as_numpy:
+            return batch_columns
+        from packpipe.loading.batch import batch_of
+
+        return batch_of
+
+    def _check_without_torch(self) -> None:
+        """Raise ValueError if something is asked for that is torch's."""
+        free = {"workers": (self.workers, "threads"), "pin_memory": (self.pin_memory, False)}
+        for name, (value, expected) in free.items():
+            if value != expected:
+                remedy = "the other is for tensors"
+                raise ValueError(
+                    checks.sentence(name, value, f"{expected!r} with as_numpy", remedy)
+                )
+
+    @property
     def _width(self) -> int:
         """S of the batches."""
         return self._max_segments or self.packs.max_segments
@@ -402,6 +441,7 @@ class PackedLoader:
         """Return this rank's batches of the epoch, from the start on."""
         fill = Fill(
             self.packs,
+            self._batch_of,
             self._key,
             self.batch_size,
             self._width,
@@ -412,3 +452,19 @@ class PackedLoader:
             return map(fill, parts)
         fill_ahead = in_threads if self.workers == "threads" else in_processes
         return fill_ahead(fill, parts, self._num_workers, self.prefetch)
+
+
+def _torch() -> Any:
+    """Return torch, which `as_numpy` does without.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        expected = "installed for batches of tensors"
+        remedy = "pip install 'packpipe[torch]', or pass as_numpy=True"
+        said = checks.sentence("torch", "missing", expected, remedy)
+        raise ModuleNotFoundError(said, name="torch") from error
+    return torch

@@ -9,7 +9,8 @@ anything refers to it. Two things do, and both are prevented here:
 
 * `torch.distributed.nn.functional` has ``group=group.WORLD`` among its default arguments. torch
   imports it late, for instance with the first optimizer; a group that exists by then stays in
-  those defaults for ever. So it is imported here, before there is a group.
+  those defaults for ever. So it is imported here, before there is a group: with this module if
+  torch is there already, else by `process_group`.
 * Reference cycles: torch's late imports keep the frames of their callers, among them the one with
   the DistributedDataParallel. They are collected before the group is destroyed.
 """
@@ -17,29 +18,41 @@ anything refers to it. Two things do, and both are prevented here:
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import groupby
+from types import ModuleType
 from typing import Any, TypeVar
-
-import torch
-
-# Before there is a group; see above.
-if torch.distributed.is_available():
-    import torch.distributed.nn.functional
 
 T = TypeVar("T")
 
 
+def _distributed() -> ModuleType | None:
+    """Return torch.distributed if this process has imported it, and it can be used."""
+    # Who has not imported torch has no group of it, and need not have torch to find that out.
+    module = sys.modules.get("torch.distributed")
+    return module if module is not None and module.is_available() else None
+
+
+# Before there is a group; see above.
+if _distributed():
+    import_module("torch.distributed.nn.functional")
+
+
 def has_group() -> bool:
     """Return whether a process group exists, of one rank or several."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    distributed = _distributed()
+    return distributed is not None and distributed.is_initialized()
 
 
 def rank_of_world() -> tuple[int, int]:
     """Return this process's rank and how many there are: (0, 1) without a process group."""
     if not has_group():
         return 0, 1
+    import torch
+
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -58,6 +71,8 @@ def agree(values: dict[str, Any]) -> None:
     _, world_size = rank_of_world()
     if world_size == 1:
         return
+    import torch
+
     everyone: list[dict[str, str]] = [{}] * world_size
     own = {name: repr(value) for name, value in values.items()}
     # Under NCCL through the current GPU, which torch asks every process to choose for itself.
@@ -123,6 +138,9 @@ def process_group(backend: str = "gloo") -> Iterator[None]:
     Args:
         backend: backend of torch.distributed, ``"gloo"`` or ``"nccl"``.
     """
+    import torch
+    import torch.distributed.nn.functional
+
     torch.distributed.init_process_group(backend)
     try:
         yield
@@ -138,5 +156,7 @@ def end_process_group() -> None:
     # First the cycles that refer to the group: it would outlive its destruction.
     gc.collect()
     if has_group():
+        import torch
+
         torch.distributed.destroy_process_group()
     gc.collect()

@@ -5,23 +5,23 @@ from __future__ import annotations
 import os
 import signal
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 
 from packpipe import checks
 from packpipe.images.watch import STILL_SECONDS, Progress, Watch, run_time
-from packpipe.loading.batch import Batch, batch_of
 from packpipe.philox import Key
 from packpipe.rows.pairs import PairRows
 from packpipe.rows.rows import Rows
+
+if TYPE_CHECKING:
+    from packpipe.loading.batch import Batch
 
 # The packs that a rank takes at a step, and their places in its batch.
 Part: TypeAlias = tuple[Any, NDArray[np.int64]]
@@ -47,6 +47,8 @@ class Fill:
 
     Attributes:
         packs: where packs come from.
+        batch_of: makes a batch of rows and their max_segments: `packpipe.loading.batch.batch_of`,
+            or `batch_columns`, which needs no torch.
         key: (seed, epoch) of all random choices.
         batch_size: rows of a batch; those without a pack are empty.
         max_segments: S of the batch.
@@ -54,21 +56,23 @@ class Fill:
     """
 
     packs: Packs
+    batch_of: Callable[..., Any]
     key: Key
     batch_size: int
     max_segments: int
     pin_memory: bool
 
-    def rows(self, part: Part) -> Batch:
+    def rows(self, part: Part) -> Any:
         """Return the batch of a part, in ordinary memory."""
         packs, places = part
         rows = self.packs.rows(self.key, packs)
         # At a padded last step a rank has fewer packs than rows; the other rows stay empty.
         if len(places) < self.batch_size:
             rows = rows.spread(places, self.batch_size)
-        return batch_of(rows, max_segments=self.max_segments)
+        # Not copied again: these rows are in memory of their own, or read-only and copied anyway.
+        return self.batch_of(rows, self.max_segments, copy=False)
 
-    def __call__(self, part: Part) -> Batch:
+    def __call__(self, part: Part) -> Any:
         """Return the batch of a part."""
         batch = self.rows(part)
         return batch.pin_memory() if self.pin_memory else batch
@@ -114,9 +118,12 @@ def in_processes(
     Raises:
         RuntimeError: a process was killed, or stood still (see `packpipe.images.watch`).
     """
+    import torch
+    from torch.utils.data import DataLoader
+
     # Parts are small arrays of numbers, so all of an epoch's fit into memory.
-    steps = _Steps(fill, list(parts))
-    loader = DataLoader(
+    steps: Any = _Steps(fill, list(parts))
+    loader: DataLoader[Any] = DataLoader(
         steps,
         batch_size=None,  # a step is a whole batch already
         sampler=range(len(steps.parts)),
@@ -167,13 +174,13 @@ def _watched(batches: Any, seconds: float) -> Iterator[Batch]:
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset[Batch]):
-    """A torch dataset of batches: item i is the batch of step i, in ordinary memory."""
+class _Steps:
+    """A dataset to torch, of batches: item i is the batch of step i, in ordinary memory."""
 
     fill: Fill
     parts: list[Part]
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Any:
         return self.fill.rows(self.parts[step])
 
 
