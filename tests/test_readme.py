@@ -1,13 +1,16 @@
 """The README's code, and that of the pages, runs as it stands; its commands are those CI calls."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
+import loading
 import numpy as np
 import pytest
 
@@ -134,15 +137,57 @@ def test_the_commands_for_one_s_own_photos(elsewhere):
         assert (elsewhere / name).is_file()
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
-@pytest.mark.usefixtures("elsewhere")
-def test_a_page_s_code_prints_what_stands_below_it(page, capsys):
+def code_and_output(page):
+    """The blocks of Python of a page, each with the text that stands below it."""
     text = page.read_text(encoding="utf-8")
     found = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", text, re.M | re.S)
     assert len(found) == len(blocks("python", page))
-    for code, printed in found:
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES[1:-1], ids=lambda page: page.stem)
+@pytest.mark.usefixtures("elsewhere")
+def test_a_page_s_code_prints_what_stands_below_it(page, capsys):
+    for code, printed in code_and_output(page):
         exec(code, {})  # noqa: S102
         assert capsys.readouterr().out == printed
+
+
+# JAX and Polars have threads, after which this process should not fork any more.
+CHILD = """
+import without_torch
+import contextlib, io, json, sys
+
+printed = []
+for code in json.load(sys.stdin):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, {})
+    printed.append(out.getvalue())
+print(json.dumps(printed))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.skipif(
+    not all(find_spec(name) for name in ("polars", "duckdb", "jax", "grain")),
+    reason="the page shows all of them",
+)
+def test_the_page_without_torch_prints_the_same_in_a_process_that_has_none():
+    page = PAGES[-1]
+    assert page.stem == "without_torch"
+    found = code_and_output(page)
+    assert len(found) == 7
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHILD],
+        input=json.dumps([code for code, _ in found]),
+        env=loading.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [printed for _, printed in found]
 
 
 def test_links_within_the_repository_lead_somewhere():

@@ -14,6 +14,7 @@ DataLoader that accelerate makes of the loader would start processes around its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from packpipe import checks
@@ -29,7 +30,7 @@ from packpipe.loading.cursors import (
 )
 from packpipe.loading.numbered import NumberedBatches, NumberedSteps
 from packpipe.loading.pairs import StoredPairs
-from packpipe.loading.ranks import agree, rank_of_world, together
+from packpipe.loading.ranks import agree, import_before_groups, rank_of_world, together
 from packpipe.loading.steps import TAILS
 from packpipe.loading.stored import StoredPacks
 from packpipe.loading.workers import Fill, as_it_is, in_processes, in_threads
@@ -40,6 +41,11 @@ if TYPE_CHECKING:
     from torch.utils.data import SequentialSampler
 
     from packpipe.loading.batch import Batch
+
+# A script that imports torch after this module, and makes its group itself, is to end, too.
+with suppress(ModuleNotFoundError):
+    import torch
+import_before_groups()
 
 WORKERS = ("threads", "processes")
 _VERSION = 1
@@ -82,9 +88,10 @@ class PackedLoader:
         pin_memory: return batches in page-locked memory, if there is a GPU to copy them to.
         max_segments: S of the batches; None takes what the packs allow.
         as_numpy: make each batch a dict of NumPy arrays, for JAX and others: the columns that a
-            `PackedBatch`, `TokenBatch` or `PairBatch` has as tensors, with the same values. torch is not
-            imported then; processes and pinned memory, which are its part, are refused. Several
-            processes of JAX pass ``rank=jax.process_index(), world_size=jax.process_count()``.
+            `PackedBatch`, `TokenBatch` or `PairBatch` has as tensors, with the same values. torch
+            need not be installed then; processes and pinned memory, which are its part, are
+            refused. Several processes of JAX pass
+            ``rank=jax.process_index(), world_size=jax.process_count()``.
 
     Raises:
         TypeError, ValueError: an argument is wrong.

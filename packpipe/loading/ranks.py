@@ -9,8 +9,8 @@ anything refers to it. Two things do, and both are prevented here:
 
 * `torch.distributed.nn.functional` has ``group=group.WORLD`` among its default arguments. torch
   imports it late, for instance with the first optimizer; a group that exists by then stays in
-  those defaults for ever. So it is imported here, before there is a group: with this module if
-  torch is there already, else by `process_group`.
+  those defaults for ever. So `import_before_groups` imports it, with the loader and with this
+  module, if torch is there.
 * Reference cycles: torch's late imports keep the frames of their callers, among them the one with
   the DistributedDataParallel. They are collected before the group is destroyed.
 """
@@ -36,9 +36,13 @@ def _distributed() -> ModuleType | None:
     return module if module is not None and module.is_available() else None
 
 
-# Before there is a group; see above.
-if _distributed():
-    import_module("torch.distributed.nn.functional")
+def import_before_groups() -> None:
+    """Import what would hold a group that exists by then; see above."""
+    if _distributed():
+        import_module("torch.distributed.nn.functional")
+
+
+import_before_groups()
 
 
 def has_group() -> bool:
@@ -139,8 +143,8 @@ def process_group(backend: str = "gloo") -> Iterator[None]:
         backend: backend of torch.distributed, ``"gloo"`` or ``"nccl"``.
     """
     import torch
-    import torch.distributed.nn.functional
 
+    import_before_groups()
     torch.distributed.init_process_group(backend)
     try:
         yield
