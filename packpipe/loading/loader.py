@@ -390,7 +390,7 @@ class PackedLoader:
         return {"max_segments": self._width, **contents()}
 
     @property
-    def _batch_of(self) -> Callable[..., Batch]:
+    def _batch_of(self) -> Callable[..., Any]:
         """What makes a batch of rows."""
         if self.as_numpy:
             return batch_columns
