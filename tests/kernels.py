@@ -41,6 +41,8 @@ def compile_all() -> None:
     for dtype in (np.int32, np.int64):
         tokens = np.arange(5, dtype=dtype)
         gathering.gather(tokens, places, lens, places, tokens.copy())
+        gathering.kept_runs(tokens, places, lens.astype(np.int64))
+    gathering.kept_runs(np.ones(5, np.int8), places, lens.astype(np.int64))
     gathering.number_tokens(lens, lens, places, *np.zeros((2, 5), np.int32))
 
 

@@ -136,8 +136,9 @@ class Build:
         def account(batches: Iterator[FilledRows], failed: list[Reject]) -> Iterator[pa.Table]:
             for rows, undecodable, num_examples in batches:
                 failed.extend(undecodable)
-                rejects.extend(undecodable)
-                tolerance.check(rejects)
+                if undecodable:
+                    rejects.extend(undecodable)
+                    tolerance.check(rejects)
                 packs_done.append(len(rows))
                 bar.set_postfix(packs=sum(packs_done), rejects=len(rejects), refresh=False)
                 bar.update(num_examples)

@@ -51,7 +51,9 @@ def pack(
 
     A dataset without an image column, or with token_columns named, holds token sequences: all its
     lists of numbers (``input_ids``, ``labels`` and so on) are packed alike, and its other columns
-    become lists of one value a segment.
+    become lists of one value a segment. Tokens at which ``attention_mask`` is 0 are padding of the
+    source: they are left out of all lists and counted (``masked_tokens`` of the manifest), and what
+    is left is the sequence. One without any token is in the rejects as "empty", but never bad.
 
     Args:
         dataset: a Dataset with an image column, whose encoded images are read undecoded; or with
@@ -146,7 +148,9 @@ def job_of(
     image_seconds: float = IMAGE_SECONDS,
     **asked_columns: Any,
 ) -> Job:
-    """Return the job that `pack` is asked for, its arguments checked; nothing is read yet.
+    """Return the job that `pack` is asked for, its arguments checked.
+
+    Nothing is read yet, but for the attention mask of tokens.
 
     Args:
         dataset: of images or token sequences.
@@ -169,7 +173,7 @@ def job_of(
             remedy = "leave it out, since rows of tokens are as small as their source"
             raise ValueError(checks.sentence("materialize", False, "True for tokens", remedy))
         token_config = token_config_from(seq_len, options)
-        of_tokens = columns.of_tokens(dataset.features, token_config)
+        of_tokens = columns.of_tokens(dataset, token_config)
         return token_job(Sequences(dataset, of_tokens, token_config, key))
     config = config_from(seq_len, options)
     of_images = columns.of_images(dataset)

@@ -50,6 +50,7 @@ class Packer:
     NumPy arrays or lists: the batches of Ray Data's ``map_batches`` and Spark's ``mapInArrow``.
     Arrays are packed as the pixels they are. In its own formats (numpy, torch) `datasets` decodes
     images by rules of its own, which know no palettes and no CMYK: pack those without a format.
+    Padding of sequences (``attention_mask`` 0) and empty sequences are left out, as in `pack`.
 
     Args:
         seq_len: tokens a pack holds.
@@ -129,7 +130,7 @@ class Packer:
             config = self.config
             if not isinstance(config, TokenConfig):
                 config = token_config_from(self.seq_len, self.options)
-            tokens = self.columns.of_tokens(dataset.features, config)
+            tokens = self.columns.of_tokens(dataset, config)
             return plan_sequences(Sequences(dataset, tokens, config, self.key), numbers)
         config = self.config
         if not isinstance(config, PackConfig):
@@ -150,6 +151,9 @@ class Packer:
             name = f"example {reject.example_index}" + ("" if in_source else " of the batch")
             if reject.stage == ASKED:
                 log.warning("%s dropped: %s", name, reject.exception)
+                continue
+            if not reject.is_bad:  # a third of the lines of a text may be empty
+                log.debug("%s left out: %s", name, reject.exception)
                 continue
             what = f"{name} {bad_because(reject)}"
             if self.on_error == "raise":

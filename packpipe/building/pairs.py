@@ -59,6 +59,7 @@ def pack_pairs(
 
     An image that cannot be decoded is left out of its row, like in `pack`; its text stays, and
     `PackedLoader` leaves it out when it reads both. By `example_index` they are found elsewhere.
+    Padding of texts (``attention_mask`` 0) is left out, and an example whose text is then empty.
 
     Args:
         dataset: a Dataset with an image column and lists of tokens.
@@ -99,7 +100,7 @@ def pack_pairs(
     checks.choice("overflow", overflow, TEXT_OVERFLOWS, "choose what too long ones become")
     key = checked_key(seed, epoch)
     tolerance = tolerance_of(len(dataset), on_error, max_bad_fraction, max_consecutive_bad)
-    of_tokens = columns.of_tokens(dataset.features, text_config)
+    of_tokens = columns.of_tokens(dataset, text_config)
     texts = Sequences(dataset, of_tokens, text_config, key)
     images = Images(
         dataset,

@@ -86,9 +86,13 @@ class Summary:
             ("alone", f"{self.padding_alone:.3%} padding with one {self.unit} a row"),
             ("lengths", _spread(self.seq_lens, "tokens")),
         ]
-        for name, what in (("shrunk", "images shrunk to fit"), ("cut", "sequences cut")):
-            if counts.get(name):
-                found.append((name, f"{counts[name]:,} {what}"))
+        for name, key, what in (
+            ("shrunk", "shrunk", "images shrunk to fit"),
+            ("cut", "cut", "sequences cut"),
+            ("masked", "masked_tokens", "tokens of padding in the source left out"),
+        ):
+            if counts.get(key):
+                found.append((name, f"{counts[key]:,} {what}"))
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def plan_sequences(sequences: Sequences, numbers: NDArray[np.int64] | None = Non
         segment_size=4 + 4 + 8 + 8 * len(source.values),
         text_sizes=_text_sizes(plan, source),
         fill=partial(_fill, sequences, plan, numbers),
-        counts=partial(_counts, plan),
+        counts=partial(_counts, plan, sequences),
     )
 
 
@@ -151,10 +151,12 @@ def _text_sizes(plan: TokenPlan, source: TokenSource) -> NDArray[np.int64]:
     return sizes
 
 
-def _counts(plan: TokenPlan, rejects: list[Reject]) -> dict[str, int]:
-    """Return the manifest's counts of packs, tokens and what was cut."""
+def _counts(plan: TokenPlan, sequences: Sequences, rejects: list[Reject]) -> dict[str, int]:
+    """Return the manifest's counts of packs, tokens and what was cut or left out."""
     del rejects  # none is found while rows are filled, so the plan has the counts
+    masked = sequences.source.num_masked
     return {
+        **({} if sequences.columns.mask is None else {"masked_tokens": masked}),
         "cut": plan.num_cut,
         "truncated_tokens": plan.num_truncated_tokens,
         "pieces": len(plan.index),
@@ -173,6 +175,8 @@ def token_record(sequences: Sequences) -> dict[str, Any]:
         "source_fingerprint": sequences.dataset._fingerprint,
         "token_columns": sequences.columns.tokens,
         "value_columns": sequences.columns.values,
+        # Only if it leaves out something: other folders are what they always were.
+        **({} if sequences.columns.mask is None else {"mask_column": sequences.columns.mask}),
         "config": sequences.config.to_dict(),
         **sequences.key._asdict(),
         # Texts of pairs follow the packs of the images, which this stands for.

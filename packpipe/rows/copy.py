@@ -1,4 +1,4 @@
-"""Copies runs of tokens from source columns to their places in packed rows, each once."""
+"""Finds runs of tokens in source columns, and copies them to their places, each once."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def gather(
         out: one-dimensional array of the same dtype.
         executor: threads that copy one part per processor; None copies in this thread.
     """
-    # Bits are copied, whatever they mean. So Numba compiles one kernel for each item size, not one
-    # for each dtype.
-    word = np.dtype(f"u{values.dtype.itemsize}")
+    word = _word(values)  # bits are copied, whatever they mean
     source, target = values.view(word), out.view(word)
     _in_tasks(
         lambda some: _copy_runs(source, starts[some], lens[some], places[some], target),
@@ -69,6 +67,32 @@ def number_tokens(
     )
 
 
+def kept_runs(
+    mask: NDArray[Any], starts: NDArray[np.int64], lens: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return the runs of values that are not 0: how many each list has, their places and lengths.
+
+    Args:
+        mask: one-dimensional array.
+        starts: int64[lists], first value of each list.
+        lens: int64[lists], values of each.
+
+    Returns:
+        int64[lists], runs of each list; int64[runs], list by list, the place within its list at
+        which each begins; int64[runs], the values of each.
+    """
+    values, num_runs = mask.view(_word(mask)), np.empty(len(lens), np.int64)
+    _count_runs(values, starts, lens, num_runs)
+    places, sizes = np.empty((2, num_runs.sum()), np.int64)
+    _find_runs(values, starts, lens, places, sizes)
+    return num_runs, places, sizes
+
+
+def _word(values: NDArray[Any]) -> np.dtype[Any]:
+    """Return the unsigned type of the same size: Numba compiles one kernel for each, not dtype."""
+    return np.dtype(f"u{values.dtype.itemsize}")
+
+
 def _in_tasks(run: Callable[[slice], None], size: int, executor: Executor | None) -> None:
     """Call run with slices that cover range(size): one per processor, or one without executor."""
     if executor is None:
@@ -101,3 +125,31 @@ def _number(lens, numbers, places, segment_ids, position_ids):  # type: ignore[n
         for j in range(lens[k]):
             ids[j] = numbers[k]
             positions[j] = j
+
+
+@njit(cache=True, nogil=True)
+def _count_runs(mask, starts, lens, num_runs):  # type: ignore[no-untyped-def]
+    for k in range(starts.shape[0]):
+        own = mask[starts[k] : starts[k] + lens[k]]
+        count, before = 0, False
+        for j in range(lens[k]):
+            kept = own[j] != 0
+            count += kept and not before
+            before = kept
+        num_runs[k] = count
+
+
+@njit(cache=True, nogil=True)
+def _find_runs(mask, starts, lens, places, sizes):  # type: ignore[no-untyped-def]
+    run = -1
+    for k in range(starts.shape[0]):
+        own = mask[starts[k] : starts[k] + lens[k]]
+        before = False
+        for j in range(lens[k]):
+            kept = own[j] != 0
+            if kept and not before:
+                run += 1
+                places[run], sizes[run] = j, 0
+            if kept:
+                sizes[run] += 1
+            before = kept

@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 ON_ERROR = ("quarantine", "raise")
 # Stage of rejects that the caller asked for (overflow="drop"); they do not count as bad.
 ASKED = "overflow"
+# Stage and reason of sequences without a token, which texts have many of; nor do they count as bad.
+EMPTY = ("tokens", "empty")
 # Rejects that an error names.
 NAMED = 5
 # Bad examples that a stream may begin with before their share is judged: enough that a share below
@@ -78,7 +80,7 @@ class Tolerance:
         Raises:
             TooManyRejects: names how many, the limit, and the first ones.
         """
-        bad = sorted(reject for reject in rejects if reject.stage != ASKED)
+        bad = sorted(reject for reject in rejects if reject.is_bad)
         self._check_first(bad)
         first = _named("First", bad[:NAMED])
         # A share of the whole source, also while it is being read: rejects only become more, so an
@@ -242,3 +244,8 @@ class Reject(NamedTuple):
     stage: str
     reason: str
     exception: str
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether it counts as bad input: not if it is empty, or was dropped as asked."""
+        return self.stage != ASKED and (self.stage, self.reason) != EMPTY

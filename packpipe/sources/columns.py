@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import (
     Array2D,
     Array3D,
@@ -32,6 +33,8 @@ from packpipe.sources.image_source import checked_root
 from packpipe.sources.sizes import checked_columns
 
 _LABEL_NAMES = ("label", "labels")
+# Tokenizers' own name: 0 at tokens that only fill up a sequence, as with padding="max_length".
+_MASK = "attention_mask"
 
 
 def image_column_of(features: Features, asked: str) -> str:
@@ -133,10 +136,18 @@ class TokenColumns(NamedTuple):
     Attributes:
         tokens: lists of numbers; the first gives a sequence's length.
         values: one value a sequence.
+        mask: lists that are 0 where a sequence has padding, which is left out; None without any.
     """
 
     tokens: list[str]
     values: list[str]
+    mask: str | None = None
+
+    @property
+    def lists(self) -> list[str]:
+        """The columns of lists: of tokens, and the mask."""
+        apart = self.mask is not None and self.mask not in self.tokens
+        return [*self.tokens, self.mask] if apart else self.tokens
 
 
 @dataclass(frozen=True)
@@ -173,15 +184,17 @@ class AskedColumns:
             root=checked_root(self.image_root),
         )
 
-    def of_tokens(self, features: Features, config: TokenConfig) -> TokenColumns:
+    def of_tokens(self, dataset: Dataset, config: TokenConfig) -> TokenColumns:
         """Return the columns of a dataset of token sequences: as named, or found.
 
         Raises:
             ValueError: an argument or a column is wrong, or its type cannot hold its padding.
         """
+        features = dataset.features
         tokens = token_columns_of(features, self.token_columns)
         check_paddings(features, tokens, config)
-        return TokenColumns(tokens, value_columns_of(features, tokens, self.value_columns))
+        values = value_columns_of(features, tokens, self.value_columns)
+        return TokenColumns(tokens, values, mask_of(dataset, tokens))
 
 
 class Options(PackOptions, total=False):
@@ -235,6 +248,25 @@ def value_columns_of(
             raise ValueError(checks.sentence(f"features[{name!r}]", found, expected, remedy))
     _refuse_reserved(chosen)
     return chosen
+
+
+def mask_of(dataset: Dataset, token_columns: list[str]) -> str | None:
+    """Return the column whose zeros are padding in the source; None if there is no such zero.
+
+    It is ``attention_mask``, packed or not, and goes with ``input_ids``.
+
+    Raises:
+        ValueError: it holds numbers below 0, so it is not 0 in padding alone.
+    """
+    belongs = not {_MASK, "input_ids"}.isdisjoint(token_columns)
+    if not belongs or not holds_numbers(dataset.features.get(_MASK)):
+        return None
+    # One look at each value, where it lies: a dataset without padding has no other cost.
+    lowest = pc.min(pc.list_flatten(dataset.data.column(_MASK))).as_py()
+    if lowest is not None and lowest < 0:
+        expected = "0 at padding, and numbers above 0 at tokens"
+        raise ValueError(checks.sentence(_MASK, lowest, expected, "rename or remove the column"))
+    return None if lowest is None or lowest else _MASK
 
 
 def check_paddings(features: Features, columns: list[str], config: TokenConfig) -> None:

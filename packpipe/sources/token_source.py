@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from packpipe.rows.copy import gather
+from packpipe.rows.copy import gather, kept_runs
 from packpipe.rows.fill_tokens import TokenColumn
-from packpipe.rows.rejects import Reject
+from packpipe.rows.rejects import EMPTY, Reject
 from packpipe.rows.text import as_bytes, from_bytes, is_text, joined
 from packpipe.sources.columns import TokenColumns
 
@@ -32,11 +32,13 @@ class TokenSource:
         columns: of tokens, by name; the first gives a sequence's length.
         values: the other columns that are packed, one value a sequence, as ``take`` returns them.
         rejects: the examples that cannot be packed.
+        num_masked: tokens left out, since they are padding in the source.
     """
 
     columns: dict[str, TokenColumn]
     values: dict[str, pa.Array | TextColumn]
     rejects: list[Reject]
+    num_masked: int = 0
 
     @property
     def lens(self) -> NDArray[np.int64]:
@@ -72,10 +74,13 @@ class TextColumn:
 
 
 def token_source(dataset: Dataset, names: TokenColumns) -> TokenSource:
-    """Return the sequences of a dataset; tokens and texts are not copied, bool and nulls are."""
+    """Return the sequences of a dataset, without their padding.
+
+    Tokens and texts are not copied; bool and nulls are, and sequences with padding between tokens.
+    """
     table = dataset.data
     texts = [name for name in names.values if is_text(table.schema.field(name).type)]
-    found = {name: token_column(table.column(name)) for name in names.tokens}
+    found = {name: token_column(table.column(name)) for name in names.lists}
     found |= {name: token_column(_as_bytes(table.column(name))) for name in texts}
     # Rows that were selected or shuffled: reading them through `datasets` would copy them all.
     if dataset._indices is not None:
@@ -90,7 +95,14 @@ def token_source(dataset: Dataset, names: TokenColumns) -> TokenSource:
             # One chunk, since `take` searches every chunk of a column, for every pack.
             values[name] = joined(rows.column(name))
     columns = {name: found[name] for name in names.tokens}
-    return TokenSource(columns, values, rejected(columns))
+    if names.mask is None:
+        bad = bad_sequences(columns)
+        return TokenSource(columns, values, sorted([*bad, *empty_sequences(columns, bad)]))
+    mask = found[names.mask]
+    bad = bad_sequences(columns | {names.mask: mask})
+    columns, num_masked = without_padding(columns, mask, usable(len(mask.lens), bad))
+    rejects = sorted([*bad, *empty_sequences(columns, bad)])
+    return TokenSource(columns, values, rejects, num_masked)
 
 
 def _as_bytes(texts: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -164,13 +176,53 @@ def _read(lists: pa.Array) -> TokenColumn:
     return TokenColumn(values.to_numpy(), starts, lens, bad, [lists, values])
 
 
-def rejected(columns: dict[str, TokenColumn]) -> list[Reject]:
-    """Return the examples that cannot be packed: null, empty, or with columns of unequal lengths.
+def without_padding(
+    columns: dict[str, TokenColumn], mask: TokenColumn, good: NDArray[np.int64]
+) -> tuple[dict[str, TokenColumn], int]:
+    """Return columns without the tokens at which a mask is 0, and how many these are.
+
+    Padding at the ends is left out by moving the ends. A sequence with padding between its tokens
+    is copied without it.
+
+    Args:
+        columns: by name.
+        mask: the mask.
+        good: int64[usable], the examples in which every column is as long as the mask. What others
+            hold is not read.
+    """
+    num_runs, places, sizes = kept_runs(mask.values, mask.starts, mask.lens)
+    owners = np.repeat(np.arange(len(num_runs)), num_runs)
+    # In floats, which are exact up to 2**53.
+    lens = np.bincount(owners, sizes, len(num_runs)).astype(np.int64)
+    firsts = np.zeros(len(num_runs), np.int64)
+    firsts[owners[::-1]] = places[::-1]  # the last one written is a sequence's first run
+    # Of several runs one is made, in new memory.
+    holed = np.zeros(len(num_runs), np.bool_)
+    holed[good] = num_runs[good] > 1
+    runs = holed[owners]
+    ends = np.cumsum(sizes[runs])
+    out = {}
+    for name, column in columns.items():
+        values, starts, owner = column.values, column.starts + firsts, column.owner
+        if len(ends):
+            copied = np.empty(ends[-1], values.dtype)
+            begins = column.starts[owners[runs]] + places[runs]
+            gather(values, begins, sizes[runs], ends - sizes[runs], copied)
+            values, (moved, begin) = one_view([values, copied])
+            starts += moved
+            starts[holed] = begin + np.cumsum(lens[holed]) - lens[holed]
+            owner = [owner, copied]
+        out[name] = replace(column, values=values, starts=starts, lens=lens, owner=owner)
+    return out, int((mask.lens - lens)[good].sum())
+
+
+def bad_sequences(columns: dict[str, TokenColumn]) -> list[Reject]:
+    """Return the examples that are null, hold null, or have columns of unequal lengths.
 
     Args:
         columns: of the source, by name; the first gives an example's length.
     """
-    # The first reason counts: null, then unequal lengths, then empty.
+    # The first reason counts: null, then unequal lengths.
     first, *others = columns
     lens = columns[first].lens
     found: dict[int, Reject] = {}
@@ -185,9 +237,19 @@ def rejected(columns: dict[str, TokenColumn]) -> list[Reject]:
                 "columns that travel together in token_columns"
             )
             found.setdefault(row, Reject(row, "tokens", "lengths differ", what))
-    for row in np.flatnonzero(lens == 0).tolist():
-        found.setdefault(row, Reject(row, "tokens", "empty", f"{first} holds nothing"))
-    return sorted(found.values())
+    return list(found.values())
+
+
+def empty_sequences(columns: dict[str, TokenColumn], bad: list[Reject]) -> list[Reject]:
+    """Return the examples without a token, as rejects, which are not counted as bad.
+
+    Args:
+        columns: of the source, by name.
+        bad: the examples that are rejected for another reason.
+    """
+    first, column = next(iter(columns.items()))
+    empty = np.setdiff1d(np.flatnonzero(column.lens == 0), [one.example_index for one in bad])
+    return [Reject(row, *EMPTY, f"{first} holds nothing") for row in empty.tolist()]
 
 
 def usable(num_examples: int, rejects: list[Reject]) -> NDArray[np.int64]:

@@ -30,7 +30,7 @@ from packpipe.verification.row_checks import Again, Check, RowChecks, rows_with,
 class Texts(NamedTuple):
     """What rows of images say of the texts beside them: their columns, and limits of a pack."""
 
-    columns: list[str]
+    columns: TokenColumns
     seq_len: int
     longest: int
 
@@ -162,17 +162,17 @@ class ImageChecks(RowChecks):
 
     def beside_from(self, dataset: Dataset) -> NDArray[np.int64] | None:
         """Return int64[rows of the source], tokens of the texts beside the images, if there are."""
-        columns = [] if self.texts is None else self.texts.columns
-        fitting = all(holds_numbers(dataset.features.get(name)) for name in columns)
-        if not columns or not fitting or len(dataset) != self.manifest["counts"].get("read"):
+        if self.texts is None or len(dataset) != self.manifest["counts"].get("read"):
             return None
-        return token_source(dataset, TokenColumns(columns, [])).lens
+        if not all(holds_numbers(dataset.features.get(name)) for name in self.texts.columns.lists):
+            return None
+        return token_source(dataset, self.texts.columns).lens
 
     def source_columns(self) -> list[str]:
         """Return the columns of the source that rows were made from."""
         names = [self.manifest["image_column"], self.manifest["label_column"]]
         names += self.manifest.get("size_columns") or []
-        names += [] if self.texts is None else self.texts.columns
+        names += [] if self.texts is None else self.texts.columns.lists
         return [name for name in names if name is not None]
 
     def source_problems(
@@ -195,12 +195,17 @@ def _texts(beside: Any) -> Texts:
         KeyError, TypeError, ValueError: it is not what `pack_pairs` writes.
     """
     config, columns = TokenConfig(**beside["config"]), beside["token_columns"]
-    if not columns or not all(isinstance(name, str) for name in columns):
-        raise ValueError(f"beside.token_columns is {columns!r}, expected names")
+    mask = beside.get("mask_column")
+    for name, found in (
+        ("token_columns", columns),
+        ("mask_column", [] if mask is None else [mask]),
+    ):
+        if not all(isinstance(one, str) for one in found) or not columns:
+            raise ValueError(f"beside.{name} is {found!r}, expected names")
     longest = checks.whole_number(
         "beside.max_text", beside["max_text"], 1, config.seq_len, "a text must fit into a row"
     )
-    return Texts(list(columns), config.seq_len, longest)
+    return Texts(TokenColumns(list(columns), [], mask), config.seq_len, longest)
 
 
 def _undecoded(found: Any) -> NDArray[np.int64] | None:

@@ -50,7 +50,7 @@ class ImageComparison:
     manifest: dict[str, Any]
     config: PackConfig
     key: Key
-    texts: list[str] | None
+    texts: TokenColumns | None
 
     def problems(
         self,
@@ -76,7 +76,7 @@ class ImageComparison:
         usable = survey(sizes, labels, label)
         num_broken = usable.broken_exif
         if self.texts is not None:
-            of_texts = token_source(self.dataset, TokenColumns(self.texts, []))
+            of_texts = token_source(self.dataset, self.texts)
             usable = usable.without(of_texts.rejects)
         differing = yield from _different_columns(found, sizes, labels)
         if rejects is not None:
@@ -103,7 +103,7 @@ class ImageComparison:
         expected = {self.manifest["image_column"]: (holds_images, "images")}
         if label is not None:
             expected[label] = (lambda feature: isinstance(feature, ClassLabel | Value), "labels")
-        for name in self.texts or []:
+        for name in [] if self.texts is None else self.texts.lists:
             expected[name] = (holds_numbers, "lists of numbers")
         for name, (fits, what) in expected.items():
             if not fits(features[name]):

@@ -51,6 +51,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "image_root": (str, type(None)),
     "token_columns": (list,),
     "value_columns": (list,),
+    "mask_column": (str,),
     "longest": (int,),
 }
 _NAMES = ("size_columns", "token_columns", "value_columns")

@@ -46,7 +46,7 @@ class RowChecks(ABC):
     """
 
     KEYS: ClassVar[tuple[str, ...]]
-    COUNTS: ClassVar[tuple[str, ...]]
+    COUNTS: tuple[str, ...]
     VERSION_KEY: ClassVar[str]
     VERSION: ClassVar[int]
 

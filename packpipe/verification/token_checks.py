@@ -50,6 +50,10 @@ class TokenChecks(RowChecks):
         names = [*manifest["token_columns"], *manifest["value_columns"]]
         if len(set(names)) < len(names):
             raise ValueError(f"token_columns and value_columns are {names}, expected each once")
+        mask = manifest.get("mask_column")
+        self.source_names = TokenColumns(manifest["token_columns"], manifest["value_columns"], mask)
+        if mask is not None:
+            self.COUNTS = (*self.COUNTS, "masked_tokens")
 
     @staticmethod
     def config_of(values: dict[str, Any]) -> TokenConfig:
@@ -190,7 +194,7 @@ class TokenChecks(RowChecks):
 
     def source_columns(self) -> list[str]:
         """Return the columns of the source that rows were made from."""
-        return [*self.manifest["token_columns"], *self.values()]
+        return [*self.source_names.lists, *self.values()]
 
     def source_problems(
         self,
@@ -200,8 +204,8 @@ class TokenChecks(RowChecks):
         rejects: list[Reject] | None,
     ) -> Generator[Problem, None, dict[str, int]]:
         """Compare every piece with its sequence, and the rejects; yield how they differ."""
-        columns = TokenColumns(self.manifest["token_columns"], self.values())
-        for name in columns.tokens:
+        columns = self.source_names
+        for name in columns.lists:
             if not holds_numbers(dataset.features[name]):
                 what = f"has {name} of {dataset.features[name]}, expected lists of numbers"
                 yield Problem("dataset", what)
@@ -226,7 +230,8 @@ class TokenChecks(RowChecks):
             yield from reject_problems(rejects, bad, depth_of(self.manifest, dataset), of_images)
         packed = np.unique(held.example_index)
         packed = packed[(packed >= 0) & (packed < len(source.lens))]
-        return cut_counts(source.lens[packed], self.config, self.longest)
+        masked = {} if columns.mask is None else {"masked_tokens": source.num_masked}
+        return masked | cut_counts(source.lens[packed], self.config, self.longest)
 
     def _too_long(self, source: TokenSource) -> list[Reject]:
         """Return the sequences of a source that were asked to be dropped."""

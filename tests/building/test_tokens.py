@@ -485,11 +485,11 @@ def test_more_bad_calls_are_refused(tmp_path):
         pack(floats, 64, mask_first_label=True)
     with pytest.raises(ValueError, match=r"lengths\[0\] is 0, expected 1 or more"):
         plan_tokens([0], TokenConfig(seq_len=4))
-    empty = made([[], [1]], "int32", large=False)
-    with pytest.raises(TooManyRejects, match="example 0 \\(empty"):
-        pack(empty, 8, output=tmp_path / "b")
-    with pytest.raises(ValueError, match=r"example 0 of the batch is bad \(empty.*usable sequence"):
-        empty.map(Packer(8, token_columns="auto"), batched=True, remove_columns=empty.column_names)
+    missing = Dataset.from_dict({"input_ids": [None, [1]]})
+    with pytest.raises(TooManyRejects, match="example 0 \\(null"):
+        pack(missing, 8, output=tmp_path / "b")
+    with pytest.raises(ValueError, match=r"example 0 of the batch is bad \(null.*usable sequence"):
+        missing.map(Packer(8, token_columns="auto"), batched=True, remove_columns=["input_ids"])
 
 
 def test_what_is_dropped_as_asked_is_not_bad(tmp_path):
