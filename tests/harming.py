@@ -275,7 +275,8 @@ def table_of(rows: list[Row], table: pa.Table, padding: dict[str, int]) -> pa.Ta
             else:
                 flat = [value for segment in row for value in segment[field.name]]
             if pa.types.is_fixed_size_list(field.type):
-                flat += [padding.get(field.name, 0)] * (field.type.list_size - len(flat))
+                zero = not pa.types.is_boolean(field.type.value_type) and 0
+                flat += [padding.get(field.name, zero)] * (field.type.list_size - len(flat))
             lists.append(flat)
         columns[field.name] = pa.array(lists, field.type)
     return pa.table(columns, schema=table.schema)

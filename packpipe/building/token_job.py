@@ -21,7 +21,7 @@ from packpipe.planning.token_config import TokenConfig
 from packpipe.planning.token_plan import TokenPlan, accompanying, plan_tokens
 from packpipe.rows.fill_tokens import Buffers, packed_table
 from packpipe.rows.rejects import ASKED, Reject
-from packpipe.sources.columns import TokenColumns
+from packpipe.sources.columns import TokenColumns, bools_of
 from packpipe.sources.features import token_features
 from packpipe.sources.token_source import TokenSource, token_source, usable
 
@@ -67,8 +67,8 @@ class Sequences:
         schema = self.features.arrow_schema
         # Token columns, packpipe's own included, stand before the segment columns in the schema.
         names = schema.names[: schema.get_field_index("seq_lens")]
-        widths = [schema.field(name).type.value_type.bit_width // 8 for name in names]
-        return self.config.seq_len * int(sum(widths))
+        bits = sum(schema.field(name).type.value_type.bit_width for name in names)
+        return self.config.seq_len * int(bits) // 8
 
 
 def token_job(sequences: Sequences) -> Job:
@@ -168,15 +168,18 @@ def _counts(plan: TokenPlan, sequences: Sequences, rejects: list[Reject]) -> dic
 
 def token_record(sequences: Sequences) -> dict[str, Any]:
     """Return everything the bytes of the folder depend on."""
-    images, longest = sequences.images, sequences.longest
+    images, longest, columns = sequences.images, sequences.longest, sequences.columns
+    bools = bools_of(sequences.dataset.features, columns.tokens)
     return {
         "token_schema_version": VERSION,
         "packpipe": __version__,
         "source_fingerprint": sequences.dataset._fingerprint,
-        "token_columns": sequences.columns.tokens,
-        "value_columns": sequences.columns.values,
+        "token_columns": columns.tokens,
+        "value_columns": columns.values,
+        # They were stored as uint8 before; folders without any are what they always were.
+        **({"bool_columns": bools} if bools else {}),
         # Only if it leaves out something: other folders are what they always were.
-        **({} if sequences.columns.mask is None else {"mask_column": sequences.columns.mask}),
+        **({} if columns.mask is None else {"mask_column": columns.mask}),
         "config": sequences.config.to_dict(),
         **sequences.key._asdict(),
         # Texts of pairs follow the packs of the images, which this stands for.

@@ -198,7 +198,8 @@ class TokenBatch(_Columns):
     ``batch["input_ids"]``, ``dict(batch)``. Models of transformers take `to_transformers`'s.
 
     Attributes:
-        tokens: the source's token columns by name, each [B, L]; unsigned types as int64.
+        tokens: the source's token columns by name, each [B, L]: bools as they are, unsigned types
+            as int64, but uint8.
         segment_ids: int32[B, L]: 1, 2, ... in row order; 0 is padding.
         position_ids: int32[B, L], 0, 1, ... within the segment; 0 in padding.
         seq_lens: int32[B, S], tokens of each segment.

@@ -144,7 +144,9 @@ class StoredPacks:
     def _view(self, batch: int) -> Rows:
         # No lock: two threads may make the same view, which is a view of the same memory.
         if batch not in self._views:
-            self._views[batch] = table_rows(pa.Table.from_batches([self._batches[batch]]))
+            table = pa.Table.from_batches([self._batches[batch]])
+            # Views are kept, and would hold a byte for every bool of the data.
+            self._views[batch] = table_rows(table, keep_bits=True)
         return self._views[batch]
 
     @property

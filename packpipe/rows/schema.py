@@ -33,6 +33,7 @@ segment_ids and position_ids. A piece of a sequence begins at token fragment · 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -195,8 +196,34 @@ def _chunk(
     return pa.ListArray.from_arrays(pa.array((ends - ends[0]).astype(np.int32)), values)
 
 
-def table_rows(table: pa.Table) -> Rows:
+@dataclass(frozen=True, eq=False)
+class Bits:
+    """A token column of bools where Arrow has it, eight a byte: a row is made when asked for.
+
+    Attributes:
+        column: fixed-size lists of bools.
+    """
+
+    column: pa.FixedSizeListArray
+    dtype = np.dtype(np.bool_)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, tokens of a row)."""
+        return len(self.column), self.column.type.list_size
+
+    def __getitem__(self, row: int) -> NDArray[np.bool_]:
+        values: NDArray[np.bool_] = self.column[row].values.to_numpy(zero_copy_only=False)
+        return values
+
+
+def table_rows(table: pa.Table, *, keep_bits: bool = False) -> Rows:
     """Return the packed rows of a table: views of columns of one chunk, copies of the others.
+
+    Args:
+        table: the rows.
+        keep_bits: whether bools of a table of one chunk stay where they are, as `Bits`; else they
+            are copied, into a byte each.
 
     Raises:
         ValueError: a column of the packed row is missing or has another type, or the rows are
@@ -212,6 +239,9 @@ def table_rows(table: pa.Table) -> Rows:
     else:
         tokens, rows = list(_IMAGE_TOKENS), table_segments(table)
     for name in tokens:
+        if keep_bits and pa.types.is_boolean(table.schema.field(name).type.value_type):
+            rows.tokens[name] = Bits(table.column(name).chunk(0))  # type: ignore[assignment]
+            continue
         # coords have 2 and patches D values a token, so their lists are longer than seq_len.
         width = table.schema.field(name).type.list_size // shape[1]
         whole = shape if width == 1 else (*shape, width)
@@ -292,8 +322,11 @@ def _fixed(table: pa.Table, name: str) -> NDArray[Any]:
     """Return the values of a fixed-size list column as one flat array."""
     # `flatten` keeps to the rows of a slice, `values` would return all of its parent's. The empty
     # array below gives the dtype to a table without chunks.
-    chunks = [chunk.flatten().to_numpy() for chunk in table.column(name).chunks]
-    dtype = table.schema.field(name).type.value_type.to_pandas_dtype()
+    kind = table.schema.field(name).type.value_type
+    is_view = not pa.types.is_boolean(kind)
+    flat = (chunk.flatten() for chunk in table.column(name).chunks)
+    chunks = [chunk.to_numpy(zero_copy_only=is_view) for chunk in flat]
+    dtype = kind.to_pandas_dtype()
     values: NDArray[Any] = (
         chunks[0] if len(chunks) == 1 else np.concatenate([np.empty(0, dtype), *chunks])
     )

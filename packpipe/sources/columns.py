@@ -287,21 +287,25 @@ def check_paddings(features: Features, columns: list[str], config: TokenConfig) 
         written["labels"] = NO_LABEL
     for name, value in written.items():
         dtype = np.dtype(value_type(features, name).to_pandas_dtype())
-        # -100 in a column of uint32, for instance.
-        if dtype.kind in "iu" and not np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
+        # -100 in a column of uint32 or of bools, for instance.
+        if dtype.kind in "iub" and np.array(value).astype(dtype) != value:
             expected = f"a type that holds {value}"
             remedy = "cast_column it to List(Value('int32'))"
             raise ValueError(checks.sentence(f"features[{name!r}]", str(dtype), expected, remedy))
 
 
 def value_type(features: Features, name: str) -> Any:
-    """Return the Arrow type of a token column's values; bool is stored as uint8.
+    """Return the Arrow type of a token column's values.
 
     Labels that packing makes have the type of input_ids.
     """
     feature: Any = features[name if name in features else "input_ids"]
-    kind = feature.feature.pa_type
-    return pa.uint8() if pa.types.is_boolean(kind) else kind
+    return feature.feature.pa_type
+
+
+def bools_of(features: Features, columns: list[str]) -> list[str]:
+    """Return which columns of tokens hold bools."""
+    return [name for name in columns if pa.types.is_boolean(value_type(features, name))]
 
 
 def holds_numbers(feature: Any) -> bool:

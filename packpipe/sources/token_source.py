@@ -136,7 +136,7 @@ def one_view(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.i
 
 
 def token_column(column: pa.ChunkedArray) -> TokenColumn:
-    """Return a column of lists (of any kind) of numbers; bool, as uint8, and nulls are copied."""
+    """Return a column of lists (of any kind) of numbers; bool and nulls are copied."""
     empty = pa.array([], column.type)
     chunks = [_read(chunk) for chunk in column.chunks or [empty]]
     values, firsts = one_view([chunk.values for chunk in chunks])
@@ -171,9 +171,8 @@ def _read(lists: pa.Array) -> TokenColumn:
         bad = bad | (before[starts + lens] > before[starts])
         # Integers with nulls would become floats in NumPy.
         values = pc.fill_null(values, False if pa.types.is_boolean(values.type) else 0)
-    if pa.types.is_boolean(values.type):
-        values = values.cast(pa.uint8())
-    return TokenColumn(values.to_numpy(), starts, lens, bad, [lists, values])
+    numbers = values.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type))  # bits in Arrow
+    return TokenColumn(numbers, starts, lens, bad, [lists, numbers])
 
 
 def without_padding(

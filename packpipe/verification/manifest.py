@@ -51,10 +51,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "image_root": (str, type(None)),
     "token_columns": (list,),
     "value_columns": (list,),
+    "bool_columns": (list,),
     "mask_column": (str,),
     "longest": (int,),
 }
-_NAMES = ("size_columns", "token_columns", "value_columns")
+_NAMES = ("size_columns", "token_columns", "value_columns", "bool_columns")
 
 
 def checks_of(folder: Path) -> RowChecks | str:

@@ -18,7 +18,7 @@ from packpipe.rows.fill_tokens import fill_tokens, first_places, padding_of, pla
 from packpipe.rows.rejects import ASKED, Reject
 from packpipe.rows.rows import NO_LABEL, Rows
 from packpipe.rows.schema import table_segments, token_schema
-from packpipe.sources.columns import TokenColumns, holds_numbers, value_type
+from packpipe.sources.columns import TokenColumns, bools_of, holds_numbers, value_type
 from packpipe.sources.token_source import TokenSource, token_source
 from packpipe.verification.problems import FoundRows, Problem, named
 from packpipe.verification.reject_checks import depth_of, reject_problems
@@ -50,6 +50,7 @@ class TokenChecks(RowChecks):
         names = [*manifest["token_columns"], *manifest["value_columns"]]
         if len(set(names)) < len(names):
             raise ValueError(f"token_columns and value_columns are {names}, expected each once")
+        self.bools = set(manifest.get("bool_columns", []))
         mask = manifest.get("mask_column")
         self.source_names = TokenColumns(manifest["token_columns"], manifest["value_columns"], mask)
         if mask is not None:
@@ -93,7 +94,9 @@ class TokenChecks(RowChecks):
         """Return the schema rows must have, given the types of the source's own columns."""
         tokens = {name: value_type_of(rows, name) for name in self.token_names()}
         for name, kind in tokens.items():
-            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            if name in self.bools:
+                tokens[name] = pa.bool_()
+            elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
                 raise ValueError(f"column {name!r} holds {kind}, expected numbers")
         values = {name: value_type_of(rows, name) for name in self.values()}
         return token_schema(self.config, tokens, values)
@@ -212,6 +215,9 @@ class TokenChecks(RowChecks):
                 return {}
         source = token_source(dataset, columns)
         types = {name: value_type(dataset.features, name) for name in columns.tokens}
+        # Before manifests named them, bools were stored as uint8.
+        old = set(bools_of(dataset.features, columns.tokens)) - self.bools
+        types |= dict.fromkeys(old, pa.uint8())
         for file, table, start, part, first in found.batches():
             # Lists of a broken row may be of other lengths than it says.
             sound = [n for n in range(len(part)) if first + n not in found.broken]

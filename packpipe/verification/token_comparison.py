@@ -81,5 +81,6 @@ def lost_tokens(
 
 def flat_tokens(rows: pa.Table, name: str) -> NDArray[Any]:
     """Return a column of tokens, all rows laid end to end."""
-    flat: NDArray[Any] = rows.column(name).combine_chunks().flatten().to_numpy()
+    values = rows.column(name).combine_chunks().flatten()
+    flat: NDArray[Any] = values.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type))
     return flat

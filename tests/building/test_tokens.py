@@ -303,7 +303,8 @@ def test_bools_floats_and_fixed_lists_travel_too(tmp_path):
     first, second = row["example_index"]
     assert row["input_ids"] == [*columns["input_ids"][first], *columns["input_ids"][second], 0]
     masks = columns["loss_mask"][first] + columns["loss_mask"][second]
-    assert row["loss_mask"] == [*map(int, masks), 0]
+    assert row["loss_mask"] == [*masks, False]
+    assert packed.features["loss_mask"] == List(Value("bool"), length=9)
     assert row["weight"] == [*columns["weight"][first], *columns["weight"][second], 0]
 
 
@@ -598,3 +599,76 @@ def test_labels_of_sequences_are_not_masked(tmp_path):
         ValueError, match=r"features\['labels'\] is Value.*for mask_first_label=True"
     ):
         pack(rows, 4, mask_first_label=True, output=tmp_path / "packed")
+
+
+def with_bools(kind: str = "bool") -> Dataset:
+    """Return sequences beside bools, for every token and for every sequence, in several chunks."""
+    masks = [[(place + row) % 3 == 0 for place in range(1 + row % 5)] for row in range(30)]
+    columns = {
+        "input_ids": [[row] * len(mask) for row, mask in enumerate(masks)],
+        "labels": [[-row] * len(mask) for row, mask in enumerate(masks)],
+        "mask": masks,
+    }
+    kinds = {"input_ids": "int64", "labels": "int64", "mask": kind}
+    features = Features({name: List(Value(kinds[name])) for name in columns})
+    whole = Dataset.from_dict(columns, features=features)
+    return datasets.concatenate_datasets([whole.select(range(7)), whole.select(range(7, 30))])
+
+
+@pytest.mark.parametrize("seq_len", [8, 13])  # rows of whole bytes of bits, and others
+def test_bools_are_bools_in_rows_and_batches(tmp_path, monkeypatch, seq_len):
+    monkeypatch.setattr(files, "BATCH_BYTES", 700)  # some rows a record batch
+    dataset, out = with_bools(), tmp_path / "out"
+    packed = pack(dataset, seq_len, output=out, progress=False)
+    assert packed.features["mask"] == List(Value("bool"), length=seq_len)
+    assert manifest(packed)["bool_columns"] == ["mask"]
+    assert verify(out, dataset) == []
+    rows = read_tokens(packed, [3, 1])
+    assert rows.tokens["mask"].dtype == np.bool_
+    assert rows.tokens["mask"].tolist() == [packed[3]["mask"], packed[1]["mask"]]
+    batches = list(PackedLoader(packed, 2, rank=0, world_size=1, tail="pad"))
+    assert len(batches) > 3
+    seen = 0
+    for batch in batches:
+        mask, labels = batch.tokens["mask"], batch.tokens["labels"]
+        assert mask.dtype == torch.bool
+        # A uint8 mask would be taken for row numbers by its ~.
+        assert len(labels[~mask]) == int((~mask).sum())
+        for row, here in enumerate(batch.segment_ids):
+            for number, example in enumerate(batch.example_index[row].tolist(), 1):
+                if example >= 0:
+                    assert mask[row][here == number].tolist() == dataset[example]["mask"]
+                    seen += 1
+            assert not mask[row][here == 0].any()
+    assert seen == len(dataset)
+
+
+@pytest.mark.parametrize("way", ["ragged", "map"])
+def test_bools_are_bools_in_every_way_of_packing(tmp_path, way):
+    dataset, out = with_bools(), tmp_path / "out"
+    if way == "ragged":
+        packed = pack(dataset, 8, layout="ragged", output=out, progress=False)
+        assert verify(out, dataset) == []
+    else:
+        packed = dataset.map(Packer(8), batched=True, remove_columns=dataset.column_names)
+    assert packed.features["mask"].feature == Value("bool")
+    found = sorted(token for row in packed["mask"] for token in row)
+    number = sum(len(row) for row in packed["mask"])
+    true = sum(map(sum, dataset["mask"]))
+    assert found == [False] * (number - true) + [True] * true
+
+
+def test_old_rows_of_bools_stay_what_they_were(tmp_path):
+    # What was written for bools before they were kept, but for the source's fingerprint.
+    packed = pack(with_bools("uint8"), 8, output=tmp_path / "old", progress=False)
+    assert "bool_columns" not in manifest(packed)
+    assert verify(tmp_path / "old", with_bools()) == []
+    (batch,) = PackedLoader(packed, len(packed), rank=0, world_size=1)
+    assert batch.tokens["mask"].dtype == torch.uint8
+
+
+def test_bools_cannot_hold_padding_that_is_no_bool(tmp_path):
+    columns = {"input_ids": [[1, 2]], "labels": [[True, False]]}
+    message = r"features\['labels'\] is 'bool', expected a type that holds -100; cast_column it"
+    with pytest.raises(ValueError, match=message):
+        pack(Dataset.from_dict(columns), 8, output=tmp_path / "a", progress=False)

@@ -83,7 +83,8 @@ def change(folder: Path, column: str, at: int, value: int, row: int = 0) -> None
     with pa.OSFile(str(folder / FIRST)) as file:
         old = pa.ipc.open_stream(file).read_all().combine_chunks()
     values = old.column(column).to_pylist()
-    values[row][at] = value
+    was = values[row][at]
+    values[row][at] = not was if isinstance(was, bool) else value
     place, field = old.schema.get_field_index(column), old.schema.field(column)
     changed = old.set_column(place, field, pa.array(values, field.type))
     record = files.write_table(folder / FIRST, old.schema, [changed])
