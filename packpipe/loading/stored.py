@@ -21,7 +21,14 @@ from packpipe.packing.quality import attention_work
 from packpipe.philox import Key
 from packpipe.rows.digests import files_digest, hexdigest, labels_digest, sample_digest
 from packpipe.rows.rows import Rows, gather
-from packpipe.rows.schema import SEGMENT_TYPES, table_rows, table_segments
+from packpipe.rows.schema import (
+    SEGMENT_TYPES,
+    has_labels,
+    holds_tokens,
+    packed_columns,
+    table_rows,
+    table_segments,
+)
 
 
 class StoredPacks:
@@ -39,6 +46,7 @@ class StoredPacks:
     def __init__(self, dataset: Any, *, shuffle: bool = True) -> None:
         self._dataset = dataset
         read_rows(dataset, range(0))  # raises if these are no packed rows
+        has_labels(self._table)  # raises if somebody has put others there
         self._shuffle = shuffle
         self._order: tuple[Key, NDArray[np.int64]] | None = None
         self._views: dict[int, Rows] = {}
@@ -93,8 +101,10 @@ class StoredPacks:
         """Return the rows at some places of the epoch's order, in memory of their own."""
         numbers = self.order(key)[packs]
         # Computed rows have no tokens to copy, and `gather` needs one row at least.
-        if self._is_computed or not len(numbers):
+        if self._is_computed:
             return read_rows(self._dataset, numbers)
+        if not len(numbers):
+            return self._no_rows
         stored = self._stored_row(numbers)
         batches = np.searchsorted(self._starts, stored, side="right") - 1
         views = [self._view(batch) for batch in batches.tolist()]
@@ -123,10 +133,12 @@ class StoredPacks:
 
     @cached_property
     def _batches(self) -> list[pa.RecordBatch]:
-        is_table = isinstance(self._dataset, pa.Table)
-        table = self._dataset if is_table else self._dataset.data
         # Without empty ones, of which `max_segments` could not take the maximum.
-        return [batch for batch in table.to_batches() if batch.num_rows]
+        return [batch for batch in self._table.to_batches() if batch.num_rows]
+
+    @property
+    def _table(self) -> Any:
+        return self._dataset if isinstance(self._dataset, pa.Table) else self._dataset.data
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
@@ -144,10 +156,23 @@ class StoredPacks:
     def _view(self, batch: int) -> Rows:
         # No lock: two threads may make the same view, which is a view of the same memory.
         if batch not in self._views:
-            table = pa.Table.from_batches([self._batches[batch]])
+            table = pa.Table.from_batches([self._batches[batch]]).select(self._columns)
             # Views are kept, and would hold a byte for every bool of the data.
             self._views[batch] = table_rows(table, keep_bits=True)
         return self._views[batch]
+
+    @cached_property
+    def _columns(self) -> list[str]:
+        """The columns of the batches: those that are packed rows' in every record batch."""
+        names: list[str] = self._table.column_names
+        if not holds_tokens(names):
+            return names
+        tables = [pa.Table.from_batches([batch]) for batch in self._batches]
+        return packed_columns(tables or [self._table.schema.empty_table()])
+
+    @property
+    def _no_rows(self) -> Rows:
+        return table_rows(self._table.schema.empty_table().select(self._columns))
 
     @property
     def _segments(self) -> list[Rows]:

@@ -33,11 +33,13 @@ segment_ids and position_ids. A piece of a sequence begins at token fragment · 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from packpipe import checks
@@ -232,10 +234,10 @@ def table_rows(table: pa.Table, *, keep_bits: bool = False) -> Rows:
     _check_columns(table.schema)
     shape = (table.num_rows, table.schema.field("segment_ids").type.list_size)
     if holds_tokens(table.column_names):
-        # The schema says which of the source's columns are tokens, and which go with segments.
-        fixed = [f for f in table.schema if pa.types.is_fixed_size_list(f.type)]
-        tokens = [f.name for f in fixed if f.type.list_size == shape[1]]
-        rows = _segments(table, [f.name for f in table.schema if pa.types.is_list(f.type)])
+        own = table.select(packed_columns([table]))
+        fixed = {f.name: pa.types.is_fixed_size_list(f.type) for f in own.schema}
+        tokens = [name for name in fixed if fixed[name]]
+        rows = _segments(own, [name for name in fixed if not fixed[name]])
     else:
         tokens, rows = list(_IMAGE_TOKENS), table_segments(table)
     for name in tokens:
@@ -249,15 +251,75 @@ def table_rows(table: pa.Table, *, keep_bits: bool = False) -> Rows:
     return rows
 
 
+def packed_columns(tables: Sequence[pa.Table]) -> list[str]:
+    """Return the columns of rows of token sequences with a value for each token or each segment.
+
+    Others were added to the rows since. All tables are asked, since lists may be as many as the
+    segments of some rows by chance.
+
+    Args:
+        tables: of the same columns, one at least.
+    """
+    schema = tables[0].schema
+    seq_len = schema.field("segment_ids").type.list_size
+
+    def is_own(name: str, table: pa.Table) -> bool:
+        kind = schema.field(name).type
+        if pa.types.is_fixed_size_list(kind):
+            return kind.list_size == seq_len and _is_number(kind) and _has_all(table.column(name))
+        return pa.types.is_list(kind) and _is_of_segments(table, name)
+
+    return [name for name in schema.names if all(is_own(name, table) for table in tables)]
+
+
+def _is_number(lists: pa.DataType) -> bool:
+    kind = lists.value_type
+    return bool(
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    )
+
+
+def _has_all(lists: pa.ChunkedArray) -> bool:
+    """Return whether neither a list nor a value of one is null."""
+    return not any(chunk.null_count or chunk.flatten().null_count for chunk in lists.chunks)
+
+
+def _is_of_segments(table: pa.Table, name: str) -> bool:
+    """Return whether a column has lists of as many values as the rows have segments."""
+    found, wanted = (pc.list_value_length(table.column(one)) for one in (name, "seq_lens"))
+    return bool(found.equals(wanted))
+
+
 def table_segments(table: pa.Table) -> Rows:
     """Return rows without their tokens: packpipe's own columns of segments, and labels of images.
 
     The other columns of token sequences are left out: ragged rows do not say which of them are
     tokens.
+
+    Raises:
+        ValueError: labels of images are not one a segment.
     """
     own = _own_segments(table.column_names)
-    labels = [] if holds_tokens(table.column_names) else ["labels"]
+    labels = ["labels"] if has_labels(table) else []
     return _segments(table, [name for name in table.column_names if name in (*own, *labels)])
+
+
+def has_labels(table: pa.Table) -> bool:
+    """Return whether rows are of images with labels.
+
+    Raises:
+        ValueError: the labels are not one a segment.
+    """
+    if holds_tokens(table.column_names) or "labels" not in table.column_names:
+        return False
+    kind = table.schema.field("labels").type
+    if not pa.types.is_list(kind) or not _is_of_segments(table, "labels"):
+        expected, remedy = (
+            "a list of a value a segment",
+            "add lists as long as seq_lens, or rename it",
+        )
+        raise ValueError(checks.sentence("column 'labels'", str(kind), expected, remedy))
+    return True
 
 
 def rejects_table(rejects: list[Reject]) -> pa.Table:
@@ -273,6 +335,10 @@ def _check_columns(schema: pa.Schema) -> None:
     if of_tokens and not found.keys() >= set(NUMBER_COLUMNS):
         expected, remedy = "rows of one length", "pack with layout='fixed'"
         raise ValueError(checks.sentence("layout", "ragged", expected, remedy))
+    if not found.keys() & _IMAGE_TOKENS.keys() and found.keys() >= _IMAGE_SEGMENTS.keys():
+        expected = "rows with patches"
+        remedy = "open them by the call of pack that wrote them, which computes their patches"
+        raise ValueError(checks.sentence("rows", "packed with materialize=False", expected, remedy))
     tokens = dict.fromkeys(NUMBER_COLUMNS, pa.int32()) if of_tokens else _IMAGE_TOKENS
     segments = _own_segments(found)
     for name, kind in tokens.items():
@@ -302,14 +368,11 @@ def _segments(table: pa.Table, names: list[str]) -> Rows:
     columns = {name: text.joined(table.column(name)) for name in names}
     own = _own_segments(table.column_names)
     # A list array may be a slice: its offsets then start above zero, and `flatten` obeys them.
-    offsets = {name: _from_zero(column.offsets) for name, column in columns.items()}
+    offsets = _from_zero(columns["seq_lens"].offsets)
     segments = {}
     for name, column in columns.items():
-        if name in own:
-            segments[name] = _numbers(column.flatten())
-        elif np.array_equal(offsets[name], offsets["seq_lens"]):  # else somebody has added it
-            segments[name] = column.flatten()
-    return Rows(offsets["seq_lens"], segments)
+        segments[name] = _numbers(column.flatten()) if name in own else column.flatten()
+    return Rows(offsets, segments)
 
 
 def _from_zero(offsets: pa.Array) -> NDArray[np.int64]:

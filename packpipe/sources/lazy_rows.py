@@ -63,11 +63,13 @@ class LazyRows:
         """Return the columns of packed rows: a NumPy array a row, its dtype kept."""
         # The transform gets plain Python values; the schema gives them back their types.
         stored = packed_features(self.config, self.label, tokens=False).arrow_schema
-        if set(batch) != set(stored.names):  # some stored columns were selected: nothing to compute
+        if not batch.keys() >= set(stored.names):  # some were selected: nothing to compute
             return batch
         row_schema = packed_features(self.config, self.label).arrow_schema
-        rows = schema.rows_table(self.rows(pa.table(batch, schema=stored)), row_schema)
-        return {name: [_values(row) for row in rows.column(name)] for name in rows.column_names}
+        plans = pa.table({name: batch[name] for name in stored.names}, schema=stored)
+        rows = schema.rows_table(self.rows(plans), row_schema)
+        computed = {name: [_values(row) for row in rows.column(name)] for name in rows.column_names}
+        return computed | {name: batch[name] for name in batch.keys() - computed.keys()}
 
 
 def _values(row: pa.Scalar) -> Any:

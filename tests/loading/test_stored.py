@@ -19,6 +19,7 @@ import pyarrow as pa
 import pytest
 import strategies
 import torch
+from datasets import List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -475,3 +476,109 @@ def test_columns_of_tokens_may_have_the_names_of_images(columns, tmp_path):
     found = packpipe.summarize(tmp_path / "a")
     assert (found.unit, found.image_hw) == ("sequence", None)
     assert packpipe.verify(tmp_path / "a", source) == []
+
+
+def whole_rows(tmp_path) -> datasets.Dataset:
+    """Return rows of one or two sequences each."""
+    lists = [[1] * 8, [2] * 3, [3] * 5, [4] * 8, [5] * 2, [6] * 6]
+    source = datasets.Dataset.from_dict({"input_ids": lists, "score": [1] * 6})
+    return packpipe.pack(source, 8, output=tmp_path / "packed", progress=False)
+
+
+def of_images(tmp_path, **options) -> datasets.Dataset:
+    source = pictures.dataset_of(pictures.encoded_images())
+    options = {"num_workers": 0, "progress": False, **options}
+    return packpipe.pack(source, 16, output=tmp_path / "packed", **options)
+
+
+ADDED = {
+    "number": (lambda _: 1, None),
+    "number or null": (lambda row: None if row else 1, None),
+    "text": (lambda _: "a", None),
+    "nothing": (lambda _: None, None),
+    "lists": (lambda row: [1] * (row + 1), None),
+    "a list or null": (lambda row: None if row else [1], None),
+    "texts": (lambda row: ["a"] * (row + 1), None),
+    "empty lists": (lambda _: [], None),
+    "a struct": (lambda _: {"a": 1}, None),
+    "as many as tokens": (lambda _: [1] * 8, None),
+    "texts of tokens": (lambda _: ["a"] * 8, List(Value("string"), length=8)),
+    "lists of tokens": (lambda _: [[1]] * 8, List(List(Value("int8")), length=8)),
+    "times of tokens": (lambda _: [0] * 8, List(Value("timestamp[s]"), length=8)),
+    "null or numbers of tokens": (
+        lambda row: None if row else [1] * 8,
+        List(Value("int8"), length=8),
+    ),
+    "numbers or null of tokens": (
+        lambda row: [None if row else 1] * 8,
+        List(Value("int8"), length=8),
+    ),
+    "large lists": (lambda _: [1], datasets.LargeList(Value("int8"))),
+}
+
+
+@pytest.mark.parametrize("kind", ["tokens", "images", "computed"])
+@pytest.mark.parametrize(("value", "feature"), ADDED.values(), ids=ADDED)
+def test_rows_with_a_column_added_by_map_are_loaded(tmp_path, kind, value, feature):
+    packed = (
+        whole_rows(tmp_path)
+        if kind == "tokens"
+        else of_images(tmp_path, materialize=kind == "images")
+    )
+    features = None if feature is None else datasets.Features({**packed.features, "x": feature})
+    more = packed.map(lambda _, row: {"x": value(row)}, with_indices=True, features=features)
+    assert "x" in more.column_names
+    found, wanted = (list(PackedLoader(one, 1, rank=0, world_size=1)) for one in (more, packed))
+    assert len(found) > 2
+    for one, other in zip(found, wanted, strict=True):
+        assert list(one) == list(other)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert more[0].keys() == packed[0].keys() | {"x"}
+
+
+def test_values_of_tokens_or_segments_added_by_map_reach_the_batch(tmp_path):
+    packed = whole_rows(tmp_path)
+    features = datasets.Features(
+        {
+            **packed.features,
+            "of_tokens": List(Value("bool"), length=8),
+            "of_all": List(Value("int8")),
+        }
+    )
+    more = packed.map(
+        lambda row: {"of_tokens": [True] * 8, "of_all": row["example_index"]}, features=features
+    )
+    for batch in PackedLoader(more, 1, rank=0, world_size=1):
+        assert batch.tokens["of_tokens"].all()
+        present = batch.present
+        assert batch.segments["of_all"][present].tolist() == batch.example_index[present].tolist()
+
+
+def test_lists_that_fit_some_rows_by_chance_are_in_no_batch(tmp_path):
+    packed = whole_rows(tmp_path).map(lambda _: {"x": [1]})
+    # A record batch a row: rows of one segment would have x, those of two not.
+    table = pa.concat_tables([packed.data.table.slice(row, 1) for row in range(len(packed))])
+    assert {len(lens) for lens in table["seq_lens"].to_pylist()} == {1, 2}
+    for size in (1, 2):
+        batches = list(PackedLoader(table, size, rank=0, world_size=1, tail="pad"))
+        assert all(list(batch) == list(batches[0]) and "x" not in batch for batch in batches)
+
+
+@pytest.mark.parametrize("labels", [lambda _: 1, lambda _: [1], lambda _: [1] * 99])
+def test_labels_of_images_that_are_not_one_a_segment_are_refused(tmp_path, labels):
+    packed = of_images(tmp_path).map(lambda row: {"labels": labels(row)})
+    message = "^column 'labels' is '.*', expected a list of a value a segment; add lists as long as"
+    with pytest.raises(ValueError, match=message):
+        PackedLoader(packed, 1, rank=0, world_size=1)
+
+
+def test_rows_to_be_computed_say_so_when_their_folder_is_opened(tmp_path):
+    of_images(tmp_path, materialize=False)
+    reopened = datasets.load_from_disk(str(tmp_path / "packed"))
+    message = (
+        "rows is 'packed with materialize=False', expected rows with patches; "
+        "open them by the call of pack that wrote them, which computes their patches"
+    )
+    for read in (packpipe.read_rows, lambda rows: PackedLoader(rows, 1)):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            read(reopened)
