@@ -61,7 +61,8 @@ def pack(
         seq_len: tokens a row holds, 1..32767; for token sequences 1..2**24.
         image_column: name of the column of images; ``"auto"`` finds the only one.
         label_column: name of the column of labels; ``"auto"`` takes ``label``, ``labels`` or the
-            only ClassLabel there is; None leaves labels out.
+            only ClassLabel there is, which must hold integers, as a loader's batches do; one that
+            is named may hold anything, for `read_rows`; None leaves labels out.
         size_columns: names of the columns of upright heights and widths in pixels; None reads
             every header once and keeps the sizes beside the data.
         image_root: the only folder that paths in the dataset may lead into, for datasets that you
@@ -69,7 +70,8 @@ def pack(
             are read in either case.
         token_columns: names of the columns of tokens, of one length an example; ``"auto"`` takes
             all lists of numbers of a dataset without images.
-        value_columns: names of the columns that go with each sequence; ``"auto"`` takes all others.
+        value_columns: names of the columns that go with each sequence; ``"auto"`` takes all others,
+            of which ``labels`` must hold integers.
         seed: which permutation of images and rows.
         epoch: which of the seed's permutations. With a drop rate that changes over the training,
             the rows are those of this one epoch, in the order of the training.

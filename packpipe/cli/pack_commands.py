@@ -153,7 +153,8 @@ def plan(
         strategy=strategy,
         overflow=overflow,
     )
-    where: dict[str, Any] = {"seed": seed, "epoch": epoch}
+    # From sizes alone, so labels of any type will do.
+    where: dict[str, Any] = {"label_column": None, "seed": seed, "epoch": epoch}
     _print_plan(open_source(source, split), seq_len, where, options, as_json)
 
 

@@ -29,7 +29,12 @@ from packpipe.rows.digests import labels_digest
 from packpipe.rows.fill_images import fill_rows, planned_images
 from packpipe.rows.rejects import Reject, Undecodable, tolerance_of
 from packpipe.rows.rows import Rows
-from packpipe.sources.columns import check_dataset, image_column_of, label_column_of
+from packpipe.sources.columns import (
+    check_dataset,
+    check_labels,
+    image_column_of,
+    label_column_of,
+)
 from packpipe.sources.image_source import ImageSource, checked_root, labels_of
 from packpipe.sources.sizes import forgetting_wrong_sizes, sizes_of
 from packpipe.sources.survey import survey
@@ -89,6 +94,7 @@ class EpochPacks:
         self._undecodable = Undecodable()
         image_column = image_column_of(dataset.features, image_column)
         label_column = label_column_of(dataset.features, label_column)
+        check_labels(dataset.features, label_column, "pass label_column=None")
         rows = dataset.select_columns([image_column]).with_format("arrow")
         self._source = ImageSource(rows, checked_root(image_root))
         labels = labels_of(dataset, label_column)

@@ -35,7 +35,7 @@ from packpipe.planning.image_config import PackConfig, PackOptions, config_from
 from packpipe.rows.fill_images import fill_rows
 from packpipe.rows.rejects import NAMED, Reject, StreamUndecodable, Tally, tolerance_of
 from packpipe.rows.rows import Rows
-from packpipe.sources.columns import image_column_of, label_column_of, pixel_type
+from packpipe.sources.columns import check_labels, image_column_of, label_column_of, pixel_type
 from packpipe.sources.image_source import checked_root, confined
 
 log = logging.getLogger(__name__)
@@ -128,6 +128,7 @@ class PackedStream:
         else:
             image_column = image_column_of(features, image_column)
             label_column = label_column_of(features, label_column)
+            check_labels(features, label_column, "pass label_column=None")
             self._features = features
             if isinstance(features[image_column], Image):
                 dataset = dataset.cast_column(image_column, Image(decode=False))

@@ -86,6 +86,19 @@ def label_column_of(features: Features, asked: str | None) -> str | None:
     return found
 
 
+def check_labels(features: Features, column: str | None, remedy: str) -> None:
+    """Check that batches can hold the labels of a column, which are numbers of classes there.
+
+    Raises:
+        ValueError: it holds others, such as floats, bools or texts.
+    """
+    if column is None or pa.types.is_integer(features[column].pa_type):
+        return
+    name, expected = f"features[{column!r}]", "integers or a ClassLabel"
+    remedy = f"class_encode_column it, or {remedy}"
+    raise ValueError(checks.sentence(name, features[column], expected, remedy))
+
+
 def holds_images(feature: Any) -> bool:
     """Return whether a column holds images: encoded, or arrays of pixels."""
     if isinstance(feature, Image) or feature in (Value("binary"), Value("large_binary")):
@@ -146,8 +159,9 @@ class TokenColumns(NamedTuple):
     @property
     def lists(self) -> list[str]:
         """The columns of lists: of tokens, and the mask."""
-        apart = self.mask is not None and self.mask not in self.tokens
-        return [*self.tokens, self.mask] if apart else self.tokens
+        if self.mask is None or self.mask in self.tokens:
+            return self.tokens
+        return [*self.tokens, self.mask]
 
 
 @dataclass(frozen=True)
@@ -177,9 +191,14 @@ class AskedColumns:
             TypeError, ValueError: an argument or a column is wrong.
         """
         features, sizes = dataset.features, self.size_columns
+        label = label_column_of(features, self.label_column)
+        # A column that was named is stored whatever it holds, for `read_rows`: captions, say.
+        if self.label_column == "auto":
+            remedy = f"pass label_column=None, or {label!r} to store it for read_rows alone"
+            check_labels(features, label, remedy)
         return ImageColumns(
             image=image_column_of(features, self.image_column),
-            label=label_column_of(features, self.label_column),
+            label=label,
             sizes=None if sizes is None else checked_columns(dataset, sizes),
             root=checked_root(self.image_root),
         )
@@ -194,6 +213,9 @@ class AskedColumns:
         tokens = token_columns_of(features, self.token_columns)
         check_paddings(features, tokens, config)
         values = value_columns_of(features, tokens, self.value_columns)
+        # As above; models for regression take floats.
+        if self.value_columns == "auto" and "labels" in values:
+            check_labels(features, "labels", "name the columns to be stored in value_columns")
         return TokenColumns(tokens, values, mask_of(dataset, tokens))
 
 
@@ -287,6 +309,9 @@ def check_paddings(features: Features, columns: list[str], config: TokenConfig) 
         written["labels"] = NO_LABEL
     for name, value in written.items():
         dtype = np.dtype(value_type(features, name).to_pandas_dtype())
+        if name == "labels" and dtype.kind == "f":  # models would take them as classes, cut off
+            expected, remedy = "integers", "cast_column or rename_column it"
+            raise ValueError(checks.sentence(f"features[{name!r}]", str(dtype), expected, remedy))
         # -100 in a column of uint32 or of bools, for instance.
         if dtype.kind in "iub" and np.array(value).astype(dtype) != value:
             expected = f"a type that holds {value}"

@@ -41,7 +41,7 @@ class TokenChecks(RowChecks):
     """The checks of rows of token sequences, fixed or ragged."""
 
     KEYS = ("token_columns", "value_columns")
-    COUNTS = ("cut", "truncated_tokens", "pieces")
+    COUNTS: tuple[str, ...] = ("cut", "truncated_tokens", "pieces")
     VERSION_KEY, VERSION = "token_schema_version", VERSION
     config: TokenConfig
 

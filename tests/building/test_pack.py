@@ -67,10 +67,11 @@ def test_labels_of_more_than_2_gib_of_text_are_packed(source, tmp_path, monkeypa
     captions = source.select_columns(["image"]).add_column("label", texts)
     halves = [captions.select(range(4)), captions.select(range(4, len(source)))]
     captions = datasets.concatenate_datasets(halves)
-    wanted = packpipe.read_rows(packed_in(tmp_path / "wanted", captions))
+    wanted = packpipe.read_rows(packed_in(tmp_path / "wanted", captions, label_column="label"))
     assert np.diff(wanted.offsets).max() > 1
     monkeypatch.setattr(text, "MOST", 100)  # more than the captions of a row, fewer than of all
-    packed = packed_in(tmp_path / "out", captions, materialize=materialize)
+    options = {"materialize": materialize, "label_column": "label"}
+    packed = packed_in(tmp_path / "out", captions, **options)
     assert packed.features["labels"] == List(Value("string"))
     rows = packpipe.read_rows(packed)
     assert rows.labels.to_pylist() == wanted.labels.to_pylist()
@@ -161,14 +162,14 @@ def test_any_label_column_or_none(source, tmp_path, label_column, feature):
     assert packed.features.get("labels") == (None if feature is None else List(feature))
 
 
-def test_string_labels_travel_as_strings(tmp_path):
+def test_string_labels_that_are_named_travel_as_strings(tmp_path):
     images = pictures.encoded_images()[:2]
     source = Dataset.from_dict(
         {"image": [{"bytes": b, "path": None} for b in images], "label": ["a", "b"]},
         features=Features({"image": Image(), "label": Value("string")}),
     )
-    packed = packed_in(tmp_path / "out", source)
-    lazy = packed_in(tmp_path / "lazy", source, materialize=False)
+    packed = packed_in(tmp_path / "out", source, label_column="label")
+    lazy = packed_in(tmp_path / "lazy", source, label_column="label", materialize=False)
     found = {
         i: name
         for row in packed
@@ -176,6 +177,29 @@ def test_string_labels_travel_as_strings(tmp_path):
     }
     assert found == {0: "a", 1: "b"}
     assert [row["labels"] for row in lazy] == [row["labels"] for row in packed]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"), [("string", ["a", "b"]), ("float32", [0.5, 1.5]), ("bool", [True, False])]
+)
+@pytest.mark.parametrize("name", ["label", "labels"])
+def test_labels_that_no_batch_can_hold_are_refused_before_anything_is_read(kind, values, name):
+    images = [{"bytes": b"no image", "path": None}] * 2
+    features = Features({"image": Image(), name: Value(kind)})
+    source = Dataset.from_dict({"image": images, name: values}, features=features)
+    what = f"features['{name}'] is Value('{kind}'), expected integers or a ClassLabel; "
+    remedy = f"class_encode_column it, or pass label_column=None, or '{name}' to store it for"
+    with pytest.raises(ValueError, match=f"^{re.escape(what + remedy)} read_rows alone$"):
+        packpipe.pack(source)
+    with pytest.raises(ValueError, match=re.escape(what + remedy)):
+        packpipe.Packer()(source.data.table)
+    for column in ("auto", name):
+        for call, rows in (
+            (packpipe.EpochPacks, source),
+            (packpipe.PackedStream, source.to_iterable_dataset()),
+        ):
+            with pytest.raises(ValueError, match=re.escape(what) + ".*label_column=None$"):
+                call(rows, label_column=column)
 
 
 def test_images_by_path_and_bare_bytes_give_the_rows_of_images_by_bytes(source, tmp_path):

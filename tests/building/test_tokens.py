@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from collections import defaultdict
 from collections.abc import Callable
@@ -672,3 +673,35 @@ def test_bools_cannot_hold_padding_that_is_no_bool(tmp_path):
     message = r"features\['labels'\] is 'bool', expected a type that holds -100; cast_column it"
     with pytest.raises(ValueError, match=message):
         pack(Dataset.from_dict(columns), 8, output=tmp_path / "a", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (["a", "b"], "Value('string')"),
+        ([0.5, 1.5], "Value('float64')"),
+        ([True, False], "Value('bool')"),
+    ],
+)
+def test_labels_of_sequences_are_integers_unless_they_are_named(tmp_path, labels, found):
+    rows = Dataset.from_dict({"input_ids": [[1, 2], [3]], "labels": labels})
+    message = (
+        f"features['labels'] is {found}, expected integers or a ClassLabel; class_encode_column "
+        "it, or name the columns to be stored in value_columns"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        pack(rows, 4, output=tmp_path / "packed")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Packer(4)(rows.data.table)
+    packed = pack(rows, 4, value_columns="labels", output=tmp_path / "packed", progress=False)
+    (row,) = packed
+    assert row["labels"] == [labels[number] for number in row["example_index"]]
+
+
+def test_labels_of_tokens_are_integers(tmp_path):
+    rows = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[0.5, 1.5]]})
+    message = (
+        r"^features\['labels'\] is 'float64', expected integers; cast_column or rename_column it$"
+    )
+    with pytest.raises(ValueError, match=message):
+        pack(rows, 4, output=tmp_path / "packed")

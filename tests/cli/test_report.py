@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     )
     where = tmp_path_factory.mktemp("packed") / "rows & <columns>"
     both = datasets.concatenate_datasets([images, bad])
-    packpipe.pack(both, 1024, output=where, num_workers=2, progress=False)
+    packpipe.pack(both, 1024, label_column="label", output=where, num_workers=2, progress=False)
     return where
 
 
@@ -143,7 +143,8 @@ def test_what_cannot_be_drawn_is_refused(folder, tmp_path):
     with pytest.raises(IndexError, match=r"rows\[0\] is 500, expected -101..100"):
         draw_rows(folder, [500])
     images = datasets.load_dataset("imagefolder", data_dir=str(images_folder()), split="train")
-    packpipe.pack(images, 1024, materialize=False, output=tmp_path / "plan", progress=False)
+    options = {"materialize": False, "label_column": None, "progress": False}
+    packpipe.pack(images, 1024, output=tmp_path / "plan", **options)
     with pytest.raises(ValueError, match="expected rows with their tokens; pack with materialize"):
         draw_rows(tmp_path / "plan", [0])
     assert "Fill and lengths" in report(packpipe.summarize(tmp_path / "plan"))
@@ -162,7 +163,8 @@ def test_a_report_is_one_small_page_that_needs_no_other(folder, tokens, tmp_path
 
 def test_a_report_of_no_rows_says_so(tmp_path):
     images = datasets.load_dataset("imagefolder", data_dir=str(images_folder()), split="train")
-    packpipe.pack(images.select([]), 1024, output=tmp_path / "a", progress=False)
+    none = images.select([]).remove_columns("label")
+    packpipe.pack(none, 1024, output=tmp_path / "a", progress=False)
     assert "0 packed rows" in report(packpipe.summarize(tmp_path / "a"))
 
 

@@ -295,23 +295,19 @@ def test_an_image_whose_size_changed_is_an_error(tmp_path):
     assert [17, 16] in again.image_hw.tolist()
 
 
-@pytest.mark.parametrize(
-    ("column", "kind"), [("auto", "int64"), ("n", "int32"), ("text", "string"), (None, None)]
-)
+@pytest.mark.parametrize(("column", "kind"), [("auto", "int64"), ("n", "int32"), (None, None)])
 def test_labels_of_any_column_or_none(column, kind):
     features = Features(
         {
             "image": Image(),
             "label": ClassLabel(names=["cat", "dog", "owl"]),
             "n": Value("int32"),
-            "text": Value("string"),
         }
     )
     columns = {
         "image": [{"bytes": image, "path": None} for image in IMAGES],
         "label": [row % 3 for row in range(9)],
         "n": [10 * row for row in range(9)],
-        "text": [f"text {row}" for row in range(9)],
     }
     whole = Dataset.from_dict(columns, features=features)
     # In several chunks, as a dataset of several files has.
