@@ -117,14 +117,16 @@ class EpochCursor(Cursor):
         return {"num_packs": self._packs.num_packs(key)}
 
     def parts(self, key: Key, share: Share, start: int) -> Iterator[Part]:
-        """Yield the numbers of the packs this rank takes at each step, and their places."""
+        """Yield the packs this rank takes at each step, and their places."""
         work = self._packs.work(key) if self._balance else None
         num_packs = self._packs.num_packs(key)
         steps = step_packs(num_packs, work, share.global_batch, self._tail, key)
+        # Where packs can be planned here, other processes need no plan of their own to fill them.
+        planned = getattr(self._packs, "planned", lambda _, numbers: numbers)
         # The steps of an epoch are one array of numbers, so continuing is a slice of it.
         for packs in steps[start // share.global_batch :, share.own]:
             there = np.flatnonzero(packs != NO_PACK)
-            yield packs[there], there
+            yield Part(key, planned(key, packs[there]), there)
 
     def check(self, state: dict[str, Any], key: Key, share: Share) -> int:  # noqa: ARG002
         """Return the number of packs of all steps."""
@@ -166,7 +168,7 @@ class StreamCursor(Cursor):
             is_first = False
             places = even_places(len(some), size) if len(some) < size else np.arange(size)
             own = np.flatnonzero((places >= share.own.start) & (places < share.own.stop))
-            yield [some[place] for place in own], places[own] - share.own.start
+            yield Part(key, [some[place] for place in own], places[own] - share.own.start)
 
     def check(self, state: dict[str, Any], key: Key, share: Share) -> int:  # noqa: ARG002
         """Return the largest allowed number, since the length of a stream is unknown.

@@ -52,7 +52,8 @@ class EpochPacks:
         label_column: name of the column of labels; ``"auto"`` finds it, None leaves labels out.
         size_columns: names of the columns of upright heights and widths; None reads headers.
         image_root: the only folder that paths may lead into; None follows every path.
-        num_workers: threads that read the headers, once; None is one a processor.
+        num_workers: threads that read the headers, once; None is one a processor. Of the ranks that
+            share a file system one reads them, and the others wait for it.
         on_error: ``"quarantine"`` lists images whose header or label is bad in ``rejects``; one
             that cannot be decoded leaves padding in its row, and is logged. ``"raise"`` allows
             neither.
@@ -156,23 +157,32 @@ class EpochPacks:
         """Return int64[packs], Σ l² of each pack."""
         return self.plan(*key).attention_work
 
-    def rows(self, key: Key, packs: NDArray[np.int64]) -> Rows:
+    def planned(self, key: Key, packs: NDArray[np.int64]) -> Rows:
+        """Return some packs of an epoch as planned: rows without tokens yet."""
+        return planned_images(self.plan(*key), packs, self._labels)
+
+    def rows(self, key: Key, packs: NDArray[np.int64] | Rows) -> Rows:
         """Return some packs of an epoch, their images decoded.
+
+        Args:
+            key: (seed, epoch) of the plan.
+            packs: their numbers; or what `planned` returned, which needs no plan any more.
 
         Raises:
             ValueError: an image's size is not the one planned for.
             TooManyRejects: a ValueError; more images than are allowed cannot be decoded.
         """
-        planned = planned_images(self.plan(*key), packs, self._labels)
+        planned = packs if isinstance(packs, Rows) else self.planned(key, packs)
         with forgetting_wrong_sizes(self._source, self.config.max_pixels):
             rows, rejects = fill_rows(planned, self._source, self.config, key)
         self._undecodable.add(rejects, self._tolerance)
         return rows
 
-    # A lock cannot be pickled: each worker process makes its own.
+    # A lock cannot be pickled: each worker process makes its own. Plans can be made again.
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
+        left_out = {"_lock", "_plans"}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._lock = Lock()
+        self._lock, self._plans = Lock(), OrderedDict()

@@ -33,7 +33,7 @@ from packpipe.loading.pairs import StoredPairs
 from packpipe.loading.ranks import agree, import_before_groups, rank_of_world, together
 from packpipe.loading.steps import TAILS
 from packpipe.loading.stored import StoredPacks
-from packpipe.loading.workers import Fill, as_it_is, in_processes, in_threads
+from packpipe.loading.workers import Fill, Processes, as_it_is, in_threads
 from packpipe.philox import Key, checked_key
 
 if TYPE_CHECKING:
@@ -85,6 +85,10 @@ class PackedLoader:
             ``"processes"``, of which one that does not run at all for ten minutes while its batch
             is waited for is an error (on Linux).
         prefetch: batches that each worker fills ahead.
+        persistent: keep worker processes for the next pass, which then begins at once. They hold
+            the packs as these were when they started, and end with the loader; after a loop that
+            was left early they hold the batches filled ahead, too. False starts them anew for every
+            pass.
         pin_memory: return batches in page-locked memory, if there is a GPU to copy them to.
         max_segments: S of the batches; None takes what the packs allow.
         as_numpy: make each batch a dict of NumPy arrays, for JAX and others: the columns that a
@@ -121,6 +125,7 @@ class PackedLoader:
         num_workers: int = 0,
         workers: str = "threads",
         prefetch: int = 2,
+        persistent: bool = True,
         pin_memory: bool = False,
         max_segments: int | None = None,
         as_numpy: bool = False,
@@ -154,6 +159,7 @@ class PackedLoader:
         self._num_workers = checks.whole_number("num_workers", num_workers, 0, 1024, remedy)
         self.workers = checks.choice("workers", workers, WORKERS, "choose who fills batches")
         self.prefetch = checks.whole_number("prefetch", prefetch, 1, 1024, "2 is usual")
+        self.persistent = checks.boolean("persistent", persistent)
         self.pin_memory = checks.boolean("pin_memory", pin_memory)
         self.as_numpy = checks.boolean("as_numpy", as_numpy)
         if as_numpy:
@@ -166,7 +172,7 @@ class PackedLoader:
             max_segments = checks.whole_number("max_segments", max_segments, 1, 2**31 - 1, remedy)
         self._max_segments = max_segments
         self._has_one_order = not (shuffle or self.balance)
-        # Both need all packs of an epoch: balance sorts them, and `in_processes` lists them.
+        # Balance sorts all packs of an epoch; images of a stream are read here, not by processes.
         if is_stream and (self.balance or (num_workers and workers == "processes")):
             remedy = "all of it has to be known for that; use threads, or EpochPacks"
             raise ValueError(
@@ -181,6 +187,7 @@ class PackedLoader:
         self._taken = 0  # packs taken by now
         self._finished = False  # whether the pass has ended
         self._pass: object | None = None  # the loop that the above speak of
+        self._processes: Processes | None = None  # that wait for the next pass
 
     @property
     def epoch(self) -> int:
@@ -446,19 +453,27 @@ class PackedLoader:
 
     def _batches(self) -> Iterator[Batch]:
         """Return this rank's batches of the epoch, from the start on."""
-        fill = Fill(
-            self.packs,
-            self._batch_of,
-            self._key,
-            self.batch_size,
-            self._width,
-            self.pin_memory,
-        )
+        fill = Fill(self.packs, self._batch_of, self.batch_size, self._width, self.pin_memory)
         parts = self._cursor.parts(self._key, self._share, self._start)
         if not self._num_workers:
             return map(fill, parts)
-        fill_ahead = in_threads if self.workers == "threads" else in_processes
-        return fill_ahead(fill, parts, self._num_workers, self.prefetch)
+        if self.workers == "threads":
+            return in_threads(fill, parts, self._num_workers, self.prefetch)
+        return self._processes_for(fill).batches(parts)
+
+    def _processes_for(self, fill: Fill) -> Processes:
+        """Return the processes of the last pass if they can go on, others if not."""
+        processes = self._processes
+        if processes is None or not processes.can_go_on():
+            self._processes = None  # ends the old ones, before there are others beside them
+            del processes
+            processes = Processes(fill, self._num_workers, self.prefetch)
+        self._processes = processes if self.persistent else None
+        return processes
+
+    # A copy, or a loader that is sent to another process, starts processes of its own.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_processes": None}
 
 
 def _torch() -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from multiprocessing.util import Finalize
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +25,21 @@ from packpipe.rows.rows import Rows
 if TYPE_CHECKING:
     from packpipe.loading.batch import Batch
 
-# The packs that a rank takes at a step, and their places in its batch.
-Part: TypeAlias = tuple[Any, NDArray[np.int64]]
+log = logging.getLogger(__name__)
+
+
+class Part(NamedTuple):
+    """What a rank takes at a step.
+
+    Attributes:
+        key: (seed, epoch) of all random choices.
+        packs: the packs, named as `Packs.rows` takes them.
+        places: int64[packs], their places in the rank's batch.
+    """
+
+    key: Key
+    packs: Any
+    places: NDArray[np.int64]
 
 
 class Packs(Protocol):
@@ -49,7 +64,6 @@ class Fill:
         packs: where packs come from.
         batch_of: makes a batch of rows and their max_segments: `packpipe.loading.batch.batch_of`,
             or `batch_columns`, which needs no torch.
-        key: (seed, epoch) of all random choices.
         batch_size: rows of a batch; those without a pack are empty.
         max_segments: S of the batch.
         pin_memory: whether the batch is put into page-locked memory.
@@ -57,18 +71,16 @@ class Fill:
 
     packs: Packs
     batch_of: Callable[..., Any]
-    key: Key
     batch_size: int
     max_segments: int
     pin_memory: bool
 
     def rows(self, part: Part) -> Any:
         """Return the batch of a part, in ordinary memory."""
-        packs, places = part
-        rows = self.packs.rows(self.key, packs)
+        rows = self.packs.rows(part.key, part.packs)
         # At a padded last step a rank has fewer packs than rows; the other rows stay empty.
-        if len(places) < self.batch_size:
-            rows = rows.spread(places, self.batch_size)
+        if len(part.places) < self.batch_size:
+            rows = rows.spread(part.places, self.batch_size)
         # Not copied again: these rows are in memory of their own, or read-only and copied anyway.
         return self.batch_of(rows, self.max_segments, copy=False)
 
@@ -98,90 +110,135 @@ def in_threads(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def in_processes(
-    fill: Fill,
-    parts: Iterator[Part],
-    num_workers: int,
-    prefetch: int,
-    *,
-    still_seconds: float = STILL_SECONDS,
-) -> Iterator[Batch]:
-    """Yield the batches in order, filled ahead by the workers of torch's own DataLoader.
+class Processes:
+    """Processes that fill batches ahead, the workers of torch's own DataLoader, for many passes.
+
+    Each has a copy of the packs, from when it was started. What belongs to an epoch comes with each
+    part, so that a later pass may be one through another epoch. They end when this object is gone,
+    after an error, and at the interpreter's exit.
 
     Args:
         fill: makes a batch.
-        parts: what it is made of.
         num_workers: processes.
         prefetch: batches that each fills ahead.
-        still_seconds: how long a process may stand still while a batch is waited for.
-
-    Raises:
-        RuntimeError: a process was killed, or stood still (see `packpipe.images.watch`).
+        still_seconds: how long a process may stand still while it is waited for.
     """
-    import torch
-    from torch.utils.data import DataLoader
 
-    # Parts are small arrays of numbers, so all of an epoch's fit into memory.
-    steps: Any = _Steps(fill, list(parts))
-    loader: DataLoader[Any] = DataLoader(
-        steps,
-        batch_size=None,  # a step is a whole batch already
-        sampler=range(len(steps.parts)),
-        num_workers=num_workers,
-        prefetch_factor=prefetch,
-        pin_memory=fill.pin_memory,  # here, since a worker has no GPU
-        collate_fn=as_it_is,
-        generator=torch.Generator(),  # else it draws a seed from the one that models use, too
-    )
-    yield from _watched(iter(loader), still_seconds)
+    def __init__(
+        self, fill: Fill, num_workers: int, prefetch: int, *, still_seconds: float = STILL_SECONDS
+    ) -> None:
+        import torch
+        from torch.utils.data import DataLoader
 
+        self._still_seconds = still_seconds
+        self._parts = _PartsOfAPass()
+        steps: Any = _Filled(fill)
+        self._loader: DataLoader[Any] = DataLoader(
+            steps,
+            batch_size=None,  # a part is a whole batch already
+            sampler=self._parts,
+            num_workers=num_workers,
+            prefetch_factor=prefetch,
+            pin_memory=fill.pin_memory,  # here, since a worker has no GPU
+            collate_fn=as_it_is,
+            generator=torch.Generator(),  # else it draws a seed from the one that models use, too
+            persistent_workers=True,
+        )
+        self._batches = cast(Any, iter(self._loader))  # starts them, with no part to fill yet
+        self._process = os.getpid()
+        self._wake = Finalize(self, _wake, [self._batches._workers], exitpriority=0)
 
-def _watched(batches: Any, seconds: float) -> Iterator[Batch]:
-    """Yield the batches of a DataLoader's workers; one that stands still is an error."""
-    waits_for: int | None = None  # number of the batch that is waited for
-    still: list[Any] = []
+    def can_go_on(self) -> bool:
+        """Return whether a pass may begin: all processes live, and are this process's own."""
+        if self._process != os.getpid():
+            # This process was forked from theirs, and must not end them when it forgets them.
+            self._batches._shutdown = True
+        if self._batches._shutdown:
+            return False
+        ended = [worker.pid for worker in self._batches._workers if not worker.is_alive()]
+        if ended:
+            log.warning("worker processes %s have ended between passes; others are started", ended)
+        return not ended
 
-    # A worker that has nothing to do looks every five seconds whether this process is alive, so
-    # that only one that is stopped, or hangs, is not run at all.
-    def progress() -> Progress:
-        workers = [] if waits_for is None else batches._workers
-        return {worker.pid: (waits_for, run_time(worker.pid)) for worker in workers}
+    def batches(self, parts: Iterator[Part]) -> Iterator[Batch]:
+        """Yield the batches of a pass in order; the pass before it is over then.
 
-    def end(process: Any) -> None:
-        still.append(process)
-        os.kill(process, signal.SIGKILL)  # torch notices it, and ends the wait
+        Raises:
+            RuntimeError: a process was killed, or stood still (see `packpipe.images.watch`).
+        """
+        waits_for: int | None = None  # number of the batch that is waited for
+        still: list[Any] = []
 
-    watch = Watch(progress, end, seconds)
-    try:
-        for number in count():
-            waits_for = number
-            batch = next(batches, None)
-            waits_for = None
-            if batch is None:
-                return
-            yield batch
-    except RuntimeError as error:
-        if not still:
+        # A worker that has nothing to do looks every five seconds whether this process is alive, so
+        # that only one that is stopped, or hangs, is not run at all.
+        def progress() -> Progress:
+            workers = [] if waits_for is None else self._batches._workers
+            return {worker.pid: (waits_for, run_time(worker.pid)) for worker in workers}
+
+        def end(process: Any) -> None:
+            still.append(process)
+            os.kill(process, signal.SIGKILL)  # torch notices it, and ends the wait
+
+        self._parts.of_pass = parts
+        watch = Watch(progress, end, self._still_seconds)
+        try:
+            waits_for = -1
+            iter(self._loader)  # waits until every process has left the pass before
+            for number in count():
+                waits_for = number
+                batch = next(self._batches, None)
+                waits_for = None
+                if batch is None:
+                    return
+                yield batch
+        except GeneratorExit:  # the loop was left early; the next pass may begin
             raise
-        # Others that are stopped would not heed torch's SIGTERM, nor let this process end.
-        for worker in batches._workers:
-            worker.kill()
-        name, found = f"progress of worker process {still[0]}", f"none within {seconds:g} s"
-        remedy = "look for what stopped it, or a file system that hangs; go on from the last state"
-        raise RuntimeError(checks.sentence(name, found, "some", remedy)) from error
-    finally:
-        watch.close()
+        except BaseException as error:
+            self._end()
+            if not still or not isinstance(error, RuntimeError):
+                raise
+            name = f"progress of worker process {still[0]}"
+            found = f"none within {self._still_seconds:g} s"
+            remedy = "look for what stopped it, or a file system that hangs; go on from the last "
+            raise RuntimeError(checks.sentence(name, found, "some", remedy + "state")) from error
+        finally:
+            watch.close()
+
+    def _end(self) -> None:
+        """End the processes now, while a traceback may still refer to this object."""
+        self._wake()
+        self._batches._shutdown_workers()
+
+
+def _wake(workers: list[Any]) -> None:
+    """Let processes go on that are stopped.
+
+    Else they would not heed that they are to end, nor let this process end, which waits for them.
+    """
+    for worker in workers:
+        if worker.is_alive():
+            os.kill(worker.pid, signal.SIGCONT)
+
+
+@dataclass
+class _PartsOfAPass:
+    """The sampler of a DataLoader: the parts of the pass that is begun next."""
+
+    of_pass: Iterator[Part] = field(default_factory=lambda: iter(()))
+
+    def __iter__(self) -> Iterator[Part]:
+        parts, self.of_pass = self.of_pass, iter(())
+        return parts
 
 
 @dataclass(frozen=True)
-class _Steps:
-    """A dataset to torch, of batches: item i is the batch of step i, in ordinary memory."""
+class _Filled:
+    """A dataset to torch, of batches by their parts, in ordinary memory."""
 
     fill: Fill
-    parts: list[Part]
 
-    def __getitem__(self, step: int) -> Any:
-        return self.fill.rows(self.parts[step])
+    def __getitem__(self, part: Part) -> Any:
+        return self.fill.rows(part)
 
 
 def as_it_is(batch: Any) -> Any:

@@ -359,6 +359,20 @@ def test_a_pickled_copy_gives_the_same_packs(source, tmp_path):
         assert copy.fingerprint(Key(4, 4)) == packs.fingerprint(Key(4, 4))
 
 
+def test_what_is_planned_elsewhere_needs_no_plan(source, monkeypatch):
+    packs = EpochPacks(source, 32, drop_rate=0.3)
+    wanted = [pictures.row_bytes(all_rows(packs, 0, epoch)) for epoch in range(2)]
+    assert wanted[0] != wanted[1]
+    numbers = [np.arange(packs.num_packs(Key(0, epoch))) for epoch in range(2)]
+    planned = [packs.planned(Key(0, epoch), numbers[epoch]) for epoch in range(2)]
+    assert "patches" not in planned[0].tokens
+    sent = pickle.dumps((packs, planned))
+    monkeypatch.setattr(epochs, "plan_epoch", None)
+    copy, planned = pickle.loads(sent)  # noqa: S301
+    for epoch in (1, 0):
+        assert pictures.row_bytes(copy.rows(Key(0, epoch), planned[epoch])) == wanted[epoch]
+
+
 WRONG_OPTIONS = [
     (
         {"seq_len": 0},

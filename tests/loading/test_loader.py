@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import pickle
 import re
 import signal
 import time
-from itertools import chain
+from copy import deepcopy
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from forked import Forked
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from processes import wait_until
+from processes import children, wait_until
 
 from packpipe import PackedBatch, PackedLoader, read_rows
 from packpipe.loading.stored import StoredPacks
@@ -80,10 +83,83 @@ def test_stored_rows_come_as_they_are_read(packs):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than there are cores
 def test_workers_change_no_byte(packs, kind, num_workers, workers):
     options = {"tail": "pad", "balance": True}
-    (alone,) = uninterrupted(packs[kind], 1, **options)
-    assert len(set(alone)) == len(alone) > 3
+    alone = uninterrupted(packs[kind], 2, **options)
+    assert len({*alone[0], *alone[1]}) == len(alone[0]) + len(alone[1]) > 6
     some = {"num_workers": num_workers, "workers": workers, "prefetch": 1}
-    assert uninterrupted(packs[kind], 1, **options, **some) == [alone]
+    assert uninterrupted(packs[kind], 2, **options, **some) == alone
+
+
+PROCESSES = {"num_workers": 2, "workers": "processes", "prefetch": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "persistent"), [*((kind, True) for kind in KINDS), ("planned", False)]
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_processes_stay_from_pass_to_pass_unless_they_shall_not(packs, kind, persistent):
+    before = children()
+    alone = uninterrupted(packs[kind], 4, tail="pad")
+    loader = PackedLoader(packs[kind], 8, tail="pad", persistent=persistent, **PROCESSES)
+    used = []
+
+    def steps(loader: PackedLoader, most: int | None = None) -> list[str]:
+        batches = islice(loader, most)
+        found = [loading.digest(next(batches))]
+        used.append(frozenset(children()) - frozenset(before))
+        return [*found, *map(loading.digest, batches)]
+
+    assert steps(loader) == alone[0]
+    assert steps(loader, 2) == alone[1][:2]
+    assert steps(loader) == alone[1]
+    loader.set_epoch(3)
+    assert steps(loader, 1) == alone[3][:1]
+    state = loader.state_dict()
+    loader.set_epoch(2)
+    assert steps(loader) == alone[2]
+    loader.load_state_dict(state)
+    assert steps(loader) == alone[3][1:]
+    assert {len(pids) for pids in used} == {2}
+    assert len(set(used)) == (1 if persistent else len(used))
+    assert set(children()) - set(before) == (used[0] if persistent else set())
+    del loader
+    wait_until(lambda: children() == before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_another_loop_ends_the_one_that_the_same_processes_fill(packs):
+    (alone,) = uninterrupted(packs["planned"], 1, tail="pad")
+    loader = PackedLoader(packs["planned"], 8, tail="pad", **PROCESSES)
+    first, second = iter(loader), iter(loader)
+    assert loading.digest(next(first)) == loading.digest(next(second)) == alone[0]
+    with pytest.raises(RuntimeError, match=r"^loop over the loader is 'one that another loop"):
+        next(first)
+    assert [loading.digest(batch) for batch in second] == alone[1:]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_copy_and_a_forked_process_have_workers_of_their_own(packs):
+    alone = uninterrupted(packs["planned"], 2, tail="pad")
+    loader = PackedLoader(packs["planned"], 8, tail="pad", **PROCESSES)
+    assert [loading.digest(batch) for batch in loader] == alone[0]
+    own = set(children())
+    state = loader.state_dict()
+    for copy in (deepcopy(loader), pickle.loads(pickle.dumps(loader))):  # noqa: S301
+        assert copy.state_dict() == state
+        assert [loading.digest(batch) for batch in copy] == alone[1]
+
+    def goes_on(found: Any) -> None:
+        # Not loader's last use here: were it dropped, or collected, it must end no process of ours.
+        found.put([loading.digest(batch) for batch in loader])
+
+    context = multiprocessing.get_context("fork")
+    found = context.Queue()
+    child = context.Process(target=goes_on, args=[found])
+    child.start()
+    assert found.get(timeout=300) == alone[1]
+    child.join()
+    assert own <= set(children())
+    assert [loading.digest(batch) for batch in loader] == alone[1]
+    assert own <= set(children())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -457,6 +533,11 @@ WHOLE = "an integer in "
             {"num_workers": -1},
             ValueError,
             f"num_workers is -1, expected {WHOLE}0..1024; 0 reads when asked",
+        ),
+        (
+            {"persistent": 1},
+            TypeError,
+            "persistent is 1, expected True or False; pass a bool",
         ),
         ({"prefetch": 0}, ValueError, f"prefetch is 0, expected {WHOLE}1..1024; 2 is usual"),
         (
