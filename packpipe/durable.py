@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
+
+log = logging.getLogger(__name__)
 
 
 def partial_of(path: Path) -> Path:
@@ -94,6 +97,42 @@ def remove_abandoned(folder: Path, pattern: str) -> None:
         with suppress(OSError), left.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             left.unlink()
+
+
+@contextmanager
+def first_alone(path: Path) -> Iterator[bool]:
+    """Let the first of several processes go through a block alone, and the others after it.
+
+    They wait until it has left the block, or has ended, and then go on side by side. Where nothing
+    can be locked, each is a first one.
+
+    Args:
+        path: of an empty file that is there meanwhile, in a folder that all of them see.
+
+    Yields:
+        Whether this process is the first.
+    """
+    import fcntl
+
+    is_first = True
+    with ExitStack() as stack:
+        with suppress(OSError):  # a folder that nothing can be written to
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("ab"))
+            with suppress(OSError):  # a file system without locks
+                try:
+                    # The lock ends with its process, however that ends.
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    is_first = False
+                    log.warning("waiting for the process that has locked %s", path)
+                    fcntl.flock(file, fcntl.LOCK_SH)
+            if is_first:
+                # Removed before the lock is released, so that nobody removes another one's file.
+                stack.callback(path.unlink, missing_ok=True)
+            else:
+                stack.close()
+        yield is_first
 
 
 def append_line(path: Path, value: Any) -> None:

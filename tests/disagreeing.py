@@ -1,8 +1,10 @@
 """Two ranks that disagree, each time in one thing: what each of them is told.
 
-Run as one of two ranks. Since a start takes long, they also train as one, and on broken images.
+Run as one of two ranks. Since a start takes long, they also train as one, and on broken images, and
+plan images whose sizes nobody knows yet.
 """
 
+import fcntl
 import json
 import shutil
 import sys
@@ -12,13 +14,18 @@ import broken
 import datasets
 import learning
 import pictures
+import torch
+from processes import wait_until
 from two_ranks import one_of_two_ranks
 
 from packpipe import EpochPacks, PackedLoader, PackedStream
 from packpipe.loading.ranks import rank_of_world
+from packpipe.sources import survey
 from packpipe.training.loop import train
 
 BROKEN_STEPS = 22
+SIZES = [(16 * (1 + number), 48) for number in range(8)]
+PLANNED_SEQ_LEN = 24
 EACH = [{}, {}]  # what rank 0 and rank 1 are given
 
 
@@ -57,11 +64,45 @@ def go_through_images(rank, folder):
     paths = [folder / f"{number}.png" for number in range(30)]
     for number, path in enumerate(paths[: 30 - rank]):
         path.write_bytes(pictures.encoded_image(64, 64, number))
-    dataset = datasets.Dataset.from_dict({"image": list(map(str, paths))})
-    packs = EpochPacks(
-        dataset.cast_column("image", datasets.Image()), 16, num_workers=1, max_bad_fraction=0.1
-    )
+    packs = EpochPacks(by_path(paths), 16, num_workers=1, max_bad_fraction=0.1)
     list(PackedLoader(packs, 1))
+
+
+def by_path(paths):
+    dataset = datasets.Dataset.from_dict({"image": list(map(str, paths))})
+    return dataset.cast_column("image", datasets.Image())
+
+
+def plan_images_of_unknown_sizes(rank, folder):
+    """Return the plan's fingerprint, and how many headers this rank has read for it.
+
+    The rank that reads them waits until the other one waits for it.
+    """
+    paths = [folder / f"{number}.png" for number in range(len(SIZES))]
+    if rank == 0:
+        folder.mkdir()
+        for path, size in zip(paths, SIZES, strict=True):
+            path.write_bytes(pictures.encoded_image(*size))
+    torch.distributed.barrier()
+    probe, flock, probed = survey.probe, fcntl.flock, []
+
+    def counted(image, **options):
+        wait_until((folder / "waits").exists)
+        probed.append(image)
+        return probe(image, **options)
+
+    def noted(file, how):
+        if how == fcntl.LOCK_SH:
+            (folder / "waits").touch()
+        flock(file, how)
+
+    survey.probe, fcntl.flock = counted, noted
+    try:
+        packs = EpochPacks(by_path(paths), PLANNED_SEQ_LEN, num_workers=1)
+    finally:
+        survey.probe, fcntl.flock = probe, flock
+    assert len(list(PackedLoader(packs, 1))) > 1
+    return {"fingerprint": packs.plan(0, 0).fingerprint, "probed": len(probed)}
 
 
 class Unplanned:
@@ -118,6 +159,7 @@ def disagreements(rank, checkpoint):
     own = checkpoint if rank == 0 else None
     return {
         "a missing file": lambda folder: go_through_images(rank, folder),
+        "bad images": lambda _: EpochPacks(pictures.dataset_of([b"", b""]), 16, num_workers=1),
         "seed": lambda _: go_through(rank, each=[{"seed": 3}, {"seed": 4}]),
         "batch size": lambda _: go_through(rank, each=[{}, {"batch_size": 2}]),
         "several": lambda _: go_through(rank, each=[{"epoch": 2}, {"balance": True}]),
@@ -160,6 +202,8 @@ def main(folder):
         except ValueError as error:
             told[name] = str(error)
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
+    planned = plan_images_of_unknown_sizes(rank, folder / "cold")
+    (folder / f"planned-{rank}.json").write_text(json.dumps(planned))
 
 
 if __name__ == "__main__":

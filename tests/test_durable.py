@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -9,13 +11,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packpipe.durable import append_line, lines_of, remove_abandoned, write_shared
+from packpipe.durable import append_line, first_alone, lines_of, remove_abandoned, write_shared
 
 KILLED = """
 import os, signal, sys
@@ -104,3 +106,59 @@ def test_lines_are_read_as_far_as_they_were_written(tmp_path_factory, values, da
     assert lines_of(path) == values[: whole[:cut].count(b"\n")]
     path.write_bytes(whole[:cut] + b"\0" * 5 + b"\n")  # what a power failure may leave
     assert lines_of(path) == values[: whole[:cut].count(b"\n")]
+
+
+FIRST = """
+import sys
+from pathlib import Path
+from packpipe.durable import first_alone
+with first_alone(Path(sys.argv[1])) as is_first:
+    print(is_first, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("end", ["leaves", "killed"])
+def test_others_go_on_when_the_first_has_left_or_is_killed(tmp_path, end, monkeypatch):
+    path = tmp_path / "new" / "alone.lock"
+    flock, asked = fcntl.flock, Barrier(4)
+    left = Event()
+
+    def noted(file, how):
+        if how == fcntl.LOCK_SH:
+            asked.wait(60)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", noted)
+
+    def go_through(_):
+        with first_alone(path) as is_first:
+            return is_first, left.is_set()
+
+    command = [sys.executable, "-c", FIRST, str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as first, ThreadPoolExecutor(3) as threads:
+        assert first.stdout.readline() == "True\n"
+        found = threads.map(go_through, range(3))
+        asked.wait(60)  # all three have found that they are not the first
+        left.set()
+        if end == "killed":
+            first.kill()
+        first.communicate()
+        assert list(found) == [(False, True)] * 3
+    assert path.exists() == (end == "killed")
+    assert go_through(None) == (True, True), "alone once more"
+    assert not path.exists()
+
+
+def test_where_nothing_can_be_locked_each_is_the_first(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with first_alone(tmp_path / "lock") as one, first_alone(tmp_path / "lock") as other:
+        assert (one, other) == (True, True)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with first_alone(tmp_path / "file" / "lock") as is_first:  # no folder can be there
+        assert is_first

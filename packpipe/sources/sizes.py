@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe._version import __version__
-from packpipe.durable import remove_abandoned, write_shared
+from packpipe.durable import first_alone, remove_abandoned, write_shared
 from packpipe.images.opening import SizeChanged
 from packpipe.planning.plan import MAX_SIDE
 from packpipe.rows.rejects import Reject
@@ -70,6 +70,9 @@ def sizes_of(
 def kept_sizes(source: ImageSource, *, max_pixels: int, executor: Executor | None = None) -> Sizes:
     """Return the sizes of a source: from the file of kept sizes, or probed and then kept.
 
+    Of several processes on one file system, such as the ranks of a training, the first one probes.
+    The others wait, and read what it has kept; if it failed, each of them probes.
+
     Args:
         source: the images.
         max_pixels: larger images are rejected.
@@ -77,6 +80,20 @@ def kept_sizes(source: ImageSource, *, max_pixels: int, executor: Executor | Non
     """
     path, known = _place(source, max_pixels)
     remove_abandoned(path.parent, "packpipe-sizes-*.arrow.*")
+    image_hw, broken_exif = _read(path, known, len(source.rows))
+    if image_hw.all():
+        return Sizes(image_hw, broken_exif, [])
+    # Its name is not one of those that are removed above.
+    with first_alone(path.with_suffix(".lock")) as is_first:
+        if is_first:
+            return _completed(source, path, known, max_pixels, executor)
+    return _completed(source, path, known, max_pixels, executor)
+
+
+def _completed(
+    source: ImageSource, path: Path, known: str, max_pixels: int, executor: Executor | None
+) -> Sizes:
+    """Return the sizes of a source: those that are kept, and the others probed and then kept."""
     image_hw, broken_exif = _read(path, known, len(source.rows))
     # Where there is no size: everywhere, or where there was none the last time.
     asked = np.flatnonzero(image_hw[:, 0] == 0)

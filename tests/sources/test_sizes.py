@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import subprocess
@@ -404,9 +405,12 @@ def test_what_killed_probes_have_left_is_removed(tmp_path):
         assert name.endswith(".arrow"), probed
 
 
-def test_several_may_probe_at_once(cache, monkeypatch):
+def test_without_locks_several_may_probe_at_once(cache, monkeypatch):
     dataset = images_of(pictures.encoded_images())
     together = Barrier(3)
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks")
 
     def probe(*arguments, **options):
         together.wait(60)
@@ -414,6 +418,7 @@ def test_several_may_probe_at_once(cache, monkeypatch):
         together.wait(60)
         return found
 
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     monkeypatch.setattr(sizes, "probe_sizes", probe)
     with ThreadPoolExecutor(3) as threads:
         found = [plain(one) for one in threads.map(kept, [dataset] * 3)]
@@ -422,6 +427,54 @@ def test_several_may_probe_at_once(cache, monkeypatch):
     assert [path.suffix for path in cache.iterdir()] == [".arrow"]
     monkeypatch.setattr(sizes, "probe_sizes", no_probe)
     assert plain(kept(dataset)) == found[0]
+
+
+class FirstWaits(Counted):
+    """The first probes once so many others wait for it; it may fail then."""
+
+    def __init__(self, monkeypatch, others, error=None):
+        super().__init__(monkeypatch)
+        self._waiting, self._error, flock = Barrier(others + 1), error, fcntl.flock
+
+        def noted(file, how):
+            if how == fcntl.LOCK_SH:
+                self._waiting.wait(60)
+            flock(file, how)
+
+        monkeypatch.setattr(fcntl, "flock", noted)
+
+    def __call__(self, *arguments, **options):
+        is_first = not self.asked
+        found = super().__call__(*arguments, **options)
+        if is_first:
+            self._waiting.wait(60)
+            if self._error:
+                raise self._error
+        return found
+
+
+def test_of_several_at_once_one_probes_and_the_others_read_what_it_has_kept(cache, monkeypatch):
+    dataset = images_of([*pictures.encoded_images(), BAD[1]])
+    counted = FirstWaits(monkeypatch, others=3)
+    with ThreadPoolExecutor(4) as threads:
+        found = [plain(one) for one in threads.map(kept, [dataset] * 4)]
+    assert [one == found[0] for one in found] == [True] * 4
+    assert found[0][0] == [*map(list, pictures.SIZES), [0, 0]]
+    assert counted.asked == [10, 1, 1, 1], "an image without a size is probed by each"
+    assert [path.suffix for path in cache.iterdir()] == [".arrow"]
+
+
+def test_if_the_one_that_probes_fails_the_others_probe_themselves(cache, monkeypatch):
+    dataset = images_of(pictures.encoded_images())
+    counted = FirstWaits(monkeypatch, others=2, error=OSError("the disk is gone"))
+    with ThreadPoolExecutor(3) as threads:
+        running = [threads.submit(kept, dataset) for _ in range(3)]
+        errors = [str(one.exception()) for one in running if one.exception()]
+        found = [one.result().image_hw.tolist() for one in running if not one.exception()]
+    assert errors == ["the disk is gone"]
+    assert found == [[list(size) for size in pictures.SIZES]] * 2
+    assert counted.asked[0] == 9
+    assert [path.suffix for path in cache.iterdir()] == [".arrow"]
 
 
 ANOTHER_PROCESS = """

@@ -18,7 +18,7 @@ from forked import Forked
 from processes import wait_until
 from two_ranks import run_on_two_ranks
 
-from packpipe import PackedLoader
+from packpipe import PackConfig, PackedLoader, plan_epoch
 from packpipe.loading.steps import TAILS
 from packpipe.training import loop
 from packpipe.training.checkpoints import KEPT, checkpoints, load_model, save_checkpoint
@@ -244,12 +244,23 @@ def test_ranks_without_a_token_train_as_one(two_ranks_in):
         assert max(of_losses, of_weights) < 1e-12, name
 
 
+@pytest.mark.slow
+def test_one_of_two_ranks_reads_the_headers_that_both_plan_from(two_ranks_in):
+    config = PackConfig(seq_len=disagreeing.PLANNED_SEQ_LEN)
+    wanted = plan_epoch(disagreeing.SIZES, config).fingerprint
+    ranks = by_rank(two_ranks_in, "planned")
+    assert [rank["fingerprint"] for rank in ranks] == [wanted, wanted]
+    assert sorted(rank["probed"] for rank in ranks) == [0, len(disagreeing.SIZES)]
+
+
 SAME = "the same on every rank; give all ranks the same data, options and checkpoint"
 NONE = "None on every rank; mend what failed, since ranks go on together or not at all"
 # In place of each * stands something.
 TOLD = {
     "a missing file": "num_packs is 30 (rank 0), 29 (rank 1) and fingerprint is '*' (rank 0), '*' "
     f"(rank 1) and *, expected {SAME}",
+    "bad images": "rejected is 2 of 2 examples (100.00%), expected at most 1.00% "
+    "(max_bad_fraction); *. First: example 0 *",
     "seed": f"seed is 3 (rank 0), 4 (rank 1), expected {SAME}",
     "batch size": f"global_batch is 2 (rank 0), 4 (rank 1), expected {SAME}",
     "several": "epoch is 2 (rank 0), 0 (rank 1) and balance is False (rank 0), True (rank 1), "
