@@ -42,7 +42,7 @@ from datasets import Dataset
 import packpipe
 from packpipe.planning.token_config import TokenConfig
 from packpipe.planning.token_plan import plan_tokens
-from packpipe.rows.copy import gather
+from packpipe.rows.copy import copy_tokens
 from packpipe.sources.token_source import token_column
 
 RESULTS = Path(__file__).parent / "results"
@@ -301,13 +301,13 @@ def movement(sequences: int) -> str:
     out = np.zeros(len(values), np.int32)
 
     def gathered() -> None:
-        gather(column.values, starts, pieces, places, out)
+        copy_tokens(column.values, starts, pieces, places, out)
 
     def copied() -> None:
         np.copyto(out, values)
 
     def by_all() -> None:
-        gather(column.values, starts, pieces, places, out, executor=executor)
+        copy_tokens(column.values, starts, pieces, places, out, executor=executor)
 
     with ThreadPoolExecutor() as executor:
         runs = {"a": gathered, "b": copied, "c": by_all}

@@ -12,7 +12,7 @@ import packpipe
 from packpipe import philox
 from packpipe.packing.packs import STRATEGIES
 from packpipe.philox import Key
-from packpipe.rows import copy as gathering
+from packpipe.rows import copy as copying
 
 
 def compile_all() -> None:
@@ -40,10 +40,10 @@ def compile_all() -> None:
     lens, places = np.array([2, 3], np.int32), np.array([0, 2])
     for dtype in (np.int32, np.int64):
         tokens = np.arange(5, dtype=dtype)
-        gathering.gather(tokens, places, lens, places, tokens.copy())
-        gathering.kept_runs(tokens, places, lens.astype(np.int64))
-    gathering.kept_runs(np.ones(5, np.int8), places, lens.astype(np.int64))
-    gathering.number_tokens(lens, lens, places, *np.zeros((2, 5), np.int32))
+        copying.copy_tokens(tokens, places, lens, places, tokens.copy())
+        copying.kept_runs(tokens, places, lens.astype(np.int64))
+    copying.kept_runs(np.ones(5, np.int8), places, lens.astype(np.int64))
+    copying.number_tokens(lens, lens, places, *np.zeros((2, 5), np.int32))
 
 
 if __name__ == "__main__":

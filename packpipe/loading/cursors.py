@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from packpipe import checks
 from packpipe.loading.reading import Anchor, Reading
 from packpipe.loading.steps import NO_PACK, even_places, num_steps, step_packs
-from packpipe.loading.workers import Packs, Part
+from packpipe.loading.workers import PackSource, Part
 from packpipe.philox import Key
 
 
-class PlannedPacks(Packs, Protocol):
+class PlannedPacks(PackSource, Protocol):
     """Packs of an epoch whose number is known: `StoredPacks`, `StoredPairs`, `EpochPacks`.
 
     A pack is named by its place in the epoch's order.
@@ -34,7 +34,7 @@ class PlannedPacks(Packs, Protocol):
         """Return int64[packs], the attention work of each."""
 
 
-class StreamedPacks(Packs, Protocol):
+class StreamedPacks(PackSource, Protocol):
     """Packs of a stream, which come one after the other: `PackedStream`."""
 
     def stream_packs(self, key: Key, state: dict[str, Any] | None, num_packs: int) -> Reading:

@@ -27,7 +27,7 @@ from packpipe.planning.image_config import PackConfig, PackOptions, config_from
 from packpipe.planning.plan import plan_epoch
 from packpipe.rows.digests import labels_digest
 from packpipe.rows.fill_images import fill_rows, planned_images
-from packpipe.rows.rejects import Reject, Undecodable, tolerance_of
+from packpipe.rows.rejects import ReadFailures, Reject, tolerance_of
 from packpipe.rows.rows import Rows
 from packpipe.sources.columns import (
     check_dataset,
@@ -92,7 +92,7 @@ class EpochPacks:
         self._tolerance = tolerance_of(
             len(dataset), on_error, max_bad_fraction, max_consecutive_bad
         )
-        self._undecodable = Undecodable()
+        self._undecodable = ReadFailures()
         image_column = image_column_of(dataset.features, image_column)
         label_column = label_column_of(dataset.features, label_column)
         check_labels(dataset.features, label_column, "pass label_column=None")

@@ -33,7 +33,7 @@ from packpipe.philox import Key
 from packpipe.planning.decisions import decide
 from packpipe.planning.image_config import PackConfig, PackOptions, config_from
 from packpipe.rows.fill_images import fill_rows
-from packpipe.rows.rejects import NAMED, Reject, StreamUndecodable, Tally, tolerance_of
+from packpipe.rows.rejects import NAMED, Reject, StreamReadFailures, Tally, tolerance_of
 from packpipe.rows.rows import Rows
 from packpipe.sources.columns import check_labels, image_column_of, label_column_of, pixel_type
 from packpipe.sources.image_source import checked_root, confined
@@ -116,7 +116,7 @@ class PackedStream:
         self._open_packs = open_packs
         self._packer()  # raises if one of its options is wrong
         self._tolerance = tolerance_of(0, on_error, max_bad_fraction, max_consecutive_bad)
-        self._undecodable = StreamUndecodable()
+        self._undecodable = StreamReadFailures()
         features = dataset.features
         if features is None:
             if image_column == "auto" or label_column == "auto":

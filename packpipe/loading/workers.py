@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.util import Finalize
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
     Attributes:
         key: (seed, epoch) of all random choices.
-        packs: the packs, named as `Packs.rows` takes them.
+        packs: the packs, named as `PackSource.rows` takes them.
         places: int64[packs], their places in the rank's batch.
     """
 
@@ -42,7 +42,7 @@ class Part(NamedTuple):
     places: NDArray[np.int64]
 
 
-class Packs(Protocol):
+class PackSource(Protocol):
     """Where packs come from: `StoredPacks`, `StoredPairs`, `EpochPacks` or `PackedStream`."""
 
     @property
@@ -69,7 +69,7 @@ class Fill:
         pin_memory: whether the batch is put into page-locked memory.
     """
 
-    packs: Packs
+    packs: PackSource
     batch_of: Callable[..., Any]
     batch_size: int
     max_segments: int

@@ -13,7 +13,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 
-def gather(
+def copy_tokens(
     values: NDArray[Any],
     starts: NDArray[np.int64],
     lens: NDArray[np.integer],

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from packpipe.planning.token_config import TokenConfig
 from packpipe.planning.token_plan import TokenPlan, piece_starts
-from packpipe.rows.copy import gather, number_tokens
+from packpipe.rows.copy import copy_tokens, number_tokens
 from packpipe.rows.rows import NO_LABEL, Rows
 from packpipe.rows.schema import NUMBER_COLUMNS, rows_table
 
@@ -54,7 +54,7 @@ def planned_pieces(plan: TokenPlan, packs: range, values: dict[str, Any]) -> Row
     return Rows(offsets - offsets[0], segments)
 
 
-def first_places(rows: Rows, config: TokenConfig) -> NDArray[np.int64]:
+def token_places(rows: Rows, config: TokenConfig) -> NDArray[np.int64]:
     """Return int64[segments], the place of each one's first token, rows laid end to end."""
     if config.layout == "fixed":
         return rows.first_places(config.seq_len)
@@ -80,7 +80,7 @@ def fill_tokens(
         buffers: memory to write to; None takes new memory.
     """
     buffers = Buffers() if buffers is None else buffers
-    lens, places = planned.seq_lens, first_places(planned, config)
+    lens, places = planned.seq_lens, token_places(planned, config)
     fixed = config.layout == "fixed"
     size = len(planned) * config.seq_len if fixed else int(lens.sum(dtype=np.int64))
     starts = piece_starts(planned.fragment, config.seq_len)
@@ -95,9 +95,9 @@ def fill_tokens(
 
     for name, column in columns.items():
         out[name] = empty(name, column.values.dtype)
-        pad(name)  # writes padding alone; `gather` writes the rest
+        pad(name)  # writes padding alone; `copy_tokens` writes the rest
         firsts = column.starts[planned.example_index] + starts
-        gather(column.values, firsts, lens, places, out[name], executor=executor)
+        copy_tokens(column.values, firsts, lens, places, out[name], executor=executor)
     if config.mask_first_label:
         # A model that shifts labels would predict a segment's first label from the last token of
         # the segment before it.

@@ -144,7 +144,7 @@ def tolerance_of(
     return allowed if on_error == "quarantine" else Tolerance(num_examples, 0.0, 1)
 
 
-class Undecodable:
+class ReadFailures:
     """Counts examples that could not be decoded when read, each once; threads may share it."""
 
     def __init__(self) -> None:
@@ -168,11 +168,11 @@ class Undecodable:
             found = list(self._rejects.values())
         tolerance.check(found)
 
-    def __reduce__(self) -> tuple[type[Undecodable], tuple[()]]:
-        return Undecodable, ()  # a lock cannot be pickled; a worker process counts its own
+    def __reduce__(self) -> tuple[type[ReadFailures], tuple[()]]:
+        return ReadFailures, ()  # a lock cannot be pickled; a worker process counts its own
 
 
-class StreamUndecodable:
+class StreamReadFailures:
     """Counts images of a stream that this process could not decode; threads may share it.
 
     Every rank decodes its own packs, so the share is that of the images decoded here, over all
@@ -211,8 +211,8 @@ class StreamUndecodable:
                 tally = Tally(self._num_decoded, self._num_bad, last - first + 1)
                 allowed.check_so_far(tally, [reject])
 
-    def __reduce__(self) -> tuple[type[StreamUndecodable], tuple[()]]:
-        return StreamUndecodable, ()  # a lock cannot be pickled; a worker process counts its own
+    def __reduce__(self) -> tuple[type[StreamReadFailures], tuple[()]]:
+        return StreamReadFailures, ()  # a lock cannot be pickled; a worker process counts its own
 
 
 def bad_example(reject: Reject) -> str:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from packpipe.rows.copy import gather, kept_runs
+from packpipe.rows.copy import copy_tokens, kept_runs
 from packpipe.rows.fill_tokens import TokenColumn
 from packpipe.rows.rejects import EMPTY, Reject
 from packpipe.rows.text import as_bytes, from_bytes, is_text, joined
@@ -69,7 +69,7 @@ class TextColumn:
         some = self.bytes.take(np.asarray(rows))
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(some.lens)])
         data = np.empty(ends[-1], np.uint8)
-        gather(some.values, some.starts, some.lens, ends[:-1], data)
+        copy_tokens(some.values, some.starts, some.lens, ends[:-1], data)
         return from_bytes(self.type, ends, data, ~some.bad)
 
 
@@ -206,7 +206,7 @@ def without_padding(
         if len(ends):
             copied = np.empty(ends[-1], values.dtype)
             begins = column.starts[owners[runs]] + places[runs]
-            gather(values, begins, sizes[runs], ends - sizes[runs], copied)
+            copy_tokens(values, begins, sizes[runs], ends - sizes[runs], copied)
             values, (moved, begin) = one_view([values, copied])
             starts += moved
             starts[holed] = begin + np.cumsum(lens[holed]) - lens[holed]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from packpipe.building.token_job import VERSION, too_long
 from packpipe.planning.token_config import TokenConfig
 from packpipe.planning.token_plan import TokenPlan, accompanying, plan_tokens
-from packpipe.rows.fill_tokens import fill_tokens, first_places, padding_of, planned_pieces
+from packpipe.rows.fill_tokens import fill_tokens, padding_of, planned_pieces, token_places
 from packpipe.rows.rejects import ASKED, Reject
 from packpipe.rows.rows import NO_LABEL, Rows
 from packpipe.rows.schema import table_segments, token_schema
@@ -128,7 +128,7 @@ class TokenChecks(RowChecks):
             if np.any(uneven):
                 return
         if config.mask_first_label:
-            firsts = flat_tokens(rows, "labels")[first_places(segments, config)]
+            firsts = flat_tokens(rows, "labels")[token_places(segments, config)]
             what = f"the first label of a segment is not {NO_LABEL}"
             yield what, rows_with(segments, firsts != NO_LABEL)
 

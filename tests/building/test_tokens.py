@@ -34,7 +34,7 @@ from packpipe.building.build import _cut
 from packpipe.planning.token_config import OVERFLOWS, TokenConfig
 from packpipe.planning.token_plan import plan_tokens
 from packpipe.rows import files
-from packpipe.rows.copy import gather, number_tokens
+from packpipe.rows.copy import copy_tokens, number_tokens
 from packpipe.rows.rejects import TooManyRejects
 from packpipe.sources.token_source import one_view, token_column
 
@@ -209,7 +209,7 @@ def test_map_gives_the_same_tokens_batch_by_batch(form, seq_len, batch_size, rag
 
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from(("u1", "i2", "f4", "i8")), st.booleans())
-def test_gathering_is_its_naive_twin(data, dtype, threads):
+def test_copying_is_its_naive_twin(data, dtype, threads):
     arrays = data.draw(
         st.lists(st.lists(st.integers(0, 100), max_size=9), min_size=1, max_size=4).map(
             lambda many: [np.array(one, dtype) for one in many]
@@ -239,7 +239,7 @@ def test_gathering_is_its_naive_twin(data, dtype, threads):
     numbers = np.arange(1, len(runs) + 1, dtype=np.int32)
     with ThreadPoolExecutor(2) as executor:
         several = executor if threads else None
-        gather(values, starts, lens, at, out, executor=several)
+        copy_tokens(values, starts, lens, at, out, executor=several)
         number_tokens(lens, numbers, at, ids, positions, executor=several)
     assert out.tolist() == wanted.tolist()
     assert ids.tolist() == wanted_ids.tolist()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packpipe.rows import rejects as module
-from packpipe.rows.rejects import Reject, StreamUndecodable, Tally, Tolerance, TooManyRejects
+from packpipe.rows.rejects import Reject, StreamReadFailures, Tally, Tolerance, TooManyRejects
 
 
 def rejects(*examples: int) -> list[Reject]:
@@ -149,7 +149,7 @@ def test_the_error_of_a_stream_names_the_latest():
 
 
 def test_images_that_a_process_cannot_decode_are_a_share_of_those_it_has_decoded():
-    allowed, counted = Tolerance(0, 0.1, 100), StreamUndecodable()
+    allowed, counted = Tolerance(0, 0.1, 100), StreamReadFailures()
     for epoch in range(40):  # two of twenty are not more than a tenth
         counted.add(epoch, 10, [], allowed)
         counted.add(epoch, 10, rejects(3, 5), allowed)
@@ -162,12 +162,12 @@ def test_images_that_a_process_cannot_decode_are_a_share_of_those_it_has_decoded
 def test_neighbours_that_cannot_be_decoded_stop_a_stream_in_any_order():
     allowed = Tolerance(0, 1.0, 4)
     for order in ([1, 2, 3, 4], [4, 2, 1, 3], [1, 4, 3, 2]):
-        counted = StreamUndecodable()
+        counted = StreamReadFailures()
         for example in order[:-1]:
             counted.add(0, 1, rejects(example), allowed)
         with pytest.raises(TooManyRejects, match=r"^rejected is 4 examples in a row up to example"):
             counted.add(0, 1, rejects(order[-1]), allowed)
-    counted = StreamUndecodable()
+    counted = StreamReadFailures()
     for epoch in range(3):  # numbers of another epoch are other examples
         counted.add(epoch, 2, rejects(2 * epoch, 2 * epoch + 1), allowed)
 
