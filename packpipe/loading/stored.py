@@ -25,6 +25,7 @@ from packpipe.rows.schema import (
     SEGMENT_TYPES,
     has_labels,
     holds_tokens,
+    is_number,
     packed_columns,
     table_rows,
     table_segments,
@@ -36,7 +37,8 @@ class StoredPacks:
 
     Args:
         dataset: what `pack` or ``map(Packer(...))`` returned (a selection or shuffle of it too),
-            or a ``pyarrow.Table`` with the same columns.
+            or a ``pyarrow.Table`` with the same columns. Of others that were added, rows of tokens
+            show those with a number for every token, or a value for every segment, in all rows.
         shuffle: False takes the rows in their stored order, every epoch.
 
     Raises:
@@ -238,9 +240,7 @@ class StoredPacks:
         numbers = [
             name
             for name, values in sorted(none.segments.items())
-            if name not in SEGMENT_TYPES
-            and isinstance(values, pa.Array)
-            and _is_number(values.type)
+            if name not in SEGMENT_TYPES and isinstance(values, pa.Array) and is_number(values.type)
         ]
         if not numbers or not self._batches:
             return None
@@ -263,9 +263,3 @@ class StoredPacks:
         end = min(stop, start + -(-most // row_bytes))
         tokens = read_rows(self._dataset, slice(start, end)).tokens
         return [tokens[name] for name in sorted(tokens)]
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-    )

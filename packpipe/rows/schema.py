@@ -266,14 +266,18 @@ def packed_columns(tables: Sequence[pa.Table]) -> list[str]:
     def is_own(name: str, table: pa.Table) -> bool:
         kind = schema.field(name).type
         if pa.types.is_fixed_size_list(kind):
-            return kind.list_size == seq_len and _is_number(kind) and _has_all(table.column(name))
+            return (
+                kind.list_size == seq_len
+                and is_number(kind.value_type)
+                and _has_all(table.column(name))
+            )
         return pa.types.is_list(kind) and _is_of_segments(table, name)
 
     return [name for name in schema.names if all(is_own(name, table) for table in tables)]
 
 
-def _is_number(lists: pa.DataType) -> bool:
-    kind = lists.value_type
+def is_number(kind: pa.DataType) -> bool:
+    """Return whether values of a type are integers, floats or bools."""
     return bool(
         pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
     )
@@ -314,10 +318,7 @@ def has_labels(table: pa.Table) -> bool:
         return False
     kind = table.schema.field("labels").type
     if not pa.types.is_list(kind) or not _is_of_segments(table, "labels"):
-        expected, remedy = (
-            "a list of a value a segment",
-            "add lists as long as seq_lens, or rename it",
-        )
+        expected, remedy = "one value a segment", "add lists as long as seq_lens, or rename it"
         raise ValueError(checks.sentence("column 'labels'", str(kind), expected, remedy))
     return True
 

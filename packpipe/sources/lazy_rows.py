@@ -69,7 +69,7 @@ class LazyRows:
         plans = pa.table({name: batch[name] for name in stored.names}, schema=stored)
         rows = schema.rows_table(self.rows(plans), row_schema)
         computed = {name: [_values(row) for row in rows.column(name)] for name in rows.column_names}
-        return computed | {name: batch[name] for name in batch.keys() - computed.keys()}
+        return computed | {name: batch[name] for name in batch if name not in computed}
 
 
 def _values(row: pa.Scalar) -> Any:

@@ -567,7 +567,9 @@ def test_lists_that_fit_some_rows_by_chance_are_in_no_batch(tmp_path):
 @pytest.mark.parametrize("labels", [lambda _: 1, lambda _: [1], lambda _: [1] * 99])
 def test_labels_of_images_that_are_not_one_a_segment_are_refused(tmp_path, labels):
     packed = of_images(tmp_path).map(lambda row: {"labels": labels(row)})
-    message = "^column 'labels' is '.*', expected a list of a value a segment; add lists as long as"
+    message = (
+        "^column 'labels' is '.*', expected one value a segment; add lists as long as seq_lens"
+    )
     with pytest.raises(ValueError, match=message):
         PackedLoader(packed, 1, rank=0, world_size=1)
 

@@ -249,6 +249,10 @@ def test_nulls_among_empty_sequences_count_alone(tmp_path):
 
 
 def test_nothing_but_empty_sequences_gives_no_row(tmp_path):
+    assert (
+        packpipe.Packer(8)({"input_ids": [[1], [2, 3]], "attention_mask": [[0], [0, 0]]}).num_rows
+        == 0
+    )
     packed = packpipe.pack(
         Dataset.from_dict({"input_ids": [[0], []]}).map(
             lambda row: {"attention_mask": [0] * len(row["input_ids"])}
