@@ -213,8 +213,9 @@ class AskedColumns:
         tokens = token_columns_of(features, self.token_columns)
         check_paddings(features, tokens, config)
         values = value_columns_of(features, tokens, self.value_columns)
-        # As above; models for regression take floats.
-        if self.value_columns == "auto" and "labels" in values:
+        # As above, but for floats: batches hold them, for models of regression.
+        found = self.value_columns == "auto" and "labels" in values
+        if found and not pa.types.is_floating(features["labels"].pa_type):
             check_labels(features, "labels", "name the columns to be stored in value_columns")
         return TokenColumns(tokens, values, mask_of(dataset, tokens))
 
