@@ -49,27 +49,35 @@ def whole(kind):
 
 
 def classified(rank, ranks):
-    """The cross-entropy of a rank's examples, of which ranks have different numbers."""
+    """The cross-entropy of a rank's examples, in micro-batches, its gradient, and their numbers."""
     generator = torch.Generator().manual_seed(2)
-    logits = torch.randn(8, 1, 3, generator=generator)
+    features = torch.randn(8, 1, 3, dtype=torch.float64, generator=generator)
     labels = torch.randint(0, 3, (8, 1), generator=generator)
-    own = slice(0, 8) if ranks == 1 else (slice(0, 3), slice(3, 8))[rank]
-    logits, labels = logits[own], labels[own]
-    count = global_count(labels >= 0)
-    return segment_cross_entropy(logits, labels, count=count).item(), len(labels)
+    sizes = [8] if ranks == 1 else [1, 2, 4, 1]
+    parts = list(zip(features.split(sizes), labels.split(sizes), strict=True))
+    own = parts[rank * len(parts) // ranks : (rank + 1) * len(parts) // ranks]
+    weight = torch.eye(3, dtype=torch.float64).requires_grad_()
+    count = global_count(*(labels >= 0 for _, labels in own))
+    total = 0.0
+    for features, labels in own:
+        loss = segment_cross_entropy(features @ weight, labels, count=count)
+        loss.backward()  # adds to the gradient
+        total += loss.item()
+    return total, weight.grad, [len(labels) for _, labels in own]
 
 
 def main(kind, folder):
     rank, _ = rank_of_world()
     loss, found = pairs(kind, rank, 2)
-    for gradient in found:  # as DDP does
-        torch.distributed.all_reduce(gradient)
-        gradient /= 2
-    classes, examples = classified(rank, 2)
+    classes, gradient, examples = classified(rank, 2)
+    for one in (*found, gradient):  # as DDP does
+        torch.distributed.all_reduce(one)
+        one /= 2
     result = {
         "loss": loss,
-        "gradients": [gradient.tolist() for gradient in found],
+        "gradients": [one.tolist() for one in found],
         "classified": classes,
+        "classified gradient": gradient.tolist(),
         "examples": examples,
     }
     (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(result))

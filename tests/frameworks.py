@@ -1,4 +1,7 @@
-"""What a training script of Lightning or accelerate does with a loader; run on two ranks."""
+"""What a training script of Lightning or accelerate does with a loader; run on two ranks.
+
+Since a start takes long, the ranks of accelerate's group also train a model under DDP.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import consumers
 import loading
 import torch
 from two_ranks import end_the_group_of_a_framework
@@ -98,4 +102,6 @@ if __name__ == "__main__":
     options = {} if sys.argv[1] == "accelerate" else {"devices": 2}
     rank = os.environ["RANK"]
     (where / f"rank-{rank}.json").write_text(json.dumps(run(where, **options)))
+    if sys.argv[1] == "accelerate":
+        consumers.one_rank_of_ddp(where)
     end_the_group_of_a_framework()

@@ -26,16 +26,21 @@ from packpipe import checks
 from packpipe.loading.batch import PackedBatch, TokenBatch
 from packpipe.rows.rows import NO_LABEL
 
+MASKS = ("completion_mask", "assistant_masks")  # of tokens that are trained on, in TRL
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")  # of attention in transformers, with a mask
 
 
 def to_transformers(batch: TokenBatch, *, position_ids_start: int = 0) -> dict[str, Any]:
     """Return the arguments of a transformers model for the batch's segments, without padding.
 
-    They are what ``DataCollatorWithFlattening`` returns, and ``use_cache``. Pass all of them to a
+    They are what ``DataCollatorWithFlattening`` returns for the sequences, and ``use_cache``. (Do
+    not give that collator rows: it takes each for one sequence, in silence.) Pass all of them to a
     decoder, ``model(**to_transformers(batch))``, with any ``attn_implementation``: flash-attention
     takes the bounds, the others see that positions restart. Encoders (BERT and its like) do not see
     that without flash-attention; give them padded rows and `to_attention_mask`.
+
+    Where gradients accumulate, or ranks share a step, pass ``num_items_in_batch`` to the model,
+    too: the `packpipe.training.losses.global_count` of labels that are not -100.
 
     Args:
         batch: the batch. Labels are its token column ``labels``, else the input_ids; they are -100
@@ -78,7 +83,7 @@ def _labels(batch: TokenBatch) -> Tensor:
     labels = _column(batch, name)[real].long()
     # The models shift labels by one, so a first token would be predicted from the sequence before.
     hidden = batch.position_ids[real] == 0
-    for mask in ("completion_mask", "assistant_masks"):
+    for mask in MASKS:
         if mask in batch.tokens:
             hidden = hidden | (batch.tokens[mask][real] == 0)
     return labels.masked_fill(hidden, NO_LABEL)[None]
@@ -191,24 +196,56 @@ def to_seqio(batch: TokenBatch, feature: str = "inputs") -> dict[str, Tensor]:
     }
 
 
-def to_trl(packed: Any) -> Any:
+def to_trl(packed: Any, config: Any = None) -> Any:
     """Return ragged rows as TRL's ``pack_dataset`` returns them, for ``SFTTrainer``.
 
+    They need ``SFTConfig(padding_free=True, max_length=None)``. By its defaults the trainer takes a
+    row for one sequence, without a word, and with ``packing=True`` it packs the rows once more.
+    So pass the config here, too: it is looked at, and changed in nothing.
+
     Args:
-        packed: a Dataset of `pack` with ``layout="ragged"``.
+        packed: a Dataset of `pack` with ``layout="ragged"``. Where it has no ``labels``, the
+            trainer obeys ``assistant_masks``, and ``completion_mask`` if ``completion_only_loss``.
+        config: the trainer's ``SFTConfig``; None if it is made elsewhere.
 
     Returns:
         Dataset of the token columns and ``seq_lengths``.
 
     Raises:
-        ValueError: rows have padding, which TRL's collators would take for tokens.
+        ValueError: rows have padding, which TRL's collators would take for tokens; the config
+            would mix sequences, or leave a mask out.
     """
     if "segment_ids" in packed.column_names:
         remedy = "pack with layout='ragged'"
         raise ValueError(checks.sentence("layout", "fixed", "rows without padding", remedy))
     # Token columns stand before seq_lens in the schema.
     kept = packed.column_names[: packed.column_names.index("seq_lens")]
+    masks = [name for name in MASKS if name in kept]
+    if masks and "labels" in kept:
+        expected = "labels or masks, since TRL leaves masks out where there are labels"
+        remedy = "write -100 into labels before packing, and remove_columns the masks"
+        raise ValueError(checks.sentence("packed.column_names", kept, expected, remedy))
+    if config is not None:
+        _check_sft_config(config, masks)
     return packed.select_columns([*kept, "seq_lens"]).rename_column("seq_lens", "seq_lengths")
+
+
+def _check_sft_config(config: Any, masks: list[str]) -> None:
+    """Raise if TRL's trainer would mix the sequences of ragged rows, or leave a mask out."""
+    wanted = [
+        ("packing", False, "the rows are packed already"),
+        ("padding_free", True, "or else the sequences of a row see each other"),
+        ("max_length", None, "no row is longer than its seq_len"),
+    ]
+    for name, value, remedy in wanted:
+        found = getattr(config, name)
+        if found != value:
+            raise ValueError(checks.sentence(f"config.{name}", found, repr(value), remedy))
+    if "completion_mask" in masks and config.completion_only_loss is None:
+        remedy = "None leaves the rows' completion_mask out"
+        raise ValueError(
+            checks.sentence("config.completion_only_loss", None, "True or False", remedy)
+        )
 
 
 def to_naflex(batch: PackedBatch) -> dict[str, Tensor]:

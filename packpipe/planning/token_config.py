@@ -24,7 +24,7 @@ class TokenConfig:
             sequences (best-fit packing); ``"truncate"`` keeps its first seq_len tokens;
             ``"drop"`` lists it in the rejects.
         layout: ``"fixed"``: rows of exactly seq_len tokens, padding at the end, with segment and
-            position ids; ``"ragged"``: rows of the tokens alone, for collators that flatten.
+            position ids; ``"ragged"``: rows of the tokens alone, for `to_trl`.
         pad_token_id: padding of input_ids; labels are padded with -100, other columns with 0.
         mask_first_label: labels hold -100 at the first token of every segment, which no earlier
             token predicts; without a column of labels they are a copy of input_ids. For models

@@ -2,7 +2,8 @@
 
 Every image counts the same, whichever row it is in and however many images share it. Ranks hold
 different numbers of images; with ``count=global_count(present)`` the mean over ranks, which DDP
-takes of gradients, is the mean over all images.
+takes of gradients, is the mean over all images. So do micro-batches: with
+``count=global_count(*those of all micro-batches)`` their gradients add up to that of one batch.
 
 Shape letters: B rows, S segments a row, K classes or channels. Without pooling S is L, the tokens.
 
@@ -117,16 +118,17 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         raise ValueError(checks.sentence("a label", int(wrong[0]), expected, remedy))
 
 
-def global_count(present: Tensor) -> Tensor:
+def global_count(*present: Tensor) -> Tensor:
     """Return the examples of all ranks ÷ ranks, at least 1 ÷ ranks: divide each rank's sum by it.
 
     The mean over W ranks of S_r ÷ (N ÷ W) is the sum over all N examples ÷ N. Without
     torch.distributed it is the number of examples here, at least 1.
 
     Args:
-        present: bool[...], which examples count here.
+        present: bool[...], which examples count here; one for each micro-batch of a step whose
+            gradients accumulate. All ranks call this once a step, before the first backward.
     """
-    number = present.sum().to(torch.float32)
+    number = torch.stack([each.sum() for each in present]).sum().to(torch.float32)
     if not has_group():
         return number.clamp(min=1)
     torch.distributed.all_reduce(number)  # sums over ranks, in place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,49 @@ def test_trl_s_collator_reads_ragged_rows(tmp_path_factory, rows):
     )
     starts = np.cumsum([0, *lens[:-1]])
     assert (found["labels"][0][starts] == -100).all()
+
+
+SFT = {"packing": False, "padding_free": True, "max_length": None, "completion_only_loss": None}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, for an option of TRL's own
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packing": True}, "config.packing is True, expected False; the rows are packed already"),
+        (
+            {"padding_free": False},
+            "config.padding_free is False, expected True; or else the sequences of a row see each",
+        ),
+        (
+            {"max_length": 1024},
+            "config.max_length is 1024, expected None; no row is longer than its seq_len",
+        ),
+        (
+            {},
+            "config.completion_only_loss is None, expected True or False; None leaves the",
+        ),
+    ],
+)
+def test_a_config_of_trl_that_does_not_fit_the_rows_is_refused(tmp_path_factory, options, message):
+    from trl import SFTConfig
+
+    columns = {"completion_mask": [[0, 1], [1]]}
+    packed = packed_tokens(tmp_path_factory, [[1, 2], [3]], columns=columns, layout="ragged")
+    where = {"output_dir": str(tmp_path_factory.mktemp("run")), "use_cpu": True}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        to_trl(packed, SFTConfig(**where, **{**SFT, **options}))
+    config = SFTConfig(**where, **{**SFT, "completion_only_loss": True})
+    assert to_trl(packed, config).column_names == ["input_ids", "completion_mask", "seq_lengths"]
+
+
+def test_masks_that_trl_would_leave_out_are_refused(tmp_path_factory):
+    rows = [[1, 2], [3]]
+    columns = {"labels": rows, "assistant_masks": [[0, 1], [1]]}
+    packed = packed_tokens(tmp_path_factory, rows, columns=columns, layout="ragged")
+    with pytest.raises(ValueError, match=r"packed.column_names is \['input_ids', 'labels', 'ass"):
+        to_trl(packed)
+    assert "labels" in to_trl(packed.remove_columns("assistant_masks")).column_names
 
 
 def test_padding_is_refused_where_it_would_be_taken_for_tokens(tmp_path_factory):

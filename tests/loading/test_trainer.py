@@ -9,15 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import consumers
 import loading
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 
 import packpipe
-from packpipe import PackedBatch, PackedLoader, TokenBatch
+from packpipe import PackedBatch, PackedLoader
 from packpipe.loading.exports import to_transformers
 
 transformers = pytest.importorskip("transformers")
@@ -76,25 +75,7 @@ class Pooled(nn.Module):
 
 
 def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attention_dropout=0.1,  # so that random numbers have to be resumed, too
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def text(folder: Path) -> Any:
-    """Packed sequences whose loss each can be computed alone."""
-    rng = np.random.default_rng(3)
-    rows = [rng.integers(0, 64, length).tolist() for length in rng.integers(2, 17, 40)]
-    dataset = Dataset.from_dict({"input_ids": rows, "labels": rows})
-    return packpipe.pack(dataset, 16, output=folder / "text", mask_first_label=True, progress=False)
+    return consumers.llama(attention_dropout=0.1)  # so that random numbers have to be resumed, too
 
 
 def arguments(folder: Path, **options: Any) -> Any:
@@ -116,7 +97,7 @@ def losses(trainer: Any) -> list[tuple[int, float, float]]:
 
 
 def trainer_of(kind: str, folder: Path, **options: Any) -> Any:
-    packs = text(folder) if kind == "text" else loading.packs_of(kind, folder, epochs=2)
+    packs = consumers.text(folder) if kind == "text" else loading.packs_of(kind, folder, epochs=2)
     stored = packs if kind == "text" else loading.packs_of("stored", folder)
     return (PackedTextTrainer if kind == "text" else PackedTrainer)(
         llama() if kind == "text" else Pooled(),
@@ -164,24 +145,11 @@ def test_what_is_left_out_when_it_resumes_is_not_filled(tmp_path):
     assert len(filled) == len(whole) - 3 > 3
 
 
-def alone(model: nn.Module, batches: list[TokenBatch]) -> float:
-    """The mean loss of all labels of the sequences, one at a time."""
-    total, count = 0.0, 0
-    for batch in batches:
-        for ids, lens in zip(batch.tokens["input_ids"], batch.seq_lens.tolist(), strict=True):
-            for one in ids[: sum(lens)].split([n for n in lens if n]):
-                number = len(one) - 1
-                with torch.no_grad():
-                    loss = model(input_ids=one[None].long(), labels=one[None].long()).loss
-                total, count = total + float(loss) * number, count + number
-    return total / count
-
-
 @pytest.mark.parametrize("accumulated", [1, 3])
 @pytest.mark.parametrize("trainer", [PackedTextTrainer, PackedTrainer])
 def test_losses_are_those_of_the_sequences_alone(tmp_path, monkeypatch, trainer, accumulated):
     """Of several micro-batches, too; and of padded rows, which are mappings of their columns."""
-    packed, model = text(tmp_path), llama().eval()
+    packed, model = consumers.text(tmp_path), llama().eval()
     options = arguments(
         tmp_path / "run", max_steps=1, gradient_accumulation_steps=accumulated, learning_rate=0.0
     )
@@ -192,7 +160,7 @@ def test_losses_are_those_of_the_sequences_alone(tmp_path, monkeypatch, trainer,
     ((_, _, loss),) = losses(trained)
     batches = list(PackedLoader(packed, 2))[:accumulated]
     assert max((batch.seq_lens > 0).sum(1).max() for batch in batches) > 1
-    assert abs(loss - alone(model, batches)) < 1e-5
+    assert abs(loss - consumers.alone(model, batches).loss) < 1e-5
 
 
 def test_evaluation_and_prediction_take_all_rows(tmp_path):

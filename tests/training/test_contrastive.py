@@ -128,10 +128,12 @@ def test_two_ranks_together_have_the_loss_of_all_pairs(kind, tmp_path):
     for rank in ranks:
         for one, other in zip(rank["gradients"], found, strict=True):
             assert np.array(one) == pytest.approx(np.array(other), abs=1e-10)
-    classes, wanted = contrasting.classified(0, 1)
+    classes, gradient, examples = contrasting.classified(0, 1)
     assert sum(rank["classified"] for rank in ranks) / 2 == pytest.approx(classes)
-    assert [rank["examples"] for rank in ranks] == [3, 5]
-    assert wanted == 8
+    for rank in ranks:
+        assert np.array(rank["classified gradient"]) == pytest.approx(gradient.numpy(), abs=1e-12)
+    assert [rank["examples"] for rank in ranks] == [[1, 2], [4, 1]]
+    assert examples == [8]
 
 
 @pytest.mark.parametrize(

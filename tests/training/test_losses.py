@@ -3,6 +3,7 @@
 import math
 import re
 
+import packed
 import pytest
 import torch
 
@@ -146,6 +147,27 @@ def test_the_count_is_what_the_sum_is_divided_by(loss):
     assert loss(values, torch.full_like(labels, -100), nothing, None).item() == 0
 
 
+@every_loss
+def test_micro_batches_with_the_count_of_all_have_the_gradient_of_one_batch(loss):
+    model = packed.model_of("auto", torch.float64)
+    lens = [[4, 1, 1, 2], [9], [1, 4], [6]]
+    batch = packed.batch_of(packed.RowSet(lens, seq_len=12, max_segments=4))
+
+    def gradient_of(micro_batches, count):
+        model.zero_grad()
+        for part in micro_batches:
+            loss(model(part), part.labels, part.present, count).backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    rows = [type(batch)({n: v[row : row + 1] for n, v in batch.items()}) for row in range(4)]
+    wanted = gradient_of([batch], None)
+    found = gradient_of(rows, global_count(*(part.present for part in rows)))
+    assert (found - wanted).abs().max() < 1e-12 * wanted.abs().max()
+    # The mean of their means, which counts the lonely image of a row four times.
+    mean = gradient_of(rows, None) / len(rows)
+    assert (mean - wanted).abs().max() > 0.01 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("loss", [segment_cross_entropy, segment_sigmoid_cross_entropy])
 @pytest.mark.parametrize("wrong", [-1, -99, 3, 109])
 def test_a_label_that_is_no_class_is_refused(loss, wrong):
@@ -170,6 +192,8 @@ def test_labels_of_absent_segments_may_be_anything():
 def test_one_process_counts_its_own():
     assert global_count(torch.tensor([[True, False], [True, True]])).item() == 3
     assert global_count(torch.tensor([False])).item() == 1
+    of_micro_batches = torch.ones(2, 3).bool(), torch.zeros(1, 4).bool(), torch.ones(1).bool()
+    assert global_count(*of_micro_batches).item() == 7
 
 
 def test_labels_for_each_class_need_to_be_told_which_count():
