@@ -248,6 +248,24 @@ def hf_trainer(folder: Path, *, micro_batches: int = 3, **options: Any) -> Pair:
     return trained(packed, lambda model: logged_loss(Trainer(model, args, **options)))
 
 
+def flattened(folder: Path) -> Pair:
+    """Ragged rows in transformers' collator that flattens, which takes each for one sequence."""
+    from transformers import DataCollatorWithFlattening
+
+    ragged, collator = text(folder, layout="ragged"), DataCollatorWithFlattening()
+    return hf_trainer(folder, train_dataset=ragged, data_collator=collator)
+
+
+def hf_trainer_with_all_labels(folder: Path) -> Pair:
+    """Fixed rows whose first labels stand, so that a sequence's last token predicts the next's."""
+    return hf_trainer(folder, train_dataset=text(folder / "all labels", mask_first_label=False))
+
+
+def sft_trainer_with_fixed_rows(folder: Path) -> Pair:
+    """Fixed rows in TRL's SFTTrainer, which leaves their position_ids out."""
+    return sft_trainer(folder, train_dataset=text(folder / "rows"), padding_free=False)
+
+
 def tokenizer() -> Any:
     """A tokenizer of numbers, which a trainer asks for padding alone."""
     from tokenizers import Tokenizer, models
@@ -258,8 +276,15 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, **names)
 
 
-def sft_trainer(folder: Path, *, micro_batches: int = 3, **options: Any) -> Pair:
-    """Ragged rows in TRL's SFTTrainer."""
+def sft_trainer(
+    folder: Path,
+    *,
+    micro_batches: int = 3,
+    checked: bool = True,
+    train_dataset: Dataset | None = None,
+    **options: Any,
+) -> Pair:
+    """Ragged rows in TRL's SFTTrainer, whose config `to_trl` looks at if it is to be checked."""
     from trl import SFTConfig, SFTTrainer
 
     packed, fixed = text(folder, layout="ragged", mask_first_label=False), text(folder)
@@ -268,7 +293,7 @@ def sft_trainer(folder: Path, *, micro_batches: int = 3, **options: Any) -> Pair
     config = arguments(SFTConfig, folder, bf16=False, **sizes, **options)
 
     def train(model: nn.Module) -> float:
-        rows = to_trl(packed, config)
+        rows = train_dataset or to_trl(packed, config if checked else None)
         return logged_loss(
             SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer())
         )

@@ -147,6 +147,7 @@ def code_and_output(page):
 
 @pytest.mark.parametrize("page", PAGES[1:-1], ids=lambda page: page.stem)
 @pytest.mark.usefixtures("elsewhere")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # of TRL's own option
 def test_a_page_s_code_prints_what_stands_below_it(page, capsys):
     for code, printed in code_and_output(page):
         exec(code, {})  # noqa: S102

@@ -36,8 +36,7 @@ def test_collators_that_flatten_take_a_ragged_row_for_one_sequence(tmp_path):
     lengths = [length for row in ragged["seq_lens"] for length in row]
     starts = (collator(list(ragged))["position_ids"] == 0).sum()
     assert int(starts) == len(ragged) < len(lengths)
-    pair = consumers.hf_trainer(tmp_path, train_dataset=ragged, data_collator=collator)
-    assert max(pair.differences) > 1e-2
+    assert max(consumers.flattened(tmp_path / "trained").differences) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -45,23 +44,21 @@ def test_collators_that_flatten_take_a_ragged_row_for_one_sequence(tmp_path):
     [{"padding_free": False}, {"packing": True, "max_length": consumers.SEQ_LEN}],
     ids=["padded", "packed twice"],
 )
-def test_what_is_refused_of_a_config_would_mix_sequences_in_trl(tmp_path, monkeypatch, options):
-    def unchecked(packed, _):
-        return to_trl(packed)
-
-    to_trl = consumers.to_trl
+def test_what_is_refused_of_a_config_would_mix_sequences_in_trl(tmp_path, options):
     with pytest.raises(ValueError, match="expected"):
         consumers.sft_trainer(tmp_path / "a", **options)
-    monkeypatch.setattr(consumers, "to_trl", unchecked)
-    pair = consumers.sft_trainer(tmp_path / "b", **options)
+    pair = consumers.sft_trainer(tmp_path / "b", checked=False, **options)
     assert max(pair.differences) > 1e-2
 
 
 def test_rows_whose_first_labels_stand_are_no_sequences_alone(tmp_path):
     """A plain Trainer needs mask_first_label: the model would predict across sequences."""
-    standing = consumers.text(tmp_path / "standing", mask_first_label=False)
-    pair = consumers.hf_trainer(tmp_path, train_dataset=standing)
-    assert max(pair.differences) > 1e-2
+    assert max(consumers.hf_trainer_with_all_labels(tmp_path).differences) > 1e-2
+
+
+def test_fixed_rows_in_trl_are_mixed(tmp_path):
+    """It leaves their position_ids out, so it is given ragged ones."""
+    assert max(consumers.sft_trainer_with_fixed_rows(tmp_path).differences) > 1e-2
 
 
 def test_flash_attention_sees_the_sequences_of_one_row_at_a_time(tmp_path):

@@ -180,7 +180,10 @@ def test_labels_of_sequences_are_labels(tmp_path_factory):
         found = to_transformers(batch)["labels"].tolist()
         wanted = {tuple(ids): value for ids, value in zip(rows, values, strict=True)}
         assert found == [wanted[tuple(ids)] for ids in segments_of(batch)]
-    named = one_batch(packed_tokens(tmp_path_factory, rows, columns={"labels": ["a", "b", "c"]}))
+    columns = {"labels": ["a", "b", "c"]}
+    named = one_batch(
+        packed_tokens(tmp_path_factory, rows, columns=columns, value_columns="labels")
+    )
     with pytest.raises(
         TypeError, match=r"segments\['labels'\] is \[\['.*, expected numbers; class"
     ):
