@@ -9,13 +9,18 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import os
+import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 MAX_WORD = 2**64 - 1
+# One slash is enough, since `Path` makes one of two; two letters, for Windows has drives.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def sentence(name: str, value: object, expected: str, remedy: str) -> str:
@@ -96,3 +101,16 @@ def integer_array(name: str, values: ArrayLike, ndim: int, remedy: str) -> NDArr
     if array.ndim != ndim:
         raise ValueError(sentence(f"{name}.ndim", array.ndim, str(ndim), remedy))
     return array
+
+
+def has_scheme(path: str) -> bool:
+    """Return whether a path begins with a scheme, such as ``s3://``."""
+    return _SCHEME.match(path) is not None
+
+
+def local_path(name: str, value: str | os.PathLike[str]) -> Path:
+    """Return where to write, as a path; one with a scheme is refused, not made a folder "s3:"."""
+    if has_scheme(os.fspath(value)):
+        remedy = "write to a local folder, then copy it there"
+        raise ValueError(sentence(name, os.fspath(value), "a path without a scheme", remedy))
+    return Path(value)

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from packpipe import checks
+
 # Training stops here on a slow or busy machine, whatever steps are left.
 TRAINING_SECONDS = 55
 
@@ -31,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def prepare(folder: Path) -> None:
     """Put caches into folder. Call it first: packages read these variables when imported."""
-    folder = folder.absolute()
+    folder = checks.local_path("FOLDER", folder).absolute()
     os.environ.setdefault("HF_HOME", str(folder / "cache"))
     os.environ.setdefault("MPLCONFIGDIR", str(folder / "cache" / "matplotlib"))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache" / "inductor"))

@@ -66,8 +66,11 @@ def pack(
         size_columns: names of the columns of upright heights and widths in pixels; None reads
             every header once and keeps the sizes beside the data.
         image_root: the only folder that paths in the dataset may lead into, for datasets that you
-            do not trust; relative paths start there. None follows every path. Only regular files
-            are read in either case.
+            do not trust; relative paths start there, and one with a scheme is rejected. None
+            follows every path: one with a scheme that fsspec knows (``zip://``, ``s3://``,
+            ``hf://``, ``https://``) is read by it, in this process, where ``memory://`` is known
+            too. Files on other machines are taken to stay as they are. Of local files only regular
+            ones are read.
         token_columns: names of the columns of tokens, of one length an example; ``"auto"`` takes
             all lists of numbers of a dataset without images.
         value_columns: names of the columns that go with each sequence; ``"auto"`` takes all others,
@@ -75,9 +78,10 @@ def pack(
         seed: which permutation of images and rows.
         epoch: which of the seed's permutations. With a drop rate that changes over the training,
             the rows are those of this one epoch, in the order of the training.
-        output: folder to write; None is a folder of the `datasets` cache. It is written shard by
-            shard, each whole or not at all. A build that was stopped, in whatever way, continues
-            when called again and ends in the same bytes. One process at a time may write a folder.
+        output: local folder to write; None is a folder of the `datasets` cache. It is written
+            shard by shard, each whole or not at all. A build that was stopped, in whatever way,
+            continues when called again and ends in the same bytes. One process at a time may write
+            a folder.
         materialize: False writes the plan only and computes the same rows, byte for byte, each
             time they are read, from the images in ``dataset``. An image whose header is sound but
             whose pixels are not is then found when read, not listed in `rejects`.
@@ -118,6 +122,7 @@ def pack(
     Source: NaViT 2.2, A.3; Ding 3.
     """
     check_dataset(dataset)
+    folder = None if output is None else checks.local_path("output", output)
     tolerance = tolerance_of(len(dataset), on_error, max_bad_fraction, max_consecutive_bad)
     job = job_of(
         dataset,
@@ -135,7 +140,7 @@ def pack(
         num_workers=num_workers,
         image_seconds=image_seconds,
     )
-    return build_or_open(job, output, tolerance, on_error=on_error, progress=progress)
+    return build_or_open(job, folder, tolerance, on_error=on_error, progress=progress)
 
 
 def job_of(
@@ -186,7 +191,7 @@ def job_of(
 
 def build_or_open(
     job: Job,
-    output: str | Path | None,
+    output: Path | None,
     tolerance: Tolerance,
     *,
     on_error: str,
@@ -194,7 +199,7 @@ def build_or_open(
 ) -> Dataset:
     """Return the rows of a job: opened if its folder is complete, else written first."""
     build = Build(job)
-    target = build.cache_folder() if output is None else Path(output).absolute()
+    target = build.cache_folder() if output is None else output.absolute()
     if build.is_at(target):
         tidy(target)
         # An earlier call may have allowed more rejects than this one.

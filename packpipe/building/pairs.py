@@ -71,11 +71,12 @@ def pack_pairs(
         image_column: name of the column of images; ``"auto"`` finds the only one.
         label_column: name of the column of labels; ``"auto"`` finds it, None leaves labels out.
         token_columns: names of the columns of texts; ``"auto"`` takes all lists of numbers.
-        image_root: the only folder that paths may lead into; None follows every path.
+        image_root: the only folder that paths may lead into; None follows every path, as in
+            `pack`.
         seed: which permutation of examples and rows.
         epoch: which of the seed's permutations.
-        output: folder to write, with a folder ``images`` and a folder ``texts``; None writes to the
-            `datasets` cache.
+        output: local folder to write, with a folder ``images`` and a folder ``texts``; None writes
+            to the `datasets` cache.
         num_workers: processes that decode; 0 decodes in this one.
         image_seconds: processor time that decoding an image may take in such a process.
         on_error: ``"quarantine"`` lists a bad example in `rejects`; ``"raise"`` allows none.
@@ -88,6 +89,7 @@ def pack_pairs(
         TypeError, ValueError: an argument, a column or an example is bad; or a text is too long.
     """
     check_dataset(dataset)
+    target = None if output is None else checks.local_path("output", output)
     # No value columns: rows of texts hold tokens alone, and labels go with the images.
     columns = AskedColumns(
         image_column, label_column, None, image_root, token_columns, value_columns=[]
@@ -122,7 +124,7 @@ def pack_pairs(
     )
 
     def written(some: Job, name: str) -> Dataset:
-        folder = None if output is None else Path(output) / name
+        folder = None if target is None else target / name
         return build_or_open(some, folder, tolerance, on_error=on_error, progress=progress)
 
     return written(job, "images"), written(token_job(beside), "texts")

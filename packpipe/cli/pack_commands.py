@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from packpipe import checks
 from packpipe.cli.errors import one_line_errors
 from packpipe.cli.open_source import file_of, naming_files, open_source
 from packpipe.cli.options import (
@@ -78,6 +79,7 @@ def pack(
     """
     import packpipe
 
+    checks.local_path("OUTPUT", output)
     options = _given(
         patch_size=patch_size,
         resolution=_resolution(resolution, sides),
@@ -167,6 +169,8 @@ def stats(
     """Say what packed rows hold: padding, gap, segments a row, lengths, rejects."""
     import packpipe
 
+    if html is not None:
+        checks.local_path("--html", html)
     found = packpipe.summarize(folder)
     if html is not None:
         from packpipe.cli.report import write_report
@@ -194,6 +198,7 @@ def show(
     """Draw packed rows: patches in place, segments coloured, padding hatched."""
     from packpipe.cli.report import draw_rows
 
+    checks.local_path("--output", output)
     draw_rows(folder, rows or [0], mask=mask).savefig(output, dpi=110)
     typer.echo(plain(output))
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from packpipe import checks
 from packpipe.cli.errors import one_line_errors
 from packpipe.cli.open_source import naming_files, open_source
 from packpipe.cli.options import AsJson, MaxBadFraction, SeqLen, Source, Split
@@ -94,6 +95,7 @@ def train(
     from packpipe.cli.layouts import Layout
     from packpipe.cli.training_run import Training
 
+    checks.local_path("OUTPUT", output)
     dataset = open_source(source, split)
     training = Training(
         dataset,

@@ -138,7 +138,8 @@ class EpochPlan(Assignment):
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to a file, completely or not at all; `load` reads it."""
+        """Write the plan to a local file, completely or not at all; `load` reads it."""
+        target = checks.local_path("path", path)
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         header = json.dumps({**self._header(), "fingerprint": self.fingerprint})
 
@@ -146,7 +147,7 @@ class EpochPlan(Assignment):
         def write(file: BinaryIO) -> None:
             np.savez(file, header=np.array(header), **arrays)
 
-        write_shared(Path(path), write)
+        write_shared(target, write)
 
     @classmethod
     def load(cls, path: str | Path) -> EpochPlan:

@@ -48,6 +48,7 @@ def save_checkpoint(
 
     What goes wrong on rank 0 is raised on every rank.
     """
+    checks.local_path("folder", folder)
 
     def save() -> None:
         if rank_of_world()[0] == 0:

@@ -170,8 +170,8 @@ def train(
         model: on the device it is trained on.
         loader: batches with integer labels, epoch after epoch.
         config: the options.
-        folder: where checkpoints and log.jsonl go; if it holds checkpoints, training resumes from
-            the newest whole one. None keeps nothing.
+        folder: where checkpoints and log.jsonl go, a local one; if it holds checkpoints, training
+            resumes from the newest whole one. None keeps nothing.
         stop: called after every step; True makes that step the last one, and saves it. Of several
             ranks all must answer the same.
 
@@ -184,7 +184,7 @@ def train(
     device = next(model.parameters()).device
     half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     optimizer = optimizer_of(model, config)
-    folder = None if folder is None else Path(folder)
+    folder = None if folder is None else checks.local_path("folder", folder)
     if has_group() and device.type == "cuda":
         torch.cuda.set_device(device)  # ranks compare what they have through the current GPU
 

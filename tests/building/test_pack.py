@@ -3,6 +3,7 @@
 import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -603,3 +604,14 @@ def test_rows_packed_beside_texts_are_not_those_packed_alone(tmp_path):
     message = "expected rows made with the same beside; choose another output, or remove it"
     with pytest.raises(FileExistsError, match=re.escape(message)):
         packpipe.pack(pairs, 64, output=tmp_path / "images", image_column="image", **options)
+
+
+@pytest.mark.parametrize("output", ["s3://bucket/rows", Path("s3://bucket/rows"), "file:///rows"])
+def test_a_folder_behind_a_scheme_is_refused_and_no_folder_of_that_name(
+    source, tmp_path, monkeypatch, output
+):
+    monkeypatch.chdir(tmp_path)
+    message = f"output is '{output}', expected a path without a scheme; write to a local folder"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        packed_in(output, source)
+    assert list(tmp_path.iterdir()) == []

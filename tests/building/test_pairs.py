@@ -189,3 +189,11 @@ def test_a_bad_call_is_refused(options, message, tmp_path):
 def test_a_stream_is_refused():
     with pytest.raises(TypeError, match="type\\(dataset\\) is 'list', expected Dataset"):
         pack_pairs([], 16, 8)
+
+
+def test_a_folder_behind_a_scheme_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = source([(8, 8)], [[1, 2]])
+    with pytest.raises(ValueError, match="output is 'hf://rows', expected a path without a scheme"):
+        pack_pairs(pairs, output="hf://rows", progress=False)
+    assert list(tmp_path.iterdir()) == []

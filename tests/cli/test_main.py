@@ -258,6 +258,28 @@ def test_a_bad_call_is_a_line_and_2(arguments, message, few, packed, texts, tmp_
 
 @pytest.mark.parametrize(
     "arguments",
+    [
+        ["pack", "{few}", "s3://out"],
+        ["pack", "{few}", "s3://out", "--dry-run"],
+        ["train", "{few}", "s3://out"],
+        ["stats", "{packed}", "--html", "s3://out"],
+        ["show", "{packed}", "--output", "s3://out"],
+        ["demo", "s3://out"],
+    ],
+)
+def test_what_would_be_written_behind_a_scheme_is_refused(
+    arguments, few, packed, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    result = run(*(argument.format(few=few, packed=packed) for argument in arguments))
+    assert result.exit_code == 2, result.output
+    assert "is 's3:/out', expected a path without a scheme; write to a local" in result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
     [["pack"], ["plan", "x", "--nothing"], ["paint"], ["demo", "--steps", "-1"]],
 )
 def test_a_call_that_nobody_can_parse_is_2(arguments):

@@ -875,3 +875,10 @@ def test_bad_arguments_are_named(arguments, error, message):
     arguments = {"image_hw": [[4, 5], [6, 7]], "config": SMALL, **arguments}
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         plan_epoch(**arguments)
+
+
+def test_a_plan_is_not_saved_behind_a_scheme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"path is 'gs://plan\.npz', expected a path without"):
+        of(DROPPED).save("gs://plan.npz")
+    assert list(tmp_path.iterdir()) == []

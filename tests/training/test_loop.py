@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from itertools import islice
+from pathlib import Path
 
 import broken
 import disagreeing
@@ -347,3 +348,14 @@ def test_bfloat16_trains_alike():
     half, _ = trained(precision="bfloat16", head_weight_decay=0.0)
     assert [r.loss for r in half] == pytest.approx([r.loss for r in plain], rel=0.05)
     assert [r.loss for r in half] != [r.loss for r in plain]
+
+
+def test_a_folder_behind_a_scheme_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="folder is 's3://run', expected a path without a scheme"):
+        trained("s3://run")
+    model = learning.model_of()
+    optimizer, loader = optimizer_of(model, learning.config_of()), learning.loader_of()
+    with pytest.raises(ValueError, match="folder is 's3:/run', expected a path without a scheme"):
+        save_checkpoint(Path("s3://run"), model, optimizer, loader, 1)
+    assert list(tmp_path.iterdir()) == []
