@@ -56,7 +56,8 @@ class Packer:
         seq_len: tokens a pack holds.
         image_column: name of the column of images; ``"auto"`` finds the only one.
         label_column: name of the column of labels; ``"auto"`` finds it, None leaves labels out.
-        image_root: the only folder that paths may lead into; None follows every path.
+        image_root: the only folder that paths may lead into; None follows every path, as in
+            `pack`.
         token_columns: names of the columns of tokens; ``"auto"`` takes all lists of numbers of a
             batch without images.
         value_columns: names of the columns that go with each sequence; ``"auto"`` takes all others.
@@ -200,8 +201,8 @@ def _column(name: str, values: Any) -> pa.Array:
     """
     # Arrow takes a column of plain numbers whole; the lines below visit every row.
     if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype != object:
-        return pa.array(values)
-    rows = [np.asarray(row) if hasattr(row, "__array__") else row for row in values]
+        return pa.array(_native(values))
+    rows = [_native(np.asarray(row)) if hasattr(row, "__array__") else row for row in values]
     arrays = [row for row in rows if isinstance(row, np.ndarray) and row.ndim]
     if not arrays or any(not isinstance(row, np.ndarray | None) for row in rows):
         try:
@@ -220,6 +221,11 @@ def _column(name: str, values: Any) -> pa.Array:
         return column
     numbers = iter(range(len(arrays)))
     return column.take(pa.array([None if row is None else next(numbers) for row in rows]))
+
+
+def _native(values: NDArray[Any]) -> NDArray[Any]:
+    """Return an array in this machine's byte order, the only one that Arrow knows."""
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def _not_arrow(name: str, found: str) -> str:

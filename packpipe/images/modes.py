@@ -89,7 +89,7 @@ def image_of(pixels: NDArray[np.generic]) -> Image.Image:
         raise NoRule(f"pixels of shape {shape} have no rule, expected [height, width, 1 to 4]")
     if pixels.dtype == np.bool_:
         values = pixels.astype(np.uint8) * 255
-    elif pixels.dtype == np.uint16:
+    elif pixels.dtype.newbyteorder("=") == np.uint16:
         values = _scaled(pixels.astype(np.uint32))
     elif pixels.dtype == np.uint8:
         values = np.asarray(pixels, np.uint8)

@@ -323,10 +323,14 @@ def rejecting(source: object) -> Iterator[None]:
 
 def _reraise_faults(error: Exception) -> None:
     """Raise the error if the machine caused it, not the image: it must not become a reject."""
-    # Pillow's decoders raise OSError without a number: of the image.
-    fault = isinstance(error, OSError) and error.errno in _MACHINE_FAULTS
-    if fault or isinstance(error, (BadImage, MemoryError)):
+    if is_fault(error) or isinstance(error, (BadImage, MemoryError)):
         raise error
+
+
+def is_fault(error: BaseException) -> bool:
+    """Return whether this is an error of the machine by its number (see above)."""
+    # Pillow's decoders raise OSError without a number: of the image.
+    return isinstance(error, OSError) and error.errno in _MACHINE_FAULTS
 
 
 def _said(error: Exception, source: object) -> str:

@@ -51,7 +51,9 @@ class EpochPacks:
         image_column: name of the column of images; ``"auto"`` finds the only one.
         label_column: name of the column of labels; ``"auto"`` finds it, None leaves labels out.
         size_columns: names of the columns of upright heights and widths; None reads headers.
-        image_root: the only folder that paths may lead into; None follows every path.
+        image_root: the only folder that paths may lead into; None follows every path, as in `pack`.
+            Processes of a loader read for themselves: of what lies in ``memory://``, those that are
+            not forked know nothing.
         num_workers: threads that read the headers, once; None is one a processor. Of the ranks that
             share a file system one reads them, and the others wait for it.
         on_error: ``"quarantine"`` lists images whose header or label is bad in ``rejects``; one

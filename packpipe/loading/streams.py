@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Features, Image, IterableDataset
 from datasets import iterable_dataset as sources
-from PIL.Image import Image as PillowImage
 
 from packpipe import checks
 from packpipe.images.decode import probe
+from packpipe.images.given import given
 from packpipe.images.opening import BadImage, ImageData
 from packpipe.loading.reading import Anchor, Held, Reading
 from packpipe.packing.online import OnlinePacker
@@ -36,7 +36,7 @@ from packpipe.rows.fill_images import fill_rows
 from packpipe.rows.rejects import NAMED, Reject, StreamReadFailures, Tally, tolerance_of
 from packpipe.rows.rows import Rows
 from packpipe.sources.columns import check_labels, image_column_of, label_column_of, pixel_type
-from packpipe.sources.image_source import checked_root, confined
+from packpipe.sources.image_source import checked_root, image_at
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ class PackedStream:
         image_column: name of the column of images; ``"auto"`` finds the only one, of a dataset
             with features.
         label_column: name of the column of labels; ``"auto"`` finds it, None leaves labels out.
-        image_root: the only folder that paths may lead into; None follows every path.
+        image_root: the only folder that paths may lead into; None follows every path, as in
+            `pack`.
         open_packs: packs open at once.
         num_examples: about how many examples an epoch has; needed for a drop rate that changes over
             the training.
@@ -362,12 +363,9 @@ def _image_data(value: Any, pixels: np.dtype[Any] | None, root: str | None) -> I
     Raises:
         BadImage: the value is none of these.
     """
-    if isinstance(value, dict):
-        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
-    if isinstance(value, str):
-        return confined(value, root)
-    if isinstance(value, bytes | memoryview | np.ndarray | PillowImage):
-        return value
+    image = given(value)
+    if image is not None:
+        return image_at(image, root) if isinstance(image, str) else image
     if isinstance(value, list) and pixels is not None:
         try:
             return np.array(value, pixels)

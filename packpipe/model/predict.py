@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from os import PathLike, fspath
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from packpipe import checks
 from packpipe.images.decode import probe
+from packpipe.images.given import given
 from packpipe.images.opening import BadImage, ImageData
+from packpipe.images.remote import fetched
 from packpipe.loading.batch import PackedBatch
 from packpipe.loading.loader import PackedLoader
 from packpipe.model.config import NaViTConfig
@@ -59,7 +61,8 @@ def predict(
     Args:
         model: with its weights, on its device. Runs in evaluation mode, without gradients; wrap the
             call in ``torch.autocast`` for half precision.
-        images: encoded bytes, paths, arrays or `PIL` images.
+        images: encoded bytes, open files, paths (also with a scheme, such as ``s3://``), arrays or
+            `PIL` images; or one of these alone, but for an array.
         seq_len: tokens a row.
         batch_size: rows a step.
         num_workers: threads that decode ahead.
@@ -83,7 +86,7 @@ def predict(
             remedy = "resize with resolution='budget' and max_tokens"
             raise ValueError(checks.sentence(name, getattr(config, name), expected, remedy))
     # Kept, since images may come from a generator, and are read twice: header, then pixels.
-    data = [fspath(image) if isinstance(image, PathLike) else image for image in images]
+    data = _given(images)
     packs = _ImagePacks(config, data, plan_epoch(_sizes(data, config), config))
     answers = predict_packs(model, packs, batch_size=batch_size, num_workers=num_workers)
     return cast("Tensor | list[Tensor]", answers.outputs)
@@ -191,18 +194,41 @@ class _ImagePacks:
 
     def rows(self, key: Key, packs: NDArray[np.int64]) -> Rows:
         planned = planned_images(self.plan, packs, None)
-        read = self.images.__getitem__
-        rows, rejects = fill_rows(planned, read, self.config, key)
+        rows, rejects = fill_rows(planned, partial(_read, self.images), self.config, key)
         for reject in rejects:  # the header was fine, but not the pixels
             raise ValueError(_unreadable(reject.example_index, reject.exception))
         return rows
+
+
+def _given(images: Any) -> list[ImageData]:
+    """Return the images of `predict` in the forms that they are decoded from."""
+    if isinstance(images, np.ndarray):
+        # Rows of one image would pass for small grey ones.
+        if images.ndim == 3 and images.shape[2] in (3, 4):
+            found, expected = list(images.shape), "a list of arrays"
+            raise ValueError(checks.sentence("images.shape", found, expected, "pass [image]"))
+    elif (alone := given(images)) is not None:
+        return [alone]
+    found = []
+    for number, image in enumerate(images):
+        one = given(image)
+        if one is None:
+            what, expected = type(image).__name__, "bytes, a path or pixels"
+            remedy = "pass one image after the other"
+            raise ValueError(checks.sentence(f"type(images[{number}])", what, expected, remedy))
+        found.append(one)
+    return found
+
+
+def _read(images: Sequence[ImageData], number: int) -> ImageData:
+    return fetched(images[number])
 
 
 def _sizes(images: Sequence[ImageData], config: PackConfig) -> NDArray[np.int64]:
     sizes = np.empty((len(images), 2), np.int64)
     for number, image in enumerate(images):
         try:
-            found = probe(image, max_pixels=config.max_pixels)
+            found = probe(fetched(image), max_pixels=config.max_pixels)
         except BadImage as error:
             raise ValueError(_unreadable(number, error.exception)) from error
         sizes[number] = found.image_hw

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe.images.opening import BadImage, Confined, ImageData, first_bytes, rejecting
+from packpipe.images.remote import fetched, is_remote, local_file, version_of
 from packpipe.rows.digests import hexdigest, sample_digest
 from packpipe.rows.text import joined
 
@@ -87,7 +88,8 @@ class ImageSource:
         """Return a digest of the files that images are stored in by path; None if there are none.
 
         Of path, size, time of change and whether they may be read, since a dataset's own
-        fingerprint knows paths alone.
+        fingerprint knows paths alone. Of a file on another machine (``s3://``, ``https://``) it is
+        the path: to ask for more costs a request each.
         """
         column = self.rows.features[self.rows.column_names[0]]
         if not isinstance(column, Image):
@@ -99,9 +101,13 @@ class ImageSource:
             for path in pc.struct_field(batch.column(0), "path").filter(by_path).to_pylist():
                 found = True
                 if path is not None and self._allows(path):
-                    file = os.path.abspath(os.path.join(self.root or "", path))
+                    if is_remote(path):
+                        known = f"{path} {_known(local_file(path))} {version_of(path)}"
+                    else:
+                        file = os.path.abspath(os.path.join(self.root or "", path))
+                        known = f"{file} {_known(file)}"
                     # Paths may hold lone surrogates, which UTF-8 does not encode otherwise.
-                    digest.update(f"{file} {_known(file)}\n".encode(errors="surrogatepass"))
+                    digest.update(f"{known}\n".encode(errors="surrogatepass"))
         return digest.hexdigest() if found else None
 
     def contents_digest(self) -> str:
@@ -206,8 +212,18 @@ def image_data(value: pa.Scalar, root: str | None = None) -> ImageData:
     if hasattr(value, "values"):
         return _pixels(value.values)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return confined(value.as_py(), root)
+        return image_at(value.as_py(), root)
     return memoryview(value.as_buffer())  # the bytes where Arrow has them, not a copy
+
+
+def image_at(path: str, root: str | None) -> ImageData:
+    """Return the image at a path: the path of its file or, with a scheme, the bytes it leads to.
+
+    Raises:
+        BadImage: it leads out of root, there is no such file, or no file can have such a name.
+    """
+    found = confined(path, root)
+    return fetched(found) if root is None else found
 
 
 def confined(path: str, root: str | None) -> str | Confined:
@@ -218,6 +234,9 @@ def confined(path: str, root: str | None) -> str | Confined:
     """
     if root is None:
         return path
+    if is_remote(path):
+        what = f"the path {path!r} has a scheme, expected one that stays in image_root"
+        raise BadImage("outside image_root", what)
     with rejecting(path):  # links may come and go while they are resolved
         try:
             # With links resolved: a link inside root may lead out of it.

@@ -4,6 +4,7 @@ import re
 from io import BytesIO
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -52,12 +53,47 @@ def test_images_may_be_bytes_paths_arrays_or_pillow_images_from_any_iterable():
     model, file = model_of(), FILES[0]
     with Image.open(file) as image:
         pixels = image.convert("RGB")
-    kinds = (
-        kind for kind in (file.read_bytes(), str(file), Path(file), np.asarray(pixels), pixels)
-    )
+    encoded = file.read_bytes()
+    files = [encoded, str(file), Path(file), bytearray(encoded), memoryview(encoded)]
+    files += [BytesIO(encoded), file.open("rb"), {"bytes": encoded, "path": None}, f"file://{file}"]
+    kinds = (kind for kind in (*files, np.asarray(pixels), pixels))
     found = model.predict(kinds, seq_len=512)
-    assert (found[:3] - found[0]).abs().max() < 1e-12
-    assert (found[3] - found[4]).abs().max() < 1e-12
+    assert (found[: len(files)] - found[0]).abs().max() < 1e-12
+    assert (found[-1] - found[-2]).abs().max() < 1e-12
+    files[6].close()
+
+
+@pytest.mark.parametrize(
+    "form", [str, Path, Path.read_bytes, lambda file: BytesIO(file.read_bytes()), Image.open]
+)
+def test_one_image_alone_is_answered_alone(form):
+    model = model_of()
+    found = model.predict(form(FILES[0]), seq_len=512)
+    assert found.shape == (1, 4)
+    assert (found - model.predict([FILES[0]], seq_len=512)).abs().max() < 1e-12
+
+
+def test_what_is_no_image_is_named():
+    message = "type(images[1]) is 'int', expected bytes, a path or pixels; pass one image after"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        predict(model_of(), [FILES[0], 3])
+    message = "images.shape is [48, 16, 3], expected a list of arrays; pass [image]"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        predict(model_of(), np.zeros((48, 16, 3), np.uint8))
+    assert predict(model_of(), np.zeros((2, 48, 16, 3), np.uint8)).shape == (2, 4)
+
+
+def test_a_path_with_a_scheme_is_read():
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/packpipe/predict", FILES[0].read_bytes())
+    model = model_of()
+    found = model.predict("memory://packpipe/predict", seq_len=512)
+    assert (found - model.predict([FILES[0]], seq_len=512)).abs().max() < 1e-12
+    memory.rm("/packpipe", recursive=True)
+    with pytest.raises(
+        ValueError, match=r"images\[0\] is .*memory:// holds the files of one process"
+    ):
+        model.predict(["memory://packpipe/predict"])
 
 
 def test_without_pooling_each_answer_is_a_map():

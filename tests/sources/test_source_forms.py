@@ -10,10 +10,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import datasets
+import fsspec
 import naive_colours
 import numpy as np
 import pictures
@@ -202,6 +205,15 @@ def test_every_form_streams(form, kind, tmp_path):
     assert are_the_pictures(streamed(source), kind)
 
 
+@pytest.mark.parametrize("kind", DTYPES)
+def test_arrays_of_the_other_byte_order_are_mapped_as_the_pictures_they_are(kind):
+    packer = packpipe.Packer(**SMALL)
+    native = packer({"image": arrays(kind)}, list(range(5)))
+    turned_round = [pixels.astype(pixels.dtype.newbyteorder()) for pixels in arrays(kind)]
+    assert packer({"image": turned_round}, list(range(5))).equals(native)
+    assert native.num_rows > 1
+
+
 @pytest.mark.parametrize("kind", ["RGBA", "1", "I;16"])
 @pytest.mark.parametrize("form", ["path", "large binary", "array", "lists of one length"])
 def test_forms_travel_to_other_processes(form, kind, tmp_path):
@@ -243,11 +255,24 @@ def test_an_image_that_pillow_opened_is_stored_as_its_path(tmp_path):
     assert are_the_pictures(packed_by(source, tmp_path / "out"), "RGB")
 
 
+def read(file: BytesIO) -> BytesIO:
+    file.read()
+    return file
+
+
 YIELDED: dict[str, Callable[[str, Path], list[Any]]] = {
     "Pillow's": lambda kind, _: images(kind),
     "array": lambda kind, _: arrays(kind),
     "bytes": lambda kind, _: files(kind),
     "path": written,
+    "Path": lambda kind, folder: list(map(Path, written(kind, folder))),
+    "bytearray": lambda kind, _: list(map(bytearray, files(kind))),
+    "BytesIO": lambda kind, _: list(map(BytesIO, files(kind))),
+    "BytesIO at its end": lambda kind, _: [read(BytesIO(file)) for file in files(kind)],
+    "array of the other byte order": lambda kind, _: [
+        pixels.astype(pixels.dtype.newbyteorder()) for pixels in arrays(kind)
+    ],
+    "dict of a bytearray": lambda kind, _: [{"bytes": bytearray(file)} for file in files(kind)],
     "dict of bytes": partial(structs, True, False),
     "dict of a path": partial(structs, False, True),
     "dict of both": partial(structs, True, True),
@@ -366,12 +391,13 @@ PATHS: dict[str, tuple[str | None, str | None]] = {
     "socket": ("unreadable", "unreadable"),
     "link to a pipe": ("unreadable", "unreadable"),
     "empty": ("empty", "empty"),
-    "http://127.0.0.1:9/in.png": ("missing", "missing"),
-    "https://example.com/in.png": ("missing", "missing"),
-    "hf://datasets/some/in.png": ("missing", "missing"),
-    "file://{root}/in.png": ("missing", "missing"),
-    "zip://in.png::{root}/in.zip": ("missing", "missing"),
-    "here://in.png": (None, None),  # there is a folder of that name
+    "file://{root}/in.png": (OUTSIDE, None),
+    "zip://in.png::{root}/in.zip": (OUTSIDE, None),
+    "zip://no.png::{root}/in.zip": (OUTSIDE, "missing"),
+    "zip://in.png::{root}/no.zip": (OUTSIDE, "missing"),
+    "zip://in.png::{root}/in.png": (OUTSIDE, "unreadable"),
+    "memory://packpipe-no.png": (OUTSIDE, "missing"),
+    "here://in.png": (None, None),  # no scheme that is known: a folder of that name
 }
 
 
@@ -385,6 +411,8 @@ def root(tmp_path, monkeypatch) -> Iterator[Path]:
     for name in ("in.png", "é ü.png"):
         (root / name).write_bytes(FILE)
     (root / "empty").touch()
+    with ZipFile(root / "in.zip", "w") as archive:
+        archive.write(root / "in.png", "in.png")
     (tmp_path / "link to root").symlink_to(root)
     for name, place in [
         ("link to in.png", root / "in.png"),
@@ -483,6 +511,85 @@ def test_maps_and_streams_follow_the_same_paths(root, way, confined):
         if reasons[0 if confined else 1] is None
     ]
     assert sorted(found) == good
+
+
+SCHEMES = ["s3://bucket/in.png", "hf://datasets/some/in.png", "https://127.0.0.1:9/in.png"]
+SCHEMES += [
+    "memory://in.png",
+    "file:///in.png",
+    "zip://in.png::in.zip",
+    "zip://in.png::s3://b/c.zip",
+]
+
+
+@pytest.mark.parametrize("path", SCHEMES)
+def test_with_a_root_a_path_with_a_scheme_is_refused_by_name(root, tmp_path, path):
+    source = by_path(["in.png", path], root).select_columns(["image"])
+    packed = packed_by(source, tmp_path / "out", image_root=root, num_workers=1)
+    (reject,) = packpipe.rejects(packed)
+    assert (reject["example_index"], reject["stage"], reject["reason"]) == (1, "probe", OUTSIDE)
+    what = f"the path {path!r} has a scheme, expected one that stays in image_root"
+    assert reject["exception"] == f"BadImage: {what}"
+    message = re.escape(what)
+    with pytest.raises(ValueError, match=message):
+        mapped_by(source, image_root=root)
+    epochs = packpipe.EpochPacks(source, **SMALL, image_root=root, max_bad_fraction=1.0)
+    assert [one.exception for one in epochs.rejects] == [reject["exception"]]
+    with pytest.raises(ValueError, match=message):
+        list(streamed(source.to_iterable_dataset(), image_root=root, on_error="raise"))
+
+
+@pytest.fixture
+def far(root) -> Iterator[list[str]]:
+    """Paths with a scheme of the same image: in memory, in an archive, in an archive in memory."""
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/packpipe/in.png", FILE)
+    memory.pipe("/packpipe/in.zip", (root / "in.zip").read_bytes())
+    yield [
+        *("memory://packpipe/in.png", f"file://{root}/in.png"),
+        *("zip://in.png::in.zip", "zip://in.png::memory://packpipe/in.zip"),
+    ]
+    memory.rm("/packpipe", recursive=True)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_path_with_a_scheme_is_read_where_datasets_reads_it(root, tmp_path, far, num_workers):
+    paths = ["in.png", *far]
+    source = by_path(paths, root).select_columns(["image"])
+    own = [number for number, path in enumerate(paths) if "file://" not in path]
+    for row in source.select(own):  # what `datasets` itself makes of it
+        assert (np.asarray(row["image"]) == np.asarray(Image.open("in.png"))).all()
+    packed = packed_by(source, tmp_path / "out", num_workers=num_workers)
+    assert outcomes_of(packed, paths) == dict.fromkeys(paths)
+    epochs = packpipe.EpochPacks(source, **SMALL)
+    for rows in (
+        mapped_by(source),
+        streamed(source.to_iterable_dataset()),
+        (row for batch in packpipe.PackedLoader(epochs, 2, tail="pad") for row in rows_of(batch)),
+        packed_by(source, tmp_path / "lazy", materialize=False),
+    ):
+        found = pictures_of(rows, PATCH)
+        assert sorted(found) == list(range(len(paths)))
+        assert all((picture == found[0]).all() for picture in found.values())
+    assert packpipe.verify(tmp_path / "out", source) == []
+
+
+def test_a_file_of_memory_that_changed_is_read_anew(root, tmp_path, far):
+    source = by_path(far[:1], root).select_columns(["image"])
+    packed_by(source, tmp_path / "one")
+    fsspec.filesystem("memory").pipe("/packpipe/in.png", pictures.encoded_image(WIDE, HIGH))
+    packed = packed_by(source, tmp_path / "other")
+    assert packed[0]["image_hw"] == [[WIDE, HIGH]]
+    with pytest.raises(FileExistsError):
+        packed_by(source, tmp_path / "one")
+
+
+def test_an_archive_that_changed_is_read_anew(root, tmp_path):
+    source = by_path(["zip://in.png::in.zip"], root).select_columns(["image"])
+    packed_by(source, tmp_path / "one")
+    with ZipFile("in.zip", "w") as archive:
+        archive.writestr("in.png", pictures.encoded_image(WIDE, HIGH))
+    assert packed_by(source, tmp_path / "other")[0]["image_hw"] == [[WIDE, HIGH]]
 
 
 STRANGE = {"NUL": "in.png\0", "NUL within": "a\0b", "long": "x" * 300, "deep": "d/" * 3000}

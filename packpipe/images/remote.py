@@ -1,0 +1,129 @@
+"""Reads images whose path has a scheme, such as ``zip://``, ``s3://`` or ``https://``, by fsspec.
+
+They are read whole, where they are asked for; processes that decode get the bytes. So what one
+process alone can reach, such as ``memory://``, is reached wherever that process reads.
+
+Errors follow the rule of `opening`: what the next file would meet as well, an opener that is not
+installed or a storage that does not answer, is raised; every other error makes a reject. So does a
+host of the web that does not answer, since the next address may lead to another one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+from zipfile import ZipFile
+
+from packpipe import checks
+from packpipe.images.opening import BadImage, ImageData, is_fault, rejecting
+
+_LOCAL = ("file://", "local://")
+_ARCHIVE = "zip://"
+_WEB = ("http://", "https://")
+# Files that this process alone has.
+_OWN = "memory://"
+
+
+def is_remote(path: object) -> bool:
+    """Return whether this is a path with a scheme that fsspec knows; others are names of files."""
+    if not isinstance(path, str) or "://" not in path or not checks.has_scheme(path):
+        return False
+    from fsspec.registry import known_implementations, registry  # loads on first use
+
+    scheme = path.partition("://")[0]
+    return scheme in known_implementations or scheme in registry
+
+
+def fetched(image: ImageData) -> ImageData:
+    """Return the bytes of an image whose path has a scheme; any other image as it is.
+
+    Raises:
+        BadImage: there is no such file, or it cannot be read.
+        ValueError: what opens such paths is not installed.
+        ConnectionError: the storage does not answer.
+    """
+    if not isinstance(image, str) or not is_remote(image):
+        return image
+    if image.startswith(_LOCAL):
+        return local_file(image)  # opened like other paths, by the rules for files
+    try:
+        with rejecting(image):
+            return _read(image)
+    except BadImage as error:
+        causes = list(_causes(error))
+        for cause in causes:
+            if isinstance(cause, ImportError):
+                expected = "a scheme that fsspec can open"
+                raise ValueError(checks.sentence("path", image, expected, str(cause))) from error
+        if any(is_fault(c) or isinstance(c, ConnectionError | TimeoutError) for c in causes):
+            what = f"{image!r} cannot be reached: {causes[-1]}"
+            if image.startswith(_WEB):
+                raise BadImage("unreadable", what) from causes[-1]
+            raise ConnectionError(what) from error
+        if error.reason == "missing" and _OWN in image:
+            what = f"{error} in this process; {_OWN} holds the files of one process alone"
+            raise BadImage("missing", what) from error.__cause__
+        raise
+
+
+def local_file(path: str) -> str:
+    """Return the file of this machine that a path with a scheme leads to, or the path."""
+    container = path.split("::")[-1]  # zip://MEMBER::ARCHIVE
+    for scheme in _LOCAL:
+        container = container.removeprefix(scheme)
+    return path if is_remote(container) else os.path.abspath(container)
+
+
+def version_of(path: str) -> str:
+    """Return a text that changes with a file of ``memory://``; nothing of any other file."""
+    import fsspec
+
+    if not path.startswith(_OWN):
+        return ""
+    try:
+        return str(fsspec.filesystem("memory").ukey(path))
+    except FileNotFoundError:
+        return ""
+
+
+def _read(path: str) -> bytes:
+    import fsspec
+
+    member, _, container = path.removeprefix(_ARCHIVE).partition("::")
+    if path.startswith(_ARCHIVE) and container:
+        # fsspec reads an archive's list of files anew for each of them.
+        archive = _archive(container, _status(container), os.getpid())
+        try:
+            return archive.read(member.lstrip("/"))
+        except KeyError as error:
+            raise FileNotFoundError(path) from error
+    with fsspec.open(path, "rb") as file:
+        content: bytes = file.read()
+    return content
+
+
+@lru_cache(maxsize=4)
+def _archive(container: str, status: object, process: int) -> ZipFile:  # noqa: ARG001 parts of the key
+    """Return an open archive, of this process alone: a forked one shares the place in a file."""
+    import fsspec
+
+    local = local_file(container)
+    return ZipFile(fsspec.open(container, "rb").open() if is_remote(local) else local)
+
+
+def _status(container: str) -> object:
+    local = local_file(container)
+    if is_remote(local):
+        return None
+    found = os.stat(local)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield what an error was raised from, and what that was raised from."""
+    cause: Any = error.__cause__
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__

@@ -1,0 +1,105 @@
+"""Images behind a scheme: what reads them, and whose fault it is when nothing does."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import fsspec
+import pytest
+
+from packpipe.images.opening import BadImage
+from packpipe.images.remote import fetched, is_remote
+
+
+class Failing(fsspec.AbstractFileSystem):
+    """A storage that answers with an error."""
+
+    protocol = "packpipe-failing"
+    error: BaseException = OSError()
+
+    def _open(self, *_: object, **__: object) -> None:
+        raise self.error
+
+
+@pytest.fixture
+def failing():
+    fsspec.register_implementation(Failing.protocol, Failing, clobber=True)
+    return Failing
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        ("s3://bucket/a.png", True),
+        ("zip://a.png::b.zip", True),
+        ("memory://a.png", True),
+        ("https://host/a.png", True),
+        ("file:///a.png", True),
+        ("a.png", False),
+        ("folder/a:b.png", False),
+        ("photo:1.png", False),
+        ("there://a.png", False),  # a folder named "there:"
+        ("./s3://a.png", False),
+        (b"s3://bucket/a.png", False),
+    ],
+)
+def test_a_scheme_is_one_that_fsspec_knows(path, wanted):
+    assert is_remote(path) is wanted
+
+
+def test_what_has_no_scheme_is_left_as_it_is(tmp_path):
+    for image in (b"bytes", "a.png", str(tmp_path / "s3:")):
+        assert fetched(image) is image
+
+
+def test_a_scheme_without_its_opener_is_an_error_that_names_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    message = (
+        "path is 's3://bucket/a.png', expected a scheme that fsspec can open; "
+        "Install s3fs to access S3"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fetched("s3://bucket/a.png")
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "reset"), TimeoutError("late"), OSError(28, "no space")]
+)
+def test_a_storage_that_does_not_answer_is_no_fault_of_the_image(failing, monkeypatch, error):
+    monkeypatch.setattr(failing, "error", error)
+    with pytest.raises(OSError, match=re.escape(str(error))) as found:
+        fetched("packpipe-failing://a.png")
+    assert not isinstance(found.value, BadImage)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FileNotFoundError("a.png"), "missing"),
+        (PermissionError("a.png"), "unreadable"),
+        (ValueError("damaged"), "unreadable"),
+    ],
+)
+def test_an_error_of_one_file_is_a_reject(failing, monkeypatch, error, reason):
+    monkeypatch.setattr(failing, "error", error)
+    with pytest.raises(BadImage, match=re.escape(str(error))) as found:
+        fetched("packpipe-failing://a.png")
+    assert found.value.reason == reason
+
+
+def test_a_host_of_the_web_that_does_not_answer_is_a_reject():
+    # Port 9 discards, where it is open at all.
+    with pytest.raises(BadImage, match=r"'http://.*/a\.png' cannot be reached:") as found:
+        fetched("http://127.0.0.1:9/a.png")
+    assert found.value.reason == "unreadable"
+
+
+def test_what_another_process_holds_in_memory_is_missing_and_said():
+    message = (
+        "no file 'memory://packpipe-none.png' in this process; "
+        "memory:// holds the files of one process alone"
+    )
+    with pytest.raises(BadImage, match=re.escape(message)) as found:
+        fetched("memory://packpipe-none.png")
+    assert found.value.reason == "missing"
