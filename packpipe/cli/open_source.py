@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from packpipe import checks
+from packpipe.cli.output import plain
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,6 +86,44 @@ def file_of(dataset: Dataset, example: int) -> str | None:
     return None
 
 
+def _from_folder(folder: Path, split: str) -> Any:
+    """Return what a folder holds, and say on stderr which of its files are not in it."""
+    import datasets
+
+    from packpipe.cli.image_folder import files_of, image_splits
+
+    files = files_of(folder)
+    found: Any = (
+        image_splits(folder, files)
+        if files.are_images
+        else datasets.load_dataset(str(folder), split=split)
+    )
+    rows = found.get(split) if isinstance(found, dict) else found
+    if rows is not None and files.images:
+        there = files.images + (files.others if files.are_images else [])
+        _say_left_out(folder, split, there, set(_paths_in(rows)))
+    return found
+
+
+def _say_left_out(folder: Path, split: str, there: list[str], loaded: set[str]) -> None:
+    left = [os.path.relpath(path, folder) for path in there if path not in loaded]
+    if left:
+        named = ", ".join(left[:_NAMED]) + (", ..." if len(left) > _NAMED else "")
+        many = len(there) - len(left)
+        said = f"{folder.name}: {many} of {len(there)} files are in split {split}; not {named}"
+        typer.echo(plain(said), err=True)
+
+
+def _paths_in(rows: Dataset) -> Iterator[str]:
+    """Yield the paths of all images of a dataset."""
+    import datasets
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            for batch in rows.select_columns([name]).with_format("arrow").iter(batch_size=10_000):
+                yield from filter(None, batch.column(0).combine_chunks().field("path").to_pylist())
+
+
 def _loaded(path: Path, source: str, split: str) -> Any:
     import datasets
 
@@ -92,5 +134,5 @@ def _loaded(path: Path, source: str, split: str) -> Any:
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return datasets.load_from_disk(str(path))
     if path.is_dir():
-        return datasets.load_dataset(str(path), split=split)
+        return _from_folder(path.absolute(), split)
     return datasets.load_dataset(source, split=split)

@@ -10,8 +10,9 @@ import typer
 Source = Annotated[
     str,
     typer.Argument(
-        help="A folder of images (one folder a class), a Parquet file or folder, what save_to_disk "
-        "wrote, or a name that datasets.load_dataset knows."
+        help="A folder of images (one folder a class; train, validation and test are splits where "
+        "no other folders lie beside them), a Parquet file or folder, what save_to_disk wrote, or "
+        "a name that datasets.load_dataset knows."
     ),
 ]
 Folder = Annotated[Path, typer.Argument(help="What pack wrote.")]

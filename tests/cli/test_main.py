@@ -232,7 +232,7 @@ def test_records_are_json_lines(few, tmp_path):
         (["pack", "{few}", "{packed}", "--seq-len", 8], "expected rows made with the same config"),
         (["pack", "{few}", "{out}", "--on-error", "skip"], "on_error is 'skip', expected one of"),
         (["pack", "a/b/c.parquet", "{out}"], "SOURCE is 'a/b/c.parquet', expected a file"),
-        (["pack", "{few}", "{out}", "--split", "dev"], 'Unknown split "dev"'),
+        (["pack", "{few}", "{out}", "--split", "dev"], "split is 'dev', expected one of train"),
         (["plan", "{few}", "--patch-size", 999], "patch_size is 999, expected an integer in"),
         (["plan", "{few}", "--resolution", "native", "--sides", 3, 4], "--sides is (3, 4), expec"),
         (["plan", "{texts}", "--seq-len", 8], "lengths[1] is 9, expected at most 8 (seq_len)"),
