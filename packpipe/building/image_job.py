@@ -18,7 +18,12 @@ from PIL import features as codecs
 
 from packpipe._version import __version__
 from packpipe.building.job import FilledRows, Job, PlannedRows
-from packpipe.images.opening import ImageData, check_settings
+from packpipe.images.opening import (
+    ImageData,
+    changed_settings,
+    check_limit,
+    check_settings,
+)
 from packpipe.philox import Key
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
@@ -104,9 +109,10 @@ def image_job(images: Images) -> Job:
     @cache
     def plan() -> PlannedRows:
         config = images.config
-        # Worker processes do not have this process's settings of Pillow. Settings that rows would
-        # depend on are refused, before any header is read.
-        check_settings(config.max_pixels)
+        check_limit(config.max_pixels)
+        # Worker processes do not inherit what a script has set in Pillow.
+        if images.materialize and images.num_workers == 0:
+            check_settings()
         with ThreadPoolExecutor(max(1, images.num_workers)) as executor:
             sizes = sizes_of(
                 images.dataset,
@@ -235,7 +241,7 @@ def _record(images: Images) -> dict[str, Any]:
     """Return everything the bytes of the folder depend on."""
     # Not num_workers, which changes no row; nor the limits on rejects, which every call checks for
     # itself.
-    supported, columns = codecs.get_supported(), images.columns
+    supported, columns, changed = codecs.get_supported(), images.columns, changed_settings()
     seconds = float(images.image_seconds)
     return {
         "schema_version": schema.VERSION,
@@ -255,5 +261,7 @@ def _record(images: Images) -> dict[str, Any]:
         # It decides which images are too slow to be in a row. The usual one goes without saying, as
         # it always has; and nothing is decoded for rows without pixels.
         **({"image_seconds": seconds} if images.materialize and seconds != IMAGE_SECONDS else {}),
+        # By which headers are read: a damaged file may have a place in the plan, and none in a row.
+        **({"pillow_settings": changed} if changed else {}),
         **({} if images.texts is None else {"beside": images.texts.record}),
     }

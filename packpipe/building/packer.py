@@ -141,7 +141,7 @@ class Packer:
             expected = "True for options that draw, since every image draws by its row"
             remedy = "use map(packer, batched=True, with_indices=True)"
             raise ValueError(checks.sentence("with_indices", False, expected, remedy))
-        check_settings(config.max_pixels)
+        check_settings()
         images = Images(dataset, columns, config, self.key)
         sizes = probe_sizes(images.source, len(dataset), max_pixels=config.max_pixels)
         return plan_images(images, sizes, numbers)

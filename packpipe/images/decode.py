@@ -48,6 +48,7 @@ from packpipe.images.opening import (
     _opened,
     _reraise_faults,
     _said,
+    check_settings,
     rejecting,
 )
 
@@ -129,7 +130,9 @@ def decode(
     Raises:
         BadImage: the image cannot be decoded, or its mode has no rule.
         SizeChanged: its size is not image_hw, so the source has changed since the plan was made.
+        ValueError: settings of Pillow in this process would give other pixels.
     """
+    check_settings()
     with _opened(data, rules.max_pixels) as image:
         orientation, _ = _orientation(image)
         found = upright_hw(*image.size, orientation)

@@ -64,8 +64,13 @@ _PILLOW_WARNS = ("ignore", None, Warning, re.compile(r"PIL\.|packpipe\.images\."
 _FARTHEST = 2**40  # below the limit of file systems: a seek beyond that is an error, not with bytes
 
 
-# Pillow's own limits on the text that a PNG file may inflate, in bytes.
-_TEXT_LIMITS = {"MAX_TEXT_CHUNK": 2**20, "MAX_TEXT_MEMORY": 2**26}
+# Settings of Pillow by which it reads files otherwise, and what they are when nobody changes them:
+# whether cut images are read, and the text that a PNG file may inflate, in bytes.
+_SETTINGS = {
+    "PIL.ImageFile.LOAD_TRUNCATED_IMAGES": False,
+    "PIL.PngImagePlugin.MAX_TEXT_CHUNK": 2**20,
+    "PIL.PngImagePlugin.MAX_TEXT_MEMORY": 2**26,
+}
 
 
 _PILLOW_LOG = logging.getLogger("PIL.TiffImagePlugin")
@@ -211,7 +216,7 @@ def first_bytes(path: str | Confined, most: int) -> bytes:
 @contextmanager
 def _opened(source: ImageData | FileIO, max_pixels: int) -> Iterator[Image.Image]:
     """Yield the image with its header read; close afterwards what was opened here."""
-    check_settings(max_pixels)
+    check_limit(max_pixels)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         with rejecting(source):
@@ -228,20 +233,32 @@ def _opened(source: ImageData | FileIO, max_pixels: int) -> Iterator[Image.Image
         yield image
 
 
-def check_settings(max_pixels: int) -> None:
-    """Raise ValueError if settings of Pillow in this process would change what rows hold."""
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        name, remedy = "PIL.ImageFile.LOAD_TRUNCATED_IMAGES", "cut images would become rows"
-        raise ValueError(checks.sentence(name, True, "False", remedy))
+def check_settings() -> None:
+    """Raise ValueError if settings of Pillow would change what is decoded in this process."""
+    for name, value in changed_settings().items():
+        remedy = (
+            "set it back before images are decoded in this process, or call packpipe.pack with "
+            "num_workers=1 or more: the processes that decode do not inherit it"
+        )
+        raise ValueError(checks.sentence(name, value, str(_SETTINGS[name]), remedy))
+
+
+def changed_settings() -> dict[str, Any]:
+    """Return the settings of Pillow in this process by which it would read files otherwise."""
+    found = {
+        "PIL.ImageFile.LOAD_TRUNCATED_IMAGES": ImageFile.LOAD_TRUNCATED_IMAGES,
+        "PIL.PngImagePlugin.MAX_TEXT_CHUNK": PngImagePlugin.MAX_TEXT_CHUNK,
+        "PIL.PngImagePlugin.MAX_TEXT_MEMORY": PngImagePlugin.MAX_TEXT_MEMORY,
+    }
+    return {name: value for name, value in found.items() if value != _SETTINGS[name]}
+
+
+def check_limit(max_pixels: int) -> None:
+    """Raise ValueError if Pillow, in this process, opens no images of as many pixels."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and 2 * limit < max_pixels:  # Pillow warns above it, refuses above twice
         name, expected = "PIL.Image.MAX_IMAGE_PIXELS", f"{-(-max_pixels // 2)} or more"
         raise ValueError(checks.sentence(name, limit, expected, "lower max_pixels instead"))
-    for setting, usual in _TEXT_LIMITS.items():
-        value = getattr(PngImagePlugin, setting)
-        if value != usual:
-            name, remedy = f"PIL.PngImagePlugin.{setting}", "such a PNG file is a reject"
-            raise ValueError(checks.sentence(name, value, str(usual), remedy))
 
 
 def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Image.Image:

@@ -21,6 +21,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from packpipe import checks
+from packpipe.images.opening import check_settings
 from packpipe.philox import Key, checked_key
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig, PackOptions, config_from
@@ -88,6 +89,7 @@ class EpochPacks:
     ) -> None:
         self.config: PackConfig = config_from(seq_len, dict(options))
         check_dataset(dataset)
+        check_settings()
         if num_workers is not None:
             remedy = "None is one thread a processor"
             num_workers = checks.whole_number("num_workers", num_workers, 1, 1024, remedy)

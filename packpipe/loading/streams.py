@@ -26,7 +26,7 @@ from datasets import iterable_dataset as sources
 from packpipe import checks
 from packpipe.images.decode import probe
 from packpipe.images.given import given
-from packpipe.images.opening import BadImage, ImageData
+from packpipe.images.opening import BadImage, ImageData, check_settings
 from packpipe.loading.reading import Anchor, Held, Reading
 from packpipe.packing.online import OnlinePacker
 from packpipe.philox import Key
@@ -94,6 +94,7 @@ class PackedStream:
         if not isinstance(dataset, IterableDataset):
             name, remedy = type(dataset).__name__, "pass a Dataset to EpochPacks instead"
             raise TypeError(checks.sentence("type(dataset)", name, "IterableDataset", remedy))
+        check_settings()
         options.setdefault("strategy", "best_fit")
         options.setdefault("window", 16384)
         self.config: PackConfig = config_from(seq_len, dict(options))

@@ -15,7 +15,7 @@ from torch import Tensor
 from packpipe import checks
 from packpipe.images.decode import probe
 from packpipe.images.given import given
-from packpipe.images.opening import BadImage, ImageData
+from packpipe.images.opening import BadImage, ImageData, check_settings
 from packpipe.images.remote import fetched
 from packpipe.loading.batch import PackedBatch
 from packpipe.loading.loader import PackedLoader
@@ -85,6 +85,7 @@ def predict(
             expected = "its default, since fewer tokens come from smaller images"
             remedy = "resize with resolution='budget' and max_tokens"
             raise ValueError(checks.sentence(name, getattr(config, name), expected, remedy))
+    check_settings()
     # Kept, since images may come from a generator, and are read twice: header, then pixels.
     data = _given(images)
     packs = _ImagePacks(config, data, plan_epoch(_sizes(data, config), config))

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from packpipe import checks
 from packpipe._version import __version__
 from packpipe.durable import first_alone, remove_abandoned, write_shared
-from packpipe.images.opening import SizeChanged
+from packpipe.images.opening import SizeChanged, changed_settings
 from packpipe.planning.plan import MAX_SIDE
 from packpipe.rows.rejects import Reject
 from packpipe.sources.image_source import ImageSource
@@ -201,6 +201,7 @@ def _place(source: ImageSource, max_pixels: int) -> tuple[Path, str]:
         "fingerprint": source.rows._fingerprint,
         "files": source.files_digest(),
         "max_pixels": max_pixels,
+        **changed_settings(),
     }
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     return _folder(source.rows) / f"packpipe-sizes-{digest[:32]}.arrow", digest

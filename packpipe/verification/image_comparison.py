@@ -85,7 +85,9 @@ class ImageComparison:
             yield from reject_problems(rejects, bad, depth, unknown)
         if undecoded is not None:
             inside = undecoded[undecoded[:, 0] < len(self.dataset)]
-            unlike = (sizes.image_hw[inside[:, 0]] != inside[:, 1:]).any(axis=1)
+            known = sizes.image_hw[inside[:, 0]]
+            # Images that cannot be read now have no size; they are among those that are bad.
+            unlike = (known != inside[:, 1:]).any(axis=1) & known.all(axis=1)
             if unlike.any():
                 examples = named("example", inside[unlike, 0].tolist())
                 yield Problem(MANIFEST, f"undecoded has other sizes than the images of {examples}")

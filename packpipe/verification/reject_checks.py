@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from packpipe._version import __version__
 from packpipe.building.shards import REJECTS
+from packpipe.images.opening import changed_settings
 from packpipe.rows.rejects import Reject
 from packpipe.rows.schema import REJECTS as SCHEMA
 from packpipe.verification.problems import Problem, named, rows_of
@@ -77,8 +78,11 @@ def reject_problems(
 def depth_of(manifest: dict[str, Any], dataset: Dataset) -> int:
     """Return how many fields of rejects follow from the source: 1, 3 or 4.
 
-    Other versions may say otherwise why an image is bad, and a copy elsewhere has other paths.
+    Other versions and settings of Pillow may say otherwise why an image is bad, and a copy
+    elsewhere has other paths.
     """
+    if manifest.get("pillow_settings", {}) != changed_settings():
+        return 1
     if manifest.get("packpipe") != __version__ or manifest.get("pillow", PIL.__version__) != (
         PIL.__version__
     ):

@@ -8,7 +8,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from packpipe import PackConfig, PackedBatch, Side, Uniform, plan_epoch
 from packpipe.model.config import NaViTConfig
@@ -71,6 +71,13 @@ def test_one_image_alone_is_answered_alone(form):
     found = model.predict(form(FILES[0]), seq_len=512)
     assert found.shape == (1, 4)
     assert (found - model.predict([FILES[0]], seq_len=512)).abs().max() < 1e-12
+
+
+def test_settings_of_the_callers_that_give_other_pixels_are_refused(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    message = "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True, expected False; set it back before"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        predict(model_of(), FILES[:1])
 
 
 def test_what_is_no_image_is_named():

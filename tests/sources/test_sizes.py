@@ -382,12 +382,13 @@ def test_sizes_are_kept_where_another_error_stops_the_work(tmp_path, monkeypatch
     path.write_bytes(pictures.encoded_image(64, 64, 0, "BMP"))
     dataset = by_path([path])
     kept(dataset)
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    with (
-        pytest.raises(ValueError, match="LOAD_TRUNCATED_IMAGES"),
-        sizes.forgetting_wrong_sizes(source_of(dataset), MAX_PIXELS),
-    ):
-        check_settings(MAX_PIXELS)
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+        with (
+            pytest.raises(ValueError, match="LOAD_TRUNCATED_IMAGES"),
+            sizes.forgetting_wrong_sizes(source_of(dataset), MAX_PIXELS),
+        ):
+            check_settings()
     monkeypatch.setattr(sizes, "probe_sizes", no_probe)
     assert kept(dataset).image_hw.tolist() == [[64, 64]]
 

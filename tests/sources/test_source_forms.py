@@ -729,24 +729,75 @@ def test_a_filter_that_somebody_adds_meanwhile_stays():
         assert warnings.filters == [mine, *before]
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_setting_of_the_callers_makes_no_rows_of_cut_images(tmp_path, monkeypatch, num_workers):
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    cut = pictures.encoded_image(HIGH, WIDE, image_format="TIFF")[:-100]
-    message = (
-        "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True, expected False; cut images would become rows"
-    )
-    with pytest.raises(ValueError, match=re.escape(message)):
-        packed_by(column([cut], Value("binary")), tmp_path / "out", num_workers=num_workers)
+# What scripts set, often when they are imported.
+SETTINGS = {
+    "PIL.ImageFile.LOAD_TRUNCATED_IMAGES": (ImageFile, True, "False"),
+    "PIL.PngImagePlugin.MAX_TEXT_CHUNK": (PngImagePlugin, 100 * 2**20, "1048576"),
+    "PIL.PngImagePlugin.MAX_TEXT_MEMORY": (PngImagePlugin, 2**30, "67108864"),
+}
+TEXT = PngImagePlugin.PngInfo()
+TEXT.add_text("long", "x" * 2**21, zip=True)
+GOOD = {
+    "PNG": pictures.encoded_image(HIGH, WIDE),
+    "BMP": pictures.encoded_image(HIGH, WIDE, image_format="BMP"),
+    "array": np.zeros((HIGH, WIDE, 3), np.uint8),
+}
+# Files that Pillow reads with such a setting, and not without.
+BAD = {
+    "cut TIFF": pictures.encoded_image(HIGH, WIDE, image_format="TIFF")[:-100],
+    "cut PNG": pictures.encoded_image(HIGH, WIDE)[:-60],
+    "wrong checksum": pictures.encoded_image(HIGH, WIDE, pnginfo=TEXT).replace(
+        b"zTXtlong", b"zTXtlung"
+    ),
+    "cut icon": pictures.encoded_image(16, 16, image_format="ICO")[:-100],
+    "long text": pictures.encoded_image(HIGH, WIDE, pnginfo=TEXT),
+}
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_limit_of_the_callers_on_text_makes_no_other_rows(tmp_path, monkeypatch, num_workers):
-    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 100 * 2**20)
-    source = column([pictures.encoded_image(HIGH, WIDE)], Value("binary"))
-    message = "PIL.PngImagePlugin.MAX_TEXT_CHUNK is 104857600, expected 1048576; such a PNG file"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        packed_by(source, tmp_path / "out", num_workers=num_workers)
+@pytest.fixture(params=SETTINGS)
+def setting(request, monkeypatch) -> str:
+    """A setting of the caller's, and the message that refuses it where this process decodes."""
+    where, value, usual = SETTINGS[request.param]
+    monkeypatch.setattr(where, request.param.rpartition(".")[2], value)
+    remedy = "set it back before images are decoded in this process, or call packpipe.pack with num"
+    return f"{request.param} is {value}, expected {usual}; {remedy}"
+
+
+@pytest.mark.usefixtures("setting")
+def test_a_setting_of_the_callers_changes_no_row_that_processes_decode(tmp_path):
+    good = [GOOD["PNG"], GOOD["BMP"]]
+    source = column([*good, *BAD.values(), *good], Value("binary"))
+    packed = packed_by(source, tmp_path / "out", num_workers=1)
+    assert sorted(pictures_of(packed, PATCH)) == [0, 1, 7, 8]
+    assert [row["example_index"] for row in packpipe.rejects(packed)] == [2, 3, 4, 5, 6]
+    again = packed_by(column(good, Value("binary")), tmp_path / "good", num_workers=1)
+    with pytest.MonkeyPatch.context() as usual:
+        usual.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+        usual.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 2**20)
+        usual.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 2**26)
+        wanted = packed_by(column(good, Value("binary")), tmp_path / "wanted")
+        # Sizes that were found with the setting are not those that are kept without it.
+        other = packed_by(source, tmp_path / "other", num_workers=1)
+        assert {row["stage"] for row in packpipe.rejects(other)} <= {"probe", "decode"}
+        assert sorted(pictures_of(other, PATCH)) == [0, 1, 7, 8]
+        assert packpipe.verify(tmp_path / "out", source) == []
+    found = pictures.row_bytes(packpipe.read_rows(again))
+    assert found == pictures.row_bytes(packpipe.read_rows(wanted))
+
+
+def test_a_setting_of_the_callers_is_refused_where_this_process_decodes(tmp_path, setting):
+    source = column([GOOD["PNG"]], Value("binary"))
+    message = re.escape(setting)
+    lazy = packed_by(source, tmp_path / "lazy", num_workers=1, materialize=False)
+    for work in (
+        lambda: packed_by(source, tmp_path / "out"),
+        lambda: lazy[0],
+        lambda: packpipe.Packer(**SMALL)({"image": [GOOD["PNG"]]}, [0]),
+        lambda: packpipe.EpochPacks(source, **SMALL),
+        lambda: packpipe.PackedStream(source.to_iterable_dataset(), **SMALL),
+    ):
+        with pytest.raises(ValueError, match=message):
+            work()
 
 
 def test_a_limit_of_the_callers_rejects_no_image_in_silence(tmp_path, monkeypatch):
