@@ -114,3 +114,13 @@ def local_path(name: str, value: str | os.PathLike[str]) -> Path:
         remedy = "write to a local folder, then copy it there"
         raise ValueError(sentence(name, os.fspath(value), "a path without a scheme", remedy))
     return Path(value)
+
+
+def untransformed(name: str, dataset: Any) -> None:
+    """Raise ValueError if a `datasets.Dataset` has a transform, for rows are read as stored."""
+    transform = dataset.format["format_kwargs"].get("transform")
+    if transform is not None:
+        remedy = "apply it with map, or take it off with dataset.with_format(None)"
+        where, expected = f"{name}.format", "no transform, which would be ignored"
+        what = getattr(transform, "__qualname__", type(transform).__name__)
+        raise ValueError(sentence(where, f"the transform {what}", expected, remedy))

@@ -57,9 +57,10 @@ def pack(
 
     Args:
         dataset: a Dataset with an image column, whose encoded images are read undecoded; or with
-            columns of tokens.
+            columns of tokens. It may have no transform, which would be ignored.
         seq_len: tokens a row holds, 1..32767; for token sequences 1..2**24.
-        image_column: name of the column of images; ``"auto"`` finds the only one.
+        image_column: name of the column of images; ``"auto"`` finds the only one, but for columns
+            of bytes beside ``input_ids``, which may be anything.
         label_column: name of the column of labels; ``"auto"`` takes ``label``, ``labels`` or the
             only ClassLabel there is, which must hold integers, as a loader's batches do; one that
             is named may hold anything, for `read_rows`; None leaves labels out.
@@ -111,7 +112,8 @@ def pack(
     Raises:
         TypeError: dataset is no Dataset, or an argument has the wrong type.
         ValueError: an argument or column is wrong; a bad image with ``on_error="raise"``; an
-            image whose size changed while it was packed.
+            image whose size changed while it was packed; with num_workers=0, a setting of Pillow
+            by which cut images would become rows (``LOAD_TRUNCATED_IMAGES``, ``MAX_TEXT_CHUNK``).
         TooManyRejects: a ValueError; too many images are bad. Names the first ones.
         FileExistsError: output holds something else, or another process is writing it.
         OSError: the rows do not fit on the disk; raised before any is written, if the plan's

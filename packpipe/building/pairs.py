@@ -106,7 +106,7 @@ def pack_pairs(
     texts = Sequences(dataset, of_tokens, text_config, key)
     images = Images(
         dataset,
-        columns.of_images(dataset),
+        columns.of_images(dataset, beside_texts=True),
         config,
         key,
         num_workers=checks.whole_number("num_workers", num_workers, 0, 1024, "0 decodes here"),

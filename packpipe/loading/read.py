@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from packpipe import checks
 from packpipe.rows.files import picked_rows
 from packpipe.rows.rows import Rows
 from packpipe.rows.schema import table_rows
@@ -24,7 +25,8 @@ def read_rows(dataset: Any, rows: Any = None) -> Rows:
 
     Raises:
         IndexError: a row number is out of range.
-        ValueError: the columns are not those of packed rows, or the rows are ragged.
+        ValueError: the columns are not those of packed rows, or the rows are ragged; or the dataset
+            has a transform of the caller's.
         TypeError: dataset is something else.
     """
     table = picked_rows(dataset, rows)
@@ -34,6 +36,8 @@ def read_rows(dataset: Any, rows: Any = None) -> Rows:
     if transform is not None and hasattr(transform, "rows"):
         computed: Rows = transform.rows(table)
         return computed
+    if transform is not None:
+        checks.untransformed("dataset", dataset)
     return table_rows(table)
 
 

@@ -37,11 +37,21 @@ _LABEL_NAMES = ("label", "labels")
 _MASK = "attention_mask"
 
 
-def image_column_of(features: Features, asked: str) -> str:
-    """Return the name of the image column: the one asked for, or the only one there is."""
+def image_column_of(features: Features, asked: str, *, beside_texts: bool = False) -> str:
+    """Return the name of the image column: the one asked for, or the only one there is.
+
+    Args:
+        features: of the dataset.
+        asked: the name, or ``"auto"``.
+        beside_texts: whether lists of tokens are expected beside it.
+    """
     remedy = "pass image_column"
     images = [name for name, feature in features.items() if holds_images(feature)]
     if asked == "auto":
+        if not images:
+            _refuse_other_columns(features)
+        if not beside_texts:
+            _refuse_bytes_beside_tokens(features, images)
         if len(images) != 1:
             raise ValueError(
                 checks.sentence(
@@ -57,10 +67,56 @@ def image_column_of(features: Features, asked: str) -> str:
         name, remedy = f"features[{asked!r}].mode", "cast_column it to Image()"
         raise ValueError(checks.sentence(name, mode, "None or 'RGB'", remedy))
     if asked not in images:
+        _refuse_nested(features, asked)
         expected = "Image(), Value('binary') or arrays of bool, uint8 or uint16"
         name = f"features[{asked!r}]"
         raise ValueError(checks.sentence(name, features[asked], expected, "cast_column it"))
     return asked
+
+
+def _refuse_nested(features: Features, name: str) -> None:
+    """Raise if a column holds images, but not one a row."""
+    feature = features[name]
+    if isinstance(feature, List | LargeList) and _has_images(feature):
+        expected = "one image an example"
+        remedy = "make each image a row of its own, with dataset.map(..., batched=True)"
+        raise ValueError(checks.sentence(f"features[{name!r}]", feature, expected, remedy))
+    if isinstance(feature, dict) and _has_images(feature):
+        expected, remedy = "a column of images", "call dataset.flatten() first"
+        raise ValueError(checks.sentence(f"features[{name!r}]", feature, expected, remedy))
+
+
+def _has_images(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return any(map(_has_images, feature.values()))
+    return isinstance(feature, Image) or _has_images(getattr(feature, "feature", None) or {})
+
+
+def _refuse_other_columns(features: Features) -> None:
+    """Raise if columns, none of which holds images, show what was meant: nested images, texts."""
+    for name in features:
+        _refuse_nested(features, name)
+    texts = [name for name, feature in features.items() if is_text(feature)]
+    if texts and not any(map(holds_numbers, features.values())):
+        expected = "images, or lists of tokens"
+        remedy = "tokenize texts first, with dataset.map; cast_column paths to Image()"
+        raise ValueError(checks.sentence("columns of text", texts, expected, remedy))
+
+
+def _refuse_bytes_beside_tokens(features: Features, images: list[str]) -> None:
+    """Raise if columns of bytes, which may be anything, lie beside tokens and no column Image()."""
+    bare = [name for name in images if isinstance(features[name], Value)]
+    if bare and bare == images and "input_ids" in features and holds_numbers(features["input_ids"]):
+        expected = "named, since bytes beside input_ids may be images or not"
+        remedy = (
+            "packpipe.pack(token_columns='input_ids') packs the tokens, image_column the images"
+        )
+        raise ValueError(checks.sentence("columns of bytes", bare, expected, remedy))
+
+
+def is_text(feature: Any) -> bool:
+    """Return whether a column holds texts."""
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
 
 
 def label_column_of(features: Features, asked: str | None) -> str | None:
@@ -119,12 +175,13 @@ def pixel_type(feature: Any) -> np.dtype[Any] | None:
 
 
 def check_dataset(dataset: Any) -> None:
-    """Raise a TypeError if this is no Dataset, such as a dict of splits or a stream."""
+    """Raise if this is no Dataset, such as a dict of splits or a stream, or has a transform."""
     if not isinstance(dataset, Dataset):
         name, remedy = type(dataset).__name__, "pass one split, such as dataset['train']"
         if isinstance(dataset, IterableDataset):
             remedy = "packpipe.PackedStream packs what comes as a stream"
         raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
+    checks.untransformed("dataset", dataset)
 
 
 class ImageColumns(NamedTuple):
@@ -184,8 +241,12 @@ class AskedColumns:
             return False
         return any(map(holds_numbers, features.values()))
 
-    def of_images(self, dataset: Dataset) -> ImageColumns:
+    def of_images(self, dataset: Dataset, *, beside_texts: bool = False) -> ImageColumns:
         """Return the columns of a dataset of images: as named, or found.
+
+        Args:
+            dataset: the images.
+            beside_texts: whether lists of tokens are expected beside them.
 
         Raises:
             TypeError, ValueError: an argument or a column is wrong.
@@ -197,7 +258,7 @@ class AskedColumns:
             remedy = f"pass label_column=None, or {label!r} to store it for read_rows alone"
             check_labels(features, label, remedy)
         return ImageColumns(
-            image=image_column_of(features, self.image_column),
+            image=image_column_of(features, self.image_column, beside_texts=beside_texts),
             label=label,
             sizes=None if sizes is None else checked_columns(dataset, sizes),
             root=checked_root(self.image_root),
@@ -245,6 +306,8 @@ def token_columns_of(features: Features, asked: str | Sequence[str]) -> list[str
         for number, name in enumerate(chosen):
             if name not in lists or name in chosen[:number]:
                 expected, remedy = f"different ones of {lists}", "name lists of numbers"
+                if name in features and is_text(features[name]):
+                    remedy = "tokenize texts first, with dataset.map"
                 where = f"token_columns[{number}]"
                 raise ValueError(checks.sentence(where, name, expected, remedy))
         if not chosen:

@@ -72,6 +72,8 @@ def verify(
     if dataset is not None and not isinstance(dataset, Dataset):
         remedy = "pass the dataset that was packed"
         raise TypeError(checks.sentence("type(dataset)", type(dataset).__name__, "Dataset", remedy))
+    if dataset is not None:
+        checks.untransformed("dataset", dataset)
     if sample is not None:
         sample = checks.whole_number("sample", sample, 0, 2**62, "None takes all images")
     return list(_problems(Path(folder), dataset, sample))
