@@ -237,7 +237,7 @@ def live(name: str, dataset: datasets.Dataset) -> Iterator[list[str]]:
                 image_hw=(height, width),
                 target_hw=(rows * 16, columns * 16),
                 rules=pixel_rules(packs.config),
-            )
+            ).pixels
             patchify(pixels, out[: rows * columns])
 
         def bare(encoded=encoded, one=one) -> None:  # type: ignore[no-untyped-def]

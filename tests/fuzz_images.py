@@ -46,7 +46,10 @@ from packpipe.images.opening import BadImage
 from packpipe.planning.image_config import FILTERS
 
 MAX_PIXELS = 4_000_000
-REASONS = ("empty", "unreadable", "undecodable", "too many pixels", "unsupported mode")
+REASONS = (
+    *("empty", "unreadable", "undecodable", "too many pixels", "unsupported mode"),
+    "high dynamic range",
+)
 SECONDS = 10.0  # a case may take
 RSS_KIB = 2**19  # a case may take: 0.5 GiB
 ADDRESS_BYTES = 2 * 2**30  # beyond what it starts with, the system refuses a process memory
@@ -94,6 +97,7 @@ class Examiner:
             reducing_gap=dice.pick((None, 1.0, 1.0, 2.0)),
             downscale_filter=dice.pick(FILTERS),
             upscale_filter=dice.pick(FILTERS),
+            profiles="srgb",
         )
         target_hw = 1 + dice.below(40), 1 + dice.below(40)
         fill = dice.below(2)  # filled memory is used memory, so there its use says nothing
@@ -123,7 +127,7 @@ class Examiner:
             image_hw = probe(data, max_pixels=MAX_PIXELS).image_hw
             self._printed(stage)
             stage = "decode"
-            pixels = decode(data, image_hw=image_hw, target_hw=target_hw, rules=rules)
+            pixels = decode(data, image_hw=image_hw, target_hw=target_hw, rules=rules).pixels
             if pixels.shape != (*target_hw, 3) or pixels.dtype != np.uint8:
                 self._problems.append(("other pixels", f"{pixels.dtype}{list(pixels.shape)}"))
             found: tuple[Any, ...] = ("rows", pixels.tobytes())

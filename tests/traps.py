@@ -15,7 +15,7 @@ from packpipe.images.decode import PixelRules
 from packpipe.images.fill import ImageTask
 from packpipe.images.pool import Decoders, RowTask
 
-RULES = PixelRules((255, 255, 255), 10_000, 1.0, "bicubic", "bicubic")
+RULES = PixelRules((255, 255, 255), 10_000, 1.0, "bicubic", "bicubic", "srgb")
 # In a process that is so started, an image that begins with #! is Python to run before decoding.
 _TRAP = """
 from packpipe.images import fill

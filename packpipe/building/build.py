@@ -119,7 +119,7 @@ class Build:
             shards = Shards(folder, job.record(), planned.plan.fingerprint, rows)
         missing = {number: packs[number] for number in shards.missing}
         # Those of shards that an earlier call wrote count for this call's limits, too.
-        rejects = planned.rejects + shards.rejects
+        rejects, flags = planned.rejects + shards.rejects, shards.flags
         tolerance.check(rejects)
         packs_done = [num_packs - sum(map(len, missing.values()))]
 
@@ -133,8 +133,12 @@ class Build:
         )
 
         # Runs while a shard is written, so too many rejects stop the build at their batch.
-        def account(batches: Iterator[FilledRows], failed: list[Reject]) -> Iterator[pa.Table]:
-            for rows, undecodable, num_examples in batches:
+        def account(
+            batches: Iterator[FilledRows], failed: list[Reject], flagged: Counter[str]
+        ) -> Iterator[pa.Table]:
+            for rows, undecodable, num_examples, some_flags in batches:
+                flagged.update(some_flags)
+                flags.update(some_flags)
                 failed.extend(undecodable)
                 if undecodable:
                     rejects.extend(undecodable)
@@ -152,7 +156,7 @@ class Build:
             # Closed also after an error, which ends those processes.
             with closing(planned.fill(list(chain(*batches.values())))) as filled:
                 self._write_shards(shards, batches, filled, account)
-            self._write_sidecars(folder, planned, rejects, shards)
+            self._write_sidecars(folder, planned, rejects, flags, shards)
         if rejects:
             log.warning(
                 "%d of %d examples rejected; packpipe.rejects(packed) says which and why",
@@ -165,7 +169,7 @@ class Build:
         shards: Shards,
         batches: dict[int, list[range]],
         filled: Iterator[FilledRows],
-        account: Callable[[Iterator[FilledRows], list[Reject]], Iterator[pa.Table]],
+        account: Callable[[Iterator[FilledRows], list[Reject], Counter[str]], Iterator[pa.Table]],
     ) -> None:
         """Write each shard from its batches, and sync it while the next one is written."""
         stored = self.job.features.arrow_schema
@@ -175,17 +179,23 @@ class Build:
         with ThreadPoolExecutor(1) as committing:
             for number, some in batches.items():
                 failed: list[Reject] = []
-                tables = account(islice(filled, len(some)), failed)
+                flagged: Counter[str] = Counter()
+                tables = account(islice(filled, len(some)), failed, flagged)
                 written = files.write_stream(shards.path(number), stored, tables)
                 # At most one shard waits to be synced; raises if the last one could not be.
                 if committed is not None:
                     committed.result()
-                committed = committing.submit(shards.commit, number, written, failed)
+                committed = committing.submit(shards.commit, number, written, failed, flagged)
             if committed is not None:
                 committed.result()
 
     def _write_sidecars(
-        self, folder: Path, planned: PlannedRows, rejects: list[Reject], shards: Shards
+        self,
+        folder: Path,
+        planned: PlannedRows,
+        rejects: list[Reject],
+        flags: Counter[str],
+        shards: Shards,
     ) -> None:
         durable.write_text(folder / "dataset_info.json", json.dumps(_info(self.job.features)))
         durable.write_json(folder / STATE, state_of(shards.names, self._digest()))
@@ -198,7 +208,7 @@ class Build:
             "packed": num_examples - len(absent),
             "rejected": len(absent),
             "rejected_by_reason": dict(sorted(Counter(r.reason for r in absent).items())),
-            **planned.counts(rejects),
+            **planned.counts(rejects, flags),
         }
         share = fill(counts["tokens"], len(planned.plan), planned.plan.seq_len)
         # The manifest comes last: complete means that all other files are written.

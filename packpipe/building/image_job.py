@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -179,7 +180,7 @@ def plan_images(
         segment_size=segment_size,
         text_sizes=np.zeros(len(plan), np.int64),
         fill=partial(_fill, images, plan, labels, read),
-        counts=partial(_counts, plan, found.broken_exif),
+        counts=partial(_counts, images, plan, found.broken_exif),
         facts=partial(_facts, plan),
     )
 
@@ -204,24 +205,34 @@ def _fill(
     if not images.materialize:
         for some in packs:
             planned = planned_images(plan, some, labels)
-            yield FilledRows(schema.rows_table(planned, stored), [], len(planned.seq_lens))
+            table = schema.rows_table(planned, stored)
+            yield FilledRows(table, [], len(planned.seq_lens), Counter())
         return
     seconds, num_workers = images.image_seconds, images.num_workers
     filled = filled_ahead(plan, packs, labels, read, num_workers=num_workers, seconds=seconds)
     # Closed also when the build stops in between, which ends the worker processes.
     with forgetting_wrong_sizes(images.source, images.config.max_pixels), closing(filled):
-        for rows, failed in filled:
+        for rows, failed, flags in filled:
             num_images = len(rows.seq_lens) + len(failed)
-            yield FilledRows(schema.rows_table(rows, stored), failed, num_images)
+            yield FilledRows(schema.rows_table(rows, stored), failed, num_images, flags)
 
 
-def _counts(plan: EpochPlan, broken_exif: int, rejects: list[Reject]) -> dict[str, int]:
+def _counts(
+    images: Images,
+    plan: EpochPlan,
+    broken_exif: int,
+    rejects: list[Reject],
+    flags: Counter[str] | None,
+) -> dict[str, int]:
     """Return the manifest's counts; an image that failed when decoded gave no tokens."""
     lost = [reject.example_index for reject in rejects if reject.stage == "decode"]
     tokens = dict(zip(plan.index.tolist(), plan.num_keep.tolist(), strict=True)) if lost else {}
+    # Profiles are read with the pixels; rows without them, or with colours as they are, count none.
+    found = flags if images.materialize and images.config.profiles != "ignore" else None
     return {
         "shrunk": plan.num_shrunk,
         "broken_exif": broken_exif,
+        **({} if found is None else {"broken_profile": found["broken profile"]}),
         "packs": len(plan),
         "bound": plan.bound,
         "tokens": plan.num_tokens - sum(tokens[example] for example in lost),
@@ -242,12 +253,16 @@ def _record(images: Images) -> dict[str, Any]:
     # Not num_workers, which changes no row; nor the limits on rejects, which every call checks for
     # itself.
     supported, columns, changed = codecs.get_supported(), images.columns, changed_settings()
+    # Nothing is converted otherwise, and records of rows made before this option do not name it.
+    converter = () if images.config.profiles == "ignore" else ("littlecms2",)
     seconds = float(images.image_seconds)
     return {
         "schema_version": schema.VERSION,
         "packpipe": __version__,
         "pillow": PIL.__version__,
-        "codecs": {name: codecs.version(name) for name in _CODECS if name in supported},
+        "codecs": {
+            name: codecs.version(name) for name in (*_CODECS, *converter) if name in supported
+        },
         "source_fingerprint": images.dataset._fingerprint,
         # A dataset's fingerprint knows the paths of files, not what they hold.
         "source_files": images.source.files_digest(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,11 +18,15 @@ from packpipe.rows.rejects import Reject
 
 
 class FilledRows(NamedTuple):
-    """Rows to store, the examples rejected while filling them, and how many were planned."""
+    """Rows to store, the examples rejected while filling them, and how many were planned.
+
+    ``flags`` counts examples that are in the rows though something is amiss with them, by a word.
+    """
 
     rows: pa.Table
     rejects: list[Reject]
     num_examples: int
+    flags: Counter[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +44,8 @@ class PlannedRows:
         segment_size: about how many bytes each of its segments adds, without texts.
         text_sizes: int64[rows], bytes of texts of each.
         fill: yields the rows of each range of packs. The next ones may overwrite their memory.
-        counts: the manifest's counts, given all rejects.
+        counts: the manifest's counts, given all rejects and flags; no flags (None) are known before
+            rows are filled.
         facts: what else the manifest says of the rows, given all rejects.
     """
 
@@ -52,7 +58,7 @@ class PlannedRows:
     segment_size: int
     text_sizes: NDArray[np.int64]
     fill: Callable[[list[range]], Generator[FilledRows, None, None]]
-    counts: Callable[[list[Reject]], dict[str, int]]
+    counts: Callable[[list[Reject], Counter[str] | None], dict[str, int]]
     facts: Callable[[list[Reject]], dict[str, Any]] = lambda _: {}
 
     def num_examples(self, packs: range) -> int:

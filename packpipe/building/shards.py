@@ -16,6 +16,7 @@ import json
 import logging
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 REJECTS = "rejects.arrow"
 # What a manifest says of the build itself; the rest is the record, on which the rows depend.
 FACTS = ("counts", "fill", "undecoded", "complete", "plan", "files")
+# What it says of a file while the build goes on, besides what it says at the end.
+NOTES = ("rejects", "flags")
 _LOCK = ".lock"
 # While a build is under way: a line, {name: record}, for each file committed since it was started.
 _JOURNAL = "journal.jsonl"
@@ -210,20 +213,33 @@ class Shards:
         """Return where a shard goes."""
         return self._folder / self.names[number]
 
-    def commit(self, number: int, record: dict[str, Any], rejects: list[Reject]) -> None:
-        """Give a written shard its name, and note it with its rejects in the journal."""
+    @property
+    def flags(self) -> Counter[str]:
+        """How many examples of committed shards have something amiss, by a word."""
+        # Files of earlier versions say nothing of it.
+        return sum((Counter(file.get("flags", {})) for file in self._files.values()), Counter())
+
+    def commit(
+        self,
+        number: int,
+        record: dict[str, Any],
+        rejects: list[Reject],
+        flags: Counter[str],
+    ) -> None:
+        """Give a written shard its name, and note it with its rejects and flags in the journal."""
         # In this order, so that the journal never names a file that may still be lost. A line, not
         # the whole manifest: a commit takes the same time however many there were before.
         durable.commit(self.path(number))
-        name, noted = self.names[number], {**record, "rejects": [list(one) for one in rejects]}
+        name = self.names[number]
+        noted = {**record, "rejects": [list(one) for one in rejects], "flags": dict(flags)}
         durable.append_line(self._folder / _JOURNAL, {name: noted})
         self._files[name] = noted
 
     def finish(self, rejects_record: dict[str, Any], **facts: Any) -> None:
         """Write the manifest of a complete folder."""
-        # Rejects of single shards served to continue; rejects.arrow now holds them all.
+        # Notes of single shards served to continue; rejects.arrow and the counts now hold them all.
         files = {
-            name: {key: value for key, value in self._files[name].items() if key != "rejects"}
+            name: {key: value for key, value in self._files[name].items() if key not in NOTES}
             for name in self.names
         }
         files[REJECTS] = rejects_record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -140,7 +141,7 @@ def _fill(
                 buffers=buffers,
             )
             num_pieces = int(plan.offsets[some.stop] - plan.offsets[some.start])
-            yield FilledRows(rows, [], num_pieces)
+            yield FilledRows(rows, [], num_pieces, Counter())
 
 
 def _text_sizes(plan: TokenPlan, source: TokenSource) -> NDArray[np.int64]:
@@ -151,9 +152,11 @@ def _text_sizes(plan: TokenPlan, source: TokenSource) -> NDArray[np.int64]:
     return sizes
 
 
-def _counts(plan: TokenPlan, sequences: Sequences, rejects: list[Reject]) -> dict[str, int]:
+def _counts(
+    plan: TokenPlan, sequences: Sequences, rejects: list[Reject], flags: Counter[str] | None
+) -> dict[str, int]:
     """Return the manifest's counts of packs, tokens and what was cut or left out."""
-    del rejects  # none is found while rows are filled, so the plan has the counts
+    del rejects, flags  # none is found while rows are filled, so the plan has the counts
     masked = sequences.source.num_masked
     return {
         **({} if sequences.columns.mask is None else {"masked_tokens": masked}),

@@ -282,7 +282,7 @@ def _print_plan(
     quality, size = planned.plan.quality, planned.stored_bytes([range(len(planned.plan))])
     if as_json:
         figures = {"fill": quality.fill, "padding": quality.padding, "gap": quality.gap}
-        counts = {"read": len(dataset), **planned.counts(planned.rejects)}
+        counts = {"read": len(dataset), **planned.counts(planned.rejects, None)}
         counts["rejected"] = len(planned.rejects)
         print_json({"seq_len": seq_len, "counts": counts, **figures, "bytes": size})
         return

@@ -11,6 +11,8 @@ The planned size is known before any pixel is decoded, so the work is done in th
 2. The mode becomes grey or RGB (`modes`), an animation its first frame.
 3. The EXIF orientation is applied.
 4. One resize to the planned size; first, pixels are averaged by whole factors within the same gap.
+5. Colours become sRGB (`colour`), on the pixels that are left, and transparent ones are then laid
+   on the background.
 
 Compared with decoding in full and resizing in one step, the gap changes pixels a little: tests
 bound the difference and ``benchmarks/pixels.py`` shows it; ``reducing_gap=None`` gives none. If the
@@ -31,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from packpipe.images.colour import Conversion, HighDynamicRange, conversion_of, to_srgb
 from packpipe.images.headers import (
     HEAD_BYTES,
     exif_orientation,
@@ -51,6 +54,12 @@ from packpipe.images.opening import (
     check_settings,
     rejecting,
 )
+
+# Why an image is a reject, by the error that says so.
+_REASONS: dict[type[Exception], str] = {
+    NoRule: "unsupported mode",
+    HighDynamicRange: "high dynamic range",
+}
 
 Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -80,6 +89,19 @@ class PixelRules(NamedTuple):
     reducing_gap: float | None
     downscale_filter: str
     upscale_filter: str
+    profiles: str
+
+
+class Decoded(NamedTuple):
+    """Result of `decode`.
+
+    Attributes:
+        pixels: uint8[height, width, 3].
+        flag: what is amiss with the image, though it has pixels: ``"broken profile"``; or None.
+    """
+
+    pixels: NDArray[np.uint8]
+    flag: str | None
 
 
 def pixel_rules(options: Any) -> PixelRules:
@@ -118,8 +140,8 @@ def probe(data: ImageData, *, max_pixels: int) -> Probe:
 
 def decode(
     data: ImageData, *, image_hw: tuple[int, int], target_hw: tuple[int, int], rules: PixelRules
-) -> NDArray[np.uint8]:
-    """Return uint8[height, width, 3], the upright image resized to target_hw.
+) -> Decoded:
+    """Return the upright image resized to target_hw, its colours in sRGB.
 
     Args:
         data: bytes, path or pixels.
@@ -128,7 +150,7 @@ def decode(
         rules: how pixels are made.
 
     Raises:
-        BadImage: the image cannot be decoded, or its mode has no rule.
+        BadImage: the image cannot be decoded, its mode has no rule, or it has a high dynamic range.
         SizeChanged: its size is not image_hw, so the source has changed since the plan was made.
         ValueError: settings of Pillow in this process would give other pixels.
     """
@@ -141,7 +163,10 @@ def decode(
                 f"image_hw is {found}, expected {image_hw} as planned; "
                 "plan again (stored rows: into another folder), the source has changed"
             )
+        conversion = Conversion(None, False)
         try:
+            if rules.profiles != "ignore":
+                conversion = conversion_of(image, of_file=image is not data)
             box = (0.0, 0.0, float(image.width), float(image.height))
             # Not for an image of the caller's, which draft would change.
             if rules.reducing_gap is not None and image is not data:
@@ -151,19 +176,23 @@ def decode(
                 box = box if drafted is None else drafted[1]
             expected = image.size
             # Loading may set another size than the header's, for which the plan was made.
-            pixels = plain(image, rules.background)
+            background = rules.background if conversion.transform is None else None
+            pixels = plain(image, background)
             if pixels.size != expected:
                 raise ValueError(f"{pixels.size} pixels, expected {expected} as the header says")
         except Exception as error:  # decoders raise whatever they like
             _reraise_faults(error)
-            reason = "unsupported mode" if isinstance(error, NoRule) else "undecodable"
+            reason = _REASONS.get(type(error), "undecodable")
             raise BadImage(reason, _said(error, data)) from error
     if orientation in _TRANSPOSE:
         box = _turned(box, pixels.size, orientation)
         pixels = pixels.transpose(_TRANSPOSE[orientation])
     # Turned before, so that width and height are those of the target.
     pixels = _resized(pixels, box, target_hw[::-1], rules)
-    return np.asarray(pixels if pixels.mode == "RGB" else pixels.convert("RGB"))
+    if conversion.transform is not None:
+        pixels = to_srgb(pixels, conversion.transform, rules.background)
+    flag = "broken profile" if conversion.broken else None
+    return Decoded(np.asarray(pixels if pixels.mode == "RGB" else pixels.convert("RGB")), flag)
 
 
 def _turned(box: Box, size: tuple[int, int], orientation: int) -> Box:

@@ -6,7 +6,7 @@ A row depends on its tasks only, so this process and a worker process (`pool`) w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,11 @@ class Failure(NamedTuple):
 
     reason: str
     exception: str
+
+
+# What came of an image of a row: None if its tokens are written; a word, if they are and something
+# is amiss all the same, by which such images are counted; a `Failure` if they are not.
+Outcome: TypeAlias = "Failure | str | None"
 
 
 class ImageTask(NamedTuple):
@@ -53,8 +58,8 @@ class ImageTask(NamedTuple):
 
 def fill_row(
     images: Iterable[ImageTask], out: NDArray[np.uint8], rules: PixelRules
-) -> list[Failure | None]:
-    """Write the tokens of some images one after the other, then zeros; return what failed.
+) -> list[Outcome]:
+    """Write the tokens of some images one after the other, then zeros; return what came of each.
 
     An image that fails takes no place: the next image is written where it would have been.
 
@@ -64,13 +69,13 @@ def fill_row(
         rules: how pixels are made.
 
     Returns:
-        One value for each image: None if its tokens are written, else why not.
+        One outcome for each image.
 
     Raises:
         SizeChanged: an image's size is not the planned one; the message names the example.
     """
     patch_size = side_of(out.shape[1])
-    outcomes: list[Failure | None] = []
+    outcomes: list[Outcome] = []
     end = 0
     for image in images:
         # Read only now: images of earlier tasks are no longer in memory.
@@ -80,7 +85,7 @@ def fill_row(
             continue
         rows, columns = image.grid_hw
         try:
-            pixels = decode(
+            found = decode(
                 data,
                 image_hw=image.image_hw,
                 target_hw=(rows * patch_size, columns * patch_size),
@@ -93,8 +98,8 @@ def fill_row(
             kind = SizeChanged if isinstance(error, SizeChanged) else ValueError
             raise kind(f"example {image.example}: {error}") from error
         start, end = end, end + image.num_tokens
-        patchify(pixels, out[start:end], image.kept)
-        outcomes.append(None)
+        patchify(found.pixels, out[start:end], image.kept)
+        outcomes.append(found.flag)
     # Rows are used again, so what another row left behind must go.
     out[end:] = 0
     return outcomes

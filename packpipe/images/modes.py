@@ -4,8 +4,10 @@ Every mode has one rule:
 
 ======================  ====================================================================
 RGB, L, P, 1            as they are (1-bit black and white become 0 and 255)
-any transparency        laid on the background, before resizing
-CMYK, YCCK, YCbCr, HSV  Pillow's conversion (Adobe's inverted CMYK is undone while decoding)
+any transparency        laid on the background, before resizing; after it and after the conversion
+                        of its colours, if they are to be converted (`colour`)
+CMYK, YCCK, YCbCr, HSV  Pillow's conversion (Adobe's inverted CMYK is undone while decoding); CMYK
+                        stays CMYK until it is resized, if its colours are to be converted
 LAB                     to sRGB by colour profile
 12- and 16-bit grey     scaled by depth, value · 255 ÷ 65535 to the nearest; never clipped
 16-bit RGB              the upper 8 bits, as Pillow decodes it: at most one level lower
@@ -31,12 +33,13 @@ class NoRule(ValueError):
     """Raised for pixels that no rule turns into grey or RGB."""
 
 
-def plain(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def plain(image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:
     """Return the image in mode L or RGB, by the rules in the module's table.
 
     Args:
         image: an image of any mode; loaded if it is not yet.
-        background: (red, green, blue) that transparent pixels are laid on.
+        background: (red, green, blue) that transparent pixels are laid on; None keeps colours to be
+            converted as they are, so that the mode may also be RGBA or CMYK.
 
     Raises:
         NoRule: its mode has no rule. Exceptions of Pillow's decoders are not caught.
@@ -48,22 +51,19 @@ def plain(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
         if "transparency" not in image.info:
             return grey
         # The transparent value has 16 bits, so it is compared before scaling merges values.
-        rgb = grey.convert("RGB")
-        rgb.paste(background, mask=Image.fromarray(values == image.info["transparency"]))
-        return rgb
+        layer = grey.convert("RGB")
+        layer.putalpha(Image.fromarray(values != image.info["transparency"]).convert("L"))
+        return layer if background is None else laid_on(background, layer)
     if image.has_transparency_data:
-        image = _with_transparent_value(image)
-        layer = image.convert("RGBA")
-        below = Image.new("RGB", layer.size, background)
-        below.paste(layer, mask=layer)  # the bytes of alpha_composite, in one pass
-        return below
+        layer = _with_transparent_value(image).convert("RGBA")
+        return layer if background is None else laid_on(background, layer)
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
         if converted is None:
             raise NoRule("the colour profile conversion gave no image")
         return converted
-    if image.mode in ("RGB", "L"):
+    if image.mode in ("RGB", "L") or (image.mode == "CMYK" and background is None):
         image.load()
         return image
     if image.mode == "1":
@@ -71,6 +71,13 @@ def plain(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode in _CONVERTED:
         return image.convert("RGB")
     raise NoRule(f"mode {image.mode} has no rule to become RGB")
+
+
+def laid_on(background: tuple[int, int, int], layer: Image.Image) -> Image.Image:
+    """Return an RGBA image as RGB, laid on (red, green, blue)."""
+    below = Image.new("RGB", layer.size, background)
+    below.paste(layer, mask=layer)  # the bytes of alpha_composite, in one pass
+    return below
 
 
 def image_of(pixels: NDArray[np.generic]) -> Image.Image:

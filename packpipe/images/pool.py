@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packpipe.images.decode import PixelRules
-from packpipe.images.fill import Failure, ImageTask
+from packpipe.images.fill import Failure, ImageTask, Outcome
 from packpipe.images.opening import SizeChanged
 from packpipe.images.watch import STILL_SECONDS, Progress, Watch, run_time
 from packpipe.images.worker import PLACE_BYTES, message_of
@@ -123,8 +123,8 @@ class Decoders:
             self.close()
             raise
 
-    def submit(self, task: list[RowTask]) -> Future[list[list[Failure | None]]]:
-        """Fill some rows; the future gives, for each image of each row, its `Failure` or None."""
+    def submit(self, task: list[RowTask]) -> Future[list[list[Outcome]]]:
+        """Fill some rows; the future gives the outcome of each image of each row."""
         return self._executor.submit(self._fill, task)
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ class Decoders:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _fill(self, task: list[RowTask]) -> list[list[Failure | None]]:
+    def _fill(self, task: list[RowTask]) -> list[list[Outcome]]:
         process = self._idle.get_nowait()  # never empty: there are as many processes as threads
         try:
             return _fill(process, task)
@@ -287,7 +287,7 @@ class _Process:
             self._stream.close()
 
 
-def _fill(process: _Process, task: list[RowTask]) -> list[list[Failure | None]]:
+def _fill(process: _Process, task: list[RowTask]) -> list[list[Outcome]]:
     """Fill rows in a process; images that end the process are left out as failures."""
     # When the process ends, the task is sent again: rows filled before are written once more, with
     # the same bytes.
@@ -326,7 +326,8 @@ def _fill(process: _Process, task: list[RowTask]) -> list[list[Failure | None]]:
     if kind != "outcomes":
         row, at = _place(task, process.place)
         raise _fault(kind, said, task[row].images[at].example)
-    return [[None if one is None else Failure(*one) for one in row] for row in said]
+    # JSON has no tuples: a list was a `Failure`.
+    return [[Failure(*one) if isinstance(one, list) else one for one in row] for row in said]
 
 
 def _place(task: list[RowTask], place: int) -> tuple[int, int]:

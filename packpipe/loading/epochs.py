@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -146,6 +147,14 @@ class EpochPacks:
         """Return the fingerprint of the epoch's plan."""
         return self.plan(*key).fingerprint
 
+    def fingerprint_ignoring_profiles(self, key: Key) -> str:
+        """Return the fingerprint that the plan has with ``profiles="ignore"``.
+
+        States of versions without this option have it.
+        """
+        config = replace(self.config, profiles="ignore")
+        return replace(self.plan(*key), config=config).fingerprint
+
     def contents(self) -> dict[str, str | None]:
         """Return digests of what the batches show besides the plan, by name."""
         return dict(self._contents)
@@ -178,7 +187,7 @@ class EpochPacks:
         """
         planned = packs if isinstance(packs, Rows) else self.planned(key, packs)
         with forgetting_wrong_sizes(self._source, self.config.max_pixels):
-            rows, rejects = fill_rows(planned, self._source, self.config, key)
+            rows, rejects, _ = fill_rows(planned, self._source, self.config, key)
         self._undecodable.add(rejects, self._tolerance)
         return rows
 

@@ -364,6 +364,8 @@ class PackedLoader:
         for name, expected in self._must_agree(key).items():
             if state.get(name) != expected:
                 remedy = remedies.get(name, "make the loader with the options of the state")
+                if name == "fingerprint" and self._ignored_profiles(state.get(name), key):
+                    remedy = "it comes from before colours became sRGB: pass profiles='ignore'"
                 raise ValueError(
                     checks.sentence(f"state[{name!r}]", state.get(name), repr(expected), remedy)
                 )
@@ -378,6 +380,11 @@ class PackedLoader:
         self._finished = bool(state.get("finished"))
         self._cursor.load(state)
         self._pass = None
+
+    def _ignored_profiles(self, fingerprint: Any, key: Key) -> bool:
+        """Return whether a state's packs are these, made without regard to colour profiles."""
+        known = getattr(self.packs, "fingerprint_ignoring_profiles", None)
+        return known is not None and fingerprint == known(key)
 
     def _must_agree(self, key: Key) -> dict[str, Any]:
         """Return what a state must agree in: all that decides the batches, besides the place."""

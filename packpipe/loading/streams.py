@@ -14,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Generator, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Unpack
@@ -157,9 +158,16 @@ class PackedStream:
 
     def fingerprint(self, key: Key) -> str:  # noqa: ARG002
         """Return a text that identifies the packing options; it cannot identify the data."""
+        return self._fingerprint(self.config)
+
+    def fingerprint_ignoring_profiles(self, key: Key) -> str:  # noqa: ARG002
+        """Return the fingerprint with ``profiles="ignore"``, as states from before it have it."""
+        return self._fingerprint(replace(self.config, profiles="ignore"))
+
+    def _fingerprint(self, config: PackConfig) -> str:
         columns = f"columns={self._image_column!r}, {self._label_column!r}"
         packing = f"open_packs={self._open_packs} num_examples={self._num_examples}"
-        return f"{self.config!r} {packing} {columns}"
+        return f"{config!r} {packing} {columns}"
 
     def check_resumable(self) -> None:
         """Raise if the dataset cannot continue where it stopped.
@@ -222,7 +230,7 @@ class PackedStream:
         """Return packs as rows, their images decoded."""
         images = {held.number: held.data for pack in packs for held in pack}
         planned = self._planned(packs)
-        rows, rejects = fill_rows(planned, images.__getitem__, self.config, key)
+        rows, rejects, _ = fill_rows(planned, images.__getitem__, self.config, key)
         self._undecodable.add(key.epoch, len(images), rejects, self._tolerance)
         return rows
 

@@ -195,7 +195,8 @@ class _ImagePacks:
 
     def rows(self, key: Key, packs: NDArray[np.int64]) -> Rows:
         planned = planned_images(self.plan, packs, None)
-        rows, rejects = fill_rows(planned, partial(_read, self.images), self.config, key)
+        read = partial(_read, self.images)
+        rows, rejects, _ = fill_rows(planned, read, self.config, key)
         for reject in rejects:  # the header was fine, but not the pixels
             raise ValueError(_unreadable(reject.example_index, reject.exception))
         return rows

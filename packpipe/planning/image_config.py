@@ -22,6 +22,10 @@ MAX_IMAGE_SEQ_LEN = 2**15 - 1
 MAX_PIXELS = 178_956_970
 FILTERS = ("bicubic", "lanczos", "hamming", "bilinear", "box", "nearest")
 FIT_LAST = ("drop_rate", "resolution")
+PROFILES = ("srgb", "ignore")
+# Options that came later, each with the value by which all that was made before them was made. With
+# this value they are not told, so that fingerprints, states and records of that time stay the same.
+_LATER = {"profiles": "ignore"}
 # By name, so that `from_dict` can make again what `to_dict` wrote.
 _LAWS = {
     law.__name__: law
@@ -48,6 +52,7 @@ class PackOptions(TypedDict, total=False):
     downscale_filter: str
     upscale_filter: str
     max_pixels: int
+    profiles: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +89,9 @@ class PackConfig:
             "bilinear" or "box", all antialiased, or "nearest".
         upscale_filter: resampling along an axis that grows, one of the same filters.
         max_pixels: an image with more pixels is rejected before anything is allocated.
+        profiles: ``"srgb"`` converts colours to sRGB by an image's ICC profile or PNG chunks, and
+            rejects images of a high dynamic range; ``"ignore"`` takes all numbers as they are, as
+            versions without this option did.
 
     Raises:
         TypeError: an option is of a wrong type.
@@ -107,6 +115,7 @@ class PackConfig:
     downscale_filter: str = "bicubic"
     upscale_filter: str = "bicubic"
     max_pixels: int = MAX_PIXELS
+    profiles: str = "srgb"
 
     def __post_init__(self) -> None:
         limits = {
@@ -152,6 +161,11 @@ class PackConfig:
             object.__setattr__(self, "reducing_gap", float(gap))
         for name in ("downscale_filter", "upscale_filter"):
             checks.choice(name, getattr(self, name), FILTERS, "choose a resampling filter")
+        checks.choice("profiles", self.profiles, PROFILES, "choose what colour profiles do")
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._told())
+        return f"PackConfig({told})"
 
     @property
     def drops(self) -> bool:
@@ -189,12 +203,17 @@ class PackConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain JSON values; a law is ``{its name: {its attributes}}``."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return {name: _plain(getattr(self, name)) for name in self._told()}
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> PackConfig:
         """Return the configuration that `to_dict` described."""
-        return cls(**{name: _restored(value) for name, value in options.items()})
+        return cls(**_LATER | {name: _restored(value) for name, value in options.items()})
+
+    def _told(self) -> list[str]:
+        """Return the names of the options that identify this configuration."""
+        names = [field.name for field in fields(self)]
+        return [n for n in names if n not in _LATER or getattr(self, n) != _LATER[n]]
 
 
 def config_from(seq_len: int, options: dict[str, Any]) -> PackConfig:

@@ -12,18 +12,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe.images.decode import pixel_rules
-from packpipe.images.fill import Failure
+from packpipe.images.fill import Outcome
 from packpipe.images.opening import ImageData
 from packpipe.images.pool import Decoders, RowTask
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.rows.fill_images import (
+    Filled,
     fill_rows,
     filled_rows,
     planned_images,
     planned_tokens,
     row_tasks,
 )
-from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
 
 # Batches in memory: one that is written, one that is filled, and one that is next, so that the
@@ -42,7 +42,7 @@ def filled_ahead(
     *,
     num_workers: int,
     seconds: float,
-) -> Generator[tuple[Rows, list[Reject]], None, None]:
+) -> Generator[Filled, None, None]:
     """Yield the rows of each batch of packs, and the images that could not be decoded.
 
     With processes, the next batches are filled while the caller uses one. The patches of a batch
@@ -97,8 +97,8 @@ class _Batch(NamedTuple):
     planned: Rows
     tokens: NDArray[np.int32]
     patches: NDArray[np.uint8]
-    tasks: list[Future[list[list[Failure | None]]]]
+    tasks: list[Future[list[list[Outcome]]]]
 
-    def filled(self) -> tuple[Rows, list[Reject]]:
+    def filled(self) -> Filled:
         outcomes = [row for task in self.tasks for row in task.result()]
         return filled_rows(self.planned, self.tokens, self.patches, outcomes)

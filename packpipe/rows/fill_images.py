@@ -6,18 +6,19 @@ end of the row becomes padding. No other image changes its row.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe.images.decode import pixel_rules
-from packpipe.images.fill import Failure, ImageTask, fill_row
+from packpipe.images.fill import Failure, ImageTask, Outcome, fill_row
 from packpipe.images.opening import BadImage, ImageData
 from packpipe.philox import Key
 from packpipe.planning.dropping import kept_tokens
@@ -25,6 +26,20 @@ from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
+
+
+class Filled(NamedTuple):
+    """Rows with their tokens.
+
+    Attributes:
+        rows: the rows, without the images that could not be decoded.
+        rejects: those images.
+        flags: how many images are in the rows though something is amiss with them, by a word.
+    """
+
+    rows: Rows
+    rejects: list[Reject]
+    flags: Counter[str]
 
 
 def planned_images(
@@ -59,7 +74,7 @@ def fill_rows(
     read_image: Callable[[int], ImageData],
     config: PackConfig,
     key: Key,
-) -> tuple[Rows, list[Reject]]:
+) -> Filled:
     """Return planned rows with their tokens, and the images that could not be decoded.
 
     Args:
@@ -128,8 +143,8 @@ def filled_rows(
     planned: Rows,
     tokens: NDArray[np.int32],
     patches: NDArray[np.uint8],
-    outcomes: Sequence[Sequence[Failure | None]],
-) -> tuple[Rows, list[Reject]]:
+    outcomes: Sequence[Sequence[Outcome]],
+) -> Filled:
     """Return rows with their patches and without the images that failed, and those as rejects.
 
     Args:
@@ -142,11 +157,11 @@ def filled_rows(
     rejected = [
         Reject(example, "decode", *failure)
         for example, failure in zip(planned.example_index.tolist(), flat, strict=True)
-        if failure is not None
+        if isinstance(failure, Failure)
     ]
     if rejected:
         # `fill_row` has already moved up the patches; here the segments follow.
-        good = np.array([failure is None for failure in flat], np.bool_)
+        good = np.array([not isinstance(outcome, Failure) for outcome in flat], np.bool_)
         tokens = tokens[np.repeat(good, planned.seq_lens)]
         planned = planned.keep(good)
     segment_ids, coords = token_columns(planned, tokens, patches.shape[1])
@@ -155,7 +170,8 @@ def filled_rows(
         "segment_ids": segment_ids,
         "coords": coords,
     }
-    return replace(planned, tokens=columns), rejected
+    flags = Counter(outcome for outcome in flat if isinstance(outcome, str))
+    return Filled(replace(planned, tokens=columns), rejected, flags)
 
 
 def token_columns(

@@ -47,7 +47,7 @@ class LazyRows:
         """Return the rows of stored segment columns, equal to those `pack` would have written."""
         planned = schema.table_segments(plans)
         with forgetting_wrong_sizes(self.source, self.config.max_pixels):
-            rows, rejects = fill_rows(planned, self.source, self.config, self.key)
+            rows, rejects, _ = fill_rows(planned, self.source, self.config, self.key)
         for reject in rejects:
             if self.on_error == "raise":
                 raise ValueError(bad_example(reject))

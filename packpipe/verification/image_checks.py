@@ -55,6 +55,11 @@ class ImageChecks(RowChecks):
         """Return the options of a manifest."""
         return PackConfig.from_dict(values)
 
+    def counted(self) -> set[str]:
+        """Return the names of the manifest's counts that rows of any kind do not have."""
+        converts = self.manifest["materialized"] and self.config.profiles != "ignore"
+        return {*self.COUNTS, *(["broken_profile"] if converts else [])}
+
     def columns(self) -> list[str]:
         """Return the columns that stored rows must have."""
         label = None if self.manifest["label_column"] is None else pa.null()

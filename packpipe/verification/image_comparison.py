@@ -273,7 +273,7 @@ def _pixel_difference(
 def _failure_of(task: ImageTask, out: NDArray[np.uint8], config: PackConfig) -> Failure | None:
     """Decode an image, and return why it cannot be."""
     try:
-        (failure,) = fill_row([task], out, pixel_rules(config))
+        (outcome,) = fill_row([task], out, pixel_rules(config))
     except ValueError as error:  # its pixels have another size than its header or column
         return Failure("unreadable", str(error))
-    return failure
+    return outcome if isinstance(outcome, Failure) else None

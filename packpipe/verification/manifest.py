@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetInfo, Features
 from packpipe.building.build import STATE, state_of
 from packpipe.building.shards import (
     MANIFEST,
+    NOTES,
     REJECTS,
     data_files,
     digest_of,
@@ -113,8 +114,8 @@ def checks_of(folder: Path) -> RowChecks | str:
 def _is_record(record: dict[str, Any], complete: bool) -> bool:
     """Return whether this is what a manifest has of a file."""
     kinds = {"rows": int, "bytes": int, files.CHECKSUM: str}
-    # While a build goes on, a file has its rejects beside it.
-    names = record.keys() if complete else record.keys() - {"rejects"}
+    # While a build goes on, a file has its rejects beside it, for example.
+    names = record.keys() if complete else record.keys() - set(NOTES)
     return names == kinds.keys() and all(type(record[name]) is kinds[name] for name in kinds)
 
 

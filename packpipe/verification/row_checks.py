@@ -56,6 +56,10 @@ class RowChecks(ABC):
         # (seed, epoch) that the rows were made with.
         self.key = Key(manifest["seed"], manifest["epoch"])
 
+    def counted(self) -> set[str]:
+        """Return the names of the manifest's counts that rows of any kind do not have."""
+        return set(self.COUNTS)
+
     @staticmethod
     @abstractmethod
     def config_of(values: dict[str, Any]) -> PackConfig | TokenConfig:

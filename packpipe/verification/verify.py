@@ -51,7 +51,8 @@ def verify(
     What nothing else in a folder tells is not seen: labels, pixels, tokens, and what is said of
     rejects, without the source; pixels outside the sample; the versions, paths and fingerprints
     that the manifest names, if ``state.json`` has their digest; an option that makes no
-    difference to these rows; and where rows are cut into files.
+    difference to these rows; how many colour profiles could not be used; and where rows are cut
+    into files.
 
     Args:
         folder: the folder that `pack` or `pack_pairs` was given as ``output``. Of `pack_pairs`,
@@ -236,7 +237,7 @@ def _count_problems(row_checks: RowChecks, expected: dict[str, Any]) -> Iterator
     for name, number in expected.items():
         if not same_json(counts.get(name), number):
             yield Problem(MANIFEST, f"counts.{name} is {counts.get(name)!r}, expected {number!r}")
-    known = {*_COUNTS, *row_checks.COUNTS}
+    known = {*_COUNTS, *row_checks.counted()}
     for name in sorted(counts.keys() - known):
         yield Problem(MANIFEST, f"counts.{name} is {counts[name]!r}, expected none")
     for name in sorted(known - expected.keys()):

@@ -6,17 +6,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
+import naive_profiles
 import numpy as np
 import pictures
 import pyarrow as pa
 import pytest
 import xxhash
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from PIL import Image as PillowImage
+from PIL import features
+from strategies import encode
 
 import packpipe
-from packpipe.building.shards import alone_in
+from packpipe.building.shards import Shards, alone_in
 from packpipe.images.decode import decode, pixel_rules
 from packpipe.images.patches import unpatchify
+from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows import files, text
 from packpipe.rows.rejects import TooManyRejects
@@ -53,7 +58,7 @@ def test_every_image_is_in_exactly_one_row_with_its_own_pixels_and_label(source,
                 image_hw=pictures.SIZES[example],
                 target_hw=(height * 16, width * 16),
                 rules=pixel_rules(config),
-            )
+            ).pixels
             coords = rows.coords[row, tokens]
             found = unpatchify(rows.patches[row, tokens], coords, (height, width))
             assert np.array_equal(found, wanted)
@@ -107,7 +112,9 @@ def test_rows_computed_when_read_are_the_rows_stored(source, tmp_path):
             assert np.array_equal(np.asarray(value), np.asarray(stored[row][name])), name
     assert lazy[0]["patches"].dtype == np.uint8
     assert len(list((tmp_path / "lazy").glob("*.arrow"))) == 2
-    assert packpipe.manifest(lazy)["counts"] == packpipe.manifest(stored)["counts"]
+    # Profiles are read with the pixels.
+    counts = {"broken_profile": 0, **packpipe.manifest(lazy)["counts"]}
+    assert counts == packpipe.manifest(stored)["counts"]
 
 
 def test_small_files_and_batches_change_nothing_but_the_files(source, tmp_path, monkeypatch):
@@ -248,6 +255,7 @@ def test_the_manifest_records_what_the_bytes_depend_on_and_their_checksums(sourc
         "rejected_by_reason": {},
         "shrunk": 5,
         "broken_exif": 0,
+        "broken_profile": 0,
         "packs": len(packed),
         "bound": found["counts"]["bound"],
         "tokens": tokens,
@@ -615,3 +623,140 @@ def test_a_folder_behind_a_scheme_is_refused_and_no_folder_of_that_name(
     with pytest.raises(ValueError, match=re.escape(message)):
         packed_in(output, source)
     assert list(tmp_path.iterdir()) == []
+
+
+WIDE = naive_profiles.rgb_profile(naive_profiles.ADOBE, 2.19921875)
+
+
+def profiled(profiles):
+    """A dataset of images of one size, 32x48, each with its profile; and their stored pixels."""
+    pixels = [
+        np.random.default_rng(number).integers(0, 256, (32, 48, 3), np.uint8)
+        for number in range(len(profiles))
+    ]
+    images = [
+        encode(PillowImage.fromarray(one), "PNG", icc_profile=profile)
+        for one, profile in zip(pixels, profiles, strict=True)
+    ]
+    return pictures.dataset_of(images).select_columns(["image", "label"]), pixels
+
+
+def by_example(rows):
+    """Pixels of each image, of rows without dropped tokens."""
+    found, ends = {}, np.cumsum(rows.seq_lens)
+    for row in range(len(rows)):
+        segments = range(rows.offsets[row], rows.offsets[row + 1])
+        before = ends[segments[0]] - rows.seq_lens[segments[0]]
+        for segment in segments:
+            tokens = slice(ends[segment] - rows.seq_lens[segment] - before, ends[segment] - before)
+            grid_hw = tuple(rows.grid_hw[segment].tolist())
+            patches, coords = rows.patches[row, tokens], rows.coords[row, tokens]
+            found[int(rows.example_index[segment])] = unpatchify(patches, coords, grid_hw)
+    return found
+
+
+def in_worker_processes(dataset, folder):
+    return packpipe.read_rows(
+        packpipe.pack(dataset, output=folder, num_workers=2, progress=False, seq_len=16)
+    )
+
+
+def in_this_process(dataset, folder):
+    return packpipe.read_rows(packed_in(folder, dataset))
+
+
+def when_read(dataset, folder):
+    return packpipe.read_rows(packed_in(folder, dataset, materialize=False))
+
+
+def by_packer(dataset, _):
+    packer = packpipe.Packer(seq_len=16)
+    return packpipe.read_rows(
+        dataset.map(packer, batched=True, with_indices=True, remove_columns=dataset.column_names)
+    )
+
+
+def every_epoch(dataset, _):
+    packs = packpipe.EpochPacks(dataset, 16, num_workers=1)
+    return packs.rows(Key(0, 0), np.arange(packs.num_packs(Key(0, 0))))
+
+
+def of_a_stream(dataset, _):
+    stream = packpipe.PackedStream(dataset.to_iterable_dataset(), 16)
+    return stream.rows(Key(0, 0), list(stream.stream_packs(Key(0, 0), None, 0)))
+
+
+@pytest.mark.parametrize(
+    "decoded",
+    [in_worker_processes, in_this_process, when_read, by_packer, every_epoch, of_a_stream],
+)
+def test_colours_become_srgb_wherever_pixels_are_decoded(tmp_path, decoded):
+    dataset, pixels = profiled([WIDE, None, WIDE])
+    found = by_example(decoded(dataset, tmp_path / "out"))
+    assert sorted(found) == [0, 1, 2]
+    assert np.array_equal(found[1], pixels[1])
+    for number in (0, 2):
+        wanted = naive_profiles.srgb_of(pixels[number], naive_profiles.ADOBE, 2.19921875)
+        assert np.abs(found[number] - wanted).max() <= 1.01
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_profiles_that_cannot_be_used_are_counted_also_after_a_stop(
+    tmp_path, monkeypatch, num_workers
+):
+    # Rows of two images each, and files of one row.
+    dataset, _ = profiled([b"no", WIDE, None, b"profile", b"at all", None])
+    options = {"num_workers": num_workers, "seq_len": 12, "progress": False}
+    monkeypatch.setattr(files, "FILE_BYTES", 1)
+    packed = packpipe.pack(dataset, output=tmp_path / "whole", **options)
+    assert len(packpipe.manifest(packed)["files"]) == 3 + 1
+    assert packpipe.manifest(packed)["counts"]["broken_profile"] == 3
+    commit = Shards.commit
+
+    def stopping(shards, number, *others):
+        commit(shards, number, *others)
+        if number == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Shards, "commit", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            packpipe.pack(dataset, output=tmp_path / "stopped", **options)
+    found = [problem.what for problem in packpipe.verify(tmp_path / "stopped")]
+    assert "says that the build is not complete; call pack again, and it continues" in found
+    packpipe.pack(dataset, output=tmp_path / "stopped", **options)
+    for folder in ("whole", "stopped"):
+        assert packpipe.verify(tmp_path / folder, dataset) == []
+    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("whole", "stopped")]
+    assert manifests[0] == manifests[1]
+
+
+def test_rows_that_ignore_profiles_are_those_from_before_there_was_the_option(tmp_path):
+    dataset, pixels = profiled([WIDE, b"no"])
+    packed = packed_in(tmp_path / "out", dataset, profiles="ignore")
+    found = packpipe.manifest(packed)
+    assert "profiles" not in found["config"]
+    assert "broken_profile" not in found["counts"]
+    assert "littlecms2" not in found["codecs"]
+    images = by_example(packpipe.read_rows(packed))
+    assert all(np.array_equal(images[number], pixels[number]) for number in (0, 1))
+    assert packpipe.verify(tmp_path / "out", dataset, sample=None) == []
+    with pytest.raises(FileExistsError, match="expected rows made with the same codecs, config"):
+        packed_in(tmp_path / "out", dataset)
+    converted = packed_in(tmp_path / "converted", dataset)
+    assert packpipe.manifest(converted)["config"]["profiles"] == "srgb"
+    assert packpipe.manifest(converted)["codecs"]["littlecms2"] == features.version("littlecms2")
+    assert packpipe.verify(tmp_path / "converted", dataset, sample=None) == []
+
+
+def test_an_image_of_high_dynamic_range_is_a_reject(tmp_path):
+    high = naive_profiles.rgb_profile(naive_profiles.P3, 2.2, cicp=b"cicp\0\0\0\0\x09\x10\0\1")
+    dataset, pixels = profiled([None, high])
+    packed = packed_in(tmp_path / "out", dataset, max_bad_fraction=0.5)
+    (reject,) = packpipe.rejects(packed)
+    assert (reject["example_index"], reject["stage"]) == (1, "decode")
+    assert reject["reason"] == "high dynamic range"
+    assert reject["exception"].startswith("HighDynamicRange: the transfer is PQ, expected")
+    assert packpipe.verify(tmp_path / "out", dataset) == []
+    kept = packed_in(tmp_path / "kept", dataset, profiles="ignore")
+    assert np.array_equal(by_example(packpipe.read_rows(kept))[1], pixels[1])

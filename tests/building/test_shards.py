@@ -709,7 +709,7 @@ def test_a_journal_of_another_plan_is_gone_before_the_manifest_names_a_new_one(
 ):
     def write(shard, number):
         durable.partial_of(shard.path(number)).write_bytes(b"rows")
-        shard.commit(number, {"rows": 1, "bytes": 4}, [])
+        shard.commit(number, {"rows": 1, "bytes": 4}, [], Counter())
 
     before = shards.Shards(tmp_path, {"seed": 0}, "one plan", [1, 1])
     write(before, 0)

@@ -30,12 +30,14 @@ RULES = PixelRules(
     reducing_gap=None,
     downscale_filter="bicubic",
     upscale_filter="bicubic",
+    profiles="srgb",
 )
 
 
 def decoded(encoded, image_hw, target_hw=None, **rules):
     target_hw = target_hw or image_hw
-    return decode(encoded, image_hw=image_hw, target_hw=target_hw, rules=RULES._replace(**rules))
+    rules = RULES._replace(**rules)
+    return decode(encoded, image_hw=image_hw, target_hw=target_hw, rules=rules).pixels
 
 
 def png(width, height, depth, colour, pixels=b"", chunks=()):
@@ -361,7 +363,7 @@ def test_a_damaged_file_is_decoded_or_rejected_and_nothing_else(image, data):
             image_hw=found.image_hw,
             target_hw=(3, 5),
             rules=RULES._replace(max_pixels=10**5, reducing_gap=1.0),
-        )
+        ).pixels
     except BadImage as error:
         reason = error.reason
     if reason is None:

@@ -16,7 +16,7 @@ from packpipe.images.decode import PixelRules
 from packpipe.images.fill import Failure, ImageTask, fill_row
 from packpipe.images.opening import BadImage
 
-RULES = PixelRules((255, 255, 255), 10_000, 1.0, "bicubic", "bicubic")
+RULES = PixelRules((255, 255, 255), 10_000, 1.0, "bicubic", "bicubic", "srgb")
 PATCH = 2
 WIDTH = PATCH * PATCH * 3
 GRIDS = [(1, 1), (2, 3), (1, 4), (3, 2), (2, 2)]

@@ -17,7 +17,7 @@ def outcome_of(data):
     """The shape of its pixels, or why it has none."""
     try:
         image_hw = probe(data, max_pixels=RULES.max_pixels).image_hw
-        return decode(data, image_hw=image_hw, target_hw=(16, 32), rules=RULES).shape
+        return decode(data, image_hw=image_hw, target_hw=(16, 32), rules=RULES).pixels.shape
     except BadImage as error:
         return error.reason
 

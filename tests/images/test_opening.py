@@ -21,7 +21,7 @@ from packpipe.images.opening import BadImage, Confined
 from packpipe.sources.image_source import confined
 
 INSIDE, OUTSIDE = (8, 12), (10, 6)
-RULES = PixelRules((255, 255, 255), 10**6, None, "bicubic", "bicubic")
+RULES = PixelRules((255, 255, 255), 10**6, None, "bicubic", "bicubic", "srgb")
 
 # Errors that the next file would meet as well.
 MACHINE = {
@@ -155,7 +155,10 @@ def test_links_within_the_root_are_followed(root, path):
     found = confined(path.format(root=root), str(root))
     assert found == Confined(str(root / "a" / "b" / "in.png"), str(root))
     assert probe(found, max_pixels=10**6).image_hw == INSIDE
-    assert decode(found, image_hw=INSIDE, target_hw=INSIDE, rules=RULES).shape == (*INSIDE, 3)
+    assert decode(found, image_hw=INSIDE, target_hw=INSIDE, rules=RULES).pixels.shape == (
+        *INSIDE,
+        3,
+    )
 
 
 @pytest.mark.usefixtures("way")

@@ -388,8 +388,8 @@ WRONG_OPTIONS = [
         (
             "option is 'patch', expected one of seq_len, patch_size, resolution, max_tokens, "
             "max_upscale, drop_rate, epochs, fit_last, fit_limit, max_segments, strategy, "
-            "window, background, reducing_gap, downscale_filter, upscale_filter, max_pixels; "
-            "check its spelling"
+            "window, background, reducing_gap, downscale_filter, upscale_filter, max_pixels, "
+            "profiles; check its spelling"
         ),
     ),
     (

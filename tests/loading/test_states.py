@@ -8,9 +8,11 @@ from io import BytesIO
 
 import datasets
 import loading
+import naive_profiles
 import numpy as np
 import pictures
 import pytest
+import strategies
 from PIL import Image as PillowImage
 
 import packpipe
@@ -177,6 +179,7 @@ def test_a_state_is_kept_from_other_texts_of_the_same_lengths(tmp_path, make, ma
         (mapped, {"downscale_filter": "lanczos"}, "rows"),
         (computed, {"reducing_gap": 1.0}, "options"),
         (planned, {"reducing_gap": 1.0}, None),
+        (computed, {"profiles": "ignore"}, "options"),
         (packed, {"drop_rate": 0.5}, None),  # known by the plan
     ],
 )
@@ -226,6 +229,57 @@ def state_of(packs, **options):
     loader = PackedLoader(packs, 1, **options)
     next(iter(loader))
     return json.loads(json.dumps(loader.state_dict()))
+
+
+# What versions without the option `profiles` wrote for these packs.
+BEFORE_PROFILES = {
+    "plan": "82bf618220be0c38ac87dcba92705135",
+    "stream": (
+        "PackConfig(seq_len=16, patch_size=8, resolution=Side(pixels=Constant(value=16), "
+        "rounding='nearest'), max_tokens=None, max_upscale=None, drop_rate=0.0, epochs=None, "
+        "fit_last=None, fit_limit=0.25, max_segments=6, strategy='best_fit', window=16384, "
+        "background=(255, 255, 255), reducing_gap=1.0, downscale_filter='bicubic', "
+        "upscale_filter='bicubic', max_pixels=178956970) open_packs=64 num_examples=None "
+        "columns='image', 'label'"
+    ),
+}
+
+
+def streamed(_, dataset, **options):
+    return packpipe.PackedStream(dataset.to_iterable_dataset(), **{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize(
+    ("make", "fingerprint"), [(planned, "plan"), (streamed, "stream")], ids=["plan", "stream"]
+)
+def test_a_state_from_before_profiles_goes_on_without_them_or_is_refused_by_name(make, fingerprint):
+    wide = naive_profiles.rgb_profile(naive_profiles.ADOBE, 2.2)
+    photos = [
+        strategies.encode(PillowImage.fromarray(noise(n)), "PNG", icc_profile=wide)
+        for n in range(NUM)
+    ]
+    dataset = pictures.dataset_of(photos, [n % 3 for n in range(NUM)]).select_columns(
+        ["image", "label"]
+    )
+    before = make(None, dataset, profiles="ignore")
+    loader = PackedLoader(before, 1, seed=3)
+    loader.set_epoch(1)
+    batches = iter(loader)
+    first = next(batches)
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert state["fingerprint"] == BEFORE_PROFILES[fingerprint]
+    wanted = [loading.digest(batch) for batch in batches]
+    assert wanted
+    resumed = PackedLoader(make(None, dataset, profiles="ignore"), 1, seed=3)
+    resumed.load_state_dict(state)
+    assert [loading.digest(batch) for batch in resumed] == wanted
+    other = PackedLoader(make(None, dataset), 1, seed=3)
+    other.set_epoch(1)
+    batch = next(iter(other))
+    assert loading.digest(batch) != loading.digest(first)  # whose colours are others
+    message = "it comes from before colours became sRGB: pass profiles='ignore'"
+    with pytest.raises(ValueError, match=f"^state\\['fingerprint'\\] is .*; {message}$"):
+        other.load_state_dict(state)
 
 
 def test_a_state_is_kept_from_another_byte_anywhere_in_files_of_known_checksums(

@@ -32,7 +32,7 @@ def alone(model, file, **options):
     with Image.open(file) as image:
         image_hw = image.height, image.width
     segments = planned_images(plan_epoch([image_hw], config), range(1), None)
-    rows, _ = fill_rows(segments, lambda _: str(file), config, Key(0, 0))
+    rows, *_ = fill_rows(segments, lambda _: str(file), config, Key(0, 0))
     with torch.inference_mode():
         return model(PackedBatch.from_rows(rows, max_segments=1))
 

@@ -269,6 +269,11 @@ BAD = [
             "Pillow opens no larger image"
         ),
     ),
+    (
+        {"profiles": "icc"},
+        ValueError,
+        "profiles is 'icc', expected one of 'srgb', 'ignore'; choose what colour profiles do",
+    ),
 ]
 
 
@@ -291,7 +296,8 @@ def test_an_unknown_option_is_refused():
     message = (
         "option is 'patchsize', expected one of seq_len, patch_size, resolution, max_tokens, "
         "max_upscale, drop_rate, epochs, fit_last, fit_limit, max_segments, strategy, window, "
-        "background, reducing_gap, downscale_filter, upscale_filter, max_pixels; check its spelling"
+        "background, reducing_gap, downscale_filter, upscale_filter, max_pixels, profiles; "
+        "check its spelling"
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         config_from(64, {"patch_size": 8, "patchsize": 8})
@@ -438,6 +444,15 @@ def test_a_configuration_is_frozen_and_hashable():
     assert hash(config) == hash(PackConfig(background=(0, 0, 0)))
     with pytest.raises(FrozenInstanceError):
         config.seq_len = 3
+
+
+def test_what_was_described_before_profiles_were_an_option_ignores_them():
+    config = PackConfig(seq_len=64, profiles="ignore")
+    assert "profiles" not in config.to_dict()
+    assert "profiles" not in repr(config)
+    assert PackConfig.from_dict(config.to_dict()) == config != PackConfig(seq_len=64)
+    assert PackConfig(seq_len=64).to_dict()["profiles"] == "srgb"
+    assert repr(PackConfig(seq_len=64)).endswith("max_pixels=178956970, profiles='srgb')")
 
 
 def test_options_are_passed_by_name():

@@ -18,7 +18,7 @@ from packpipe.images.patches import unpatchify
 from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import plan_epoch
-from packpipe.rows.fill_images import fill_rows, planned_images
+from packpipe.rows.fill_images import Filled, fill_rows, planned_images
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows, gather
 
@@ -67,7 +67,7 @@ def assert_rows_are_valid(rows: Rows) -> None:
 
 
 def test_rows_hold_every_image_at_its_place():
-    rows, rejected = fill_rows(segments_of(), FILES.__getitem__, CONFIG, Key(0, 0))
+    rows, rejected, _ = fill_rows(segments_of(), FILES.__getitem__, CONFIG, Key(0, 0))
     assert rejected == []
     assert_rows_are_valid(rows)
     assert sorted(rows.example_index.tolist()) == list(range(10))
@@ -87,7 +87,7 @@ def test_the_drawn_example_of_the_docstring():
         example_index=np.arange(3),
     )
     files = [encode(Image.new("L", size, 9), "PNG") for size in [(2, 2), (1, 1), (3, 1)]]
-    rows, _ = fill_rows(segments, files.__getitem__, config, Key(0, 0))
+    rows, *_ = fill_rows(segments, files.__getitem__, config, Key(0, 0))
     assert rows.segment_ids.tolist() == [[1, 1, 1, 1, 2, 0], [1, 1, 1, 0, 0, 0]]
     assert rows.coords[..., 0].tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]
     assert rows.coords[..., 1].tolist() == [[0, 1, 0, 1, 0, 0], [0, 1, 2, 0, 0, 0]]
@@ -99,7 +99,7 @@ KEY = 3, 4
 DROPPED = plan_epoch(SIZES, DROPPING, seed=3, epoch=4)
 
 
-def kept_rows(files=FILES) -> tuple[Rows, list[Reject]]:
+def kept_rows(files=FILES) -> Filled:
     segments = planned_images(DROPPED, range(len(DROPPED)), LABELS)
     return fill_rows(segments, files.__getitem__, DROPPING, Key(3, 4))
 
@@ -128,7 +128,7 @@ def assert_kept_tokens_are_right(rows: Rows) -> None:
 
 
 def test_rows_hold_the_kept_tokens_only():
-    rows, rejected = kept_rows()
+    rows, rejected, _ = kept_rows()
     assert rejected == []
     assert_kept_tokens_are_right(rows)
     assert sorted(rows.example_index.tolist()) == list(range(10))
@@ -140,9 +140,9 @@ def test_rows_hold_the_kept_tokens_only():
 
 @given(st.sets(st.integers(0, 9), min_size=1))
 def test_an_image_that_fails_moves_no_kept_token_of_another(failing):
-    whole, _ = kept_rows()
+    whole, *_ = kept_rows()
     files = [file[:-30] if i in failing else file for i, file in enumerate(FILES)]
-    rows, rejected = kept_rows(files)
+    rows, rejected, _ = kept_rows(files)
     assert {reject.example_index for reject in rejected} == failing
     assert_kept_tokens_are_right(rows)
     assert by_row(rows, rows.example_index) == [
@@ -158,7 +158,7 @@ def test_an_image_that_was_fitted_keeps_the_tokens_of_its_new_number():
     assert pack.tolist() == [2, 9]
     assert plan.num_keep.tolist() == [12, 8]  # of 20, not 10, and of 16
     segments = planned_images(plan, range(1), None)
-    rows, _ = fill_rows(segments, FILES.__getitem__, config, Key(0, 0))
+    rows, *_ = fill_rows(segments, FILES.__getitem__, config, Key(0, 0))
     tokens = naive.subset(0, 0, 9, 8, 20, 12)
     second = rows.segment_ids[0] == 2
     assert rows.coords[0][second].tolist() == [list(divmod(token, 5)) for token in tokens]
@@ -171,7 +171,7 @@ def test_an_image_that_fails_leaves_its_row_valid_and_moves_nobody_else(failing)
     segments = segments_of()
     whole = by_row(segments, segments.example_index)
     files = [file[:-30] if i in failing else file for i, file in enumerate(FILES)]
-    rows, rejected = fill_rows(segments, files.__getitem__, CONFIG, Key(0, 0))
+    rows, rejected, _ = fill_rows(segments, files.__getitem__, CONFIG, Key(0, 0))
     assert_rows_are_valid(rows)
     assert max(map(len, whole)) > 1
     assert by_row(rows, rows.example_index) == [
@@ -188,7 +188,7 @@ def test_a_reject_says_why():
             raise BadImage("missing", "the image is null")
         return b"" if example == 7 else FILES[example]
 
-    rows, rejected = fill_rows(segments_of(), read_image, CONFIG, Key(0, 0))
+    rows, rejected, _ = fill_rows(segments_of(), read_image, CONFIG, Key(0, 0))
     assert_rows_are_valid(rows)
     assert sorted(rejected) == [
         Reject(4, "decode", "missing", "BadImage: the image is null"),
@@ -212,7 +212,7 @@ def test_images_are_resized_to_their_grid():
     assert plan.grid_hw.tolist() == [[3, 4]]
     segments = planned_images(plan, range(1), None)
     file = encode(Image.new("RGB", (70, 50), (1, 2, 3)), "PNG")
-    rows, _ = fill_rows(segments, lambda _: file, config, Key(0, 0))
+    rows, *_ = fill_rows(segments, lambda _: file, config, Key(0, 0))
     assert (rows.patches.reshape(-1, 3) == [1, 2, 3]).all()
     assert rows.segment_ids.tolist() == [[1] * 12]
 
@@ -220,7 +220,7 @@ def test_images_are_resized_to_their_grid():
 def test_no_rows_at_all():
     plan = plan_epoch([], CONFIG)
     none = planned_images(plan, range(0), None)
-    rows, rejected = fill_rows(none, FILES.__getitem__, CONFIG, Key(0, 0))
+    rows, rejected, _ = fill_rows(none, FILES.__getitem__, CONFIG, Key(0, 0))
     assert len(rows) == 0
     assert rows.patches.shape == (0, 24, 48)
     assert rows.segment_ids.shape == (0, 24)
@@ -269,7 +269,7 @@ def row_of(rows: Rows, number: int) -> list:
 @given(st.lists(st.integers(0, len(DROPPED) - 1), min_size=1, max_size=6))
 @example([1, 0, 0])
 def test_gathered_rows_are_the_ones_asked_for(numbers):
-    rows, _ = kept_rows()
+    rows, *_ = kept_rows()
     found = gather([rows] * len(numbers), numbers)
     assert [row_of(found, place) for place in range(len(found))] == [
         row_of(rows, number) for number in numbers
@@ -277,7 +277,7 @@ def test_gathered_rows_are_the_ones_asked_for(numbers):
 
 
 def test_gathered_rows_have_memory_of_their_own():
-    rows, _ = kept_rows()
+    rows, *_ = kept_rows()
     found = gather([rows, rows], [0, 1])
     before = row_of(found, 0)
     rows.patches[...] = 0
@@ -287,7 +287,7 @@ def test_gathered_rows_have_memory_of_their_own():
 
 @pytest.mark.parametrize("places", [[0, 2, 5], [1, 3, 4], [2, 3, 4]])
 def test_spread_rows_stand_at_their_places_and_the_others_are_empty(places):
-    rows, _ = kept_rows()
+    rows, *_ = kept_rows()
     assert len(rows) >= 3
     three = gather([rows] * 3, [0, 1, 2])
     found = three.spread(np.array(places), 6)

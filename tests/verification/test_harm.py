@@ -137,6 +137,7 @@ EVERY_OPTION: dict[str, Any] = {
     "downscale_filter": "lanczos",
     "upscale_filter": "bilinear",
     "max_pixels": 4200,
+    "profiles": "ignore",
     "seed": 3,
     "epoch": 1,
 }
