@@ -20,8 +20,8 @@ HLG, told by code points or by those in a profile, have no place in 8 bits of sR
 refused. What Pillow does not report is not seen: profiles in GIF, JPEG 2000 and BMP files, colours
 that only EXIF names, and high dynamic range that only the video stream of an AVIF file tells.
 
-A profile of ordinary colours costs 10 ms the first time, then 20 ns a pixel; one that moves no
-colour by more than a level is left out. Images without a profile cost nothing.
+A profile of a matrix and curves costs 10 ms the first time, then 20 ns a pixel; one that moves no
+colour by more than a level is left out. Without a profile it takes some microseconds an image.
 
 Source: PNG, third edition, 4.3 and 11.3.2; ICC.1:2022; ITU-T H.273.
 """
@@ -41,8 +41,8 @@ from PIL import Image, ImageCms
 
 from packpipe.images.modes import laid_on
 
-MAX_PROFILE_BYTES = 4 * 2**20  # the largest in use have 3 MB; the cache below holds as many
-_KEPT = 32  # conversions, of this many profiles
+MAX_PROFILE_BYTES = 4 * 2**20  # the largest in use have 3 MB
+_KEPT = 32  # profiles whose conversions are kept
 _FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
 _DEVICES = ("scnr", "mntr", "prtr", "spac")
 _MODES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK"}  # of pixels in each space of a profile
@@ -53,14 +53,13 @@ _BRADFORD = np.array(
 
 # Curves as ICC writes them: an exponent g, or (g, a, b, c, d) of (a·x + b)**g from d on, c·x below.
 _SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
-_VIDEO_CURVE = (1 / 0.45, 1 / 1.099, 0.099 / 1.099, 1 / 4.5, 0.081)
-# By H.273's numbers. 2 says nothing, and those that are not listed have no rule here.
-_CURVES = {
-    **dict.fromkeys((1, 6, 14, 15), _VIDEO_CURVE),
+# By H.273's numbers. 2 says nothing, and those that are not listed have no rule here. The curves of
+# video (1, 6, 14, 15) are those of a camera, not of a screen; browsers show them by sRGB's.
+_CURVES: dict[int, tuple[float, ...]] = {
+    **dict.fromkeys((1, 6, 13, 14, 15), _SRGB_CURVE),
     4: (2.2,),
     5: (2.8,),
     8: (1.0,),
-    13: _SRGB_CURVE,
 }
 _HIGH_DYNAMIC_RANGE = {16: "PQ", 18: "HLG"}
 _UNSAID = 2
@@ -109,7 +108,9 @@ def conversion_of(image: Image.Image, *, of_file: bool) -> Conversion:
         return Conversion(None, False)
     broken = False
     for profile in _profiles(image, of_file):
-        found = _transform(profile, _spaces(image.mode)) if profile else None
+        found = None
+        if profile is not None and len(profile) <= MAX_PROFILE_BYTES:
+            found = _transform(profile, _spaces(image.mode))
         if found is not None:
             return Conversion(found.transform, broken)
         broken = True
@@ -288,8 +289,6 @@ def _transform(profile: bytes, spaces: tuple[str, ...]) -> Conversion | None:
     Raises:
         HighDynamicRange: it is one of PQ or HLG.
     """
-    if len(profile) > MAX_PROFILE_BYTES:
-        return None
     _refuse_high_dynamic_range(_transfer_of(profile))
     try:
         opened = ImageCms.ImageCmsProfile(BytesIO(profile))

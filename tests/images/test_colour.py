@@ -197,7 +197,6 @@ def test_a_profile_of_cmyk_colours_needs_cmyk():
 
 def test_a_profile_that_is_too_large_is_flagged(monkeypatch):
     monkeypatch.setattr(colour, "MAX_PROFILE_BYTES", len(ADOBE))
-    colour._transform.cache_clear()
     assert found(saved(PICTURE, "PNG", ADOBE)).flag is None
     assert found(saved(PICTURE, "PNG", ADOBE + b"\0")).flag == "broken profile"
 
@@ -247,6 +246,8 @@ CHUNKS = {
     # cICP, then a profile, then sRGB, then gAMA and cHRM.
     "cICP before all": ([CICP_P3, chunk_icc(ADOBE), gama(100000)], (naive.P3, None)),
     "cICP of sRGB before all": ([gama(100000), CHRM_P3, CICP_SRGB], AS_THEY_ARE),
+    "cICP of video": ([(b"cICP", bytes([1, 1, 0, 1])), gama(100000)], AS_THEY_ARE),
+    "cICP of light": ([(b"cICP", bytes([1, 8, 0, 1]))], (naive.SRGB, 1)),
     "cICP that says nothing": ([(b"cICP", bytes([2, 2, 0, 1])), gama(100000)], (naive.SRGB, 1)),
     "a profile before sRGB": ([chunk_icc(ADOBE), gama(100000)], (naive.ADOBE, 2.19921875)),
     "sRGB before gAMA": ([IN_SRGB, gama(100000), CHRM_P3], AS_THEY_ARE),
