@@ -40,6 +40,7 @@ from packpipe.images.headers import (
     quick_probe,
     upright_hw,
 )
+from packpipe.images.layouts import mend
 from packpipe.images.modes import NoRule, plain
 from packpipe.images.opening import (
     BadImage,
@@ -165,6 +166,7 @@ def decode(
             )
         conversion = Conversion(None, False)
         try:
+            mend(image)
             if rules.profiles != "ignore":
                 conversion = conversion_of(image, of_file=image is not data)
             box = (0.0, 0.0, float(image.width), float(image.height))

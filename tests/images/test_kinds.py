@@ -253,6 +253,8 @@ def test_what_pillow_does_not_write_is_read_as_pillow_reads_it(seed_files):
         if format in ("EPS", "IM", "PDF", "MSP", "XBM"):
             with pytest.raises(BadImage, match=r"^no known image format$"):
                 probe(encoded, max_pixels=10**6)
+        elif described[-3:] == ["3", "16", "1"]:
+            assert format == "TIFF"  # which Pillow misreads; its pixels are in test_layouts
         elif described[:1] == ["built"] or format in ("CUR", "DCX", "ICNS", "PSD"):
             image_hw = probe(encoded, max_pixels=10**6).image_hw
             wanted = as_pillow_reads(encoded)
