@@ -100,8 +100,8 @@ def pack(
             ``max_tokens``, ``max_upscale``, ``drop_rate``, ``epochs``, ``fit_last``,
             ``fit_limit``, ``max_segments``, ``strategy``, ``window``, ``background``,
             ``reducing_gap``, ``downscale_filter``, ``upscale_filter``, ``max_pixels``,
-            ``profiles``. For token sequences, those of `TokenConfig`: ``overflow``,
-            ``layout``, ``pad_token_id``, ``mask_first_label``, ``max_segments``,
+            ``profiles``, ``damaged_scans``. For token sequences, those of `TokenConfig`:
+            ``overflow``, ``layout``, ``pad_token_id``, ``mask_first_label``, ``max_segments``,
             ``strategy``, ``window``.
 
     Returns:

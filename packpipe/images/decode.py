@@ -26,13 +26,16 @@ import errno
 import os
 import struct
 from contextlib import ExitStack
+from importlib.util import find_spec
 from io import FileIO
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
 
+from packpipe import checks
 from packpipe.images.colour import Conversion, HighDynamicRange, conversion_of, to_srgb
 from packpipe.images.headers import (
     HEAD_BYTES,
@@ -55,6 +58,7 @@ from packpipe.images.opening import (
     check_settings,
     rejecting,
 )
+from packpipe.images.scans import Watched
 
 # Why an image is a reject, by the error that says so.
 _REASONS: dict[type[Exception], str] = {
@@ -91,6 +95,7 @@ class PixelRules(NamedTuple):
     downscale_filter: str
     upscale_filter: str
     profiles: str
+    damaged_scans: str = "reject"
 
 
 class Decoded(NamedTuple):
@@ -106,8 +111,16 @@ class Decoded(NamedTuple):
 
 
 def pixel_rules(options: Any) -> PixelRules:
-    """Return the `PixelRules` among the attributes of a configuration."""
-    return PixelRules(*(getattr(options, name) for name in PixelRules._fields))
+    """Return the `PixelRules` among the attributes of a configuration.
+
+    Raises:
+        ValueError: they need a package that is not installed.
+    """
+    rules = PixelRules(*(getattr(options, name) for name in PixelRules._fields))
+    if rules.damaged_scans == "strict" and find_spec("simplejpeg") is None:
+        expected, remedy = "simplejpeg to be installed", 'pip install simplejpeg, or use "reject"'
+        raise ValueError(checks.sentence("damaged_scans", "strict", expected, remedy))
+    return rules
 
 
 def probe(data: ImageData, *, max_pixels: int) -> Probe:
@@ -169,9 +182,11 @@ def decode(
             mend(image)
             if rules.profiles != "ignore":
                 conversion = conversion_of(image, of_file=image is not data)
+            scans = None if image is data else _watched(image)
             box = (0.0, 0.0, float(image.width), float(image.height))
             # Not for an image of the caller's, which draft would change.
-            if rules.reducing_gap is not None and image is not data:
+            can_shrink = image is not data and not (scans and scans.scans.is_lossless)
+            if rules.reducing_gap is not None and can_shrink:
                 height, width = upright_hw(*target_hw[::-1], orientation)  # as it is stored
                 least = (int(width * rules.reducing_gap), int(height * rules.reducing_gap))
                 drafted = image.draft(None, least)
@@ -182,6 +197,10 @@ def decode(
             pixels = plain(image, background)
             if pixels.size != expected:
                 raise ValueError(f"{pixels.size} pixels, expected {expected} as the header says")
+            if scans is not None and rules.damaged_scans != "keep":
+                damage = scans.damage(image, strict=rules.damaged_scans == "strict")
+                if damage is not None:
+                    raise BadImage("damaged scan", damage)
         except Exception as error:  # decoders raise whatever they like
             _reraise_faults(error)
             reason = _REASONS.get(type(error), "undecodable")
@@ -195,6 +214,16 @@ def decode(
         pixels = to_srgb(pixels, conversion.transform, rules.background)
     flag = "broken profile" if conversion.broken else None
     return Decoded(np.asarray(pixels if pixels.mode == "RGB" else pixels.convert("RGB")), flag)
+
+
+def _watched(image: Image.Image) -> Watched | None:
+    """Have a JPEG image decoded from a file that watches; None for other images."""
+    if not isinstance(image, JpegImageFile):
+        return None
+    file: Any = image.fp
+    file.seek(0)
+    image.fp = watched = Watched(file.read())
+    return watched
 
 
 def _turned(box: Box, size: tuple[int, int], orientation: int) -> Box:

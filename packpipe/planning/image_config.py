@@ -23,9 +23,10 @@ MAX_PIXELS = 178_956_970
 FILTERS = ("bicubic", "lanczos", "hamming", "bilinear", "box", "nearest")
 FIT_LAST = ("drop_rate", "resolution")
 PROFILES = ("srgb", "ignore")
+DAMAGED_SCANS = ("reject", "strict", "keep")
 # Options that came later, each with the value by which all that was made before them was made. With
 # this value they are not told, so that fingerprints, states and records of that time stay the same.
-_LATER = {"profiles": "ignore"}
+_LATER = {"profiles": "ignore", "damaged_scans": "keep"}
 # By name, so that `from_dict` can make again what `to_dict` wrote.
 _LAWS = {
     law.__name__: law
@@ -53,6 +54,7 @@ class PackOptions(TypedDict, total=False):
     upscale_filter: str
     max_pixels: int
     profiles: str
+    damaged_scans: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,9 @@ class PackConfig:
         profiles: ``"srgb"`` converts colours to sRGB by an image's ICC profile or PNG chunks, and
             rejects images of a high dynamic range; ``"ignore"`` takes all numbers as they are, as
             versions without this option did.
+        damaged_scans: what becomes of a JPEG that is damaged within its pixels: "reject", where
+            that is seen while decoding; "strict" decodes a second time, with simplejpeg, and
+            rejects whatever libjpeg warns of; "keep" makes a row of what libjpeg made of it.
 
     Raises:
         TypeError: an option is of a wrong type.
@@ -116,6 +121,7 @@ class PackConfig:
     upscale_filter: str = "bicubic"
     max_pixels: int = MAX_PIXELS
     profiles: str = "srgb"
+    damaged_scans: str = "reject"
 
     def __post_init__(self) -> None:
         limits = {
@@ -162,6 +168,8 @@ class PackConfig:
         for name in ("downscale_filter", "upscale_filter"):
             checks.choice(name, getattr(self, name), FILTERS, "choose a resampling filter")
         checks.choice("profiles", self.profiles, PROFILES, "choose what colour profiles do")
+        remedy = "choose what becomes of them"
+        checks.choice("damaged_scans", self.damaged_scans, DAMAGED_SCANS, remedy)
 
     def __repr__(self) -> str:
         told = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._told())

@@ -257,6 +257,14 @@ BAD = [
         for name in ("downscale_filter", "upscale_filter")
     ),
     (
+        {"damaged_scans": "mend"},
+        ValueError,
+        (
+            "damaged_scans is 'mend', expected one of 'reject', 'strict', 'keep'; "
+            "choose what becomes of them"
+        ),
+    ),
+    (
         {"max_pixels": 0},
         ValueError,
         f"max_pixels is 0, expected an integer in 1..{MAX_PIXELS}; Pillow opens no larger image",
@@ -296,8 +304,8 @@ def test_an_unknown_option_is_refused():
     message = (
         "option is 'patchsize', expected one of seq_len, patch_size, resolution, max_tokens, "
         "max_upscale, drop_rate, epochs, fit_last, fit_limit, max_segments, strategy, window, "
-        "background, reducing_gap, downscale_filter, upscale_filter, max_pixels, profiles; "
-        "check its spelling"
+        "background, reducing_gap, downscale_filter, upscale_filter, max_pixels, profiles, "
+        "damaged_scans; check its spelling"
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         config_from(64, {"patch_size": 8, "patchsize": 8})

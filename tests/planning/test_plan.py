@@ -616,6 +616,7 @@ OPTIONS = {
     "upscale_filter": "bilinear",
     "max_pixels": 10**6,
     "profiles": "ignore",
+    "damaged_scans": "strict",
 }
 
 
