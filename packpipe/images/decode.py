@@ -46,6 +46,7 @@ from packpipe.images.headers import (
 from packpipe.images.layouts import mend
 from packpipe.images.modes import NoRule, plain
 from packpipe.images.opening import (
+    LONGEST_SIDE,
     BadImage,
     Confined,
     ImageData,
@@ -64,6 +65,7 @@ from packpipe.images.scans import Watched
 _REASONS: dict[type[Exception], str] = {
     NoRule: "unsupported mode",
     HighDynamicRange: "high dynamic range",
+    Image.DecompressionBombError: "too many pixels",
 }
 
 Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
@@ -145,7 +147,11 @@ def probe(data: ImageData, *, max_pixels: int) -> Probe:
                 head, size = data, len(data)
             image_hw = quick_probe(head, size)
             # An image that is too large goes on to Pillow's path, which raises the error.
-            if image_hw is not None and image_hw[0] * image_hw[1] <= max_pixels:
+            if (
+                image_hw is not None
+                and image_hw[0] * image_hw[1] <= max_pixels
+                and max(image_hw) <= LONGEST_SIDE
+            ):
                 return Probe(image_hw, False)
         image = stack.enter_context(_opened(source, max_pixels))
         orientation, broken_exif = _orientation(image)

@@ -22,6 +22,9 @@ ICON = b"\x00\x00\x01\x00"
 
 _ORIENTATION, _X_RESOLUTION = int(ExifTags.Base.Orientation), int(ExifTags.Base.XResolution)
 _EXIF_SHORT, _EXIF_RATIONAL = 3, 5
+# Types of TIFF entries that stay bytes: bytes, text, signed and undefined ones.
+_TIFF_BYTES = (1, 2, 6, 7)
+_MOST_ENTRIES = 2**15
 _SIDEWAYS = (5, 6, 7, 8)
 # JPEG markers, and the shortest segment that Pillow reads without complaint. Markers that are not
 # listed are left to Pillow.
@@ -101,6 +104,38 @@ def icon_hw(file: BinaryIO) -> tuple[int, int]:
     except struct.error:  # Pillow will report what is wrong
         pass
     return largest
+
+
+def most_values(file: BinaryIO) -> int:
+    """Return the most values that an entry of a TIFF file's first directory holds, text aside.
+
+    Pillow makes Python objects of all of them when it opens the file. 0 for any other file.
+
+    Args:
+        file: an open file; its position is changed.
+    """
+    file.seek(0)
+    head = file.read(16)
+    if head[:2] not in (b"II", b"MM") or not {42, 43} & {*head[2:4]}:
+        return 0
+    order, is_big = {b"I": "<", b"M": ">"}[head[:1]], 43 in head[2:4]
+    number, entry = (order + "Q", order + "HHQ8x") if is_big else (order + "H", order + "HHI4x")
+    try:
+        (directory,) = (
+            unpack_from(order + "Q", head, 8) if is_big else unpack_from(order + "I", head, 4)
+        )
+        file.seek(directory)
+        (entries,) = struct.unpack(number, file.read(struct.calcsize(number)))
+        size = struct.calcsize(entry)
+        content = file.read(min(entries, _MOST_ENTRIES) * size)
+    except (struct.error, OverflowError, ValueError):  # Pillow will report what is wrong
+        return 0
+    counts = (
+        count
+        for _, kind, count in struct.iter_unpack(entry, content[: len(content) // size * size])
+        if kind not in _TIFF_BYTES
+    )
+    return max(counts, default=0)
 
 
 def exif_orientation(exif: bytes) -> int | None:

@@ -57,6 +57,8 @@ def mend(image: Image.Image) -> None:
         _check_icon(image)
     elif not getattr(image, "tile", None):
         return
+    elif image.format == "PNG" and image.mode == "P" and image.palette is None:
+        raise NoRule("a PNG of palette indices without a palette has no rule to become RGB")
     elif isinstance(image, TiffImageFile):
         _mend_tiff(image)
     elif isinstance(image, BmpImagePlugin.BmpImageFile):  # DIB and CUR as well

@@ -17,13 +17,14 @@ import logging
 import os
 import re
 import stat
+import struct
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from io import BufferedReader, BytesIO, FileIO
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from packpipe import checks
-from packpipe.images.headers import HEAD_BYTES, ICON, icon_hw
+from packpipe.images.headers import HEAD_BYTES, ICON, icon_hw, most_values
 from packpipe.images.modes import NoRule, image_of
 
 
@@ -59,6 +60,16 @@ FORMATS = (
 
 # Matches warnings from Pillow's modules, and those that Pillow attributes to its caller, this wing.
 _PILLOW_WARNS = ("ignore", None, Warning, re.compile(r"PIL\.|packpipe\.images\."), 0)
+
+
+# Pillow decodes no row of 2**31 bits and more, and has 64 of them in a pixel at most.
+LONGEST_SIDE = 2**24
+# More than any header needs; some can be made to take the time of as many reads as they have bytes.
+MOST_READS = 2**15
+# Values of an entry of a TIFF file; Pillow makes four Python objects of each place of a strip.
+_MOST_VALUES = 2**18
+# Above this Pillow itself refuses an image, unless somebody changes its limit.
+_PILLOWS_LIMIT = 178_956_970
 
 
 _FARTHEST = 2**40  # below the limit of file systems: a seek beyond that is an error, not with bytes
@@ -98,7 +109,29 @@ _FOLDER |= getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _OPENS_STEPWISE = os.open in os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")
 
 
-class _Clipped(BufferedReader):
+class _Counted:
+    """A file that may be read only so often, until its image is open: a header is no more work.
+
+    Attributes:
+        reads_left: how often; None for any number of times.
+    """
+
+    reads_left: int | None = MOST_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.reads_left is not None:
+            if self.reads_left == 0:
+                raise BadImage("unreadable", f"its header takes more than {MOST_READS} reads")
+            self.reads_left -= 1
+        found: bytes = super().read(size)  # type: ignore[misc]
+        return found
+
+
+class _Bytes(_Counted, BytesIO):
+    """The bytes of a file."""
+
+
+class _Clipped(_Counted, BufferedReader):
     """A file that allows reads of gigabytes and seeks outside of it, as `BytesIO` does.
 
     Damaged headers ask for both; so files and bytes give the same pixels or the same error.
@@ -222,14 +255,12 @@ def _opened(source: ImageData | FileIO, max_pixels: int) -> Iterator[Image.Image
         with rejecting(source):
             image = _image(source, stack, max_pixels)
             width, height = image.size
-            if width * height > max_pixels:
-                raise _too_many(height, width, max_pixels)
+            _check_hw(height, width, max_pixels)
             if width * height == 0:
                 raise BadImage("empty", f"{height}x{width} pixels")
             if isinstance(image, TiffImageFile):  # a tile is decoded whole, even if larger than it
                 rows, columns = (int(image.tag_v2.get(side, 0)) for side in (TILELENGTH, TILEWIDTH))
-                if rows * columns > max_pixels:
-                    raise _too_many(rows, columns, max_pixels)
+                _check_hw(rows, columns, max_pixels)
         yield image
 
 
@@ -255,9 +286,9 @@ def changed_settings() -> dict[str, Any]:
 
 def check_limit(max_pixels: int) -> None:
     """Raise ValueError if Pillow, in this process, opens no images of as many pixels."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and 2 * limit < max_pixels:  # Pillow warns above it, refuses above twice
-        name, expected = "PIL.Image.MAX_IMAGE_PIXELS", f"{-(-max_pixels // 2)} or more"
+    limit, most = Image.MAX_IMAGE_PIXELS, min(max_pixels, _PILLOWS_LIMIT)
+    if limit is not None and 2 * limit < most:  # Pillow warns above it, refuses above twice
+        name, expected = "PIL.Image.MAX_IMAGE_PIXELS", f"{-(-most // 2)} or more"
         raise ValueError(checks.sentence(name, limit, expected, "lower max_pixels instead"))
 
 
@@ -267,37 +298,55 @@ def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Ima
     if isinstance(source, np.ndarray):
         _array_hw(source, max_pixels)
         return image_of(source)
-    file: BinaryIO
+    file: _Bytes | _Clipped
     if isinstance(source, str | Confined):
         source = stack.enter_context(_file(source))
     if isinstance(source, FileIO):
         file = stack.enter_context(_Clipped(source, HEAD_BYTES))
     else:
-        file = BytesIO(source)
+        file = _Bytes(source)
     file.seek(0)
     start = file.read(len(ICON))
     if not start:
         raise BadImage("empty", "the file holds no bytes")
     # Pillow decodes an icon as soon as it opens it, so its size is checked before.
     if start == ICON:
-        height, width = icon_hw(file)
-        if height * width > max_pixels:
-            raise _too_many(height, width, max_pixels)
-    return stack.enter_context(Image.open(file, formats=known_formats()))
+        _check_hw(*icon_hw(file), max_pixels)
+    values = most_values(file)
+    if values > _MOST_VALUES:
+        expected = f"at most {_MOST_VALUES} strips, tiles or other values in an entry"
+        raise BadImage("unreadable", f"{values}, expected {expected}")
+    image = stack.enter_context(_of_known_format(file))
+    file.reads_left = None
+    return image
+
+
+def _of_known_format(file: _Bytes | _Clipped) -> ImageFile.ImageFile:
+    """Open an image as `Image.open` does, but for the limit on pixels, which is a global."""
+    file.seek(0)
+    prefix = file.read(16)
+    for name in known_formats():
+        factory, accept = Image.OPEN[name]
+        accepted = accept is None or accept(prefix)
+        if accepted and not isinstance(accepted, str):  # else it says why not
+            file.seek(0)
+            with suppress(SyntaxError, IndexError, TypeError, struct.error):
+                return factory(file, "")
+    raise UnidentifiedImageError(file)
 
 
 def _array_hw(pixels: NDArray[Any], max_pixels: int) -> tuple[int, int]:
     height, width = pixels.shape[:2] if pixels.ndim > 1 else (0, 0)
-    if height * width > max_pixels:
-        raise _too_many(height, width, max_pixels)
+    _check_hw(height, width, max_pixels)
     if height * width == 0:
         raise BadImage("empty", f"an array of shape {list(pixels.shape)} holds no pixels")
     return height, width
 
 
-def _too_many(height: int, width: int, max_pixels: int) -> BadImage:
-    message = f"{height}x{width} pixels, expected at most {max_pixels}"
-    return BadImage("too many pixels", message)
+def _check_hw(height: int, width: int, max_pixels: int) -> None:
+    most = f"{max_pixels}" if height * width > max_pixels else f"{LONGEST_SIDE} a side"
+    if height * width > max_pixels or max(height, width) > LONGEST_SIDE:
+        raise BadImage("too many pixels", f"{height}x{width} pixels, expected at most {most}")
 
 
 @contextmanager
@@ -355,4 +404,4 @@ def _said(error: Exception, source: object) -> str:
     path = _name_of(source)
     if isinstance(error, OSError) and error.errno is not None and isinstance(path, str):
         return str(OSError(error.errno, error.strerror, path))
-    return str(error)
+    return str(error) or "its decoder does not say why"

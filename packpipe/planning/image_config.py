@@ -18,8 +18,10 @@ PLAN_STRATEGIES = tuple(name for name in STRATEGIES if name not in ("optimal", "
 
 # Coordinates are stored as int16, and one image may be seq_len patches wide.
 MAX_IMAGE_SEQ_LEN = 2**15 - 1
-# The limit above which Pillow refuses to open an image.
+# The default: above it Pillow's own opener refuses an image.
 MAX_PIXELS = 178_956_970
+# Of the largest JPEG.
+MOST_PIXELS = 65535**2
 FILTERS = ("bicubic", "lanczos", "hamming", "bilinear", "box", "nearest")
 FIT_LAST = ("drop_rate", "resolution")
 PROFILES = ("srgb", "ignore")
@@ -90,7 +92,9 @@ class PackConfig:
         downscale_filter: resampling along an axis that shrinks: "bicubic", "lanczos", "hamming",
             "bilinear" or "box", all antialiased, or "nearest".
         upscale_filter: resampling along an axis that grows, one of the same filters.
-        max_pixels: an image with more pixels is rejected before anything is allocated.
+        max_pixels: an image with more pixels is rejected before anything is allocated. JPEGs are
+            decoded at a fraction of their size; other images take 4 bytes a pixel and more, and
+            TIFF files of more than 178,956,970 pixels stay rejects.
         profiles: ``"srgb"`` converts colours to sRGB by an image's ICC profile or PNG chunks, and
             rejects images of a high dynamic range; ``"ignore"`` takes all numbers as they are, as
             versions without this option did.
@@ -129,7 +133,7 @@ class PackConfig:
             "patch_size": (1, 128, "patches of 8 to 32 pixels are usual"),
             "max_segments": (1, 2**31 - 1, "a pack must be allowed to hold an image"),
             "window": (1, 2**62, "1024 or more keeps padding low"),
-            "max_pixels": (1, MAX_PIXELS, "Pillow opens no larger image"),
+            "max_pixels": (1, MOST_PIXELS, "a JPEG has no more pixels"),
         }
         for name, (low, high, remedy) in limits.items():
             # The dataclass is frozen; a NumPy integer becomes an int, so that to_dict is plain

@@ -13,7 +13,7 @@ from packpipe.planning.distributions import Beta, Choice, Constant, TruncatedNor
 from packpipe.planning.dropping import ByResolution, OverTraining
 from packpipe.planning.image_config import (
     MAX_IMAGE_SEQ_LEN,
-    MAX_PIXELS,
+    MOST_PIXELS,
     PackConfig,
     PackOptions,
     config_from,
@@ -267,14 +267,14 @@ BAD = [
     (
         {"max_pixels": 0},
         ValueError,
-        f"max_pixels is 0, expected an integer in 1..{MAX_PIXELS}; Pillow opens no larger image",
+        f"max_pixels is 0, expected an integer in 1..{MOST_PIXELS}; a JPEG has no more pixels",
     ),
     (
-        {"max_pixels": MAX_PIXELS + 1},
+        {"max_pixels": MOST_PIXELS + 1},
         ValueError,
         (
-            f"max_pixels is {MAX_PIXELS + 1}, expected an integer in 1..{MAX_PIXELS}; "
-            "Pillow opens no larger image"
+            f"max_pixels is {MOST_PIXELS + 1}, expected an integer in 1..{MOST_PIXELS}; "
+            "a JPEG has no more pixels"
         ),
     ),
     (
