@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -273,7 +275,21 @@ def _pixel_difference(
 def _failure_of(task: ImageTask, out: NDArray[np.uint8], config: PackConfig) -> Failure | None:
     """Decode an image, and return why it cannot be."""
     try:
-        (outcome,) = fill_row([task], out, pixel_rules(config))
+        with _silent():
+            (outcome,) = fill_row([task], out, pixel_rules(config))
     except ValueError as error:  # its pixels have another size than its header or column
         return Failure("unreadable", str(error))
     return outcome if isinstance(outcome, Failure) else None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep off the screen what C libraries print: libtiff's complaints are problems here."""
+    screen, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(screen, 2)
+        os.close(screen)
+        os.close(nowhere)

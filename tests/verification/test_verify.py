@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
+from io import BytesIO
 
 import crashing
 import datasets
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from typer.testing import CliRunner
 
 import packpipe
@@ -593,3 +596,20 @@ def test_a_root_of_images_that_is_no_absolute_path(folder):
 def test_a_complete_folder_with_a_plan(folder):
     change_manifest(folder, lambda found: found.update(plan="0" * 32))
     assert said(folder) == ["manifest.json: has a plan, which a complete folder has not"]
+
+
+def test_what_a_decoder_prints_stays_off_the_screen(tmp_path, capfd):
+    options = {"compression": "tiff_adobe_deflate"}
+    whole = pictures.encoded_image(40, 50, image_format="TIFF", **options)
+    broken = bytearray(whole)
+    broken[200:600] = bytes(400)
+    with Image.open(BytesIO(bytes(broken))) as image, pytest.raises(OSError, match="decoder error"):
+        image.load()
+    assert "ZIPDecode" in capfd.readouterr().err, "libtiff prints it"
+    source = pictures.dataset_of([whole, bytes(broken)])
+    packpipe.pack(source, seq_len=64, output=tmp_path / "out", max_bad_fraction=1, num_workers=1)
+    capfd.readouterr()  # the progress
+    assert packpipe.verify(tmp_path / "out", source) == []
+    assert tuple(capfd.readouterr()) == ("", "")
+    sys.stderr.write("and nothing else\n")
+    assert capfd.readouterr().err == "and nothing else\n"
