@@ -185,7 +185,7 @@ def decode(
             )
         conversion = Conversion(None, False)
         try:
-            mend(image)
+            mended = mend(image)
             if rules.profiles != "ignore":
                 conversion = conversion_of(image, of_file=image is not data)
             scans = None if image is data else _watched(image)
@@ -200,7 +200,7 @@ def decode(
             expected = image.size
             # Loading may set another size than the header's, for which the plan was made.
             background = rules.background if conversion.transform is None else None
-            pixels = plain(image, background)
+            pixels = plain(mended, background)
             if pixels.size != expected:
                 raise ValueError(f"{pixels.size} pixels, expected {expected} as the header says")
             if scans is not None and rules.damaged_scans != "keep":

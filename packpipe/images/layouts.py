@@ -12,6 +12,7 @@ colours; in icons and cursors          refused
 PSD in bitmap mode                     0 is white
 PSD, RGB with a fourth channel         ignored, unless the layers say that it is transparency
 PSD in multichannel mode               refused: Pillow reads the first ink alone
+GIF, a frame smaller than its canvas   transparent beside the frame, not of the first colour
 =====================================  ===========================================================
 
 Called after an image is opened and before it is loaded; it changes where Pillow finds the samples.
@@ -24,6 +25,7 @@ from struct import unpack, unpack_from
 from typing import Any, BinaryIO
 
 from PIL import BmpImagePlugin, Image, ImagePalette
+from PIL.GifImagePlugin import GifImageFile
 from PIL.PsdImagePlugin import PsdImageFile
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
@@ -47,8 +49,8 @@ _PALETTE_SAMPLES = {1: "P;1", 4: "P;4", 8: "P"}
 _PSD_MODE, _PSD_MULTICHANNEL, _PSD_MERGED = 24, 7, b"8BIMMtrn"
 
 
-def mend(image: Image.Image) -> None:
-    """Make an image that was opened, but not loaded, give the samples that its file holds.
+def mend(image: Image.Image) -> Image.Image:
+    """Return an image that was opened, but not loaded, so that it gives what its file holds.
 
     Raises:
         NoRule: Pillow cannot read its layout; the message names it.
@@ -56,7 +58,7 @@ def mend(image: Image.Image) -> None:
     if image.format == "ICO":
         _check_icon(image)
     elif not getattr(image, "tile", None):
-        return
+        pass
     elif image.format == "PNG" and image.mode == "P" and image.palette is None:
         raise NoRule("a PNG of palette indices without a palette has no rule to become RGB")
     elif isinstance(image, TiffImageFile):
@@ -65,6 +67,19 @@ def mend(image: Image.Image) -> None:
         _mend_bitmap(image)
     elif isinstance(image, PsdImageFile):
         _mend_photoshop(image)
+    elif isinstance(image, GifImageFile):
+        return _on_canvas(image)
+    return image
+
+
+def _on_canvas(image: GifImageFile) -> Image.Image:
+    """Return the first frame of a GIF file, transparent where it does not cover the canvas."""
+    place = image.tile[0].extents
+    if place is None or place == (0, 0, *image.size):
+        return image
+    canvas = Image.new("RGBA", image.size)
+    canvas.paste(image.convert("RGBA").crop(place), place)
+    return canvas
 
 
 def _mend_tiff(image: Any) -> None:

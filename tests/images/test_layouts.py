@@ -258,3 +258,33 @@ def test_a_picture_of_the_callers_that_is_not_loaded_is_mended_too():
         assert (decoded(image, (HIGH, WIDE)) == values >> 8).all()  # loaded by now
     icon = encode(Image.new("RGB", (16, 16), (1, 2, 3)), "ICO")
     assert (decoded(icon, (16, 16)) == [1, 2, 3]).all()
+
+
+def gif(canvas_hw, place, transparency=None):
+    """A GIF file whose one frame lies at (left, top) of a larger canvas, and the frame's pixels."""
+    palette = RNG.integers(0, 256, (4, 3), np.uint8)
+    frame = Image.fromarray(RNG.integers(0, 4, (HIGH, WIDE), np.uint8), "P")
+    frame.putpalette(palette.tobytes())
+    options = {} if transparency is None else {"transparency": transparency}
+    file = encode(frame, "GIF", **options)
+    at = file.index(b"\x2c\0\0\0\0") + 1
+    start = file[:6] + struct.pack("<HH", *canvas_hw[::-1]) + file[10:at]
+    pixels = np.asarray(Image.open(BytesIO(file)).convert("RGBA")).astype(int)
+    return start + struct.pack("<HH", *place) + file[at + 4 :], pixels
+
+
+@pytest.mark.parametrize("transparency", [None, 0, 2])
+@pytest.mark.parametrize("place", [(0, 0), (2, 1), (1, 0)])
+def test_a_gif_is_transparent_where_its_frame_does_not_cover_its_canvas(place, transparency):
+    canvas_hw = (HIGH + 3, WIDE + 4)
+    file, frame = gif(canvas_hw, place, transparency)
+    wanted = np.broadcast_to(np.array(BACKGROUND, float), (*canvas_hw, 3)).copy()
+    left, top = place
+    wanted[top : top + HIGH, left : left + WIDE] = shown(frame[..., :3], frame[..., 3])
+    assert probe(file, max_pixels=100).image_hw == canvas_hw
+    assert (decoded(file, canvas_hw) == wanted).all()
+
+
+def test_a_gif_whose_frame_covers_its_canvas_is_what_it_was():
+    file, frame = gif((HIGH, WIDE), (0, 0))
+    assert (decoded(file, (HIGH, WIDE)) == frame[..., :3]).all()
