@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from io import BufferedReader, BytesIO, FileIO
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -298,13 +298,14 @@ def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Ima
     if isinstance(source, np.ndarray):
         _array_hw(source, max_pixels)
         return image_of(source)
-    file: _Bytes | _Clipped
+    file: BinaryIO
     if isinstance(source, str | Confined):
         source = stack.enter_context(_file(source))
     if isinstance(source, FileIO):
         file = stack.enter_context(_Clipped(source, HEAD_BYTES))
     else:
-        file = _Bytes(source)
+        # Counting takes half as long again as opening, and few bytes are few reads.
+        file = (BytesIO if len(source) <= HEAD_BYTES else _Bytes)(source)
     file.seek(0)
     start = file.read(len(ICON))
     if not start:
@@ -317,11 +318,12 @@ def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Ima
         expected = f"at most {_MOST_VALUES} strips, tiles or other values in an entry"
         raise BadImage("unreadable", f"{values}, expected {expected}")
     image = stack.enter_context(_of_known_format(file))
-    file.reads_left = None
+    if isinstance(file, _Counted):
+        file.reads_left = None
     return image
 
 
-def _of_known_format(file: _Bytes | _Clipped) -> ImageFile.ImageFile:
+def _of_known_format(file: BinaryIO) -> ImageFile.ImageFile:
     """Open an image as `Image.open` does, but for the limit on pixels, which is a global."""
     file.seek(0)
     prefix = file.read(16)
