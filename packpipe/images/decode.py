@@ -7,7 +7,7 @@ globals are never changed.
 The planned size is known before any pixel is decoded, so the work is done in the cheapest order:
 
 1. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size while it stays at least ``reducing_gap`` times
-   as large as planned on both axes.
+   as large as planned on both axes; unless it is lossless, since it cannot be then.
 2. The mode becomes grey or RGB (`modes`), an animation its first frame.
 3. The EXIF orientation is applied.
 4. One resize to the planned size; first, pixels are averaged by whole factors within the same gap.
@@ -16,8 +16,8 @@ The planned size is known before any pixel is decoded, so the work is done in th
 
 Compared with decoding in full and resizing in one step, the gap changes pixels a little: tests
 bound the difference and ``benchmarks/pixels.py`` shows it; ``reducing_gap=None`` gives none. If the
-orientation cannot be read, the image counts as upright and is flagged. In PNG files an orientation
-after the pixels is ignored, since finding it would mean decoding the image while probing.
+orientation cannot be read, the image counts as upright and is flagged. In PNG files EXIF counts
+behind the pixels, too, but not XMP.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.util import find_spec
 from io import FileIO
@@ -34,12 +35,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from packpipe import checks
 from packpipe.images.colour import Conversion, HighDynamicRange, conversion_of, to_srgb
 from packpipe.images.headers import (
     HEAD_BYTES,
+    PNG,
     exif_orientation,
+    late_exif,
     quick_probe,
     upright_hw,
 )
@@ -151,6 +155,7 @@ def probe(data: ImageData, *, max_pixels: int) -> Probe:
                 image_hw is not None
                 and image_hw[0] * image_hw[1] <= max_pixels
                 and max(image_hw) <= LONGEST_SIDE
+                and not (bytes(head[:8]) == PNG and late_exif(_reader(source)))
             ):
                 return Probe(image_hw, False)
         image = stack.enter_context(_opened(source, max_pixels))
@@ -267,11 +272,29 @@ def _filter(name: str) -> Image.Resampling:
     return Image.Resampling[name.upper()]
 
 
+def _reader(source: Any) -> Callable[[int, int], bytes]:
+    """Return a function that reads so many bytes from a place on, of a file or of its bytes."""
+    if not hasattr(source, "seek"):
+        return lambda at, size: bytes(source[at : at + size])
+
+    def read(at: int, size: int) -> bytes:
+        source.seek(at)
+        found: bytes = source.read(size)
+        return found
+
+    return read
+
+
 def _orientation(image: Image.Image) -> tuple[int, bool]:
     """Return (EXIF orientation 1..8, whether the EXIF is broken), without loading pixels."""
     if image.format == "TIFF":  # Pillow turns TIFF files upright itself, their size included
         return 1, False
     exif = image.info.get("exif")
+    if exif is None and isinstance(image, PngImageFile) and image.tile:
+        file: Any = image.fp
+        place = file.tell()
+        exif = late_exif(_reader(file))
+        file.seek(place)
     try:
         # ImageMagick writes EXIF into PNG files as text: three lines of header, then hexadecimal.
         if exif is None and "Raw profile type exif" in image.info:

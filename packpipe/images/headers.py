@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from struct import unpack_from
 from typing import BinaryIO
 
@@ -25,6 +26,9 @@ _EXIF_SHORT, _EXIF_RATIONAL = 3, 5
 # Types of TIFF entries that stay bytes: bytes, text, signed and undefined ones.
 _TIFF_BYTES = (1, 2, 6, 7)
 _MOST_ENTRIES = 2**15
+# PNG chunks that are walked over in search of a late one.
+_MOST_CHUNKS = 2**17
+PNG = b"\x89PNG\r\n\x1a\n"
 _SIDEWAYS = (5, 6, 7, 8)
 # JPEG markers, and the shortest segment that Pillow reads without complaint. Markers that are not
 # listed are left to Pillow.
@@ -56,7 +60,8 @@ _READS_WEBP = bool(features.check("webp"))
 def quick_probe(head: bytes | memoryview, size: int) -> tuple[int, int] | None:
     """Return the upright (height, width) in pixels where the header is plain, else None.
 
-    Never guesses: a size is what Pillow gives too, and its EXIF is sound or absent.
+    Never guesses: a size is what Pillow gives too, and its EXIF is sound or absent; but for EXIF
+    behind the pixels of a PNG file (`late_exif`), which may lie beyond head.
 
     Args:
         head: the file's first HEAD_BYTES bytes, or all of a shorter file.
@@ -67,7 +72,7 @@ def quick_probe(head: bytes | memoryview, size: int) -> tuple[int, int] | None:
     try:
         if head.startswith(b"\xff\xd8\xff"):
             found = _jpeg_hw(head)
-        elif head.startswith(b"\x89PNG\r\n\x1a\n"):
+        elif head.startswith(PNG):
             found = _png_hw(head)
         elif _READS_WEBP and head.startswith(b"RIFF") and head.startswith(b"WEBP", 8):
             found = _webp_hw(head, size)
@@ -104,6 +109,27 @@ def icon_hw(file: BinaryIO) -> tuple[int, int]:
     except struct.error:  # Pillow will report what is wrong
         pass
     return largest
+
+
+def late_exif(read: Callable[[int, int], bytes]) -> bytes | None:
+    """Return the EXIF block behind the pixels of a PNG file, None if there is none.
+
+    Goes from chunk to chunk and reads their heads alone, as far as `_MOST_CHUNKS` go.
+
+    Args:
+        read: returns so many bytes from a place in the file on, fewer at its end.
+    """
+    at, has_pixels = 8, False
+    for _ in range(_MOST_CHUNKS):
+        head = read(at, 8)
+        if len(head) < 8:
+            break
+        length, name = unpack_from(">I4s", head)
+        if name == b"eXIf" and has_pixels:
+            return read(at + 8, length)
+        has_pixels |= name == b"IDAT"
+        at += 12 + length
+    return None
 
 
 def most_values(file: BinaryIO) -> int:

@@ -40,7 +40,7 @@ from packpipe.sources.survey import Sizes, probe_sizes
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 _SCHEMA = pa.schema([("height", pa.int32()), ("width", pa.int32()), ("broken_exif", pa.bool_())])
 _SEAL = b"packpipe"  # key of the schema's metadata that holds a file's `_seal`
 

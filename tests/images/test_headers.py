@@ -7,6 +7,8 @@ import zlib
 from io import FileIO
 from pathlib import Path
 
+import naive
+import numpy as np
 import pytest
 import strategies
 from hypothesis import given
@@ -16,7 +18,7 @@ from strategies import encode, random_image
 
 import packpipe
 from packpipe.images import opening
-from packpipe.images.decode import Probe, _orientation, probe
+from packpipe.images.decode import PixelRules, Probe, _orientation, decode, probe
 from packpipe.images.headers import HEAD_BYTES, exif_orientation, quick_probe, upright_hw
 from packpipe.images.opening import BadImage
 
@@ -502,3 +504,34 @@ def test_missing_and_empty_files_and_folders_are_rejected(tmp_path):
             probe(str(path), max_pixels=10**6)
         reasons[path] = found.value.reason
     assert list(reasons.values()) == ["empty", "unreadable", "missing"]
+
+
+def with_late_chunk(encoded, name, content):
+    end = encoded.rindex(b"IEND") - 4
+    return encoded[:end] + chunk(name, content) + encoded[end:]
+
+
+@pytest.mark.parametrize("given_as", ["bytes", "memoryview", "path"])
+@pytest.mark.parametrize("side", [(30, 20), (300, 200)], ids=["in the head", "beyond the head"])
+def test_exif_behind_the_pixels_of_a_png_turns_it(given_as, side, tmp_path):
+    image = random_image("RGB", *side)
+    plain = encode(image, "PNG")
+    assert (len(plain) > HEAD_BYTES) == (side == (300, 200))
+    for orientation in range(1, 9):
+        block = oriented(orientation).removeprefix(b"Exif\0\0")
+        file = with_late_chunk(plain, b"eXIf", block)
+        if given_as == "path":
+            (tmp_path / "late.png").write_bytes(file)
+            file = str(tmp_path / "late.png")
+        elif given_as == "memoryview":
+            file = memoryview(file)
+        image_hw = upright_hw(*image.size, orientation)
+        assert probe(file, max_pixels=10**6) == Probe(image_hw, False)
+        rules = PixelRules((0, 0, 0), 10**6, None, "bicubic", "bicubic")
+        found = decode(file, image_hw=image_hw, target_hw=image_hw, rules=rules)
+        assert (found == naive.upright(np.asarray(image), orientation)).all()
+    broken = with_late_chunk(plain, b"eXIf", b"none of it")
+    assert probe(broken, max_pixels=10**6) == Probe(image.size[::-1], True)
+    other = with_late_chunk(plain, b"tIME", bytes(7))
+    assert probe(other, max_pixels=10**6) == Probe(image.size[::-1], False)
+    assert probe(plain[:-20], max_pixels=10**6) == Probe(image.size[::-1], False)
