@@ -28,7 +28,8 @@ def open_source(source: str, split: str) -> Dataset:
     """Return one split of a dataset that is given as a file, a folder or a name.
 
     Args:
-        source: a file, a folder of images or files, what save_to_disk wrote, or a dataset's name.
+        source: a file, also behind a scheme; a folder of images or files, what save_to_disk wrote,
+            or a dataset's name.
         split: its name. A file has ``"train"`` alone; a saved Dataset is returned for any.
 
     Raises:
@@ -36,9 +37,11 @@ def open_source(source: str, split: str) -> Dataset:
     """
     import datasets  # here, since it is slow to import and --help does without
 
+    from packpipe.images.remote import is_remote
+
     path = Path(source)
     # What looks like a name is left to datasets, which asks the Hub; other paths must exist.
-    if not path.exists() and not _HUB_NAME.fullmatch(source):
+    if not (path.exists() or is_remote(source) or _HUB_NAME.fullmatch(source)):
         expected, remedy = "a file, a folder or a dataset's name", "there is no such file"
         raise ValueError(checks.sentence("SOURCE", source, expected, remedy))
     datasets.disable_progress_bars()
@@ -127,9 +130,11 @@ def _paths_in(rows: Dataset) -> Iterator[str]:
 def _loaded(path: Path, source: str, split: str) -> Any:
     import datasets
 
-    if path.is_file():
+    from packpipe.images.remote import is_remote
+
+    if path.is_file() or is_remote(source):
         builder = _BUILDERS.get(path.suffix, "parquet")
-        return datasets.load_dataset(builder, data_files=str(path), split=split)
+        return datasets.load_dataset(builder, data_files=source, split=split)
     # Files that save_to_disk writes for a Dataset and for a DatasetDict.
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return datasets.load_from_disk(str(path))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
 from zipfile import ZipFile
 
 from packpipe import checks
@@ -22,6 +21,8 @@ from packpipe.images.opening import BadImage, ImageData, is_fault, rejecting
 _LOCAL = ("file://", "local://")
 _ARCHIVE = "zip://"
 _WEB = ("http://", "https://")
+# Errors that say that nobody answers, whatever their number.
+_SILENCE = (ConnectionError, TimeoutError)
 # Files that this process alone has.
 _OWN = "memory://"
 
@@ -51,18 +52,18 @@ def fetched(image: ImageData) -> ImageData:
     try:
         with rejecting(image):
             return _read(image)
-    except BadImage as error:
+    except (BadImage, OSError) as error:
         causes = list(_causes(error))
         for cause in causes:
             if isinstance(cause, ImportError):
                 expected = "a scheme that fsspec can open"
                 raise ValueError(checks.sentence("path", image, expected, str(cause))) from error
-        if any(is_fault(c) or isinstance(c, ConnectionError | TimeoutError) for c in causes):
+        if any(is_fault(one) or isinstance(one, _SILENCE) for one in causes):
             what = f"{image!r} cannot be reached: {causes[-1]}"
             if image.startswith(_WEB):
                 raise BadImage("unreadable", what) from causes[-1]
             raise ConnectionError(what) from error
-        if error.reason == "missing" and _OWN in image:
+        if isinstance(error, BadImage) and error.reason == "missing" and _OWN in image:
             what = f"{error} in this process; {_OWN} holds the files of one process alone"
             raise BadImage("missing", what) from error.__cause__
         raise
@@ -122,8 +123,8 @@ def _status(container: str) -> object:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield what an error was raised from, and what that was raised from."""
-    cause: Any = error.__cause__
+    """Yield an error, what it was raised from, and what that was raised from."""
+    cause: BaseException | None = error
     while cause is not None:
         yield cause
         cause = cause.__cause__

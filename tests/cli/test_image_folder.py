@@ -156,6 +156,15 @@ def test_texts_beside_images_do_not_make_it_a_folder_of_texts(tmp_path, capsys):
     assert open_source(str(photos), "train").column_names == ["n"]
 
 
+def test_a_source_may_be_a_file_behind_a_scheme(tmp_path):
+    Dataset.from_dict({"input_ids": [[1], [2]]}).to_parquet(tmp_path / "rows.parquet")
+    assert len(open_source(f"file://{tmp_path}/rows.parquet", "train")) == 2
+    with pytest.raises(
+        ValueError, match=r"SOURCE is 'memory://packpipe/none\.parquet', expected a d"
+    ):
+        open_source("memory://packpipe/none.parquet", "train")
+
+
 def test_links_are_followed_and_a_circle_of_them_ends(tmp_path):
     photos = tree(tmp_path, "cat/1.png")
     (photos / "cat" / "around").symlink_to(photos)

@@ -8,6 +8,7 @@ import sys
 import fsspec
 import pytest
 
+from packpipe.images import remote
 from packpipe.images.opening import BadImage
 from packpipe.images.remote import fetched, is_remote
 
@@ -92,6 +93,14 @@ def test_a_host_of_the_web_that_does_not_answer_is_a_reject():
     # Port 9 discards, where it is open at all.
     with pytest.raises(BadImage, match=r"'http://.*/a\.png' cannot be reached:") as found:
         fetched("http://127.0.0.1:9/a.png")
+    assert found.value.reason == "unreadable"
+
+
+def test_a_host_of_the_web_that_stops_answering_is_a_reject(failing, monkeypatch):
+    monkeypatch.setattr(remote, "_WEB", ("packpipe-failing://",))
+    monkeypatch.setattr(failing, "error", ConnectionResetError(104, "reset"))
+    with pytest.raises(BadImage, match=r"a\.png' cannot be reached: .*reset") as found:
+        fetched("packpipe-failing://a.png")
     assert found.value.reason == "unreadable"
 
 

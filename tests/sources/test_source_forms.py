@@ -574,6 +574,16 @@ def test_a_path_with_a_scheme_is_read_where_datasets_reads_it(root, tmp_path, fa
     assert packpipe.verify(tmp_path / "out", source) == []
 
 
+def test_processes_of_a_loader_read_paths_with_a_scheme(root, far):
+    paths = [path for path in far if "memory://" not in path]  # those that are forked know it, too
+    source = by_path(paths, root).select_columns(["image"])
+    epochs = packpipe.EpochPacks(source, **SMALL)
+    loader = packpipe.PackedLoader(epochs, 2, tail="pad", num_workers=2, workers="processes")
+    found = pictures_of((row for batch in loader for row in rows_of(batch)), PATCH)
+    assert sorted(found) == list(range(len(paths)))
+    assert all((picture == found[0]).all() for picture in found.values())
+
+
 def test_a_file_of_memory_that_changed_is_read_anew(root, tmp_path, far):
     source = by_path(far[:1], root).select_columns(["image"])
     packed_by(source, tmp_path / "one")
