@@ -144,7 +144,7 @@ def _layout(content: bytes, start: int) -> _Layout:
 
 def _restarts(content: bytes, start: int) -> tuple[list[int], int]:
     """Return the numbers of the restarts in a scan, and where the marker is that ends it."""
-    numbers = []
+    numbers: list[int] = []
     for marker in _MARKER.finditer(content, start):
         (code,) = marker[1]
         if code not in _RESTARTS:
