@@ -79,12 +79,12 @@ class _Layout(NamedTuple):
         """Return how many restarts there are in a scan of some layers."""
         if not interval:
             return 0
-        most_across, most_down = (max(some) for some in zip(*self.samples.values(), strict=True))
+        most_across, most_down = map(max, zip(*self.samples.values(), strict=True))
         # Layers together come in units of all their blocks, one alone block by block.
         across, down = (1, 1) if len(layers) > 1 else self.samples[layers[0]]
         columns = -(-self.width * across // (8 * most_across))
         rows = -(-self.height * down // (8 * most_down))
-        return -(-columns * rows // interval) - 1
+        return int(-(-columns * rows // interval) - 1)
 
 
 def _walked(content: bytes) -> Scans:
