@@ -147,13 +147,9 @@ class EpochPacks:
         """Return the fingerprint of the epoch's plan."""
         return self.plan(*key).fingerprint
 
-    def fingerprint_ignoring_profiles(self, key: Key) -> str:
-        """Return the fingerprint that the plan has with ``profiles="ignore"``.
-
-        States of versions without this option have it.
-        """
-        config = replace(self.config, profiles="ignore")
-        return replace(self.plan(*key), config=config).fingerprint
+    def former_fingerprint(self, key: Key) -> str:
+        """Return the fingerprint in states from before some options were there."""
+        return replace(self.plan(*key), config=self.config.as_before()).fingerprint
 
     def contents(self) -> dict[str, str | None]:
         """Return digests of what the batches show besides the plan, by name."""

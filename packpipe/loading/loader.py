@@ -35,6 +35,7 @@ from packpipe.loading.steps import TAILS
 from packpipe.loading.stored import StoredPacks
 from packpipe.loading.workers import Fill, Processes, as_it_is, in_threads
 from packpipe.philox import Key, checked_key
+from packpipe.planning.image_config import BEFORE
 
 if TYPE_CHECKING:
     import torch
@@ -364,8 +365,9 @@ class PackedLoader:
         for name, expected in self._must_agree(key).items():
             if state.get(name) != expected:
                 remedy = remedies.get(name, "make the loader with the options of the state")
-                if name == "fingerprint" and self._ignored_profiles(state.get(name), key):
-                    remedy = "it comes from before colours became sRGB: pass profiles='ignore'"
+                if name == "fingerprint" and self._is_former(state.get(name), key):
+                    options = ", ".join(f"{name}={value!r}" for name, value in BEFORE.items())
+                    remedy = f"it comes from before some options were there: pass {options}"
                 raise ValueError(
                     checks.sentence(f"state[{name!r}]", state.get(name), repr(expected), remedy)
                 )
@@ -381,10 +383,10 @@ class PackedLoader:
         self._cursor.load(state)
         self._pass = None
 
-    def _ignored_profiles(self, fingerprint: Any, key: Key) -> bool:
-        """Return whether a state's packs are these, made without regard to colour profiles."""
-        known = getattr(self.packs, "fingerprint_ignoring_profiles", None)
-        return known is not None and fingerprint == known(key)
+    def _is_former(self, fingerprint: Any, key: Key) -> bool:
+        """Return whether a state's packs are these, made before some options were there."""
+        former = getattr(self.packs, "former_fingerprint", None)
+        return former is not None and fingerprint == former(key)
 
     def _must_agree(self, key: Key) -> dict[str, Any]:
         """Return what a state must agree in: all that decides the batches, besides the place."""

@@ -14,7 +14,6 @@ import logging
 from collections import deque
 from collections.abc import Generator, Iterator
 from copy import deepcopy
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Unpack
@@ -160,9 +159,9 @@ class PackedStream:
         """Return a text that identifies the packing options; it cannot identify the data."""
         return self._fingerprint(self.config)
 
-    def fingerprint_ignoring_profiles(self, key: Key) -> str:  # noqa: ARG002
-        """Return the fingerprint with ``profiles="ignore"``, as states from before it have it."""
-        return self._fingerprint(replace(self.config, profiles="ignore"))
+    def former_fingerprint(self, key: Key) -> str:  # noqa: ARG002
+        """Return the fingerprint in states from before some options were there."""
+        return self._fingerprint(self.config.as_before())
 
     def _fingerprint(self, config: PackConfig) -> str:
         columns = f"columns={self._image_column!r}, {self._label_column!r}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypedDict
 
 from packpipe import checks
@@ -28,7 +28,7 @@ PROFILES = ("srgb", "ignore")
 DAMAGED_SCANS = ("reject", "strict", "keep")
 # Options that came later, each with the value by which all that was made before them was made. With
 # this value they are not told, so that fingerprints, states and records of that time stay the same.
-_LATER = {"profiles": "ignore", "damaged_scans": "keep"}
+BEFORE: dict[str, Any] = {"profiles": "ignore", "damaged_scans": "keep"}
 # By name, so that `from_dict` can make again what `to_dict` wrote.
 _LAWS = {
     law.__name__: law
@@ -220,12 +220,16 @@ class PackConfig:
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> PackConfig:
         """Return the configuration that `to_dict` described."""
-        return cls(**_LATER | {name: _restored(value) for name, value in options.items()})
+        return cls(**BEFORE | {name: _restored(value) for name, value in options.items()})
+
+    def as_before(self) -> PackConfig:
+        """Return the configuration as it was before the options of `BEFORE` were there."""
+        return replace(self, **BEFORE)
 
     def _told(self) -> list[str]:
         """Return the names of the options that identify this configuration."""
         names = [field.name for field in fields(self)]
-        return [n for n in names if n not in _LATER or getattr(self, n) != _LATER[n]]
+        return [n for n in names if n not in BEFORE or getattr(self, n) != BEFORE[n]]
 
 
 def config_from(seq_len: int, options: dict[str, Any]) -> PackConfig:

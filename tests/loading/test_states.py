@@ -277,7 +277,7 @@ def test_a_state_from_before_profiles_goes_on_without_them_or_is_refused_by_name
     other.set_epoch(1)
     batch = next(iter(other))
     assert loading.digest(batch) != loading.digest(first)  # whose colours are others
-    message = "it comes from before colours became sRGB: pass profiles='ignore'"
+    message = "it comes from before some options were there: pass profiles='ignore'"
     with pytest.raises(ValueError, match=f"^state\\['fingerprint'\\] is .*; {message}$"):
         other.load_state_dict(state)
 
