@@ -92,9 +92,7 @@ def is_complete(folder: Path, record: dict[str, Any]) -> bool:
     if not isinstance(found, dict) or not {"complete", "files"} <= found.keys():
         expected = f"{MANIFEST} written by packpipe, or none"
         raise FileExistsError(checks.sentence("output", str(folder), expected, remedy))
-    # What only the folder names differs, too: texts packed beside the images, for example.
-    names = [*record, *(found.keys() - record.keys() - set(FACTS))]
-    differing = [name for name in names if found.get(name) != record.get(name)]
+    differing = [name for name in _differing(record, found) if name not in FACTS]
     # A build of other rows may be replaced if it committed no file.
     if differing and (found["complete"] or found["files"]):
         expected = f"rows made with the same {', '.join(differing)}"
@@ -315,6 +313,17 @@ def _acquire(lock: FileLock, folder: Path, *, timeout: float) -> None:
             return
         except FileNotFoundError:  # removed since, by a build that failed and left it empty
             continue
+
+
+def _differing(record: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
+    """Yield the names of what differs between two records; of a configuration, its options."""
+    # What only the folder names differs, too: texts packed beside the images, for example.
+    for name in [*record, *(found.keys() - record.keys())]:
+        ours, theirs = record.get(name), found.get(name)
+        if name == "config" and isinstance(ours, dict) and isinstance(theirs, dict):
+            yield from _differing(ours, theirs)
+        elif ours != theirs:
+            yield name
 
 
 def _others(folder: Path) -> Iterator[Path]:

@@ -358,7 +358,9 @@ def test_without_output_the_datasets_cache_holds_the_rows(source, tmp_path, monk
 
 def test_another_build_in_the_folder_is_refused(source, tmp_path):
     packed_in(tmp_path / "out", source)
-    message = f"output is {str(tmp_path / 'out')!r}, expected rows made with the same config, seed;"
+    message = (
+        f"output is {str(tmp_path / 'out')!r}, expected rows made with the same patch_size, seed;"
+    )
     with pytest.raises(FileExistsError, match=re.escape(message)):
         packed_in(tmp_path / "out", source, patch_size=8, seed=9)
 
@@ -741,7 +743,7 @@ def test_rows_that_ignore_profiles_are_those_from_before_there_was_the_option(tm
     images = by_example(packpipe.read_rows(packed))
     assert all(np.array_equal(images[number], pixels[number]) for number in (0, 1))
     assert packpipe.verify(tmp_path / "out", dataset, sample=None) == []
-    with pytest.raises(FileExistsError, match="expected rows made with the same codecs, config"):
+    with pytest.raises(FileExistsError, match="expected rows made with the same codecs, profiles;"):
         packed_in(tmp_path / "out", dataset)
     converted = packed_in(tmp_path / "converted", dataset)
     assert packpipe.manifest(converted)["config"]["profiles"] == "srgb"

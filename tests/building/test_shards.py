@@ -387,7 +387,7 @@ def test_a_data_file_that_was_never_noted_is_written_again_for_another_configura
 
 def test_another_configuration_is_refused_where_shards_are_committed(source, half):
     before = contents(half)
-    message = f"output is {str(half)!r}, expected rows made with the same config, epoch; choose"
+    message = f"output is {str(half)!r}, expected rows made with the same strategy, epoch; choose"
     with pytest.raises(FileExistsError, match=re.escape(message)):
         build(source, half, epoch=1, strategy="ffd")
     assert contents(half) == before

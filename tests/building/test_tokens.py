@@ -440,7 +440,7 @@ def test_the_same_call_returns_the_same_folder(tmp_path):
     dataset = made([[1, 2, 3]], "int32", large=False)
     one = pack(dataset, 8, output=tmp_path / "a", progress=False)
     assert pack(dataset, 8, output=tmp_path / "a", progress=False)[:] == one[:]
-    with pytest.raises(FileExistsError, match="rows made with the same config"):
+    with pytest.raises(FileExistsError, match="rows made with the same seq_len;"):
         pack(dataset, 9, output=tmp_path / "a", progress=False)
 
 

@@ -229,7 +229,7 @@ def test_records_are_json_lines(few, tmp_path):
     [
         (["pack", "{few}", "{out}", "--seq-len", 0], "seq_len is 0, expected an integer in 1.."),
         (["pack", "{few}", "{out}", "--overflow", "split"], "option is 'overflow', expected one"),
-        (["pack", "{few}", "{packed}", "--seq-len", 8], "expected rows made with the same config"),
+        (["pack", "{few}", "{packed}", "--seq-len", 8], "expected rows made with the same seq_len"),
         (["pack", "{few}", "{out}", "--on-error", "skip"], "on_error is 'skip', expected one of"),
         (["pack", "a/b/c.parquet", "{out}"], "SOURCE is 'a/b/c.parquet', expected a file"),
         (["pack", "{few}", "{out}", "--split", "dev"], "split is 'dev', expected one of train"),
