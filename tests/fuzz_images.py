@@ -47,8 +47,13 @@ from packpipe.planning.image_config import FILTERS
 
 MAX_PIXELS = 4_000_000
 REASONS = (
-    *("empty", "unreadable", "undecodable", "too many pixels", "unsupported mode"),
+    "empty",
+    "unreadable",
+    "undecodable",
+    "too many pixels",
+    "unsupported mode",
     "high dynamic range",
+    "damaged scan",
 )
 SECONDS = 10.0  # a case may take
 RSS_KIB = 2**19  # a case may take: 0.5 GiB

@@ -150,13 +150,13 @@ def probe(data: ImageData, *, max_pixels: int) -> Probe:
             else:
                 head, size = data, len(data)
             image_hw = quick_probe(head, size)
+            late = None
+            if image_hw is not None and bytes(head[:8]) == PNG:
+                with rejecting(data):
+                    late = late_exif(_reader(source))
             # An image that is too large goes on to Pillow's path, which raises the error.
-            if (
-                image_hw is not None
-                and image_hw[0] * image_hw[1] <= max_pixels
-                and max(image_hw) <= LONGEST_SIDE
-                and not (bytes(head[:8]) == PNG and late_exif(_reader(source)))
-            ):
+            is_fit = image_hw is not None and image_hw[0] * image_hw[1] <= max_pixels
+            if image_hw is not None and is_fit and max(image_hw) <= LONGEST_SIDE and late is None:
                 return Probe(image_hw, False)
         image = stack.enter_context(_opened(source, max_pixels))
         orientation, broken_exif = _orientation(image)
@@ -292,9 +292,10 @@ def _orientation(image: Image.Image) -> tuple[int, bool]:
     exif = image.info.get("exif")
     if exif is None and isinstance(image, PngImageFile) and image.tile:
         file: Any = image.fp
-        place = file.tell()
-        exif = late_exif(_reader(file))
-        file.seek(place)
+        with rejecting(getattr(file, "raw", file)):
+            place = file.tell()
+            exif = late_exif(_reader(file))
+            file.seek(place)
     try:
         # ImageMagick writes EXIF into PNG files as text: three lines of header, then hexadecimal.
         if exif is None and "Raw profile type exif" in image.info:

@@ -122,9 +122,9 @@ def late_exif(read: Callable[[int, int], bytes]) -> bytes | None:
     at, has_pixels = 8, False
     for _ in range(_MOST_CHUNKS):
         head = read(at, 8)
-        if len(head) < 8:
+        length, name = unpack_from(">I4s", head) if len(head) == 8 else (0, b"IEND")
+        if name == b"IEND":
             break
-        length, name = unpack_from(">I4s", head)
         if name == b"eXIf" and has_pixels:
             return read(at + 8, length)
         has_pixels |= name == b"IDAT"

@@ -14,6 +14,8 @@ LAB                     to sRGB by colour profile
 anything else           no rule: rejected
 ======================  ====================================================================
 
+Files in which Pillow finds other samples than there are: see `layouts`.
+
 Grey stays one channel until it is resized, at a third of the cost and with the same result.
 """
 
