@@ -123,16 +123,27 @@ def first_alone(path: Path) -> Iterator[bool]:
                 try:
                     # The lock ends with its process, however that ends.
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # Another one left after this one opened its file: nobody waits for that one.
+                    is_first = os.fstat(file.fileno()).st_nlink > 0
                 except BlockingIOError:
                     is_first = False
                     log.warning("waiting for the process that has locked %s", path)
                     fcntl.flock(file, fcntl.LOCK_SH)
             if is_first:
+                # A process that was forked meanwhile has the file open, and so the lock.
+                stack.callback(_unlock, file)
                 # Removed before the lock is released, so that nobody removes another one's file.
                 stack.callback(path.unlink, missing_ok=True)
             else:
                 stack.close()
         yield is_first
+
+
+def _unlock(file: BinaryIO) -> None:
+    import fcntl
+
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def append_line(path: Path, value: Any) -> None:

@@ -105,7 +105,9 @@ def text(folder: Path, **options: Any) -> Dataset:
     rng = np.random.default_rng(3)
     # Of two tokens or more, since the only token of a sequence has no loss; 1 is XLM-R's padding.
     rows = [rng.integers(2, VOCABULARY, n).tolist() for n in rng.integers(2, SEQ_LEN + 1, 40)]
-    source = Dataset.from_dict({"input_ids": rows, "labels": rows})
+    # As tokenizers give it; packed beside the others, it would have models mix the sequences.
+    masks = [[1] * len(row) for row in rows]
+    source = Dataset.from_dict({"input_ids": rows, "labels": rows, "attention_mask": masks})
     options = {"mask_first_label": True, "progress": False, **options}
     return pack(source, SEQ_LEN, output=folder / options.get("layout", "fixed"), **options)
 

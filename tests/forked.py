@@ -7,6 +7,7 @@ end without taking Python down: what is tested of that needs a Python of its own
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -15,8 +16,8 @@ import signal
 import sys
 import warnings
 import weakref
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -48,6 +49,8 @@ class Forked:
             multiprocessing.forkserver.ensure_running()
         self._process.start()
         self.pid: int = self._process.pid
+        # A test that fails does not wait for it, but Python would when it ends.
+        atexit.register(_kill, self._process)
 
     @property
     def said(self) -> str:
@@ -65,9 +68,7 @@ class Forked:
 
     def kill(self) -> None:
         """Kill it, and all that it has started, if it has not ended."""
-        if self.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+        _kill(self._process)
 
     def wait(self, seconds: float = 300) -> int:
         """Wait until it ends; return its status. If it does not, it is killed, and this fails."""
@@ -76,6 +77,15 @@ class Forked:
             self.kill()
             raise AssertionError(f"it had not ended after {seconds} s: {self.complaint}")
         return self._process.exitcode
+
+
+def _kill(process: Any) -> None:
+    if process.exitcode is not None:
+        return
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has just ended, or has no session of its own yet
+        process.kill()
 
 
 def _run(argv: list[str], environment: dict[str, str], files: list[Path]) -> None:

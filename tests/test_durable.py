@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier, Event
@@ -126,7 +128,7 @@ def test_others_go_on_when_the_first_has_left_or_is_killed(tmp_path, end, monkey
 
     def noted(file, how):
         if how == fcntl.LOCK_SH:
-            asked.wait(60)
+            asked.wait(300)
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", noted)
@@ -140,7 +142,7 @@ def test_others_go_on_when_the_first_has_left_or_is_killed(tmp_path, end, monkey
     with subprocess.Popen(command, **pipes) as first, ThreadPoolExecutor(3) as threads:
         assert first.stdout.readline() == "True\n"
         found = threads.map(go_through, range(3))
-        asked.wait(60)  # all three have found that they are not the first
+        asked.wait(300)  # all three have found that they are not the first
         left.set()
         if end == "killed":
             first.kill()
@@ -149,6 +151,34 @@ def test_others_go_on_when_the_first_has_left_or_is_killed(tmp_path, end, monkey
     assert path.exists() == (end == "killed")
     assert go_through(None) == (True, True), "alone once more"
     assert not path.exists()
+
+
+def test_who_has_a_file_that_the_first_has_removed_is_not_first_too(tmp_path, monkeypatch):
+    path, flock, found = tmp_path / "lock", fcntl.flock, []
+
+    def meanwhile(file, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with first_alone(path) as is_first:  # between the opening of the file and its lock
+            found.append(is_first)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", meanwhile)
+    with first_alone(path) as late, first_alone(path) as third:
+        assert [*found, late, third] == [True, False, True]
+    assert not path.exists()
+
+
+def test_a_process_that_is_forked_meanwhile_keeps_nobody_waiting(tmp_path):
+    with first_alone(tmp_path / "lock"):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=[600])
+        child.start()
+        again = (tmp_path / "lock").open("ab")
+    try:
+        with again:
+            fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_where_nothing_can_be_locked_each_is_the_first(tmp_path, monkeypatch):

@@ -33,6 +33,8 @@ from packpipe.sources.columns import AskedColumns, Options
 from packpipe.sources.image_source import checked_root
 from packpipe.sources.survey import probe_sizes
 
+# Raised whenever the rows of a batch change, so that `map` does not take those of before.
+_OUTPUT = 2
 log = logging.getLogger(__name__)
 
 ON_ERROR = ("raise", "drop")
@@ -94,7 +96,7 @@ class Packer:
         self.key = checked_key(seed, epoch)
         self.on_error = checks.choice("on_error", on_error, ON_ERROR, "choose what bad images do")
         # `datasets` fingerprints this object by its class name and these plain values.
-        self.version = (__version__, schema.VERSION)
+        self.version = (__version__, schema.VERSION, _OUTPUT)
 
     def __call__(self, batch: Any, indices: Sequence[int] | None = None) -> Any:
         """Return the packed rows of a batch.

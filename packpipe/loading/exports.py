@@ -241,6 +241,9 @@ def _check_sft_config(config: Any, masks: list[str]) -> None:
         found = getattr(config, name)
         if found != value:
             raise ValueError(checks.sentence(f"config.{name}", found, repr(value), remedy))
+    if config.eval_packing:
+        remedy = "rows to evaluate on are packed, too"
+        raise ValueError(checks.sentence("config.eval_packing", True, "None or False", remedy))
     if "completion_mask" in masks and config.completion_only_loss is None:
         remedy = "None leaves the rows' completion_mask out"
         raise ValueError(

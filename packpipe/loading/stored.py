@@ -8,6 +8,7 @@ copies twice.
 from __future__ import annotations
 
 import hashlib
+import logging
 from functools import cached_property, partial
 from typing import Any
 
@@ -30,6 +31,8 @@ from packpipe.rows.schema import (
     table_rows,
     table_segments,
 )
+
+log = logging.getLogger(__name__)
 
 
 class StoredPacks:
@@ -170,7 +173,11 @@ class StoredPacks:
         if not holds_tokens(names):
             return names
         tables = [pa.Table.from_batches([batch]) for batch in self._batches]
-        return packed_columns(tables or [self._table.schema.empty_table()])
+        shown = packed_columns(tables or [self._table.schema.empty_table()])
+        hidden = [name for name in names if name not in shown]
+        if hidden:
+            log.warning("batches do not show %s, which some row has no value of", hidden)
+        return shown
 
     @property
     def _no_rows(self) -> Rows:

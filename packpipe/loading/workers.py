@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +111,18 @@ def in_threads(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+_LIVING: WeakSet[Processes] = WeakSet()
+
+
+def _leave_to_the_parent() -> None:
+    """In a process that was forked, leave the workers to its parent, which goes on with them."""
+    for processes in _LIVING:
+        processes._batches._shutdown = True
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
+
+
 class Processes:
     """Processes that fill batches ahead, the workers of torch's own DataLoader, for many passes.
 
@@ -145,14 +158,11 @@ class Processes:
             persistent_workers=True,
         )
         self._batches = cast(Any, iter(self._loader))  # starts them, with no part to fill yet
-        self._process = os.getpid()
         self._wake = Finalize(self, _wake, [self._batches._workers], exitpriority=0)
+        _LIVING.add(self)
 
     def can_go_on(self) -> bool:
         """Return whether a pass may begin: all processes live, and are this process's own."""
-        if self._process != os.getpid():
-            # This process was forked from theirs, and must not end them when it forgets them.
-            self._batches._shutdown = True
         if self._batches._shutdown:
             return False
         ended = [worker.pid for worker in self._batches._workers if not worker.is_alive()]

@@ -39,6 +39,13 @@ class PairRows(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError if a row of images holds others than its texts, or in another order."""
+        for name, rows in self._asdict().items():
+            if (rows.example_index < 0).any():
+                what, remedy = (
+                    "rows that say which example is which",
+                    "pass what pack_pairs returned",
+                )
+                raise ValueError(checks.sentence(f"example_index of {name}", -1, what, remedy))
         of_images, of_texts, span = self._examples()
         found = of_texts[np.isin(of_texts, of_images)]
         if np.array_equal(of_images, found):

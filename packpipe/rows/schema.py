@@ -259,6 +259,10 @@ def packed_columns(tables: Sequence[pa.Table]) -> list[str]:
 
     Args:
         tables: of the same columns, one at least.
+
+    Raises:
+        ValueError: one of packpipe's own columns is not as packpipe made it: without it the rows
+            mean something else.
     """
     schema = tables[0].schema
     seq_len = schema.field("segment_ids").type.list_size
@@ -273,7 +277,13 @@ def packed_columns(tables: Sequence[pa.Table]) -> list[str]:
             )
         return pa.types.is_list(kind) and _is_of_segments(table, name)
 
-    return [name for name in schema.names if all(is_own(name, table) for table in tables)]
+    chosen = [name for name in schema.names if all(is_own(name, table) for table in tables)]
+    for name in RESERVED:
+        if name in schema.names and name not in chosen:
+            expected = "a number for every token, or for every segment"
+            remedy = "pack again; something changed the rows"
+            raise ValueError(checks.sentence(f"column {name!r}", "incomplete", expected, remedy))
+    return chosen
 
 
 def is_number(kind: pa.DataType) -> bool:

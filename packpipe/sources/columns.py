@@ -293,11 +293,13 @@ class Options(PackOptions, total=False):
 def token_columns_of(features: Features, asked: str | Sequence[str]) -> list[str]:
     """Return the names of the columns that hold tokens; ``"auto"`` finds all lists of numbers.
 
-    The first gives a sequence's length: ``input_ids``, if there is one.
+    The first gives a sequence's length: ``input_ids``, if there is one. Its ``attention_mask`` is
+    left out: what stays is 1 everywhere, and with it models of transformers mix the sequences of a
+    row, since they look at positions only where no mask is given.
     """
     lists = [name for name, feature in features.items() if holds_numbers(feature)]
     if asked == "auto":
-        chosen = lists
+        chosen = [name for name in lists if not _is_mask(features, name)]
         if not chosen:
             expected, remedy = "a list of numbers", "tokenize first, or pass token_columns"
             raise ValueError(checks.sentence("token columns", list(features), expected, remedy))
@@ -323,9 +325,12 @@ def token_columns_of(features: Features, asked: str | Sequence[str]) -> list[str
 def value_columns_of(
     features: Features, token_columns: list[str], asked: str | Sequence[str]
 ) -> list[str]:
-    """Return the columns with one value a sequence; ``"auto"`` takes all but token_columns."""
+    """Return the columns with one value a sequence; ``"auto"`` takes all but those of tokens."""
     others = [name for name in features if name not in token_columns]
-    chosen = others if asked == "auto" else [asked] if isinstance(asked, str) else list(asked)
+    if asked == "auto":
+        chosen = [name for name in others if not _is_mask(features, name)]
+    else:
+        chosen = [asked] if isinstance(asked, str) else list(asked)
     for name in chosen:
         if name not in others or not isinstance(features[name], ClassLabel | Value):
             found = features.get(name)
@@ -336,20 +341,31 @@ def value_columns_of(
     return chosen
 
 
+def _is_mask(features: Features, name: str) -> bool:
+    """Return whether a column says which of the input_ids are tokens, not padding."""
+    return name == _MASK and holds_numbers(features[name]) and "input_ids" in features
+
+
 def mask_of(dataset: Dataset, token_columns: list[str]) -> str | None:
     """Return the column whose zeros are padding in the source; None if there is no such zero.
 
     It is ``attention_mask``, packed or not, and goes with ``input_ids``.
 
     Raises:
-        ValueError: it holds numbers below 0, so it is not 0 in padding alone.
+        ValueError: it holds numbers below 0 or NaN, so it is not 0 in padding alone.
     """
     belongs = not {_MASK, "input_ids"}.isdisjoint(token_columns)
     if not belongs or not holds_numbers(dataset.features.get(_MASK)):
         return None
     # One look at each value, where it lies: a dataset without padding has no other cost.
-    lowest = pc.min(pc.list_flatten(dataset.data.column(_MASK))).as_py()
-    if lowest is not None and lowest < 0:
+    masks = dataset.data.column(_MASK)
+    if dataset._indices is not None:  # what is not selected does not count
+        masks = dataset.select_columns(_MASK).with_format("arrow")[:].column(_MASK)
+    values = pc.list_flatten(masks)
+    lowest = pc.min(values).as_py()
+    if pa.types.is_floating(values.type) and pc.any(pc.is_nan(values)).as_py():
+        lowest = float("nan")
+    if lowest is not None and not lowest >= 0:
         expected = "0 at padding, and numbers above 0 at tokens"
         raise ValueError(checks.sentence(_MASK, lowest, expected, "rename or remove the column"))
     return None if lowest is None or lowest else _MASK

@@ -189,7 +189,9 @@ def without_padding(
         good: int64[usable], the examples in which every column is as long as the mask. What others
             hold is not read.
     """
-    num_runs, places, sizes = kept_runs(mask.values, mask.starts, mask.lens)
+    # The kernel compares bits, and -0.0 has some.
+    is_kept = mask.values != 0 if mask.values.dtype.kind == "f" else mask.values
+    num_runs, places, sizes = kept_runs(is_kept, mask.starts, mask.lens)
     owners = np.repeat(np.arange(len(num_runs)), num_runs)
     # In floats, which are exact up to 2**53.
     lens = np.bincount(owners, sizes, len(num_runs)).astype(np.int64)

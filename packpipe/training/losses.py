@@ -118,17 +118,18 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         raise ValueError(checks.sentence("a label", int(wrong[0]), expected, remedy))
 
 
-def global_count(*present: Tensor) -> Tensor:
+def global_count(present: Tensor, *more: Tensor) -> Tensor:
     """Return the examples of all ranks ÷ ranks, at least 1 ÷ ranks: divide each rank's sum by it.
 
     The mean over W ranks of S_r ÷ (N ÷ W) is the sum over all N examples ÷ N. Without
     torch.distributed it is the number of examples here, at least 1.
 
     Args:
-        present: bool[...], which examples count here; one for each micro-batch of a step whose
-            gradients accumulate. All ranks call this once a step, before the first backward.
+        present: bool[...], which examples count here.
+        more: those of further micro-batches, if gradients of several are accumulated. All ranks
+            call this once a step, before the first backward.
     """
-    number = torch.stack([each.sum() for each in present]).sum().to(torch.float32)
+    number = torch.stack([each.sum() for each in (present, *more)]).sum().to(torch.float32)
     if not has_group():
         return number.clamp(min=1)
     torch.distributed.all_reduce(number)  # sums over ranks, in place

@@ -113,6 +113,10 @@ SFT = {"packing": False, "padding_free": True, "max_length": None, "completion_o
             "config.max_length is 1024, expected None; no row is longer than its seq_len",
         ),
         (
+            {"eval_packing": True},
+            "config.eval_packing is True, expected None or False; rows to evaluate on are packed",
+        ),
+        (
             {},
             "config.completion_only_loss is None, expected True or False; None leaves the",
         ),

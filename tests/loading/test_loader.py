@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -148,8 +149,11 @@ def test_a_copy_and_a_forked_process_have_workers_of_their_own(packs):
         assert [loading.digest(batch) for batch in copy] == alone[1]
 
     def goes_on(found: Any) -> None:
-        # Not loader's last use here: were it dropped, or collected, it must end no process of ours.
         found.put([loading.digest(batch) for batch in loader])
+
+    def forgets() -> None:
+        loader.__dict__.clear()  # as if it were collected
+        gc.collect()
 
     context = multiprocessing.get_context("fork")
     found = context.Queue()
@@ -157,6 +161,10 @@ def test_a_copy_and_a_forked_process_have_workers_of_their_own(packs):
     child.start()
     assert found.get(timeout=300) == alone[1]
     child.join()
+    child = context.Process(target=forgets)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
     assert own <= set(children())
     assert [loading.digest(batch) for batch in loader] == alone[1]
     assert own <= set(children())

@@ -225,6 +225,14 @@ def test_what_is_no_pair_of_tables_is_refused(tables):
             PackedLoader(packs, 2)
 
 
+def test_rows_that_do_not_say_which_example_is_which_are_no_pairs(tables):
+    images, texts = tables
+    nameless = images.map(lambda row: {"example_index": [-1] * len(row["seq_lens"])})
+    message = "example_index of images is -1, expected rows that say which example is which; pass"
+    with pytest.raises(ValueError, match=message):
+        PackedLoader((nameless, texts), 2)
+
+
 def test_texts_that_are_no_lists_of_columns_are_refused(tables):
     with pytest.raises(TypeError, match=r"type\(dataset\) is 'str', expected Dataset or pyarrow.T"):
         PackedLoader((tables[0], "texts"), 2)

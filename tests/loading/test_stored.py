@@ -536,6 +536,36 @@ def test_rows_with_a_column_added_by_map_are_loaded(tmp_path, kind, value, featu
     assert more[0].keys() == packed[0].keys() | {"x"}
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("segment_ids", lambda values: [None] * len(values)),
+        ("fragment", lambda values: values[:-1]),
+        ("example_index", lambda values: [*values, 0]),
+    ],
+)
+def test_a_column_of_packpipe_s_own_that_was_changed_is_named(tmp_path, name, change):
+    def first_changed(row, number):
+        return {name: row[name] if number else change(row[name])}
+
+    rows = whole_rows(tmp_path).map(first_changed, with_indices=True)
+    message = f"column '{name}' is 'incomplete', expected a number for every token, or for every"
+    with pytest.raises(ValueError, match=message):
+        next(iter(PackedLoader(rows, 1)))
+    with pytest.raises(ValueError, match=message):
+        packpipe.read_rows(rows)
+
+
+def test_a_column_of_the_source_that_lost_values_is_logged(tmp_path, caplog):
+    rows = whole_rows(tmp_path)
+    lost = rows.map(
+        lambda row, number: {"input_ids": row["input_ids"] if number else [None] * 8},
+        with_indices=True,
+    )
+    assert "input_ids" not in next(iter(PackedLoader(lost, 1)))
+    assert "batches do not show ['input_ids'], which some row has no value of" in caplog.text
+
+
 def test_values_of_tokens_or_segments_added_by_map_reach_the_batch(tmp_path):
     packed = whole_rows(tmp_path)
     features = datasets.Features(

@@ -460,7 +460,7 @@ def test_what_was_described_before_profiles_were_an_option_ignores_them():
     assert "profiles" not in repr(config)
     assert PackConfig.from_dict(config.to_dict()) == config != PackConfig(seq_len=64)
     assert PackConfig(seq_len=64).to_dict()["profiles"] == "srgb"
-    assert repr(PackConfig(seq_len=64)).endswith("max_pixels=178956970, profiles='srgb')")
+    assert repr(PackConfig(seq_len=64)).endswith("profiles='srgb', damaged_scans='reject')")
 
 
 def test_options_are_passed_by_name():

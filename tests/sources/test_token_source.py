@@ -132,9 +132,11 @@ def test_padding_of_the_source_is_in_no_row_and_counted(tmp_path, layout):
     assert packpipe.manifest(packed)["mask_column"] == "attention_mask"
     assert "masked    11 tokens of padding in the source left out" in str(packpipe.summarize(out))
     assert packpipe.verify(out) == packpipe.verify(out, dataset) == []
+    # With it, models of transformers would not look where positions start again.
+    assert "attention_mask" not in packed.column_names
     if layout == "fixed":
-        wanted = {n: [row, [-t for t in row], [1] * len(row)] for n, row in KEPT.items()}
-        assert tokens_of(packed, "input_ids", "labels", "attention_mask") == wanted
+        wanted = {n: [row, [-t for t in row]] for n, row in KEPT.items()}
+        assert tokens_of(packed, "input_ids", "labels") == wanted
     # Opened again, with no other row.
     again = packpipe.pack(dataset, 8, layout=layout, output=out, on_error="raise", **PACK)
     assert again[:] == packed[:]
@@ -152,9 +154,41 @@ def test_a_length_is_that_without_padding(tmp_path):
     assert tokens_of(packed, "input_ids") == {0: [[5, 6, 7]], 1: [[8, 9, 10]]}
 
 
+def test_a_mask_is_packed_if_it_is_named(tmp_path):
+    columns = ["input_ids", "attention_mask"]
+    packed = packpipe.pack(
+        made(PADDED, "int8"),
+        8,
+        output=tmp_path / "out",
+        token_columns=columns,
+        value_columns=[],
+        **PACK,
+    )
+    wanted = {n: [row, [1] * len(row)] for n, row in KEPT.items()}
+    assert tokens_of(packed, *columns) == wanted
+
+
+def test_a_mask_counts_where_rows_are_selected(tmp_path):
+    rows = made([[(5, 1), (6, 1)], [(7, 1), (8, 0)], [(9, 1)]], "int8").select([0, 2])
+    packed = packpipe.pack(rows, 8, output=tmp_path / "out", **PACK)
+    assert "mask_column" not in packpipe.manifest(packed)
+
+
+def test_any_zero_of_a_mask_of_floats_is_padding(tmp_path):
+    kinds = datasets.Features(input_ids=List(Value("int64")), attention_mask=List(Value("float32")))
+    rows = {"input_ids": [[1, 2, 3]], "attention_mask": [[1.0, -0.0, 0.0]]}
+    dataset = datasets.Dataset.from_dict(rows, features=kinds)
+    packed = packpipe.pack(dataset, 8, output=tmp_path / "out", **PACK)
+    assert packed[0]["input_ids"][:2] == [1, 0]
+    assert packpipe.manifest(packed)["counts"]["masked_tokens"] == 2
+    rows["attention_mask"] = [[1.0, float("nan"), 0.0]]
+    with pytest.raises(ValueError, match="attention_mask is nan, expected 0 at padding"):
+        packpipe.pack(datasets.Dataset.from_dict(rows, features=kinds), 8, progress=False)
+
+
 def test_the_mask_goes_with_input_ids_also_if_it_is_not_packed(tmp_path):
     dataset = made(PADDED, "int8")
-    only = {"token_columns": "input_ids", "value_columns": []}
+    only = {"token_columns": ["input_ids", "labels"]}
     packed = packpipe.pack(dataset, 8, output=tmp_path / "out", **only, **PACK)
     assert "attention_mask" not in packed.column_names
     assert tokens_of(packed, "input_ids") == {n: [row] for n, row in KEPT.items()}
