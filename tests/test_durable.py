@@ -59,9 +59,9 @@ def test_several_may_write_a_file_at_once_and_none_removes_what_another_writes(t
     def save(content: bytes) -> None:
         def write(file) -> None:
             file.write(content)
-            together.wait(60)
+            together.wait(300)
             remove_abandoned(tmp_path, "plan.*.partial")
-            together.wait(60)
+            together.wait(300)
 
         write_shared(path, write)
 

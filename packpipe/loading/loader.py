@@ -86,10 +86,10 @@ class PackedLoader:
             ``"processes"``, of which one that does not run at all for ten minutes while its batch
             is waited for is an error (on Linux).
         prefetch: batches that each worker fills ahead.
-        persistent: keep worker processes for the next pass, which then begins at once. They hold
-            the packs as these were when they started, and end with the loader; after a loop that
-            was left early they hold the batches filled ahead, too. False starts them anew for every
-            pass.
+        persistent: keep worker processes for the next pass, which need not start any. They hold
+            the packs as these were when they started, and end with the loader. After a loop that
+            was left early they hold the batches filled ahead until the next pass, which waits for
+            those. False starts processes anew for every pass.
         pin_memory: return batches in page-locked memory, if there is a GPU to copy them to.
         max_segments: S of the batches; None takes what the packs allow.
         as_numpy: make each batch a dict of NumPy arrays, for JAX and others: the columns that a

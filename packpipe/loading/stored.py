@@ -40,8 +40,9 @@ class StoredPacks:
 
     Args:
         dataset: what `pack` or ``map(Packer(...))`` returned (a selection or shuffle of it too),
-            or a ``pyarrow.Table`` with the same columns. Of others that were added, rows of tokens
-            show those with a number for every token, or a value for every segment, in all rows.
+            or a ``pyarrow.Table`` with the same columns. Columns that were added to rows of tokens
+            are in the batches if they have, in all rows, a number for every token or a value for
+            every segment; others are left out, with a warning.
         shuffle: False takes the rows in their stored order, every epoch.
 
     Raises:

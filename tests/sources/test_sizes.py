@@ -414,9 +414,9 @@ def test_without_locks_several_may_probe_at_once(cache, monkeypatch):
         raise OSError(errno.ENOLCK, "no locks")
 
     def probe(*arguments, **options):
-        together.wait(60)
+        together.wait(300)
         found = probe_sizes(*arguments, **options)
-        together.wait(60)
+        together.wait(300)
         return found
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
@@ -439,7 +439,7 @@ class FirstWaits(Counted):
 
         def noted(file, how):
             if how == fcntl.LOCK_SH:
-                self._waiting.wait(60)
+                self._waiting.wait(300)
             flock(file, how)
 
         monkeypatch.setattr(fcntl, "flock", noted)
@@ -448,7 +448,7 @@ class FirstWaits(Counted):
         is_first = not self.asked
         found = super().__call__(*arguments, **options)
         if is_first:
-            self._waiting.wait(60)
+            self._waiting.wait(300)
             if self._error:
                 raise self._error
         return found
