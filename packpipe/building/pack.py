@@ -53,7 +53,8 @@ def pack(
     lists of numbers (``input_ids``, ``labels`` and so on) are packed alike, and its other columns
     become lists of one value a segment. Tokens at which ``attention_mask`` is 0 are padding of the
     source: they are left out of all lists and counted (``masked_tokens`` of the manifest), and what
-    is left is the sequence; the mask itself is packed only if token_columns names it. One without any token is in the rejects as "empty", but never bad.
+    is left is the sequence; the mask itself is packed only if token_columns names it. A sequence
+    without any token is in the rejects as "empty", but never bad.
 
     Args:
         dataset: a Dataset with an image column, whose encoded images are read undecoded; or with
