@@ -26,7 +26,7 @@ from packpipe.images.decode import PixelRules, decode, probe
 from packpipe.images.opening import BadImage
 from packpipe.images.scans import scans_of
 
-RULES = PixelRules((255, 255, 255), 10**9, 1.0, "bicubic", "bicubic", "reject")
+RULES = PixelRules((255, 255, 255), 10**9, 1.0, "bicubic", "bicubic", "ignore", "reject")
 BASELINE = 0xC0
 CHOICES = ("keep", "reject", "strict")
 WAYS = ("one bit flipped", "one byte replaced", "cut and closed")
@@ -116,7 +116,7 @@ def at_128(file: bytes, damaged_scans: str) -> NDArray[np.uint8]:
     scale = min(1.0, 128 / max(height, width))
     target = max(1, round(height * scale)), max(1, round(width * scale))
     rules = RULES._replace(damaged_scans=damaged_scans)
-    return decode(file, image_hw=image_hw, target_hw=target, rules=rules)
+    return decode(file, image_hw=image_hw, target_hw=target, rules=rules).pixels
 
 
 def print_cost(files: list[bytes], rounds: int) -> None:

@@ -329,10 +329,10 @@ def _of_known_format(file: BinaryIO) -> ImageFile.ImageFile:
     prefix = file.read(16)
     for name in known_formats():
         factory, accept = Image.OPEN[name]
-        accepted = accept is None or accept(prefix)
-        if accepted and not isinstance(accepted, str):  # else it says why not
-            file.seek(0)
-            with suppress(SyntaxError, IndexError, TypeError, struct.error):
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):
+            accepted = accept is None or accept(prefix)
+            if accepted and not isinstance(accepted, str):  # else it says why not
+                file.seek(0)
                 return factory(file, "")
     raise UnidentifiedImageError(file)
 

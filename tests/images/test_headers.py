@@ -527,8 +527,8 @@ def test_exif_behind_the_pixels_of_a_png_turns_it(given_as, side, tmp_path):
             file = memoryview(file)
         image_hw = upright_hw(*image.size, orientation)
         assert probe(file, max_pixels=10**6) == Probe(image_hw, False)
-        rules = PixelRules((0, 0, 0), 10**6, None, "bicubic", "bicubic")
-        found = decode(file, image_hw=image_hw, target_hw=image_hw, rules=rules)
+        rules = PixelRules((0, 0, 0), 10**6, None, "bicubic", "bicubic", "srgb")
+        found = decode(file, image_hw=image_hw, target_hw=image_hw, rules=rules).pixels
         assert (found == naive.upright(np.asarray(image), orientation)).all()
     broken = with_late_chunk(plain, b"eXIf", b"none of it")
     assert probe(broken, max_pixels=10**6) == Probe(image.size[::-1], True)
