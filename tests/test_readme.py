@@ -157,6 +157,7 @@ def test_a_page_s_code_prints_what_stands_below_it(page, capsys):
 # JAX and Polars have threads, after which this process should not fork any more.
 CHILD = """
 import without_torch
+without_torch.hide()
 import contextlib, io, json, sys
 
 printed = []

@@ -1,4 +1,4 @@
-"""Makes a process one in which torch is not installed: ``import without_torch`` before the rest."""
+"""Makes a process one in which torch is not installed, for scripts that call `hide` first."""
 
 from __future__ import annotations
 
@@ -16,5 +16,7 @@ class _Installed(PathFinder):
         return None if is_torch else super().find_spec(name, *args)
 
 
-assert "torch" not in sys.modules
-sys.meta_path[sys.meta_path.index(PathFinder)] = _Installed
+def hide() -> None:
+    """Have torch not be found from now on."""
+    assert "torch" not in sys.modules
+    sys.meta_path[sys.meta_path.index(PathFinder)] = _Installed

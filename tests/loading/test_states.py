@@ -232,7 +232,8 @@ def state_of(packs, **options):
 
 
 # What versions without the option `profiles` wrote for these packs.
-BEFORE_PROFILES = {
+PACKED_BEFORE = {"profiles": "ignore", "damaged_scans": "keep"}
+FINGERPRINTS_BEFORE = {
     "plan": "82bf618220be0c38ac87dcba92705135",
     "stream": (
         "PackConfig(seq_len=16, patch_size=8, resolution=Side(pixels=Constant(value=16), "
@@ -252,7 +253,9 @@ def streamed(_, dataset, **options):
 @pytest.mark.parametrize(
     ("make", "fingerprint"), [(planned, "plan"), (streamed, "stream")], ids=["plan", "stream"]
 )
-def test_a_state_from_before_profiles_goes_on_without_them_or_is_refused_by_name(make, fingerprint):
+def test_a_state_from_before_some_options_goes_on_without_them_or_is_refused_by_name(
+    make, fingerprint
+):
     wide = naive_profiles.rgb_profile(naive_profiles.ADOBE, 2.2)
     photos = [
         strategies.encode(PillowImage.fromarray(noise(n)), "PNG", icc_profile=wide)
@@ -261,23 +264,25 @@ def test_a_state_from_before_profiles_goes_on_without_them_or_is_refused_by_name
     dataset = pictures.dataset_of(photos, [n % 3 for n in range(NUM)]).select_columns(
         ["image", "label"]
     )
-    before = make(None, dataset, profiles="ignore")
+    before = make(None, dataset, **PACKED_BEFORE)
     loader = PackedLoader(before, 1, seed=3)
     loader.set_epoch(1)
     batches = iter(loader)
     first = next(batches)
     state = json.loads(json.dumps(loader.state_dict()))
-    assert state["fingerprint"] == BEFORE_PROFILES[fingerprint]
+    assert state["fingerprint"] == FINGERPRINTS_BEFORE[fingerprint]
     wanted = [loading.digest(batch) for batch in batches]
     assert wanted
-    resumed = PackedLoader(make(None, dataset, profiles="ignore"), 1, seed=3)
+    resumed = PackedLoader(make(None, dataset, **PACKED_BEFORE), 1, seed=3)
     resumed.load_state_dict(state)
     assert [loading.digest(batch) for batch in resumed] == wanted
     other = PackedLoader(make(None, dataset), 1, seed=3)
     other.set_epoch(1)
     batch = next(iter(other))
     assert loading.digest(batch) != loading.digest(first)  # whose colours are others
-    message = "it comes from before some options were there: pass profiles='ignore'"
+    message = (
+        "it comes from before some options were there: pass profiles='ignore', damaged_scans='keep'"
+    )
     with pytest.raises(ValueError, match=f"^state\\['fingerprint'\\] is .*; {message}$"):
         other.load_state_dict(state)
 
