@@ -6,7 +6,6 @@ come from a stream one after the other (`StreamCursor`).
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -62,22 +61,18 @@ class Share(NamedTuple):
         return slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
 
 
-class Cursor(ABC):
+class Cursor(Protocol):
     """A loader's place in its packs, planned (`EpochCursor`) or streamed (`StreamCursor`)."""
 
-    @abstractmethod
     def steps(self, key: Key, share: Share) -> int | None:
         """Return the number of steps of an epoch; None if it is unknown until the end."""
 
-    @abstractmethod
     def beginning(self, key: Key) -> dict[str, Any]:
         """Return what a pass begins with, besides its key: the same on every rank."""
 
-    @abstractmethod
     def parts(self, key: Key, share: Share, start: int) -> Iterator[Part]:
         """Yield the packs of this rank, step by step, after the first start packs of all ranks."""
 
-    @abstractmethod
     def check(self, state: dict[str, Any], key: Key, share: Share) -> int:
         """Return how many packs a state of this epoch can have taken at most.
 
@@ -85,18 +80,17 @@ class Cursor(ABC):
             ValueError: the state cannot be continued.
         """
 
-    def load(self, state: dict[str, Any]) -> None:  # noqa: B027 planned packs need nothing
+    def load(self, state: dict[str, Any]) -> None:
         """Move to the place of a checked state; an empty state is the beginning of an epoch."""
 
-    def state(self, taken: int) -> dict[str, Any]:  # noqa: ARG002
+    def state(self, taken: int) -> dict[str, Any]:
         """Return the entries of a state besides the number of packs taken."""
-        return {}
 
-    def passed(self, taken: int) -> None:  # noqa: B027 planned packs need nothing
+    def passed(self, taken: int) -> None:
         """Free what is not needed any more once this many packs are taken."""
 
 
-class EpochCursor(Cursor):
+class EpochCursor:
     """Computes the steps of planned packs from their numbers.
 
     Args:
@@ -132,8 +126,18 @@ class EpochCursor(Cursor):
         """Return the number of packs of all steps."""
         return self.steps(key, share) * share.global_batch
 
+    def load(self, state: dict[str, Any]) -> None:
+        """Do nothing: planned packs are found by their numbers."""
 
-class StreamCursor(Cursor):
+    def state(self, taken: int) -> dict[str, Any]:  # noqa: ARG002
+        """Return no entries: the number of packs taken is the whole place."""
+        return {}
+
+    def passed(self, taken: int) -> None:
+        """Do nothing: planned packs hold no places."""
+
+
+class StreamCursor:
     """Takes the next packs of a stream at each step.
 
     Args:
