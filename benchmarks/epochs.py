@@ -99,7 +99,7 @@ def published() -> Iterator[list[str]]:
                     f"L={seq_len}, patch {patch_size}, {rounding}, {drop}",
                     paper,
                     *(f"{plan.quality.packing_factor:.2f}" for plan in plans[:2]),
-                    *(f"{plan.padding:.3%}" for plan in plans),
+                    *(f"{plan.quality.padding:.3%}" for plan in plans),
                 ]
 
 
@@ -130,7 +130,7 @@ def plans(sizes: list[int]) -> Iterator[list[str]]:
                 f"{taken:.2f}",
                 f"{taken / num_images * 1e9:.0f}",
                 f"{peak / num_images:.0f}",
-                f"{plan.padding:.3%}",
+                f"{plan.quality.padding:.3%}",
             ]
             del plan
 

@@ -130,15 +130,15 @@ def published() -> Iterator[list[str]]:
         row = [str(depth or "no limit")]
         for strategy in ("spfhp", "bfd", "balanced"):
             plan = plan_histogram(counts, 512, strategy=strategy, max_segments=depth)
-            row += [f"{len(plan):,}", f"{plan.fill:.3%}"]
+            row += [f"{len(plan):,}", f"{plan.quality.fill:.3%}"]
         started = time.perf_counter()
         plan = plan_histogram(counts, 512, strategy="optimal", max_segments=depth)
-        row += [f"{len(plan):,}", f"{plan.bound:,}", str(plan.gap)]
+        row += [f"{len(plan):,}", f"{plan.quality.bound:,}", str(plan.quality.gap)]
         yield [*row, f"{time.perf_counter() - started:.2f}"]
     started = time.perf_counter()
     plan = plan_histogram(counts, 512, strategy="nnlshp")
     took = f"NNLSHP took {time.perf_counter() - started:.0f} s"
-    yield ["3, NNLSHP", f"{len(plan):,}", f"{plan.fill:.3%}", *[""] * 7, took]
+    yield ["3, NNLSHP", f"{len(plan):,}", f"{plan.quality.fill:.3%}", *[""] * 7, took]
 
 
 def speed(sizes: list[int], results: dict[str, dict[int, float]]) -> Iterator[list[str]]:
@@ -161,7 +161,7 @@ def speed(sizes: list[int], results: dict[str, dict[int, float]]) -> Iterator[li
             ]
             packs = pack_lengths(lengths, seq_len)
             row = [f"{size:,}", name, *(f"{1000 * t:.2f}" for t in (plan, ordered, numbered))]
-            row += [f"{ordered / copy:.0f}", f"{max(peaks):.1f}", f"{packs.gap:,}"]
+            row += [f"{ordered / copy:.0f}", f"{max(peaks):.1f}", f"{packs.quality.gap:,}"]
             drawn = results if name.startswith("NaViT") else {}
             drawn.setdefault("packpipe, (order, offsets)", {})[size] = ordered
             drawn.setdefault("packpipe, pack numbers", {})[size] = numbered
@@ -191,9 +191,9 @@ def others(results: dict[str, dict[int, float]]) -> Iterator[list[str]]:
             taken = seconds(lambda p=peer, g=given, n=seq_len: p.work(g, n))
             results.setdefault(peer.name, {})[size] = taken
             used = peer.count(peer.work(given, seq_len))
-            padding = f"{1 - packs.num_tokens / (used * seq_len):.3%}"
+            padding = f"{1 - packs.quality.num_tokens / (used * seq_len):.3%}"
             row = [peer.name, f"{size:,}", f"{1000 * taken:,.0f}", f"{1000 * ours:.2f}"]
-            yield [*row, f"{taken / ours:,.0f}", padding, f"{packs.padding:.3%}"]
+            yield [*row, f"{taken / ours:,.0f}", padding, f"{packs.quality.padding:.3%}"]
 
 
 def by_seq_len(curve: dict[str, dict[int, float]]) -> Iterator[list[str]]:
@@ -228,7 +228,7 @@ def trade_off(curve: dict[str, dict[str, list[float]]]) -> Iterator[list[str]]:
             row = [name, str(limit or "no limit")]
             for strategy in ("ffd", "bfd", "spfhp", "balanced"):
                 plan = plan_histogram(counts, seq_len, strategy=strategy, max_segments=limit)
-                reached = plan.bound / len(plan)
+                reached = plan.quality.bound / len(plan)
                 curve.setdefault(name, {}).setdefault(strategy, []).append(reached)
                 row.append(f"{reached:.2%} ({plan.quality.most_segments})")
             yield row
@@ -310,7 +310,7 @@ def billion(size: int, shard: int = 20_000_000) -> Iterator[list[str]]:
         raise AssertionError("a pack is over its limit, or tokens are lost")
     peak = _peak_memory()
     row = [f"{size:,}", *(f"{t:.2f}" for t in times.values()), f"{len(plan):,}"]
-    yield [*row, f"{plan.fill:.4%}", str(plan.gap), f"{peak / 2**30:.2f}"]
+    yield [*row, f"{plan.quality.fill:.4%}", str(plan.quality.gap), f"{peak / 2**30:.2f}"]
 
 
 def _peak_memory() -> int:

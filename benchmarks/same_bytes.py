@@ -457,7 +457,7 @@ def make_plans(left: Path | None = None) -> None:
             "printed": repr(plan),
             "explained": [str(plan.explain(number)) for number in (0, 17, 399)],
             "packs": [plan.pack_of(number) for number in (0, 17, 399)],
-            "work": plan.attention_work.tolist(),
+            "work": plan.packs.attention_work.tolist(),
             "config": plan.config.to_dict(),
         }
     note("plans/figures.json", figures)

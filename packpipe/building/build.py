@@ -210,7 +210,7 @@ class Build:
             "rejected_by_reason": dict(sorted(Counter(r.reason for r in absent).items())),
             **planned.counts(rejects, flags),
         }
-        share = fill(counts["tokens"], len(planned.plan), planned.plan.seq_len)
+        share = fill(counts["tokens"], len(planned.plan), planned.plan.config.seq_len)
         # The manifest comes last: complete means that all other files are written.
         shards.finish(record, counts=counts, fill=share, **planned.facts(rejects))
 

@@ -234,8 +234,8 @@ def _counts(
         "broken_exif": broken_exif,
         **({} if found is None else {"broken_profile": found["broken profile"]}),
         "packs": len(plan),
-        "bound": plan.bound,
-        "tokens": plan.num_tokens - sum(tokens[example] for example in lost),
+        "bound": plan.quality.bound,
+        "tokens": plan.quality.num_tokens - sum(tokens[example] for example in lost),
     }
 
 

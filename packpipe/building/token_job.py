@@ -128,7 +128,11 @@ def _fill(
     source, schema, buffers = sequences.source, sequences.features.arrow_schema, Buffers()
     # Threads, since the kernels that copy release the interpreter lock.
     # A pool costs 0.5 ms, more than one thread takes to copy a batch of `Packer`.
-    with nullcontext() if plan.num_tokens < _WORTH_THREADS else ThreadPoolExecutor() as executor:
+    with (
+        nullcontext()
+        if plan.quality.num_tokens < _WORTH_THREADS
+        else ThreadPoolExecutor() as executor
+    ):
         for some in packs:
             rows = packed_table(
                 plan,
@@ -164,8 +168,8 @@ def _counts(
         "truncated_tokens": plan.num_truncated_tokens,
         "pieces": len(plan.index),
         "packs": len(plan),
-        "bound": plan.bound,
-        "tokens": plan.num_tokens,
+        "bound": plan.quality.bound,
+        "tokens": plan.quality.num_tokens,
     }
 
 

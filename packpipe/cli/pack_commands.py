@@ -292,6 +292,6 @@ def _print_plan(
         ("rows", format_bytes(size)),
     ]
     print_table(planned.what, found)
-    if len(planned.plan.lengths):
-        choices = suggest_seq_len(planned.plan.lengths)
+    if len(planned.plan.packs.lengths):
+        choices = suggest_seq_len(planned.plan.packs.lengths)
         typer.echo(f"\nother seq_len for these token counts:\n{choices}")

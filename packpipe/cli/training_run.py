@@ -99,7 +99,7 @@ class Training:
             "steps": self.train_config.steps,
             "rows a step": self.batch_size,
             "rows an epoch": len(plan),
-            "tokens an epoch": plan.num_tokens,
+            "tokens an epoch": plan.quality.num_tokens,
         }
 
     def run(self, output: Path, *, tensorboard: bool = False, as_json: bool = False) -> bool:

@@ -164,7 +164,7 @@ class EpochPacks:
 
     def work(self, key: Key) -> NDArray[np.int64]:
         """Return int64[packs], Σ l² of each pack."""
-        return self.plan(*key).attention_work
+        return self.plan(*key).packs.attention_work
 
     def planned(self, key: Key, packs: NDArray[np.int64]) -> Rows:
         """Return some packs of an epoch as planned: rows without tokens yet."""

@@ -191,7 +191,7 @@ class _ImagePacks:
 
     def work(self, key: Key) -> NDArray[np.int64]:
         del key
-        return self.plan.attention_work
+        return self.plan.packs.attention_work
 
     def rows(self, key: Key, packs: NDArray[np.int64]) -> Rows:
         planned = planned_images(self.plan, packs, None)

@@ -23,14 +23,14 @@ from packpipe.packing import placement, strategies
 from packpipe.packing.cutting_stock import Certificate
 from packpipe.packing.limits import Limits
 from packpipe.packing.patterns import Patterns
-from packpipe.packing.quality import Figures, Quality
+from packpipe.packing.quality import Quality
 from packpipe.philox import Key
 
 _SHUFFLED_AT_ONCE = 2**18  # places; their random numbers take 2 MiB
 
 
 @dataclass(frozen=True, eq=False)
-class HistogramPlan(Figures):
+class HistogramPlan:
     """What every pack of a plan from a histogram holds; ``len(plan)`` counts the packs.
 
     Examples of one length fill their places pack by pack, in the order given; within a
@@ -67,10 +67,11 @@ class HistogramPlan(Figures):
         )
 
     def __repr__(self) -> str:
+        found = self.quality
         return (
-            f"HistogramPlan({self.quality.num_examples} examples in {len(self)} packs of "
-            f"{self.limits.seq_len} tokens, {len(self.patterns)} patterns: "
-            f"padding {self.padding:.2%}, at most {self.gap} packs above the optimum)"
+            f"HistogramPlan({found.num_examples} examples in {len(self)} packs of "
+            f"{found.seq_len} tokens, {len(self.patterns)} patterns: "
+            f"padding {found.padding:.2%}, at most {found.gap} packs above the optimum)"
         )
 
     def __str__(self) -> str:

@@ -7,6 +7,8 @@ in_order.py, and those with a second limit in two_limits.py.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,19 +17,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from packpipe import checks, philox
-from packpipe.packing import histogram, in_order, placement, strategies, two_limits
+from packpipe.packing import histogram, in_order, picture, placement, strategies, two_limits
 from packpipe.packing import lengths as fronts
-from packpipe.packing.assignment import Assignment
 from packpipe.packing.histogram import HistogramPlan
 from packpipe.packing.limits import Limits
-from packpipe.packing.quality import Quality
+from packpipe.packing.quality import Quality, attention_work
 
 ARRIVAL_STRATEGIES = ("next_fit", "first_fit", "best_fit")
 STRATEGIES = (*strategies.STRATEGIES, *ARRIVAL_STRATEGIES)
 
 
 @dataclass(frozen=True, eq=False)
-class Packs(Assignment):
+class Packs:
     """An assignment of examples to packs; ``packs[p]`` are the examples of pack p.
 
     ``len(packs)`` counts the packs, iteration yields each pack's examples, ``print(packs)`` shows
@@ -51,6 +52,22 @@ class Packs(Assignment):
     chunks: list[NDArray[Any]] = field(repr=False, default_factory=list)
     known_bound: int = field(repr=False, default=0)
 
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, pack: int) -> NDArray[Any]:
+        # A range checks the bounds and counts negative numbers from the end, as a list does.
+        pack = range(len(self))[operator.index(pack)]
+        return self.order[self.offsets[pack] : self.offsets[pack + 1]]
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        return (self[pack] for pack in range(len(self)))
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens a pack holds."""
+        return self.limits.seq_len
+
     @cached_property
     def lengths(self) -> NDArray[Any]:
         """int[examples], tokens per example, as given."""
@@ -61,28 +78,43 @@ class Packs(Assignment):
         """Fill, lower bound, gap and the other figures."""
         if self.plan is not None:
             return self.plan.quality
-        counts = fronts.count(self.chunks, self.seq_len, self.limits.longest)
+        seq_len = self.limits.seq_len
+        counts = fronts.count(self.chunks, seq_len, self.limits.longest)
         return Quality(
             num_examples=len(self.order),
             num_tokens=int(counts @ np.arange(len(counts))),
             num_packs=len(self),
-            seq_len=self.seq_len,
+            seq_len=seq_len,
             bound=max(self.known_bound, self.limits.bound(self.limits.unit_counts(counts))),
             most_segments=int(self.segments_per_pack.max(initial=0)),
         )
 
     @property
-    def packing_factor(self) -> float:
-        """Examples ÷ packs."""
-        return self.quality.packing_factor
+    def segments_per_pack(self) -> NDArray[np.int64]:
+        """int64[packs], examples in each pack."""
+        return np.diff(self.offsets)
+
+    @property
+    def tokens_per_pack(self) -> NDArray[np.int64]:
+        """int64[packs], tokens in each pack, padding not counted."""
+        # Differences of one running sum. np.add.reduceat would give an empty pack (see `ranks` of
+        # `pack_lengths`) the next pack's first example.
+        ends = np.concatenate([[0], np.cumsum(self.lengths[self.order], dtype=np.int64)])
+        return np.diff(ends[self.offsets])
+
+    @property
+    def attention_work(self) -> NDArray[np.int64]:
+        """int64[packs], Σ length² over a pack's segments, the cost of attention within them."""
+        return attention_work(self.lengths[self.order], self.offsets)
 
     @property
     def harmonic_fill(self) -> float | None:
         """Harmonic mean of the fill and of the second limit's, or None if there is none."""
         if self.also_fill is None:
             return None
-        both = self.fill + self.also_fill
-        return 2 * self.fill * self.also_fill / both if both else 0.0
+        fill = self.quality.fill
+        both = fill + self.also_fill
+        return 2 * fill * self.also_fill / both if both else 0.0
 
     def redraw(self, *, seed: int, epoch: int = 0) -> Packs:
         """Return packs of the same shapes in which examples of equal length changed places.
@@ -106,25 +138,31 @@ class Packs(Assignment):
             )
         key = philox.checked_key(seed, epoch)
         # Counted again, since the lengths are the caller's memory and may have changed.
-        counts = fronts.count(self.chunks, self.seq_len, self.limits.longest)
+        counts = fronts.count(self.chunks, self.limits.seq_len, self.limits.longest)
         order, offsets = self.plan.place(self.chunks, counts, key)
         return Packs(order, offsets, self.limits, self.plan, chunks=self.chunks)
 
     def __repr__(self) -> str:
+        found = self.quality
         return (
-            f"Packs({len(self.order)} examples in {len(self)} packs of {self.seq_len} tokens: "
-            f"padding {self.padding:.2%}, at most {self.gap} packs above the optimum)"
+            f"Packs({found.num_examples} examples in {len(self)} packs of {found.seq_len} tokens: "
+            f"padding {found.padding:.2%}, at most {found.gap} packs above the optimum)"
         )
 
     def rows(self) -> list[tuple[str, str]]:
         """Return (name, value) of each figure, ready to print."""
         if self.also_fill is None:
-            return super().rows()
+            return self.quality.rows()
         second = f"{self.also_fill:.3%} filled, harmonic mean {self.harmonic_fill:.3%}"
-        return [*super().rows(), ("second", second)]
+        return [*self.quality.rows(), ("second", second)]
 
     def __str__(self) -> str:
         return "\n".join(f"{name:<9} {value}" for name, value in self.rows())
+
+    def _repr_html_(self) -> str:
+        return picture.html(
+            self.rows(), self.lengths[self.order], self.offsets, self.limits.seq_len
+        )
 
 
 def pack_lengths(

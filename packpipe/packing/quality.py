@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,37 +81,3 @@ class Quality:
 
     def __str__(self) -> str:
         return "\n".join(f"{name:<9} {value}" for name, value in self.rows())
-
-
-class Figures:
-    """Base class of all that has a ``quality``: gives its figures as properties."""
-
-    if TYPE_CHECKING:
-
-        @property
-        def quality(self) -> Quality: ...  # noqa: D102
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all examples, padding not counted."""
-        return self.quality.num_tokens
-
-    @property
-    def fill(self) -> float:
-        """Real tokens ÷ slots; 1.0 when there are no packs."""
-        return self.quality.fill
-
-    @property
-    def padding(self) -> float:
-        """Share of slots that hold no token."""
-        return self.quality.padding
-
-    @property
-    def bound(self) -> int:
-        """Proven lower bound on the packs of any packer."""
-        return self.quality.bound
-
-    @property
-    def gap(self) -> int:
-        """Packs above the proven lower bound."""
-        return self.quality.gap

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe.durable import write_shared
-from packpipe.packing.assignment import Assignment
 from packpipe.packing.limits import Limits
+from packpipe.packing.packs import Packs
+from packpipe.packing.quality import Quality
 from packpipe.philox import Key
 from packpipe.planning.decisions import decide
 from packpipe.planning.explanation import Explanation
@@ -38,7 +40,7 @@ _ARRAYS: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class EpochPlan(Assignment):
+class EpochPlan:
     """What every pack of an epoch holds; ``plan[p]`` are the source rows in pack p.
 
     Attributes:
@@ -70,19 +72,26 @@ class EpochPlan(Assignment):
         """(seed, epoch), the key of all draws."""
         return Key(self.seed, self.epoch)
 
-    @property
-    def lengths(self) -> NDArray[np.int32]:
-        """int32[images], tokens kept of each image."""
-        return self.num_keep
-
     @cached_property
-    def limits(self) -> Limits:
-        """The limits of every pack."""
-        return Limits(self.config.seq_len, self.config.max_segments)
+    def packs(self) -> Packs:
+        """The packs, of positions in the arrays above."""
+        limits = Limits(self.config.seq_len, self.config.max_segments)
+        return Packs(self.order, self.offsets, limits, None, chunks=[self.num_keep])
+
+    @property
+    def quality(self) -> Quality:
+        """The figures; the bound is that of packing all examples at once, without windows."""
+        return self.packs.quality
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
 
     def __getitem__(self, pack: int) -> NDArray[np.int64]:
-        rows: NDArray[np.int64] = self.index[self.members(pack)]
+        rows: NDArray[np.int64] = self.index[self.packs[pack]]
         return rows
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        return (self[pack] for pack in range(len(self)))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -245,8 +254,12 @@ class EpochPlan(Assignment):
         return int(self._by_index[at])
 
     def __repr__(self) -> str:
+        found = self.quality
         return (
-            f"EpochPlan({len(self.index)} images, {self.num_tokens} tokens in {len(self)} packs of "
-            f"{self.config.seq_len}: padding {self.padding:.2%}, gap {self.gap}; "
+            f"EpochPlan({len(self.index)} images, {found.num_tokens} tokens in {len(self)} packs "
+            f"of {found.seq_len}: padding {found.padding:.2%}, gap {found.gap}; "
             f"seed {self.seed}, epoch {self.epoch})"
         )
+
+    def _repr_html_(self) -> str:
+        return self.packs._repr_html_()

@@ -7,6 +7,7 @@ configuration says what is done with one that does not.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,15 +15,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from packpipe import checks, philox
-from packpipe.packing.assignment import Assignment
 from packpipe.packing.limits import Limits
+from packpipe.packing.packs import Packs
+from packpipe.packing.quality import Quality
 from packpipe.packing.windows import pack_windows
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.token_config import TokenConfig
 
 
 @dataclass(frozen=True, eq=False)
-class TokenPlan(Assignment):
+class TokenPlan:
     """What every pack holds: pieces of sequences; ``plan[p]`` are their source rows in pack p.
 
     Attributes:
@@ -50,19 +52,30 @@ class TokenPlan(Assignment):
     num_truncated_tokens: int
 
     @property
-    def lengths(self) -> NDArray[np.int32]:
-        """int32[pieces], tokens of each piece."""
-        return self.seq_lens
-
-    @property
     def starts(self) -> NDArray[np.int64]:
         """int64[pieces], the place of each piece's first token in its sequence."""
-        return piece_starts(self.fragments, self.seq_len)
+        return piece_starts(self.fragments, self.config.seq_len)
 
     @cached_property
-    def limits(self) -> Limits:
-        """The limits of every pack."""
-        return Limits(self.config.seq_len, self.config.max_segments)
+    def packs(self) -> Packs:
+        """The packs, of positions in the arrays above."""
+        limits = Limits(self.config.seq_len, self.config.max_segments)
+        return Packs(self.order, self.offsets, limits, None, chunks=[self.seq_lens])
+
+    @property
+    def quality(self) -> Quality:
+        """The figures; the bound is that of packing all examples at once, without windows."""
+        return self.packs.quality
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, pack: int) -> NDArray[np.int64]:
+        rows: NDArray[np.int64] = self.index[self.packs[pack]]
+        return rows
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        return (self[pack] for pack in range(len(self)))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -73,16 +86,16 @@ class TokenPlan(Assignment):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:32]
 
-    def __getitem__(self, pack: int) -> NDArray[np.int64]:
-        rows: NDArray[np.int64] = self.index[self.members(pack)]
-        return rows
-
     def __repr__(self) -> str:
+        found = self.quality
         return (
-            f"TokenPlan({len(self.index)} pieces, {self.num_tokens} tokens in {len(self)} packs "
-            f"of {self.seq_len}: padding {self.padding:.2%}, gap {self.gap}; "
+            f"TokenPlan({len(self.index)} pieces, {found.num_tokens} tokens in {len(self)} packs "
+            f"of {found.seq_len}: padding {found.padding:.2%}, gap {found.gap}; "
             f"seed {self.seed}, epoch {self.epoch})"
         )
+
+    def _repr_html_(self) -> str:
+        return self.packs._repr_html_()
 
 
 def plan_tokens(

@@ -163,7 +163,7 @@ class ImageChecks(RowChecks):
         rows = planned_images(plan, range(len(plan)), None)
         # Images that could not be decoded were planned, and left out of their rows.
         rows = rows.keep(~np.isin(rows.example_index, lost[:, 0]))
-        return Again(plan, rows, {"shrunk": plan.num_shrunk, "bound": plan.bound})
+        return Again(plan, rows, {"shrunk": plan.num_shrunk, "bound": plan.quality.bound})
 
     def beside_from(self, dataset: Dataset) -> NDArray[np.int64] | None:
         """Return int64[rows of the source], tokens of the texts beside the images, if there are."""

@@ -12,10 +12,11 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from packpipe.packing.assignment import Assignment
 from packpipe.philox import Key
+from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.token_config import TokenConfig
+from packpipe.planning.token_plan import TokenPlan
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
 from packpipe.rows.schema import table_segments
@@ -28,7 +29,7 @@ Check: TypeAlias = tuple[str, NDArray[np.bool_]]
 class Again(NamedTuple):
     """A plan made again, the rows it gives, and those of the manifest's counts that it tells."""
 
-    plan: Assignment
+    plan: EpochPlan | TokenPlan
     rows: Rows
     counts: dict[str, int]
 

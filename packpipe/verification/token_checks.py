@@ -193,7 +193,7 @@ class TokenChecks(RowChecks):
             lens[held.example_index] = held.seq_lens
             plan = accompanying(beside, lens, self.longest, self.config)
         rows = planned_pieces(plan, range(len(plan)), {})
-        return Again(plan, rows, {"bound": plan.bound})
+        return Again(plan, rows, {"bound": plan.quality.bound})
 
     def source_columns(self) -> list[str]:
         """Return the columns of the source that rows were made from."""

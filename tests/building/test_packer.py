@@ -61,7 +61,7 @@ def test_a_sliced_source_loses_no_token(source):
     rows = packpipe.read_rows(mapped(part, packpipe.Packer(seq_len=48), with_indices=True))
     sizes = np.array(pictures.SIZES)[3:8][rows.example_index]
     assert rows.image_hw.tolist() == sizes.tolist()
-    wanted = packpipe.plan_epoch(pictures.SIZES[3:8], PackConfig(seq_len=48)).num_tokens
+    wanted = packpipe.plan_epoch(pictures.SIZES[3:8], PackConfig(seq_len=48)).quality.num_tokens
     assert int((rows.segment_ids > 0).sum()) == wanted
 
 

@@ -126,7 +126,7 @@ def test_the_plan_is_that_of_the_sizes(source, options, key):
     assert packs.num_packs(Key(*key)) == len(wanted) > 1
     assert packs.fingerprint(Key(*key)) == wanted.fingerprint
     assert [pack.tolist() for pack in packs.plan(*key)] == [pack.tolist() for pack in wanted]
-    by_pack = [wanted.num_keep[wanted.members(pack)].tolist() for pack in range(len(wanted))]
+    by_pack = [wanted.num_keep[wanted.packs[pack]].tolist() for pack in range(len(wanted))]
     work = packs.work(Key(*key))
     assert work.dtype == np.int64
     assert work.tolist() == [sum(length**2 for length in pack) for pack in by_pack]

@@ -50,11 +50,11 @@ def test_a_plan_carried_out_is_what_pack_lengths_gives(strategy, case):
     assert plan.pack_numbers(case.lengths).tolist() == numbers_of(packs)
     assert len(plan) == len(packs)
     assert plan.quality == packs.quality
-    assert (plan.fill, plan.padding, plan.bound, plan.gap) == (
-        packs.fill,
-        packs.padding,
-        packs.bound,
-        packs.gap,
+    assert (plan.quality.fill, plan.quality.padding, plan.quality.bound, plan.quality.gap) == (
+        packs.quality.fill,
+        packs.quality.padding,
+        packs.quality.bound,
+        packs.quality.gap,
     )
 
 
@@ -138,7 +138,7 @@ def test_ten_thousand_distinct_lengths_are_planned_whole():
     assert sorted(order.tolist()) == list(range(10_000))
     loads = np.diff(np.concatenate([[0], np.cumsum(lengths[order])])[offsets])
     assert loads.max() <= 10_000
-    assert plan.gap == 0
+    assert plan.quality.gap == 0
 
 
 def test_a_plan_prints_as_a_table_and_as_a_line():
@@ -154,8 +154,8 @@ def test_a_plan_prints_as_a_table_and_as_a_line():
 def test_an_empty_histogram_gives_no_packs(strategy):
     plan = plan_histogram([], 8, strategy=strategy)
     assert len(plan) == 0
-    assert plan.fill == 1.0
-    assert plan.gap == 0
+    assert plan.quality.fill == 1.0
+    assert plan.quality.gap == 0
     order, offsets = plan.expand([])
     assert order.tolist() == []
     assert offsets.tolist() == [0]
@@ -168,7 +168,7 @@ def test_half_a_trillion_packs_of_one_pattern_are_planned():
     plan = plan_histogram(counts, 1024)
     assert len(plan) == 2**39
     assert len(plan.patterns) == 1
-    assert plan.gap == 0
+    assert plan.quality.gap == 0
 
 
 REMEDY = "pass examples of length 0, 1, ... 8"
@@ -325,10 +325,10 @@ PUBLISHED = [
 def test_wikipedia_is_packed_as_published(wikipedia, depth, spfhp, spfhp_fill, lpfhp, lpfhp_fill):
     roomiest = plan_histogram(wikipedia, 512, strategy="spfhp", max_segments=depth)
     assert len(roomiest) == spfhp
-    assert abs(100 * roomiest.fill - spfhp_fill) < 0.001
+    assert abs(100 * roomiest.quality.fill - spfhp_fill) < 0.001
     tightest = plan_histogram(wikipedia, 512, strategy="bfd", max_segments=depth)
     assert len(tightest) == lpfhp
-    assert abs(100 * tightest.fill - lpfhp_fill) < 0.001
+    assert abs(100 * tightest.quality.fill - lpfhp_fill) < 0.001
     for plan in (roomiest, tightest):
         assert plan.patterns.counts(512).tolist() == wikipedia.tolist()
         assert plan.quality.most_segments <= (depth or 512)
@@ -337,14 +337,14 @@ def test_wikipedia_is_packed_as_published(wikipedia, depth, spfhp, spfhp_fill, l
 def test_wikipedia_in_first_fit_decreasing_is_as_close_as_best_fit(wikipedia):
     plan = plan_histogram(wikipedia, 512)
     assert len(plan) == 8_138_483
-    assert plan.gap == 8_138_483 - 8_135_727
+    assert plan.quality.gap == 8_138_483 - 8_135_727
     assert plan.patterns.counts(512).tolist() == wikipedia.tolist()
 
 
 def test_wikipedia_at_the_optimum_is_one_above_the_proven_bound(wikipedia):
     plan = plan_histogram(wikipedia, 512, strategy="optimal", budget_s=math.inf)
     assert len(plan) <= 8_135_728
-    assert plan.bound == 8_135_727
+    assert plan.quality.bound == 8_135_727
     assert plan.certificate is not None
     assert plan.certificate.bound == 8_135_727
     assert plan.patterns.counts(512).tolist() == wikipedia.tolist()
@@ -359,6 +359,6 @@ def test_balanced_fill_is_close_to_the_bound_where_decreasing_rules_are_not(dept
         counts = count_lengths(np.clip(values, 1, seq_len).astype(np.int32), seq_len)
         balanced = plan_histogram(counts, seq_len, strategy="balanced", max_segments=depth)
         falling = plan_histogram(counts, seq_len, strategy="bfd", max_segments=depth)
-        assert balanced.gap <= 0.006 * balanced.bound
+        assert balanced.quality.gap <= 0.006 * balanced.quality.bound
         assert len(falling) > len(balanced)
-        assert depth > 12 or falling.gap > 0.08 * falling.bound
+        assert depth > 12 or falling.quality.gap > 0.08 * falling.quality.bound

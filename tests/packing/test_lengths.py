@@ -115,7 +115,7 @@ def test_every_form_of_lengths_is_packed_alike(form, strategy, expected):
     packs = pack_lengths(FORMS[form](LENGTHS), SEQ_LEN, strategy=strategy)
     assert listed(packs) == expected
     assert packs.lengths.tolist() == LENGTHS
-    assert packs.num_tokens == sum(LENGTHS)
+    assert packs.quality.num_tokens == sum(LENGTHS)
     assert packs.tokens_per_pack.tolist() == [sum(LENGTHS[i] for i in pack) for pack in expected]
     assert packs.attention_work.tolist() == [
         sum(LENGTHS[i] ** 2 for i in pack) for pack in expected
@@ -268,8 +268,8 @@ def test_no_examples_give_no_packs(form, strategy):
     packs = pack_lengths(EMPTY[form], 8, strategy=strategy)
     assert len(packs) == len(packs.order) == 0
     assert packs.offsets.tolist() == [0]
-    assert packs.bound == packs.gap == 0
-    assert packs.fill == 1.0
+    assert packs.quality.bound == packs.quality.gap == 0
+    assert packs.quality.fill == 1.0
     assert count_lengths(EMPTY[form], 8).tolist() == [0] * 9
 
 
@@ -388,7 +388,7 @@ def test_a_seq_len_that_is_no_integer_is_named(function, seq_len):
 def test_the_largest_seq_len_is_packed():
     packs = pack_lengths([2**24, 2**24 - 1, 1], 2**24)
     assert listed(packs) == [[0], [1, 2]]
-    assert packs.padding == 0.0
+    assert packs.quality.padding == 0.0
 
 
 def test_masked_lengths_are_refused():

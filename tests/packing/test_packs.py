@@ -148,11 +148,11 @@ def test_the_bound_is_never_above_the_optimum(strategy, case):
     if strategy == "nnlshp":
         limit = max(limit or 3, 3)
     best = naive.optimum(case.lengths, case.seq_len, limit)
-    assert 1 <= packs.bound <= len(packs)
-    assert packs.bound <= best or strategy == "nnlshp"
+    assert 1 <= packs.quality.bound <= len(packs)
+    assert packs.quality.bound <= best or strategy == "nnlshp"
     assert best <= len(packs)
-    assert packs.gap == len(packs) - packs.bound
-    assert packs.gap >= 0
+    assert packs.quality.gap == len(packs) - packs.quality.bound
+    assert packs.quality.gap >= 0
 
 
 ALIGNED = [name for name in STRATEGIES if name != "nnlshp"]
@@ -183,8 +183,8 @@ def test_alignment_is_counted_in_the_capacity(strategy, case, data):
         units, room // segment, strategy=strategy, max_segments=case.max_segments
     )
     assert listed(found) == listed(rounded)
-    assert found.num_tokens == sum(lengths)
-    assert found.bound == rounded.bound
+    assert found.quality.num_tokens == sum(lengths)
+    assert found.quality.bound == rounded.quality.bound
 
 
 @pytest.mark.parametrize("strategy", ["ffd", "bfd", "spfhp", "next_fit", "best_fit"])
@@ -198,8 +198,8 @@ def test_packs_are_cut_to_a_multiple_of_the_ranks(strategy, case, ranks):
     cut = naive.cut_to_multiple([list(pack) for pack in whole], ranks)
     assert [list(pack) for pack in held(found, case.lengths)] == cut
     assert sorted(i for pack in listed(found) for i in pack) == list(range(len(case.lengths)))
-    assert found.bound % ranks == 0
-    assert found.gap >= 0
+    assert found.quality.bound % ranks == 0
+    assert found.quality.gap >= 0
 
 
 @pytest.mark.parametrize("strategy", ["balanced", "optimal"])
@@ -286,7 +286,7 @@ def test_packs_know_their_segments_tokens_and_attention_work(packs):
     assert packs.segments_per_pack.tolist() == [2, 3]
     assert packs.tokens_per_pack.tolist() == [8, 7]
     assert packs.attention_work.tolist() == [34, 21]
-    assert packs.packing_factor == 2.5
+    assert packs.quality.packing_factor == 2.5
     assert packs.lengths.tolist() == [5, 3, 4, 2, 1]
     assert packs.seq_len == 8
     assert packs.also_fill is None
@@ -333,11 +333,11 @@ def test_a_pack_out_of_range_is_an_index_error(packs, pack):
 
 
 def test_packs_say_how_full_they_are(packs):
-    assert packs.num_tokens == 15
-    assert packs.fill == 15 / 16
-    assert packs.padding == 1 / 16
-    assert packs.bound == 2
-    assert packs.gap == 0
+    assert packs.quality.num_tokens == 15
+    assert packs.quality.fill == 15 / 16
+    assert packs.quality.padding == 1 / 16
+    assert packs.quality.bound == 2
+    assert packs.quality.gap == 0
     assert repr(packs) == (
         "Packs(5 examples in 2 packs of 8 tokens: padding 6.25%, at most 0 packs above the optimum)"
     )
@@ -348,9 +348,9 @@ def test_no_examples_give_no_packs(strategy):
     packs = pack_lengths([], 8, strategy=strategy)
     assert len(packs) == 0
     assert listed(packs) == []
-    assert packs.fill == 1.0
-    assert packs.padding == 0.0
-    assert packs.gap == packs.bound == 0
+    assert packs.quality.fill == 1.0
+    assert packs.quality.padding == 0.0
+    assert packs.quality.gap == packs.quality.bound == 0
     assert repr(packs) == (
         "Packs(0 examples in 0 packs of 8 tokens: padding 0.00%, at most 0 packs above the optimum)"
     )

@@ -46,7 +46,8 @@ def test_the_best_is_the_shortest_within_max_padding_or_pads_least(drawn, max_pa
     case, candidates = drawn
     found = suggest_seq_len(case.lengths, candidates, max_padding=max_padding)
     padding = {
-        seq_len: pack_lengths(case.lengths, seq_len).padding for seq_len in sorted(set(candidates))
+        seq_len: pack_lengths(case.lengths, seq_len).quality.padding
+        for seq_len in sorted(set(candidates))
     }
     good = [seq_len for seq_len, share in padding.items() if share <= max_padding]
     assert found.best == (good[0] if good else min(padding, key=padding.get))

@@ -142,16 +142,16 @@ def test_ffd_with_costs_of_zero_is_ffd(case):
 def test_also_fill_is_the_share_used_of_the_second_limit(strategy, case):
     packs = case.packs(strategy)
     assert packs.also_fill == sum(case.costs) / (len(packs) * case.limit)
-    assert packs.fill == sum(case.lengths) / (len(packs) * case.seq_len)
-    both = packs.fill + packs.also_fill
-    assert packs.harmonic_fill == pytest.approx(2 * packs.fill * packs.also_fill / both)
+    assert packs.quality.fill == sum(case.lengths) / (len(packs) * case.seq_len)
+    both = packs.quality.fill + packs.also_fill
+    assert packs.harmonic_fill == pytest.approx(2 * packs.quality.fill * packs.also_fill / both)
     assert 0 <= packs.also_fill <= 1
 
 
 def test_a_second_limit_is_printed():
     packs = pack_lengths([5, 3, 4, 2], 8, also=([1, 2, 3, 0], 4))
     assert listed(packs) == [[2, 3], [0, 1]]
-    assert (packs.fill, packs.also_fill) == (14 / 16, 6 / 8)
+    assert (packs.quality.fill, packs.also_fill) == (14 / 16, 6 / 8)
     assert str(packs) == (
         "examples  4\n"
         "tokens    14\n"
@@ -172,17 +172,17 @@ def test_without_a_second_limit_there_is_no_second_fill():
 def test_no_examples_give_no_packs(strategy):
     packs = pack_lengths([], 8, strategy=strategy, also=([], 4))
     assert listed(packs) == []
-    assert packs.also_fill == packs.harmonic_fill == packs.fill == 1.0
-    assert packs.bound == 0
+    assert packs.also_fill == packs.harmonic_fill == packs.quality.fill == 1.0
+    assert packs.quality.bound == 0
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(case=two_limit_cases())
 def test_the_bound_knows_both_limits(strategy, case):
     packs = case.packs(strategy)
-    assert -(-sum(case.costs) // case.limit) <= packs.bound <= len(packs)
+    assert -(-sum(case.costs) // case.limit) <= packs.quality.bound <= len(packs)
     alone = pack_lengths(case.lengths, case.seq_len, max_segments=case.max_segments)
-    assert packs.bound >= alone.bound >= 1
+    assert packs.quality.bound >= alone.quality.bound >= 1
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -191,14 +191,14 @@ def test_the_bound_knows_both_limits(strategy, case):
 def test_the_bound_is_never_above_the_optimum(strategy, case):
     packs = case._replace(max_segments=None).packs(strategy)
     best = naive_streams.fewest_packs(case.lengths, case.costs, case.seq_len, case.limit)
-    assert 1 <= packs.bound <= best <= len(packs)
+    assert 1 <= packs.quality.bound <= best <= len(packs)
 
 
 def test_the_sum_of_huge_costs_does_not_overflow():
     packs = pack_lengths([1, 1], 8, also=([HUGE, HUGE], HUGE))
     assert listed(packs) == [[0], [1]]
     assert packs.also_fill == 1.0
-    assert packs.bound == 2
+    assert packs.quality.bound == 2
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
@@ -209,8 +209,8 @@ def test_packs_are_cut_to_a_multiple_of_the_ranks(ranks, case):
     assert sorted(packs.order.tolist()) == list(range(len(case.lengths)))
     assert all(sum(case.costs[i] for i in pack) <= case.limit for pack in listed(packs))
     assert packs.also_fill == sum(case.costs) / (len(packs) * case.limit)
-    assert packs.bound % ranks == 0
-    assert packs.gap >= 0
+    assert packs.quality.bound % ranks == 0
+    assert packs.quality.gap >= 0
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -114,7 +114,7 @@ def test_growth_stays_within_the_pack_the_limits_and_the_grid(case):
         assert (plan.num_keep == tokens_of(plan.grid_hw)).all()
     if config.fit_last == "drop_rate":
         assert (plan.grid_hw == grid_hw).all()
-    assert plan.padding <= plain.padding
+    assert plan.quality.padding <= plain.quality.padding
 
 
 @given(cases())
@@ -147,7 +147,7 @@ def test_the_papers_mix_is_packed_without_padding():
     sizes = np.random.default_rng(2).integers(100, 700, (4000, 2))
     plan = plan_epoch(sizes, replace(PAPERS, seq_len=512))
     plain = plan_epoch(sizes, replace(PAPERS, seq_len=512, fit_last=None))
-    assert plain.padding > 0
+    assert plain.quality.padding > 0
     padded = sum(plan.num_keep[pack].sum() < 512 for pack in plan)
     assert padded <= 1  # the last of its window may be nearly empty
     assert 0 < plan.num_fitted < len(plan)
@@ -159,7 +159,7 @@ def test_enlarging_fills_packs_as_far_as_whole_patches_allow():
     plain = plan_epoch(sizes, replace(config, fit_last=None, window=100))
     plan = plan_epoch(sizes, replace(config, window=100))
     assert plan.num_fitted > 100
-    assert plan.padding < plain.padding
+    assert plan.quality.padding < plain.quality.padding
 
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.5])
@@ -177,7 +177,7 @@ def test_with_dropping_an_image_that_cannot_be_enlarged_keeps_more_of_its_tokens
     plan = plan_epoch([[64, 64], [64, 64]], config)
     assert plan.grid_hw.tolist() == [[4, 4], [4, 4]]
     assert sorted(plan.num_keep.tolist()) == [8, 10]
-    assert plan.fill == 1
+    assert plan.quality.fill == 1
     assert plan.num_fitted == 1
 
 

@@ -276,7 +276,7 @@ def test_a_plan_is_a_sequence_of_source_rows(plan):
     assert len(plan) == 3
     assert sorted(image for pack in packs_of(plan) for image in pack) == [3, 7, 9, 11]
     assert plan[-1].tolist() == plan[2].tolist()
-    members = [plan.members(pack).tolist() for pack in range(3)]
+    members = [plan.packs[pack].tolist() for pack in range(3)]
     assert [[[7, 3, 9, 11][i] for i in pack] for pack in members] == packs_of(plan)
     with pytest.raises(IndexError):
         plan[3]
@@ -287,11 +287,11 @@ def test_a_plan_is_a_sequence_of_source_rows(plan):
 def test_a_plan_knows_its_figures(plan):
     assert plan.grid_hw.tolist() == [[4, 4], [2, 6], [3, 1], [4, 4]]
     assert plan.num_keep.tolist() == [16, 12, 3, 16]
-    assert plan.num_tokens == 47
-    assert plan.fill == 47 / 72
-    assert plan.padding == 1 - 47 / 72
-    assert plan.bound == 3  # 16, 16 and 12: no two go together
-    assert plan.gap == 0
+    assert plan.quality.num_tokens == 47
+    assert plan.quality.fill == 47 / 72
+    assert plan.quality.padding == 1 - 47 / 72
+    assert plan.quality.bound == 3  # 16, 16 and 12: no two go together
+    assert plan.quality.gap == 0
     assert plan.num_shrunk == 1
     assert repr(plan) == (
         "EpochPlan(4 images, 47 tokens in 3 packs of 24: padding 34.72%, gap 0; seed 0, epoch 0)"
@@ -308,26 +308,26 @@ def test_the_arrays_have_the_widths_they_are_stored_in(plan):
 def test_attention_work_is_the_sum_of_squared_lengths(sizes, config, key):
     plan = plan_epoch(sizes, config, seed=key[0], epoch=key[1])
     wanted = [
-        sum(int(plan.num_keep[i]) ** 2 for i in plan.members(pack)) for pack in range(len(plan))
+        sum(int(plan.num_keep[i]) ** 2 for i in plan.packs[pack]) for pack in range(len(plan))
     ]
-    assert plan.attention_work.tolist() == wanted
-    assert plan.attention_work.dtype == np.int64
+    assert plan.packs.attention_work.tolist() == wanted
+    assert plan.packs.attention_work.dtype == np.int64
 
 
 def test_attention_work_does_not_overflow():
     # Above 2**31 together.
     config = PackConfig(seq_len=32767, patch_size=1, max_segments=3)
     plan = plan_epoch([[150, 200]] * 3 + [[100, 320], [10, 70]], config)
-    assert sorted(plan.attention_work.tolist()) == [900_000_000] * 3 + [32_000**2 + 700**2]
+    assert sorted(plan.packs.attention_work.tolist()) == [900_000_000] * 3 + [32_000**2 + 700**2]
 
 
 @given(strategies.size_lists(), strategies.configs())
 def test_no_plan_is_below_its_bound(sizes, config):
     plan = plan_epoch(sizes, config)
-    assert plan.gap == len(plan) - plan.bound
-    assert plan.gap >= 0
-    assert plan.bound * config.seq_len >= plan.num_tokens
-    assert plan.bound * config.max_segments >= len(sizes)
+    assert plan.quality.gap == len(plan) - plan.quality.bound
+    assert plan.quality.gap >= 0
+    assert plan.quality.bound * config.seq_len >= plan.quality.num_tokens
+    assert plan.quality.bound * config.max_segments >= len(sizes)
 
 
 @pytest.mark.parametrize("empty", [[], np.empty((0, 2), np.int64), np.empty(0)])
@@ -335,8 +335,8 @@ def test_no_images_give_no_packs(empty):
     plan = plan_epoch(empty, SMALL)
     assert len(plan) == 0
     assert packs_of(plan) == []
-    assert plan.fill == 1.0
-    assert plan.num_tokens == plan.bound == plan.gap == plan.num_shrunk == 0
+    assert plan.quality.fill == 1.0
+    assert plan.quality.num_tokens == plan.quality.bound == plan.quality.gap == plan.num_shrunk == 0
     assert repr(plan) == (
         "EpochPlan(0 images, 0 tokens in 0 packs of 24: padding 0.00%, gap 0; seed 0, epoch 0)"
     )
@@ -754,9 +754,9 @@ def test_a_plain_vits_rows_are_one_square_each_without_padding():
     config = PackConfig(seq_len=196, max_segments=1, resolution=Square(224))
     plan = plan_epoch(MANY, config)
     assert len(plan) == len(MANY)
-    assert plan.fill == 1
+    assert plan.quality.fill == 1
     assert np.unique(plan.grid_hw).tolist() == [14]
-    assert plan.num_shrunk == plan.gap == 0
+    assert plan.num_shrunk == plan.quality.gap == 0
     height, width = MANY[5].tolist()
     assert str(plan.explain(5)) == (
         f"example 5: pack {plan.pack_of(5)}, segment 0\n"

@@ -249,7 +249,7 @@ def test_planned_segments_of_some_packs_are_a_part_of_all(cut):
 def test_planned_segments_of_any_packs_are_theirs_in_that_order(packs):
     found = planned_images(DROPPED, np.array(packs, np.int64), LABELS)
     assert by_row(found, found.example_index) == [DROPPED[pack].tolist() for pack in packs]
-    members = [int(i) for pack in packs for i in DROPPED.members(pack)]
+    members = [int(i) for pack in packs for i in DROPPED.packs[pack]]
     assert found.seq_lens.tolist() == DROPPED.num_keep[members].tolist()
     assert found.grid_hw.tolist() == DROPPED.grid_hw[members].tolist()
     assert found.image_hw.tolist() == DROPPED.image_hw[members].tolist()
