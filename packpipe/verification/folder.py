@@ -16,7 +16,7 @@ from packpipe.rows.schema import table_segments
 from packpipe.verification.manifest import checks_of
 from packpipe.verification.problems import FoundRows, Problem, named, rows_of
 from packpipe.verification.reject_checks import read_rejects
-from packpipe.verification.row_checks import RowChecks
+from packpipe.verification.row_checks import RowChecks, broken_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ def _row_problems(
     start = 0
     for batch in stored.to_batches():
         rows = pa.Table.from_batches([batch])
-        amiss = list(row_checks.broken_rows(rows))
+        amiss = list(broken_rows(row_checks, rows))
         for broken in amiss:
             where = f"{path.name}, {named('row', (broken.rows + start).tolist())}"
             yield Problem(where, broken.what)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe.building.shards import MANIFEST
+from packpipe.philox import Key
 from packpipe.planning.decisions import decide, decide_all
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import MAX_SIDE, plan_epoch
@@ -24,7 +25,7 @@ from packpipe.sources.columns import TokenColumns, holds_numbers
 from packpipe.sources.token_source import token_source
 from packpipe.verification.image_comparison import ImageComparison
 from packpipe.verification.problems import FoundRows, Problem
-from packpipe.verification.row_checks import Again, Check, RowChecks, rows_with, value_type_of
+from packpipe.verification.row_checks import Again, Check, rows_with, value_type_of
 
 
 class Texts(NamedTuple):
@@ -35,25 +36,21 @@ class Texts(NamedTuple):
     longest: int
 
 
-class ImageChecks(RowChecks):
+class ImageChecks:
     """The checks of rows of images, stored with or without their pixels."""
 
     KEYS = ("materialized", "image_column", "label_column", "image_root")
     COUNTS = ("shrunk", "broken_exif")
     VERSION_KEY, VERSION = "schema_version", schema.VERSION
-    config: PackConfig
 
     def __init__(self, manifest: dict[str, Any]) -> None:
-        super().__init__(manifest)
+        self.manifest = manifest
+        self.config = PackConfig.from_dict(manifest["config"])
+        self.key = Key(manifest["seed"], manifest["epoch"])
         # Raises if the epoch lies after the end of the training.
         decide(np.ones((1, 2), np.int32), self.config, self.key, index=np.zeros(1, np.int64))
         self.texts = None if "beside" not in manifest else _texts(manifest["beside"])
         self.undecoded = _undecoded(manifest.get("undecoded"))
-
-    @staticmethod
-    def config_of(values: dict[str, Any]) -> PackConfig:
-        """Return the options of a manifest."""
-        return PackConfig.from_dict(values)
 
     def counted(self) -> set[str]:
         """Return the names of the manifest's counts that rows of any kind do not have."""
@@ -116,6 +113,18 @@ class ImageChecks(RowChecks):
     def no_rows(self) -> Rows:
         """Return rows with packpipe's own columns of segments, and no row."""
         return schema.table_segments(schema.segment_schema(None).empty_table())
+
+    def values(self) -> list[str]:
+        """Return no columns: no value of the source but the label goes with an image."""
+        return []
+
+    def token_names(self) -> list[str]:
+        """Return no columns: tokens of images are patches, in lists of fixed length."""
+        return []
+
+    def counts(self, held: Rows) -> dict[str, int]:  # noqa: ARG002
+        """Return no counts: the rows do not tell what the manifest counts of images."""
+        return {}
 
     def stages(self) -> set[str]:
         """Return the stages that an example may be rejected at."""

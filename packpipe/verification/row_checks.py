@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +13,6 @@ from numpy.typing import NDArray
 
 from packpipe.philox import Key
 from packpipe.planning.epoch_plan import EpochPlan
-from packpipe.planning.image_config import PackConfig
-from packpipe.planning.token_config import TokenConfig
 from packpipe.planning.token_plan import TokenPlan
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
@@ -34,43 +31,25 @@ class Again(NamedTuple):
     counts: dict[str, int]
 
 
-class RowChecks(ABC):
+class RowChecks(Protocol):
     """The checks of one kind of rows: `ImageChecks` or `TokenChecks`.
 
     Attributes:
-        KEYS: keys of the manifest that only this kind has.
-        COUNTS: names of the manifest's counts.
-        VERSION_KEY: key of the version of the rows' columns.
-        VERSION: the version that can be checked.
         manifest: the manifest of the folder.
         config: the options in it.
+        key: (seed, epoch) that the rows were made with.
     """
 
-    KEYS: ClassVar[tuple[str, ...]]
-    COUNTS: tuple[str, ...]
-    VERSION_KEY: ClassVar[str]
-    VERSION: ClassVar[int]
-
-    def __init__(self, manifest: dict[str, Any]) -> None:
-        self.manifest = manifest
-        self.config: Any = self.config_of(manifest["config"])
-        # (seed, epoch) that the rows were made with.
-        self.key = Key(manifest["seed"], manifest["epoch"])
+    manifest: dict[str, Any]
+    config: Any
+    key: Key
 
     def counted(self) -> set[str]:
         """Return the names of the manifest's counts that rows of any kind do not have."""
-        return set(self.COUNTS)
 
-    @staticmethod
-    @abstractmethod
-    def config_of(values: dict[str, Any]) -> PackConfig | TokenConfig:
-        """Return the options of a manifest."""
-
-    @abstractmethod
     def columns(self) -> list[str]:
         """Return the columns that stored rows must have."""
 
-    @abstractmethod
     def schema_of(self, rows: pa.Table) -> pa.Schema:
         """Return the schema rows must have, given the types of their source's own columns.
 
@@ -78,23 +57,18 @@ class RowChecks(ABC):
             ValueError: a column does not hold lists; names it.
         """
 
-    @abstractmethod
     def broken_segments(self, segments: Rows) -> Iterator[Check]:
         """Yield each thing that can be wrong with segments."""
 
-    @abstractmethod
     def broken_tokens(self, rows: pa.Table, segments: Rows) -> Iterator[Check]:
         """Yield each thing that can be wrong with tokens whose segments are sound."""
 
-    @abstractmethod
     def no_rows(self) -> Rows:
         """Return rows with packpipe's own columns of segments, and no row."""
 
-    @abstractmethod
     def stages(self) -> set[str]:
         """Return the stages that an example may be rejected at."""
 
-    @abstractmethod
     def plan_again(self, held: Rows, rejects: list[Reject], beside: Any) -> Again | None:
         """Return the plan of all rows, made again; None if not all it depends on is known.
 
@@ -107,11 +81,9 @@ class RowChecks(ABC):
             ValueError: there is no such plan.
         """
 
-    @abstractmethod
     def source_columns(self) -> list[str]:
         """Return the columns of the source that rows were made from."""
 
-    @abstractmethod
     def source_problems(
         self,
         dataset: Dataset,
@@ -125,82 +97,80 @@ class RowChecks(ABC):
             Those of the manifest's counts that only the source tells.
         """
 
-    def beside_from(self, dataset: Dataset) -> Any:  # noqa: ARG002
+    def beside_from(self, dataset: Dataset) -> Any:
         """Return what the plan needs of the other folder of `pack_pairs`, if the source tells."""
-        return None
 
     def values(self) -> list[str]:
         """Return the columns of the source that go with each segment, which may hold nulls."""
-        return []
 
     def token_names(self) -> list[str]:
         """Return the columns of tokens, whose lists are of other lengths than those of segments."""
-        return []
 
-    def counts(self, held: Rows) -> dict[str, int]:  # noqa: ARG002
+    def counts(self, held: Rows) -> dict[str, int]:
         """Return the manifest's counts that only rows of this kind have."""
-        return {}
 
-    @abstractmethod
     def total_problems(self, held: Rows, rejects: list[Reject]) -> Iterator[Problem]:
         """Yield what is wrong with all rows together, and with what was rejected from them."""
 
-    def broken_rows(self, rows: pa.Table) -> Iterator[Broken]:
-        """Yield what is wrong with which rows of a table; nothing if all is well.
 
-        Tokens are checked only if all segments of the table are sound, since they are compared with
-        what the segments say.
-        """
-        amiss = self._amiss(rows)
-        if amiss is not None:
-            yield amiss
-            return
-        segments, sound = table_segments(rows), True
-        for what, bad in (*self._overfull(segments), *self.broken_segments(segments)):
-            if bad.any():
-                sound = False
-                yield Broken(what, np.flatnonzero(bad), True)
-        for what, bad in self.broken_tokens(rows, segments) if sound else ():
-            if bad.any():
-                yield Broken(what, np.flatnonzero(bad), True)
+def broken_rows(checks: RowChecks, rows: pa.Table) -> Iterator[Broken]:
+    """Yield what is wrong with which rows of a table; nothing if all is well.
 
-    def _amiss(self, rows: pa.Table) -> Broken | None:
-        """Return the reason why the rows cannot be read at all; None if they can."""
-        every = np.arange(rows.num_rows)
-        try:
-            expected = self.schema_of(rows)
-        except ValueError as error:
-            return Broken(str(error), every, False)
-        for field in expected:
-            there = field.name in rows.column_names
-            found = rows.schema.field(field.name).type if there else "missing"
-            if found != field.type:
-                what = f"column {field.name!r} is {found}, expected {field.type}"
-                return Broken(what, every, False)
-            column = rows.column(field.name)
-            # Values of the source may be null. Lists may not, nor may packpipe's own numbers.
-            if column.null_count or (field.name not in self.values() and has_nulls(column)):
-                return Broken(f"column {field.name!r} holds nulls", every, False)
-        tokens = self.token_names()
-        of_segments = [
-            field.name
-            for field in expected
-            if pa.types.is_list(field.type) and field.name not in tokens
-        ]
-        # All segment columns are read with the offsets of seq_lens (`table_segments`).
-        lengths = np.stack([lengths_of(rows, name) for name in of_segments])
-        uneven = np.flatnonzero((lengths != lengths[0]).any(axis=0))
-        if len(uneven):
-            return Broken("the segment columns hold lists of different lengths", uneven, False)
-        return None
+    Tokens are checked only if all segments of the table are sound, since they are compared with
+    what the segments say.
+    """
+    amiss = _amiss(checks, rows)
+    if amiss is not None:
+        yield amiss
+        return
+    segments, sound = table_segments(rows), True
+    for what, bad in (*_overfull(checks, segments), *checks.broken_segments(segments)):
+        if bad.any():
+            sound = False
+            yield Broken(what, np.flatnonzero(bad), True)
+    for what, bad in checks.broken_tokens(rows, segments) if sound else ():
+        if bad.any():
+            yield Broken(what, np.flatnonzero(bad), True)
 
-    def _overfull(self, segments: Rows) -> Iterator[Check]:
-        """Yield which rows hold too many tokens or segments."""
-        seq_len, most = self.config.seq_len, self.config.max_segments
-        held = np.bincount(row_of(segments), segments.seq_lens, len(segments))
-        yield f"seq_lens add up to more than seq_len, {seq_len}", held > seq_len
-        if most is not None:
-            yield f"more than max_segments, {most}, segments", segments.num_segments > most
+
+def _amiss(checks: RowChecks, rows: pa.Table) -> Broken | None:
+    """Return the reason why the rows cannot be read at all; None if they can."""
+    every = np.arange(rows.num_rows)
+    try:
+        expected = checks.schema_of(rows)
+    except ValueError as error:
+        return Broken(str(error), every, False)
+    for field in expected:
+        there = field.name in rows.column_names
+        found = rows.schema.field(field.name).type if there else "missing"
+        if found != field.type:
+            what = f"column {field.name!r} is {found}, expected {field.type}"
+            return Broken(what, every, False)
+        column = rows.column(field.name)
+        # Values of the source may be null. Lists may not, nor may packpipe's own numbers.
+        if column.null_count or (field.name not in checks.values() and has_nulls(column)):
+            return Broken(f"column {field.name!r} holds nulls", every, False)
+    tokens = checks.token_names()
+    of_segments = [
+        field.name
+        for field in expected
+        if pa.types.is_list(field.type) and field.name not in tokens
+    ]
+    # All segment columns are read with the offsets of seq_lens (`table_segments`).
+    lengths = np.stack([lengths_of(rows, name) for name in of_segments])
+    uneven = np.flatnonzero((lengths != lengths[0]).any(axis=0))
+    if len(uneven):
+        return Broken("the segment columns hold lists of different lengths", uneven, False)
+    return None
+
+
+def _overfull(checks: RowChecks, segments: Rows) -> Iterator[Check]:
+    """Yield which rows hold too many tokens or segments."""
+    seq_len, most = checks.config.seq_len, checks.config.max_segments
+    held = np.bincount(row_of(segments), segments.seq_lens, len(segments))
+    yield f"seq_lens add up to more than seq_len, {seq_len}", held > seq_len
+    if most is not None:
+        yield f"more than max_segments, {most}, segments", segments.num_segments > most
 
 
 def row_of(rows: Rows) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from packpipe.building.token_job import VERSION, too_long
+from packpipe.philox import Key
 from packpipe.planning.token_config import TokenConfig
 from packpipe.planning.token_plan import TokenPlan, accompanying, plan_tokens
 from packpipe.rows.fill_tokens import fill_tokens, padding_of, planned_pieces, token_places
@@ -25,7 +26,6 @@ from packpipe.verification.reject_checks import depth_of, reject_problems
 from packpipe.verification.row_checks import (
     Again,
     Check,
-    RowChecks,
     lengths_of,
     row_of,
     rows_with,
@@ -37,16 +37,17 @@ from packpipe.verification.token_comparison import differing_pieces, flat_tokens
 _OF_IMAGES = ("probe", "size", "label")
 
 
-class TokenChecks(RowChecks):
+class TokenChecks:
     """The checks of rows of token sequences, fixed or ragged."""
 
     KEYS = ("token_columns", "value_columns")
     COUNTS: tuple[str, ...] = ("cut", "truncated_tokens", "pieces")
     VERSION_KEY, VERSION = "token_schema_version", VERSION
-    config: TokenConfig
 
     def __init__(self, manifest: dict[str, Any]) -> None:
-        super().__init__(manifest)
+        self.manifest = manifest
+        self.config = TokenConfig(**manifest["config"])
+        self.key = Key(manifest["seed"], manifest["epoch"])
         names = [*manifest["token_columns"], *manifest["value_columns"]]
         if len(set(names)) < len(names):
             raise ValueError(f"token_columns and value_columns are {names}, expected each once")
@@ -55,11 +56,6 @@ class TokenChecks(RowChecks):
         self.source_names = TokenColumns(manifest["token_columns"], manifest["value_columns"], mask)
         if mask is not None:
             self.COUNTS = (*self.COUNTS, "masked_tokens")
-
-    @staticmethod
-    def config_of(values: dict[str, Any]) -> TokenConfig:
-        """Return the options of a manifest."""
-        return TokenConfig(**values)
 
     @property
     def longest(self) -> int:
@@ -83,6 +79,13 @@ class TokenChecks(RowChecks):
         if self.config.mask_first_label and "labels" not in names:
             names.append("labels")
         return names
+
+    def counted(self) -> set[str]:
+        """Return the names of the manifest's counts that rows of any kind do not have."""
+        return set(self.COUNTS)
+
+    def beside_from(self, dataset: Dataset) -> None:
+        """Return None: texts are planned from the images beside them, which are stored."""
 
     def columns(self) -> list[str]:
         """Return the columns that stored rows must have."""
