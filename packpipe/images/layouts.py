@@ -1,4 +1,4 @@
-"""Corrects the few sample layouts that Pillow misreads, or refuses them by name.
+"""Corrects, or refuses, files of layouts whose pixels Pillow reads wrongly without an error.
 
 Pillow opens these files without complaint and gives other pixels than they hold:
 

@@ -1,4 +1,4 @@
-"""Opens image files and reads their headers; a file that is no image raises `BadImage`.
+"""Opens image files; refuses other files, and settings of Pillow that would change pixels.
 
 Files are not trusted: only regular files of the raster formats below are opened, none of which
 runs another program, and sizes are checked before anything is allocated.

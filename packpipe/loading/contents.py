@@ -1,4 +1,4 @@
-"""Compares what a loader's state says of its data with the data there are now."""
+"""Refuses to resume a loader on other data than its saved state belongs to."""
 
 from __future__ import annotations
 

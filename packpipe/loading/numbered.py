@@ -1,4 +1,4 @@
-"""A loader's batches by the numbers of their steps: a batch sampler, and a dataset.
+"""Lets `accelerate.skip_first_batches` begin at a later step without filling those before it.
 
 ``accelerate.skip_first_batches``, with which the Trainer of transformers resumes, makes a
 DataLoader of these two, its sampler without the first numbers. Nothing of what is left out is

@@ -1,4 +1,4 @@
-"""Reads a stream of packs, and notes the places from which it can be read again."""
+"""`Reading`: a pass over a `PackedStream`, with the places from which it can be resumed."""
 
 from __future__ import annotations
 

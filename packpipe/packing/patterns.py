@@ -1,4 +1,4 @@
-"""`Patterns`: what packs hold, as runs of equal packs with repeat counts, in pack order.
+"""`Patterns`, packs in short form: which lengths a kind of pack holds, and its number of repeats.
 
 A plan from a histogram has a few thousand patterns at most, whatever the number of packs. Lengths
 here are in units: tokens, or multiples of segment_multiple tokens.

@@ -1,4 +1,4 @@
-"""Calls the rules that sort by length by their names: a histogram in, patterns out."""
+"""`patterns_of` runs the strategy of a name ("ffd", "optimal", ...): a histogram to patterns."""
 
 from __future__ import annotations
 

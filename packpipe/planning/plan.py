@@ -1,4 +1,4 @@
-"""Plans an epoch of images from their sizes alone, before any pixel is read.
+"""`plan_epoch` plans an epoch of images from their sizes alone, before any pixel is read.
 
 Decides each image's patch grid and kept tokens, which images share a pack, and the order of
 the packs. A pure function of (sizes, configuration, seed, epoch):

@@ -1,4 +1,4 @@
-"""Finds runs of tokens in source columns, and copies them to their places, each once."""
+"""Kernels that copy sequences of tokens into rows, number them, and find what a mask keeps."""
 
 from __future__ import annotations
 

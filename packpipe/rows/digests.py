@@ -1,4 +1,4 @@
-"""Digests that tell data from other data, at a cost that hardly grows with the data.
+"""Digests of labels, pixels and tokens, by which a resumed loader sees that its data changed.
 
 A loader's state says with them what its batches show. Labels are digested whole: 8 bytes each. Of
 pixels and tokens, which would all have to be read for that, 16 MB are read, evenly spread. No

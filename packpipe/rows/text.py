@@ -1,4 +1,4 @@
-"""Arrow's limit of 2 GiB: texts, bytes and lists whose offsets have 32 bits or 64.
+"""Joins and converts Arrow texts, bytes and lists, with 64-bit offsets where 2 GiB are too few.
 
 An array of `string`, `binary` or `list` has 32-bit offsets, so it reaches at most 2**31 - 1 bytes
 or values, and joining the chunks of a larger column fails. The large types have 64-bit offsets.

@@ -1,4 +1,4 @@
-"""What `verify` finds in a folder: its rows, and what is wrong with them."""
+"""`Problem` and `FoundRows`, the types in which the checks of `verify` report."""
 
 from __future__ import annotations
 
