@@ -1,11 +1,11 @@
 """Random numbers as a function of (seed, epoch, index, stream); no generator state.
 
-Philox-4x64-10 with key (seed, epoch) and counter (block, stream, index, 0): any
+Philox-4x64-10 with key (seed, epoch) and counter (block, stream, index, view): any
 example's numbers can be computed alone, in any order, on any machine. Blocks count
 from 1, because NumPy's ``Philox`` increments its counter before each block; so
 
-    words(Key(s, e), index=[i], stream=t, num_words=n)[0]
-        == np.random.Philox(key=u64(s, e), counter=u64(0, t, i, 0)).random_raw(n)
+    words(Key(s, e), index=[i], stream=t, num_words=n, view=v)[0]
+        == np.random.Philox(key=u64(s, e), counter=u64(0, t, i, v)).random_raw(n)
 
 bit for bit (u64 makes a uint64 array); the tests check this. A new decision takes a new
 stream number; the numbers below never change meaning. Cost: about 15 to 30 ns for a block of four
@@ -36,6 +36,7 @@ STEP_ORDER = 5
 RESOLUTION = 6
 DROP_RATE = 7
 KEPT_TOKENS = 8
+CROP = 9
 
 
 class Key(NamedTuple):
@@ -87,10 +88,10 @@ def _high_product(typing_context, a, b):  # type: ignore[no-untyped-def]  # noqa
 
 
 @njit(inline="always", cache=True)
-def _block(seed, epoch, number, stream, index):  # type: ignore[no-untyped-def]
+def _block(seed, epoch, number, stream, index, view):  # type: ignore[no-untyped-def]
     """Return the four words of one block: ten rounds."""
-    # The third counter word is the index and the last is 0, so streams and blocks never overlap.
-    c0, c1, c2, c3 = number, stream, index, _ZERO
+    # A counter word each, so streams, blocks and views never overlap.
+    c0, c1, c2, c3 = number, stream, index, view
     k0, k1 = seed, epoch
     for _ in range(10):
         high_0, low_0 = _high_product(_MULTIPLIER_0, c0), _MULTIPLIER_0 * c0
@@ -102,13 +103,13 @@ def _block(seed, epoch, number, stream, index):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _fill_words(seed, epoch, index, stream, out):  # type: ignore[no-untyped-def]
+def _fill_words(seed, epoch, index, stream, view, out):  # type: ignore[no-untyped-def]
     """Fill out[i] with the words of index[i]; O(index * words / 4) blocks."""
     num_words = out.shape[1]
     for i in range(index.shape[0]):
         # A block is made whole; words of the last one that were not asked for are dropped.
         for first in range(0, num_words, 4):
-            block = _block(seed, epoch, np.uint64(first // 4 + 1), stream, index[i])
+            block = _block(seed, epoch, np.uint64(first // 4 + 1), stream, index[i], view)
             out[i, first] = block[0]
             if first + 1 < num_words:
                 out[i, first + 1] = block[1]
@@ -136,7 +137,7 @@ def _fill_subsets(seed, epoch, index, stream, num_items, num_chosen, out):  # ty
             continue
         item = 0
         while missing:
-            block = _block(seed, epoch, np.uint64(item // 4 + 1), stream, index[i])
+            block = _block(seed, epoch, np.uint64(item // 4 + 1), stream, index[i], _ZERO)
             for word in range(4):
                 unseen = np.uint64(num_items[i] - item)
                 # word · unseen / 2**64 is a uniform number in 0..unseen-1, without a division or
@@ -210,7 +211,9 @@ def _leading(key, skipped, bits):  # type: ignore[no-untyped-def]
     return np.int64((key << np.uint64(skipped)) >> np.uint64(63 - bits) >> np.uint64(1))
 
 
-def words(key: Key, *, index: ArrayLike, stream: int, num_words: int = 1) -> NDArray[np.uint64]:
+def words(
+    key: Key, *, index: ArrayLike, stream: int, num_words: int = 1, view: int = 0
+) -> NDArray[np.uint64]:
     """Return uint64[len(index), num_words] random words, each row a function of its index.
 
     Args:
@@ -218,14 +221,16 @@ def words(key: Key, *, index: ArrayLike, stream: int, num_words: int = 1) -> NDA
         index: int[n], numbers of examples (or packs, or rows), not negative.
         stream: the decision that the words are for.
         num_words: number of words for each index.
+        view: which of an example's draws, 0 for the only one.
 
     Raises:
-        ValueError: the key, stream or an index is out of range.
+        ValueError: the key, stream, view or an index is out of range.
         TypeError: one of them is no integer.
     """
     seed, epoch = checked_key(*key)
     stream = checks.whole_number("stream", stream, 0, checks.MAX_WORD, "use a stream of philox.py")
     num_words = checks.whole_number("num_words", num_words, 0, 2**31, "ask for fewer words")
+    view = checks.whole_number("view", view, 0, checks.MAX_WORD, "count views from zero")
     array = checks.integer_array("index", index, 1, "pass example numbers")
     if array.size and array.min() < 0:
         where = int(np.flatnonzero(array < 0)[0])
@@ -234,7 +239,8 @@ def words(key: Key, *, index: ArrayLike, stream: int, num_words: int = 1) -> NDA
         )
     out = np.empty((array.shape[0], num_words), np.uint64)
     numbers = array.astype(np.uint64)
-    _fill_words(np.uint64(seed), np.uint64(epoch), numbers, np.uint64(stream), out)
+    own = np.uint64(stream), np.uint64(view)
+    _fill_words(np.uint64(seed), np.uint64(epoch), numbers, *own, out)
     return out
 
 

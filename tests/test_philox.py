@@ -20,25 +20,35 @@ INDICES = st.lists(strategies.WORDS, min_size=1, max_size=20)
     strategies.WORDS,
     strategies.WORDS,
     st.integers(1, 23),
+    strategies.WORDS,
 )
-@example((0, 0), 0, 0, 4)
-@example((2**64 - 1, 2**64 - 1), 2**64 - 1, 2**64 - 1, 23)
-@example((2**63, 1), 1, 2**63, 5)
-def test_words_are_numpys_philox_bit_for_bit(key, index, stream, num_words):
+@example((0, 0), 0, 0, 4, 0)
+@example((2**64 - 1, 2**64 - 1), 2**64 - 1, 2**64 - 1, 23, 2**64 - 1)
+@example((2**63, 1), 1, 2**63, 5, 1)
+def test_words_are_numpys_philox_bit_for_bit(key, index, stream, num_words, view):
     seed, epoch = key
     found = philox.words(
         Key(seed, epoch),
         index=np.array([index], np.uint64),
         stream=stream,
         num_words=num_words,
+        view=view,
     )
     oracle = np.random.Philox(
         key=np.array([seed, epoch], np.uint64),
-        counter=np.array([0, stream, index, 0], np.uint64),
+        counter=np.array([0, stream, index, view], np.uint64),
     )
     assert found.dtype == np.uint64
     assert found.shape == (1, num_words)
     assert found[0].tolist() == oracle.random_raw(num_words).tolist()
+
+
+def test_the_only_view_is_the_first():
+    first, second = (
+        philox.words(Key(1, 2), index=np.arange(50), stream=3, view=view) for view in range(2)
+    )
+    assert first.tolist() == philox.words(Key(1, 2), index=np.arange(50), stream=3).tolist()
+    assert not np.isin(first, second).any()
 
 
 @given(strategies.keys(), strategies.WORDS)
@@ -131,13 +141,14 @@ STREAMS = [
     philox.RESOLUTION,
     philox.DROP_RATE,
     philox.KEPT_TOKENS,
+    philox.CROP,
 ]
 
 
 def test_streams_never_share_numbers_and_never_change_theirs():
-    assert STREAMS == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert STREAMS == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     found = [philox.words(Key(0, 0), index=np.arange(50), stream=s) for s in STREAMS]
-    assert len(np.unique(np.concatenate(found))) == 450
+    assert len(np.unique(np.concatenate(found))) == 500
 
 
 SIZES = sorted(
@@ -294,6 +305,12 @@ KEY_REMEDY = "pass a non-negative integer below 2**64"
             -1,
             ValueError,
             f"num_words is -1, expected an integer in 0..{2**31}; ask for fewer words",
+        ),
+        (
+            "view",
+            -1,
+            ValueError,
+            f"view is -1, expected an integer in 0..{2**64 - 1}; count views from zero",
         ),
         ("index", [3, -2], ValueError, "index[1] is -2, expected 0 or more; count from zero"),
         (
