@@ -6,12 +6,15 @@ globals are never changed.
 
 The planned size is known before any pixel is decoded, so the work is done in the cheapest order:
 
-1. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size while it stays at least ``reducing_gap`` times
-   as large as planned on both axes; unless it is lossless, since it cannot be then.
+1. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size while what is needed of it stays at least
+   ``reducing_gap`` times as large as planned on both axes; unless it is lossless, since it cannot
+   be then.
 2. The mode becomes grey or RGB (`modes`), an animation its first frame.
-3. The EXIF orientation is applied.
-4. One resize to the planned size; first, pixels are averaged by whole factors within the same gap.
-5. Colours become sRGB (`colour`), on the pixels that are left, and transparent ones are then laid
+3. What lies outside of the box, if there is one, is cut off. No pixel outside matters, but for
+   those that a smaller decode has merged with some of the box's.
+4. The EXIF orientation is applied.
+5. One resize to the planned size; first, pixels are averaged by whole factors within the same gap.
+6. Colours become sRGB (`colour`), on the pixels that are left, and transparent ones are then laid
    on the background.
 
 Compared with decoding in full and resizing in one step, the gap changes pixels a little: tests
@@ -23,6 +26,7 @@ behind the pixels, too, but not XMP.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import struct
 from collections.abc import Callable
@@ -164,15 +168,21 @@ def probe(data: ImageData, *, max_pixels: int) -> Probe:
 
 
 def decode(
-    data: ImageData, *, image_hw: tuple[int, int], target_hw: tuple[int, int], rules: PixelRules
+    data: ImageData,
+    *,
+    image_hw: tuple[int, int],
+    target_hw: tuple[int, int],
+    rules: PixelRules,
+    box: tuple[int, int, int, int] | None = None,
 ) -> Decoded:
-    """Return the upright image resized to target_hw, its colours in sRGB.
+    """Return the upright image, or a box of it, resized to target_hw, its colours in sRGB.
 
     Args:
         data: bytes, path or pixels.
         image_hw: upright size in pixels for which the plan was made.
         target_hw: (height, width) of the result in pixels.
         rules: how pixels are made.
+        box: (top, left, height, width) in pixels of the upright image, within it; None for all.
 
     Raises:
         BadImage: the image cannot be decoded, its mode has no rule, or it has a high dynamic range.
@@ -194,14 +204,16 @@ def decode(
             if rules.profiles != "ignore":
                 conversion = conversion_of(image, of_file=image is not data)
             scans = None if image is data else _watched(image)
-            box = (0.0, 0.0, float(image.width), float(image.height))
+            wanted = _stored_box(box or (0, 0, *image_hw), image_hw, orientation)
+            size = image.size
+            decoded_size: tuple[float, float] = size
             # Not for an image of the caller's, which draft would change.
             can_shrink = image is not data and not (scans and scans.scans.is_lossless)
             if rules.reducing_gap is not None and can_shrink:
                 height, width = upright_hw(*target_hw[::-1], orientation)  # as it is stored
                 least = (int(width * rules.reducing_gap), int(height * rules.reducing_gap))
-                drafted = image.draft(None, least)
-                box = box if drafted is None else drafted[1]
+                drafted = image.draft(None, _least_size(least, wanted, size))
+                decoded_size = size if drafted is None else drafted[1][2:]
             expected = image.size
             # Loading may set another size than the header's, for which the plan was made.
             background = rules.background if conversion.transform is None else None
@@ -216,11 +228,14 @@ def decode(
             _reraise_faults(error)
             reason = _REASONS.get(type(error), "undecodable")
             raise BadImage(reason, _said(error, data)) from error
+    area = _scaled(wanted, size, decoded_size)
+    if box is not None:
+        pixels, area = _cut(pixels, area)
     if orientation in _TRANSPOSE:
-        box = _turned(box, pixels.size, orientation)
+        area = _turned(area, pixels.size, orientation)
         pixels = pixels.transpose(_TRANSPOSE[orientation])
     # Turned before, so that width and height are those of the target.
-    pixels = _resized(pixels, box, target_hw[::-1], rules)
+    pixels = _resized(pixels, area, target_hw[::-1], rules)
     if conversion.transform is not None:
         pixels = to_srgb(pixels, conversion.transform, rules.background)
     flag = "broken profile" if conversion.broken else None
@@ -235,6 +250,43 @@ def _watched(image: Image.Image) -> Watched | None:
     file.seek(0)
     image.fp = watched = Watched(file.read())
     return watched
+
+
+def _stored_box(box: tuple[int, int, int, int], image_hw: tuple[int, int], orientation: int) -> Box:
+    """Return where a box (top, left, height, width) of the upright image is in the stored one."""
+    top, left, height, width = box
+    upright = left, top, left + width, top + height
+    # Two orientations are quarter turns, each the other's inverse; the rest are their own.
+    return _turned(upright, image_hw[::-1], {6: 8, 8: 6}.get(orientation, orientation))
+
+
+def _least_size(least: tuple[int, int], box: Box, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the (width, height) that an image of a size needs for its box to have the least."""
+    left, top, right, bottom = box
+    inner = right - left, bottom - top
+    across, down = (
+        math.ceil(few * whole / side) for few, whole, side in zip(least, size, inner, strict=True)
+    )
+    return across, down
+
+
+def _scaled(box: Box, size: tuple[int, int], new_size: tuple[float, float]) -> Box:
+    """Return where a box in an image of (width, height) is after resizing that to a new size."""
+    left, top, right, bottom = box
+    (width, height), (new_width, new_height) = size, new_size
+    # Multiplied first: the ends of a whole image, and of one that keeps its size, are then exact.
+    across = left * new_width / width, right * new_width / width
+    down = top * new_height / height, bottom * new_height / height
+    return across[0], down[0], across[1], down[1]
+
+
+def _cut(image: Image.Image, box: Box) -> tuple[Image.Image, Box]:
+    """Return an image without the pixels that lie outside of a box, and where the box is then."""
+    left, top, right, bottom = box
+    kept = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+    if kept == (0, 0, *image.size):
+        return image, box
+    return image.crop(kept), (left - kept[0], top - kept[1], right - kept[0], bottom - kept[1])
 
 
 def _turned(box: Box, size: tuple[int, int], orientation: int) -> Box:

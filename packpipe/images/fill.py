@@ -38,6 +38,7 @@ class ImageTask(NamedTuple):
         image_hw: upright source size in pixels, as planned.
         grid_hw: (rows, columns) of patches of the full grid.
         kept: int32[tokens], which patches in raster order; None for all of the grid.
+        box: (top, left, height, width) in pixels of the upright image; None for all of it.
     """
 
     example: int
@@ -45,6 +46,7 @@ class ImageTask(NamedTuple):
     image_hw: tuple[int, int]
     grid_hw: tuple[int, int]
     kept: NDArray[np.int32] | None
+    box: tuple[int, int, int, int] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -90,6 +92,7 @@ def fill_row(
                 image_hw=image.image_hw,
                 target_hw=(rows * patch_size, columns * patch_size),
                 rules=rules,
+                box=image.box,
             )
         except BadImage as error:  # first, since a BadImage is a ValueError, too
             outcomes.append(Failure(error.reason, error.exception))

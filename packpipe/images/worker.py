@@ -52,7 +52,7 @@ def message_of(image: ImageTask) -> list[bytes | memoryview]:
         raise TypeError(f"an image of type {type(data).__name__} cannot go to another process")
     # -1 for all patches: a length of 0 would mean that none is kept.
     sizes = [-1 if image.kept is None else len(kept), len(payload)]
-    head = [image.example, image.image_hw, image.grid_hw, sizes, details]
+    head = [image.example, image.image_hw, image.grid_hw, image.box, sizes, details]
     return [json.dumps(head).encode() + b"\n", kept, payload]
 
 
@@ -60,7 +60,7 @@ def _image_from(stream: Any) -> ImageTask:
     line = stream.readline()
     if not line:
         raise EOFError("nobody waits for the rest of the task")
-    example, image_hw, grid_hw, (kept_bytes, size), (kind, *details) = json.loads(line)
+    example, image_hw, grid_hw, box, (kept_bytes, size), (kind, *details) = json.loads(line)
     kept = None if kept_bytes < 0 else np.frombuffer(stream.read(kept_bytes), np.int32)
     payload = stream.read(size)
     data: Any = payload
@@ -71,7 +71,8 @@ def _image_from(stream: Any) -> ImageTask:
         data = path if root is None else Confined(path, root)
     elif kind == _PIXELS:
         data = np.frombuffer(payload, np.dtype(details[0])).reshape(details[1])
-    return ImageTask(example, data, tuple(image_hw), tuple(grid_hw), kept)
+    box = None if box is None else tuple(box)
+    return ImageTask(example, data, tuple(image_hw), tuple(grid_hw), kept, box)
 
 
 def serve(setup: dict[str, Any]) -> None:

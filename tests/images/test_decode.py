@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 from strategies import encode
 
+from packpipe.images import decode as decode_module
 from packpipe.images.decode import PixelRules, Probe, decode, probe
 from packpipe.images.opening import BadImage
 from packpipe.planning.image_config import MAX_PIXELS
@@ -34,10 +35,10 @@ RULES = PixelRules(
 )
 
 
-def decoded(encoded, image_hw, target_hw=None, **rules):
+def decoded(encoded, image_hw, target_hw=None, box=None, **rules):
     target_hw = target_hw or image_hw
     rules = RULES._replace(**rules)
-    return decode(encoded, image_hw=image_hw, target_hw=target_hw, rules=rules).pixels
+    return decode(encoded, image_hw=image_hw, target_hw=target_hw, rules=rules, box=box).pixels
 
 
 def png(width, height, depth, colour, pixels=b"", chunks=()):
@@ -255,6 +256,101 @@ def test_decoding_gives_the_probed_size_and_the_asked_one(image, height, width):
     resized = decoded(image.encoded, found.image_hw, (height, width))
     assert resized.shape == (height, width, 3)
     assert resized.dtype == np.uint8
+
+
+@st.composite
+def boxes(draw, image_hw):
+    """(top, left, height, width) of a box within an image."""
+    (top, bottom), (left, right) = (
+        sorted(draw(st.sets(st.integers(0, side), min_size=2, max_size=2))) for side in image_hw
+    )
+    return top, left, bottom - top, right - left
+
+
+def cut(pixels, box):
+    top, left, height, width = box
+    return pixels[top : top + height, left : left + width]
+
+
+@given(strategies.encoded_images(), st.sampled_from([None, 1.0, 2.5]), st.data())
+def test_a_box_is_cut_out_before_anything_is_resized(image, gap, data):
+    box = data.draw(boxes(image.image_hw))
+    target = data.draw(st.tuples(st.integers(1, 50), st.integers(1, 50)))
+    whole = decoded(image.encoded, image.image_hw)
+    if image.format == "JPEG":
+        gap = None  # which a smaller decode would merge with its surroundings
+    found = decoded(image.encoded, image.image_hw, target, reducing_gap=gap, box=box)
+    inner = Image.fromarray(np.ascontiguousarray(cut(whole, box)))
+    wanted = inner.resize(target[::-1], Image.Resampling.BICUBIC, reducing_gap=gap)
+    assert found.tolist() == np.asarray(wanted).tolist()
+    same_size = decoded(image.encoded, image.image_hw, box[2:], box=box)
+    assert same_size.tolist() == cut(whole, box).tolist()
+    everything = (0, 0, *image.image_hw)
+    rules = {"target_hw": target, "reducing_gap": 1.0}
+    assert (
+        decoded(image.encoded, image.image_hw, box=everything, **rules).tolist()
+        == decoded(image.encoded, image.image_hw, **rules).tolist()
+    )
+
+
+@given(
+    st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    st.integers(1, 8),
+    st.sampled_from([1.0, 1.7]),
+    st.data(),
+)
+def test_a_jpeg_is_decoded_as_small_as_its_box_allows(size, orientation, gap, data):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = encode(strategies.random_image("RGB", *size), "JPEG", exif=exif)
+    image_hw = size[::-1] if orientation >= 5 else size
+    box = data.draw(boxes(image_hw))
+    target = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
+    areas, real = [], decode_module._resized
+
+    def resized(image, area, *given):
+        areas.append(area)
+        return real(image, area, *given)
+
+    with patch.object(decode_module, "_resized", resized):
+        found = decoded(encoded, image_hw, target, reducing_gap=gap, box=box)
+    assert found.shape == (*target, 3)
+    ((left, top, right, bottom),) = areas
+    scales = box[2] / (bottom - top), box[3] / (right - left)
+    assert scales[0] == pytest.approx(scales[1])
+    (scale,) = {round(scale) for scale in scales}
+    room = [inner / int(side * gap) for inner, side in zip(box[2:], target, strict=True)]
+    # As many times as the box is larger than needed; then the next of 8, 4, 2 is too much.
+    assert scale == 1 or scale <= min(room)
+    needed = [math.ceil(whole / least) for whole, least in zip(image_hw, room, strict=True)]
+    fits = min(whole // least for whole, least in zip(image_hw, needed, strict=True))
+    assert scale == max(s for s in (1, 2, 4, 8) if s == 1 or s <= fits)
+
+
+def photograph(height, width):
+    """Smooth colours with some noise, as a camera makes them."""
+    y, x = np.indices((height, width))
+    waves = [np.sin(y / 37 + k) * np.cos(x / 23 - k) * 90 + 128 for k in range(3)]
+    noise = np.random.default_rng(0).normal(0, 4, (height, width, 3))
+    return Image.fromarray(np.clip(np.stack(waves, -1) + noise, 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_box_of_a_jpeg_decoded_small_is_close_to_one_cut_in_full(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = encode(photograph(480, 640), "JPEG", quality=90, exif=exif)
+    image_hw = (640, 480) if orientation == 6 else (480, 640)
+    rng, apart = np.random.default_rng(1), []
+    for _ in range(8):
+        height, width = rng.integers(140, 400, 2).tolist()
+        top, left = rng.integers(0, (image_hw[0] - height, image_hw[1] - width)).tolist()
+        box = (top, left, height, width)
+        full, small = (
+            decoded(encoded, image_hw, (64, 64), reducing_gap=gap, box=box) for gap in (None, 1.0)
+        )
+        apart.append(np.abs(full.astype(int) - small).mean())
+    assert 0 < np.mean(apart) < 0.7  # of 255 levels
 
 
 @pytest.mark.parametrize("given_as", ["bytes", "memoryview", "path"])

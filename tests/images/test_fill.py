@@ -69,6 +69,18 @@ def cases(draw: st.DrawFn, paths: list[str] | None = None) -> Case:
     return Case(order, None if fails else PIXELS[image])
 
 
+def boxed(image: int, example=0) -> ImageTask:
+    """An order of one of the images above, as a box of a larger one."""
+    pixels = PIXELS[image]
+    height, width = pixels.shape[:2]
+    around = np.full((height + 9, width + 6, 3), 99, np.uint8)
+    around[7:-2, 1:-5] = pixels
+    order = ImageTask(
+        example, encode(Image.fromarray(around), "PNG"), around.shape[:2], (0, 0), None
+    )
+    return order._replace(grid_hw=GRIDS[image], box=(7, 1, height, width))
+
+
 def tokens_of(some: list[Case], seq_len: int) -> list[list[int]]:
     """What a row should hold, token by token."""
     tokens = []
@@ -78,6 +90,14 @@ def tokens_of(some: list[Case], seq_len: int) -> list[list[int]]:
             places = range(len(patches)) if order.kept is None else order.kept.tolist()
             tokens += [patches[place] for place in places]
     return tokens + [[0] * WIDTH] * (seq_len - len(tokens))
+
+
+def test_a_box_of_an_image_fills_what_an_image_of_its_size_does():
+    found, wanted = np.empty((2, 20, WIDTH), np.uint8)
+    assert fill_row([order_of(0), boxed(1), boxed(3)], found, RULES) == [None] * 3
+    assert fill_row([order_of(0), order_of(1), order_of(3)], wanted, RULES) == [None] * 3
+    assert wanted[1:12].any()
+    assert found.tolist() == wanted.tolist()
 
 
 @given(st.lists(cases(), max_size=6), st.integers(0, 3))

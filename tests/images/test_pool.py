@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from processes import children, is_stopped, of_session, wait_until
-from test_fill import FAILURE, FILES, PIXELS, RULES, WIDTH, cases, order_of
+from test_fill import FAILURE, FILES, PIXELS, RULES, WIDTH, boxed, cases, order_of
 
 from packpipe.images import pool
 from packpipe.images.fill import Failure, ImageTask, fill_row
@@ -123,7 +123,7 @@ def test_rows_filled_in_processes_are_the_bytes_of_rows_filled_here(some_decoder
     ids=lambda pixels: f"{pixels.dtype}{pixels.shape}",
 )
 def test_arrays_of_any_type_and_shape_travel(some_decoders, pixels):
-    orders = [order_of(1), order_of(0, pixels), order_of(2)]
+    orders = [order_of(1), order_of(0, pixels), boxed(3), order_of(2)]
     wanted = np.empty((SEQ_LEN, WIDTH), np.uint8)
     assert filled(some_decoders, orders) == [fill_row(orders, wanted, RULES)]
     assert some_decoders.rows[0].tobytes() == wanted.tobytes()
