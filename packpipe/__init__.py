@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from packpipe.packing.packs import Packs as Packs
     from packpipe.packing.packs import pack_lengths as pack_lengths
     from packpipe.packing.suggest import suggest_seq_len as suggest_seq_len
+    from packpipe.planning.crops import CenterCrop as CenterCrop
+    from packpipe.planning.crops import Crop as Crop
+    from packpipe.planning.crops import FixedCrop as FixedCrop
     from packpipe.planning.distributions import Beta as Beta
     from packpipe.planning.distributions import Choice as Choice
     from packpipe.planning.distributions import Constant as Constant
@@ -61,10 +64,13 @@ _HOMES = {
     "Beta": "planning.distributions",
     "Budget": "planning.resolution",
     "ByResolution": "planning.dropping",
+    "CenterCrop": "planning.crops",
     "Choice": "planning.distributions",
     "Constant": "planning.distributions",
+    "Crop": "planning.crops",
     "EpochPacks": "loading.epochs",
     "EpochPlan": "planning.epoch_plan",
+    "FixedCrop": "planning.crops",
     "HistogramPlan": "packing.histogram",
     "NaViT": "model.navit",
     "NaViTConfig": "model.config",

@@ -469,13 +469,57 @@ def token_limit(config: Any) -> int:
     return 2**15 - 1 if unlimited else config.seq_len
 
 
+def crop_box(
+    height: int, width: int, law: Any, seed: int, epoch: int, index: int
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of an image's box; stream 9 has a word for each of four draws."""
+    kind = type(law).__name__
+    sides = height, width
+    if kind == "FixedCrop":
+        starts = [
+            min(round(side * share), side - 1)
+            for side, share in zip(sides, (law.top, law.left), strict=True)
+        ]
+        ends = round(height * (law.top + law.height)), round(width * (law.left + law.width))
+        rows, columns = (
+            min(max(1, end - start), side - start)
+            for start, end, side in zip(starts, ends, sides, strict=True)
+        )
+        return *starts, rows, columns
+    if kind == "CenterCrop":
+        largest = (min(sides),) * 2 if law.shape == "square" else sides
+        rows, columns = (max(1, round(side * math.sqrt(law.area))) for side in largest)
+        return (height - rows) // 2, (width - columns) // 2, rows, columns
+    u = [(word >> 11) / 2**53 for word in random_words(seed, epoch, index, 9, 4)]
+    share, (low, high) = quantile(law.area, u[0]), law.aspect
+    factor = low * (high / low) ** u[1]
+    if law.shape == "square":  # from now on a factor on the image's own shape
+        factor *= height / width
+    factor = min(max(factor, share), 1 / share)
+    rows = min(max(1, round(height * math.sqrt(share / factor))), height)
+    columns = min(max(1, round(width * math.sqrt(share * factor))), width)
+    top, left = math.floor((height - rows + 1) * u[2]), math.floor((width - columns + 1) * u[3])
+    return min(top, height - rows), min(left, width - columns), rows, columns
+
+
+def shown_hw(
+    size: tuple[int, int], config: Any, seed: int, epoch: int, index: int
+) -> tuple[int, int]:
+    """(height, width) of what is left of an image after cropping."""
+    if config.crop is None:
+        return size
+    _, _, height, width = crop_box(*size, config.crop, seed, epoch, index)
+    return height, width
+
+
 def decide(
     height: int, width: int, config: Any, seed: int, epoch: int, index: int
 ) -> tuple[tuple[int, int], int, bool]:
     """(grid, tokens kept, whether shrunk) of one image.
 
-    Streams 0, 6 and 7 are for the order, the resolution and the drop rate.
+    Streams 0, 6, 7 and 9 are for the order, the resolution, the drop rate and the crop.
     """
+    height, width = shown_hw((height, width), config, seed, epoch, index)
     law, patch, limit = config.resolution, config.patch_size, token_limit(config)
     kind = type(law).__name__
     upscale = config.max_upscale

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
+from packpipe.planning.crops import SHAPES, CenterCrop, Crop, CropLaw, FixedCrop
 from packpipe.planning.distributions import (
     Beta,
     Choice,
@@ -94,6 +95,26 @@ def distributions(draw: st.DrawFn, low: float, high: float) -> Distribution:
     return TruncatedNormal(mean, draw(st.floats(0.3, 3)) * (stop - start), start, stop)
 
 
+def crops() -> st.SearchStrategy[CropLaw]:
+    """Crops of every kind, tiny boxes, thin ones and whole images among them."""
+    share, shape = (
+        st.sampled_from([0.001, 0.25, 0.5, 1.0]) | st.floats(0.01, 1),
+        st.sampled_from(SHAPES),
+    )
+    aspects = st.sampled_from([(1, 1), (3 / 4, 4 / 3), (0.1, 0.2), (2, 9)])
+    return st.one_of(
+        st.builds(Crop, distributions(0.01, 1), aspects, shape),
+        st.builds(CenterCrop, share, shape),
+        st.builds(
+            lambda top, left, height, width: FixedCrop(
+                top, left, height * (1 - top), width * (1 - left)
+            ),
+            *(st.sampled_from([0, 0.3]) | st.floats(0, 0.999),) * 2,
+            *(share,) * 2,
+        ),
+    )
+
+
 def resolutions() -> st.SearchStrategy[Resolution]:
     """Resolution laws of every kind, for small packs."""
     rounding = st.sampled_from(["nearest", "floor", "ceil"])
@@ -148,6 +169,7 @@ def configs(
     return PackConfig(
         seq_len=seq_len,
         patch_size=draw(st.sampled_from([1, 8, 14, 16, 32])),
+        crop=draw(st.none() | crops()),
         resolution=resolution,
         max_tokens=draw(st.none() | st.integers(1, seq_len)),
         max_upscale=None if isinstance(resolution, Square) else draw(upscales),

@@ -167,8 +167,10 @@ def plan_images(
     labels = None if labels is None else labels.take(pa.array(found.index))
     # Beside the patches, 8 bytes a token: an int32 of segment_ids and two int16 of coords.
     pixels = config.row_bytes + config.seq_len * 8 if images.materialize else 0
-    row_size = pixels + 5 * 4  # and one offset of each of five lists
-    segment_size = 4 + 4 + 8 + 8 + 8  # length, grid, size, index and (a guess) label
+    cropped = config.crop is not None
+    row_size = pixels + (5 + cropped) * 4  # and one offset of each of five or six lists
+    # Length, grid, size, index, (a guess) label and box.
+    segment_size = 4 + 4 + 8 + 8 + 8 + cropped * 16
     stored = row_size + segment_size * (len(index) // max(1, len(plan)))
     return PlannedRows(
         plan=plan,

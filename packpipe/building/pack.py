@@ -97,7 +97,7 @@ def pack(
         max_bad_fraction: a larger share of rejects stops the build.
         max_consecutive_bad: this many rejects in a row stop the build.
         progress: show a progress bar (where `datasets` shows its own).
-        **options: the options of `PackConfig`: ``patch_size``, ``resolution``,
+        **options: the options of `PackConfig`: ``patch_size``, ``crop``, ``resolution``,
             ``max_tokens``, ``max_upscale``, ``drop_rate``, ``epochs``, ``fit_last``,
             ``fit_limit``, ``max_segments``, ``strategy``, ``window``, ``background``,
             ``reducing_gap``, ``downscale_filter``, ``upscale_filter``, ``max_pixels``,

@@ -28,6 +28,18 @@ Sides = Annotated[
     tuple[int, int] | None,
     typer.Option(help="Draw each image's size: the pixels of a square with a side between these."),
 ]
+CropArea = Annotated[
+    tuple[float, float] | None,
+    typer.Option(help="Crop each image to a random box, of a share of its area between these."),
+]
+CropAspect = Annotated[
+    tuple[float, float] | None,
+    typer.Option(help="Of the box: factors on the image's width ÷ height.  [0.75 1.333]"),
+]
+CenterCropArea = Annotated[
+    float | None,
+    typer.Option("--center-crop", help="Crop each image to its middle, of this share of its area."),
+]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens of an image.")]
 DropRate = Annotated[float | None, typer.Option(help="Share of an image's tokens that is dropped.")]
 MaxSegments = Annotated[int | None, typer.Option(help="Most images or sequences a row.")]

@@ -13,6 +13,9 @@ from packpipe.cli.errors import one_line_errors
 from packpipe.cli.open_source import file_of, naming_files, open_source
 from packpipe.cli.options import (
     AsJson,
+    CenterCropArea,
+    CropArea,
+    CropAspect,
     DropRate,
     Epoch,
     Folder,
@@ -42,6 +45,9 @@ def pack(
     patch_size: PatchSize = None,
     resolution: Sizes = None,
     sides: Sides = None,
+    crop_area: CropArea = None,
+    crop_aspect: CropAspect = None,
+    center_crop: CenterCropArea = None,
     max_tokens: MaxTokens = None,
     drop_rate: DropRate = None,
     max_segments: MaxSegments = None,
@@ -83,6 +89,7 @@ def pack(
     options = _given(
         patch_size=patch_size,
         resolution=_resolution(resolution, sides),
+        crop=_crop(crop_area, crop_aspect, center_crop),
         max_tokens=max_tokens,
         drop_rate=drop_rate,
         max_segments=max_segments,
@@ -135,6 +142,9 @@ def plan(
     patch_size: PatchSize = None,
     resolution: Sizes = None,
     sides: Sides = None,
+    crop_area: CropArea = None,
+    crop_aspect: CropAspect = None,
+    center_crop: CenterCropArea = None,
     max_tokens: MaxTokens = None,
     drop_rate: DropRate = None,
     max_segments: MaxSegments = None,
@@ -149,6 +159,7 @@ def plan(
     options = _given(
         patch_size=patch_size,
         resolution=_resolution(resolution, sides),
+        crop=_crop(crop_area, crop_aspect, center_crop),
         max_tokens=max_tokens,
         drop_rate=drop_rate,
         max_segments=max_segments,
@@ -268,6 +279,23 @@ def _resolution(name: str | None, sides: tuple[int, int] | None) -> Any:
     low, high = sides
     # `Uniform` refuses an empty range.
     return Side(Uniform(low, high) if low != high else Constant(high))
+
+
+def _crop(
+    area: tuple[float, float] | None, aspect: tuple[float, float] | None, middle: float | None
+) -> Any:
+    from packpipe import CenterCrop, Constant, Crop, Uniform
+
+    if middle is not None:
+        if area is not None or aspect is not None:
+            what = f"--center-crop is {middle}, expected none beside --crop-area and --crop-aspect"
+            raise ValueError(f"{what}; pass one or the others")
+        return CenterCrop(middle)
+    given: dict[str, Any] = _given(aspect=aspect)
+    if area is not None:
+        low, high = area
+        given["area"] = Uniform(low, high) if low != high else Constant(high)
+    return Crop(**given) if given else None
 
 
 def _print_plan(

@@ -366,7 +366,12 @@ class PackedLoader:
             if state.get(name) != expected:
                 remedy = remedies.get(name, "make the loader with the options of the state")
                 if name == "fingerprint" and self._is_former(state.get(name), key):
-                    options = ", ".join(f"{name}={value!r}" for name, value in BEFORE.items())
+                    packs: Any = self.packs
+                    options = ", ".join(
+                        f"{option}={value!r}"
+                        for option, value in BEFORE.items()
+                        if getattr(packs.config, option) != value
+                    )
                     remedy = f"it comes from before some options were there: pass {options}"
                 raise ValueError(
                     checks.sentence(f"state[{name!r}]", state.get(name), repr(expected), remedy)

@@ -32,7 +32,7 @@ from packpipe.packing.online import OnlinePacker
 from packpipe.philox import Key
 from packpipe.planning.decisions import decide
 from packpipe.planning.image_config import PackConfig, PackOptions, config_from
-from packpipe.rows.fill_images import fill_rows
+from packpipe.rows.fill_images import fill_rows, with_boxes
 from packpipe.rows.rejects import NAMED, Reject, StreamReadFailures, Tally, tolerance_of
 from packpipe.rows.rows import Rows
 from packpipe.sources.columns import check_labels, image_column_of, label_column_of, pixel_type
@@ -228,7 +228,7 @@ class PackedStream:
     def rows(self, key: Key, packs: list[list[Held]]) -> Rows:
         """Return packs as rows, their images decoded."""
         images = {held.number: held.data for pack in packs for held in pack}
-        planned = self._planned(packs)
+        planned = self._planned(key, packs)
         rows, rejects, _ = fill_rows(planned, images.__getitem__, self.config, key)
         self._undecodable.add(key.epoch, len(images), rejects, self._tolerance)
         return rows
@@ -326,7 +326,7 @@ class PackedStream:
         ]
         return held, tally
 
-    def _planned(self, packs: list[list[Held]]) -> Rows:
+    def _planned(self, key: Key, packs: list[list[Held]]) -> Rows:
         """Return packs as rows without tokens."""
         held = [one for pack in packs for one in pack]
         segments: dict[str, Any] = {
@@ -339,6 +339,7 @@ class PackedStream:
             feature = self._features.get(self._label_column)
             kind = None if feature is None else feature.pa_type
             segments["labels"] = pa.array([one.label for one in held], kind)
+        segments = with_boxes(segments, self.config, key)
         return Rows(np.cumsum([0, *map(len, packs)]), segments)
 
 

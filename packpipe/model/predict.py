@@ -67,7 +67,8 @@ def predict(
         batch_size: rows a step.
         num_workers: threads that decode ahead.
         **options: of `PackConfig`, such as ``resolution="budget", max_tokens=128``; patch_size is
-            the model's.
+            the model's. A crop leaves the model its box of each image: ``CenterCrop()`` as usual in
+            evaluation; what is drawn, such as a `Crop`, is drawn by the number of the image.
 
     Returns:
         [images, K] on the CPU; of a model without pooling a list of maps, [rows, columns, K].

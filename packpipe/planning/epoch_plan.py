@@ -136,6 +136,7 @@ class EpochPlan:
             pack=pack,
             segment=int(self._place_of[at] - self.offsets[pack]),
             image_hw=tuple(self.image_hw[at].tolist()),
+            box=None if found.box is None else tuple(found.box[0].tolist()),
             drawn=None if found.drawn is None else float(found.drawn[0]),
             drop_rate=None if found.drop_rate is None else float(found.drop_rate[0]),
             shrunk=bool(found.shrunk[0]),

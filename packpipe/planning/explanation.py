@@ -15,6 +15,7 @@ class Explanation:
         example: its row in the source.
         pack, segment: where it is; segments count from 0.
         image_hw: upright source size in pixels.
+        box: (top, left, height, width) in pixels that it was cropped to, or None.
         drawn: the side, area or budget drawn for it, or None.
         drop_rate: the drop rate drawn for it, or None.
         shrunk: whether it was shrunk, having more tokens than allowed.
@@ -27,6 +28,7 @@ class Explanation:
     pack: int
     segment: int
     image_hw: tuple[int, ...]
+    box: tuple[int, ...] | None
     drawn: float | None
     drop_rate: float | None
     shrunk: bool
@@ -50,8 +52,12 @@ class Explanation:
         lines = [
             f"example {self.example}: pack {self.pack}, segment {self.segment}",
             f"  size    {height} x {width} pixels",
-            f"  grid    {rows} x {columns} patches of {self.config.patch_size} ({why})",
         ]
+        if self.box is not None:
+            top, left, *size = self.box
+            what = f"{size[0]} x {size[1]} pixels at ({top}, {left})"
+            lines.append(f"  crop    {what} ({self.config.crop})")
+        lines.append(f"  grid    {rows} x {columns} patches of {self.config.patch_size} ({why})")
         # Shrinking may follow the law or the dropping; either way the grid above is the final one.
         if self.shrunk:
             lines[-1] += ", shrunk to fit"

@@ -13,47 +13,60 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from packpipe.planning import resolution
+from packpipe.philox import Key
+from packpipe.planning import crops, resolution
 from packpipe.planning.image_config import PackConfig
 
 _AT_ONCE = 2**10  # packs, so that the arrays computed for them stay in the cache
 
 
 def fit_last(
+    index: NDArray[np.int64],
     image_hw: NDArray[np.int32],
     grid_hw: NDArray[np.int16],
     num_keep: NDArray[np.int32],
     order: NDArray[np.int64],
     offsets: NDArray[np.int64],
     config: PackConfig,
+    key: Key,
 ) -> int:
     """Change grid_hw, num_keep and order in place; return how many images have grown.
 
     Args:
+        index: int64[images], each image's row in its source.
         image_hw: int32[images, 2], upright (height, width) in pixels.
         grid_hw: int16[images, 2], (rows, columns) of patches as decided.
         num_keep: int32[images], tokens kept as decided.
         order: int64[images], positions in these arrays, pack by pack.
         offsets: int64[packs + 1], where the packs begin in order; no pack is empty.
         config: the options; ``fit_last`` is not None.
+        key: (seed, epoch) of the plan.
     """
     grown = 0
     for first in range(0, len(offsets) - 1, _AT_ONCE):
         ends = offsets[first : first + _AT_ONCE + 1]
         some = order[ends[0] : ends[-1]]
-        grown += _fit_some(image_hw, grid_hw, num_keep, some, ends - ends[0], config)
+        sizes = None
+        if config.fit_last == "resolution":
+            sizes = image_hw[some]
+            box = crops.crop_boxes(config.crop, sizes, key, index=index[some])
+            sizes = sizes if box is None else box[:, 2:]
+        grown += _fit_some(sizes, grid_hw, num_keep, some, ends - ends[0], config)
     return grown
 
 
 def _fit_some(
-    image_hw: NDArray[np.int32],
+    sizes: NDArray[np.int32] | None,
     grid_hw: NDArray[np.int16],
     num_keep: NDArray[np.int32],
     order: NDArray[np.int64],
     offsets: NDArray[np.int64],
     config: PackConfig,
 ) -> int:
-    """Let an image grow in each of some packs, at least one; order holds only their images."""
+    """Let an image grow in each of some packs, at least one; order holds only their images.
+
+    With ``fit_last="resolution"``, sizes holds the (height, width) of each image in order.
+    """
     # np.add.reduceat sums pack by pack; it would be wrong for an empty pack, and there is none.
     num_segments = np.diff(offsets)
     held = num_keep[order].astype(np.int64)
@@ -62,10 +75,10 @@ def _fit_some(
     wanted = held + np.floor(np.minimum(room, held * config.fit_limit)).astype(np.int64)
     grids = grid_hw[order].astype(np.int64)
     tokens = grids[:, 0] * grids[:, 1]
-    if config.fit_last == "resolution":
+    if sizes is not None:
         # This many tokens before dropping keep the rate; a grid of whole patches has a few less.
         budget = np.minimum(-(-tokens * wanted // held), config.token_limit)
-        shape_hw = resolution.shape_hw(config.resolution, image_hw[order])
+        shape_hw = resolution.shape_hw(config.resolution, sizes)
         larger = resolution.budget_grids(
             shape_hw, budget, patch_size=config.patch_size, max_upscale=config.max_upscale
         )

@@ -7,7 +7,8 @@ from typing import Any, TypedDict
 
 from packpipe import checks
 from packpipe.packing.packs import STRATEGIES
-from packpipe.planning import dropping, resolution
+from packpipe.planning import crops, dropping, resolution
+from packpipe.planning.crops import CenterCrop, Crop, CropLaw, FixedCrop
 from packpipe.planning.distributions import DISTRIBUTIONS
 from packpipe.planning.dropping import ByResolution, DropLaw, OverTraining
 from packpipe.planning.resolution import Area, Budget, Resolution, Side, Square
@@ -28,11 +29,14 @@ PROFILES = ("srgb", "ignore")
 DAMAGED_SCANS = ("reject", "strict", "keep")
 # Options that came later, each with the value by which all that was made before them was made. With
 # this value they are not told, so that fingerprints, states and records of that time stay the same.
-BEFORE: dict[str, Any] = {"profiles": "ignore", "damaged_scans": "keep"}
+BEFORE: dict[str, Any] = {"profiles": "ignore", "damaged_scans": "keep", "crop": None}
 # By name, so that `from_dict` can make again what `to_dict` wrote.
 _LAWS = {
     law.__name__: law
-    for law in (*DISTRIBUTIONS, Side, Area, Budget, Square, ByResolution, OverTraining)
+    for law in (
+        *(*DISTRIBUTIONS, Crop, CenterCrop, FixedCrop, Side, Area, Budget, Square),
+        *(ByResolution, OverTraining),
+    )
 }
 
 
@@ -40,6 +44,7 @@ class PackOptions(TypedDict, total=False):
     """The options of `PackConfig` besides ``seq_len``, as keyword arguments."""
 
     patch_size: int
+    crop: CropLaw | None
     resolution: Resolution
     max_tokens: int | None
     max_upscale: float | None
@@ -66,6 +71,9 @@ class PackConfig:
     Attributes:
         seq_len: tokens a pack holds, 1..32767.
         patch_size: side of a patch in pixels, 1..128.
+        crop: the part of each image that is packed: `Crop`, a random box, another one every epoch;
+            `CenterCrop` or `FixedCrop`, for evaluation; None for the whole image. To all options
+            that follow, the box is the image.
         resolution: ``"native"`` (own size), ``"budget"`` (the largest size within max_tokens, as
             NaFlex), or a size that is drawn: `Side`, `Area`, `Budget` or `Square` (which does not
             keep the aspect ratio) of a distribution.
@@ -109,6 +117,7 @@ class PackConfig:
 
     seq_len: int = 1024
     patch_size: int = 16
+    crop: CropLaw | None = None
     resolution: Resolution = "native"
     max_tokens: int | None = None
     max_upscale: float | None = None
@@ -155,6 +164,7 @@ class PackConfig:
             raise ValueError(checks.sentence("epochs", None, "a number, for OverTraining", remedy))
         if self.fit_last is not None:
             checks.choice("fit_last", self.fit_last, FIT_LAST, "or None for padding")
+        crops.checked(self.crop)
         resolution.checked(self.resolution)
         if self.max_upscale is not None and isinstance(self.resolution, Square):
             remedy = "a square is as large whatever the image, so leave it out or use Side"
@@ -192,7 +202,7 @@ class PackConfig:
     @property
     def draws(self) -> bool:
         """Whether an image's decision depends on (seed, epoch, index), besides its size."""
-        return self.drops or not isinstance(self.resolution, str)
+        return self.drops or isinstance(self.crop, Crop) or not isinstance(self.resolution, str)
 
     @property
     def token_limit(self) -> int:

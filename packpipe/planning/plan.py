@@ -1,9 +1,9 @@
 """`plan_epoch` plans an epoch of images from their sizes alone, before any pixel is read.
 
-Decides each image's patch grid and kept tokens, which images share a pack, and the order of
+Decides each image's box, patch grid and kept tokens, which images share a pack, and the order of
 the packs. A pure function of (sizes, configuration, seed, epoch):
 
-* *local*: an image's grid and tokens depend on its own size, the configuration and
+* *local*: an image's box, grid and tokens depend on its own size, the configuration and
   (seed, epoch, index) only (`decisions`); except for the image in each pack that `fit_last` grows;
 * *global*: which images share a pack depends on the token counts in plan order only.
 
@@ -92,7 +92,7 @@ def plan_epoch(
     order, offsets = pack_windows(num_keep, order, config, key, also=also)
     num_fitted = 0
     if config.fit_last is not None:
-        num_fitted = fit_last.fit_last(sizes, grid_hw, num_keep, order, offsets, config)
+        num_fitted = fit_last.fit_last(rows, sizes, grid_hw, num_keep, order, offsets, config, key)
     return EpochPlan(
         config=config,
         seed=key.seed,

@@ -21,6 +21,7 @@ from packpipe.images.decode import pixel_rules
 from packpipe.images.fill import Failure, ImageTask, Outcome, fill_row
 from packpipe.images.opening import BadImage, ImageData
 from packpipe.philox import Key
+from packpipe.planning.crops import crop_boxes
 from packpipe.planning.dropping import kept_tokens
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
@@ -66,7 +67,20 @@ def planned_images(
     }
     if labels is not None:
         segments["labels"] = labels.take(pa.array(members))
-    return Rows(offsets, segments)
+    return Rows(offsets, with_boxes(segments, plan.config, plan.key))
+
+
+def with_boxes(segments: dict[str, Any], config: PackConfig, key: Key) -> dict[str, Any]:
+    """Return columns of segments, with ``box`` among them if images are cropped.
+
+    Args:
+        segments: ``image_hw`` and ``example_index`` among them.
+        config: the options.
+        key: (seed, epoch) of the plan.
+    """
+    # Drawn again, like kept tokens: a plan takes as much memory with crops as without.
+    box = crop_boxes(config.crop, segments["image_hw"], key, index=segments["example_index"])
+    return segments if box is None else {**segments, "box": box}
 
 
 def fill_rows(
@@ -120,6 +134,7 @@ def row_tasks(
     lens, ends = planned.seq_lens.tolist(), np.cumsum(planned.seq_lens).tolist()
     grids, sizes = planned.grid_hw.tolist(), planned.image_hw.tolist()
     examples, offsets = planned.example_index.tolist(), planned.offsets.tolist()
+    boxes = planned.segments["box"].tolist() if "box" in planned.segments else None
 
     def read(example: int) -> ImageData | Failure:
         try:
@@ -133,7 +148,8 @@ def row_tasks(
         kept = None if lens[at] == rows * columns else tokens[ends[at] - lens[at] : ends[at]]
         # Read when its turn comes, so memory does not hold all the images of a batch.
         data = partial(read, examples[at])
-        return ImageTask(examples[at], data, tuple(sizes[at]), (rows, columns), kept)
+        box = None if boxes is None else tuple(boxes[at])
+        return ImageTask(examples[at], data, tuple(sizes[at]), (rows, columns), kept, box)
 
     for start, stop in pairwise(offsets):
         yield [task(at) for at in range(start, stop)]

@@ -34,7 +34,8 @@ class Rows:
 
     Of images: ``patches`` uint8[rows, seq_len, P·P·3], ``coords`` int16[rows, seq_len, 2], (y, x)
     in the image's patch grid; ``grid_hw`` int16[segments, 2], patches of the full grid,
-    ``image_hw`` int32[segments, 2], upright source size in pixels, and ``labels`` if there are.
+    ``image_hw`` int32[segments, 2], upright source size in pixels; ``box`` int32[segments, 4], what
+    it was cropped to in pixels (top, left, height, width), if it was; and ``labels`` if there are.
     Of token sequences: the source's columns of tokens, ``position_ids`` int32[rows, seq_len], 0, 1,
     ... within the segment; ``fragment`` int32[segments], which piece of its sequence, and the
     source's other columns.

@@ -11,6 +11,8 @@ coords             fixed_size_list<int16>[2L]       (y, x) of the token in its p
 seq_lens           list<int32>                      tokens kept per segment
 grid_hw            list<fixed_size_list<int16>[2]>  patches of the full grid, before dropping
 image_hw           list<fixed_size_list<int32>[2]>  upright source size in pixels
+box                list<fixed_size_list<int32>[4]>  (top, left, height, width) of the upright source
+                                                    in pixels; absent if nothing is cropped
 labels             list<the label's type>           absent without a label column
 example_index      list<int64>                      row in the source
 =================  ===============================  =========================================
@@ -68,12 +70,16 @@ REJECTS = pa.schema(
 )
 
 
-def segment_schema(label_type: pa.DataType | None) -> pa.Schema:
-    """Return the schema of the segment columns of images."""
+_BOXES = pa.list_(pa.list_(pa.int32(), 4))
+
+
+def segment_schema(label_type: pa.DataType | None, *, cropped: bool = False) -> pa.Schema:
+    """Return the schema of the segment columns of images, with boxes if they are cropped."""
     fields = [
         ("seq_lens", pa.list_(pa.int32())),
         ("grid_hw", pa.list_(pa.list_(pa.int16(), 2))),
         ("image_hw", pa.list_(pa.list_(pa.int32(), 2))),
+        *([("box", _BOXES)] if cropped else []),
         *([] if label_type is None else [("labels", pa.list_(label_type))]),
         ("example_index", pa.list_(pa.int64())),
     ]
@@ -91,7 +97,7 @@ def row_schema(config: PackConfig, label_type: pa.DataType | None) -> pa.Schema:
         pa.field(name, pa.list_(kind, config.seq_len * widths[name]))
         for name, kind in _IMAGE_TOKENS.items()
     ]
-    return pa.schema([*tokens, *segment_schema(label_type)])
+    return pa.schema([*tokens, *segment_schema(label_type, cropped=config.crop is not None)])
 
 
 def token_schema(
@@ -311,10 +317,13 @@ def table_segments(table: pa.Table) -> Rows:
     tokens.
 
     Raises:
-        ValueError: labels of images are not one a segment.
+        ValueError: labels or boxes of images are not one a segment.
     """
-    own = _own_segments(table.column_names)
+    own = _own_segments(table.schema)
     labels = ["labels"] if has_labels(table) else []
+    if "box" in own and not _is_of_segments(table, "box"):
+        expected, remedy = "one box a segment", "join rows of one configuration, or rename it"
+        raise ValueError(checks.sentence("column 'box'", "incomplete", expected, remedy))
     return _segments(table, [name for name in table.column_names if name in (*own, *labels)])
 
 
@@ -351,7 +360,7 @@ def _check_columns(schema: pa.Schema) -> None:
         remedy = "open them by the call of pack that wrote them, which computes their patches"
         raise ValueError(checks.sentence("rows", "packed with materialize=False", expected, remedy))
     tokens = dict.fromkeys(NUMBER_COLUMNS, pa.int32()) if of_tokens else _IMAGE_TOKENS
-    segments = _own_segments(found)
+    segments = _own_segments(schema)
     for name, kind in tokens.items():
         there = found.get(name)
         if there is None or not pa.types.is_fixed_size_list(there) or there.value_type != kind:
@@ -362,9 +371,13 @@ def _check_columns(schema: pa.Schema) -> None:
             raise ValueError(_not_a_row(name, there, str(kind)))
 
 
-def _own_segments(names: Any) -> dict[str, pa.DataType]:
+def _own_segments(schema: pa.Schema) -> dict[str, pa.DataType]:
     """Return packpipe's own columns of segments, which are NumPy arrays in memory."""
-    return _TOKEN_SEGMENTS if holds_tokens(names) else _IMAGE_SEGMENTS
+    if holds_tokens(schema.names):
+        return _TOKEN_SEGMENTS
+    # A column of another type is somebody else's.
+    is_cropped = "box" in schema.names and schema.field("box").type == _BOXES
+    return _IMAGE_SEGMENTS | ({"box": _BOXES} if is_cropped else {})
 
 
 def _not_a_row(name: str, found: pa.DataType | None, expected: str) -> str:
@@ -377,7 +390,7 @@ def _not_a_row(name: str, found: pa.DataType | None, expected: str) -> str:
 def _segments(table: pa.Table, names: list[str]) -> Rows:
     """Return rows with some columns of segments, and no tokens yet."""
     columns = {name: text.joined(table.column(name)) for name in names}
-    own = _own_segments(table.column_names)
+    own = _own_segments(table.schema)
     # A list array may be a slice: its offsets then start above zero, and `flatten` obeys them.
     offsets = _from_zero(columns["seq_lens"].offsets)
     segments = {}
@@ -408,10 +421,10 @@ def _fixed(table: pa.Table, name: str) -> NDArray[Any]:
 
 
 def _numbers(values: pa.Array) -> NDArray[Any]:
-    """Return a column of numbers, or of pairs of them, as a NumPy array."""
+    """Return a column of numbers, or of two or four of them, as a NumPy array."""
     if pa.types.is_fixed_size_list(values.type):
-        pairs: NDArray[Any] = values.flatten().to_numpy()
-        return pairs.reshape(-1, values.type.list_size)
+        flat: NDArray[Any] = values.flatten().to_numpy()
+        return flat.reshape(-1, values.type.list_size)
     numbers: NDArray[Any] = values.to_numpy()
     return numbers
 

@@ -21,7 +21,9 @@ def packed_features(config: PackConfig, label: Any, *, tokens: bool = True) -> F
         tokens: False leaves only the segment columns, the plan of a row.
     """
     label_type = None if label is None else label.pa_type
-    found = schema.row_schema(config, label_type) if tokens else schema.segment_schema(label_type)
+    found = schema.row_schema(config, label_type)
+    if not tokens:
+        found = schema.segment_schema(label_type, cropped=config.crop is not None)
     features = Features.from_arrow_schema(found)
     if label is not None:
         features["labels"] = List(label)  # an Arrow schema knows no names of classes

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from packpipe import checks
 from packpipe.building.shards import MANIFEST
 from packpipe.philox import Key
+from packpipe.planning.crops import crop_boxes
 from packpipe.planning.decisions import decide, decide_all
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import MAX_SIDE, plan_epoch
@@ -68,7 +69,9 @@ class ImageChecks:
         return self._schema(label, "patches" in rows.column_names)
 
     def _schema(self, label: pa.DataType | None, has_pixels: bool) -> pa.Schema:
-        return schema.row_schema(self.config, label) if has_pixels else schema.segment_schema(label)
+        if has_pixels:
+            return schema.row_schema(self.config, label)
+        return schema.segment_schema(label, cropped=self.config.crop is not None)
 
     def broken_segments(self, segments: Rows) -> Iterator[Check]:
         """Yield each thing that can be wrong with segments."""
@@ -83,6 +86,7 @@ class ImageChecks:
         # Sizes below 1 cannot be planned again.
         if (below | no_grid | outside).any():
             return
+        yield from self._broken_boxes(segments)
         # Grids and numbers of tokens follow from size, options and key: decide again and compare.
         grid_hw, num_keep, _ = decide_all(
             segments.image_hw, config, self.key, index=segments.example_index
@@ -93,6 +97,18 @@ class ImageChecks:
             differs[last] = lens[last] < num_keep[last]
         what = "a grid or a number of tokens that its size does not give"
         yield what, rows_with(segments, differs)
+
+    def _broken_boxes(self, segments: Rows) -> Iterator[Check]:
+        """Yield which boxes are not within their image, or not those of the plan."""
+        image_hw, index = segments.image_hw, segments.example_index
+        expected = crop_boxes(self.config.crop, image_hw, self.key, index=index)
+        if expected is None:
+            return
+        start, size = segments.box[:, :2].astype(np.int64), segments.box[:, 2:]
+        beyond = (start < 0) | (size < 1) | (start + size > image_hw)
+        yield "a box that is not within its image", rows_with(segments, beyond.any(axis=1))
+        differs = (segments.box != expected).any(axis=1)
+        yield "a box that is not the plan's", rows_with(segments, differs)
 
     def broken_tokens(self, rows: pa.Table, segments: Rows) -> Iterator[Check]:
         """Yield each thing that can be wrong with tokens whose segments are sound."""
@@ -112,7 +128,7 @@ class ImageChecks:
 
     def no_rows(self) -> Rows:
         """Return rows with packpipe's own columns of segments, and no row."""
-        return schema.table_segments(schema.segment_schema(None).empty_table())
+        return schema.table_segments(self._schema(None, False).empty_table())
 
     def values(self) -> list[str]:
         """Return no columns: no value of the source but the label goes with an image."""

@@ -23,7 +23,7 @@ from packpipe.philox import Key
 from packpipe.planning.decisions import decide_all
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows import schema
-from packpipe.rows.fill_images import planned_tokens, row_tasks
+from packpipe.rows.fill_images import planned_tokens, row_tasks, with_boxes
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
 from packpipe.rows.text import wide
@@ -146,7 +146,8 @@ class ImageComparison:
         image_hw = sizes.image_hw[index]
         grid_hw, num_keep, _ = decide_all(image_hw, self.config, self.key, index=index)
         segments = {"seq_lens": num_keep, "grid_hw": grid_hw, "image_hw": image_hw}
-        alone = Rows(np.arange(len(index) + 1), {**segments, "example_index": index})
+        segments = with_boxes({**segments, "example_index": index}, self.config, self.key)
+        alone = Rows(np.arange(len(index) + 1), segments)
         tasks = row_tasks(alone, planned_tokens(alone, self.key), self._source)
         out = np.empty((self.config.seq_len, self.config.patch_bytes), np.uint8)
         lost = []
@@ -256,9 +257,10 @@ def _pixel_difference(
     # y · columns + x is the number of a token in raster order.
     kept = (rows.coords[0, span] @ np.array([grid_hw[1], 1])).astype(np.int32)
     size = tuple(rows.image_hw[number].tolist())
+    box = tuple(rows.box[number].tolist()) if "box" in rows.segments else None
     found = rows.patches[0, span]
     expected = np.empty_like(found)
-    task = ImageTask(example, partial(source, example), size, grid_hw, kept)
+    task = ImageTask(example, partial(source, example), size, grid_hw, kept, box)
     failure = _failure_of(task, expected, config)
     if failure is not None:
         return f"its image cannot be decoded again: {failure.exception}"

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from packpipe import PackConfig, PackedBatch, Side, Uniform, plan_epoch
+from packpipe import CenterCrop, PackConfig, PackedBatch, Side, Uniform, plan_epoch
+from packpipe.images.decode import decode, pixel_rules
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
 from packpipe.model.predict import predict
@@ -38,7 +39,11 @@ def alone(model, file, **options):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("options", [{}, {"resolution": "budget", "max_tokens": 40}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"resolution": "budget", "max_tokens": 40, "crop": CenterCrop(0.6, "square")}],
+    ids=["native", "cropped budget"],
+)
 def test_each_answer_is_that_of_its_image_alone(options, num_workers):
     model = model_of()
     found = model.predict(FILES, seq_len=512, batch_size=3, num_workers=num_workers, **options)
@@ -47,6 +52,22 @@ def test_each_answer_is_that_of_its_image_alone(options, num_workers):
     for file, answer in zip(FILES, found, strict=True):
         assert (alone(model, file, **options)[0, 0] - answer).abs().max() < 1e-10
     assert model.training
+
+
+def test_a_crop_is_answered_as_the_image_that_it_leaves():
+    model, cut, rules = model_of(), [], pixel_rules(PackConfig())
+    for file in FILES[:5]:
+        with Image.open(file) as image:
+            image_hw = image.height, image.width
+        rgb = decode(str(file), image_hw=image_hw, target_hw=image_hw, rules=rules).pixels
+        height, width = (round(side / 2) for side in rgb.shape[:2])
+        top, left = (rgb.shape[0] - height) // 2, (rgb.shape[1] - width) // 2
+        cut.append(rgb[top : top + height, left : left + width])
+    options = {"seq_len": 512, "reducing_gap": None}
+    wanted = model.predict(cut, **options)
+    found = model.predict(FILES[:5], crop=CenterCrop(0.25), **options)
+    assert (found - wanted).abs().max() < 1e-12
+    assert (found - model.predict(FILES[:5], **options)).abs().max() > 1e-6
 
 
 def test_images_may_be_bytes_paths_arrays_or_pillow_images_from_any_iterable():

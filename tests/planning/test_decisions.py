@@ -207,7 +207,8 @@ def test_an_image_over_seq_len_is_shrunk_at_the_same_rate_and_only_as_far_as_nee
         # A larger scale's grid would keep too many, at this rate.
         assert found.drop_rate[i] == free.drop_rate[i]
         most = int(np.floor(config.seq_len / (1 - found.drop_rate[i])))
-        wanted = naive.largest_grid(*sizes[i], config, min(most, config.token_limit))
+        shown = naive.shown_hw(sizes[i], config, *key, i)
+        wanted = naive.largest_grid(*shown, config, min(most, config.token_limit))
         assert tuple(found.grid_hw[i].tolist()) == wanted
     assert (found.grid_hw[~over] == free.grid_hw[~over]).all()
     assert (found.num_keep[~over] == free.num_keep[~over]).all()

@@ -11,6 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from packpipe.philox import Key
+from packpipe.planning.crops import Crop
 from packpipe.planning.decisions import decide_all
 from packpipe.planning.distributions import Beta, Uniform
 from packpipe.planning.image_config import FIT_LAST, PackConfig
@@ -50,6 +51,7 @@ ENLARGES = (GROWS[0], PackConfig(seq_len=40, fit_last="resolution", fit_limit=2)
 LIMITED = ([(64, 64), (8, 64)] * 5, replace(ENLARGES[1], seq_len=24, max_tokens=16), (0, 0))
 CAPPED = (GROWS[0], replace(ENLARGES[1], max_upscale=1), (1, 2))
 SQUARES = (GROWS[0], replace(ENLARGES[1], seq_len=43, resolution=Square([48, 64, 80])), (0, 1))
+CROPPED = (GROWS[0], replace(ENLARGES[1], crop=Crop(), max_upscale=1), (1, 2))
 BOTH = (GROWS[0], replace(PAPERS, seq_len=24, fit_last="resolution", fit_limit=1), (3, 4))
 
 
@@ -59,13 +61,14 @@ BOTH = (GROWS[0], replace(PAPERS, seq_len=24, fit_last="resolution", fit_limit=1
 @example(LIMITED)
 @example(CAPPED)
 @example(SQUARES)
+@example(CROPPED)
 @example(BOTH)
 def test_fitting_is_the_slow_twins(case):
-    sizes, config, _ = case
+    sizes, config, key = case
     plan, plain, grid_hw, num_keep = planned(case)
     packs, grids, keeps, grown = naive.fit_last(
         [pack.tolist() for pack in plain],
-        sizes,
+        [naive.shown_hw(size, config, *key, i) for i, size in enumerate(sizes)],
         [tuple(grid) for grid in grid_hw.tolist()],
         num_keep.tolist(),
         config,

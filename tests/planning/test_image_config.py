@@ -9,6 +9,7 @@ import pytest
 import strategies
 from hypothesis import given
 
+from packpipe.planning.crops import CenterCrop, Crop, FixedCrop
 from packpipe.planning.distributions import Beta, Choice, Constant, TruncatedNormal, Uniform
 from packpipe.planning.dropping import ByResolution, OverTraining
 from packpipe.planning.image_config import (
@@ -76,6 +77,14 @@ BAD = [
         {"patch_size": "16"},
         TypeError,
         "patch_size is '16', expected an integer in 1..128; patches of 8 to 32 pixels are usual",
+    ),
+    (
+        {"crop": (0, 0, 8, 8)},
+        TypeError,
+        (
+            "crop is (0, 0, 8, 8), expected None or a crop; "
+            "pass Crop(...), CenterCrop(...) or FixedCrop(...)"
+        ),
     ),
     (
         {"resolution": "naflex"},
@@ -302,7 +311,7 @@ def test_pack_options_are_the_fields_besides_seq_len():
 
 def test_an_unknown_option_is_refused():
     message = (
-        "option is 'patchsize', expected one of seq_len, patch_size, resolution, max_tokens, "
+        "option is 'patchsize', expected one of seq_len, patch_size, crop, resolution, max_tokens, "
         "max_upscale, drop_rate, epochs, fit_last, fit_limit, max_segments, strategy, window, "
         "background, reducing_gap, downscale_filter, upscale_filter, max_pixels, profiles, "
         "damaged_scans; check its spelling"
@@ -367,7 +376,9 @@ def test_a_configuration_knows_what_its_decisions_depend_on(options, drops, draw
 
 
 def test_every_field_is_written_and_read_back():
-    config = PackConfig(seq_len=100, background=(1, 2, 3), max_tokens=7, strategy="next_fit")
+    config = PackConfig(
+        seq_len=100, crop=Crop(), background=(1, 2, 3), max_tokens=7, strategy="next_fit"
+    )
     assert list(config.to_dict()) == FIELDS
     assert PackConfig.from_dict(config.to_dict()) == config
 
@@ -389,6 +400,15 @@ EVERY_RESOLUTION = [
     Square(224),
     Square(Choice((160, 224)), "floor"),
 ]
+EVERY_CROP = [
+    None,
+    Crop(),
+    Crop(0.5, (1, 1), "square"),
+    Crop(TruncatedNormal(0.6, 0.2, 0.1, 1), (0.5, 2)),
+    CenterCrop(),
+    CenterCrop(0.5, "square"),
+    FixedCrop(0, 0.25, 1, 0.5),
+]
 EVERY_DROP_RATE = [
     0.0,
     0.5,
@@ -406,6 +426,7 @@ EVERY_DROP_RATE = [
 @pytest.mark.parametrize(
     "options",
     [{"resolution": law} for law in EVERY_RESOLUTION]
+    + [{"crop": law} for law in EVERY_CROP]
     + [{"drop_rate": law, "epochs": 2.5} for law in EVERY_DROP_RATE]
     + [{"max_upscale": 1.5, "fit_last": "resolution", "fit_limit": 2, "background": (1, 2, 3)}],
     ids=lambda options: str(next(iter(options.values()))),
@@ -461,6 +482,21 @@ def test_what_was_described_before_profiles_were_an_option_ignores_them():
     assert PackConfig.from_dict(config.to_dict()) == config != PackConfig(seq_len=64)
     assert PackConfig(seq_len=64).to_dict()["profiles"] == "srgb"
     assert repr(PackConfig(seq_len=64)).endswith("profiles='srgb', damaged_scans='reject')")
+
+
+def test_without_a_crop_a_configuration_is_told_as_before_there_were_any():
+    assert "crop" not in PackConfig().to_dict()
+    assert "crop" not in repr(PackConfig())
+    assert PackConfig.from_dict(PackConfig().to_dict()).crop is None
+    cropped = PackConfig(crop=CenterCrop())
+    assert cropped.to_dict()["crop"] == {"CenterCrop": {"area": 0.765625, "shape": "image"}}
+    assert "crop=CenterCrop(area=0.765625, shape='image'), resolution=" in repr(cropped)
+
+
+def test_only_a_random_crop_draws():
+    assert PackConfig(crop=Crop()).draws
+    assert not PackConfig(crop=CenterCrop()).draws
+    assert not PackConfig(crop=FixedCrop(0, 0, 1, 1)).draws
 
 
 def test_options_are_passed_by_name():

@@ -25,7 +25,7 @@ from hypothesis import settings
 from PIL import Image as PillowImage
 
 import packpipe
-from packpipe import OverTraining, Side, Uniform
+from packpipe import Crop, OverTraining, Side, Uniform
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.token_config import TokenConfig
 
@@ -122,6 +122,7 @@ def texts() -> Dataset:
 EVERY_OPTION: dict[str, Any] = {
     "seq_len": 20,
     "patch_size": 4,
+    "crop": Crop(Uniform(0.4, 1.0)),
     "resolution": Side(Uniform(5, 18)),
     "max_tokens": 12,
     "max_upscale": 1.5,
