@@ -8,7 +8,7 @@ The planned size is known before any pixel is decoded, so the work is done in th
 
 1. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size while what is needed of it stays at least
    ``reducing_gap`` times as large as planned on both axes; unless it is lossless, since it cannot
-   be then.
+   be then. At its edges none of a block beyond them is left (`edges`).
 2. The mode becomes grey or RGB (`modes`), an animation its first frame.
 3. What lies outside of the box, if there is one, is cut off. No pixel outside matters, but for
    those that a smaller decode has merged with some of the box's.
@@ -43,6 +43,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from packpipe import checks
 from packpipe.images.colour import Conversion, HighDynamicRange, conversion_of, to_srgb
+from packpipe.images.edges import decoded_at, whole_parts
 from packpipe.images.headers import (
     HEAD_BYTES,
     PNG,
@@ -54,6 +55,7 @@ from packpipe.images.headers import (
 from packpipe.images.layouts import mend
 from packpipe.images.modes import NoRule, plain
 from packpipe.images.opening import (
+    _PILLOWS_LIMIT,
     LONGEST_SIDE,
     BadImage,
     Confined,
@@ -205,7 +207,7 @@ def decode(
                 conversion = conversion_of(image, of_file=image is not data)
             scans = None if image is data else _watched(image)
             wanted = _stored_box(box or (0, 0, *image_hw), image_hw, orientation)
-            size = image.size
+            size, drafted = image.size, None
             decoded_size: tuple[float, float] = size
             # Not for an image of the caller's, which draft would change.
             can_shrink = image is not data and not (scans and scans.scans.is_lossless)
@@ -224,6 +226,8 @@ def decode(
                 damage = scans.damage(image, strict=rules.damaged_scans == "strict")
                 if damage is not None:
                     raise BadImage("damaged scan", damage)
+                if drafted is not None:
+                    pixels, decoded_size = _whole(pixels, decoded_size, scans, size, background)
         except Exception as error:  # decoders raise whatever they like
             _reraise_faults(error)
             reason = _REASONS.get(type(error), "undecodable")
@@ -287,6 +291,21 @@ def _cut(image: Image.Image, box: Box) -> tuple[Image.Image, Box]:
     if kept == (0, 0, *image.size):
         return image, box
     return image.crop(kept), (left - kept[0], top - kept[1], right - kept[0], bottom - kept[1])
+
+
+def _whole(
+    pixels: Image.Image,
+    decoded_size: tuple[float, float],
+    scans: Watched,
+    size: tuple[int, int],
+    background: tuple[int, int, int] | None,
+) -> tuple[Image.Image, tuple[float, float]]:
+    """Return drafted pixels of an image of (width, height) free of padding, and their size."""
+    drafted = round(size[0] / decoded_size[0])
+    parts = whole_parts(pixels, size, drafted)
+    if parts == drafted or size[0] * size[1] > _PILLOWS_LIMIT * parts**2:
+        return pixels, decoded_size
+    return plain(decoded_at(scans.content, parts), background), (size[0] / parts, size[1] / parts)
 
 
 def _turned(box: Box, size: tuple[int, int], orientation: int) -> Box:

@@ -163,12 +163,13 @@ class Watched(BytesIO):
         content: the file.
 
     Attributes:
+        content: the file.
         scans: what its markers say.
     """
 
     def __init__(self, content: bytes) -> None:
         super().__init__(content)
-        self._content, self.scans = content, scans_of(content)
+        self.content, self.scans = content, scans_of(content)
         # Of other files the decoder reads all before the first row, or must not be kept waiting.
         is_watched = self.scans.frame in _SEQUENTIAL and self.scans.number == 1
         # Some encoders fill up their scans, or write a few bytes more than they need.
@@ -195,14 +196,14 @@ class Watched(BytesIO):
             return "bytes left over"
         if self._ends_early(image):
             return "the scan ends before its last unit"
-        return _strict_error(self._content, image.mode) if strict else None
+        return _strict_error(self.content, image.mode) if strict else None
 
     def _ends_early(self, image: Image.Image) -> bool:
         last = image.getpixel((image.width - 1, image.height - 1))
         levels = last if isinstance(last, tuple) else (last,)
         if self.scans.is_lossless or any(level not in _GREYS for level in levels):
             return False
-        content, end = self._content, self.scans.end
+        content, end = self.content, self.scans.end
         return _eighth(content[:end] + _FILLING + content[end:]) != _eighth(content)
 
 

@@ -108,7 +108,8 @@ class PackConfig:
             versions without this option did.
         damaged_scans: what becomes of a JPEG that is damaged within its pixels: "reject", where
             that is seen while decoding; "strict" decodes a second time, with simplejpeg, and
-            rejects whatever libjpeg warns of; "keep" makes a row of what libjpeg made of it.
+            rejects whatever libjpeg warns of; "keep" makes a row of what libjpeg made of it, also
+            where that has padding at its edges, as versions without this option did.
 
     Raises:
         TypeError: an option is of a wrong type.
