@@ -68,6 +68,7 @@ from packpipe.images.opening import (
     _said,
     check_settings,
     rejecting,
+    rejecting_giants,
 )
 from packpipe.images.scans import Watched
 
@@ -135,6 +136,7 @@ def pixel_rules(options: Any) -> PixelRules:
     return rules
 
 
+@rejecting_giants()
 def probe(data: ImageData, *, max_pixels: int) -> Probe:
     """Return the upright size of an image from its header; nothing is decoded.
 
@@ -169,6 +171,7 @@ def probe(data: ImageData, *, max_pixels: int) -> Probe:
         return Probe(upright_hw(*image.size, orientation), broken_exif)
 
 
+@rejecting_giants()
 def decode(
     data: ImageData,
     *,
@@ -187,7 +190,8 @@ def decode(
         box: (top, left, height, width) in pixels of the upright image, within it; None for all.
 
     Raises:
-        BadImage: the image cannot be decoded, its mode has no rule, or it has a high dynamic range.
+        BadImage: the image cannot be decoded, its mode has no rule, or it has a high dynamic range;
+            or it alone takes more memory than there is.
         SizeChanged: its size is not image_hw, so the source has changed since the plan was made.
         ValueError: settings of Pillow in this process would give other pixels.
     """

@@ -7,7 +7,7 @@ One rule tells errors apart. An error of the machine is one that the next file w
 whatever it is: something has run out, the storage cannot be reached, or this process is at fault
 (`_MACHINE_FAULTS`). It is raised and stops the work. Every other error is one of the file at this
 path, and the image is a reject; if it is the disk that fails after all, the limits on rejects stop
-the work.
+the work. Memory is an image's own fault if there is enough for others once the image is given up.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import re
 import stat
 import struct
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -82,6 +83,10 @@ _SETTINGS = {
     "PIL.PngImagePlugin.MAX_TEXT_CHUNK": 2**20,
     "PIL.PngImagePlugin.MAX_TEXT_MEMORY": 2**26,
 }
+
+
+# What must be left of memory once an image is given up: an ordinary one takes less.
+_MEMORY_LEFT = 2**26
 
 
 _PILLOW_LOG = logging.getLogger("PIL.TiffImagePlugin")
@@ -393,6 +398,32 @@ def _reraise_faults(error: Exception) -> None:
     """Raise the error if the machine caused it, not the image: it must not become a reject."""
     if is_fault(error) or isinstance(error, (BadImage, MemoryError)):
         raise error
+
+
+@contextmanager
+def rejecting_giants() -> Iterator[None]:
+    """Turn a MemoryError into `BadImage` if the image alone takes more than there is.
+
+    Raises:
+        BadImage: with the reason "too much memory".
+        MemoryError: there is not enough for an ordinary image either.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold what was decoded so far
+        if not _has_memory():
+            raise
+        raise BadImage("too much memory", "more than this process can allocate") from error
+
+
+def _has_memory() -> bool:
+    """Return whether this process can allocate as much as an ordinary image takes."""
+    try:
+        np.empty(_MEMORY_LEFT, np.uint8)
+    except MemoryError:
+        return False
+    return True
 
 
 def is_fault(error: BaseException) -> bool:

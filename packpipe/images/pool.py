@@ -47,9 +47,9 @@ _NO_ANSWER = (OSError, ValueError)
 _STOPPED = "the decoding processes were stopped"
 # Signals that come from outside, for example from a system that has run out of memory.
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
-# Reasons of images that ended the process that decoded them, or kept it busy; another machine may
-# decode them.
-ENDED = ("too slow", "crashed", "standstill")
+# Reasons of images that ended the process that decoded them, kept it busy or took more memory than
+# it had; another machine may decode them.
+ENDED = ("too slow", "crashed", "standstill", "too much memory")
 _STARTS = 3  # attempts to start a process that ends before its first image
 # Seconds that a killed process may take to end; one that waits for a device cannot, until that
 # answers, and is left behind.

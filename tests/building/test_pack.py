@@ -19,6 +19,7 @@ from strategies import encode
 
 import packpipe
 from packpipe.building.shards import Shards, alone_in
+from packpipe.images import modes
 from packpipe.images.decode import decode, pixel_rules
 from packpipe.images.patches import unpatchify
 from packpipe.philox import Key
@@ -529,9 +530,25 @@ def test_a_fault_of_the_machine_is_no_reject(source, tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("packpipe.images.decode.plain", out_of_memory)
+    monkeypatch.setattr("packpipe.images.opening._has_memory", lambda: False)
     with pytest.raises(MemoryError):
         packed_in(tmp_path / "out", source, max_bad_fraction=1.0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_too_large_for_the_memory_does_not_stop_a_build(source, tmp_path, monkeypatch):
+    def one_is_large(image, background):
+        if image.size == (60, 40):
+            raise MemoryError
+        return modes.plain(image, background)
+
+    monkeypatch.setattr("packpipe.images.decode.plain", one_is_large)
+    packed_in(tmp_path / "out", source, max_bad_fraction=1.0)
+    found = packpipe.summarize(tmp_path / "out")
+    assert {reject.reason for reject in found.rejects} == {"too much memory"}
+    assert 0 < len(found.rejects) < len(source)
+    monkeypatch.undo()
+    assert packpipe.verify(tmp_path / "out", source) == []
 
 
 def test_a_second_build_in_the_folder_of_a_first_is_refused(source, tmp_path):

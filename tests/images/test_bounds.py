@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from io import BytesIO
 
+import loading
 import numpy as np
 import pytest
+import starving
 from PIL import Image
 from strategies import encode
 from test_decode import decoded, png
@@ -172,3 +178,24 @@ def test_no_reject_is_without_a_text():
     assert opening._said(AssertionError(), b"") == "its decoder does not say why"
     assert opening._said(ValueError("why"), b"") == "why"
     assert Image.open(BytesIO(png(1, 1, 8, 0, b"\0\0"))).size == (1, 1)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/statm", os.R_OK), reason="no limit can be set")
+def test_an_image_that_alone_takes_more_memory_than_there_is_is_a_reject():
+    found = subprocess.run(
+        [sys.executable, starving.__file__],
+        env=loading.environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    starved, here, there = json.loads(found.stdout)
+    giant = ["too much memory", "MemoryError: more than this process can allocate"]
+    empty = [
+        "undecodable",
+        "OSError: image file is truncated (0 bytes not processed)",
+    ]  # it was allocated
+    assert here == [giant, None, giant, None, empty]
+    assert there == [[giant, None, None]]
+    # An ordinary image does not fit either: the next file would meet the same.
+    assert starved == "MemoryError"
