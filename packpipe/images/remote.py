@@ -1,7 +1,8 @@
 """Reads images whose path has a scheme, such as ``zip://``, ``s3://`` or ``https://``, by fsspec.
 
 They are read whole, where they are asked for; processes that decode get the bytes. So what one
-process alone can reach, such as ``memory://``, is reached wherever that process reads.
+process alone can reach, such as ``memory://``, is reached wherever that process reads. A file may
+have `MOST_BYTES`, which counts what a member of an archive is inflated to.
 
 Errors follow the rule of `opening`: what the next file would meet as well, an opener that is not
 installed or a storage that does not answer, is raised; every other error makes a reject. So does a
@@ -13,10 +14,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import lru_cache
-from zipfile import ZipFile
+from typing import IO, Any
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 from packpipe import checks
-from packpipe.images.opening import BadImage, ImageData, is_fault, rejecting
+from packpipe.images.opening import BadImage, ImageData, is_fault, rejecting, rejecting_giants
 
 _LOCAL = ("file://", "local://")
 _ARCHIVE = "zip://"
@@ -25,6 +27,11 @@ _WEB = ("http://", "https://")
 _SILENCE = (ConnectionError, TimeoutError)
 # Files that this process alone has.
 _OWN = "memory://"
+# More than the most pixels that are packed unless asked for take in any format, uncompressed.
+MOST_BYTES = 2**30
+# Bytes that are asked for at once: more than most files have; and of what is compressed by other
+# methods than deflate so few that what they are inflated to is bounded, since Python then does not.
+_PIECE, _SMALL_PIECE = 2**26, 2**12
 
 
 def is_remote(path: object) -> bool:
@@ -37,11 +44,12 @@ def is_remote(path: object) -> bool:
     return scheme in known_implementations or scheme in registry
 
 
+@rejecting_giants()
 def fetched(image: ImageData) -> ImageData:
     """Return the bytes of an image whose path has a scheme; any other image as it is.
 
     Raises:
-        BadImage: there is no such file, or it cannot be read.
+        BadImage: there is no such file, it cannot be read, or it has more than MOST_BYTES.
         ValueError: what opens such paths is not installed.
         ConnectionError: the storage does not answer.
     """
@@ -97,12 +105,30 @@ def _read(path: str) -> bytes:
         # fsspec reads an archive's list of files anew for each of them.
         archive = _archive(container, _status(container), os.getpid())
         try:
-            return archive.read(member.lstrip("/"))
+            found = archive.getinfo(member.lstrip("/"))
         except KeyError as error:
             raise FileNotFoundError(path) from error
+        _check_bytes(found.file_size)
+        bounded = found.compress_type in (ZIP_STORED, ZIP_DEFLATED)
+        with archive.open(found) as file:
+            return _content(file, _PIECE if bounded else _SMALL_PIECE)
     with fsspec.open(path, "rb") as file:
-        content: bytes = file.read()
-    return content
+        return _content(file, _PIECE)
+
+
+def _content(file: IO[bytes] | Any, piece: int) -> bytes:
+    """Return all bytes of a file, asking for so many at once."""
+    pieces, size = [], 0
+    while found := file.read(piece):
+        size += len(found)
+        _check_bytes(size)
+        pieces.append(found)
+    return b"".join(pieces)
+
+
+def _check_bytes(size: int) -> None:
+    if size > MOST_BYTES:
+        raise BadImage("unreadable", f"it has {size} bytes or more, expected at most {MOST_BYTES}")
 
 
 @lru_cache(maxsize=4)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import sys
+import zipfile
 
 import fsspec
 import pytest
+from test_kinds import traced
 
 from packpipe.images import remote
 from packpipe.images.opening import BadImage
@@ -112,3 +115,46 @@ def test_what_another_process_holds_in_memory_is_missing_and_said():
     with pytest.raises(BadImage, match=re.escape(message)) as found:
         fetched("memory://packpipe-none.png")
     assert found.value.reason == "missing"
+
+
+@pytest.mark.parametrize("says", [10**6, 9000])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_a_member_of_an_archive_that_inflates_to_too_much_is_a_reject(
+    tmp_path, monkeypatch, method, says
+):
+    monkeypatch.setattr(remote, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(remote, "_PIECE", 4096)
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w", method) as file:
+        file.writestr("small.png", bytes(10_000))
+        file.writestr("large.png", bytes(10**6))
+    assert fetched(f"zip://small.png::{archive}") == bytes(10_000)
+    # The archive's list, at its end, has sizes of its own.
+    head, size, tail = archive.read_bytes().rpartition((10**6).to_bytes(4, "little"))
+    archive.write_bytes(head + says.to_bytes(len(size), "little") + tail)
+    message = "it has 1000000 bytes or more, expected at most 10000"
+    if says == 9000:
+        message = "Bad CRC-32 for file 'large.png'"
+    with traced() as peak, pytest.raises(BadImage, match=f"^{message}$") as found:
+        fetched(f"zip://large.png::{archive}")
+    assert found.value.reason == "unreadable"
+    assert method == zipfile.ZIP_BZIP2 or peak() < 100_000
+
+
+def test_a_compressed_file_that_inflates_to_too_much_is_a_reject(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(remote, "_PIECE", 4096)
+    for size in (10_000, 10**6):
+        (tmp_path / f"{size}.gz").write_bytes(gzip.compress(bytes(size)))
+    assert fetched(f"gzip://10000::{tmp_path}/10000.gz") == bytes(10_000)
+    with traced() as peak, pytest.raises(BadImage, match=r"^it has 12288 bytes or more") as found:
+        fetched(f"gzip://1000000::{tmp_path}/1000000.gz")
+    assert found.value.reason == "unreadable"
+    assert peak() < 200_000
+
+
+def test_a_file_that_memory_cannot_hold_is_a_reject(failing, monkeypatch):
+    monkeypatch.setattr(failing, "error", MemoryError())
+    with pytest.raises(BadImage, match=r"^more than this process can allocate$") as found:
+        fetched("packpipe-failing://a.png")
+    assert found.value.reason == "too much memory"
