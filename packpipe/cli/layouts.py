@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
@@ -28,6 +28,7 @@ class Layout:
             ``"square"`` takes high.
         drop_rate: share of tokens dropped, in ``"packed"`` alone.
         max_bad_fraction: a larger share of images that cannot be read stops the training.
+        pixels: options of `PackConfig` that decide how pixels are made, by name.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Layout:
     sides: tuple[int, int]
     drop_rate: float
     max_bad_fraction: float = 0.01
+    pixels: dict[str, str] = field(default_factory=dict)
 
     def packs(self, dataset: Dataset, patch_size: int, num_workers: int) -> EpochPacks:
         """Return the packs of a dataset in this layout, planned anew every epoch."""
@@ -57,4 +59,5 @@ class Layout:
             num_workers=max(1, num_workers),
             max_bad_fraction=self.max_bad_fraction,
             **options,
+            **self.pixels,
         )

@@ -48,6 +48,19 @@ Overflow = Annotated[
     str | None,
     typer.Option(help="Of a sequence longer than a row: error, split, truncate, drop."),
 ]
+Profiles = Annotated[
+    str | None,
+    typer.Option(
+        help="srgb, unless given: colours become sRGB by their profiles. ignore: numbers as they "
+        "are."
+    ),
+]
+DamagedScans = Annotated[
+    str | None,
+    typer.Option(
+        help="Of JPEGs: reject, unless given; strict, by a second decode, with simplejpeg; keep."
+    ),
+]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 Epoch = Annotated[int, typer.Option(help="Which of the seed's orders and draws.")]

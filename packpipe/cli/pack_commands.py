@@ -16,6 +16,7 @@ from packpipe.cli.options import (
     CenterCropArea,
     CropArea,
     CropAspect,
+    DamagedScans,
     DropRate,
     Epoch,
     Folder,
@@ -24,6 +25,7 @@ from packpipe.cli.options import (
     MaxTokens,
     Overflow,
     PatchSize,
+    Profiles,
     Seed,
     SeqLen,
     Sides,
@@ -52,6 +54,8 @@ def pack(
     drop_rate: DropRate = None,
     max_segments: MaxSegments = None,
     strategy: Strategy = None,
+    profiles: Profiles = None,
+    damaged_scans: DamagedScans = None,
     image_column: Annotated[str, typer.Option(help="Its name; auto finds the only one.")] = "auto",
     label_column: Annotated[str, typer.Option(help="Its name; auto finds it, none is none.")] = (
         "auto"
@@ -94,6 +98,8 @@ def pack(
         drop_rate=drop_rate,
         max_segments=max_segments,
         strategy=strategy,
+        profiles=profiles,
+        damaged_scans=damaged_scans,
         overflow=overflow,
         layout=layout,
         pad_token_id=pad_token_id,

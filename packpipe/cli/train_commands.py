@@ -10,7 +10,15 @@ import typer
 from packpipe import checks
 from packpipe.cli.errors import one_line_errors
 from packpipe.cli.open_source import naming_files, open_source
-from packpipe.cli.options import AsJson, MaxBadFraction, SeqLen, Source, Split
+from packpipe.cli.options import (
+    AsJson,
+    DamagedScans,
+    MaxBadFraction,
+    Profiles,
+    SeqLen,
+    Source,
+    Split,
+)
 from packpipe.cli.output import print_json, print_table
 
 
@@ -73,6 +81,8 @@ def train(
         ),
     ] = (64, 256),
     drop_rate: Annotated[float, typer.Option(help="Share of tokens dropped, of packed.")] = 0.0,
+    profiles: Profiles = None,
+    damaged_scans: DamagedScans = None,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 8e-4,
     loss: Annotated[str, typer.Option(help="sigmoid or softmax.")] = "sigmoid",
     position: Annotated[str, typer.Option(help="Position embedding.")] = "factorised_absolute_sum",
@@ -97,9 +107,11 @@ def train(
 
     checks.local_path("OUTPUT", output)
     dataset = open_source(source, split)
+    pixels = {"profiles": profiles, "damaged_scans": damaged_scans}
+    given = {name: value for name, value in pixels.items() if value is not None}
     training = Training(
         dataset,
-        layout=Layout(layout, seq_len, sides, drop_rate, max_bad_fraction),
+        layout=Layout(layout, seq_len, sides, drop_rate, max_bad_fraction, given),
         model=model,
         shape={"position": position, "pooling": pooling, "attention": attention},
         batch_size=batch_size,

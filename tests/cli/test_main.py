@@ -98,6 +98,12 @@ def test_options_reach_the_configuration(few, tmp_path):
     assert (config["patch_size"], config["drop_rate"], config["max_segments"]) == (32, 0.5, 3)
     assert config["strategy"] == "bfd"
     assert "Side" in str(config["resolution"])
+    # The values by which rows were made before there were these options are not told.
+    assert (config["profiles"], config["damaged_scans"]) == ("srgb", "reject")
+    pixels = ["--profiles", "ignore", "--damaged-scans", "keep"]
+    told("pack", few, tmp_path / "b", "--seq-len", 64, *pixels)
+    config = json.loads((tmp_path / "b" / "manifest.json").read_text())["config"]
+    assert not {"profiles", "damaged_scans"} & set(config)
 
 
 def test_a_dry_run_says_what_it_would_be_and_writes_nothing(few, packed, tmp_path):
@@ -231,6 +237,13 @@ def test_records_are_json_lines(few, tmp_path):
         (["pack", "{few}", "{out}", "--overflow", "split"], "option is 'overflow', expected one"),
         (["pack", "{few}", "{packed}", "--seq-len", 8], "expected rows made with the same seq_len"),
         (["pack", "{few}", "{out}", "--on-error", "skip"], "on_error is 'skip', expected one of"),
+        (["pack", "{few}", "{out}", "--profiles", "p3"], "profiles is 'p3', expected one of "),
+        (
+            ["pack", "{texts}", "{out}", "--profiles", "ignore"],
+            "option is 'profiles', expected one",
+        ),
+        (["train", "{few}", "{out}", "--profiles", "p3"], "profiles is 'p3', expected one of"),
+        (["train", "{few}", "{out}", "--damaged-scans", "fix"], "damaged_scans is 'fix', expected"),
         (["pack", "a/b/c.parquet", "{out}"], "SOURCE is 'a/b/c.parquet', expected a file"),
         (["pack", "{few}", "{out}", "--split", "dev"], "split is 'dev', expected one of train"),
         (["plan", "{few}", "--patch-size", 999], "patch_size is 999, expected an integer in"),
