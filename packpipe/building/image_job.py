@@ -216,7 +216,8 @@ def _fill(
     with forgetting_wrong_sizes(images.source, images.config.max_pixels), closing(filled):
         for rows, failed, flags in filled:
             num_images = len(rows.seq_lens) + len(failed)
-            yield FilledRows(schema.rows_table(rows, stored), failed, num_images, flags)
+            found = Counter(flags.values())
+            yield FilledRows(schema.rows_table(rows, stored), failed, num_images, found)
 
 
 def _counts(

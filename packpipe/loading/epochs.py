@@ -29,7 +29,7 @@ from packpipe.planning.image_config import PackConfig, PackOptions, config_from
 from packpipe.planning.plan import plan_epoch
 from packpipe.rows.digests import labels_digest
 from packpipe.rows.fill_images import fill_rows, planned_images
-from packpipe.rows.rejects import ReadFailures, Reject, tolerance_of
+from packpipe.rows.rejects import Flagged, ReadFailures, Reject, tolerance_of
 from packpipe.rows.rows import Rows
 from packpipe.sources.columns import (
     check_dataset,
@@ -59,8 +59,8 @@ class EpochPacks:
         num_workers: threads that read the headers, once; None is one a processor. Of the ranks that
             share a file system one reads them, and the others wait for it.
         on_error: ``"quarantine"`` lists images whose header or label is bad in ``rejects``; one
-            that cannot be decoded leaves padding in its row, and is logged. ``"raise"`` allows
-            neither.
+            that cannot be decoded leaves padding in its row, and is logged; so is one whose colour
+            profile is broken, which keeps its place. ``"raise"`` allows no reject.
         max_bad_fraction: a larger share of rejects raises an error.
         max_consecutive_bad: this many rejects in a row raise an error.
         **options: the options of `PackConfig`.
@@ -97,7 +97,7 @@ class EpochPacks:
         self._tolerance = tolerance_of(
             len(dataset), on_error, max_bad_fraction, max_consecutive_bad
         )
-        self._undecodable = ReadFailures()
+        self._undecodable, self._flagged = ReadFailures(), Flagged()
         image_column = image_column_of(dataset.features, image_column)
         label_column = label_column_of(dataset.features, label_column)
         check_labels(dataset.features, label_column, "pass label_column=None")
@@ -183,7 +183,8 @@ class EpochPacks:
         """
         planned = packs if isinstance(packs, Rows) else self.planned(key, packs)
         with forgetting_wrong_sizes(self._source, self.config.max_pixels):
-            rows, rejects, _ = fill_rows(planned, self._source, self.config, key)
+            rows, rejects, flags = fill_rows(planned, self._source, self.config, key)
+        self._flagged.add(flags)
         self._undecodable.add(rejects, self._tolerance)
         return rows
 

@@ -33,7 +33,7 @@ from packpipe.philox import Key
 from packpipe.planning.decisions import decide
 from packpipe.planning.image_config import PackConfig, PackOptions, config_from
 from packpipe.rows.fill_images import fill_rows, with_boxes
-from packpipe.rows.rejects import NAMED, Reject, StreamReadFailures, Tally, tolerance_of
+from packpipe.rows.rejects import NAMED, Flagged, Reject, StreamReadFailures, Tally, tolerance_of
 from packpipe.rows.rows import Rows
 from packpipe.sources.columns import check_labels, image_column_of, label_column_of, pixel_type
 from packpipe.sources.image_source import checked_root, image_at
@@ -65,6 +65,7 @@ class PackedStream:
         num_examples: about how many examples an epoch has; needed for a drop rate that changes over
             the training.
         on_error: ``"quarantine"`` leaves out images that are bad and logs them; ``"raise"`` stops.
+            Images whose colour profile is broken are logged, and kept.
         max_bad_fraction: a larger share of rejects among the examples of the epoch so far stops the
             stream, once it has more than 30 or has ended. Images with a sound header that cannot
             be decoded are counted apart: by each process, among all that it has decoded.
@@ -118,7 +119,7 @@ class PackedStream:
         self._open_packs = open_packs
         self._packer()  # raises if one of its options is wrong
         self._tolerance = tolerance_of(0, on_error, max_bad_fraction, max_consecutive_bad)
-        self._undecodable = StreamReadFailures()
+        self._undecodable, self._flagged = StreamReadFailures(), Flagged()
         features = dataset.features
         if features is None:
             if image_column == "auto" or label_column == "auto":
@@ -229,7 +230,8 @@ class PackedStream:
         """Return packs as rows, their images decoded."""
         images = {held.number: held.data for pack in packs for held in pack}
         planned = self._planned(key, packs)
-        rows, rejects, _ = fill_rows(planned, images.__getitem__, self.config, key)
+        rows, rejects, flags = fill_rows(planned, images.__getitem__, self.config, key)
+        self._flagged.add(flags)
         self._undecodable.add(key.epoch, len(images), rejects, self._tolerance)
         return rows
 

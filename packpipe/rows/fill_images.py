@@ -6,7 +6,6 @@ end of the row becomes padding. No other image changes its row.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,12 +34,12 @@ class Filled(NamedTuple):
     Attributes:
         rows: the rows, without the images that could not be decoded.
         rejects: those images.
-        flags: how many images are in the rows though something is amiss with them, by a word.
+        flags: of the images in the rows that something is amiss with, by example: what, in a word.
     """
 
     rows: Rows
     rejects: list[Reject]
-    flags: Counter[str]
+    flags: dict[int, str]
 
 
 def planned_images(
@@ -170,11 +169,13 @@ def filled_rows(
         outcomes: what `fill_row` returned, row by row.
     """
     flat = [outcome for row in outcomes for outcome in row]
+    by_example = list(zip(planned.example_index.tolist(), flat, strict=True))
     rejected = [
-        Reject(example, "decode", *failure)
-        for example, failure in zip(planned.example_index.tolist(), flat, strict=True)
-        if isinstance(failure, Failure)
+        Reject(example, "decode", *outcome)
+        for example, outcome in by_example
+        if isinstance(outcome, Failure)
     ]
+    flags = {example: outcome for example, outcome in by_example if isinstance(outcome, str)}
     if rejected:
         # `fill_row` has already moved up the patches; here the segments follow.
         good = np.array([not isinstance(outcome, Failure) for outcome in flat], np.bool_)
@@ -186,7 +187,6 @@ def filled_rows(
         "segment_ids": segment_ids,
         "coords": coords,
     }
-    flags = Counter(outcome for outcome in flat if isinstance(outcome, str))
     return Filled(replace(planned, tokens=columns), rejected, flags)
 
 

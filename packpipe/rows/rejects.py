@@ -215,6 +215,23 @@ class StreamReadFailures:
         return StreamReadFailures, ()  # a lock cannot be pickled; a worker process counts its own
 
 
+class Flagged:
+    """Logs examples that are in their rows though something is amiss with them.
+
+    The first of a kind as a warning, the others for those who ask: as ``INFO``.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def add(self, flags: dict[int, str]) -> None:
+        """Log some examples, each with a word that says what is amiss."""
+        for example, what in flags.items():
+            level = logging.INFO if what in self._known else logging.WARNING
+            self._known.add(what)
+            log.log(level, "example %d kept: %s (others are logged as INFO)", example, what)
+
+
 def bad_example(reject: Reject) -> str:
     """Return the error sentence of one reject."""
     what = f"example {reject.example_index} {bad_because(reject)}"

@@ -93,9 +93,14 @@ def _has_images(feature: Any) -> bool:
 
 
 def _refuse_other_columns(features: Features) -> None:
-    """Raise if columns, none of which holds images, show what was meant: nested images, texts."""
+    """Raise if columns without images show what was meant: nested images, tokens, texts."""
     for name in features:
         _refuse_nested(features, name)
+    tokens = [name for name in ("input_ids", "tokens") if holds_numbers(features.get(name))]
+    if tokens:
+        expected = "images"
+        remedy = "packpipe.pack packs sequences, and PackedLoader takes their rows"
+        raise ValueError(checks.sentence("columns of tokens", tokens, expected, remedy))
     texts = [name for name, feature in features.items() if is_text(feature)]
     if texts and not any(map(holds_numbers, features.values())):
         expected = "images, or lists of tokens"

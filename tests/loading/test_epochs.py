@@ -21,6 +21,7 @@ from PIL import Image as PillowImage
 
 from packpipe.loading import epochs
 from packpipe.loading.epochs import EpochPacks
+from packpipe.loading.streams import PackedStream
 from packpipe.philox import Key
 from packpipe.planning.distributions import Uniform
 from packpipe.planning.image_config import PackConfig
@@ -247,6 +248,31 @@ def truncated():
     return pictures.dataset_of(images)
 
 
+def rows_of_an_epoch(dataset):
+    return all_rows(EpochPacks(dataset, 32), 0, 0)
+
+
+def rows_of_a_stream(dataset):
+    packs = PackedStream(dataset.to_iterable_dataset(), 32)
+    key = Key(0, 0)
+    return packs.rows(key, list(packs.stream_packs(key, None, 0)))
+
+
+@pytest.mark.parametrize("rows_of", [rows_of_an_epoch, rows_of_a_stream])
+def test_images_with_a_broken_profile_are_kept_and_logged_the_first_as_a_warning(rows_of, caplog):
+    images = list(IMAGES)
+    for example in (2, 4):
+        save = {"image_format": "PNG", "icc_profile": b"cut"}
+        images[example] = pictures.encoded_image(*SIZES[example], example, **save)
+    with caplog.at_level(logging.INFO, logger="packpipe"):
+        rows = rows_of(pictures.dataset_of(images))
+    assert sorted(rows.example_index.tolist()) == list(range(len(images)))
+    found = [(record.levelname, record.getMessage()) for record in caplog.records]
+    after = "kept: broken profile (others are logged as INFO)"
+    assert {message for _, message in found} == {f"example {number} {after}" for number in (2, 4)}
+    assert [level for level, _ in found] == ["WARNING", "INFO"]
+
+
 def test_an_image_that_cannot_be_decoded_leaves_padding_and_a_log_line(truncated, caplog):
     packs = EpochPacks(truncated, 32, max_bad_fraction=0.2)
     assert packs.rejects == []
@@ -320,6 +346,17 @@ def test_labels_of_any_column_or_none(column, kind):
     name = "label" if column == "auto" else column
     assert len(segments.labels) == 9
     assert segments.labels.to_pylist() == [columns[name][i] for i in segments.example_index]
+
+
+def test_sequences_are_refused_by_their_name():
+    texts = Dataset.from_dict({"input_ids": [[1, 2], [3]], "label": [0, 1]})
+    message = (
+        "columns of tokens is ['input_ids'], expected images; packpipe.pack packs sequences, and "
+        "PackedLoader takes their rows"
+    )
+    for make in (lambda: EpochPacks(texts, 32), lambda: PackedStream(texts.to_iterable_dataset())):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            make()
 
 
 def test_the_image_column_is_the_one_asked_for(source):
