@@ -36,7 +36,7 @@ class Layout:
     sides: tuple[int, int]
     drop_rate: float
     max_bad_fraction: float = 0.01
-    pixels: dict[str, str] = field(default_factory=dict)
+    pixels: dict[str, Any] = field(default_factory=dict)
 
     def packs(self, dataset: Dataset, patch_size: int, num_workers: int) -> EpochPacks:
         """Return the packs of a dataset in this layout, planned anew every epoch."""
