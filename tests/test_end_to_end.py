@@ -66,7 +66,7 @@ def test_squares_are_a_plain_vits_rows(images, tmp_path):
 def test_padding_on_the_sizes_of_the_pictures_is_below_one_percent(window):
     config = packpipe.PackConfig(seq_len=1024, window=window)
     plan = packpipe.plan_epoch(samples.image_sizes("pictures"), config)
-    assert 0 < plan.padding < 0.01
+    assert 0 < plan.quality.padding < 0.01
 
 
 def test_the_sizes_shipped_are_those_of_the_images(images):
