@@ -58,6 +58,5 @@ class Layout:
             patch_size=patch_size,
             num_workers=max(1, num_workers),
             max_bad_fraction=self.max_bad_fraction,
-            **options,
-            **self.pixels,
+            **options | self.pixels,
         )

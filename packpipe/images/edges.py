@@ -8,7 +8,7 @@ Where a side is no whole number of the decoded pixels, its last line is looked a
 from the line before is larger than the step before that, by more than `_LEVELS` levels in the mean,
 the image is decoded at the largest fraction of which the side is a whole number. Other images keep
 their pixels, also where the padding looks like the image. Of 571 photographs at caps of 128² pixels
-13 are decoded anew, and looking and decoding take 5 % longer; ``benchmarks/references.py`` measures it.
+13 are decoded anew; with the looking that takes 5 % longer (``benchmarks/references.py``).
 """
 
 from __future__ import annotations
