@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset
 
 from packpipe import checks
 from packpipe.loading.epochs import EpochPacks
+from packpipe.planning.crops import Crop
 from packpipe.planning.distributions import Constant, Uniform
 from packpipe.planning.resolution import Side, Square
 
@@ -29,6 +30,8 @@ class Layout:
         drop_rate: share of tokens dropped, in ``"packed"`` alone.
         max_bad_fraction: a larger share of images that cannot be read stops the training.
         pixels: options of `PackConfig` that decide how pixels are made, by name.
+        crop: the random box of each image that is shown, another one every epoch; of ``"square"``
+            it has the shapes of squares, so that images stay undistorted.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Layout:
     drop_rate: float
     max_bad_fraction: float = 0.01
     pixels: dict[str, Any] = field(default_factory=dict)
+    crop: Crop | None = None
 
     def packs(self, dataset: Dataset, patch_size: int, num_workers: int) -> EpochPacks:
         """Return the packs of a dataset in this layout, planned anew every epoch."""
@@ -52,6 +56,9 @@ class Layout:
             seq_len = max(1, high // patch_size) ** 2
         if self.name == "square":
             options["resolution"] = Square(Constant(high))
+        if self.crop is not None:
+            square = self.name == "square"
+            options["crop"] = replace(self.crop, shape="square") if square else self.crop
         return EpochPacks(
             dataset,
             seq_len,

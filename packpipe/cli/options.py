@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -68,3 +68,28 @@ MaxBadFraction = Annotated[
     float, typer.Option(help="A larger share of examples that cannot be read stops it.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def crop_of(
+    area: tuple[float, float] | None,
+    aspect: tuple[float, float] | None,
+    middle: float | None = None,
+) -> Any:
+    """Return the crop that options ask for; None if they ask for none.
+
+    Raises:
+        ValueError: both a random box and the middle are asked for, or a number is out of range.
+    """
+    from packpipe import CenterCrop, Constant, Crop, Uniform
+
+    if middle is not None:
+        if area is not None or aspect is not None:
+            what = f"--center-crop is {middle}, expected none beside --crop-area and --crop-aspect"
+            raise ValueError(f"{what}; pass one or the others")
+        return CenterCrop(middle)
+    given: dict[str, Any] = {} if aspect is None else {"aspect": aspect}
+    if area is not None:
+        low, high = area
+        # `Uniform` refuses an empty range.
+        given["area"] = Uniform(low, high) if low != high else Constant(high)
+    return Crop(**given) if given else None

@@ -33,6 +33,7 @@ from packpipe.cli.options import (
     Source,
     Split,
     Strategy,
+    crop_of,
 )
 from packpipe.cli.output import plain, print_json, print_table
 
@@ -93,7 +94,7 @@ def pack(
     options = _given(
         patch_size=patch_size,
         resolution=_resolution(resolution, sides),
-        crop=_crop(crop_area, crop_aspect, center_crop),
+        crop=crop_of(crop_area, crop_aspect, center_crop),
         max_tokens=max_tokens,
         drop_rate=drop_rate,
         max_segments=max_segments,
@@ -165,7 +166,7 @@ def plan(
     options = _given(
         patch_size=patch_size,
         resolution=_resolution(resolution, sides),
-        crop=_crop(crop_area, crop_aspect, center_crop),
+        crop=crop_of(crop_area, crop_aspect, center_crop),
         max_tokens=max_tokens,
         drop_rate=drop_rate,
         max_segments=max_segments,
@@ -285,23 +286,6 @@ def _resolution(name: str | None, sides: tuple[int, int] | None) -> Any:
     low, high = sides
     # `Uniform` refuses an empty range.
     return Side(Uniform(low, high) if low != high else Constant(high))
-
-
-def _crop(
-    area: tuple[float, float] | None, aspect: tuple[float, float] | None, middle: float | None
-) -> Any:
-    from packpipe import CenterCrop, Constant, Crop, Uniform
-
-    if middle is not None:
-        if area is not None or aspect is not None:
-            what = f"--center-crop is {middle}, expected none beside --crop-area and --crop-aspect"
-            raise ValueError(f"{what}; pass one or the others")
-        return CenterCrop(middle)
-    given: dict[str, Any] = _given(aspect=aspect)
-    if area is not None:
-        low, high = area
-        given["area"] = Uniform(low, high) if low != high else Constant(high)
-    return Crop(**given) if given else None
 
 
 def _print_plan(

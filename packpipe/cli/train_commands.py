@@ -12,12 +12,15 @@ from packpipe.cli.errors import one_line_errors
 from packpipe.cli.open_source import naming_files, open_source
 from packpipe.cli.options import (
     AsJson,
+    CropArea,
+    CropAspect,
     DamagedScans,
     MaxBadFraction,
     Profiles,
     SeqLen,
     Source,
     Split,
+    crop_of,
 )
 from packpipe.cli.output import print_json, print_table
 
@@ -80,6 +83,8 @@ def train(
             "squares of a side drawn between these; square takes the second."
         ),
     ] = (64, 256),
+    crop_area: CropArea = None,
+    crop_aspect: CropAspect = None,
     drop_rate: Annotated[float, typer.Option(help="Share of tokens dropped, of packed.")] = 0.0,
     profiles: Profiles = None,
     damaged_scans: DamagedScans = None,
@@ -111,7 +116,15 @@ def train(
     given = {name: value for name, value in pixels.items() if value is not None}
     training = Training(
         dataset,
-        layout=Layout(layout, seq_len, sides, drop_rate, max_bad_fraction, given),
+        layout=Layout(
+            layout,
+            seq_len,
+            sides,
+            drop_rate,
+            max_bad_fraction,
+            pixels=given,
+            crop=crop_of(crop_area, crop_aspect),
+        ),
         model=model,
         shape={"position": position, "pooling": pooling, "attention": attention},
         batch_size=batch_size,

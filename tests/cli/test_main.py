@@ -19,7 +19,9 @@ from processes import wait_until
 from typer.testing import CliRunner
 
 import packpipe
+from packpipe import CenterCrop, Crop, Uniform
 from packpipe.cli.main import app
+from packpipe.cli.open_source import open_source
 from packpipe.samples import images_folder
 from packpipe.training.loop import read_log
 
@@ -104,6 +106,24 @@ def test_options_reach_the_configuration(few, tmp_path):
     told("pack", few, tmp_path / "b", "--seq-len", 64, *pixels)
     config = json.loads((tmp_path / "b" / "manifest.json").read_text())["config"]
     assert not {"profiles", "damaged_scans"} & set(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "crop"),
+    [
+        (["--crop-area", 0.25, 0.5], Crop(Uniform(0.25, 0.5))),
+        (["--crop-area", 0.5, 0.5, "--crop-aspect", 1, 2], Crop(0.5, (1, 2))),
+        (["--crop-aspect", 1, 2], Crop(aspect=(1, 2))),
+        (["--center-crop", 0.25], CenterCrop(0.25)),
+    ],
+)
+def test_crops_reach_the_configuration(few, options, crop):
+    found = json.loads(told("plan", few, "--seq-len", 256, *options, "--json"))
+    dataset = open_source(str(few), "train")
+    cropped, whole = (
+        packpipe.EpochPacks(dataset, 256, crop=one).plan(0, 0).num_tokens for one in (crop, None)
+    )
+    assert found["counts"]["tokens"] == cropped < whole
 
 
 def test_a_dry_run_says_what_it_would_be_and_writes_nothing(few, packed, tmp_path):
@@ -248,6 +268,11 @@ def test_records_are_json_lines(few, tmp_path):
         (["pack", "{few}", "{out}", "--split", "dev"], "split is 'dev', expected one of train"),
         (["plan", "{few}", "--patch-size", 999], "patch_size is 999, expected an integer in"),
         (["plan", "{few}", "--resolution", "native", "--sides", 3, 4], "--sides is (3, 4), expec"),
+        (
+            ["plan", "{few}", "--center-crop", 0.5, "--crop-area", 0.1, 1],
+            "--center-crop is 0.5, expected none beside --crop-area and --crop-aspect",
+        ),
+        (["plan", "{few}", "--crop-area", 0, 1], "area is Uniform(low=0.0, high=1.0), expected s"),
         (["plan", "{texts}", "--seq-len", 8], "lengths[1] is 9, expected at most 8 (seq_len)"),
         (["stats", "{few}"], "expected a folder that packpipe.pack wrote; pass what pack"),
         (["show", "{packed}", 5000], "rows[0] is 5000, expected -"),

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from two_ranks import launch_two_ranks
 from typer.testing import CliRunner
 
+from packpipe.cli.layouts import Layout
 from packpipe.cli.main import app
+from packpipe.cli.open_source import open_source
 from packpipe.cli.training_run import trim_of
+from packpipe.planning.crops import Crop
 from packpipe.samples import images_folder
 from packpipe.training.checkpoints import checkpoints, load_model
 from packpipe.training.loop import read_log
@@ -43,6 +46,16 @@ def run(*arguments):
 
 SMALL = ["--model", "Ti/32", "--seq-len", "64", "--sides", "32", "128", "--batch-size", "2"]
 QUICK = ["--steps", "4", "--log-every", "2", "--num-workers", "0"]
+
+
+@pytest.mark.parametrize(("layout", "shape"), [("packed", "image"), ("square", "square")])
+def test_images_are_cropped_in_training_and_stay_undistorted(layout, shape, few):
+    found = Layout(layout, 64, (32, 128), 0.0, crop=Crop(0.5))
+    packs = found.packs(open_source(str(few), "train"), 32, 0)
+    assert packs.config.crop == Crop(0.5, shape=shape)
+    said = run(few, few / "out", *SMALL, "--layout", layout, "--crop-area", 0.5, 0.5, "--dry-run")
+    assert said.exit_code == 0, said.output
+    assert f"{packs.plan(0, 0).num_tokens:,}" in said.stdout
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded", "bucketed", "square"])
