@@ -285,6 +285,10 @@ def test_a_state_from_before_some_options_goes_on_without_them_or_is_refused_by_
     )
     with pytest.raises(ValueError, match=f"^state\\['fingerprint'\\] is .*; {message}$"):
         other.load_state_dict(state)
+    if fingerprint == "stream":  # a plan with a crop has other arrays, so nothing tells it from any
+        cropped = PackedLoader(make(None, dataset, crop=packpipe.CenterCrop()), 1, seed=3)
+        with pytest.raises(ValueError, match=f"; {message}, crop=None$"):
+            cropped.load_state_dict(state)
 
 
 def test_a_state_is_kept_from_another_byte_anywhere_in_files_of_known_checksums(
