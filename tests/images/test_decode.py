@@ -9,6 +9,7 @@ from io import BytesIO
 from unittest.mock import patch
 
 import naive
+import naive_profiles
 import numpy as np
 import pytest
 import strategies
@@ -291,6 +292,23 @@ def test_a_box_is_cut_out_before_anything_is_resized(image, gap, data):
         decoded(image.encoded, image.image_hw, box=everything, **rules).tolist()
         == decoded(image.encoded, image.image_hw, **rules).tolist()
     )
+
+
+def test_a_box_of_pixels_and_of_colours_to_be_converted_is_that_of_the_whole():
+    wide = naive_profiles.rgb_profile(naive_profiles.ADOBE, 2.2)
+    box, kinds = (3, 5, 20, 11), {}
+    for mode in ("RGB", "RGBA", "L"):
+        image = strategies.random_image(mode, 40, 30)
+        kinds[f"{mode} with a profile"] = encode(image, "PNG", icc_profile=wide)
+        kinds[f"{mode} pixels"] = np.asarray(image)
+        kinds[f"{mode} image"] = image
+    for name, kind in kinds.items():
+        whole = decoded(kind, (40, 30))
+        for gap in (None, 1.0):
+            found = decoded(kind, (40, 30), box[2:], box=box, reducing_gap=gap)
+            assert found.tolist() == cut(whole, box).tolist(), name
+    plain = decoded(kinds["RGB pixels"], (40, 30))
+    assert np.abs(decoded(kinds["RGB with a profile"], (40, 30)).astype(int) - plain).max() > 5
 
 
 @given(
