@@ -103,6 +103,7 @@ class Examiner:
             downscale_filter=dice.pick(FILTERS),
             upscale_filter=dice.pick(FILTERS),
             profiles="srgb",
+            value_range=dice.pick((None, (0.0, 200.0))),
         )
         target_hw = 1 + dice.below(40), 1 + dice.below(40)
         fill = dice.below(2)  # filled memory is used memory, so there its use says nothing

@@ -61,6 +61,10 @@ DamagedScans = Annotated[
         help="Of JPEGs: reject, unless given; strict, by a second decode, with simplejpeg; keep."
     ),
 ]
+ValueRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(help="Black and white of images in floating point or 32-bit integers."),
+]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 Epoch = Annotated[int, typer.Option(help="Which of the seed's orders and draws.")]

@@ -33,6 +33,7 @@ from packpipe.cli.options import (
     Source,
     Split,
     Strategy,
+    ValueRange,
     crop_of,
 )
 from packpipe.cli.output import plain, print_json, print_table
@@ -57,6 +58,7 @@ def pack(
     strategy: Strategy = None,
     profiles: Profiles = None,
     damaged_scans: DamagedScans = None,
+    value_range: ValueRange = None,
     image_column: Annotated[str, typer.Option(help="Its name; auto finds the only one.")] = "auto",
     label_column: Annotated[str, typer.Option(help="Its name; auto finds it, none is none.")] = (
         "auto"
@@ -101,6 +103,7 @@ def pack(
         strategy=strategy,
         profiles=profiles,
         damaged_scans=damaged_scans,
+        value_range=value_range,
         overflow=overflow,
         layout=layout,
         pad_token_id=pad_token_id,

@@ -109,6 +109,7 @@ class PixelRules(NamedTuple):
     upscale_filter: str
     profiles: str
     damaged_scans: str = "reject"
+    value_range: tuple[float, float] | None = None
 
 
 class Decoded(NamedTuple):
@@ -223,7 +224,7 @@ def decode(
             expected = image.size
             # Loading may set another size than the header's, for which the plan was made.
             background = rules.background if conversion.transform is None else None
-            pixels = plain(mended, background)
+            pixels = plain(mended, background, rules.value_range)
             if pixels.size != expected:
                 raise ValueError(f"{pixels.size} pixels, expected {expected} as the header says")
             if scans is not None and rules.damaged_scans != "keep":

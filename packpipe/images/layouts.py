@@ -33,6 +33,7 @@ from PIL.TiffImagePlugin import (
     PLANAR_CONFIGURATION,
     SAMPLEFORMAT,
     SAMPLESPERPIXEL,
+    ImageFileDirectory_v2,
     TiffImageFile,
 )
 
@@ -111,6 +112,19 @@ def _mend_tiff(image: Any) -> None:
         image.tile = [
             tile._replace(args=(f"{tile.args[0]};{order}", *tile.args[1:])) for tile in image.tile
         ]
+
+
+def unread_samples(file: BinaryIO) -> NoRule:
+    """Return the error of a TIFF file for whose samples Pillow has no mode."""
+    file.seek(0)
+    head = file.read(8)
+    tags: Any = ImageFileDirectory_v2(head + file.read(8) if 43 in head[2:4] else head)
+    file.seek(tags.next)
+    tags.load(file)
+    bits, kinds = tags.get(BITSPERSAMPLE, (1,)), tags.get(SAMPLEFORMAT, (1,))
+    kind = {1: "unsigned", 2: "signed", 3: "floating point"}.get(kinds[0], "unknown")
+    what = f"{tags.get(SAMPLESPERPIXEL, 1)} samples of {bits[0]} bits, {kind}"
+    return NoRule(f"a TIFF of {what}, has no rule to become RGB")
 
 
 def _mend_bitmap(image: Any) -> None:

@@ -11,6 +11,8 @@ CMYK, YCCK, YCbCr, HSV  Pillow's conversion (Adobe's inverted CMYK is undone whi
 LAB                     to sRGB by colour profile
 12- and 16-bit grey     scaled by depth, value · 255 ÷ 65535 to the nearest; never clipped
 16-bit RGB              the upper 8 bits, as Pillow decodes it: at most one level lower
+other grey of 32 bits,  by ``value_range``: low..high to 0..255, to the nearest; values outside are
+floating point          clipped, and NaN is black; without it rejected
 anything else           no rule: rejected
 ======================  ====================================================================
 
@@ -35,13 +37,18 @@ class NoRule(ValueError):
     """Raised for pixels that no rule turns into grey or RGB."""
 
 
-def plain(image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:
+def plain(
+    image: Image.Image,
+    background: tuple[int, int, int] | None,
+    value_range: tuple[float, float] | None = None,
+) -> Image.Image:
     """Return the image in mode L or RGB, by the rules in the module's table.
 
     Args:
         image: an image of any mode; loaded if it is not yet.
         background: (red, green, blue) that transparent pixels are laid on; None keeps colours to be
             converted as they are, so that the mode may also be RGBA or CMYK.
+        value_range: the values of mode F or I that become black and white.
 
     Raises:
         NoRule: its mode has no rule. Exceptions of Pillow's decoders are not caught.
@@ -56,6 +63,8 @@ def plain(image: Image.Image, background: tuple[int, int, int] | None) -> Image.
         layer = grey.convert("RGB")
         layer.putalpha(Image.fromarray(values != image.info["transparency"]).convert("L"))
         return layer if background is None else laid_on(background, layer)
+    if image.mode in ("F", "I") and value_range is not None:
+        return Image.fromarray(_ranged(image, value_range))
     if image.has_transparency_data:
         layer = _with_transparent_value(image).convert("RGBA")
         return layer if background is None else laid_on(background, layer)
@@ -72,7 +81,8 @@ def plain(image: Image.Image, background: tuple[int, int, int] | None) -> Image.
         return image.convert("L")
     if image.mode in _CONVERTED:
         return image.convert("RGB")
-    raise NoRule(f"mode {image.mode} has no rule to become RGB")
+    remedy = "; value_range=(low, high) gives it one" if image.mode in ("F", "I") else ""
+    raise NoRule(f"mode {image.mode} has no rule to become RGB{remedy}")
 
 
 def laid_on(background: tuple[int, int, int], layer: Image.Image) -> Image.Image:
@@ -99,7 +109,7 @@ def image_of(pixels: NDArray[np.generic]) -> Image.Image:
     if pixels.dtype == np.bool_:
         values = pixels.astype(np.uint8) * 255
     elif pixels.dtype.newbyteorder("=") == np.uint16:
-        values = _scaled(pixels.astype(np.uint32))
+        values = scaled(pixels.astype(np.uint32))
     elif pixels.dtype == np.uint8:
         values = np.asarray(pixels, np.uint8)
     else:
@@ -108,10 +118,38 @@ def image_of(pixels: NDArray[np.generic]) -> Image.Image:
     return Image.frombytes(_CHANNELS[channels], (width, height), values.tobytes())
 
 
-def _scaled(values: NDArray[np.uint32], most: int = 65535) -> NDArray[np.uint8]:
+def scaled(values: NDArray[np.uint32], most: int = 65535) -> NDArray[np.uint8]:
     """Return values of 0..most scaled to 0..255, rounded to the nearest."""
     # In integers. uint32 is enough: 65535 · 255 + 32767 is below 2**24.
     return ((values * 255 + most // 2) // most).astype(np.uint8)
+
+
+def between(values: NDArray[Any], value_range: tuple[float, float]) -> NDArray[np.uint8]:
+    """Return values scaled so that low becomes 0 and high 255, rounded to the nearest.
+
+    Args:
+        values: of any type and shape; those outside are clipped, and NaN becomes 0.
+        value_range: (low, high).
+    """
+    low, high = value_range
+    with np.errstate(over="ignore"):  # infinity is clipped as well
+        shares = (values.astype(np.float64) - low) / (high - low)
+    shares[np.isnan(shares)] = 0
+    levels: NDArray[np.uint8] = np.rint(shares.clip(0, 1) * 255).astype(np.uint8)
+    return levels
+
+
+def _ranged(image: Image.Image, value_range: tuple[float, float]) -> NDArray[np.uint8]:
+    """Return grey of an image in mode F or I; in a TIFF file, 0 may stand for white."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    unsigned = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0] == 1
+    if image.mode == "I" and tags and unsigned:  # Pillow has signed values alone
+        values = values.view(np.uint32)
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        levels = 255 - between(values, value_range)
+        levels[np.isnan(values)] = 0
+        return levels
+    return between(values, value_range)
 
 
 def _grey(values: NDArray[Any], image: Image.Image) -> NDArray[np.uint8]:
@@ -119,7 +157,7 @@ def _grey(values: NDArray[Any], image: Image.Image) -> NDArray[np.uint8]:
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
     most = (1 << bits) - 1
-    grey = _scaled(np.minimum(values.astype(np.uint32), most), most)
+    grey = scaled(np.minimum(values.astype(np.uint32), most), most)
     zero_is_white = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
     return 255 - grey if zero_is_white else grey
 

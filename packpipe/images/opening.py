@@ -22,7 +22,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from io import BufferedReader, BytesIO, FileIO
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
@@ -34,6 +34,7 @@ from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from packpipe import checks
 from packpipe.images.headers import HEAD_BYTES, ICON, icon_hw, most_values
+from packpipe.images.layouts import unread_samples
 from packpipe.images.modes import NoRule, image_of
 
 
@@ -332,13 +333,18 @@ def _of_known_format(file: BinaryIO) -> ImageFile.ImageFile:
     """Open an image as `Image.open` does, but for the limit on pixels, which is a global."""
     file.seek(0)
     prefix = file.read(16)
+    if prefix[:2] == b"PF" and prefix[2:3].isspace():
+        raise NoRule("a PFM of three channels has no rule to become RGB")
     for name in known_formats():
         factory, accept = Image.OPEN[name]
-        with suppress(SyntaxError, IndexError, TypeError, struct.error):
+        try:
             accepted = accept is None or accept(prefix)
             if accepted and not isinstance(accepted, str):  # else it says why not
                 file.seek(0)
                 return factory(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error) as error:
+            if str(error) == "unknown pixel mode":  # of TIFF files
+                raise unread_samples(file) from error
     raise UnidentifiedImageError(file)
 
 

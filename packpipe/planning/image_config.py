@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypedDict
 
@@ -29,7 +30,12 @@ PROFILES = ("srgb", "ignore")
 DAMAGED_SCANS = ("reject", "strict", "keep")
 # Options that came later, each with the value by which all that was made before them was made. With
 # this value they are not told, so that fingerprints, states and records of that time stay the same.
-BEFORE: dict[str, Any] = {"profiles": "ignore", "damaged_scans": "keep", "crop": None}
+BEFORE: dict[str, Any] = {
+    "profiles": "ignore",
+    "damaged_scans": "keep",
+    "crop": None,
+    "value_range": None,
+}
 # By name, so that `from_dict` can make again what `to_dict` wrote.
 _LAWS = {
     law.__name__: law
@@ -62,6 +68,7 @@ class PackOptions(TypedDict, total=False):
     max_pixels: int
     profiles: str
     damaged_scans: str
+    value_range: tuple[float, float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +117,9 @@ class PackConfig:
             that is seen while decoding; "strict" decodes a second time, with simplejpeg, and
             rejects whatever libjpeg warns of; "keep" makes a row of what libjpeg made of it, also
             where that has padding at its edges, as versions without this option did.
+        value_range: (low, high), the values that become black and white in images of one channel
+            in floating point or 32-bit integers (TIFF, PFM): scaled linearly to 0..255 before the
+            resize, values outside clipped, NaN black. None: such images are rejects.
 
     Raises:
         TypeError: an option is of a wrong type.
@@ -136,6 +146,7 @@ class PackConfig:
     max_pixels: int = MAX_PIXELS
     profiles: str = "srgb"
     damaged_scans: str = "reject"
+    value_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         limits = {
@@ -185,6 +196,7 @@ class PackConfig:
         checks.choice("profiles", self.profiles, PROFILES, "choose what colour profiles do")
         remedy = "choose what becomes of them"
         checks.choice("damaged_scans", self.damaged_scans, DAMAGED_SCANS, remedy)
+        object.__setattr__(self, "value_range", _checked_range(self.value_range))
 
     def __repr__(self) -> str:
         told = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._told())
@@ -273,6 +285,22 @@ def _positive(name: str, value: Any) -> float | None:
     if value is None and name != "fit_limit":
         return None
     return checks.positive_number(name, value, "1.0 is the size, or the share, itself")
+
+
+def _checked_range(value_range: Any) -> tuple[float, float] | None:
+    if value_range is None:
+        return None
+    expected = "(low, high), low below high, both finite"
+    remedy = "values of low become black, of high white"
+    try:
+        low, high = value_range
+        low = float(checks.real_number("value_range[0]", low, remedy))
+        high = float(checks.real_number("value_range[1]", high, remedy))
+    except (TypeError, ValueError):
+        raise ValueError(checks.sentence("value_range", value_range, expected, remedy)) from None
+    if not 0 < high - low < math.inf:
+        raise ValueError(checks.sentence("value_range", value_range, expected, remedy))
+    return low, high
 
 
 def _checked_colour(colour: Any) -> tuple[int, int, int]:

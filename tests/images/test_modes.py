@@ -161,7 +161,7 @@ def test_colours_multiplied_by_their_alpha_are_divided_again():
 
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_a_mode_of_unknown_range_has_no_rule(mode):
-    with pytest.raises(NoRule, match=f"^mode {mode} has no rule to become RGB$"):
+    with pytest.raises(NoRule, match=rf"^mode {mode} has no rule to become RGB; value_range="):
         plain(Image.new(mode, (3, 4)), BACKGROUND)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import FrozenInstanceError, fields
 
@@ -291,6 +292,20 @@ BAD = [
         ValueError,
         "profiles is 'icc', expected one of 'srgb', 'ignore'; choose what colour profiles do",
     ),
+    *(
+        (
+            {"value_range": value},
+            ValueError,
+            (
+                f"value_range is {value!r}, expected (low, high), low below high, both finite; "
+                "values of low become black, of high white"
+            ),
+        )
+        for value in (
+            *(1, (0,), (0, 1, 2), "01", (0, "1"), (1, 1), (2, 1)),
+            *((0, math.inf), (math.nan, 1), (-1.7e308, 1.7e308)),
+        )
+    ),
 ]
 
 
@@ -314,7 +329,7 @@ def test_an_unknown_option_is_refused():
         "option is 'patchsize', expected one of seq_len, patch_size, crop, resolution, max_tokens, "
         "max_upscale, drop_rate, epochs, fit_last, fit_limit, max_segments, strategy, window, "
         "background, reducing_gap, downscale_filter, upscale_filter, max_pixels, profiles, "
-        "damaged_scans; check its spelling"
+        "damaged_scans, value_range; check its spelling"
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         config_from(64, {"patch_size": 8, "patchsize": 8})
@@ -377,7 +392,12 @@ def test_a_configuration_knows_what_its_decisions_depend_on(options, drops, draw
 
 def test_every_field_is_written_and_read_back():
     config = PackConfig(
-        seq_len=100, crop=Crop(), background=(1, 2, 3), max_tokens=7, strategy="next_fit"
+        seq_len=100,
+        crop=Crop(),
+        background=(1, 2, 3),
+        max_tokens=7,
+        strategy="next_fit",
+        value_range=(0, 1),
     )
     assert list(config.to_dict()) == FIELDS
     assert PackConfig.from_dict(config.to_dict()) == config
