@@ -49,6 +49,18 @@ FIELDS = {
 }
 
 
+# The same in the boxes of HEIC and AVIF files.
+BOXES = {
+    b"ispe": ((4, 4), (8, 4)),
+    b"clap": tuple((at, 4) for at in range(0, 32, 4)),
+    b"irot": ((0, 1),),
+    b"pitm": ((4, 2),),
+    b"iloc": ((4, 1), (5, 1), (6, 2), *((at, 2) for at in range(8, 40, 2))),
+    b"ipma": tuple((at, 1) for at in range(4, 24)),
+    b"hvcC": tuple((at, 1) for at in range(23)),
+}
+
+
 class Dice:
     """Choices that follow from numbers alone."""
 
@@ -171,6 +183,8 @@ def rebuilt(data: bytes, other: bytes, dice: Dice) -> bytes:
     """Change what a file's own structure holds, and keep the structure right."""
     if data[:4] in (b"II*\0", b"MM\0*"):
         return _with_other_entry(data, dice)
+    if data[4:8] == b"ftyp":
+        return _with_other_box(data, other, dice)
     found = parts_of(data)
     if found is None or not found[1]:
         return overwritten(data, other, dice)
@@ -223,6 +237,17 @@ def _with_other_entry(data: bytes, dice: Dice) -> bytes:
             order + ("HH" if short else "I"), *([value % 2**16, 0] if short else [value])
         )
     return data[:at] + struct.pack(order + "HHI", tag, kind, count) + packed + data[at + 12 :]
+
+
+def _with_other_box(data: bytes, other: bytes, dice: Dice) -> bytes:
+    """Change a number of one of the boxes of a HEIC or AVIF file."""
+    names = [name for name in BOXES if name in data]
+    if not names:
+        return overwritten(data, other, dice)
+    name = dice.pick(names)
+    place, size = dice.pick(BOXES[name])
+    start = data.index(name) + len(name) + place
+    return data[:start] + dice.number(size) + data[start + size :]
 
 
 CHANGES = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from contextlib import suppress
 from io import BytesIO
 from itertools import product
 from pathlib import Path
@@ -84,7 +85,50 @@ def seeds() -> dict[str, bytes]:
         for mode, option in product(modes.split(), options):
             found[f"{name} {mode} {option}"] = _written(_of_mode(photo, mode), name, option)
     found |= _described(photo) | _built_png() | _built_tiff() | _built_others(photo)
+    found |= _of_extras(photo)
     found["CUR"] = b"\0\0\2\0" + found[f"ICO RGB {_OLD_ICONS}"][4:]
+    return found
+
+
+def _of_extras(photo: Image.Image) -> dict[str, bytes]:
+    """HEIC and JPEG XL, where their plugins are installed, and a few of unknown range."""
+    found = {}
+    with suppress(ModuleNotFoundError):
+        import pillow_heif
+
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        described = {"exif": exif.tobytes(), "icc_profile": profile, "thumbnails": [16]}
+        for name, mode, options in (
+            *(
+                ("", "RGB", {}),
+                ("", "RGBA", {}),
+                ("", "L", {}),
+                ("tiles", "RGB", {"tile_size": 16}),
+            ),
+            ("exact", "RGB", {"quality": -1, "chroma": 444, "matrix_coefficients": 0}),
+            ("described", "RGB", {}),
+            ("several", "RGB", {"primary_index": 1}),
+            ("PQ", "RGB", {"color_primaries": 9, "transfer_characteristics": 16}),
+        ):
+            file, output = pillow_heif.from_pillow(photo.convert(mode)), BytesIO()
+            if name == "described":
+                file.info.update(described)
+            if name == "several":
+                file.add_from_pillow(photo.rotate(90, expand=True))
+            file.save(output, **options)
+            found[f"HEIC {mode} {name}"] = output.getvalue()
+    with suppress(ModuleNotFoundError):
+        import pillow_jxl  # noqa: F401
+
+        for mode, option in product(
+            ("RGB", "RGBA", "L", "LA", "I;16", "F"),
+            ({"lossless": True}, {"quality": 70}, {"quality": 70, "use_container": True}),
+        ):
+            found[f"JXL {mode} {option}"] = _written(_of_mode(photo, mode), "JXL", option)
+    for mode, name in (("F", "PPM"), ("F", "TIFF"), ("I", "TIFF")):
+        found[f"{name} of range {mode}"] = _written(photo.convert(mode), name, {})
     return found
 
 

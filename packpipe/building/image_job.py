@@ -19,6 +19,7 @@ from PIL import features as codecs
 
 from packpipe._version import __version__
 from packpipe.building.job import FilledRows, Job, PlannedRows
+from packpipe.images.extras import extra_versions
 from packpipe.images.opening import (
     ImageData,
     changed_settings,
@@ -265,7 +266,8 @@ def _record(images: Images) -> dict[str, Any]:
         "pillow": PIL.__version__,
         "codecs": {
             name: codecs.version(name) for name in (*_CODECS, *converter) if name in supported
-        },
+        }
+        | extra_versions(),
         "source_fingerprint": images.dataset._fingerprint,
         # A dataset's fingerprint knows the paths of files, not what they hold.
         "source_files": images.source.files_digest(),

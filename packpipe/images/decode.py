@@ -214,8 +214,9 @@ def decode(
             wanted = _stored_box(box or (0, 0, *image_hw), image_hw, orientation)
             size, drafted = image.size, None
             decoded_size: tuple[float, float] = size
-            # Not for an image of the caller's, which draft would change.
-            can_shrink = image is not data and not (scans and scans.scans.is_lossless)
+            # A JPEG alone: other formats would give a thumbnail that their file holds. And not
+            # for an image of the caller's, which draft would change.
+            can_shrink = scans is not None and not scans.scans.is_lossless
             if rules.reducing_gap is not None and can_shrink:
                 height, width = upright_hw(*target_hw[::-1], orientation)  # as it is stored
                 least = (int(width * rules.reducing_gap), int(height * rules.reducing_gap))
@@ -363,7 +364,9 @@ def _reader(source: Any) -> Callable[[int, int], bytes]:
 
 def _orientation(image: Image.Image) -> tuple[int, bool]:
     """Return (EXIF orientation 1..8, whether the EXIF is broken), without loading pixels."""
-    if image.format == "TIFF":  # Pillow turns TIFF files upright itself, their size included
+    # These are upright when they are opened, their size included; but for a JPEG in JPEG XL that a
+    # caller has opened with `pillow_jxl`.
+    if image.format in ("TIFF", "HEIF", "JXL") and not getattr(image, "jpeg", False):
         return 1, False
     exif = image.info.get("exif")
     if exif is None and isinstance(image, PngImageFile) and image.tile:

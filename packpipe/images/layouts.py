@@ -37,6 +37,7 @@ from PIL.TiffImagePlugin import (
     TiffImageFile,
 )
 
+from packpipe.images.jpegxl import JpegXLFile
 from packpipe.images.modes import NoRule
 
 _SIGNED, _PLANES = 2, 2
@@ -58,6 +59,8 @@ def mend(image: Image.Image) -> Image.Image:
     """
     if image.format == "ICO":
         _check_icon(image)
+    elif isinstance(image, JpegXLFile):
+        image.load()  # before, nobody knows its profile
     elif not getattr(image, "tile", None):
         pass
     elif image.format == "PNG" and image.mode == "P" and image.palette is None:

@@ -33,6 +33,7 @@ from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from packpipe import checks
+from packpipe.images.extras import coded_hw, extra_kind, open_extra
 from packpipe.images.headers import HEAD_BYTES, ICON, icon_hw, most_values
 from packpipe.images.layouts import unread_samples
 from packpipe.images.modes import NoRule, image_of
@@ -68,6 +69,8 @@ _PILLOW_WARNS = ("ignore", None, Warning, re.compile(r"PIL\.|packpipe\.images\."
 LONGEST_SIDE = 2**24
 # More than any header needs; some can be made to take the time of as many reads as they have bytes.
 MOST_READS = 2**15
+# Those that say of what format a file is.
+_START_BYTES = 64
 # Values of an entry of a TIFF file; Pillow makes four Python objects of each place of a strip.
 _MOST_VALUES = 2**18
 # Above this Pillow itself refuses an image, unless somebody changes its limit.
@@ -313,12 +316,14 @@ def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Ima
         # Counting takes half as long again as opening, and few bytes are few reads.
         file = (BytesIO if len(source) <= HEAD_BYTES else _Bytes)(source)
     file.seek(0)
-    start = file.read(len(ICON))
+    start = file.read(_START_BYTES)
     if not start:
         raise BadImage("empty", "the file holds no bytes")
     # Pillow decodes an icon as soon as it opens it, so its size is checked before.
-    if start == ICON:
+    if start.startswith(ICON):
         _check_hw(*icon_hw(file), max_pixels)
+    if extra_kind(start) == "HEIC":
+        _check_hw(*coded_hw(file), max_pixels)
     values = most_values(file)
     if values > _MOST_VALUES:
         expected = f"at most {_MOST_VALUES} strips, tiles or other values in an entry"
@@ -332,7 +337,10 @@ def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Ima
 def _of_known_format(file: BinaryIO) -> ImageFile.ImageFile:
     """Open an image as `Image.open` does, but for the limit on pixels, which is a global."""
     file.seek(0)
-    prefix = file.read(16)
+    head = file.read(_START_BYTES)
+    prefix, kind = head[:16], extra_kind(head)
+    if kind is not None:
+        return open_extra(kind, file)
     if prefix[:2] == b"PF" and prefix[2:3].isspace():
         raise NoRule("a PFM of three channels has no rule to become RGB")
     for name in known_formats():
@@ -443,4 +451,4 @@ def _said(error: Exception, source: object) -> str:
     path = _name_of(source)
     if isinstance(error, OSError) and error.errno is not None and isinstance(path, str):
         return str(OSError(error.errno, error.strerror, path))
-    return str(error) or "its decoder does not say why"
+    return str(error).strip() or "its decoder does not say why"
