@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from struct import unpack
+from struct import unpack, unpack_from
 from typing import BinaryIO
 
 from PIL import ImageFile
@@ -33,6 +33,8 @@ _AVIF = {b"avif", b"avis"}
 _MOST_HEIC_BYTES = 2**30
 # The properties of some thousand tiles take less; and boxes before them.
 _MOST_META_BYTES, _MOST_BOXES = 2**22, 2**6
+# Items may share bytes, up to this or four times the file; each is read on its own.
+_LEAST_EXTENTS = 2**26
 
 
 def extra_kind(head: bytes) -> str | None:
@@ -75,21 +77,98 @@ def coded_hw(file: BinaryIO) -> tuple[int, int]:
     """Return the largest (height, width) that a HEIC file gives any image or tile in it.
 
     An image may be a small part of what is decoded. The decoder allocates no more than is said
-    here, and refuses a stream that is larger.
+    here, and refuses a stream that is larger. But it decodes a file that is cut with a hole where
+    tiles are missing, and reads what stands in a file once as often as the file says.
+
+    Raises:
+        ValueError: the file is cut, or says more than a photograph does.
     """
-    at, largest = 0, (0, 0)
+    meta, end = _meta_of(file), file.seek(0, os.SEEK_END)
+    extents = [extent for start in _ilocs(meta) for extent in _extents(meta, start)]
+    last = max((at + size for at, size in extents if at is not None), default=0)
+    if last > end:
+        raise ValueError(f"a HEIC file cut to {end} bytes of {last}")
+    total = sum(size or end for _, size in extents)
+    if total > max(4 * end, _LEAST_EXTENTS):
+        raise ValueError(f"a HEIC file of {end} bytes whose parts have {total}")
+    parts = meta.split(b"ispe\0\0\0\0")[1:]
+    return max(
+        (unpack(">II", part[:8])[::-1] for part in parts if len(part) >= 8),
+        default=(0, 0),
+        key=math.prod,
+    )
+
+
+def load_heic(image: ImageFile.ImageFile) -> None:
+    """Decode the pixels; threads decode tiles, so which of their errors comes first is chance."""
+    try:
+        image.load()
+    except (OSError, ValueError, RuntimeError, EOFError) as error:
+        raise ValueError("libheif cannot decode it") from error
+
+
+def _meta_of(file: BinaryIO) -> bytes:
+    """Return what the boxes hold that describe the items of a HEIC file."""
+    at, end, found = 0, file.seek(0, os.SEEK_END), b""
     for _ in range(_MOST_BOXES):
         file.seek(at)
-        head = file.read(8)
-        size, name = unpack(">I4s", head) if len(head) == 8 else (0, b"")
+        head = file.read(16)
+        if len(head) < 8:
+            return found
+        size, name = unpack(">I4s", head[:8])
+        start = at + 8
+        if size == 1 and len(head) == 16:  # its length follows, in 64 bits
+            (size,), start = unpack(">Q", head[8:]), at + 16
+        size = size or end - at
         if name == b"meta":
-            parts = file.read(min(size, _MOST_META_BYTES)).split(b"ispe\0\0\0\0")
-            found = (unpack(">II", part[:8])[::-1] for part in parts[1:] if len(part) >= 8)
-            largest = max(found, default=largest, key=math.prod)
+            if size > _MOST_META_BYTES:
+                raise ValueError(f"a HEIC file with {size} bytes of properties")
+            file.seek(start)
+            found += file.read(max(0, at + size - start))
+        if size < 8:
+            return found
+        at += size
+    raise ValueError(f"a HEIC file of more than {_MOST_BOXES} boxes")
+
+
+def _ilocs(meta: bytes) -> Iterator[int]:
+    """Yield where the boxes start that say where the items lie."""
+    at = 4
+    while at + 8 <= len(meta):
+        size, name = unpack_from(">I4s", meta, at)
+        if name == b"iloc":
+            yield at + 8
         if size < 8:
             break
         at += size
-    return largest
+
+
+def _extents(meta: bytes, at: int) -> Iterator[tuple[int | None, int]]:
+    """Yield (start in the file, or None for one elsewhere, bytes) of every part of every item."""
+
+    def take(size: int) -> int:
+        nonlocal at
+        at += size
+        if at > len(meta):
+            raise ValueError("a HEIC file whose places of items are cut short")
+        return int.from_bytes(meta[at - size : at], "big")
+
+    version = take(4) >> 24
+    sizes = take(2)
+    offset_bytes, size_bytes, base_bytes = sizes >> 12, sizes >> 8 & 15, sizes >> 4 & 15
+    index_bytes = sizes & 15 if version else 0
+    if not size_bytes:
+        raise ValueError("a HEIC file whose items have no length")
+    number_bytes = 4 if version == 2 else 2
+    for _ in range(take(number_bytes)):
+        take(number_bytes)
+        is_elsewhere = bool(version and take(2) & 15)
+        take(2)
+        base = take(base_bytes)
+        for _ in range(take(2)):
+            take(index_bytes)
+            start, size = base + take(offset_bytes), take(size_bytes)
+            yield None if is_elsewhere else start, size
 
 
 def extra_versions() -> dict[str, str]:

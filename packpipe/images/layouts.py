@@ -24,7 +24,7 @@ import os
 from struct import unpack, unpack_from
 from typing import Any, BinaryIO
 
-from PIL import BmpImagePlugin, Image, ImagePalette
+from PIL import BmpImagePlugin, Image, ImageFile, ImagePalette
 from PIL.GifImagePlugin import GifImageFile
 from PIL.PsdImagePlugin import PsdImageFile
 from PIL.TiffImagePlugin import (
@@ -37,6 +37,7 @@ from PIL.TiffImagePlugin import (
     TiffImageFile,
 )
 
+from packpipe.images.extras import load_heic
 from packpipe.images.jpegxl import JpegXLFile
 from packpipe.images.modes import NoRule
 
@@ -61,6 +62,8 @@ def mend(image: Image.Image) -> Image.Image:
         _check_icon(image)
     elif isinstance(image, JpegXLFile):
         image.load()  # before, nobody knows its profile
+    elif image.format == "HEIF" and isinstance(image, ImageFile.ImageFile):
+        load_heic(image)
     elif not getattr(image, "tile", None):
         pass
     elif image.format == "PNG" and image.mode == "P" and image.palette is None:
