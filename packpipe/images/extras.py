@@ -7,6 +7,9 @@ itself when it is imported.
 What `pillow-heif` makes of HEIC: upright by its own properties (irot, imir), after which its EXIF
 does not count; the primary image alone; 10 and 12 bits of colour lose the lower ones, grey keeps
 them; premultiplied colours are marked. JPEG XL: see `jpegxl`. AVIF is Pillow's own.
+
+What nobody sees: damage within a HEIC stream, which its decoder conceals, and a tile that says it
+is smaller than its place, beside which is whatever stood in memory. A file that is cut is refused.
 """
 
 from __future__ import annotations
