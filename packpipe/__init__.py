@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from packpipe._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from packpipe.augmenting.augment import Augment as Augment
     from packpipe.building.pack import manifest as manifest
     from packpipe.building.pack import pack as pack
     from packpipe.building.pack import rejects as rejects
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 # Public name: the module that defines it.
 _HOMES = {
     "Area": "planning.resolution",
+    "Augment": "augmenting.augment",
     "Beta": "planning.distributions",
     "Budget": "planning.resolution",
     "ByResolution": "planning.dropping",

@@ -37,6 +37,18 @@ RESOLUTION = 6
 DROP_RATE = 7
 KEPT_TOKENS = 8
 CROP = 9
+# Of augmentation.
+FLIP = 32
+VERTICAL_FLIP = 33
+TURNS = 34
+ONE_OF_THREE = 35
+GREY = 36
+SOLARIZE = 37
+BRIGHTNESS = 38
+CONTRAST = 39
+SATURATION = 40
+ERASE = 41
+ERASED_BOX = (42, 43, 44, 45)  # area, aspect, top, left
 
 
 class Key(NamedTuple):

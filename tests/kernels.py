@@ -10,6 +10,7 @@ import numpy as np
 
 import packpipe
 from packpipe import philox
+from packpipe.augmenting.turning import move_patches
 from packpipe.packing.packs import STRATEGIES
 from packpipe.philox import Key
 from packpipe.rows import copy as copying
@@ -37,6 +38,7 @@ def compile_all() -> None:
     uneven = np.random.default_rng(0).integers(20, 60, 100)
     packpipe.pack_lengths(uneven, 100, strategy="optimal")
     philox.subsets(Key(0, 0), index=np.arange(2), stream=0, num_items=[5, 6], num_chosen=[2, 3])
+    move_patches(np.zeros((2, 12), np.uint8), np.ones(1, int), np.zeros(1, int), [2], np.arange(2))
     lens, places = np.array([2, 3], np.int32), np.array([0, 2])
     for dtype in (np.int32, np.int64):
         tokens = np.arange(5, dtype=dtype)

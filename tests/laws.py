@@ -6,6 +6,7 @@ import packed
 import torch
 from torch.nn import functional as F
 
+from packpipe.augmenting.augment import Augment
 from packpipe.loading.batch import PackedBatch
 from packpipe.rows.rows import NO_LABEL
 from packpipe.training.contrastive import sigmoid_contrastive, softmax_contrastive
@@ -17,6 +18,7 @@ from packpipe.training.losses import (
 
 MANY = packed.RowSet(lens=[[1] * 6, [20, 1, 7, 3, 2], [33]], seq_len=33, max_segments=6)
 LONG = packed.RowSet(lens=[[100, 57, 43], [200], [150, 1]], seq_len=200, max_segments=3)
+EVERYTHING = replace(Augment.preset("three"), vertical_flip=0.5, turns=True, erase=0.5)
 # As many columns of logits as classes, whatever is pooled; texts of a contrastive loss.
 TEXTS = torch.randn(256, packed.NUM_CLASSES, generator=torch.Generator().manual_seed(9))
 
@@ -50,6 +52,16 @@ class Setting:
 
     def batch(self, case):
         return packed.batch_of(case).to(self.device)
+
+
+@dataclass(frozen=True)
+class Augmented(Setting):
+    """The same with batches that are flipped, turned, erased and coloured."""
+
+    augment: Augment = EVERYTHING
+
+    def batch(self, case):
+        return packed.batch_of(case, augment=self.augment).to(self.device)
 
 
 def targets(outputs, batch):
@@ -222,4 +234,4 @@ def replace_patches(batch, patches):
 def without_padding_rows(batch):
     """Return the batch without its rows of padding alone."""
     kept = batch.present.any(1)
-    return PackedBatch(**{name: value[kept] for name, value in vars(batch).items()})
+    return PackedBatch(**{name: value[kept] for name, value in batch.items()})

@@ -54,6 +54,13 @@ def test_packed_equals_alone_and_every_parameter_learns(backend, dtype, position
 
 
 @every_run
+def test_packed_equals_alone_with_augmentation(backend, dtype):
+    setting = laws.Augmented(backend, dtype=dtype, device="cuda", dim=64)
+    assert setting.batch(MANY).colours is not None
+    laws.packed_equals_alone(setting, MANY, TOLERANCES[dtype])
+
+
+@every_run
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("case", [MANY, LONG], ids=["many", "long"])
 def test_no_image_reaches_another(backend, dtype, pooling, case):

@@ -7,9 +7,11 @@ import pyarrow as pa
 import torch
 from hypothesis import strategies as st
 
+from packpipe.augmenting.rows import augmented
 from packpipe.loading.batch import PackedBatch
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
+from packpipe.philox import Key
 from packpipe.rows.rows import Rows
 
 PATCH_SIZE = 2
@@ -45,8 +47,8 @@ def grid_of(length):
     return rows, length // rows
 
 
-def rows_of(case, *, example_index=None, labels="random"):
-    """Return Rows of random pixels for a case."""
+def rows_of(case, *, example_index=None, labels="random", augment=None):
+    """Return Rows of random pixels for a case, augmented if so asked for."""
     rng = np.random.default_rng(case.seed)
     flat = [length for lens in case.lens for length in lens]
     shape = (len(case.lens), case.seq_len)
@@ -74,7 +76,8 @@ def rows_of(case, *, example_index=None, labels="random"):
         example_index=index,
         labels=labels,
     )
-    return filled(segments, patches=patches, segment_ids=segment_ids, coords=coords)
+    rows = filled(segments, patches=patches, segment_ids=segment_ids, coords=coords)
+    return rows if augment is None else augmented(rows, augment, Key(2, 4))
 
 
 def planned(offsets, *, labels=None, **segments):
@@ -110,7 +113,11 @@ def alone(batch):
                         seq_lens=batch.seq_lens[row : row + 1, segment],
                         grid_hw=batch.grid_hw[row : row + 1, segment],
                         example_index=batch.example_index[row : row + 1, segment],
-                        labels=batch.labels[row : row + 1, segment],
+                        **{
+                            name: batch[name][row : row + 1, segment]
+                            for name in ("labels", "colours", "solarize")
+                            if name in batch
+                        },
                     ),
                 )
                 place += length

@@ -12,6 +12,7 @@ from numba.core.dispatcher import Dispatcher
 
 import packpipe
 from packpipe import philox
+from packpipe.augmenting import turning
 from packpipe.packing import cutting_stock, decreasing, in_order, online, placement, two_limits
 from packpipe.planning import resolution
 from packpipe.rows import copy as gathering
@@ -26,6 +27,7 @@ KERNEL_MODULES = [
     cutting_stock,
     philox,
     resolution,
+    turning,
 ]
 
 COMMAND = """

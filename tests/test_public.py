@@ -8,6 +8,7 @@ import packpipe
 
 PUBLIC = [
     "Area",
+    "Augment",
     "Beta",
     "Budget",
     "ByResolution",

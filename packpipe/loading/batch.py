@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from packpipe import checks
+from packpipe.loading.colouring import in_colours, segment_numbers
 from packpipe.loading.columns import image_columns, token_columns
 from packpipe.rows.pairs import PairRows
 from packpipe.rows.rows import Rows
@@ -90,6 +91,10 @@ class PackedBatch(_Columns):
         grid_hw: int16[B, S, 2], patches of each full grid; 0 where absent.
         example_index: int64[B, S], row in the source; -1 where absent.
         labels: int64[B, S], -100 where absent; None, and no part of the mapping, without labels.
+        colours: float32[B, S, 3, 4], of an augmentation: what takes (red, green, blue, 1), levels
+            of 0..255, to new ones; 0 where absent. None, and no part of the mapping, without one.
+        solarize: float32[B, S], levels from this on are 255 - level first; 256 for none, 0 where
+            absent. None, and no part of the mapping, where no image can be solarized.
     """
 
     patches: Tensor
@@ -99,6 +104,8 @@ class PackedBatch(_Columns):
     grid_hw: Tensor
     example_index: Tensor
     labels: Tensor | None = None
+    colours: Tensor | None = None
+    solarize: Tensor | None = None
 
     @classmethod
     def from_rows(cls, rows: Rows, *, max_segments: int = 64, copy: bool = True) -> PackedBatch:
@@ -147,6 +154,26 @@ class PackedBatch(_Columns):
         end = max(1, -(-longest // multiple)) * multiple
         columns = ("patches", "segment_ids", "coords")
         return replace(self, **{name: getattr(self, name)[:, :end] for name in columns})
+
+    def pixels(self) -> Tensor:
+        """Return float32[B, L, D], levels of 0..255 in the colours of augmentation, not rounded."""
+        levels = self.patches.to(torch.float32)
+        if self.colours is None:
+            return levels
+        segments = segment_numbers(self.segment_ids, self.seq_lens.shape[1])
+        drawn = in_colours(levels.flatten(0, 1), segments, self.colours, self.solarize)
+        return drawn.view_as(levels)
+
+    def coloured(self) -> PackedBatch:
+        """Return the batch with its patches in the colours of augmentation, rounded to uint8.
+
+        For models other than `NaViT`, which applies ``colours`` by itself; the batch returned has
+        none any more.
+        """
+        if self.colours is None:
+            return self
+        patches = self.pixels().round().to(torch.uint8)
+        return replace(self, patches=patches, colours=None, solarize=None)
 
     def by_example(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return (example_index, values) of the present segments, to restore the source order.

@@ -66,7 +66,8 @@ def image_columns(rows: Rows, max_segments: int, *, copy: bool) -> dict[str, Any
     }
     if "labels" in rows.segments:
         columns["labels"] = pad(_integer_labels(rows.segments["labels"]), NO_LABEL)
-    return columns
+    drawn = [name for name in ("colours", "solarize") if name in rows.segments]
+    return columns | {name: pad(rows.segments[name], 0) for name in drawn}
 
 
 def token_columns(rows: Rows, max_segments: int, *, copy: bool) -> dict[str, Any]:

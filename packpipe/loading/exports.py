@@ -263,7 +263,7 @@ def to_naflex(batch: PackedBatch) -> dict[str, Tensor]:
     valid = torch.arange(int(lens.max()) if len(lens) else 0, device=lens.device) < lens[:, None]
     patches = batch.patches.new_zeros(*valid.shape, batch.patches.shape[-1], dtype=torch.float32)
     # 0..255 to -1..1: mean and standard deviation 0.5, which SigLIP 2's processor uses, too.
-    patches[valid] = batch.patches[real].float() / 127.5 - 1
+    patches[valid] = batch.pixels()[real] / 127.5 - 1
     coords = batch.coords.new_zeros(*valid.shape, 2, dtype=torch.int64)
     coords[valid] = batch.coords[real].long()
     return {"patches": patches, "patch_coord": coords, "patch_valid": valid}

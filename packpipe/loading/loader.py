@@ -18,6 +18,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from packpipe import checks
+from packpipe.augmenting.augment import Augment
+from packpipe.augmenting.rows import refuse_tokens
 from packpipe.loading.columns import batch_columns
 from packpipe.loading.contents import check_contents
 from packpipe.loading.cursors import (
@@ -97,6 +99,9 @@ class PackedLoader:
             need not be installed then; processes and pinned memory, which are its part, are
             refused. Several processes of JAX pass
             ``rank=jax.process_index(), world_size=jax.process_count()``.
+        augment: flips, turns, colours, drawn anew for every image of every epoch, whatever the
+            workers and ranks; a state belongs to one augmentation. None leaves images as they are.
+            With colours, batches have ``colours`` and perhaps ``solarize``, which `NaViT` applies.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -130,6 +135,7 @@ class PackedLoader:
         pin_memory: bool = False,
         max_segments: int | None = None,
         as_numpy: bool = False,
+        augment: Augment | None = None,
     ) -> None:
         checks.boolean("shuffle", shuffle)
         # Told by their methods: packs may also come from a class of the caller's own.
@@ -172,6 +178,12 @@ class PackedLoader:
             remedy = "None takes what the packs allow"
             max_segments = checks.whole_number("max_segments", max_segments, 1, 2**31 - 1, remedy)
         self._max_segments = max_segments
+        if augment is not None:
+            if not isinstance(augment, Augment):
+                expected, remedy = "an Augment, or None", "such as Augment.preset('three')"
+                raise TypeError(checks.sentence("augment", augment, expected, remedy))
+            refuse_tokens(getattr(packs, "of_tokens", False))
+        self.augment = augment
         self._has_one_order = not (shuffle or self.balance)
         # Balance sorts all packs of an epoch; images of a stream are read here, not by processes.
         if is_stream and (self.balance or (num_workers and workers == "processes")):
@@ -362,7 +374,8 @@ class PackedLoader:
             "global_batch": "choose batch_size so that batch_size times world_size is the state's",
             "fingerprint": "the packs are others: use the data, options and seed of the state",
         }
-        for name, expected in self._must_agree(key).items():
+        # A state from before there was augmentation says nothing of it: it had none.
+        for name, expected in {"augment": None, **self._must_agree(key)}.items():
             if state.get(name) != expected:
                 remedy = remedies.get(name, "make the loader with the options of the state")
                 if name == "fingerprint" and self._is_former(state.get(name), key):
@@ -402,6 +415,7 @@ class PackedLoader:
             "balance": self.balance,
             "tail": self.tail,
             "fingerprint": self.packs.fingerprint(key),
+            **({} if self.augment is None else {"augment": self.augment.to_dict()}),
         }
 
     def _contents(self) -> dict[str, Any]:
@@ -467,7 +481,14 @@ class PackedLoader:
 
     def _batches(self) -> Iterator[Batch]:
         """Return this rank's batches of the epoch, from the start on."""
-        fill = Fill(self.packs, self._batch_of, self.batch_size, self._width, self.pin_memory)
+        fill = Fill(
+            self.packs,
+            self._batch_of,
+            self.batch_size,
+            self._width,
+            self.pin_memory,
+            self.augment,
+        )
         parts = self._cursor.parts(self._key, self._share, self._start)
         if not self._num_workers:
             return map(fill, parts)

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packpipe import checks
+from packpipe.augmenting.augment import Augment
+from packpipe.augmenting.rows import augmented
 from packpipe.images.watch import STILL_SECONDS, Progress, Watch, run_time
 from packpipe.philox import Key
 from packpipe.rows.pairs import PairRows
@@ -54,7 +56,7 @@ class PackSource(Protocol):
         """Return a text that is equal for epochs whose packs hold the same."""
 
     def rows(self, key: Key, packs: Any) -> Rows | PairRows:
-        """Return the rows of some packs."""
+        """Return the rows of some packs, in memory that may be written to."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Fill:
         batch_size: rows of a batch; those without a pack are empty.
         max_segments: S of the batch.
         pin_memory: whether the batch is put into page-locked memory.
+        augment: what is drawn for each image of the batch; None draws nothing.
     """
 
     packs: PackSource
@@ -75,10 +78,13 @@ class Fill:
     batch_size: int
     max_segments: int
     pin_memory: bool
+    augment: Augment | None = None
 
     def rows(self, part: Part) -> Any:
         """Return the batch of a part, in ordinary memory."""
         rows = self.packs.rows(part.key, part.packs)
+        if self.augment is not None:
+            rows = augmented(rows, self.augment, part.key)
         # At a padded last step a rank has fewer packs than rows; the other rows stay empty.
         if len(part.places) < self.batch_size:
             rows = rows.spread(part.places, self.batch_size)

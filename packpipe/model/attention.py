@@ -32,6 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from packpipe import checks
 from packpipe.loading.batch import PackedBatch
+from packpipe.loading.colouring import segment_numbers
 
 BACKENDS = ("reference", "segments", "varlen", "flex")
 BLOCK = 128  # tokens a side of a block of FlexAttention's mask
@@ -102,12 +103,11 @@ def flatten(batch: PackedBatch, backend: str, *, keep_padding: bool = False) -> 
     rows, seq_len = batch.segment_ids.shape
     max_segments = batch.seq_lens.shape[1]
     keep_padding = keep_padding or torch.compiler.is_compiling()
-    ids = batch.segment_ids.long()
-    row = torch.arange(rows, device=ids.device)[:, None]
-    # Padding gets a number of its own, B · S: one more bucket for sums over segments.
-    segments = torch.where(ids > 0, row * max_segments + ids - 1, rows * max_segments).flatten()
+    # Padding has a number of its own, B · S: one more bucket for sums over segments.
+    segments = segment_numbers(batch.segment_ids, max_segments)
     lens = batch.seq_lens.long()
     if keep_padding or backend in ("reference", "flex"):
+        row = torch.arange(rows, device=lens.device)[:, None]
         starts = (row * seq_len + lens.cumsum(1) - lens).flatten()  # [B·S]
         if backend == "varlen":
             # Each row's padding is one more segment: the bounds must cover all tokens.
@@ -118,7 +118,7 @@ def flatten(batch: PackedBatch, backend: str, *, keep_padding: bool = False) -> 
         # Clamped, since an absent segment behind a full last row would start past the last token.
         return FlatTokens(None, segments, starts.clamp(max=rows * seq_len - 1), attend)
     # From here on the number of tokens depends on the batch, and a GPU has to report it.
-    places = ids.flatten().nonzero()[:, 0]
+    places = batch.segment_ids.flatten().nonzero()[:, 0]
     flat_lens = lens.flatten()
     starts = (flat_lens.cumsum(0) - flat_lens).clamp(max=max(len(places) - 1, 0))
     attend = _varlen(flat_lens, seq_len) if backend == "varlen" else _by_runs(flat_lens.tolist())

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from packpipe import checks
 from packpipe.loading.batch import PackedBatch
+from packpipe.loading.colouring import in_colours
 from packpipe.model.attention import Attention, FlatTokens, choose_backend, flatten
 from packpipe.model.config import NaViTConfig
 from packpipe.model.pooling import AttentionPool, pool_plainly
@@ -105,7 +106,10 @@ class NaViT(nn.Module):
     def read(self, batch: PackedBatch, tokens: FlatTokens) -> tuple[Tensor, Turn]:
         """Return embedded patches [T, C] with positions added; rotary ones as (cos, sin) beside."""
         dtype = self.embed.weight.dtype
-        pixels = tokens.take(batch.patches).to(dtype) / 127.5 - 1
+        pixels = tokens.take(batch.patches).to(dtype)
+        if batch.colours is not None:
+            pixels = in_colours(pixels, tokens.segments, batch.colours, batch.solarize)
+        pixels = pixels / 127.5 - 1
         x = self.embed(pixels)  # [T, D] in -1..1 -> [T, C]
         coords = tokens.take(batch.coords).long()
         if self.position is not None:

@@ -69,7 +69,7 @@ def test_a_batch_owns_its_memory(writeable):
 def test_to_moves_every_tensor():
     case = packed.RowSet(lens=[[2]], seq_len=4, max_segments=2)
     moved = packed.batch_of(case).to("meta")
-    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+    assert {tensor.device.type for tensor in moved.values()} == {"meta"}
 
 
 def test_too_many_segments_are_refused():
@@ -157,9 +157,9 @@ def test_pin_memory_pins_every_tensor(labels, monkeypatch):
 def test_pinned_batches_are_in_page_locked_memory():
     case = packed.RowSet(lens=[[2], [1, 2]], seq_len=4, max_segments=2)
     batch = packed.batch_of(case).pin_memory()
-    assert all(tensor.is_pinned() for tensor in vars(batch).values())
+    assert all(tensor.is_pinned() for tensor in batch.values())
     moved = batch.to("cuda", non_blocking=True)
-    assert all(tensor.is_cuda for tensor in vars(moved).values())
+    assert all(tensor.is_cuda for tensor in moved.values())
     assert torch.equal(moved.patches.cpu(), batch.patches)
 
 

@@ -1,0 +1,1 @@
+"""Augmentation of packed rows: flips, turns, erased boxes and colours, drawn anew every epoch."""

@@ -1,0 +1,110 @@
+"""`augmented`: packed rows of images with what was drawn for each of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from packpipe import checks
+from packpipe.augmenting.augment import Augment, Draws
+from packpipe.augmenting.colours import inverted_from, matrices
+from packpipe.augmenting.turning import move_patches, turned_coords, turned_grids, ways_of
+from packpipe.philox import Key
+from packpipe.rows.pairs import PairRows
+from packpipe.rows.rows import Rows
+
+_ERASED = 128
+
+
+def refuse_tokens(of_tokens: bool) -> None:
+    """Raise ValueError if rows to augment are those of token sequences."""
+    if of_tokens:
+        expected, remedy = "rows of images, for augment", "leave augment out"
+        raise ValueError(checks.sentence("packs", "rows of tokens", expected, remedy))
+
+
+def augmented(rows: Rows | PairRows, augment: Augment, key: Key) -> Any:
+    """Return the rows as drawn for an epoch; of pairs, the images.
+
+    Patches are moved in place where they can be written to, and in a copy where they cannot (views
+    of Arrow's memory). Colours are not applied yet: segments gain ``colours``, float32[segments, 3,
+    4], and ``solarize``, float32[segments], where the augmentation changes colours.
+
+    Args:
+        rows: in memory of their own.
+        augment: what is drawn.
+        key: (seed, epoch).
+
+    Raises:
+        ValueError: the rows are of token sequences, or do not say which example is which.
+    """
+    if isinstance(rows, PairRows):
+        return rows._replace(images=augmented(rows.images, augment, key))
+    refuse_tokens(rows.of_tokens)
+    if (rows.example_index < 0).any():
+        expected = "rows that say which example is which, for augment"
+        remedy = "pack with pack, or map with with_indices=True"
+        raise ValueError(checks.sentence("example_index", -1, expected, remedy))
+    draws = augment.drawn(key, rows.example_index)
+    if augment.moves or augment.erase:
+        rows = _moved(rows, augment, draws)
+    if not augment.colours:
+        return rows
+    colours: dict[str, Any] = {"colours": matrices(draws)}
+    if augment.solarizes:
+        colours["solarize"] = inverted_from(draws)
+    return replace(rows, segments={**rows.segments, **colours})
+
+
+def _moved(rows: Rows, augment: Augment, draws: Draws) -> Rows:
+    """Return the rows with their pictures flipped, turned and erased."""
+    shape = rows.segment_ids.shape
+    lens, starts = rows.seq_lens.astype(np.int64), rows.first_places(shape[1])
+    patches, coords = (
+        values if values.flags.writeable and values.flags.c_contiguous else values.copy()
+        for values in (rows.patches, rows.coords)
+    )
+    flat, places = patches.reshape(shape[0] * shape[1], -1), coords.reshape(-1, 2)
+    grid_hw = rows.grid_hw
+    if augment.moves:
+        ways = ways_of(draws.flip, draws.vertical_flip, draws.turns)
+        grid_hw = turned_grids(ways, grid_hw)
+        owner = np.repeat(np.arange(len(lens)), lens)  # the segment of each real token
+        real = np.repeat(starts - np.cumsum(lens) + lens, lens) + np.arange(len(owner))
+        there = turned_coords(ways[owner], rows.grid_hw[owner], places[real])
+        # Back into raster order: segment after segment, each by its number in the grid.
+        order = np.lexsort((there[:, 1], there[:, 0], owner))
+        sources = np.empty(len(flat), np.int64)
+        sources[real] = real[order]
+        places[real] = there[order]
+        move_patches(flat, ways, starts, lens, sources)
+    if augment.erase:
+        flat[_erased(draws, lens, starts, grid_hw, places)] = _ERASED
+    segments = {**rows.segments, "grid_hw": grid_hw}
+    return replace(
+        rows, segments=segments, tokens={**rows.tokens, "patches": patches, "coords": coords}
+    )
+
+
+def _erased(
+    draws: Draws,
+    lens: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    grid_hw: NDArray[np.int16],
+    coords: NDArray[np.int16],
+) -> NDArray[np.int64]:
+    """Return the tokens, rows laid end to end, that lie in an erased box."""
+    some = np.flatnonzero(draws.erase)
+    area, aspect, *corner = draws.box[some].T
+    share = np.sqrt(np.stack([area * aspect, area / aspect], 1))  # of each side
+    size = np.clip(np.rint(grid_hw[some] * share), 1, grid_hw[some])
+    first = np.floor((grid_hw[some] - size + 1) * np.stack(corner, 1))
+    owner = np.repeat(np.arange(len(some)), lens[some])
+    before = np.cumsum(lens[some]) - lens[some]
+    tokens = np.repeat(starts[some] - before, lens[some]) + np.arange(len(owner))
+    inside = (coords[tokens] >= first[owner]) & (coords[tokens] < (first + size)[owner])
+    found: NDArray[np.int64] = tokens[inside.all(1)]
+    return found
