@@ -18,7 +18,7 @@ import torch
 from processes import wait_until
 from two_ranks import one_of_two_ranks
 
-from packpipe import EpochPacks, PackedLoader, PackedStream
+from packpipe import Augment, EpochPacks, PackedLoader, PackedStream
 from packpipe.loading.ranks import rank_of_world
 from packpipe.sources import survey
 from packpipe.training.loop import train
@@ -165,6 +165,7 @@ def disagreements(rank, checkpoint):
         "several": lambda _: go_through(rank, each=[{"epoch": 2}, {"balance": True}]),
         "tail": lambda _: go_through(rank, each=[{"tail": "pad"}, {"tail": "error"}]),
         "segments": lambda _: go_through(rank, each=[{}, {"max_segments": 5}]),
+        "augment": lambda _: go_through(rank, each=[{}, {"augment": Augment()}]),
         "state": lambda _: go_through(rank, states=[{"packs": 4}, {}]),
         "a stream": lambda _: go_through_a_stream(rank),
         "one rank twice": lambda _: go_through(rank, rank=0, world_size=2),

@@ -90,6 +90,13 @@ def train(
     damaged_scans: DamagedScans = None,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 8e-4,
     loss: Annotated[str, typer.Option(help="sigmoid or softmax.")] = "sigmoid",
+    label_smoothing: Annotated[
+        float, typer.Option(help="Share of a target spread over all classes, of softmax.")
+    ] = 0.0,
+    augment: Annotated[
+        str | None,
+        typer.Option(help="three: flips, grey or solarized, colours. inception: flips."),
+    ] = None,
     position: Annotated[str, typer.Option(help="Position embedding.")] = "factorised_absolute_sum",
     pooling: Annotated[str, typer.Option(help="Of an image's tokens.")] = "attention",
     attention: Annotated[str, typer.Option(help="Backend; auto is the fastest.")] = "auto",
@@ -132,12 +139,14 @@ def train(
             "steps": steps,
             "learning_rate": learning_rate,
             "loss": loss,
+            "label_smoothing": label_smoothing,
             "precision": precision,
             "save_every": save_every,
             "log_every": log_every,
         },
         num_workers=num_workers,
         seed=seed,
+        augment=augment,
     )
     with naming_files(dataset):
         if not dry_run:

@@ -18,6 +18,7 @@ import torch
 from datasets import ClassLabel, Dataset
 
 from packpipe import checks
+from packpipe.augmenting.augment import Augment
 from packpipe.cli.layouts import Layout
 from packpipe.durable import write_bytes
 from packpipe.loading.epochs import EpochPacks
@@ -46,7 +47,8 @@ class Training:
         batch_size: rows a step of each rank.
         options: those of `TrainConfig`.
         num_workers: threads that decode ahead.
-        seed: of weights, order and resolutions.
+        seed: of weights, order, resolutions and augmentation.
+        augment: a preset of `Augment`; None for none.
     """
 
     dataset: Dataset
@@ -57,6 +59,7 @@ class Training:
     options: dict[str, Any]
     num_workers: int
     seed: int = 0
+    augment: str | None = None
 
     @cached_property
     def labelled(self) -> Dataset:
@@ -83,12 +86,18 @@ class Training:
         )
 
     @cached_property
+    def drawn(self) -> Augment | None:
+        """What is drawn for each image of an epoch."""
+        return None if self.augment is None else Augment.preset(self.augment)
+
+    @cached_property
     def packs(self) -> EpochPacks:
         """The images as packs, planned anew every epoch."""
         return self.layout.packs(self.labelled, self.config.patch_size, self.num_workers)
 
     def described(self) -> dict[str, int]:
         """Return the figures of the training without running it; checks every option."""
+        _ = self.drawn
         plan = self.packs.plan(self.seed, 0)
         with torch.device("meta"):  # counts weights without making them
             parameters = sum(p.numel() for p in NaViT(self.config).parameters())
@@ -114,7 +123,7 @@ class Training:
             TypeError, ValueError: an option is wrong.
         """
         # A wrong option is an error before there is a process group.
-        _ = self.config, self.train_config, self.packs
+        _ = self.config, self.train_config, self.drawn, self.packs
         if "RANK" not in os.environ:
             return self._run(output, tensorboard, as_json)
         # In a function of its own: its model and loader must be gone when the group ends.
@@ -134,6 +143,7 @@ class Training:
             balance=self.layout.name == "bucketed",
             num_workers=self.num_workers,
             pin_memory=device.type == "cuda",
+            augment=self.drawn,
         )
         writer = _tensorboard(output) if tensorboard and is_first else None
         with _interrupted() as stopped:

@@ -33,6 +33,7 @@ from packpipe.training.checkpoints import begin_after, load_checkpoint, save_che
 from packpipe.training.log import append_record, begin_log, sync_log
 from packpipe.training.log import read_log as read_log  # callers import it from here, too
 from packpipe.training.losses import (
+    check_label_smoothing,
     check_labels,
     global_count,
     segment_cross_entropy,
@@ -41,7 +42,10 @@ from packpipe.training.losses import (
 
 log = logging.getLogger(__name__)
 
-LOSSES = {"softmax": segment_cross_entropy, "sigmoid": segment_sigmoid_cross_entropy}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "softmax": segment_cross_entropy,
+    "sigmoid": segment_sigmoid_cross_entropy,
+}
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -59,6 +63,7 @@ class TrainConfig:
         head_weight_decay: of the head's matrix.
         clip: the gradient's largest norm.
         loss: ``"sigmoid"`` or ``"softmax"``.
+        label_smoothing: of ``"softmax"``: share of each target that is spread over all classes.
         precision: of matrix products; ``"auto"`` is bfloat16 on a GPU.
         compiled: whether `compile_parts` is used; None: on a GPU.
         trim: `PackedBatch.trim` cuts batches to a multiple of so many tokens; None does not. Every
@@ -80,6 +85,7 @@ class TrainConfig:
     head_weight_decay: float = 3.0
     clip: float = 1.0
     loss: str = "sigmoid"
+    label_smoothing: float = 0.0
     precision: str = "auto"
     compiled: bool | None = None
     trim: int | None = None
@@ -106,6 +112,12 @@ class TrainConfig:
                     checks.sentence(name, getattr(self, name), "0 or more", "0 is none")
                 )
         checks.choice("loss", self.loss, LOSSES, "choose a loss")
+        smoothing = check_label_smoothing(self.label_smoothing)
+        if smoothing and self.loss != "softmax":
+            expected = f"0 with loss={self.loss!r}"
+            remedy = "pass loss='softmax', whose targets are shares"
+            raise ValueError(checks.sentence("label_smoothing", smoothing, expected, remedy))
+        object.__setattr__(self, "label_smoothing", smoothing)
         checks.choice("precision", self.precision, PRECISIONS, "choose a precision")
 
     def rate(self, step: int) -> float:
@@ -168,7 +180,8 @@ def train(
 
     Args:
         model: on the device it is trained on.
-        loader: batches with integer labels, epoch after epoch.
+        loader: batches with integer labels, epoch after epoch; it augments them, if it is made with
+            ``augment``.
         config: the options.
         folder: where checkpoints and log.jsonl go, a local one; if it holds checkpoints, training
             resumes from the newest whole one. None keeps nothing.
@@ -274,7 +287,8 @@ def loss_of(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
     """
     # Under autocast the head gives bfloat16.
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return LOSSES[config.loss](exact, labels, count=global_count(labels != NO_LABEL))
+    options = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
+    return LOSSES[config.loss](exact, labels, count=global_count(labels != NO_LABEL), **options)
 
 
 def optimizer_of(model: NaViT, config: TrainConfig) -> torch.optim.AdamW:

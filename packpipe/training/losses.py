@@ -21,22 +21,34 @@ from packpipe.loading.ranks import has_group
 from packpipe.rows.rows import NO_LABEL
 
 
-def segment_cross_entropy(logits: Tensor, labels: Tensor, *, count: Tensor | None = None) -> Tensor:
+def segment_cross_entropy(
+    logits: Tensor, labels: Tensor, *, count: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
     """Return the mean softmax cross-entropy over the segments that have a label; 0 if none has.
 
     Args:
         logits: float[B, S, K].
         labels: int64[B, S], -100 for segments that do not count.
         count: what the sum is divided by; None is the number of segments with a label.
+        label_smoothing: share of each target that is spread evenly over all K classes, in [0, 1).
 
     Raises:
-        ValueError: a label is no class, on a CPU.
+        ValueError: a label is no class, on a CPU; or label_smoothing is out of range.
+
+    Source: Szegedy et al., arXiv 1512.00567, 7 (label smoothing).
     """
+    check_label_smoothing(label_smoothing)
     check_labels(labels, logits.shape[-1])
     present = labels != NO_LABEL
     # Logits that do not count may be infinite or NaN, and in backward 0 times that is NaN.
     flat = _where(present, logits).flatten(0, 1)
-    total = F.cross_entropy(flat, labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
+    total = F.cross_entropy(
+        flat,
+        labels.flatten(),
+        ignore_index=NO_LABEL,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
     return total / _divisor(present, count)
 
 
@@ -95,6 +107,15 @@ def segment_squared_error(
         raise ValueError(checks.sentence("targets.shape", found, expected, remedy))
     error = _where(present, outputs) - _where(present, targets)
     return error.square().mean(-1).sum() / _divisor(present, count)
+
+
+def check_label_smoothing(value: float) -> float:
+    """Return the share of a target that is spread over all classes, if it is in [0, 1)."""
+    remedy = "0.1 is usual, 0 is none"
+    share = checks.real_number("label_smoothing", value, remedy)
+    if not 0 <= share < 1:
+        raise ValueError(checks.sentence("label_smoothing", share, "in [0, 1)", remedy))
+    return float(share)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

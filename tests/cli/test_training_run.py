@@ -105,6 +105,8 @@ def test_stopped_it_goes_on(few, tmp_path):
         (["--position", "absolute"], "position is 'absolute', expected one of 'factorised_absol"),
         (["--learning-rate", "0"], "learning_rate is 0.0, expected a number above 0; choose a"),
         (["--drop-rate", "1.5"], "drop_rate is 1.5, expected "),
+        (["--augment", "two"], "preset is 'two', expected one of 'three', 'inception'; choose a"),
+        (["--label-smoothing", "0.1"], "label_smoothing is 0.1, expected 0 with loss='sigmoid'"),
     ],
 )
 def test_a_wrong_option_is_said_in_a_line(options, message, few, tmp_path):
@@ -112,6 +114,18 @@ def test_a_wrong_option_is_said_in_a_line(options, message, few, tmp_path):
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_augmented_it_goes_on_and_without_augmentation_it_does_not(few, tmp_path):
+    options = [*SMALL, "--num-workers", "0", "--log-every", "1"]
+    options += ["--loss", "softmax", "--label-smoothing", "0.1"]
+    assert run(few, tmp_path / "out", *options, "--augment", "three", "--steps", 1).exit_code == 0
+    other = run(few, tmp_path / "out", *options, "--steps", "2")
+    assert other.exit_code == 2
+    assert "state['augment'] is {'flip': 0.5, " in other.stderr
+    again = run(few, tmp_path / "out", *options, "--augment", "three", "--steps", "2")
+    assert again.exit_code == 0, again.output
+    assert [record["step"] for record in read_log(tmp_path / "out")] == [1, 2]
 
 
 def test_a_source_that_is_no_dataset_is_refused(tmp_path):

@@ -268,6 +268,7 @@ TOLD = {
     f"expected {SAME}",
     "tail": f"tail is 'pad' (rank 0), 'error' (rank 1), expected {SAME}",
     "segments": f"max_segments is 4 (rank 0), 5 (rank 1), expected {SAME}",
+    "augment": f"augment is missing (rank 0), {{'flip': 0.5, *}} (rank 1), expected {SAME}",
     "state": f"packs taken is 4 (rank 0), 0 (rank 1), expected {SAME}",
     "a stream": "packs taken is 4 (rank 0), 0 (rank 1) and stream is {'num_packs': 2, * (rank 0), "
     f"{{'num_packs': 0, 'num_examples': 0, 'source': None, *}} (rank 1), expected {SAME}",
@@ -313,6 +314,14 @@ def test_ranks_that_disagree_are_all_told_in_what(two_ranks_in):
         ({"learning_rate": 0}, "learning_rate is 0, expected a number above 0; choose a usual"),
         ({"weight_decay": -1}, "weight_decay is -1, expected 0 or more; 0 is none"),
         ({"loss": "hinge"}, "loss is 'hinge', expected one of 'softmax', 'sigmoid'; choose a loss"),
+        (
+            {"label_smoothing": 1.0},
+            "label_smoothing is 1.0, expected in [0, 1); 0.1 is usual, 0 is",
+        ),
+        (
+            {"label_smoothing": 0.1, "loss": "sigmoid"},
+            "label_smoothing is 0.1, expected 0 with loss='sigmoid'; pass loss='softmax', whose",
+        ),
         ({"precision": "fp8"}, "precision is 'fp8', expected one of 'auto', 'float32', 'bfloat16'"),
         ({"save_every": 0}, "save_every is 0, expected an integer in 1..9223372036854775808; "),
     ],

@@ -52,6 +52,30 @@ def random_batch(seed=0, rows=3, segments=4, classes=5):
     return logits, torch.where(present, labels, -100), present
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_smoothed_labels_are_shares_of_all_classes(smoothing):
+    logits, labels, present = random_batch(seed=3)
+    total = 0.0
+    for logit, label in zip(logits[present].tolist(), labels[present].tolist(), strict=True):
+        whole = sum(math.exp(one) for one in logit)
+        for number, one in enumerate(logit):
+            target = (1 - smoothing) * (number == label) + smoothing / len(logit)
+            total -= target * math.log(math.exp(one) / whole)
+    found = segment_cross_entropy(logits, labels, label_smoothing=smoothing)
+    assert found.item() == pytest.approx(total / int(present.sum()))
+    logits = logits.masked_fill(~present[..., None], math.nan).requires_grad_()
+    segment_cross_entropy(logits, labels, label_smoothing=smoothing).backward()
+    assert not logits.grad[~present].any()
+    assert logits.grad[present].any()
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1, math.nan])
+def test_a_smoothing_that_is_no_share_is_refused(wrong):
+    logits, labels, _ = random_batch()
+    with pytest.raises(ValueError, match=f"^label_smoothing is {wrong}, expected "):
+        segment_cross_entropy(logits, labels, label_smoothing=wrong)
+
+
 def naive_sigmoid(logits, targets):
     total = 0.0
     for logit, target in zip(logits.tolist(), targets.tolist(), strict=True):
