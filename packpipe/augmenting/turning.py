@@ -5,8 +5,8 @@ patch alike; with dropped tokens, too. There are eight ways a picture can lie: m
 right or not, then turned by 0 to 3 quarters to the left. A flip top to bottom is the mirrored
 picture turned by two quarters.
 
-Tokens come out in raster order, as they went in: a row holds what would have been packed of the
-flipped picture. So nothing that relies on their order notices (pooling by the first token, masks
+Tokens come out in raster order, as they went in: a row holds what patches of the flipped pixels
+would be. So nothing that relies on their order notices (pooling by the first token, masks
 and sums that are compared to the last bit, formats without coordinates).
 
 Cost: each patch that moves is copied twice, within the cache.
