@@ -143,6 +143,7 @@ def plot_losses(losses: Sequence[float], rows_per_epoch: int) -> Figure:
 def plot_training(records: Sequence[dict[str, Any]]) -> Figure:
     """Return a figure of a training: loss, accuracy and images a second over the steps.
 
+    Loss and accuracy on validation images, if there are any, are drawn beside those in training.
     Figures that are None or absent leave a gap.
 
     Args:
@@ -152,17 +153,27 @@ def plot_training(records: Sequence[dict[str, Any]]) -> Figure:
     steps = [record["step"] for record in records]
     columns = (
         ("loss", "loss an image"),
-        ("accuracy", "accuracy, training images"),
+        ("accuracy", "accuracy"),
         ("images_per_s", "images a second"),
     )
     for place, (name, label) in enumerate(columns):
         axes = figure.add_subplot(1, 3, place + 1)
         values = np.array([record.get(name) for record in records], float)  # None becomes NaN
-        axes.plot(steps, values, lw=0.8, alpha=0.5, label="each record")
+        axes.plot(steps, values, lw=0.8, alpha=0.5, label="training, each record")
         width = max(1, len(values) // 20)
         if width > 1:  # a twentieth of the training; few records need no smoothing
             smooth = np.convolve(values, np.ones(width) / width, mode="valid")
             axes.plot(steps[width - 1 :], smooth, label=f"mean of {width}")
+        measured = [r for r in records if r.get(f"val_{name}") is not None]
+        if measured:
+            axes.plot(
+                *zip(*((r["step"], r[f"val_{name}"]) for r in measured), strict=True),
+                "o-",
+                ms=3,
+                lw=1,
+                label="validation",
+            )
+        if width > 1 or measured:
             axes.legend(fontsize=8)
         axes.set(xlabel="step", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)

@@ -126,13 +126,16 @@ class Unplanned:
         raise AssertionError(f"{packs} of {key} are read, though the ranks do not agree")
 
 
-def train_on(rank, folder, *, checkpoint=None, rows=(10, 10), each=EACH, batch_size=1):
+def train_on(
+    rank, folder, *, checkpoint=None, rows=(10, 10), each=EACH, batch_size=1, validates=False
+):
     """Train, each rank in its own folder, from a checkpoint or the beginning."""
     if checkpoint:
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
     loader = PackedLoader(learning.table(rows[rank]), batch_size, seed=3, max_segments=4)
     config = learning.config_of(**{"steps": 4, **each[rank]})
-    list(train(learning.model_of(), loader, config, folder=folder))
+    validate = learning.validation_of(batch_size=1) if validates else None
+    list(train(learning.model_of(), loader, config, folder=folder, validate=validate))
 
 
 def train_from_a_damaged_checkpoint(rank, folder, checkpoint):
@@ -178,6 +181,7 @@ def disagreements(rank, checkpoint):
         "a damaged checkpoint": lambda folder: train_from_a_damaged_checkpoint(
             rank, folder, checkpoint
         ),
+        "validation": lambda folder: train_on(rank, folder, validates=rank == 0),
         "steps": lambda folder: train_on(rank, folder, each=[{}, {"steps": 5}]),
         "no checkpoint written": lambda folder: train_where_nothing_can_be_saved(rank, folder),
         "no log": lambda folder: train_where_no_log_can_be(rank, folder),
@@ -211,5 +215,6 @@ if __name__ == "__main__":
     where = Path(sys.argv[1])
     with one_of_two_ranks():
         learning.main(where, 1)
+        learning.main(where / "validated", 1, val_every=5)
         broken.main(where, BROKEN_STEPS)
         main(where)

@@ -36,6 +36,12 @@ def loader_of(batch_size=2, **options):
     return PackedLoader(table(), batch_size, seed=3, max_segments=4, **options)
 
 
+def validation_of(num_rows=7, batch_size=2, **options):
+    """A loader of other rows than those that are trained on."""
+    options = {"tail": "pad", "seed": 5, **options}
+    return PackedLoader(table(num_rows), batch_size, max_segments=4, **options)
+
+
 def model_of(dtype=torch.float32):
     return packed.model_of("auto", dtype)
 
@@ -44,15 +50,26 @@ def config_of(**options):
     return TrainConfig(**{"steps": STEPS, "learning_rate": 1e-2, "save_every": 2, **options})
 
 
-def main(folder, batch_size="2", most="0"):
+def main(folder, batch_size="2", most="0", val_every="0"):
     """Train, on this rank if there are several, and say when each step is done.
 
-    After most steps, unless that is 0, it waits to be killed, which is never too late then.
+    After most steps, unless that is 0, it waits to be killed, which is never too late then. Unless
+    val_every is 0, it validates.
     """
     model = model_of(torch.float64 if "RANK" in os.environ else torch.float32)
-    losses = []
-    for record in train(model, loader_of(int(batch_size)), config_of(), folder=folder):
+    losses, measured = [], []
+    options = {"val_every": int(val_every) or None}
+    validate = validation_of(batch_size=int(batch_size)) if int(val_every) else None
+    run = train(
+        model,
+        loader_of(int(batch_size)),
+        config_of(**options),
+        folder=folder,
+        validate=validate,
+    )
+    for record in run:
         losses.append(record.loss)
+        measured += [record.val_loss, record.val_accuracy, record.val_ece]
         sys.stdout.write(f"{record.step}\n")
         sys.stdout.flush()
         if len(losses) == int(most):
@@ -60,7 +77,7 @@ def main(folder, batch_size="2", most="0"):
     if "RANK" in os.environ:
         rank, _ = rank_of_world()
         weights = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
-        (Path(folder) / f"rank-{rank}.json").write_text(json.dumps([losses, weights]))
+        (Path(folder) / f"rank-{rank}.json").write_text(json.dumps([losses, weights, measured]))
 
 
 if __name__ == "__main__":

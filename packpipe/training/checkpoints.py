@@ -2,11 +2,13 @@
 
     step-00001000/  model.safetensors      the weights, by the names of ``state_dict``
                     optimizer.safetensors  AdamW's moments, as name of weight, dot, name of moment
-                    state.json             step, the loader's state, the model's shape
+                    state.json             step, the loader's state, the model's shape; with
+                                           validation, which steps were the best
                     checksums.xxh128       of the three files, as ``xxh128sum`` prints them
 
 A folder is filled under the name ``*.partial``, synced, then renamed; before it is removed it is
-renamed back. The last two are kept. Loading checks every file against its checksum and takes the
+renamed back. The last two are kept, or as many as are asked for, and those of the best steps.
+Loading checks every file against its checksum and takes the
 newest checkpoint that is whole, so a flipped bit or a file cut short costs the steps since the one
 before, and never passes for weights.
 """
@@ -31,6 +33,7 @@ from packpipe.loading.ranks import rank_of_world, together
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
 from packpipe.rows.files import checksum_of
+from packpipe.training.validation import Validator
 
 log = logging.getLogger(__name__)
 
@@ -42,30 +45,47 @@ _WITHOUT_CHECKSUMS = 1  # the version before, which can still be loaded
 
 
 def save_checkpoint(
-    folder: Path, model: NaViT, optimizer: torch.optim.Optimizer, loader: PackedLoader, step: int
+    folder: Path,
+    model: NaViT,
+    optimizer: torch.optim.Optimizer,
+    loader: PackedLoader,
+    step: int,
+    *,
+    validator: Validator | None = None,
+    keep_last: int = KEPT,
 ) -> None:
     """Write the checkpoint of a step; of several ranks, rank 0 writes and the others wait.
 
-    What goes wrong on rank 0 is raised on every rank.
+    What goes wrong on rank 0 is raised on every rank. Of the others the last ones are kept, and
+    those of the validator's best steps.
     """
     checks.local_path("folder", folder)
 
     def save() -> None:
         if rank_of_world()[0] == 0:
-            _save(folder, model, optimizer, loader, step)
+            _save(folder, model, optimizer, loader, step, validator)
+            best = validator.best_steps if validator else ()
+            for old in checkpoints(folder)[:-keep_last]:
+                if _step_of(old) not in best:
+                    _remove(old)
 
     together(save)
 
 
 def _save(
-    folder: Path, model: NaViT, optimizer: torch.optim.Optimizer, loader: PackedLoader, step: int
+    folder: Path,
+    model: NaViT,
+    optimizer: torch.optim.Optimizer,
+    loader: PackedLoader,
+    step: int,
+    validator: Validator | None,
 ) -> None:
     whole = folder / f"step-{step:08d}"
     partial = whole.with_name(whole.name + ".partial")
     _remove_partials(folder)
     partial.mkdir(parents=True)
     try:
-        _fill(partial, model, optimizer, loader, step)
+        _fill(partial, model, optimizer, loader, step, validator)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # makes room, if the disk is full
         raise
@@ -73,12 +93,15 @@ def _save(
         _remove(whole)
     partial.rename(whole)
     sync(folder)  # makes the rename itself durable
-    for old in checkpoints(folder)[:-KEPT]:
-        _remove(old)
 
 
 def _fill(
-    partial: Path, model: NaViT, optimizer: torch.optim.Optimizer, loader: PackedLoader, step: int
+    partial: Path,
+    model: NaViT,
+    optimizer: torch.optim.Optimizer,
+    loader: PackedLoader,
+    step: int,
+    validator: Validator | None,
 ) -> None:
     """Write the files of a checkpoint, and wait until the disk has them."""
     from safetensors.torch import save_file
@@ -86,12 +109,14 @@ def _fill(
     # safetensors refuses tensors that are not contiguous.
     save_file({k: v.contiguous() for k, v in _weights(model).items()}, partial / _MODEL)
     save_file(_moments(model, optimizer), partial / _OPTIMIZER)
-    state = {
+    state: dict[str, Any] = {
         "version": _VERSION,
         "step": step,
         "model": asdict(model.config),
         "loader": loader.state_dict(),
     }
+    if validator:
+        state["validation"] = validator.state_dict()
     (partial / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     (partial / _CHECKSUMS).write_bytes(b"".join(_checksums(partial).values()))
     # Synced before the rename: after a crash the new name must not stand for files without data.
@@ -212,15 +237,22 @@ def begin_after(folder: Path, step: int) -> None:
 
 
 def load_checkpoint(
-    folder: Path, model: NaViT, optimizer: torch.optim.Optimizer, loader: PackedLoader
+    folder: Path,
+    model: NaViT,
+    optimizer: torch.optim.Optimizer,
+    loader: PackedLoader,
+    *,
+    validator: Validator | None = None,
 ) -> int:
-    """Load the newest whole checkpoint into model, optimizer and loader; return its step.
+    """Load the newest whole checkpoint into model, optimizer, loader, validator; return its step.
 
-    Without a checkpoint nothing is loaded, and the step is 0.
+    Without a checkpoint nothing is loaded, and the step is 0. One without validation is loaded with
+    it, too: validation begins there.
 
     Raises:
         ValueError: all checkpoints are damaged; or it is of a model of another shape, or the loader
-            would give other batches.
+            would give other batches; or it is of a training with validation, and there is none now,
+            or one on other images.
     """
     found = newest_whole(folder)
     if found is None:
@@ -235,6 +267,12 @@ def load_checkpoint(
         if own.get(name) != value and name != "attention":
             remedy = "give the model of the checkpoint, or another folder"
             raise ValueError(checks.sentence(name, own.get(name), f"{value!r}", remedy))
+    validation = state.get("validation")
+    if validation and validator is None:
+        expected = "the images that the checkpoint was validated on"
+        raise ValueError(checks.sentence("validate", None, expected, "pass them again"))
+    if validation and validator:
+        validator.load_state_dict(validation)
     loader.load_state_dict(state["loader"])
     _weights_into(model, found)
     parameters = dict(model.named_parameters())

@@ -6,20 +6,27 @@ the same images with another ``max_tokens``::
     packs = EpochPacks(dataset, 1024, resolution="budget", max_tokens=128)
     accuracy(predict_packs(model, packs))
 
+`measure` gives loss, accuracy and calibration in one pass over a loader, and keeps no answers.
+
 Source: NaViT 3.5 (budgets), 3.6 (cascades), 3.7 (calibration).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from packpipe import checks
-from packpipe.model.predict import Answers
+from packpipe.loading.loader import PackedLoader
+from packpipe.loading.ranks import has_group, together
+from packpipe.model.predict import Answers, Model
 from packpipe.rows.rows import NO_LABEL
+from packpipe.training.losses import check_labels
+
+_BINS = 30
 
 
 def accuracy(answers: Answers) -> float:
@@ -32,7 +39,7 @@ def accuracy(answers: Answers) -> float:
     return float((outputs.argmax(-1) == labels).double().mean())
 
 
-def calibration_error(answers: Answers, *, bins: int = 30) -> float:
+def calibration_error(answers: Answers, *, bins: int = _BINS) -> float:
     """Return the expected calibration error of the top class: mean |confidence - accuracy|.
 
     The mean is over bins of equal width in confidence, the largest softmax probability, weighted by
@@ -47,17 +54,115 @@ def calibration_error(answers: Answers, *, bins: int = 30) -> float:
     """
     bins = checks.whole_number("bins", bins, 1, 10**6, "30 is usual")
     outputs, labels = _labelled(answers)
-    confidence, chosen = outputs.double().softmax(-1).max(-1)
-    if confidence.isnan().any():
-        where = int(confidence.isnan().nonzero()[0])
+    sums = _surplus(outputs, labels, bins)
+    if sums.isnan().any():
+        where = int(outputs.double().softmax(-1).isnan().any(-1).nonzero()[0])
         expected, remedy = "numbers", "look for what made the model give NaN or infinity"
         raise ValueError(checks.sentence(f"logits[{where}]", "NaN", expected, remedy))
-    # A confidence of exactly 1 belongs to the last bin.
-    bucket = (confidence * bins).long().clamp(max=bins - 1)
-    surplus = confidence - (chosen == labels).double()
-    # Of a bin with n images, |sum of surplus| is n · |mean confidence - accuracy|.
-    sums = torch.zeros(bins, dtype=torch.float64).index_add(0, bucket, surplus)
     return float(sums.abs().sum() / len(labels))
+
+
+def _surplus(logits: Tensor, labels: Tensor, bins: int) -> Tensor:
+    """Return float64[bins], Σ (confidence - whether it is right) of the images in each bin.
+
+    Of a bin with n images, its absolute value is n · |mean confidence - accuracy|. One NaN makes a
+    bin NaN.
+    """
+    confidence, chosen = logits.double().softmax(-1).max(-1)
+    # A confidence of exactly 1 belongs to the last bin.
+    bucket = (confidence.nan_to_num() * bins).long().clamp(max=bins - 1)
+    surplus = confidence - (chosen == labels).double()
+    return surplus.new_zeros(bins).index_add(0, bucket, surplus)
+
+
+class Measures(NamedTuple):
+    """What a model is worth on some images.
+
+    Attributes:
+        loss: mean over the labelled images.
+        accuracy: share of them whose largest output is that of their label.
+        ece: expected calibration error, see `calibration_error`.
+        num_images: labelled images.
+    """
+
+    loss: float
+    accuracy: float
+    ece: float
+    num_images: int
+
+
+def measure(
+    model: Model, loader: PackedLoader, loss: Callable[..., Tensor], *, half: bool = False
+) -> Measures:
+    """Return loss, accuracy and calibration error of a model on one pass of a loader.
+
+    Under torch.distributed every rank measures its share of the packs, and all are told the figures
+    of the whole; they call it together. Nothing random is drawn.
+
+    Args:
+        model: with its weights, on its device, with an output a class and an image.
+        loader: with ``tail="pad"``, so that no image is left out. Its pass is used up.
+        loss: such as `segment_cross_entropy`.
+        half: whether matrix products run in bfloat16.
+
+    Raises:
+        ValueError: the loader leaves images out, there is no label, or a label is no class.
+    """
+    check_measurable(model, loader)
+    device = next(model.parameters()).device
+    sums = together(lambda: _sums(model, loader, loss, device, half))
+    if has_group():
+        torch.distributed.all_reduce(sums)
+    total, right, number, *surplus = sums.tolist()
+    if not number:
+        raise ValueError(checks.sentence("labels", "none", "one label at least", "pass images"))
+    ece = float(torch.tensor(surplus, dtype=torch.float64).abs().sum()) / number
+    return Measures(total / number, right / number, ece, int(number))
+
+
+def check_measurable(model: Model, loader: PackedLoader) -> None:
+    """Raise ValueError if a model has no class an image, or a loader leaves images out."""
+    if loader.tail == "drop":
+        expected = "'pad', since 'drop' leaves images out"
+        remedy = "make it with PackedLoader(packs, batch_size, tail='pad')"
+        raise ValueError(checks.sentence("tail of the loader", loader.tail, expected, remedy))
+    if model.config.num_classes is None or model.config.pooling == "none":
+        found = (model.config.num_classes, model.config.pooling)
+        expected, remedy = "classes, and an output an image", "measure a model that classifies"
+        raise ValueError(checks.sentence("(num_classes, pooling)", found, expected, remedy))
+
+
+def _sums(
+    model: Model,
+    loader: PackedLoader,
+    loss: Callable[..., Tensor],
+    device: torch.device,
+    half: bool,
+) -> Tensor:
+    """Return float64[3 + bins]: sums of loss, right answers, images; of surplus in each bin."""
+    sums = torch.zeros(3 + _BINS, dtype=torch.float64, device=device)
+    one = torch.ones((), dtype=torch.float64, device=device)
+    was_training = model.training
+    model.train(False)
+    try:
+        # no_grad, not inference_mode: nothing made here may be of no use to the training after it.
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
+            for batch in loader:
+                if batch.labels is None:
+                    expected, remedy = "integer labels", "pack with label_column"
+                    raise ValueError(checks.sentence("batch.labels", None, expected, remedy))
+                check_labels(batch.labels, int(model.config.num_classes or 0))
+                moved = batch.to(device, non_blocking=True)
+                logits, labels = model(moved).double(), moved.labels
+                known = labels != NO_LABEL
+                sums[0] += loss(logits, labels, count=one)
+                logits, labels = logits[known], labels[known]
+                sums[1] += (logits.argmax(-1) == labels).sum()
+                sums[2] += known.sum()
+                sums[3:] += _surplus(logits, labels, _BINS)
+    finally:
+        model.train(was_training)
+    return sums
 
 
 class CascadePoint(NamedTuple):

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from packpipe.model.config import NaViTConfig
 from packpipe.model.flops import TRAINING, forward_flops, matrix_rate
 from packpipe.model.navit import NaViT, compile_parts
 from packpipe.rows.rows import NO_LABEL
-from packpipe.training.checkpoints import begin_after, load_checkpoint, save_checkpoint
+from packpipe.training.checkpoints import KEPT, begin_after, load_checkpoint, save_checkpoint
 from packpipe.training.log import append_record, begin_log, sync_log
 from packpipe.training.log import read_log as read_log  # callers import it from here, too
 from packpipe.training.losses import (
@@ -39,6 +39,7 @@ from packpipe.training.losses import (
     segment_cross_entropy,
     segment_sigmoid_cross_entropy,
 )
+from packpipe.training.validation import Validator
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,10 @@ class TrainConfig:
             torch.compile keeps 8 (``torch._dynamo.config.recompile_limit``).
         log_every: steps between records. Each record waits for the GPU.
         save_every: steps between checkpoints; None saves the last step alone.
+        val_every: steps between validations; None validates after the last step alone.
+        keep_last: how many of the last checkpoints are kept, 2 or more.
+        keep_best: how many checkpoints are kept of the steps with the lowest validation loss.
+        patience: validations without a lower loss after which training ends; None never ends it.
 
     Raises:
         TypeError, ValueError: an option has a wrong type, or is out of range.
@@ -91,12 +96,19 @@ class TrainConfig:
     trim: int | None = None
     log_every: int = 1
     save_every: int | None = None
+    val_every: int | None = None
+    keep_last: int = KEPT
+    keep_best: int = 1
+    patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "timescale", "log_every", "save_every", "trim"):
+        least = {"keep_last": KEPT, "keep_best": 0}
+        counts = ("steps", "timescale", "log_every", "save_every", "val_every", "patience", "trim")
+        for name in (*counts, *least):
             value = getattr(self, name)
             if value is not None:
-                checks.whole_number(name, value, 1, 2**63, "choose a usual number")
+                low = least.get(name, 1)
+                checks.whole_number(name, value, low, 2**63, "choose a usual number")
         for name in ("warm_up", "cool_down"):
             value = getattr(self, name)
             tenth = self.steps // 10
@@ -119,6 +131,10 @@ class TrainConfig:
             raise ValueError(checks.sentence("label_smoothing", smoothing, expected, remedy))
         object.__setattr__(self, "label_smoothing", smoothing)
         checks.choice("precision", self.precision, PRECISIONS, "choose a precision")
+
+    def validates(self, done: int) -> bool:
+        """Return whether the model is measured after so many steps."""
+        return done == self.steps or (self.val_every is not None and done % self.val_every == 0)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, 0 being the first.
@@ -154,6 +170,9 @@ class Record:
         data_wait: share of the time spent waiting for the loader.
         flops_per_s: useful FLOPs a second (`packpipe.model.flops`).
         mfu: flops_per_s ÷ the measured rate of matrix products; None on a CPU.
+        val_loss: mean over the validation images of all ranks; None where they were not measured.
+        val_accuracy: of the same images.
+        val_ece: expected calibration error on them (`packpipe.training.evaluation`).
     """
 
     step: int
@@ -166,6 +185,9 @@ class Record:
     data_wait: float
     flops_per_s: float
     mfu: float | None
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+    val_ece: float | None = None
 
 
 def train(
@@ -175,8 +197,9 @@ def train(
     *,
     folder: Path | str | None = None,
     stop: Callable[[], bool] = lambda: False,
+    validate: PackedLoader | None = None,
 ) -> Iterator[Record]:
-    """Train a model in place; yield a record every log_every steps.
+    """Train a model in place; yield a record every log_every steps, and after every validation.
 
     Args:
         model: on the device it is trained on.
@@ -187,11 +210,15 @@ def train(
             resumes from the newest whole one. None keeps nothing.
         stop: called after every step; True makes that step the last one, and saves it. Of several
             ranks all must answer the same.
+        validate: images that the model is measured on every val_every steps, such as
+            ``PackedLoader(EpochPacks(held_out, 1024, resolution="budget", max_tokens=256), 8,
+            tail="pad")``. Ranks measure a share each. Neither Ctrl-C nor a kill changes when.
 
     Raises:
-        ValueError: the rows have no labels, or the folder's checkpoint is of another model or of
-            other batches, or all of them are damaged; or an epoch has no batch; or, on every rank,
-            the ranks do not agree in the checkpoint, the options or the packs.
+        ValueError: the rows have no labels, or the folder's checkpoint is of another model, of
+            other batches or of other validation images, or all of them are damaged; or an epoch has
+            no batch; or, on every rank, the ranks do not agree in the checkpoint, the options or
+            the packs.
         RuntimeError: the attention backend differs from reference attention on this device.
     """
     device = next(model.parameters()).device
@@ -201,16 +228,32 @@ def train(
     if has_group() and device.type == "cuda":
         torch.cuda.set_device(device)  # ranks compare what they have through the current GPU
 
+    validator = (
+        None
+        if validate is None
+        else Validator(
+            model,
+            validate,
+            LOSSES[config.loss],
+            half=half,
+            keep_best=config.keep_best,
+            patience=config.patience,
+        )
+    )
+
     def begin() -> int:
         # On every rank: DDP sends rank 0's weights, but no state of the optimizer or the loader.
-        first = load_checkpoint(folder, model, optimizer, loader) if folder else 0
+        first = (
+            load_checkpoint(folder, model, optimizer, loader, validator=validator) if folder else 0
+        )
         _state_backend(model, device, half)
         return first
 
     first = together(begin)
     # All but log_every: a rank may keep silent.
     options = {name: value for name, value in asdict(config).items() if name != "log_every"}
-    agree({"step": first, "has_folder": folder is not None, **options})
+    has = {"has_folder": folder is not None, "validates": validator is not None}
+    agree({"step": first, **has, **options})
     kept = folder if rank_of_world()[0] == 0 else None  # what one rank alone may write to
 
     def go_on() -> None:
@@ -219,6 +262,8 @@ def train(
             begin_log(kept, first)
 
     together(go_on)
+    if validator and validator.is_exhausted:
+        return
     run: nn.Module = model.train()
     compiled = device.type == "cuda" if config.compiled is None else config.compiled
     if compiled and not model.keep_padding:  # keep_padding: it is compiled already
@@ -261,19 +306,38 @@ def train(
         # Counts come from the batch on the CPU: those of the moved one would wait for the GPU.
         figures.add(batch, labels, logits.detach(), loss.detach())
         done = step + 1
-        stopped = stop()
-        if done % config.log_every == 0 or done == config.steps or stopped:
+        ends = stop() or done == config.steps
+        # Not where stop ends the training: it may go on, as if it had not been stopped.
+        measures = validator is not None and config.validates(done)
+        if done % config.log_every == 0 or ends or measures:
             record = figures.record(done, config.rate(step))
+            if validator and measures:
+                found = validator.measure(done)
+                record = replace(
+                    record,
+                    val_loss=found.loss,
+                    val_accuracy=found.accuracy,
+                    val_ece=found.ece,
+                )
+                figures.began = time.perf_counter()  # what was measured is not trained on
+                ends = ends or validator.is_exhausted
             if kept:
                 append_record(kept, asdict(record))
             yield record
+        is_best = measures and validator is not None and done in validator.best_steps
         # After the yield: a caller that stops at a record leaves without this step's checkpoint.
-        if folder and (
-            done == config.steps or stopped or (config.save_every and done % config.save_every == 0)
-        ):
+        if folder and (ends or is_best or (config.save_every and done % config.save_every == 0)):
             together(lambda: sync_log(kept) if kept else None)
-            save_checkpoint(folder, model, optimizer, loader, done)
-        if stopped:
+            save_checkpoint(
+                folder,
+                model,
+                optimizer,
+                loader,
+                done,
+                validator=validator,
+                keep_last=config.keep_last,
+            )
+        if ends:
             return
 
 

@@ -213,3 +213,13 @@ def test_a_training_that_diverges_is_logged_and_drawn(tmp_path):
     drawn = plot_training([vars(record_of(1)), {"step": 2, "loss": None}, vars(record_of(3))])
     found = drawn.axes[0].lines[0].get_ydata()
     assert np.isnan(found).tolist() == [False, True, False]
+
+
+def test_validation_is_drawn_beside_training():
+    records = [vars(record_of(1)), {**vars(record_of(2)), "val_loss": 0.5, "val_accuracy": 0.25}]
+    axes = plot_training(records).axes
+    for number, value in ((0, 0.5), (1, 0.25)):
+        assert axes[number].lines[-1].get_xydata().tolist() == [[2, value]]
+        assert [text.get_text() for text in axes[number].get_legend().texts][-1] == "validation"
+    assert len(axes[2].lines) == 1
+    assert axes[2].get_legend() is None

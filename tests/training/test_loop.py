@@ -1,11 +1,10 @@
-"""Training: the rate, the decays, the figures; stopped or killed anywhere, the same to the bit."""
+"""Training: the rate, the decays, the figures; stopped anywhere, the same to the bit."""
 
 import json
 import logging
 import math
 import re
 import shutil
-import signal
 from itertools import islice
 from pathlib import Path
 
@@ -15,8 +14,6 @@ import learning
 import packed
 import pytest
 import torch
-from forked import Forked
-from processes import wait_until
 from two_ranks import run_on_two_ranks
 
 from packpipe import PackConfig, PackedLoader, plan_epoch
@@ -130,27 +127,6 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(stop, tmp_path):
     assert len(losses_of(tmp_path / "parts")) == learning.STEPS
 
 
-@pytest.mark.slow
-def test_killed_anywhere_it_goes_on_to_the_same_bits(tmp_path):
-    _, whole = trained(tmp_path / "whole")
-    folder = tmp_path / "killed"
-    seen = []
-    for wait in (1, 4, 3, 0):  # lines to wait for before each kill
-        most = wait + 2 if wait else 0  # every other step has a checkpoint
-        process = Forked(learning.__file__, folder, 2, most)
-        if wait:
-            wait_until(lambda process=process, wait=wait: process.said.count("\n") >= wait)
-            process.kill()
-        seen.append(process.wait())
-        lines = [int(line) for line in process.said.split()]
-        assert all(path.joinpath("state.json").exists() for path in checkpoints(folder))
-    assert seen == [-signal.SIGKILL] * 3 + [0]
-    assert lines[0] > 1
-    assert bytes_of(tmp_path / "whole") == bytes_of(folder)
-    assert losses_of(tmp_path / "whole") == losses_of(folder)
-    assert same_weights(whole, load_model(folder))
-
-
 def test_the_last_checkpoints_are_kept_and_a_half_written_one_is_none(tmp_path):
     trained(tmp_path)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000010", "step-00000012"]
@@ -229,10 +205,25 @@ def test_two_ranks_train_as_one(two_ranks_in):
     ranks = by_rank(two_ranks_in, "rank")
     for step, record in enumerate(records):
         assert (ranks[0][0][step] + ranks[1][0][step]) / 2 == pytest.approx(record.loss)
-    for _, weights in ranks:
+    for _, weights, _ in ranks:
         assert (torch.tensor(weights, dtype=torch.float64) - wanted).abs().max() < 1e-9
     assert ranks[0][0] != ranks[1][0]
     assert checkpoints(two_ranks_in)[-1].name == f"step-{learning.STEPS:08d}"
+
+
+@pytest.mark.slow
+def test_two_ranks_validate_as_one(two_ranks_in):
+    model, options = learning.model_of(torch.float64), learning.config_of(val_every=5)
+    run = train(model, learning.loader_of(2), options, validate=learning.validation_of())
+    wanted = [[r.val_loss, r.val_accuracy, r.val_ece] for r in run if r.val_loss is not None]
+    ranks = by_rank(two_ranks_in / "validated", "rank")
+    assert ranks[0][2] == ranks[1][2]  # to the bit: they stop and keep checkpoints together
+    found = [value for value in ranks[0][2] if value is not None]
+    assert len(found) == 9
+    assert found == pytest.approx([value for three in wanted for value in three], abs=1e-9)
+    kept = [path.name for path in checkpoints(two_ranks_in / "validated")]
+    best = min(range(3), key=lambda number: wanted[number][0])
+    assert f"step-{[5, 10, 12][best]:08d}" in kept
 
 
 @pytest.mark.slow
@@ -281,6 +272,7 @@ TOLD = {
     f"expected '*'; the packs are others: *\" (rank 1), expected {NONE}",
     "a lacking checkpoint": f"step is 2 (rank 0), 0 (rank 1), expected {SAME}",
     "a damaged checkpoint": f"error is None (rank 0), * (rank 1), expected {NONE}",
+    "validation": f"validates is True (rank 0), False (rank 1), expected {SAME}",
     "steps": f"steps is 4 (rank 0), 5 (rank 1), expected {SAME}",
     "no checkpoint written": 'error is "*Error: *step-00000001.partial*" (rank 0), None (rank 1), '
     f"expected {NONE}",
