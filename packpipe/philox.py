@@ -49,6 +49,7 @@ CONTRAST = 39
 SATURATION = 40
 ERASE = 41
 ERASED_BOX = (42, 43, 44, 45)  # area, aspect, top, left
+VALIDATION = 48
 
 
 class Key(NamedTuple):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from math import isqrt
 from typing import Any
 
 from datasets import Dataset
@@ -11,6 +12,7 @@ from packpipe import checks
 from packpipe.loading.epochs import EpochPacks
 from packpipe.planning.crops import Crop
 from packpipe.planning.distributions import Constant, Uniform
+from packpipe.planning.image_config import PackConfig
 from packpipe.planning.resolution import Side, Square
 
 LAYOUTS = ("packed", "padded", "bucketed", "square")
@@ -53,7 +55,7 @@ class Layout:
         if self.name != "packed":
             options = {"resolution": drawn, "max_segments": 1}
             # The patches of the largest square; an image whose grid has more of them is shrunk.
-            seq_len = max(1, high // patch_size) ** 2
+            seq_len = self._most_tokens(patch_size)
         if self.name == "square":
             options["resolution"] = Square(Constant(high))
         if self.crop is not None:
@@ -67,3 +69,38 @@ class Layout:
             max_bad_fraction=self.max_bad_fraction,
             **options | self.pixels,
         )
+
+    def evaluation(self, patch_size: int, max_tokens: int | None = None) -> PackConfig:
+        """Return how images become rows when the model is evaluated: nothing is drawn or dropped.
+
+        Args:
+            patch_size: of the model.
+            max_tokens: an image gets the largest size within so many tokens; None takes the tokens
+                of the largest square that is trained on.
+        """
+        packed, most = self.name == "packed", self._most_tokens(patch_size)
+        tokens = (min(most, self.seq_len) if packed else most) if max_tokens is None else max_tokens
+        options: dict[str, Any] = {"resolution": "budget", "max_tokens": tokens}
+        if self.name == "square":
+            options = {"resolution": Square(Constant(isqrt(tokens) * patch_size))}
+        if not packed:
+            options["max_segments"] = 1
+        seq_len = self.seq_len if packed else tokens
+        return PackConfig(seq_len=seq_len, patch_size=patch_size, **options | self.pixels)
+
+    def _most_tokens(self, patch_size: int) -> int:
+        """Return the patches of the largest square."""
+        return max(1, self.sides[1] // patch_size) ** 2
+
+
+def packs_of(dataset: Dataset, config: PackConfig, num_workers: int, **options: Any) -> EpochPacks:
+    """Return the packs of a dataset by a whole configuration.
+
+    Args:
+        dataset: images, with labels or without.
+        config: how they become rows.
+        num_workers: threads that read the headers; 0 is one.
+        **options: further ones of `EpochPacks`.
+    """
+    every = {field.name: getattr(config, field.name) for field in fields(config)}
+    return EpochPacks(dataset, num_workers=max(1, num_workers), **every, **options)

@@ -47,6 +47,7 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     train: (
         "packpipe train pictures.parquet runs/navit --steps 5000",
         "packpipe train pictures.parquet runs/cropped --crop-area 0.08 1",
+        "packpipe train photos runs/navit --val 0.1 --val-every 200 --patience 5",
         "packpipe train pictures.parquet runs/vit --layout square",
         "torchrun --nproc-per-node 8 -m packpipe train pictures.parquet runs/navit",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,9 @@ from packpipe.cli.options import (
     crop_of,
 )
 from packpipe.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @one_line_errors
@@ -104,6 +107,28 @@ def train(
     num_workers: Annotated[int, typer.Option(min=0, help="Threads that decode ahead.")] = 4,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 1000,
     log_every: Annotated[int, typer.Option(min=1, help="Steps a record speaks of.")] = 10,
+    val: Annotated[
+        str | None,
+        typer.Option(
+            help="Validate: the share of each class that is held out, such as 0.1, or a source of "
+            "other images with the same classes."
+        ),
+    ] = None,
+    val_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 100,
+    val_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Most tokens of a validation image.  [those of the largest square]"
+        ),
+    ] = None,
+    keep_last: Annotated[int, typer.Option(min=2, help="Last checkpoints that are kept.")] = 2,
+    keep_best: Annotated[
+        int, typer.Option(min=0, help="Checkpoints kept of the lowest validation losses.")
+    ] = 1,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="End after so many validations without a lower loss."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order and resolutions.")] = 0,
     tensorboard: Annotated[bool, typer.Option(help="Log for TensorBoard, too.")] = False,
     max_bad_fraction: MaxBadFraction = 0.01,
@@ -143,12 +168,18 @@ def train(
             "precision": precision,
             "save_every": save_every,
             "log_every": log_every,
+            "val_every": val_every,
+            "keep_last": keep_last,
+            "keep_best": keep_best,
+            "patience": patience,
         },
         num_workers=num_workers,
         seed=seed,
         augment=augment,
+        val=None if val is None else _validated(val),
+        val_tokens=val_tokens,
     )
-    with naming_files(dataset):
+    with naming_files(training.labelled):
         if not dry_run:
             # Ctrl-C, and a checkpoint is saved: `one_line_errors` says so, and exits with 130.
             if not training.run(output, tensorboard=tensorboard, as_json=as_json):
@@ -159,6 +190,14 @@ def train(
         print_json(found)
     else:
         print_table(source, [(name, f"{value:,}") for name, value in found.items()])
+
+
+def _validated(val: str) -> float | Dataset:
+    """Return what --val says: a share, or the images of a source."""
+    try:
+        return float(val)
+    except ValueError:
+        return open_source(val, "train")
 
 
 @one_line_errors

@@ -16,18 +16,24 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset
+from datasets.utils import tqdm
 
 from packpipe import checks
 from packpipe.augmenting.augment import Augment
-from packpipe.cli.layouts import Layout
+from packpipe.cli.layouts import Layout, packs_of
+from packpipe.cli.open_source import naming_files
+from packpipe.cli.validation_images import divided, with_classes_of
 from packpipe.durable import write_bytes
 from packpipe.loading.epochs import EpochPacks
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.ranks import process_group, rank_of_world
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
+from packpipe.planning.image_config import PackConfig
 from packpipe.plots import plot_training
+from packpipe.rows.rejects import TooManyRejects
 from packpipe.sources.columns import label_column_of
+from packpipe.training.checkpoints import checkpoints
 from packpipe.training.log import json_line, read_log
 from packpipe.training.loop import Record, TrainConfig, train
 
@@ -47,8 +53,11 @@ class Training:
         batch_size: rows a step of each rank.
         options: those of `TrainConfig`.
         num_workers: threads that decode ahead.
-        seed: of weights, order, resolutions and augmentation.
+        seed: of weights, order, resolutions, augmentation, and of which images are held out.
         augment: a preset of `Augment`; None for none.
+        val: images that the training is validated on: a share of the dataset's, which is held out
+            of it, or a dataset of others; None validates on none.
+        val_tokens: most tokens of a validation image; None is those of the largest square.
     """
 
     dataset: Dataset
@@ -60,11 +69,28 @@ class Training:
     num_workers: int
     seed: int = 0
     augment: str | None = None
+    val: float | Dataset | None = None
+    val_tokens: int | None = None
 
     @cached_property
+    def _parts(self) -> tuple[Dataset, Dataset | None]:
+        """The images that are trained on, and those that are validated on."""
+        labelled = _labelled(self.dataset)
+        if isinstance(self.val, Dataset):
+            column = label_column_of(labelled.features, "auto")
+            classes: Any = labelled.features[column]
+            return labelled, with_classes_of(_labelled(self.val), classes)
+        return (labelled, None) if self.val is None else divided(labelled, self.val, self.seed)
+
+    @property
     def labelled(self) -> Dataset:
-        """The dataset with its labels as classes."""
-        return _labelled(self.dataset)
+        """The images that are trained on, with their labels as classes."""
+        return self._parts[0]
+
+    @property
+    def validated(self) -> Dataset | None:
+        """The images that are validated on, with the same classes; None without any."""
+        return self._parts[1]
 
     @cached_property
     def config(self) -> NaViTConfig:
@@ -95,14 +121,36 @@ class Training:
         """The images as packs, planned anew every epoch."""
         return self.layout.packs(self.labelled, self.config.patch_size, self.num_workers)
 
+    @cached_property
+    def evaluation(self) -> PackConfig:
+        """How images become rows when the model is evaluated."""
+        return self.layout.evaluation(self.config.patch_size, self.val_tokens)
+
+    @cached_property
+    def validation_packs(self) -> EpochPacks | None:
+        """The validation images as packs; None without any."""
+        if self.validated is None:
+            return None
+        allowed = self.layout.max_bad_fraction
+        try:
+            with naming_files(self.validated):
+                return packs_of(
+                    self.validated, self.evaluation, self.num_workers, max_bad_fraction=allowed
+                )
+        except TooManyRejects as error:
+            # Without the rejects, whose numbers are not those of the images that are trained on.
+            raise TooManyRejects(f"of the validation images, {error}", []) from error
+
     def described(self) -> dict[str, int]:
         """Return the figures of the training without running it; checks every option."""
-        _ = self.drawn
+        held_out = {} if self.validated is None else {"validation images": len(self.validated)}
+        _ = self.drawn, self.validation_packs
         plan = self.packs.plan(self.seed, 0)
         with torch.device("meta"):  # counts weights without making them
             parameters = sum(p.numel() for p in NaViT(self.config).parameters())
         return {
             "images": len(self.labelled),
+            **held_out,
             "classes": int(self.config.num_classes or 0),
             "parameters": parameters,
             "steps": self.train_config.steps,
@@ -123,7 +171,7 @@ class Training:
             TypeError, ValueError: an option is wrong.
         """
         # A wrong option is an error before there is a process group.
-        _ = self.config, self.train_config, self.drawn, self.packs
+        _ = self.config, self.train_config, self.drawn, self.packs, self.validation_packs
         if "RANK" not in os.environ:
             return self._run(output, tensorboard, as_json)
         # In a function of its own: its model and loader must be gone when the group ends.
@@ -145,14 +193,28 @@ class Training:
             pin_memory=device.type == "cuda",
             augment=self.drawn,
         )
+        measured = self.validation_packs
+        validate = (
+            None
+            if measured is None
+            else PackedLoader(
+                measured,
+                self.batch_size,
+                tail="pad",
+                num_workers=self.num_workers,
+                pin_memory=device.type == "cuda",
+            )
+        )
         writer = _tensorboard(output) if tensorboard and is_first else None
         with _interrupted() as stopped:
             # Signals reach ranks at different steps, and a rank that stops alone leaves the others
             # waiting. So ranks do not stop by themselves, and resume from the last checkpoint.
             stop = stopped.is_set if "RANK" not in os.environ else lambda: False
-            for record in train(navit, loader, options, folder=output, stop=stop):
+            run = train(navit, loader, options, folder=output, stop=stop, validate=validate)
+            for record in with_bar(run, options.steps, output) if is_first else run:
                 if is_first:
-                    sys.stdout.write(_line(record, as_json))
+                    # Above the bar, if there is one.
+                    tqdm.write(_line(record, as_json), file=sys.stdout, end="")
                     sys.stdout.flush()
                 if writer:
                     for name, value in asdict(record).items():
@@ -165,6 +227,10 @@ class Training:
             plot_training(log).savefig(picture, dpi=100)
             write_bytes(output / "training.png", picture.getvalue())
             if not as_json:
+                if (last := log[-1]["step"]) < options.steps and not stopped.is_set():
+                    times = f"{options.patience} times"
+                    said = f"ended after step {last}: no lower loss in validation {times}\n"
+                    sys.stdout.write(said)
                 sys.stdout.write(f"checkpoints, log and plot are in {output}\n")
         return not stopped.is_set()
 
@@ -178,13 +244,29 @@ def trim_of(seq_len: int) -> int:
     return -(-seq_len // (_TRIM * _LENGTHS)) * _TRIM
 
 
+def with_bar(run: Iterator[Record], steps: int, output: Path) -> Iterator[Record]:
+    """Yield records; meanwhile a terminal shows the steps, their rate and the time that is left."""
+    before = [int(path.name.removeprefix("step-")) for path in checkpoints(output)]
+    # disable=None: where stderr is no terminal, nothing is shown.
+    with tqdm(total=steps, initial=max(before, default=0), unit="step", disable=None) as bar:
+        for record in run:
+            bar.update(record.step - bar.n)
+            yield record
+
+
 def _line(record: Record, as_json: bool) -> str:
     if as_json:
         return json_line(asdict(record))
+    measured = (
+        ""
+        if record.val_loss is None
+        else f"  val loss {record.val_loss:.4f}  val accuracy {record.val_accuracy:.3f}  "
+        f"val ECE {record.val_ece:.3f}"
+    )
     return (
         f"step {record.step}  loss {record.loss:.4f}  accuracy {record.accuracy:.3f}  "
         f"{record.images_per_s:,.0f} images/s  fill {record.fill:.3f}  "
-        f"waited {record.data_wait:.0%}\n"
+        f"waited {record.data_wait:.0%}{measured}\n"
     )
 
 

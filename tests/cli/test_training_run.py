@@ -1,10 +1,16 @@
 """`packpipe train`: every layout trains, stopped it goes on, what is wrong is said in a line."""
 
+import io
+import json
+import re
 import shutil
+import sys
+from types import SimpleNamespace
 
 import commanding
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value, enable_progress_bars
 from hypothesis import given
 from hypothesis import strategies as st
 from two_ranks import launch_two_ranks
@@ -13,7 +19,8 @@ from typer.testing import CliRunner
 from packpipe.cli.layouts import Layout
 from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
-from packpipe.cli.training_run import trim_of
+from packpipe.cli.training_run import trim_of, with_bar
+from packpipe.cli.validation_images import with_classes_of
 from packpipe.planning.crops import Crop
 from packpipe.samples import images_folder
 from packpipe.training.checkpoints import checkpoints, load_model
@@ -94,9 +101,105 @@ def test_stopped_it_goes_on(few, tmp_path):
     assert checkpoints(tmp_path / "out")[-1].name == "step-00000005"
 
 
+VALIDATED = [*SMALL, *QUICK, "--learning-rate", "1e-4", "--val", "0.3", "--val-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def validated(few, tmp_path_factory):
+    """The folder of a training with images held out."""
+    folder = tmp_path_factory.mktemp("validated")
+    result = run(few, folder, *VALIDATED)
+    assert result.exit_code == 0, result.output
+    line = r"step 4  .*waited .*  val loss \d\.\d{4}  val accuracy \d\.\d{3}  val ECE \d\.\d{3}\n"
+    assert re.search(line, result.stdout)
+    return folder
+
+
+def test_images_are_held_out_and_measured(few, validated, tmp_path):
+    log = read_log(validated)
+    assert all(0 <= record["val_accuracy"] <= 1 for record in log)
+    assert all(record["val_loss"] > 0 for record in log)
+    described = json.loads(run(few, tmp_path / "no", *VALIDATED, "--dry-run", "--json").stdout)
+    assert (described["images"], described["validation images"]) == (13, 6)  # 3 of 9, 3 of 10
+    # Those of each class alone make the same packs: the same split, the same figures.
+    again = run(few, tmp_path / "again", *VALIDATED, "--json")
+    lines = [json.loads(line) for line in again.stdout.splitlines()]
+    assert [line["val_loss"] for line in lines] == [record["val_loss"] for record in log]
+
+
+def test_it_goes_on_with_the_same_images_held_out_and_with_no_others(few, validated, tmp_path):
+    folder = shutil.copytree(validated, tmp_path / "copy")
+    result = run(few, folder, *VALIDATED, "--steps", "6")
+    assert result.exit_code == 0, result.output
+    assert [record["step"] for record in read_log(folder)] == [2, 4, 6]
+    result = run(few, folder, *VALIDATED, "--steps", "8", "--val", "0.5")
+    assert result.exit_code == 2
+    assert "fingerprint of the validation images is '" in result.stderr
+
+
+def test_another_source_is_measured_by_the_names_of_its_classes(few, tmp_path):
+    names = sorted(path.name for path in few.iterdir())
+    shutil.copytree(few / names[1], tmp_path / "one" / names[1])
+    shutil.copytree(few / names[1], tmp_path / "one" / "zebra")
+    result = run(few, tmp_path / "out", *VALIDATED, "--val", tmp_path / "one", "--dry-run")
+    assert result.exit_code == 2
+    message = f"a validation label is 'zebra', expected one of '{names[0]}', '{names[1]}'; train on"
+    assert message in result.stderr
+    trained, others = (ClassLabel(names=names) for names in (["b", "c", "a"], ["a", "b"]))
+    features = Features({"label": others, "page": Value("int64")})
+    own = Dataset.from_dict({"label": [0, 1, None, 0], "page": [1, 2, 3, 4]}, features)
+    assert with_classes_of(own, trained)["label"] == [2, 0, None, 2]
+    assert with_classes_of(own, others) is own
+
+
+def test_it_ends_early_and_says_so(few, tmp_path):
+    options = [*VALIDATED, "--steps", "40", "--learning-rate", "1", "--patience", "1"]
+    options += ["--val-every", "1"]
+    result = run(few, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    last = read_log(tmp_path / "out")[-1]["step"]
+    assert last < 40
+    assert f"ended after step {last}: no lower loss in validation 1 times\n" in result.stdout
+
+
+def test_a_terminal_shows_steps_and_the_time_that_is_left(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    (tmp_path / "step-00000006").mkdir()
+    monkeypatch.setattr("sys.stderr", Terminal())
+    enable_progress_bars()
+    records = [SimpleNamespace(step=8), SimpleNamespace(step=10)]
+    assert list(with_bar(iter(records), 10, tmp_path)) == records
+    shown = sys.stderr.getvalue()
+    assert re.search(r"60%.*6/10", shown)
+    assert re.search(r"100%.*10/10 \[\d\d:\d\d<00:00, .*step", shown)
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    assert list(with_bar(iter(records), 10, tmp_path)) == records
+    assert sys.stderr.getvalue() == ""
+
+
+def test_too_many_broken_validation_images_are_named_by_their_files(few, tmp_path):
+    shutil.copytree(few, tmp_path / "broken")
+    broken = sorted(path for path in (tmp_path / "broken").rglob("*") if path.is_file())[:3]
+    for path in broken:
+        path.write_bytes(b"no image")
+    result = run(few, tmp_path / "out", *VALIDATED, "--val", tmp_path / "broken")
+    assert result.exit_code == 1
+    assert "of the validation images, rejected is 3 of 19 examples" in result.stderr
+    assert f"({', '.join(map(str, broken))})" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--val", "1.5"], "fraction is 1.5, expected a number between 0 and 1; pass a share of"),
+        (["--val", "nowhere/at/all"], "SOURCE is 'nowhere/at/all', expected a file, a folder or"),
+        (
+            ["--val", "0.5", "--val-tokens", "65"],
+            "max_tokens is 65, expected an integer in 1..64; an image must fit into a pack",
+        ),
         (
             ["--layout", "tight"],
             "layout is 'tight', expected one of 'packed', 'padded', 'buck",

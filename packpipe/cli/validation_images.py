@@ -1,0 +1,54 @@
+"""The images of `packpipe train --val`: a share of the training's, or those of another source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Dataset
+
+from packpipe import checks
+from packpipe.planning.held_out import held_out
+from packpipe.sources.columns import label_column_of
+
+
+def divided(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Return a labelled dataset's images to train on, and those held out, in their order.
+
+    Args:
+        dataset: with a column of classes.
+        fraction: share of each class that is held out.
+        seed: of the draw.
+    """
+    column = label_column_of(dataset.features, "auto")
+    labels = dataset.select_columns([column]).with_format("arrow")[:].column(0).cast(pa.int64())
+    chosen = held_out(labels.fill_null(-1).to_numpy(), fraction, seed=seed)
+    return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
+
+
+def with_classes_of(dataset: Dataset, trained: ClassLabel) -> Dataset:
+    """Return a labelled dataset whose classes have the numbers that the trained ones have.
+
+    Args:
+        dataset: with a column of classes, told by their names.
+        trained: the classes of the training.
+
+    Raises:
+        ValueError: it has a class that is not trained; names the first.
+    """
+    column = label_column_of(dataset.features, "auto")
+    own: Any = dataset.features[column]
+    if own.names == trained.names:
+        return dataset
+    numbers = {name: number for number, name in enumerate(trained.names)}
+    labels = dataset.select_columns([column]).with_format("arrow")[:].column(0).to_pylist()
+    known = [None if label is None or label < 0 else own.names[label] for label in labels]
+    for name in known:
+        if name is not None and name not in numbers:
+            expected = f"one of {', '.join(map(repr, trained.names))}"
+            raise ValueError(
+                checks.sentence("a validation label", name, expected, "train on this class, too")
+            )
+    renumbered = [None if name is None else numbers[name] for name in known]
+    return dataset.remove_columns([column]).add_column(column, renumbered, feature=trained)
