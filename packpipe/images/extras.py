@@ -95,11 +95,8 @@ def coded_hw(file: BinaryIO) -> tuple[int, int]:
     if total > max(4 * end, _LEAST_EXTENTS):
         raise ValueError(f"a HEIC file of {end} bytes whose parts have {total}")
     parts = meta.split(b"ispe\0\0\0\0")[1:]
-    return max(
-        (unpack(">II", part[:8])[::-1] for part in parts if len(part) >= 8),
-        default=(0, 0),
-        key=math.prod,
-    )
+    found = (unpack(">II", part[:8])[::-1] for part in parts if len(part) >= 8)
+    return max((hw for hw in found if all(hw)), default=(0, 0), key=math.prod)
 
 
 def load_heic(image: ImageFile.ImageFile) -> None:

@@ -230,6 +230,12 @@ def test_a_poisonous_size_is_refused_by_the_header(plain, hw):
     assert found.value.reason == "too many pixels"
 
 
+def test_a_size_of_nothing_is_refused_by_the_decoder(plain):
+    with pytest.raises(BadImage, match=r"Zero image width or height$") as found:
+        probe(with_size(plain, 2**32 - 1, 0), max_pixels=10**6)
+    assert found.value.reason == "unreadable"
+
+
 def test_a_larger_stream_than_its_header_says_is_refused_before_it_is_decoded():
     damaged = with_size(heic(np.zeros((512, 512), np.uint8), "L"), 64, 64)
     with pytest.raises(BadImage, match=r"^libheif cannot decode it$") as found:
