@@ -32,6 +32,7 @@ from packpipe.model.predict import predict_packs
 from packpipe.training.evaluation import accuracy, calibration_error
 from packpipe.training.loop import TrainConfig, train
 
+SIDE = 64  # of a square of as many pixels as every image has
 RESULT = Path(__file__).parent / "results" / "augment_helps.md"
 
 
@@ -68,9 +69,9 @@ def main() -> None:
     num_classes = pictures.features["label"].num_classes
     shape = NaViTConfig(num_classes=num_classes, patch_size=TINY.patch, max_side=256, **TINY.model)
     law = {
-        "seq_len": 5 * (TINY.side // TINY.patch) ** 2,
+        "seq_len": 5 * (SIDE // TINY.patch) ** 2,
         "patch_size": TINY.patch,
-        "resolution": Side(Constant(TINY.side)),
+        "resolution": Side(Constant(SIDE)),
         "label_column": "label",
     }
     shown = pack(test, progress=False, **law)
@@ -131,7 +132,7 @@ def write(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
             f"`python benchmarks/augment_helps.py --data FOLDER --epochs {options.epochs} --seeds "
             f"{options.seeds}`, {datetime.date.today()}: CPU, torch {torch.__version__}, Python "
             f"{platform.python_version()}. Trunk {TINY.model}, patches of {TINY.patch}, every "
-            f"image at {TINY.side}² pixels, {options.epochs} epochs of 6,295 pictures of 26 "
+            f"image at {SIDE}² pixels, {options.epochs} epochs of 6,295 pictures of 26 "
             "classes; 1,573 others, whole and unchanged, are the test. Mean ± half the range. "
             "Seconds are of a machine that did other work, too.\n"
         ),

@@ -623,6 +623,7 @@ OPTIONS = {
     "max_pixels": 10**6,
     "profiles": "ignore",
     "damaged_scans": "strict",
+    "value_range": (0, 1),
 }
 
 
