@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from packpipe.planning.resolution import Square as Square
     from packpipe.planning.token_config import TokenConfig as TokenConfig
     from packpipe.planning.token_plan import plan_tokens as plan_tokens
+    from packpipe.training.run_folder import load_model as load_model
     from packpipe.verification.verify import verify as verify
 
 # Public name: the module that defines it.
@@ -94,6 +95,7 @@ _HOMES = {
     "balance_steps": "packing.equal_steps",
     "compile_parts": "model.navit",
     "count_lengths": "packing.histogram",
+    "load_model": "training.run_folder",
     "manifest": "building.pack",
     "pack": "building.pack",
     "pack_lengths": "packing.packs",

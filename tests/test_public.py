@@ -41,6 +41,7 @@ PUBLIC = [
     "balance_steps",
     "compile_parts",
     "count_lengths",
+    "load_model",
     "manifest",
     "pack",
     "pack_lengths",

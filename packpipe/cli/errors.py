@@ -20,6 +20,11 @@ def debug(asked: bool) -> None:
     _debug = asked
 
 
+def name_of(command: Callable[..., None]) -> str:
+    """Return a command's name; ``eval_`` is eval, which is a function of Python's."""
+    return command.__name__.removesuffix("_")
+
+
 def one_line_errors(command: Callable[_Given, None]) -> Callable[_Given, None]:
     """Return a command that prints an error as one line and exits with its status."""
 
@@ -35,7 +40,7 @@ def one_line_errors(command: Callable[_Given, None]) -> Callable[_Given, None]:
         except Exception as error:
             if _debug:
                 raise
-            typer.echo(f"packpipe {command.__name__}: {plain(in_a_line(error))}", err=True)
+            typer.echo(f"packpipe {name_of(command)}: {plain(in_a_line(error))}", err=True)
             raise typer.Exit(2 if call_is_wrong(error) else 1) from None
 
     return run

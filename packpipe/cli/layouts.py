@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from math import isqrt
 from typing import Any
 
@@ -102,5 +102,5 @@ def packs_of(dataset: Dataset, config: PackConfig, num_workers: int, **options: 
         num_workers: threads that read the headers; 0 is one.
         **options: further ones of `EpochPacks`.
     """
-    every = {field.name: getattr(config, field.name) for field in fields(config)}
-    return EpochPacks(dataset, num_workers=max(1, num_workers), **every, **options)
+    every = {**config.to_options(), **options}
+    return EpochPacks(dataset, num_workers=max(1, num_workers), **every)

@@ -15,6 +15,8 @@ except ModuleNotFoundError:
     raise SystemExit("typer is not installed; pip install 'packpipe[cli]'") from None
 
 from packpipe.cli import errors
+from packpipe.cli.errors import name_of
+from packpipe.cli.model_commands import eval_, predict
 from packpipe.cli.pack_commands import pack, plan, show, stats, verify
 from packpipe.cli.train_commands import bench, demo, train
 
@@ -50,6 +52,14 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "packpipe train photos runs/navit --val 0.1 --val-every 200 --patience 5",
         "packpipe train pictures.parquet runs/vit --layout square",
         "torchrun --nproc-per-node 8 -m packpipe train pictures.parquet runs/navit",
+    ),
+    eval_: (
+        "packpipe eval runs/navit test.parquet",
+        "packpipe eval runs/navit photos --split test --budgets 64,128,256 --json",
+    ),
+    predict: (
+        "packpipe predict runs/navit a.jpg b.png",
+        "packpipe predict runs/navit holidays --top 1 --json",
     ),
     demo: ("packpipe demo packpipe-demo",),
 }
@@ -89,7 +99,7 @@ def main(
 
 # typer joins the lines of a paragraph, so every example is a paragraph of its own.
 for _command, _lines in _EXAMPLES.items():
-    app.command(epilog="\n\n".join(["[b]Examples[/b]", *_lines]))(_command)
+    app.command(name_of(_command), epilog="\n\n".join(["[b]Examples[/b]", *_lines]))(_command)
 
 if __name__ == "__main__":
     app()

@@ -18,11 +18,10 @@ import torch
 from datasets import ClassLabel, Dataset
 from datasets.utils import tqdm
 
-from packpipe import checks
 from packpipe.augmenting.augment import Augment
+from packpipe.cli.labels import divided, labelled, with_classes_of
 from packpipe.cli.layouts import Layout, packs_of
 from packpipe.cli.open_source import naming_files
-from packpipe.cli.validation_images import divided, with_classes_of
 from packpipe.durable import write_bytes
 from packpipe.loading.epochs import EpochPacks
 from packpipe.loading.loader import PackedLoader
@@ -36,6 +35,7 @@ from packpipe.sources.columns import label_column_of
 from packpipe.training.checkpoints import checkpoints
 from packpipe.training.log import json_line, read_log
 from packpipe.training.loop import Record, TrainConfig, train
+from packpipe.training.run_folder import RunOptions
 
 _TRIM = 64  # bucketed rows are cut to a multiple of so many tokens, or of a multiple of it
 _LENGTHS = 8  # for which torch.compile keeps graphs; beyond, it would compute without one
@@ -75,12 +75,12 @@ class Training:
     @cached_property
     def _parts(self) -> tuple[Dataset, Dataset | None]:
         """The images that are trained on, and those that are validated on."""
-        labelled = _labelled(self.dataset)
+        images = labelled(self.dataset)
         if isinstance(self.val, Dataset):
-            column = label_column_of(labelled.features, "auto")
-            classes: Any = labelled.features[column]
-            return labelled, with_classes_of(_labelled(self.val), classes)
-        return (labelled, None) if self.val is None else divided(labelled, self.val, self.seed)
+            column = label_column_of(images.features, "auto")
+            classes: Any = images.features[column]
+            return images, with_classes_of(labelled(self.val), classes)
+        return (images, None) if self.val is None else divided(images, self.val, self.seed)
 
     @property
     def labelled(self) -> Dataset:
@@ -99,9 +99,17 @@ class Training:
         if self.layout.name in ("padded", "bucketed") and shape["attention"] == "auto":
             # Other backends may skip padding, which a padded ViT computes.
             shape = {**shape, "attention": "reference"}
-        column = label_column_of(self.labelled.features, "auto")
-        num_classes = int(self.labelled.features[column].num_classes)
+        num_classes = len(self._classes.names)
         return NaViTConfig.preset(self.model, num_classes=num_classes, **shape)
+
+    @property
+    def _classes(self) -> ClassLabel:
+        found: ClassLabel = self.labelled.features[self._label_column]
+        return found
+
+    @property
+    def _label_column(self) -> str | None:
+        return label_column_of(self.labelled.features, "auto")
 
     @cached_property
     def train_config(self) -> TrainConfig:
@@ -125,6 +133,16 @@ class Training:
     def evaluation(self) -> PackConfig:
         """How images become rows when the model is evaluated."""
         return self.layout.evaluation(self.config.patch_size, self.val_tokens)
+
+    @property
+    def run_options(self) -> RunOptions:
+        """What is asked of the model later on."""
+        return RunOptions(
+            class_names=tuple(self._classes.names),
+            label_column=self._label_column,
+            loss=self.train_config.loss,
+            packing=self.evaluation,
+        )
 
     @cached_property
     def validation_packs(self) -> EpochPacks | None:
@@ -163,7 +181,7 @@ class Training:
         """Train; return False if Ctrl-C stopped it, in which case that step is saved.
 
         Args:
-            output: folder of checkpoints, log.jsonl and training.png.
+            output: folder of checkpoints, log.jsonl, model.json and training.png.
             tensorboard: whether to log for TensorBoard, too.
             as_json: whether records are printed as JSON.
 
@@ -210,7 +228,15 @@ class Training:
             # Signals reach ranks at different steps, and a rank that stops alone leaves the others
             # waiting. So ranks do not stop by themselves, and resume from the last checkpoint.
             stop = stopped.is_set if "RANK" not in os.environ else lambda: False
-            run = train(navit, loader, options, folder=output, stop=stop, validate=validate)
+            run = train(
+                navit,
+                loader,
+                options,
+                folder=output,
+                stop=stop,
+                validate=validate,
+                run_options=self.run_options,
+            )
             for record in with_bar(run, options.steps, output) if is_first else run:
                 if is_first:
                     # Above the bar, if there is one.
@@ -312,14 +338,3 @@ def _tensorboard(output: Path) -> Any:
             "tensorboard is not installed; pip install 'packpipe[tensorboard]'"
         ) from None
     return SummaryWriter(str(output / "tensorboard"))
-
-
-def _labelled(dataset: Dataset) -> Dataset:
-    """Return the dataset with its label column as a ClassLabel."""
-    column = label_column_of(dataset.features, "auto")
-    if column is None:
-        expected, remedy = "a label column among them", "name it label"
-        raise ValueError(checks.sentence("columns", dataset.column_names, expected, remedy))
-    if not isinstance(dataset.features[column], ClassLabel):
-        dataset = dataset.class_encode_column(column)
-    return dataset

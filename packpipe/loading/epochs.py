@@ -135,6 +135,11 @@ class EpochPacks:
             return self._plans[key]
 
     @property
+    def undecodable(self) -> list[Reject]:
+        """Examples of plans that this process could not decode, by now."""
+        return self._undecodable.rejects
+
+    @property
     def max_segments(self) -> int:
         """Most segments a pack may hold."""
         return self.config.max_segments

@@ -245,6 +245,10 @@ class PackConfig:
         """Return the configuration that `to_dict` described."""
         return cls(**BEFORE | {name: _restored(value) for name, value in options.items()})
 
+    def to_options(self) -> dict[str, Any]:
+        """Return the options by name, as `pack`, `EpochPacks` and `predict` take them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     def as_before(self) -> PackConfig:
         """Return the configuration as it was before the options of `BEFORE` were there."""
         return replace(self, **BEFORE)

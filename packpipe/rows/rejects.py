@@ -168,6 +168,12 @@ class ReadFailures:
             found = list(self._rejects.values())
         tolerance.check(found)
 
+    @property
+    def rejects(self) -> list[Reject]:
+        """The rejects so far, by example."""
+        with self._lock:
+            return [self._rejects[example] for example in sorted(self._rejects)]
+
     def __reduce__(self) -> tuple[type[ReadFailures], tuple[()]]:
         return ReadFailures, ()  # a lock cannot be pickled; a worker process counts its own
 

@@ -20,7 +20,7 @@ import json
 import logging
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 KEPT = 2  # with one, a kill while the same step is written again would leave none
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _CHECKSUMS = "checksums.xxh128"
+_HEAD = ("head.weight",)
 _VERSION = 2
 _WITHOUT_CHECKSUMS = 1  # the version before, which can still be loaded
 
@@ -284,11 +285,15 @@ def load_checkpoint(
     return int(state["step"])
 
 
-def load_model(folder: Path | str, **options: Any) -> NaViT:
+def model_of(
+    folder: Path | str, *, best: bool = False, num_classes: int | None = None, **options: Any
+) -> NaViT:
     """Return the model of the newest whole checkpoint in a folder, on the CPU.
 
     Args:
         folder: where a training kept its checkpoints.
+        best: whether the one with the lowest validation loss goes first, of those that are whole.
+        num_classes: a new head of so many classes; None keeps the head.
         **options: changes of its `NaViTConfig` that leave the weights as they are, such as
             ``attention="reference"``.
 
@@ -296,12 +301,38 @@ def load_model(folder: Path | str, **options: Any) -> NaViT:
         FileNotFoundError: the folder holds no checkpoint.
         ValueError: all its checkpoints are damaged.
     """
+    from safetensors.torch import load_file
+
     found = newest_whole(Path(folder))
     if found is None:
         raise FileNotFoundError(f"{folder} holds no checkpoint; train with this folder first")
-    model = NaViT(NaViTConfig(**{**_state(found)["model"], **options}))
-    _weights_into(model, found)
+    state = _state(found)
+    if best:
+        found = _best_whole(Path(folder), state) or found
+    config = NaViTConfig(**{**state["model"], **options})
+    if num_classes is not None:
+        config = replace(config, num_classes=num_classes)
+    model = NaViT(config)
+    weights = load_file(found / _MODEL)
+    if num_classes is not None:
+        own = {name: value for name, value in model.state_dict().items() if name in _HEAD}
+        weights = {**weights, **own}
+    model.load_state_dict(weights)
     return model
+
+
+def _best_whole(folder: Path, state: dict[str, Any]) -> Path | None:
+    """Return the best checkpoint by a state, of those that are there and whole; None without."""
+    by_step = {_step_of(path): path for path in checkpoints(folder)}
+    for one in state.get("validation", {}).get("best", []):
+        path = by_step.get(one["step"])
+        if path is None:  # keep_best was less
+            continue
+        damage = _damage_of(path)
+        if not damage:
+            return path
+        log.warning("%s is damaged (%s)", path.name, damage)
+    return None
 
 
 def _weights(model: NaViT) -> dict[str, torch.Tensor]:

@@ -39,6 +39,7 @@ from packpipe.training.losses import (
     segment_cross_entropy,
     segment_sigmoid_cross_entropy,
 )
+from packpipe.training.run_folder import RunOptions, check_options, write_options
 from packpipe.training.validation import Validator
 
 log = logging.getLogger(__name__)
@@ -198,6 +199,7 @@ def train(
     folder: Path | str | None = None,
     stop: Callable[[], bool] = lambda: False,
     validate: PackedLoader | None = None,
+    run_options: RunOptions | None = None,
 ) -> Iterator[Record]:
     """Train a model in place; yield a record every log_every steps, and after every validation.
 
@@ -213,10 +215,13 @@ def train(
         validate: images that the model is measured on every val_every steps, such as
             ``PackedLoader(EpochPacks(held_out, 1024, resolution="budget", max_tokens=256), 8,
             tail="pad")``. Ranks measure a share each. Neither Ctrl-C nor a kill changes when.
+        run_options: what model.json in the folder says for `packpipe.load_model`: names of classes,
+            and how images become rows. None writes none.
 
     Raises:
         ValueError: the rows have no labels, or the folder's checkpoint is of another model, of
-            other batches or of other validation images, or all of them are damaged; or an epoch has
+            other batches, of other validation images or of classes with other names, or all of
+            them are damaged; or an epoch has
             no batch; or, on every rank, the ranks do not agree in the checkpoint, the options or
             the packs.
         RuntimeError: the attention backend differs from reference attention on this device.
@@ -242,6 +247,8 @@ def train(
     )
 
     def begin() -> int:
+        if folder and run_options:
+            check_options(folder, run_options)
         # On every rank: DDP sends rank 0's weights, but no state of the optimizer or the loader.
         first = (
             load_checkpoint(folder, model, optimizer, loader, validator=validator) if folder else 0
@@ -260,6 +267,8 @@ def train(
         if kept:  # all ranks have loaded by now, since they agree in the step
             begin_after(kept, first)
             begin_log(kept, first)
+            if run_options:
+                write_options(kept, run_options)
 
     together(go_on)
     if validator and validator.is_exhausted:

@@ -74,7 +74,18 @@ def told(*arguments):
 def test_help_shows_every_command_with_an_example():
     assert "Exit status" in told("--help")
     assert told("--version").strip() == packpipe.__version__
-    for name in ("pack", "plan", "stats", "show", "verify", "bench", "train", "demo"):
+    for name in (
+        "pack",
+        "plan",
+        "stats",
+        "show",
+        "verify",
+        "bench",
+        "train",
+        "eval",
+        "predict",
+        "demo",
+    ):
         assert name in told("--help")
         assert "Example" in told(name, "--help")
         assert f"packpipe {name}" in told(name, "--help")

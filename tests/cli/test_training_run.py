@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from two_ranks import launch_two_ranks
 from typer.testing import CliRunner
 
+from packpipe.cli.labels import with_classes_of
 from packpipe.cli.layouts import Layout
 from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
 from packpipe.cli.training_run import trim_of, with_bar
-from packpipe.cli.validation_images import with_classes_of
 from packpipe.planning.crops import Crop
 from packpipe.samples import images_folder
-from packpipe.training.checkpoints import checkpoints, load_model
+from packpipe.training.checkpoints import checkpoints, model_of
 from packpipe.training.loop import read_log
 
 
@@ -76,7 +76,7 @@ def test_every_layout_trains(layout, few, tmp_path):
     fills = {"packed": 0.7, "padded": 0.1, "bucketed": 0.1, "square": 1.0}
     assert log[-1]["fill"] >= fills[layout]
     assert (tmp_path / "out" / "training.png").read_bytes()[:4] == b"\x89PNG"
-    model = load_model(tmp_path / "out")
+    model = model_of(tmp_path / "out")
     assert (model.config.dim, model.config.num_classes) == (192, 2)
     assert (model.config.attention == "reference") == (layout in ("padded", "bucketed"))
 
@@ -143,7 +143,7 @@ def test_another_source_is_measured_by_the_names_of_its_classes(few, tmp_path):
     shutil.copytree(few / names[1], tmp_path / "one" / "zebra")
     result = run(few, tmp_path / "out", *VALIDATED, "--val", tmp_path / "one", "--dry-run")
     assert result.exit_code == 2
-    message = f"a validation label is 'zebra', expected one of '{names[0]}', '{names[1]}'; train on"
+    message = f"a label is 'zebra', expected one of '{names[0]}', '{names[1]}'; train on"
     assert message in result.stderr
     trained, others = (ClassLabel(names=names) for names in (["b", "c", "a"], ["a", "b"]))
     features = Features({"label": others, "page": Value("int64")})

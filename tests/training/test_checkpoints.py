@@ -20,7 +20,7 @@ from packpipe.training import checkpoints as module
 from packpipe.training.checkpoints import (
     checkpoints,
     load_checkpoint,
-    load_model,
+    model_of,
     save_checkpoint,
 )
 from packpipe.training.loop import optimizer_of, read_log, train
@@ -136,7 +136,7 @@ def test_a_model_is_of_the_newest_whole_checkpoint(folder, parts, tmp_path, capl
     (tmp_path / "older").mkdir()
     older = weights_in(folder / OLDER, tmp_path / "older", parts)
     os.truncate(folder / NEWEST / "model.safetensors", 100)
-    assert same(weights_of(load_model(folder)), older)
+    assert same(weights_of(model_of(folder)), older)
     assert "model.safetensors does not match checksums.xxh128" in caplog.text
 
 
@@ -151,7 +151,7 @@ def test_without_a_whole_checkpoint_nothing_is_loaded(folder, parts):
     with pytest.raises(ValueError, match=message):
         load_checkpoint(folder, *parts)
     with pytest.raises(ValueError, match=message):
-        load_model(folder)
+        model_of(folder)
     assert same(weights_of(parts[0]), before)
 
 
@@ -164,7 +164,7 @@ def make_old(checkpoint):
 
 
 def test_a_checkpoint_without_checksums_is_loaded_and_said_to_be_unchecked(folder, parts, caplog):
-    wanted = weights_of(load_model(folder))
+    wanted = weights_of(model_of(folder))
     make_old(folder / NEWEST)
     assert load_checkpoint(folder, *parts) == 12
     assert same(weights_of(parts[0]), wanted)

@@ -19,7 +19,7 @@ from two_ranks import run_on_two_ranks
 from packpipe import PackConfig, PackedLoader, plan_epoch
 from packpipe.loading.steps import TAILS
 from packpipe.training import loop
-from packpipe.training.checkpoints import KEPT, checkpoints, load_model, save_checkpoint
+from packpipe.training.checkpoints import KEPT, checkpoints, model_of, save_checkpoint
 from packpipe.training.loop import TrainConfig, optimizer_of, read_log, train
 
 
@@ -159,18 +159,18 @@ def test_a_checkpoint_that_is_half_removed_is_none(steps, tmp_path, monkeypatch)
     whole = checkpoints(tmp_path)
     assert whole
     assert all(path.joinpath("state.json").exists() for path in whole)
-    assert same_weights(model, load_model(tmp_path))
+    assert same_weights(model, model_of(tmp_path))
     save(4)
     assert sorted(tmp_path.iterdir()) == [whole[-1], tmp_path / "step-00000004"]
 
 
 def test_a_trained_model_is_loaded_with_its_shape(tmp_path):
     _, model = trained(tmp_path)
-    again = load_model(tmp_path, attention="reference")
+    again = model_of(tmp_path, attention="reference")
     assert same_weights(model, again)
     assert again.config.attention == "reference"
     with pytest.raises(FileNotFoundError, match="holds no checkpoint; train with this folder"):
-        load_model(tmp_path / "nothing")
+        model_of(tmp_path / "nothing")
 
 
 def test_another_model_or_loader_cannot_go_on(tmp_path):

@@ -16,7 +16,7 @@ from processes import wait_until
 
 from packpipe import PackedLoader
 from packpipe.model.predict import predict_packs
-from packpipe.training.checkpoints import checkpoints, load_model
+from packpipe.training.checkpoints import checkpoints, model_of
 from packpipe.training.evaluation import accuracy, calibration_error, measure
 from packpipe.training.log import read_log
 from packpipe.training.loop import LOSSES, train
@@ -195,7 +195,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(tmp_path):
     assert lines[0] > 1
     assert figures_of(folder) == figures_of(tmp_path / "whole")
     assert bytes_of(folder) == bytes_of(tmp_path / "whole")
-    assert same_weights(model, load_model(folder))
+    assert same_weights(model, model_of(folder))
 
 
 def never_better(**options):
@@ -236,7 +236,7 @@ def test_a_checkpoint_from_before_validation_goes_on_with_it(tmp_path):
     assert len(list(islice(run, 5))) == 5
     records, _ = trained(tmp_path)
     assert [r.step for r in records if r.val_loss is not None] == [6, 9, 12]
-    assert load_model(tmp_path).config.num_classes == packed.NUM_CLASSES
+    assert model_of(tmp_path).config.num_classes == packed.NUM_CLASSES
 
 
 @pytest.mark.parametrize(

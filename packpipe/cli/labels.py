@@ -1,4 +1,4 @@
-"""The images of `packpipe train --val`: a share of the training's, or those of another source."""
+"""Labels of datasets as classes: encoded, held out by share, numbered as in a training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,21 @@ from datasets import ClassLabel, Dataset
 from packpipe import checks
 from packpipe.planning.held_out import held_out
 from packpipe.sources.columns import label_column_of
+
+
+def labelled(dataset: Dataset) -> Dataset:
+    """Return a dataset with its label column as a ClassLabel.
+
+    Raises:
+        ValueError: it has no label column.
+    """
+    column = label_column_of(dataset.features, "auto")
+    if column is None:
+        expected, remedy = "a label column among them", "name it label"
+        raise ValueError(checks.sentence("columns", dataset.column_names, expected, remedy))
+    if not isinstance(dataset.features[column], ClassLabel):
+        dataset = dataset.class_encode_column(column)
+    return dataset
 
 
 def divided(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -47,8 +62,6 @@ def with_classes_of(dataset: Dataset, trained: ClassLabel) -> Dataset:
     for name in known:
         if name is not None and name not in numbers:
             expected = f"one of {', '.join(map(repr, trained.names))}"
-            raise ValueError(
-                checks.sentence("a validation label", name, expected, "train on this class, too")
-            )
+            raise ValueError(checks.sentence("a label", name, expected, "train on this class, too"))
     renumbered = [None if name is None else numbers[name] for name in known]
     return dataset.remove_columns([column]).add_column(column, renumbered, feature=trained)

@@ -1,0 +1,99 @@
+"""What `packpipe eval` and `packpipe predict` ask of a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from datasets import ClassLabel, Dataset, Image
+
+from packpipe.cli.labels import labelled, with_classes_of
+from packpipe.cli.layouts import packs_of
+from packpipe.cli.training_run import device_of_this_rank
+from packpipe.loading.loader import PackedLoader
+from packpipe.model.navit import NaViT
+from packpipe.model.predict import predict_packs
+from packpipe.rows.rejects import Reject
+from packpipe.training.evaluation import Measures, measure
+from packpipe.training.loop import LOSSES
+from packpipe.training.run_folder import RunOptions, load_model
+
+_ALL_MAY_BE_BAD = {"max_bad_fraction": 1.0, "max_consecutive_bad": 2**62}
+
+
+def evaluate(
+    run: Path,
+    dataset: Dataset,
+    budgets: list[int] | None,
+    *,
+    batch_size: int,
+    num_workers: int,
+    max_bad_fraction: float,
+) -> list[tuple[int, Measures]]:
+    """Return what a trained model is worth on labelled images, by the most tokens of an image.
+
+    Args:
+        run: a training's folder.
+        dataset: labelled images.
+        budgets: most tokens; None is the budget of the training's validation.
+        batch_size: rows a step.
+        num_workers: threads that decode ahead.
+        max_bad_fraction: a larger share of images that cannot be read is an error.
+    """
+    model, options = _loaded(run)
+    images = labelled(dataset)
+    if options.class_names is not None:
+        images = with_classes_of(images, ClassLabel(names=list(options.class_names)))
+    half = next(model.parameters()).is_cuda
+    found = []
+    for asked in [options] if budgets is None else [options.at(budget) for budget in budgets]:
+        bad = {"max_bad_fraction": max_bad_fraction}
+        packs = packs_of(images, asked.packing, num_workers, **bad)
+        loader = PackedLoader(packs, batch_size, tail="pad", num_workers=num_workers)
+        measured = measure(model, loader, LOSSES[options.loss], half=half)
+        found.append((asked.max_tokens, measured))
+    return found
+
+
+class Prediction(NamedTuple):
+    """The classes of an image, the likeliest first, each with its probability."""
+
+    image: str
+    classes: list[tuple[str, float]]
+
+
+def predictions(
+    run: Path, images: list[str], *, top: int, batch_size: int, num_workers: int
+) -> tuple[list[Prediction], list[tuple[str, Reject]]]:
+    """Return what a trained model says of images, and those that cannot be read; in their order.
+
+    Args:
+        run: a training's folder.
+        images: paths.
+        top: classes an image, the likeliest.
+        batch_size: rows a step.
+        num_workers: threads that decode ahead.
+    """
+    model, options = _loaded(run)
+    dataset = Dataset.from_dict({"image": images}).cast_column("image", Image())
+    packs = packs_of(dataset, options.packing, num_workers, **_ALL_MAY_BE_BAD)
+    kind = next(model.parameters()).device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+        answers = predict_packs(model, packs, batch_size=batch_size, num_workers=num_workers)
+    logits = answers.outputs.double()
+    shares = logits.sigmoid() if options.loss == "sigmoid" else logits.softmax(-1)
+    names = options.class_names or tuple(map(str, range(shares.shape[1])))
+    # Stable, so that of equal ones the first class is the first.
+    order = shares.argsort(dim=-1, descending=True, stable=True)[:, :top].tolist()
+    found = [
+        Prediction(images[number], [(names[k], float(row[k])) for k in ranked])
+        for number, row, ranked in zip(answers.example_index.tolist(), shares, order, strict=True)
+    ]
+    rejects = sorted([*packs.rejects, *packs.undecodable])
+    return found, [(images[reject.example_index], reject) for reject in rejects]
+
+
+def _loaded(run: Path) -> tuple[NaViT, RunOptions]:
+    model, options = load_model(run)
+    return model.to(device_of_this_rank()).eval(), options

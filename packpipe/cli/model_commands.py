@@ -1,0 +1,118 @@
+"""The commands eval and predict, which ask a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from packpipe import checks
+from packpipe.cli.errors import one_line_errors
+from packpipe.cli.open_source import naming_files, open_source
+from packpipe.cli.options import AsJson, MaxBadFraction, Source, Split
+from packpipe.cli.output import plain, print_json, print_table
+
+Run = Annotated[Path, typer.Argument(help="A folder that train wrote.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows a step.")]
+NumWorkers = Annotated[int, typer.Option(min=0, help="Threads that decode ahead.")]
+
+
+@one_line_errors
+def eval_(
+    run: Run,
+    source: Source,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            help="Most tokens of an image, by turns, such as 64,128,256.  [as in validation]"
+        ),
+    ] = None,
+    batch_size: BatchSize = 8,
+    num_workers: NumWorkers = 4,
+    max_bad_fraction: MaxBadFraction = 0.01,
+    split: Split = "train",
+    as_json: AsJson = False,
+) -> None:
+    """Measure a trained model on labelled images: accuracy, loss, calibration error (ECE)."""
+    from packpipe.cli.asking import evaluate
+
+    chosen = None if budgets is None else _numbers(budgets)
+    dataset = open_source(source, split)
+    with naming_files(dataset):
+        found = evaluate(
+            run,
+            dataset,
+            chosen,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_bad_fraction=max_bad_fraction,
+        )
+    if as_json:
+        lines = [{"max_tokens": tokens, **measured._asdict()} for tokens, measured in found]
+        print_json({"run": str(run), "source": source, "budgets": lines})
+        return
+    rows = [
+        (
+            f"{tokens} tokens",
+            f"accuracy {measured.accuracy:.4f}  loss {measured.loss:.4f}  ECE {measured.ece:.4f}",
+        )
+        for tokens, measured in found
+    ]
+    print_table(f"{run} on {found[0][1].num_images:,} images of {source}", rows)
+
+
+@one_line_errors
+def predict(
+    run: Run,
+    images: Annotated[list[str], typer.Argument(help="Files, also behind a scheme; or folders.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes an image, the likeliest.")] = 5,
+    batch_size: BatchSize = 8,
+    num_workers: NumWorkers = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a trained model for the classes of images; status 1 if one cannot be read."""
+    from packpipe.cli.asking import predictions
+
+    paths = [path for image in images for path in _files(image)]
+    found, rejects = predictions(
+        run, paths, top=top, batch_size=batch_size, num_workers=num_workers
+    )
+    if as_json:
+        print_json(
+            {
+                "predictions": [
+                    {
+                        "image": one.image,
+                        "classes": [{"name": n, "probability": p} for n, p in one.classes],
+                    }
+                    for one in found
+                ],
+                "rejects": [
+                    {"image": image, "reason": reject.reason, "exception": reject.exception}
+                    for image, reject in rejects
+                ],
+            }
+        )
+    elif found:
+        texts = [(n.image, "  ".join(f"{name} {p:.3f}" for name, p in n.classes)) for n in found]
+        print_table(str(run), [(plain(image), said) for image, said in texts])
+    if rejects:
+        for image, reject in rejects:
+            typer.echo(plain(f"{image}: {reject.reason}: {reject.exception}"), err=True)
+        raise typer.Exit(1)
+
+
+def _files(image: str) -> list[str]:
+    """Return a file, or the images of a folder."""
+    from packpipe.cli.image_folder import files_of
+
+    return files_of(Path(image)).images if Path(image).is_dir() else [image]
+
+
+def _numbers(budgets: str) -> list[int]:
+    try:
+        return [int(number) for number in budgets.split(",")]
+    except ValueError:
+        expected, remedy = "whole numbers and commas", "such as 64,128,256"
+        raise ValueError(checks.sentence("budgets", budgets, expected, remedy)) from None
