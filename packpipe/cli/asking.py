@@ -1,7 +1,10 @@
-"""What `packpipe eval` and `packpipe predict` ask of a trained model."""
+"""What `packpipe eval` and `predict` ask of a trained model, and `embed` with them."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +17,13 @@ from packpipe.cli.training_run import device_of_this_rank
 from packpipe.loading.loader import PackedLoader
 from packpipe.model.navit import NaViT
 from packpipe.model.predict import predict_packs
+from packpipe.rows import rejects
 from packpipe.rows.rejects import Reject
 from packpipe.training.evaluation import Measures, measure
 from packpipe.training.loop import LOSSES
 from packpipe.training.run_folder import RunOptions, load_model
 
-_ALL_MAY_BE_BAD = {"max_bad_fraction": 1.0, "max_consecutive_bad": 2**62}
+ALL_MAY_BE_BAD = {"max_bad_fraction": 1.0, "max_consecutive_bad": 2**62}
 
 
 def evaluate(
@@ -41,7 +45,7 @@ def evaluate(
         num_workers: threads that decode ahead.
         max_bad_fraction: a larger share of images that cannot be read is an error.
     """
-    model, options = _loaded(run)
+    model, options = loaded(run)
     images = labelled(dataset)
     if options.class_names is not None:
         images = with_classes_of(images, ClassLabel(names=list(options.class_names)))
@@ -75,11 +79,11 @@ def predictions(
         batch_size: rows a step.
         num_workers: threads that decode ahead.
     """
-    model, options = _loaded(run)
+    model, options = loaded(run)
     dataset = Dataset.from_dict({"image": images}).cast_column("image", Image())
-    packs = packs_of(dataset, options.packing, num_workers, **_ALL_MAY_BE_BAD)
+    packs = packs_of(dataset, options.packing, num_workers, **ALL_MAY_BE_BAD)
     kind = next(model.parameters()).device.type
-    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+    with in_rejects_alone(), torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
         answers = predict_packs(model, packs, batch_size=batch_size, num_workers=num_workers)
     logits = answers.outputs.double()
     shares = logits.sigmoid() if options.loss == "sigmoid" else logits.softmax(-1)
@@ -90,10 +94,22 @@ def predictions(
         Prediction(images[number], [(names[k], float(row[k])) for k in ranked])
         for number, row, ranked in zip(answers.example_index.tolist(), shares, order, strict=True)
     ]
-    rejects = sorted([*packs.rejects, *packs.undecodable])
-    return found, [(images[reject.example_index], reject) for reject in rejects]
+    bad = sorted([*packs.rejects, *packs.undecodable])
+    return found, [(images[reject.example_index], reject) for reject in bad]
 
 
-def _loaded(run: Path) -> tuple[NaViT, RunOptions]:
+@contextmanager
+def in_rejects_alone() -> Iterator[None]:
+    """Log no image that is left out, since the caller is given the rejects."""
+    before = rejects.log.level
+    rejects.log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        rejects.log.setLevel(before)
+
+
+def loaded(run: Path) -> tuple[NaViT, RunOptions]:
+    """Return a trained model, on this machine's device, and how it is asked."""
     model, options = load_model(run)
     return model.to(device_of_this_rank()).eval(), options

@@ -16,7 +16,7 @@ except ModuleNotFoundError:
 
 from packpipe.cli import errors
 from packpipe.cli.errors import name_of
-from packpipe.cli.model_commands import eval_, predict
+from packpipe.cli.model_commands import embed, eval_, predict
 from packpipe.cli.pack_commands import pack, plan, show, stats, verify
 from packpipe.cli.train_commands import bench, demo, train
 
@@ -60,6 +60,10 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     predict: (
         "packpipe predict runs/navit a.jpg b.png",
         "packpipe predict runs/navit holidays --top 1 --json",
+    ),
+    embed: (
+        "packpipe embed runs/navit photos vectors.parquet",
+        "packpipe embed runs/navit big.parquet vectors.parquet --dtype float16 --columns label",
     ),
     demo: ("packpipe demo packpipe-demo",),
 }

@@ -1,4 +1,4 @@
-"""The commands eval and predict, which ask a trained model."""
+"""The commands eval, predict and embed, which ask a trained model."""
 
 from __future__ import annotations
 
@@ -101,6 +101,48 @@ def predict(
         for image, reject in rejects:
             typer.echo(plain(f"{image}: {reject.reason}: {reject.exception}"), err=True)
         raise typer.Exit(1)
+
+
+@one_line_errors
+def embed(
+    run: Run,
+    source: Source,
+    output: Annotated[Path, typer.Argument(dir_okay=False, help="A Parquet file.")],
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Kept of the source, such as label,path.  [all but images]"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    part_size: Annotated[int, typer.Option(min=1, help="Images that a kill may cost.")] = 4096,
+    batch_size: BatchSize = 8,
+    num_workers: NumWorkers = 4,
+    max_bad_fraction: MaxBadFraction = 0.01,
+    split: Split = "train",
+    as_json: AsJson = False,
+) -> None:
+    """Write a vector for each image to a Parquet file; killed, the same command goes on."""
+    from packpipe.cli.embedding import embed as write_vectors
+    from packpipe.cli.embedding import rejects_path
+
+    dataset = open_source(source, split)
+    with naming_files(dataset):
+        rejects = write_vectors(
+            run,
+            dataset,
+            output,
+            columns=None if columns is None else columns.split(","),
+            dtype=dtype,
+            part_size=part_size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_bad_fraction=max_bad_fraction,
+        )
+    number = len(dataset) - len(rejects)
+    if as_json:
+        print_json({"output": str(output), "images": number, "rejects": len(rejects)})
+    else:
+        typer.echo(f"{number:,} vectors are in {plain(output)}")
+        typer.echo(f"{len(rejects):,} rejects are in {plain(rejects_path(output))}")
 
 
 def _files(image: str) -> list[str]:

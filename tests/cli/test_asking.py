@@ -1,18 +1,27 @@
-"""`packpipe eval` and `packpipe predict`: what a run answers, and images that cannot be read."""
+"""`packpipe eval`, `predict` and `embed`: what a run answers, and images that cannot be read."""
 
 import json
+import os
 import shutil
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 import packpipe
+from packpipe.cli import embedding
 from packpipe.cli.main import app
+from packpipe.cli.open_source import open_source
 from packpipe.loading.epochs import EpochPacks
 from packpipe.model.predict import predict_packs
 from packpipe.training.evaluation import accuracy, calibration_error
+
+STRIDE = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 3  # of the moments of a kill
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +73,6 @@ def test_eval_gives_the_figures_of_the_answers_at_each_budget(shapes, trained):
     assert found["run"] == str(trained)
     assert [line["max_tokens"] for line in found["budgets"]] == [4, 16]
     model, _ = packpipe.load_model(trained)
-    from packpipe.cli.open_source import open_source
-
     dataset = open_source(str(shapes), "train")
     for line in found["budgets"]:
         options = {"resolution": "budget", "max_tokens": line["max_tokens"]}
@@ -123,17 +130,139 @@ def test_images_that_cannot_be_read_are_rejects_and_status_1(shapes, trained, tm
     assert result.stderr.startswith(f"{files[0]}: ")
 
 
+@pytest.fixture(scope="module")
+def some_broken(shapes, tmp_path_factory):
+    """The same images, of which one has no header and one is cut off within its pixels."""
+    folder = shutil.copytree(shapes, tmp_path_factory.mktemp("broken") / "shapes")
+    whole = (folder / "dark" / "6.png").read_bytes()
+    (folder / "dark" / "6.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "light" / "0.png").write_bytes(b"no image")
+    return folder
+
+
+def test_embed_writes_the_pooled_features_of_each_image(some_broken, trained, tmp_path):
+    out = tmp_path / "new" / "vectors.parquet"
+    options = ["--part-size", 5, "--max-bad-fraction", 0.2, "--num-workers", 0]
+    found = json.loads(told("embed", trained, some_broken, out, *options, "--json"))
+    assert found == {"output": str(out), "images": 14, "rejects": 2}
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "vectors.parquet",
+        "vectors.rejects.parquet",
+    ]
+    table = pq.read_table(out)
+    assert table.schema.names == ["example_index", "label", "embedding", "num_tokens"]
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 192)
+    index = [number for number in range(16) if number not in (6, 8)]
+    assert table["example_index"].to_pylist() == index
+    assert table["label"].to_pylist() == [int(number >= 8) for number in index]
+    rejects = pq.read_table(embedding.rejects_path(out)).to_pylist()
+    assert [reject["example_index"] for reject in rejects] == [6, 8]
+    assert [reject["stage"] for reject in rejects] == ["decode", "probe"]
+    # As `datasets` reads it, with the names of the classes.
+    features = datasets.Dataset.from_parquet(str(out), cache_dir=str(tmp_path / "hf")).features
+    assert features["label"].names == ["dark", "light"]
+    model, asked = packpipe.load_model(trained)
+    head, model.head = model.head.weight, None
+    model.config = packpipe.NaViTConfig(**{**vars(model.config), "num_classes": None})
+    images = open_source(str(some_broken), "train")
+    paths = [images.data["image"][number].as_py()["path"] for number in index]
+    wanted = packpipe.predict(model, paths, **asked.packing.to_options())
+    vectors = torch.tensor(table["embedding"].to_pylist())
+    assert (vectors - wanted).abs().max() < 1e-5
+    assert all(16 >= tokens > 0 for tokens in table["num_tokens"].to_pylist())
+    # With the head they are the logits.
+    logits = packpipe.predict(packpipe.load_model(trained)[0], paths, **asked.packing.to_options())
+    assert (vectors @ head.T - logits).abs().max() < 1e-4
+
+
+class Killed(BaseException):
+    """What nothing catches, as nothing catches SIGKILL."""
+
+
+def test_embedding_that_is_killed_goes_on_to_the_same_bytes(
+    some_broken, trained, tmp_path, monkeypatch, caplog
+):
+    dataset, commit = open_source(str(some_broken), "train"), embedding.commit
+    done = []
+
+    def embed(folder, most=1000):
+        """Embed, killed before the file of that number gets its name, or after it has it."""
+        done.clear()
+
+        def counted(path):
+            if len(done) == most // 2 and most % 2 == 0:
+                raise Killed
+            commit(path)
+            done.append(path.name)
+            if len(done) == most // 2 + 1 and most % 2:
+                raise Killed
+
+        monkeypatch.setattr(embedding, "commit", counted)
+        options = {"part_size": 6, "max_bad_fraction": 0.2, "dtype": "float16"}
+        return embedding.embed(trained, dataset, folder / "v.parquet", **options)
+
+    def files_in(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    (tmp_path / "whole").mkdir()
+    rejects = embed(tmp_path / "whole")
+    assert [reject.example_index for reject in rejects] == [6, 8]
+    wanted, number = files_in(tmp_path / "whole"), len(done)
+    assert number == 8
+    assert len(wanted) == 2
+    for most in range(0, 2 * number, STRIDE):
+        folder = tmp_path / str(most)
+        with pytest.raises(Killed):
+            embed(folder, most)
+        assert embed(folder) == rejects
+        # Of a part two files get their names, the rejects first: one alone is written again.
+        assert len(done) == number - (most + 1) // 2 // 2 * 2
+        assert files_in(folder) == wanted
+        assert not (folder / "v.parquet.parts").exists()
+    # Its number in its part would be logged; the rejects have the right one.
+    assert caplog.messages == []
+
+
+def test_parts_of_other_vectors_are_not_gone_on_with(shapes, trained, tmp_path, monkeypatch):
+    dataset = open_source(str(shapes), "train")
+    out = tmp_path / "v.parquet"
+    monkeypatch.setattr(embedding, "_part", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        embedding.embed(trained, dataset, out)
+    for options, message in (
+        ({"dtype": "float16"}, "dtype is 'float16', expected 'float32' as in v.parquet.parts; use"),
+        ({"part_size": 7}, "part_size is 7, expected 4096 as in v.parquet.parts; use it again, or"),
+        ({"columns": []}, "columns is"),
+    ):
+        with pytest.raises(FileExistsError, match=message):
+            embedding.embed(trained, dataset, out, **options)
+    out.write_bytes(b"")
+    shutil.rmtree(tmp_path / "v.parquet.parts")
+    with pytest.raises(FileExistsError, match="expected a file that is not there yet; remove it"):
+        embedding.embed(trained, dataset, out)
+
+
+def test_too_many_broken_images_end_it_and_are_named(some_broken, trained, tmp_path):
+    result = run("embed", trained, some_broken, tmp_path / "v.parquet", "--part-size", 8)
+    assert result.exit_code == 1
+    assert "rejected is 1 of 16 examples (6.25%), expected at most 1.00%" in result.stderr
+    assert "dark/6.png" in result.stderr
+    assert not (tmp_path / "v.parquet").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["embed", "RUN", "SHAPES", "OUT", "--columns", "page"], "columns is 'page', expected one"),
+        (["embed", "RUN", "SHAPES", "OUT", "--dtype", "int8"], "dtype is 'int8', expected one of"),
         (["eval", "RUN", "SHAPES", "--budgets", "64;128"], "budgets is '64;128', expected whole n"),
         (["eval", "RUN", "SHAPES", "--budgets", "0"], "max_tokens is 0, expected an integer in 1"),
         (["eval", "SHAPES", "SHAPES"], "holds no checkpoint; train with this folder first"),
         (["predict", "SHAPES", "a.png"], "holds no checkpoint; train with this folder first"),
     ],
 )
-def test_a_wrong_call_is_said_in_a_line(arguments, message, shapes, trained):
-    places = {"RUN": trained, "SHAPES": shapes}
+def test_a_wrong_call_is_said_in_a_line(arguments, message, shapes, trained, tmp_path):
+    places = {"RUN": trained, "SHAPES": shapes, "OUT": tmp_path / "v.parquet"}
     result = run(*(places.get(argument, argument) for argument in arguments))
     assert result.exit_code == 2
     assert message in result.stderr
