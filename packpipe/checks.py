@@ -120,7 +120,10 @@ def untransformed(name: str, dataset: Any) -> None:
     """Raise ValueError if a `datasets.Dataset` has a transform, for rows are read as stored."""
     transform = dataset.format["format_kwargs"].get("transform")
     if transform is not None:
-        remedy = "apply it with map, or take it off with dataset.with_format(None)"
+        remedy = (
+            "take it off with dataset.with_format(None), and apply it with map, or pass a function "
+            "of pixels as transform= to EpochPacks or PackedStream"
+        )
         where, expected = f"{name}.format", "no transform, which would be ignored"
         what = getattr(transform, "__qualname__", type(transform).__name__)
         raise ValueError(sentence(where, f"the transform {what}", expected, remedy))

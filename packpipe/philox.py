@@ -50,6 +50,7 @@ SATURATION = 40
 ERASE = 41
 ERASED_BOX = (42, 43, 44, 45)  # area, aspect, top, left
 VALIDATION = 48
+TRANSFORM = 64
 
 
 class Key(NamedTuple):
@@ -268,6 +269,18 @@ def uniform(key: Key, *, index: ArrayLike, stream: int) -> NDArray[np.float64]:
     """
     first = words(key, index=index, stream=stream)[:, 0]
     return uniform_from(first)
+
+
+def generator(key: Key, index: int, *, stream: int, view: int = 0) -> np.random.Generator:
+    """Return NumPy's generator of the random words of an index: the same that `words` returns.
+
+    >>> rng = generator(Key(0, 0), 7, stream=TRANSFORM)
+    >>> raw = rng.bit_generator.random_raw(4)
+    >>> bool((raw == words(Key(0, 0), index=[7], stream=TRANSFORM, num_words=4)[0]).all())
+    True
+    """
+    counter = np.array([0, stream, index, view], np.uint64)
+    return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64), counter=counter))
 
 
 def uniform_from(random_words: NDArray[np.uint64]) -> NDArray[np.float64]:

@@ -59,7 +59,10 @@ class ImageTask(NamedTuple):
 
 
 def fill_row(
-    images: Iterable[ImageTask], out: NDArray[np.uint8], rules: PixelRules
+    images: Iterable[ImageTask],
+    out: NDArray[np.uint8],
+    rules: PixelRules,
+    transform: Callable[[NDArray[np.uint8], int], NDArray[np.uint8]] | None = None,
 ) -> list[Outcome]:
     """Write the tokens of some images one after the other, then zeros; return what came of each.
 
@@ -69,6 +72,8 @@ def fill_row(
         images: the images of the row, in its order.
         out: uint8[seq_len, P·P·3], every byte of which is written.
         rules: how pixels are made.
+        transform: makes other pixels of those of an image and its example; what it raises is
+            raised.
 
     Returns:
         One outcome for each image.
@@ -101,7 +106,10 @@ def fill_row(
             kind = SizeChanged if isinstance(error, SizeChanged) else ValueError
             raise kind(f"example {image.example}: {error}") from error
         start, end = end, end + image.num_tokens
-        patchify(found.pixels, out[start:end], image.kept)
+        pixels = found.pixels
+        if transform is not None:
+            pixels = transform(pixels, image.example)
+        patchify(pixels, out[start:end], image.kept)
         outcomes.append(found.flag)
     # Rows are used again, so what another row left behind must go.
     out[end:] = 0

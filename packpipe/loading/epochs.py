@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe.images.opening import check_settings
+from packpipe.images.transform import PixelFunction, checked_transform, name_of
 from packpipe.philox import Key, checked_key
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig, PackOptions, config_from
@@ -63,6 +64,10 @@ class EpochPacks:
             profile is broken, which keeps its place. ``"raise"`` allows no reject.
         max_bad_fraction: a larger share of rejects raises an error.
         max_consecutive_bad: this many rejects in a row raise an error.
+        transform: a function f(pixels, rng) that returns other pixels, called whenever an image is
+            decoded: uint8[height, width, 3] of the planned size in and out; rng is a NumPy
+            generator of (seed, epoch, example). Several threads of a loader call it at once. An
+            error it raises is raised, not a reject.
         **options: the options of `PackConfig`.
 
     Attributes:
@@ -86,9 +91,11 @@ class EpochPacks:
         on_error: str = "quarantine",
         max_bad_fraction: float = 0.01,
         max_consecutive_bad: int = 100,
+        transform: PixelFunction | None = None,
         **options: Unpack[PackOptions],
     ) -> None:
         self.config: PackConfig = config_from(seq_len, dict(options))
+        self._transform = checked_transform(transform)
         check_dataset(dataset)
         check_settings()
         if num_workers is not None:
@@ -144,6 +151,11 @@ class EpochPacks:
         """Most segments a pack may hold."""
         return self.config.max_segments
 
+    @property
+    def transform_name(self) -> str | None:
+        """Qualified name of the transform; None without any. Says nothing of what it does."""
+        return None if self._transform is None else name_of(self._transform)
+
     def num_packs(self, key: Key) -> int:
         """Return the number of packs of an epoch."""
         return len(self.plan(*key))
@@ -188,7 +200,9 @@ class EpochPacks:
         """
         planned = packs if isinstance(packs, Rows) else self.planned(key, packs)
         with forgetting_wrong_sizes(self._source, self.config.max_pixels):
-            rows, rejects, flags = fill_rows(planned, self._source, self.config, key)
+            rows, rejects, flags = fill_rows(
+                planned, self._source, self.config, key, self._transform
+            )
         self._flagged.add(flags)
         self._undecodable.add(rejects, self._tolerance)
         return rows

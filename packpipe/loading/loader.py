@@ -373,9 +373,10 @@ class PackedLoader:
         remedies = {
             "global_batch": "choose batch_size so that batch_size times world_size is the state's",
             "fingerprint": "the packs are others: use the data, options and seed of the state",
+            "transform": "make the packs with the transform of the state",
         }
-        # A state from before there was augmentation says nothing of it: it had none.
-        for name, expected in {"augment": None, **self._must_agree(key)}.items():
+        # A state says nothing of what there was none of.
+        for name, expected in {"augment": None, "transform": None, **self._must_agree(key)}.items():
             if state.get(name) != expected:
                 remedy = remedies.get(name, "make the loader with the options of the state")
                 if name == "fingerprint" and self._is_former(state.get(name), key):
@@ -408,6 +409,8 @@ class PackedLoader:
 
     def _must_agree(self, key: Key) -> dict[str, Any]:
         """Return what a state must agree in: all that decides the batches, besides the place."""
+        # Packs of a class of the caller's own may know nothing of transforms.
+        transform = getattr(self.packs, "transform_name", None)
         # Not the rank, the world size and the workers: the global batches are the same with any.
         return {
             "seed": self.seed,
@@ -416,6 +419,7 @@ class PackedLoader:
             "tail": self.tail,
             "fingerprint": self.packs.fingerprint(key),
             **({} if self.augment is None else {"augment": self.augment.to_dict()}),
+            **({} if transform is None else {"transform": transform}),
         }
 
     def _contents(self) -> dict[str, Any]:

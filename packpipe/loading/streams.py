@@ -27,6 +27,7 @@ from packpipe import checks
 from packpipe.images.decode import probe
 from packpipe.images.given import given
 from packpipe.images.opening import BadImage, ImageData, check_settings
+from packpipe.images.transform import PixelFunction, checked_transform, name_of
 from packpipe.loading.reading import Anchor, Held, Reading
 from packpipe.packing.online import OnlinePacker
 from packpipe.philox import Key
@@ -70,6 +71,7 @@ class PackedStream:
             stream, once it has more than 30 or has ended. Images with a sound header that cannot
             be decoded are counted apart: by each process, among all that it has decoded.
         max_consecutive_bad: this many rejects in a row stop it.
+        transform: a function of pixels, as in `EpochPacks`.
         **options: the options of `PackConfig`; all open packs are closed after every ``window``
             examples, and ``strategy`` is ``"best_fit"`` or ``"first_fit"``.
 
@@ -90,11 +92,13 @@ class PackedStream:
         on_error: str = "quarantine",
         max_bad_fraction: float = 0.01,
         max_consecutive_bad: int = 100,
+        transform: PixelFunction | None = None,
         **options: Unpack[PackOptions],
     ) -> None:
         if not isinstance(dataset, IterableDataset):
             name, remedy = type(dataset).__name__, "pass a Dataset to EpochPacks instead"
             raise TypeError(checks.sentence("type(dataset)", name, "IterableDataset", remedy))
+        self._transform = checked_transform(transform)
         check_settings()
         options.setdefault("strategy", "best_fit")
         options.setdefault("window", 16384)
@@ -155,6 +159,11 @@ class PackedStream:
     def max_segments(self) -> int:
         """Most segments a pack may hold."""
         return self.config.max_segments
+
+    @property
+    def transform_name(self) -> str | None:
+        """Qualified name of the transform; None without any. Says nothing of what it does."""
+        return None if self._transform is None else name_of(self._transform)
 
     def fingerprint(self, key: Key) -> str:  # noqa: ARG002
         """Return a text that identifies the packing options; it cannot identify the data."""
@@ -230,7 +239,9 @@ class PackedStream:
         """Return packs as rows, their images decoded."""
         images = {held.number: held.data for pack in packs for held in pack}
         planned = self._planned(key, packs)
-        rows, rejects, flags = fill_rows(planned, images.__getitem__, self.config, key)
+        rows, rejects, flags = fill_rows(
+            planned, images.__getitem__, self.config, key, self._transform
+        )
         self._flagged.add(flags)
         self._undecodable.add(key.epoch, len(images), rejects, self._tolerance)
         return rows

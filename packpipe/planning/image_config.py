@@ -263,6 +263,12 @@ def config_from(seq_len: int, options: dict[str, Any]) -> PackConfig:
     """Return the configuration of seq_len and keyword options; an unknown one is refused."""
     known = [field.name for field in fields(PackConfig)]
     for name in options:
+        if name == "transform":
+            # Stored rows are made again, for a build that goes on and by `verify`; a function may
+            # be another one by then.
+            expected = "left out where rows are stored, which must be made again from their source"
+            remedy = "pass it to EpochPacks or PackedStream, or apply the function with map before"
+            raise TypeError(checks.sentence("option", name, expected, remedy))
         if name not in known:
             raise TypeError(
                 checks.sentence("option", name, "one of " + ", ".join(known), "check its spelling")

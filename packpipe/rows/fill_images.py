@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from packpipe.images.decode import pixel_rules
 from packpipe.images.fill import Failure, ImageTask, Outcome, fill_row
 from packpipe.images.opening import BadImage, ImageData
+from packpipe.images.transform import PixelFunction, transformed
 from packpipe.philox import Key
 from packpipe.planning.crops import crop_boxes
 from packpipe.planning.dropping import kept_tokens
@@ -87,6 +88,7 @@ def fill_rows(
     read_image: Callable[[int], ImageData],
     config: PackConfig,
     key: Key,
+    transform: PixelFunction | None = None,
 ) -> Filled:
     """Return planned rows with their tokens, and the images that could not be decoded.
 
@@ -95,16 +97,19 @@ def fill_rows(
         read_image: returns the image of a source row (an ``example_index``).
         config: the options the plan was made with.
         key: (seed, epoch) of the plan.
+        transform: called on the pixels of every image.
 
     Raises:
         ValueError: an image's size is not the planned one; names the example and both sizes.
+        RuntimeError, TypeError, ValueError: transform raised an error, or returned no such pixels.
     """
     tokens = planned_tokens(planned, key)
     # `fill_row` writes every byte of a row, zeros in padding, so nothing is cleared here.
     patches = np.empty((len(planned), config.seq_len, config.patch_bytes), np.uint8)
     rules = pixel_rules(config)
     tasks = row_tasks(planned, tokens, read_image)
-    outcomes = [fill_row(row, out, rules) for row, out in zip(tasks, patches, strict=True)]
+    change = None if transform is None else partial(transformed, transform, key)
+    outcomes = [fill_row(row, out, rules, change) for row, out in zip(tasks, patches, strict=True)]
     return filled_rows(planned, tokens, patches, outcomes)
 
 

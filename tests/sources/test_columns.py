@@ -127,7 +127,8 @@ def test_a_transform_is_refused_and_not_ignored(tmp_path, in_place):
     packed = packpipe.pack(source.with_format(None), output=tmp_path / "packed", **SMALL)
     message = (
         "dataset.format is 'the transform blank', expected no transform, which would be ignored; "
-        "apply it with map, or take it off with dataset.with_format(None)"
+        "take it off with dataset.with_format(None), and apply it with map, or pass a function of "
+        "pixels as transform= to EpochPacks or PackedStream"
     )
     for work in (
         lambda: packpipe.pack(source, output=tmp_path / "out", **SMALL),
