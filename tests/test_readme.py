@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import datasets
 import loading
@@ -148,9 +149,12 @@ def code_and_output(page):
 @pytest.mark.parametrize("page", PAGES[1:-1], ids=lambda page: page.stem)
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # of TRL's own option
-def test_a_page_s_code_prints_what_stands_below_it(page, capsys):
+def test_a_page_s_code_prints_what_stands_below_it(page, capsys, monkeypatch):
     for code, printed in code_and_output(page):
-        exec(code, {})  # noqa: S102
+        # A module, so that functions of the page can be sent to processes.
+        module = ModuleType("page")
+        monkeypatch.setitem(sys.modules, "page", module)
+        exec(code, vars(module))  # noqa: S102
         assert capsys.readouterr().out == printed
 
 
