@@ -11,9 +11,12 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from packpipe.images.patches import unpatchify
+from packpipe.loading.draws import Draw
 from packpipe.packing.quality import Quality
 from packpipe.rows.picture import colours, row_picture
 from packpipe.rows.rows import Rows
+
+_EPOCHS_A_LINE = 8
 
 
 def plot_rows(rows: Rows, *, max_thumbnails: int = 8) -> Figure:
@@ -56,6 +59,47 @@ def plot_mask(segment_ids: NDArray[np.int32]) -> Figure:
     axes.imshow(picture, interpolation="nearest")
     axes.set(xlabel="token that is seen", ylabel="token that sees")
     axes.set_title(f"{sees.mean():.1%} of all pairs", fontsize=10)
+    return figure
+
+
+def plot_draws(draws: Sequence[Draw], whole: NDArray[np.uint8] | None, image_hw: Any) -> Figure:
+    """Return a figure of one image in some epochs: above where it is cropped, below as it is drawn.
+
+    Dropped tokens are grey. Tokens are drawn to one scale.
+
+    Args:
+        draws: what is drawn in each epoch.
+        whole: uint8[height, width, 3], the upright image in any size; None leaves it out.
+        image_hw: its own (height, width) in pixels, in which boxes are given.
+    """
+    columns, kinds = min(len(draws), _EPOCHS_A_LINE), 1 if whole is None else 2
+    lines = -(-len(draws) // columns)
+    figure = Figure(figsize=(0.4 + 1.9 * columns, 2.1 * kinds * lines), layout="constrained")
+    grid = figure.add_gridspec(kinds * lines, columns)
+    most = np.max([draw.grid_hw for draw in draws], axis=0)  # rows, columns
+    for place, draw in enumerate(draws):
+        line, column = divmod(place, columns)
+        title = f"epoch {draw.epoch}"
+        if whole is not None:
+            axes = figure.add_subplot(grid[kinds * line, column])
+            axes.imshow(whole, extent=(0, image_hw[1], image_hw[0], 0), interpolation="antialiased")
+            axes.set_title(title, fontsize=9)
+            if draw.box is not None:
+                top, left, height, width = draw.box
+                axes.add_patch(Rectangle((left, top), width, height, fill=False, ec="r", lw=1.8))
+                title = f"{height} × {width} of {image_hw[0]} × {image_hw[1]}"
+            else:
+                title = "all of it"
+            axes.axis("off")
+        axes = figure.add_subplot(grid[kinds * (line + 1) - 1, column])
+        rows, across = draw.grid_hw
+        # Axes count patches.
+        axes.imshow(draw.pixels, extent=(0, across, rows, 0), interpolation="antialiased")
+        axes.set(xlim=(0, most[1]), ylim=(most[0], 0), xticks=[], yticks=[])
+        axes.set_title(f"{title}\n{draw.num_keep} of {rows} × {across} tokens", fontsize=8)
+        axes.set_xlabel("\n".join(draw.changes) or "as it is", fontsize=7)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
     return figure
 
 

@@ -37,6 +37,7 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     show: (
         "packpipe show packed 0 3",
         "packpipe show packed 7 --output row.png",
+        "packpipe show photos 7 --augment three --crop-area 0.08 1 --max-tokens 128",
     ),
     verify: (
         "packpipe verify packed",

@@ -207,20 +207,67 @@ def stats(
 
 @one_line_errors
 def show(
-    folder: Folder,
-    rows: Annotated[list[int] | None, typer.Argument(help="Numbers of rows.  [0]")] = None,
+    folder: Annotated[
+        str, typer.Argument(help="What pack wrote; with --augment, also what pack would take.")
+    ],
+    rows: Annotated[
+        list[int] | None,
+        typer.Argument(help="Numbers of rows; with --augment, the row of one image in its source."),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")] = Path(
         "rows.png"
     ),
     mask: Annotated[
         bool, typer.Option("--mask", help="Draw the first one's attention mask instead.")
     ] = False,
+    augment: Annotated[
+        str | None,
+        typer.Option(help="Draw one image over epochs instead, as augmented: three, inception."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, max=64, help="How many, with --augment.")] = 8,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a row, of a source.  [1024]")] = None,
+    patch_size: PatchSize = None,
+    resolution: Sizes = None,
+    sides: Sides = None,
+    crop_area: CropArea = None,
+    crop_aspect: CropAspect = None,
+    center_crop: CenterCropArea = None,
+    max_tokens: MaxTokens = None,
+    drop_rate: DropRate = None,
+    split: Split = "train",
+    seed: Seed = 0,
 ) -> None:
-    """Draw packed rows: patches in place, segments coloured, padding hatched."""
-    from packpipe.cli.report import draw_rows
+    """Draw packed rows: patches in place, segments coloured, padding hatched.
+
+    With --augment, one image in several epochs: its crop, flip, colours and kept tokens. The other
+    options but --output and --mask are for that; those of sizes and crops for a source alone.
+    """
+    from packpipe.cli.report import draw_epochs, draw_rows
 
     checks.local_path("--output", output)
-    draw_rows(folder, rows or [0], mask=mask).savefig(output, dpi=110)
+    options = _given(
+        seq_len=seq_len,
+        patch_size=patch_size,
+        resolution=_resolution(resolution, sides),
+        crop=crop_of(crop_area, crop_aspect, center_crop),
+        max_tokens=max_tokens,
+        drop_rate=drop_rate,
+    )
+    numbers = rows or [0]
+    if augment is None:
+        for name, value in options.items():
+            expected, remedy = "left out without augment", "pass --augment"
+            raise ValueError(checks.sentence(name, value, expected, remedy))
+        figure = draw_rows(folder, numbers, mask=mask)
+    else:
+        if mask:
+            expected, remedy = "left out with augment", "ask for one of them"
+            raise ValueError(checks.sentence("mask", mask, expected, remedy))
+        if len(numbers) > 1:
+            expected, remedy = "one image, with augment", "call it once for each"
+            raise ValueError(checks.sentence("rows", numbers, expected, remedy))
+        figure = draw_epochs(folder, numbers[0], augment, epochs, seed, split, options)
+    figure.savefig(output, dpi=110)
     typer.echo(plain(output))
 
 

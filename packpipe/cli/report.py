@@ -8,15 +8,24 @@ from collections.abc import Sequence
 from datetime import date
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from packpipe import checks
+from packpipe.augmenting.augment import Augment
+from packpipe.building.shards import MANIFEST
 from packpipe.building.summary import Summary, open_packed
+from packpipe.cli.open_source import open_source
+from packpipe.images.decode import probe
+from packpipe.loading.draws import draws_of_rows, draws_of_source, whole_image
 from packpipe.loading.read import read_rows
 from packpipe.packing.picture import bars
+from packpipe.philox import Key
+from packpipe.planning.image_config import config_from
 from packpipe.plots import (
+    plot_draws,
     plot_fill,
     plot_lengths,
     plot_mask,
@@ -24,6 +33,8 @@ from packpipe.plots import (
     plot_segments,
     plot_sizes,
 )
+from packpipe.sources.columns import image_column_of
+from packpipe.sources.image_source import ImageSource
 
 _SHOWN_ROWS, _SHOWN_REJECTS = 4, 20
 _STYLE = """
@@ -67,6 +78,42 @@ def draw_rows(folder: str | Path, rows: Sequence[int], *, mask: bool = False) ->
     found = read_rows(packed, list(rows))
     as_mask = mask or found.of_tokens
     return plot_mask(found.segment_ids[0]) if as_mask else plot_rows(found)
+
+
+def draw_epochs(
+    source: str, example: int, augment: str, num_epochs: int, seed: int, split: str, options: Any
+) -> Figure:
+    """Return a figure of one image as a loader draws it in the first epochs.
+
+    Args:
+        source: a folder that `pack` wrote, whose sizes, crops and tokens stay as they are; or a
+            dataset, of which `EpochPacks` draws all of these anew.
+        example: row in the dataset.
+        augment: a preset of `Augment`.
+        num_epochs: how many epochs, from 0 on.
+        seed: of the loader.
+        split: of the dataset.
+        options: of `PackConfig`, for a dataset.
+
+    Raises:
+        ValueError: there is no such example, or options are given for a folder of rows.
+    """
+    drawn, keys = Augment.preset(augment), [Key(seed, epoch) for epoch in range(num_epochs)]
+    if (Path(source) / MANIFEST).is_file():
+        for name, value in options.items():
+            expected, remedy = "left out for packed rows", "they are as they were packed"
+            raise ValueError(checks.sentence(name, value, expected, remedy))
+        packed, _ = open_packed(source)
+        return plot_draws(draws_of_rows(packed, example, drawn, keys), None, None)
+    config = config_from(options.pop("seq_len", 1024), options)
+    dataset = open_source(source, split)
+    remedy = "pass a row of the source"
+    example = checks.whole_number("example", example, 0, len(dataset) - 1, remedy)
+    column = image_column_of(dataset.features, "auto")
+    images = ImageSource(dataset.select_columns([column]).with_format("arrow"))
+    image_hw = probe(images(example), max_pixels=config.max_pixels).image_hw
+    draws = draws_of_source(images, example, config, drawn, keys)
+    return plot_draws(draws, whole_image(images, example, config), image_hw)
 
 
 def write_report(summary: Summary, path: Path) -> None:

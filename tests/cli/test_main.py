@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
@@ -200,6 +201,46 @@ def test_rows_are_drawn(packed, tmp_path):
     mask = picture(tmp_path / "mask.png")
     assert rows.size != mask.size
     assert len(rows.getcolors(2**24)) > 1000
+
+
+RED, DROPPED = (255, 0, 0), (222, 222, 222)  # of a crop's frame, and of dropped tokens
+
+
+def test_one_image_is_drawn_over_epochs(few, packed, tmp_path):
+    counts = {}
+    for name, arguments in {
+        "cropped": [few, 3, "--crop-area", 0.08, 0.5, "--epochs", 3],
+        "dropped": [few, 3, "--drop-rate", 0.5, "--epochs", 3],
+        "more": [few, 3, "--drop-rate", 0.5, "--epochs", 6],
+        "packed": [packed, 3, "--epochs", 3],
+    }.items():
+        path = tmp_path / f"{name}.png"
+        told("show", *arguments, "--augment", "inception", "-o", path)
+        pixels = np.asarray(picture(path))
+        counts[name] = [int((pixels == colour).all(2).sum()) for colour in (RED, DROPPED)]
+    assert counts["cropped"][0] > 300
+    assert counts["dropped"][0] == counts["packed"][0] == 0
+    assert counts["cropped"][1] < 300  # pixels that have that grey by themselves
+    assert counts["more"][1] > 1.5 * counts["dropped"][1] > 3000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{packed}", "--drop-rate", 0.5], "drop_rate is 0.5, expected left out without augment"),
+        (["{packed}", "--drop-rate", 0.5, "--augment", "three"], "left out for packed rows"),
+        (["{packed}", "--mask", "--augment", "three"], "mask is True, expected left out with augm"),
+        (["{packed}", 1, 2, "--augment", "three"], "rows is [1, 2], expected one image, with"),
+        (["{packed}", 99, "--augment", "three"], "example is 99, expected one that a row holds"),
+        (["{few}", 99, "--augment", "three"], "example is 99, expected an integer in 0..13"),
+        (["{few}", 1, "--augment", "two"], "preset is 'two'"),
+    ],
+)
+def test_what_cannot_be_drawn_over_epochs_is_said(few, packed, arguments, message):
+    places = {"{few}": few, "{packed}": packed}
+    result = run("show", *(places.get(one, one) for one in arguments))
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 def test_problems_are_json_too(packed, tmp_path):
