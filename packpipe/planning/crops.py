@@ -9,7 +9,7 @@ limits on enlarging, shrinking to fit. Three laws:
 
 No draw is repeated, as it is elsewhere until a box fits: a box with a share a of the area has room
 in the image as long as its width ÷ height is a to 1/a times the image's, so a factor beyond that is
-moved to its end. The share stays as drawn. Of `Crop()`'s own boxes that is one in 250.
+moved to its end. The share stays as drawn. Of `Crop()`'s own boxes that is one in seven.
 
 *Local*: a box depends on its image's size, the law and (seed, epoch, index) only. It is not in the
 plan, which stays at 51 bytes an image, but found again when a row is filled. Sides are rounded to
