@@ -1,13 +1,14 @@
-"""What augmentation costs: flips and colours beside a training step on a CPU.
+"""What augmentation costs: flips, colours and mixtures beside a training step on a CPU.
 
     pip install -e '.[torch]'
     python benchmarks/augment.py
 
 ViT-Ti/16 in float32 on one thread, random pixels, images of the sizes of r ~ U(64, 224) packed into
 rows of 1024. The step is forward, backward and AdamW. *Moved* is what the loader does to the rows
-of a step: draws, flips (and turns) and matrices; *colours* is what the model does to their pixels.
-All take turns; medians of the rounds and ratios to the step's. Last, whole steps with colours and
-without by turns, whose ratio is as uncertain as the steps' own times. Writes augment.md.
+of a step: draws, flips (and turns), matrices, and which tokens of neighbours meet; *pixels* is what
+the model does to their pixels: colours and mixtures.
+All take turns; medians of the rounds and ratios to the step's. Whole steps with and without them are
+as uncertain as the steps' own times. Writes augment.md.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from packpipe import Augment, NaViT, NaViTConfig, PackConfig, PackedBatch, Side, Uniform, plan_epoch
 from packpipe.augmenting.rows import augmented
-from packpipe.loading.colouring import in_colours, segment_numbers
+from packpipe.loading.colouring import drawn_pixels, segment_numbers
 from packpipe.philox import Key
 from packpipe.rows.fill_images import planned_images
 from packpipe.rows.rows import Rows
@@ -39,6 +41,8 @@ AUGMENTS = {
     "inception: flips": Augment.preset("inception"),
     "three: flips, colours": Augment.preset("three"),
     "turns and boxes, too": replace(Augment.preset("three"), turns=True, erase=0.5),
+    "mixup and CutMix alone": Augment(flip=0, mixup=0.8, cutmix=1),
+    "three, mixup, CutMix": replace(Augment.preset("three"), mixup=0.8, cutmix=1),
 }
 
 
@@ -57,7 +61,7 @@ def main() -> None:
 
     def step(batch: PackedBatch) -> None:
         labels = torch.where(batch.present, 3, -100)
-        segment_cross_entropy(model(batch), labels).backward()
+        segment_cross_entropy(model(batch), labels, partners=batch.partners).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -71,8 +75,8 @@ def main() -> None:
     for name, augment in AUGMENTS.items():
         batch = PackedBatch.from_rows(augmented(copied(plain), augment, Key(0, 0)))
         parts[f"{name}: moved"] = lambda name=name: move(name)
-        if batch.colours is not None:
-            parts[f"{name}: colours"] = lambda batch=batch: colour(batch)
+        if batch.colours is not None or batch.mix_offset is not None:
+            parts[f"{name}: pixels"] = lambda batch=batch: show(batch)
             parts[f"{name}: a step"] = lambda batch=batch: step(batch)
     figures = medians(parts, options.rounds)
     text = heading(options, plain) + table(figures)
@@ -96,7 +100,8 @@ def random_rows(number: int) -> Rows:
         coords.reshape(-1, 2)[own] = grid
     patches = rng.integers(0, 256, (*shape, CONFIG.patch_bytes), np.uint8) * (ids > 0)[..., None]
     tokens = {"patches": patches.astype(np.uint8), "segment_ids": ids, "coords": coords}
-    return replace(rows, tokens=tokens)
+    labels = pa.array(rng.integers(0, 10, len(rows.seq_lens)))
+    return replace(rows, segments={**rows.segments, "labels": labels}, tokens=tokens)
 
 
 def copied(rows: Rows) -> Rows:
@@ -104,13 +109,13 @@ def copied(rows: Rows) -> Rows:
     return replace(rows, tokens={name: values.copy() for name, values in rows.tokens.items()})
 
 
-def colour(batch: PackedBatch) -> None:
-    """Do what `NaViT.read` does more for a batch with colours."""
+def show(batch: PackedBatch) -> None:
+    """Do what `NaViT.read` does more for a batch with colours or mixtures."""
     segments = segment_numbers(batch.segment_ids, batch.seq_lens.shape[1])
     real = batch.segment_ids.flatten().nonzero()[:, 0]
     pixels = batch.patches.flatten(0, 1)[real].float()
-    assert batch.colours is not None  # noqa: S101 (for the type checker)
-    in_colours(pixels, segments[real], batch.colours, batch.solarize)
+    offsets = None if batch.mix_offset is None else batch.mix_offset.flatten()[real]
+    drawn_pixels(pixels, segments[real], offsets, batch)
 
 
 def medians(parts: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:

@@ -50,6 +50,11 @@ SATURATION = 40
 ERASE = 41
 ERASED_BOX = (42, 43, 44, 45)  # area, aspect, top, left
 VALIDATION = 48
+# Of augmentation: how neighbours are mixed.
+MIX = 56
+MIX_BY_CUT = 57
+MIX_SHARE = 58
+MIX_CORNER = (59, 60)  # down, across
 TRANSFORM = 64
 
 

@@ -54,6 +54,32 @@ def turned(
     return found, there.shape
 
 
+def meeting(
+    sides: Sequence[Sequence[tuple[int, int]]],
+    grids: Sequence[tuple[int, int]],
+    box: tuple[int, int, int, int],
+) -> list[tuple[int, int]]:
+    """Which tokens of a pair meet, by their numbers in each image's list.
+
+    Args:
+        sides: the (y, x) of both images' tokens.
+        grids: rows and columns of both.
+        box: (top, left, height, width) within what is common to both, centre on centre.
+    """
+    found = []
+    common = [min(grids[0][axis], grids[1][axis]) for axis in range(2)]
+    for here, (y, x) in enumerate(sides[0]):
+        # Over the common part: as many lines stick out before it as after, or one fewer.
+        down = y - (grids[0][0] - common[0]) // 2
+        across = x - (grids[0][1] - common[1]) // 2
+        top, left, height, width = box
+        if top <= down < top + height and left <= across < left + width:
+            there = down + (grids[1][0] - common[0]) // 2, across + (grids[1][1] - common[1]) // 2
+            if there in sides[1]:
+                found.append((here, sides[1].index(there)))
+    return found
+
+
 def grey(pixel: Sequence[float]) -> list[float]:
     red, green, blue = pixel
     return [0.2989 * red + 0.587 * green + 0.114 * blue] * 3

@@ -1,1 +1,1 @@
-"""Augmentation of packed rows: flips, turns, erased boxes and colours, drawn anew every epoch."""
+"""Augmentation of packed rows: flips, turns, boxes, colours, mixtures, drawn anew every epoch."""

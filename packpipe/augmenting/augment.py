@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 from packpipe import checks, philox
 from packpipe.philox import Key, checked_key
 
-_CHANCES = ("flip", "vertical_flip", "grey", "solarize", "erase")
+_CHANCES = ("flip", "vertical_flip", "grey", "solarize", "erase", "mix_prob")
 _JITTERS = ("brightness", "contrast", "saturation")
 _SWITCHES = ("turns", "three_augment")
+_ALPHAS = ("mixup", "cutmix")
+_MIXING = (*_ALPHAS, "mix_prob")
 SOLARIZED = 128.0  # levels from this one on are inverted
 NEVER = 256.0  # such a level where none is
+_MOST = 1000  # of the α of Beta(α, α), which then hardly varies
 # Of an erased box: share of the image's area, and height over width for a square image.
 _AREA, _ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)
 
@@ -78,13 +81,20 @@ class Augment:
             Nothing stands where the recipe blurs, since tokens cannot be blurred.
         erase: chance that a box of whole tokens becomes mid-grey (128), before the colours change.
             It has 2 to 40 % of the area, and 0.3 to 3.3 times the image's shape, cut to fit.
+        mixup: α: neighbours in a row are blended with a weight from Beta(α, α), labels, too; 0 is
+            none. See `packpipe.augmenting.mixing`.
+        cutmix: α: they swap a box of tokens instead, of 1 - λ of the area, λ from Beta(α, α). If
+            both are above 0, either is as likely. Boxes lie within the images; timm's may stick
+            out, and are smaller then.
+        mix_prob: chance that a pair of neighbours is mixed at all.
 
     Raises:
         TypeError, ValueError: an option is of a wrong type or out of range, or both three_augment
             and one of what it chooses from are asked for.
 
     Source: Zhong et al., arXiv 1708.04896, algorithm 1 (erasing); torchvision's ColorJitter, with
-    another pivot for contrast.
+    another pivot for contrast; Zhang et al., arXiv 1710.09412 (mixup); Yun et al., arXiv 1905.04899
+    (CutMix). Names of the last three are those of timm's training script.
     """
 
     flip: float = 0.5
@@ -97,6 +107,9 @@ class Augment:
     solarize: float = 0.0
     three_augment: bool = False
     erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
 
     def __post_init__(self) -> None:
         remedies = dict.fromkeys(_CHANCES, "pass a share of the images") | dict.fromkeys(
@@ -107,6 +120,15 @@ class Augment:
             if not 0 <= number <= 1:
                 raise ValueError(checks.sentence(name, number, "a number in [0, 1]", remedy))
             object.__setattr__(self, name, float(number))  # the dataclass is frozen
+        for name in _ALPHAS:
+            remedy = "timm uses mixup=0.8 and cutmix=1, 0 is none"
+            number = checks.real_number(name, getattr(self, name), remedy)
+            if not 0 <= number <= _MOST:
+                raise ValueError(checks.sentence(name, number, f"a number in [0, {_MOST}]", remedy))
+            object.__setattr__(self, name, float(number))
+        if self.mix_prob != 1 and not (self.mixup or self.cutmix):
+            expected, remedy = "1 without mixup and cutmix", "pass one of them, too"
+            raise ValueError(checks.sentence("mix_prob", self.mix_prob, expected, remedy))
         for name in _SWITCHES:
             object.__setattr__(self, name, checks.boolean(name, getattr(self, name)))
         for name in ("grey", "solarize"):
@@ -150,9 +172,17 @@ class Augment:
         jitters = self.brightness or self.contrast or self.saturation
         return bool(jitters or self.grey or self.solarizes)
 
+    @property
+    def mixes(self) -> bool:
+        """Whether neighbours in a row may be mixed."""
+        return bool((self.mixup or self.cutmix) and self.mix_prob)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain JSON values."""
-        return asdict(self)
+        # Those of mixing came later: states from before it do not name them.
+        later = {field.name: field.default for field in fields(self) if field.name in _MIXING}
+        options = asdict(self)
+        return {name: value for name, value in options.items() if later.get(name) != value}
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> Augment:

@@ -37,31 +37,41 @@ def inverted_from(draws: Draws) -> NDArray[np.float32]:
 
 
 def coloured(batch: Mapping[str, Any]) -> NDArray[np.uint8]:
-    """Return the patches of a NumPy batch in their drawn colours, uint8[B, L, D], rounded.
+    """Return the patches of a NumPy batch in their drawn colours, and mixed, uint8[B, L, D].
+
+    Rounded, once.
 
     For batches of ``PackedLoader(..., as_numpy=True, augment=...)``; `PackedBatch.coloured` does
     the same to tensors, and `NaViT` by itself. On a device of your own, apply the matrices there:
     a picture's pixels are ``clip(colours[:, :3] @ pixel + colours[:, 3], 0, 255)``, of pixels of
-    which levels from ``solarize`` on are 255 - level first.
+    which levels from ``solarize`` on are 255 - level first. Then a token with a ``mix_offset`` is
+    ``weight * pixels + (1 - weight) * those of the token so many places further on``, by the
+    ``mix_weight`` of its segment.
 
     Args:
-        batch: the columns of a `PackedBatch`; without ``colours`` its patches come back as they
-            are.
+        batch: the columns of a `PackedBatch`; without ``colours`` and ``mix_offset`` its patches
+            come back as they are.
     """
     patches: NDArray[np.uint8] = batch["patches"]
-    if "colours" not in batch:
+    if "colours" not in batch and "mix_offset" not in batch:
         return patches
     out = patches.copy()
-    # Segment after segment, so that the floats take the memory of one image alone.
+    # Row after row, so that the floats take the memory of one row alone.
     for row, lens in enumerate(batch["seq_lens"]):
+        levels = patches[row].astype(np.float32)
         ends = np.cumsum(lens)
-        for segment in np.flatnonzero(lens):
-            tokens = slice(ends[segment] - lens[segment], ends[segment])
-            pixels = patches[row, tokens].reshape(-1, 3).astype(np.float32)
+        for segment in np.flatnonzero(lens if "colours" in batch else 0 * lens):
+            pixels = levels[ends[segment] - lens[segment] : ends[segment]].reshape(-1, 3)
             if "solarize" in batch:
                 light = pixels >= batch["solarize"][row, segment]
-                pixels = np.where(light, 255 - pixels, pixels)
+                pixels[light] = 255 - pixels[light]
             matrix = batch["colours"][row, segment]
-            levels = np.clip(pixels @ matrix[:, :3].T + matrix[:, 3], 0, 255)
-            out[row, tokens] = np.rint(levels).reshape(-1, patches.shape[-1])
+            pixels[:] = np.clip(pixels @ matrix[:, :3].T + matrix[:, 3], 0, 255)
+        if "mix_offset" in batch:
+            meeting = np.flatnonzero(batch["mix_offset"][row])
+            others = levels[meeting + batch["mix_offset"][row, meeting]]
+            own = batch["segment_ids"][row, meeting] - 1
+            weight = batch["mix_weight"][row, own][:, None]
+            levels[meeting] = weight * levels[meeting] + (1 - weight) * others
+        out[row] = np.rint(levels)
     return out

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from packpipe import checks
 from packpipe.augmenting.augment import Augment, Draws
 from packpipe.augmenting.colours import inverted_from, matrices
+from packpipe.augmenting.mixing import mixed
+from packpipe.augmenting.tokens import tokens_of
 from packpipe.augmenting.turning import move_patches, turned_coords, turned_grids, ways_of
 from packpipe.philox import Key
 from packpipe.rows.pairs import PairRows
@@ -26,12 +28,21 @@ def refuse_tokens(of_tokens: bool) -> None:
         raise ValueError(checks.sentence("packs", "rows of tokens", expected, remedy))
 
 
+def refuse_pairs(augment: Augment) -> None:
+    """Raise ValueError if pairs of images and texts would be mixed: of texts there is no share."""
+    if augment.mixes:
+        name = "mixup" if augment.mixup else "cutmix"
+        expected, remedy = "0 with pairs of images and texts", "leave mixup and cutmix out"
+        raise ValueError(checks.sentence(name, getattr(augment, name), expected, remedy))
+
+
 def augmented(rows: Rows | PairRows, augment: Augment, key: Key) -> Any:
     """Return the rows as drawn for an epoch; of pairs, the images.
 
     Patches are moved in place where they can be written to, and in a copy where they cannot (views
     of Arrow's memory). Colours are not applied yet: segments gain ``colours``, float32[segments, 3,
-    4], and ``solarize``, float32[segments], where the augmentation changes colours.
+    4], and ``solarize``, float32[segments], where the augmentation changes colours. Nor are
+    neighbours mixed yet: `mixed` says what the rows gain where they are to be.
 
     Args:
         rows: in memory of their own.
@@ -39,9 +50,11 @@ def augmented(rows: Rows | PairRows, augment: Augment, key: Key) -> Any:
         key: (seed, epoch).
 
     Raises:
-        ValueError: the rows are of token sequences, or do not say which example is which.
+        ValueError: the rows are of token sequences, or do not say which example is which; or they
+            are to be mixed, and are of pairs or have no labels.
     """
     if isinstance(rows, PairRows):
+        refuse_pairs(augment)
         return rows._replace(images=augmented(rows.images, augment, key))
     refuse_tokens(rows.of_tokens)
     if (rows.example_index < 0).any():
@@ -51,6 +64,8 @@ def augmented(rows: Rows | PairRows, augment: Augment, key: Key) -> Any:
     draws = augment.drawn(key, rows.example_index)
     if augment.moves or augment.erase:
         rows = _moved(rows, augment, draws)
+    if augment.mixes:
+        rows = mixed(rows, augment, key)
     if not augment.colours:
         return rows
     colours: dict[str, Any] = {"colours": matrices(draws)}
@@ -72,8 +87,7 @@ def _moved(rows: Rows, augment: Augment, draws: Draws) -> Rows:
     if augment.moves:
         ways = ways_of(draws.flip, draws.vertical_flip, draws.turns)
         grid_hw = turned_grids(ways, grid_hw)
-        owner = np.repeat(np.arange(len(lens)), lens)  # the segment of each real token
-        real = np.repeat(starts - np.cumsum(lens) + lens, lens) + np.arange(len(owner))
+        real, owner = tokens_of(starts, lens)
         there = turned_coords(ways[owner], rows.grid_hw[owner], places[real])
         # Back into raster order: segment after segment, each by its number in the grid.
         order = np.lexsort((there[:, 1], there[:, 0], owner))
@@ -102,9 +116,7 @@ def _erased(
     share = np.sqrt(np.stack([area * aspect, area / aspect], 1))  # of each side
     size = np.clip(np.rint(grid_hw[some] * share), 1, grid_hw[some])
     first = np.floor((grid_hw[some] - size + 1) * np.stack(corner, 1))
-    owner = np.repeat(np.arange(len(some)), lens[some])
-    before = np.cumsum(lens[some]) - lens[some]
-    tokens = np.repeat(starts[some] - before, lens[some]) + np.arange(len(owner))
+    tokens, owner = tokens_of(starts[some], lens[some])
     inside = (coords[tokens] >= first[owner]) & (coords[tokens] < (first + size)[owner])
     found: NDArray[np.int64] = tokens[inside.all(1)]
     return found

@@ -100,6 +100,12 @@ def train(
         str | None,
         typer.Option(help="three: flips, grey or solarized, colours. inception: flips."),
     ] = None,
+    mixup: Annotated[
+        float, typer.Option(help="Neighbours in a row are blended, by Beta(mixup, mixup); 0: none.")
+    ] = 0.0,
+    cutmix: Annotated[
+        float, typer.Option(help="They swap a box of tokens, by Beta(cutmix, cutmix); 0: none.")
+    ] = 0.0,
     position: Annotated[str, typer.Option(help="Position embedding.")] = "factorised_absolute_sum",
     pooling: Annotated[str, typer.Option(help="Of an image's tokens.")] = "attention",
     attention: Annotated[str, typer.Option(help="Backend; auto is the fastest.")] = "auto",
@@ -176,6 +182,7 @@ def train(
         num_workers=num_workers,
         seed=seed,
         augment=augment,
+        mixing={"mixup": mixup, "cutmix": cutmix},
         val=None if val is None else _validated(val),
         val_tokens=val_tokens,
     )

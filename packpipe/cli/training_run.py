@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -55,6 +55,7 @@ class Training:
         num_workers: threads that decode ahead.
         seed: of weights, order, resolutions, augmentation, and of which images are held out.
         augment: a preset of `Augment`; None for none.
+        mixing: options of `Augment` besides.
         val: images that the training is validated on: a share of the dataset's, which is held out
             of it, or a dataset of others; None validates on none.
         val_tokens: most tokens of a validation image; None is those of the largest square.
@@ -69,6 +70,7 @@ class Training:
     num_workers: int
     seed: int = 0
     augment: str | None = None
+    mixing: dict[str, Any] = field(default_factory=dict)
     val: float | Dataset | None = None
     val_tokens: int | None = None
 
@@ -122,7 +124,14 @@ class Training:
     @cached_property
     def drawn(self) -> Augment | None:
         """What is drawn for each image of an epoch."""
-        return None if self.augment is None else Augment.preset(self.augment)
+        if self.augment is None and not any(self.mixing.values()):
+            return None
+        named = Augment(flip=0) if self.augment is None else Augment.preset(self.augment)
+        drawn = replace(named, **self.mixing)
+        if drawn.mixes and self.layout.name != "packed":
+            expected, remedy = "'packed' with mixup and cutmix", "others put one image into a row"
+            raise ValueError(checks.sentence("layout", self.layout.name, expected, remedy))
+        return drawn
 
     @cached_property
     def packs(self) -> EpochPacks:

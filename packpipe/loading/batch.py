@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from packpipe import checks
-from packpipe.loading.colouring import in_colours, segment_numbers
+from packpipe.loading.colouring import drawn_pixels, segment_numbers
 from packpipe.loading.columns import image_columns, token_columns
 from packpipe.rows.pairs import PairRows
 from packpipe.rows.rows import Rows
@@ -95,6 +95,13 @@ class PackedBatch(_Columns):
             of 0..255, to new ones; 0 where absent. None, and no part of the mapping, without one.
         solarize: float32[B, S], levels from this on are 255 - level first; 256 for none, 0 where
             absent. None, and no part of the mapping, where no image can be solarized.
+        mix_weight: float32[B, S], of an augmentation that mixes neighbours: the weight of an
+            image's own pixels in tokens that meet one of its partner; 0 where absent. None, and no
+            part of the mapping, where nothing is mixed; so are the three that follow.
+        partner_labels: int64[B, S], labels of the partners; -100 where nothing is mixed.
+        label_weights: float32[B, S], weight of an image's own label; 0 where absent.
+        mix_offset: int32[B, L], how many places further on the token is that one meets; 0 if it
+            meets none.
     """
 
     patches: Tensor
@@ -106,6 +113,10 @@ class PackedBatch(_Columns):
     labels: Tensor | None = None
     colours: Tensor | None = None
     solarize: Tensor | None = None
+    mix_weight: Tensor | None = None
+    partner_labels: Tensor | None = None
+    label_weights: Tensor | None = None
+    mix_offset: Tensor | None = None
 
     @classmethod
     def from_rows(cls, rows: Rows, *, max_segments: int = 64, copy: bool = True) -> PackedBatch:
@@ -127,6 +138,13 @@ class PackedBatch(_Columns):
     def present(self) -> Tensor:
         """bool[B, S], which segments are present, not padding."""
         return self.seq_lens > 0
+
+    @property
+    def partners(self) -> tuple[Tensor, Tensor] | None:
+        """(partner_labels, label_weights), which losses take; None where nothing is mixed."""
+        if self.partner_labels is None or self.label_weights is None:
+            return None
+        return self.partner_labels, self.label_weights
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on a device."""
@@ -152,28 +170,30 @@ class PackedBatch(_Columns):
         longest = int(self.seq_lens.sum(1).max())
         # A batch of empty rows keeps some tokens, too, so that no tensor has a length of 0.
         end = max(1, -(-longest // multiple)) * multiple
-        columns = ("patches", "segment_ids", "coords")
-        return replace(self, **{name: getattr(self, name)[:, :end] for name in columns})
+        columns = ("patches", "segment_ids", "coords", "mix_offset")
+        return replace(self, **{name: self[name][:, :end] for name in columns if name in self})
 
     def pixels(self) -> Tensor:
-        """Return float32[B, L, D], levels of 0..255 in the colours of augmentation, not rounded."""
+        """Return float32[B, L, D], levels of 0..255 as augmentation shows them, not rounded.
+
+        In the colours that were drawn, and neighbours mixed.
+        """
         levels = self.patches.to(torch.float32)
-        if self.colours is None:
-            return levels
         segments = segment_numbers(self.segment_ids, self.seq_lens.shape[1])
-        drawn = in_colours(levels.flatten(0, 1), segments, self.colours, self.solarize)
-        return drawn.view_as(levels)
+        offsets = None if self.mix_offset is None else self.mix_offset.flatten()
+        return drawn_pixels(levels.flatten(0, 1), segments, offsets, self).view_as(levels)
 
     def coloured(self) -> PackedBatch:
-        """Return the batch with its patches in the colours of augmentation, rounded to uint8.
+        """Return the batch with its patches as augmentation shows them, rounded to uint8.
 
-        For models other than `NaViT`, which applies ``colours`` by itself; the batch returned has
-        none any more.
+        For models other than `NaViT`, which colours and mixes by itself; the batch returned has
+        nothing of that to do any more. Labels of partners stay.
         """
-        if self.colours is None:
+        if self.colours is None and self.mix_offset is None:
             return self
         patches = self.pixels().round().to(torch.uint8)
-        return replace(self, patches=patches, colours=None, solarize=None)
+        done: dict[str, Any] = dict.fromkeys(("colours", "solarize", "mix_weight", "mix_offset"))
+        return replace(self, patches=patches, **done)
 
     def by_example(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return (example_index, values) of the present segments, to restore the source order.

@@ -1,11 +1,14 @@
-"""The colours of augmentation, applied to pixels on the model's device.
+"""The colours and mixtures of augmentation, made of pixels on the model's device.
 
 Products and sums channel by channel rather than a matrix product: those would be rounded under
 autocast and in TF32, and compiled code makes one pass over the pixels of these. Padding keeps its
-zeros; each token is changed by its own segment's numbers alone.
+zeros; each token is changed by its own segment's numbers alone. Then tokens of neighbours are
+mixed, so that each brings the colours of its own image.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +27,47 @@ def segment_numbers(segment_ids: Tensor, max_segments: int) -> Tensor:
     ids = segment_ids.long()
     rows = torch.arange(len(ids), device=ids.device)[:, None] * max_segments
     return torch.where(ids > 0, rows + ids - 1, len(ids) * max_segments).flatten()
+
+
+class Drawn(Protocol):
+    """What a batch says of how its pixels are to be shown: see `PackedBatch`."""
+
+    colours: Tensor | None
+    solarize: Tensor | None
+    mix_weight: Tensor | None
+
+
+def drawn_pixels(pixels: Tensor, segments: Tensor, offsets: Tensor | None, drawn: Drawn) -> Tensor:
+    """Return pixels as augmentation shows them: in their colours, then mixed; not rounded.
+
+    Args:
+        pixels: float[T, D], levels of 0..255, the channel fastest.
+        segments: int64[T], `segment_numbers` of the tokens.
+        offsets: int32[T], ``mix_offset`` of the tokens; None mixes none.
+        drawn: the batch.
+    """
+    if drawn.colours is not None:
+        pixels = in_colours(pixels, segments, drawn.colours, drawn.solarize)
+    if offsets is not None and drawn.mix_weight is not None:
+        pixels = mixed(pixels, segments, offsets, drawn.mix_weight)
+    return pixels
+
+
+def mixed(pixels: Tensor, segments: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """Return pixels of which those that meet others are blended with them.
+
+    Args:
+        pixels: float[T, D], rows one after the other, with padding at their ends or without any.
+        segments: int64[T], `segment_numbers` of the tokens.
+        offsets: int32[T], how many places further on the other is; 0 if there is none.
+        weights: float32[B, S], weight of the own pixels.
+    """
+    exact = torch.promote_types(pixels.dtype, torch.float32)
+    # Padding has a segment of its own, B · S.
+    own = F.pad(weights.flatten().to(exact), (0, 1))[segments].masked_fill(offsets == 0, 1)
+    others = pixels[torch.arange(len(pixels), device=pixels.device) + offsets].to(exact)
+    # Exact for weights of 0 and 1: what is not mixed, or swapped, keeps every bit.
+    return torch.lerp(others, pixels.to(exact), own[:, None]).to(pixels.dtype)
 
 
 def in_colours(

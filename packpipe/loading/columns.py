@@ -19,10 +19,18 @@ from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe.rows.pairs import PairRows
-from packpipe.rows.rows import NO_LABEL, Rows
+from packpipe.rows.rows import NO_LABEL, Rows, integer_labels
 from packpipe.rows.schema import SEGMENT_TYPES
 
 NO_EXAMPLE = -1
+# What augmentation may add to segments, and what stands where there is none.
+_DRAWN = {
+    "colours": 0,
+    "solarize": 0,
+    "mix_weight": 0,
+    "partner_labels": NO_LABEL,
+    "label_weights": 0,
+}
 
 # Makes a column of segments an array [B, S, ...]; its second argument is what stands where a row
 # has no such segment.
@@ -65,9 +73,12 @@ def image_columns(rows: Rows, max_segments: int, *, copy: bool) -> dict[str, Any
         "example_index": pad(rows.example_index, NO_EXAMPLE),
     }
     if "labels" in rows.segments:
-        columns["labels"] = pad(_integer_labels(rows.segments["labels"]), NO_LABEL)
-    drawn = [name for name in ("colours", "solarize") if name in rows.segments]
-    return columns | {name: pad(rows.segments[name], 0) for name in drawn}
+        columns["labels"] = pad(integer_labels(rows.segments["labels"]), NO_LABEL)
+    drawn = [name for name in _DRAWN if name in rows.segments]
+    columns |= {name: pad(rows.segments[name], _DRAWN[name]) for name in drawn}
+    if "mix_offset" in rows.tokens:
+        columns["mix_offset"] = _owned(rows.tokens["mix_offset"], copy)
+    return columns
 
 
 def token_columns(rows: Rows, max_segments: int, *, copy: bool) -> dict[str, Any]:
@@ -117,16 +128,6 @@ def _signed(values: NDArray[Any]) -> NDArray[Any]:
     # torch has few operations on unsigned integers, uint8 excepted.
     wide = values.dtype.kind == "u" and values.dtype.itemsize > 1
     return values.astype(np.int64) if wide else values
-
-
-def _integer_labels(labels: pa.Array) -> NDArray[np.int64]:
-    if not len(labels):  # a rank without packs, where the type may be unknown
-        return np.empty(0, np.int64)
-    if not pa.types.is_integer(labels.type):
-        remedy = "class_encode_column it before packing, or pack with label_column=None"
-        raise TypeError(checks.sentence("labels.type", str(labels.type), "an integer type", remedy))
-    # torch's cross-entropy takes class numbers as int64.
-    return np.asarray(labels).astype(np.int64)
 
 
 def _values(name: str, values: pa.Array, rows: Rows, pad: _Pad) -> NDArray[Any] | list[list[Any]]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from packpipe import checks
 from packpipe.augmenting.augment import Augment
-from packpipe.augmenting.rows import refuse_tokens
+from packpipe.augmenting.rows import refuse_pairs, refuse_tokens
 from packpipe.loading.columns import batch_columns
 from packpipe.loading.contents import check_contents
 from packpipe.loading.cursors import (
@@ -101,7 +101,8 @@ class PackedLoader:
             ``rank=jax.process_index(), world_size=jax.process_count()``.
         augment: flips, turns, colours, drawn anew for every image of every epoch, whatever the
             workers and ranks; a state belongs to one augmentation. None leaves images as they are.
-            With colours, batches have ``colours`` and perhaps ``solarize``, which `NaViT` applies.
+            With colours, batches have ``colours`` and perhaps ``solarize``, which `NaViT` applies;
+            with mixup or CutMix, what `PackedBatch` says of it.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -183,6 +184,11 @@ class PackedLoader:
                 expected, remedy = "an Augment, or None", "such as Augment.preset('three')"
                 raise TypeError(checks.sentence("augment", augment, expected, remedy))
             refuse_tokens(getattr(packs, "of_tokens", False))
+            if isinstance(packs, StoredPairs):
+                refuse_pairs(augment)
+            if augment.mixes and getattr(packs, "max_segments", None) == 1:
+                expected, remedy = "2 or more, for mixup and cutmix", "put several into a row"
+                raise ValueError(checks.sentence("packs.max_segments", 1, expected, remedy))
         self.augment = augment
         self._has_one_order = not (shuffle or self.balance)
         # Balance sorts all packs of an epoch; images of a stream are read here, not by processes.

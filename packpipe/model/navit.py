@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from packpipe import checks
 from packpipe.loading.batch import PackedBatch
-from packpipe.loading.colouring import in_colours
+from packpipe.loading.colouring import drawn_pixels
 from packpipe.model.attention import Attention, FlatTokens, choose_backend, flatten
 from packpipe.model.config import NaViTConfig
 from packpipe.model.pooling import AttentionPool, pool_plainly
@@ -107,8 +107,8 @@ class NaViT(nn.Module):
         """Return embedded patches [T, C] with positions added; rotary ones as (cos, sin) beside."""
         dtype = self.embed.weight.dtype
         pixels = tokens.take(batch.patches).to(dtype)
-        if batch.colours is not None:
-            pixels = in_colours(pixels, tokens.segments, batch.colours, batch.solarize)
+        offsets = None if batch.mix_offset is None else tokens.take(batch.mix_offset)
+        pixels = drawn_pixels(pixels, tokens.segments, offsets, batch)
         pixels = pixels / 127.5 - 1
         x = self.embed(pixels)  # [T, D] in -1..1 -> [T, C]
         coords = tokens.take(batch.coords).long()

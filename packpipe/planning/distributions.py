@@ -155,23 +155,29 @@ class Beta:
         return 0.0, self.maximum
 
     def quantile(self, u: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return float64[n], the quantiles at u, interpolated in a table.
+        """Return float64[n], the quantiles at u; see `beta_quantile`."""
+        alpha = 7 / 3 * self.mean / self.maximum
+        return self.maximum * beta_quantile(alpha, 7 / 3 - alpha, u)
 
-        Linear between the exact quantiles at 0, 2**-14, ..., 1, so the error in u is below
-        2**-14. Takes 0.02 µs per value; the exact inverse takes 2.4 µs.
-        """
-        table = _beta_quantiles(7 / 3 * self.mean / self.maximum)
-        place = u * _CELLS
-        cell = np.minimum(place.astype(np.int64), _CELLS - 1)
-        left = table[cell]
-        values: NDArray[np.float64] = left + (place - cell) * (table[cell + 1] - left)
-        return self.maximum * values
+
+def beta_quantile(alpha: float, beta: float, u: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return float64[n], the quantiles of Beta(alpha, beta) at u, interpolated in a table.
+
+    Linear between the exact quantiles at 0, 2**-14, ..., 1, so the error in u is below 2**-14.
+    Takes 0.02 µs per value; the exact inverse takes 2.4 µs.
+    """
+    table = _beta_quantiles(alpha, beta)
+    place = u * _CELLS
+    cell = np.minimum(place.astype(np.int64), _CELLS - 1)
+    left = table[cell]
+    values: NDArray[np.float64] = left + (place - cell) * (table[cell + 1] - left)
+    return values
 
 
 @lru_cache(maxsize=16)
-def _beta_quantiles(alpha: float) -> NDArray[np.float64]:
+def _beta_quantiles(alpha: float, beta: float) -> NDArray[np.float64]:
     shares = np.arange(_CELLS + 1) / _CELLS
-    table: NDArray[np.float64] = special.betaincinv(alpha, 7 / 3 - alpha, shares)
+    table: NDArray[np.float64] = special.betaincinv(alpha, beta, shares)
     return table
 
 

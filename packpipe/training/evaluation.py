@@ -106,7 +106,8 @@ def measure(
         half: whether matrix products run in bfloat16.
 
     Raises:
-        ValueError: the loader leaves images out, there is no label, or a label is no class.
+        ValueError: the loader leaves images out or mixes them, there is no label, or a label is no
+            class.
     """
     check_measurable(model, loader)
     device = next(model.parameters()).device
@@ -121,11 +122,14 @@ def measure(
 
 
 def check_measurable(model: Model, loader: PackedLoader) -> None:
-    """Raise ValueError if a model has no class an image, or a loader leaves images out."""
+    """Raise ValueError if a model has no class an image, or a loader leaves out or mixes images."""
     if loader.tail == "drop":
         expected = "'pad', since 'drop' leaves images out"
         remedy = "make it with PackedLoader(packs, batch_size, tail='pad')"
         raise ValueError(checks.sentence("tail of the loader", loader.tail, expected, remedy))
+    if loader.augment is not None and loader.augment.mixes:
+        expected, remedy = "None, or one that mixes nothing", "measure images as they are"
+        raise ValueError(checks.sentence("augment of the loader", loader.augment, expected, remedy))
     if model.config.num_classes is None or model.config.pooling == "none":
         found = (model.config.num_classes, model.config.pooling)
         expected, remedy = "classes, and an output an image", "measure a model that classifies"

@@ -33,6 +33,7 @@ from packpipe.training.checkpoints import KEPT, begin_after, load_checkpoint, sa
 from packpipe.training.log import append_record, begin_log, sync_log
 from packpipe.training.log import read_log as read_log  # callers import it from here, too
 from packpipe.training.losses import (
+    Partners,
     check_label_smoothing,
     check_labels,
     global_count,
@@ -163,7 +164,8 @@ class Record:
     Attributes:
         step: the last of them, 1 being the first of the training.
         loss: mean over the steps.
-        accuracy: share of labelled images whose largest logit is that of their label.
+        accuracy: share of labelled images whose largest logit is that of their label; of mixed
+            images, of their own label, not of their partner's.
         learning_rate: of the last step.
         images_per_s: images a second.
         tokens_per_s: real tokens a second.
@@ -206,7 +208,7 @@ def train(
     Args:
         model: on the device it is trained on.
         loader: batches with integer labels, epoch after epoch; it augments them, if it is made with
-            ``augment``.
+            ``augment``. Of images that it mixes both labels count, by their shares.
         config: the options.
         folder: where checkpoints and log.jsonl go, a local one; if it holds checkpoints, training
             resumes from the newest whole one. None keeps nothing.
@@ -307,7 +309,7 @@ def train(
             group["lr"] = config.rate(step)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             logits = run(moved)
-        loss = loss_of(logits, labels, config)
+        loss = loss_of(logits, labels, config, moved.partners)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -350,18 +352,22 @@ def train(
             return
 
 
-def loss_of(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
+def loss_of(
+    logits: Tensor, labels: Tensor, config: TrainConfig, partners: Partners | None = None
+) -> Tensor:
     """Return the loss of a batch; averaged over ranks it is the mean over the images of all ranks.
 
     Args:
         logits: float[B, S, K].
         labels: int64[B, S], -100 where absent.
         config: which loss.
+        partners: what mixed images are mixed with.
     """
     # Under autocast the head gives bfloat16.
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     options = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
-    return LOSSES[config.loss](exact, labels, count=global_count(labels != NO_LABEL), **options)
+    count = global_count(labels != NO_LABEL)
+    return LOSSES[config.loss](exact, labels, count=count, partners=partners, **options)
 
 
 def optimizer_of(model: NaViT, config: TrainConfig) -> torch.optim.AdamW:

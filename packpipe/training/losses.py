@@ -12,6 +12,8 @@ Source: Krell 3.2.3.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,9 +22,18 @@ from packpipe import checks
 from packpipe.loading.ranks import has_group
 from packpipe.rows.rows import NO_LABEL
 
+# Of mixed images, `PackedBatch.partners`: int64[B, S], the label of the image that each is mixed
+# with, -100 for none; and float[B, S], the weight of its own label, of no effect without a partner.
+Partners: TypeAlias = tuple[Tensor, Tensor]
+
 
 def segment_cross_entropy(
-    logits: Tensor, labels: Tensor, *, count: Tensor | None = None, label_smoothing: float = 0.0
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    count: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    partners: Partners | None = None,
 ) -> Tensor:
     """Return the mean softmax cross-entropy over the segments that have a label; 0 if none has.
 
@@ -31,6 +42,8 @@ def segment_cross_entropy(
         labels: int64[B, S], -100 for segments that do not count.
         count: what the sum is divided by; None is the number of segments with a label.
         label_smoothing: share of each target that is spread evenly over all K classes, in [0, 1).
+        partners: of mixed images, see `Partners`: each loss is weight · loss(label) + (1 - weight)
+            · loss(partner's label).
 
     Raises:
         ValueError: a label is no class, on a CPU; or label_smoothing is out of range.
@@ -42,18 +55,31 @@ def segment_cross_entropy(
     present = labels != NO_LABEL
     # Logits that do not count may be infinite or NaN, and in backward 0 times that is NaN.
     flat = _where(present, logits).flatten(0, 1)
-    total = F.cross_entropy(
-        flat,
-        labels.flatten(),
-        ignore_index=NO_LABEL,
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )
-    return total / _divisor(present, count)
+
+    def against(targets: Tensor, reduction: str) -> Tensor:
+        return F.cross_entropy(
+            flat,
+            targets.flatten(),
+            ignore_index=NO_LABEL,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+
+    if partners is None:
+        return against(labels, "sum") / _divisor(present, count)
+    others, weights = _checked_partners(partners, logits, present)
+    weights = weights.flatten()
+    each = weights * against(labels, "none") + (1 - weights) * against(others, "none")
+    return each.sum() / _divisor(present, count)
 
 
 def segment_sigmoid_cross_entropy(
-    logits: Tensor, labels: Tensor, *, present: Tensor | None = None, count: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    present: Tensor | None = None,
+    count: Tensor | None = None,
+    partners: Partners | None = None,
 ) -> Tensor:
     """Return the sigmoid cross-entropy, summed over classes, averaged over segments.
 
@@ -63,10 +89,11 @@ def segment_sigmoid_cross_entropy(
             share in [0, 1], for several labels or mixed images.
         present: bool[B, S], which segments count; None is those whose label is not -100.
         count: what the sum is divided by; None is the number of segments that count.
+        partners: of mixed images, see `Partners`: a target is a share of each of the two labels.
 
     Raises:
-        ValueError: labels for each class are passed without present; or a label is no class, on a
-            CPU.
+        ValueError: labels for each class are passed without present, or with partners; or a label
+            is no class, on a CPU.
 
     Source: NaViT 3 (classification).
     """
@@ -74,6 +101,9 @@ def segment_sigmoid_cross_entropy(
         if present is None:
             expected, remedy = "bool[B, S] with labels for each class", "pass batch.present"
             raise ValueError(checks.sentence("present", None, expected, remedy))
+        if partners is not None:
+            expected, remedy = "None with labels for each class", "mix those"
+            raise ValueError(checks.sentence("partners", "given", expected, remedy))
         targets = labels.to(logits.dtype)
     else:
         present = labels != NO_LABEL if present is None else present & (labels != NO_LABEL)
@@ -81,6 +111,10 @@ def segment_sigmoid_cross_entropy(
         classes = torch.arange(logits.shape[-1], device=logits.device)
         # Not one_hot, which takes no -100; here such a label is no class at all.
         targets = (labels[..., None] == classes).to(logits.dtype)  # [B, S, K]
+        if partners is not None:
+            others, weights = _checked_partners(partners, logits, present)
+            other = (others[..., None] == classes).to(logits.dtype)
+            targets = torch.lerp(other, targets, weights[..., None])
     each = F.binary_cross_entropy_with_logits(
         _where(present, logits), _where(present, targets), reduction="none"
     )
@@ -155,6 +189,18 @@ def global_count(present: Tensor, *more: Tensor) -> Tensor:
         return number.clamp(min=1)
     torch.distributed.all_reduce(number)  # sums over ranks, in place
     return number.clamp(min=1) / torch.distributed.get_world_size()
+
+
+def _checked_partners(partners: Partners, logits: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the partners' labels and the weights of the own ones, -100 and 1 where none counts.
+
+    Raises:
+        ValueError: a label is no class, on a CPU.
+    """
+    labels, weights = partners
+    check_labels(labels, logits.shape[-1])
+    counts = present & (labels != NO_LABEL)
+    return labels.masked_fill(~counts, NO_LABEL), weights.to(logits.dtype).masked_fill(~counts, 1)
 
 
 def _where(present: Tensor, values: Tensor) -> Tensor:

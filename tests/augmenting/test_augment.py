@@ -25,6 +25,7 @@ def augments(draw: st.DrawFn) -> Augment:
     """Any augmentation there can be."""
     three = draw(st.booleans())
     names = ["flip", "vertical_flip", "brightness", "contrast", "saturation", "erase"]
+    names += ["mixup", "cutmix"]
     names += [] if three else ["grey", "solarize"]
     some = {name: draw(SHARES) for name in draw(st.sets(st.sampled_from(names)))}
     return Augment(**some, turns=draw(st.booleans()), three_augment=three)
@@ -39,6 +40,18 @@ def augments(draw: st.DrawFn) -> Augment:
         ({"grey": float("nan")}, ValueError, "grey is nan, expected a finite number; pass a share"),
         ({"brightness": 2}, ValueError, "brightness is 2, expected a number in [0, 1]; 0.3 is us"),
         ({"contrast": "0.3"}, TypeError, "contrast is '0.3', expected a number; 0.3 is usual, 0"),
+        (
+            {"mixup": -1},
+            ValueError,
+            "mixup is -1, expected a number in [0, 1000]; timm uses mixup=",
+        ),
+        ({"cutmix": 1e9}, ValueError, "cutmix is 1000000000.0, expected a number in [0, 1000]; t"),
+        ({"mixup": True}, TypeError, "mixup is True, expected a number; timm uses mixup=0.8 and"),
+        (
+            {"mix_prob": 0.5},
+            ValueError,
+            "mix_prob is 0.5, expected 1 without mixup and cutmix; pass one of them, too",
+        ),
         ({"turns": 1}, TypeError, "turns is 1, expected True or False; pass a bool"),
         ({"three_augment": None}, TypeError, "three_augment is None, expected True or False; pas"),
         (
@@ -54,7 +67,9 @@ def test_wrong_options_are_refused(options, error, message):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(TypeError, match=r"^option is 'hue', expected one of flip, .*, erase; use"):
+    with pytest.raises(
+        TypeError, match=r"^option is 'hue', expected one of flip, .*, mix_prob; use"
+    ):
         Augment.from_dict({"hue": 0.1})
     message = r"^preset is 'two', expected one of 'three', 'inception'; choose a recipe$"
     with pytest.raises(ValueError, match=message):
@@ -72,6 +87,13 @@ def test_the_presets_are_what_their_sources_say():
     inception = Augment.preset("inception")
     assert inception == Augment(flip=0.5)
     assert not inception.colours
+    assert not inception.mixes
+
+
+def test_options_of_mixing_are_named_only_where_they_are_used():
+    assert list(Augment().to_dict())[-1] == "erase"
+    assert Augment(mixup=0.8).to_dict() == {**Augment().to_dict(), "mixup": 0.8}
+    assert not Augment(mixup=0.8, mix_prob=0).mixes
 
 
 @given(augments(), keys(), st.lists(st.integers(0, 2**40), min_size=1, max_size=9))

@@ -209,6 +209,11 @@ def test_too_many_broken_validation_images_are_named_by_their_files(few, tmp_pat
         (["--learning-rate", "0"], "learning_rate is 0.0, expected a number above 0; choose a"),
         (["--drop-rate", "1.5"], "drop_rate is 1.5, expected "),
         (["--augment", "two"], "preset is 'two', expected one of 'three', 'inception'; choose a"),
+        (["--mixup", "-1"], "mixup is -1.0, expected a number in [0, 1000]; timm uses mixup=0.8"),
+        (
+            ["--cutmix", "1", "--layout", "padded"],
+            "layout is 'padded', expected 'packed' with mixup and cutmix; others put one image",
+        ),
         (["--label-smoothing", "0.1"], "label_smoothing is 0.1, expected 0 with loss='sigmoid'"),
     ],
 )
@@ -222,10 +227,12 @@ def test_a_wrong_option_is_said_in_a_line(options, message, few, tmp_path):
 def test_augmented_it_goes_on_and_without_augmentation_it_does_not(few, tmp_path):
     options = [*SMALL, "--num-workers", "0", "--log-every", "1"]
     options += ["--loss", "softmax", "--label-smoothing", "0.1"]
+    options += ["--cutmix", "1"]
     assert run(few, tmp_path / "out", *options, "--augment", "three", "--steps", 1).exit_code == 0
     other = run(few, tmp_path / "out", *options, "--steps", "2")
     assert other.exit_code == 2
     assert "state['augment'] is {'flip': 0.5, " in other.stderr
+    assert "expected {'flip': 0.0, " in other.stderr
     again = run(few, tmp_path / "out", *options, "--augment", "three", "--steps", "2")
     assert again.exit_code == 0, again.output
     assert [record["step"] for record in read_log(tmp_path / "out")] == [1, 2]

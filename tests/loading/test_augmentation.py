@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -17,8 +18,13 @@ from laws import EVERYTHING
 import packpipe
 from packpipe import Augment, PackedLoader, PackedStream, read_rows
 from packpipe.augmenting.colours import coloured
+from packpipe.augmenting.rows import augmented
+from packpipe.philox import Key
+from packpipe.rows.pairs import PairRows
+from packpipe.rows.rows import NO_LABEL
 
 KINDS = ["stored", "computed", "planned"]
+MIXING = replace(EVERYTHING, mixup=0.8, cutmix=1, mix_prob=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,7 @@ def packs(tmp_path_factory) -> dict[str, Any]:
 
 
 def loaders(packs: Any, world_size: int = 1, **options: Any) -> list[PackedLoader]:
-    options = {"tail": "pad", "augment": EVERYTHING, **options}
+    options = {"tail": "pad", "augment": MIXING, **options}
     return [
         PackedLoader(packs, 8 // world_size, rank=rank, world_size=world_size, **options)
         for rank in range(world_size)
@@ -120,8 +126,34 @@ def test_a_state_without_augmentation_is_what_it_was(packs):
     assert "augment" not in plain.state_dict()
     (augmented,) = loaders(packs["stored"], tail="drop")
     state = augmented.state_dict()
-    assert state.pop("augment") == EVERYTHING.to_dict()
+    assert state.pop("augment") == MIXING.to_dict()
     assert state == plain.state_dict()
+
+
+def test_a_state_from_before_there_was_mixing_is_what_it_was(packs):
+    (loader,) = loaders(packs["stored"], augment=EVERYTHING)
+    assert not {"mixup", "cutmix", "mix_prob"} & loader.state_dict()["augment"].keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_neighbours_are_mixed_anew_every_epoch_with_labels_of_their_own(packs, kind):
+    (loader,) = loaders(packs[kind], augment=Augment(mixup=1, cutmix=1))
+    weights = []
+    for _ in range(2):
+        labels, seen = {}, []
+        for batch in loader:
+            rows, numbers = (batch.partner_labels != NO_LABEL).nonzero().T
+            assert torch.equal(batch.partner_labels[rows, numbers], batch.labels[rows, numbers ^ 1])
+            found = batch.label_weights[rows, numbers].tolist()
+            index = batch.example_index[rows, numbers].tolist()
+            labels |= dict(zip(index, found, strict=True))
+            seen.append(batch.mix_offset.any())
+        assert all(seen)
+        assert len(labels) > 90
+        assert all(0 <= share < 1 for share in labels.values())
+        weights.append(labels)
+    both = weights[0].keys() & weights[1].keys()
+    assert any(weights[0][one] != weights[1][one] for one in both)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +189,7 @@ def test_a_stream_is_augmented_and_resumed():
     assert list(map(loading.digest, again)) == whole[2:]
 
 
-def test_of_pairs_the_images_are_augmented(tmp_path):
+def test_of_pairs_the_images_are_augmented_and_never_mixed(tmp_path):
     images = [pictures.encoded_image(40, 64, number) for number in range(8)]
     dataset = pictures.dataset_of(images).select_columns(["image"])
     dataset = dataset.add_column("input_ids", [[number] * 3 for number in range(8)])
@@ -172,6 +204,22 @@ def test_of_pairs_the_images_are_augmented(tmp_path):
         assert after.images.colours is not None
         changed += not torch.equal(before.images.patches, after.images.patches)
     assert changed == len(plain) > 0
+    message = "cutmix is 1.0, expected 0 with pairs of images and texts; leave mixup and cutmix out"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        PackedLoader(pairs, 1, augment=Augment(cutmix=1))
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        augmented(PairRows(*map(read_rows, pairs)), Augment(cutmix=1), Key(0, 0))
+
+
+def test_rows_of_one_image_are_never_mixed():
+    images = pictures.dataset_of([pictures.encoded_image(40, 64, number) for number in range(3)])
+    packed = packpipe.pack(images, 16, max_segments=1, progress=False)
+    PackedLoader(packed, 1, augment=Augment())
+    message = (
+        "packs.max_segments is 1, expected 2 or more, for mixup and cutmix; put several into a row"
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        PackedLoader(packed, 1, augment=Augment(mixup=1))
 
 
 def test_what_cannot_be_augmented_is_refused(packs):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from two_ranks import run_on_two_ranks
 
-from packpipe import PackConfig, PackedLoader, plan_epoch
+from packpipe import Augment, PackConfig, PackedLoader, plan_epoch
 from packpipe.loading.steps import TAILS
 from packpipe.training import loop
 from packpipe.training.checkpoints import KEPT, checkpoints, model_of, save_checkpoint
@@ -74,6 +74,36 @@ def test_training_lowers_the_loss(loss):
     records, _ = trained(steps=60, loss=loss, head_weight_decay=0.0)
     assert records[-1].loss < 0.7 * records[0].loss
     assert records[-1].accuracy > records[0].accuracy
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_of_mixed_images_both_labels_are_trained_on_and_their_own_is_counted(loss):
+    augment = Augment(mixup=1, cutmix=1)
+    config = learning.config_of(steps=1, loss=loss)
+    (record,) = train(learning.model_of(), learning.loader_of(augment=augment), config)
+    batch = next(iter(learning.loader_of(augment=augment)))
+    assert (batch.label_weights[batch.present] < 1).any()
+    with torch.no_grad():
+        logits = learning.model_of()(batch)
+    labels = batch.labels
+    wanted = loop.LOSSES[loss](logits, labels, partners=batch.partners)
+    assert record.loss == pytest.approx(float(wanted), rel=1e-5)
+    assert record.loss != pytest.approx(float(loop.LOSSES[loss](logits, labels)), rel=1e-3)
+    right = (logits.argmax(-1) == labels)[batch.present].float().mean()
+    assert record.accuracy == pytest.approx(float(right))
+
+
+def test_mixing_it_stops_and_goes_on_to_the_same_bits(tmp_path):
+    def run(folder, stop=None):
+        model, loader = learning.model_of(), learning.loader_of(augment=Augment(cutmix=1))
+        records = train(model, loader, learning.config_of(), folder=folder)
+        return list(islice(records, stop)), model
+
+    _, whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", stop=5)
+    _, rest = run(tmp_path / "parts")
+    assert same_weights(whole, rest)
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "parts")
 
 
 def test_a_record_says_what_the_steps_were_like():

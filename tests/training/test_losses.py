@@ -1,5 +1,6 @@
 """The loss counts every image once, whichever row it is in."""
 
+import functools
 import math
 import re
 
@@ -74,6 +75,70 @@ def test_a_smoothing_that_is_no_share_is_refused(wrong):
     logits, labels, _ = random_batch()
     with pytest.raises(ValueError, match=f"^label_smoothing is {wrong}, expected "):
         segment_cross_entropy(logits, labels, label_smoothing=wrong)
+
+
+def mixed_batch(seed=5):
+    """Of some images the labels of partners, and what is their own."""
+    logits, labels, present = random_batch(seed, rows=4, segments=5)
+    generator = torch.Generator().manual_seed(seed)
+    others = torch.randint(0, 5, labels.shape, generator=generator)
+    others[torch.rand(labels.shape, generator=generator) < 0.4] = -100
+    weights = torch.rand(labels.shape, generator=generator).masked_fill(others == -100, 1)
+    return logits, labels, present, (others, weights)
+
+
+MIXABLE = {
+    "softmax": segment_cross_entropy,
+    "smoothed": functools.partial(segment_cross_entropy, label_smoothing=0.2),
+    "sigmoid": segment_sigmoid_cross_entropy,
+}
+
+
+@pytest.mark.parametrize("loss", MIXABLE.values(), ids=MIXABLE)
+def test_of_mixed_images_both_labels_count_by_their_shares(loss):
+    logits, labels, present, (others, weights) = mixed_batch()
+    both = present & (others != -100)
+    assert both.any()
+    assert (present & ~both).any()
+    assert (~present & (others != -100)).any()
+    total = 0.0
+    for row, number in present.nonzero().tolist():
+        one = logits[None, None, row, number]
+        share = float(weights[row, number]) if both[row, number] else 1.0
+        total += share * loss(one, labels[None, None, row, number]).item()
+        if share < 1:
+            total += (1 - share) * loss(one, others[None, None, row, number]).item()
+    found = loss(logits, labels, partners=(others, weights)).item()
+    assert found == pytest.approx(total / int(present.sum()))
+    seven = loss(logits, labels, partners=(others, weights), count=torch.tensor(7.0)).item()
+    assert seven == pytest.approx(total / 7)
+
+
+@pytest.mark.parametrize("loss", MIXABLE.values(), ids=MIXABLE)
+def test_a_partner_of_no_share_and_no_partner_change_nothing(loss):
+    logits, labels, present, (others, weights) = mixed_batch()
+    plain = loss(logits, labels).item()
+    ones = torch.ones_like(weights)
+    assert loss(logits, labels, partners=(others, ones)).item() == pytest.approx(plain, rel=1e-14)
+    nobody = torch.full_like(others, -100)
+    assert loss(logits, labels, partners=(nobody, weights)).item() == pytest.approx(plain)
+    logits = logits.masked_fill(~present[..., None], math.nan).requires_grad_()
+    loss(logits, labels, partners=(others, weights)).backward()
+    assert not logits.grad[~present].any()
+    assert logits.grad[present].any()
+
+
+def test_a_partner_s_label_that_is_no_class_is_refused():
+    logits, labels = torch.zeros(1, 1, 3), torch.tensor([[1]])
+    partners = torch.tensor([[3]]), torch.tensor([[0.5]])
+    for loss in (segment_cross_entropy, segment_sigmoid_cross_entropy):
+        with pytest.raises(ValueError, match=r"^a label is 3, expected 0\.\.2, or -100 for a"):
+            loss(logits, labels, partners=partners)
+    message = "^partners is 'given', expected None with labels for each class; mix those$"
+    with pytest.raises(ValueError, match=message):
+        segment_sigmoid_cross_entropy(
+            logits, torch.zeros(1, 1, 3), present=torch.ones(1, 1).bool(), partners=partners
+        )
 
 
 def naive_sigmoid(logits, targets):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import wait_until
 
-from packpipe import PackedLoader
+from packpipe import Augment, PackedLoader
 from packpipe.model.predict import predict_packs
 from packpipe.training.checkpoints import checkpoints, model_of
 from packpipe.training.evaluation import accuracy, calibration_error, measure
@@ -97,6 +97,11 @@ def test_a_model_that_gives_nan_is_told_as_such():
     ("loader", "model", "message"),
     [
         ({"tail": "drop"}, {}, "tail of the loader is 'drop', expected 'pad', since 'drop' leaves"),
+        (
+            {"augment": Augment(cutmix=1)},
+            {},
+            "augment of the loader is Augment(*mix_prob=1.0), expected None, or one that mixes no",
+        ),
         ({}, {"pooling": "none"}, "(num_classes, pooling) is (5, 'none'), expected classes, and"),
         ({}, {"num_classes": None}, "(num_classes, pooling) is (None, 'attention'), expected cl"),
         ({}, {"num_classes": 2}, "a label is 3, expected 0..1, or -100"),
@@ -104,7 +109,8 @@ def test_a_model_that_gives_nan_is_told_as_such():
 )
 def test_what_cannot_be_measured_is_refused(loader, model, message):
     model = packed.model_of("auto", torch.float32, **model)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    # In place of each * stands something.
+    with pytest.raises(ValueError, match=re.escape(message).replace(r"\*", ".*")):
         measure(model, learning.validation_of(**loader), LOSSES["softmax"])
 
 
