@@ -6,9 +6,9 @@
 ViT-Ti/16 in float32 on one thread, random pixels, images of the sizes of r ~ U(64, 224) packed into
 rows of 1024. The step is forward, backward and AdamW. *Moved* is what the loader does to the rows
 of a step: draws, flips (and turns), matrices, and which tokens of neighbours meet; *pixels* is what
-the model does to their pixels: colours and mixtures.
-All take turns; medians of the rounds and ratios to the step's. Whole steps with and without them are
-as uncertain as the steps' own times. Writes augment.md.
+the model does to their pixels: colours and mixtures. All take turns; medians of the rounds and
+ratios to the step's. Whole steps with and without them are as uncertain as the steps' own times.
+Writes augment.md.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """`Augment`: what is drawn for every image of a batch, anew in every epoch.
 
 An image's draws are a function of (seed, epoch, example_index) alone: neither the rows it lies in,
-nor workers, ranks or a resumed run change them. Crops are no part of it, since they change how many
-tokens an image has; they belong to the plan. Neither is blur, since a token does not know its
-neighbours, of which some are dropped.
+nor workers, ranks or a resumed run change them. With whom an image is mixed is up to its row, and
+how to the draws of the pair (`packpipe.augmenting.mixing`). Crops are no part of it, since they
+change how many tokens an image has; they belong to the plan. Neither is blur, since a token does
+not know its neighbours, of which some are dropped.
 
 Flips, turns and erased boxes are whole numbers and square roots, colours are products and sums:
-IEEE 754 fixes all of them, so they are the same on every machine.
+IEEE 754 fixes all of them, so they are the same on every machine. Shares of mixtures are quantiles
+of Beta distributions, whose last bits are SciPy's.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import torch
 from datasets import ClassLabel, Dataset
 from datasets.utils import tqdm
 
+from packpipe import checks
 from packpipe.augmenting.augment import Augment
 from packpipe.cli.labels import divided, labelled, with_classes_of
 from packpipe.cli.layouts import Layout, packs_of
