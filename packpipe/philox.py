@@ -85,7 +85,6 @@ _MULTIPLIER_0 = np.uint64(0xD2E7470EE14C6C93)
 _MULTIPLIER_1 = np.uint64(0xCA5A826395121157)
 _WEYL_0 = np.uint64(0x9E3779B97F4A7C15)
 _WEYL_1 = np.uint64(0xBB67AE8584CAA73B)
-_ZERO = np.uint64(0)
 _FINE_BITS = 11  # a coarse bucket has 2**10 to 2**11 keys on average, sorted by this many bits
 
 
@@ -123,12 +122,17 @@ def _block(seed, epoch, number, stream, index, view):  # type: ignore[no-untyped
 
 @njit(cache=True, nogil=True)
 def _fill_words(seed, epoch, index, stream, view, out):  # type: ignore[no-untyped-def]
-    """Fill out[i] with the words of index[i]; O(index * words / 4) blocks."""
+    """Fill out[i] with the words of index[i]; O(index * words / 4) blocks.
+
+    A single view is that of all.
+    """
     num_words = out.shape[1]
+    step = 1 if view.shape[0] > 1 else 0
     for i in range(index.shape[0]):
         # A block is made whole; words of the last one that were not asked for are dropped.
         for first in range(0, num_words, 4):
-            block = _block(seed, epoch, np.uint64(first // 4 + 1), stream, index[i], view)
+            own = view[i * step]
+            block = _block(seed, epoch, np.uint64(first // 4 + 1), stream, index[i], own)
             out[i, first] = block[0]
             if first + 1 < num_words:
                 out[i, first + 1] = block[1]
@@ -139,12 +143,14 @@ def _fill_words(seed, epoch, index, stream, view, out):  # type: ignore[no-untyp
 
 
 @njit(cache=True, nogil=True)
-def _fill_subsets(seed, epoch, index, stream, num_items, num_chosen, out):  # type: ignore[no-untyped-def]
+def _fill_subsets(seed, epoch, index, stream, view, num_items, num_chosen, out):  # type: ignore[no-untyped-def]
     """Fill out with the chosen items of each index, in rising order, index after index.
 
     Selection sampling (Knuth 3.4.2, algorithm S): item t of n is taken with probability (items
-    still to choose) ÷ (items not seen yet), decided by word t. O(words) / 4 blocks.
+    still to choose) ÷ (items not seen yet), decided by word t. O(words) / 4 blocks. A single view
+    is that of all.
     """
+    step = 1 if view.shape[0] > 1 else 0
     place = 0
     for i in range(index.shape[0]):
         missing = num_chosen[i]
@@ -156,7 +162,8 @@ def _fill_subsets(seed, epoch, index, stream, num_items, num_chosen, out):  # ty
             continue
         item = 0
         while missing:
-            block = _block(seed, epoch, np.uint64(item // 4 + 1), stream, index[i], _ZERO)
+            own = view[i * step]
+            block = _block(seed, epoch, np.uint64(item // 4 + 1), stream, index[i], own)
             for word in range(4):
                 unseen = np.uint64(num_items[i] - item)
                 # word · unseen / 2**64 is a uniform number in 0..unseen-1, without a division or
@@ -231,7 +238,7 @@ def _leading(key, skipped, bits):  # type: ignore[no-untyped-def]
 
 
 def words(
-    key: Key, *, index: ArrayLike, stream: int, num_words: int = 1, view: int = 0
+    key: Key, *, index: ArrayLike, stream: int, num_words: int = 1, view: ArrayLike = 0
 ) -> NDArray[np.uint64]:
     """Return uint64[len(index), num_words] random words, each row a function of its index.
 
@@ -240,7 +247,7 @@ def words(
         index: int[n], numbers of examples (or packs, or rows), not negative.
         stream: the decision that the words are for.
         num_words: number of words for each index.
-        view: which of an example's draws, 0 for the only one.
+        view: which of an example's draws, 0 for the only one: one number for all, or int[n].
 
     Raises:
         ValueError: the key, stream, view or an index is out of range.
@@ -249,7 +256,6 @@ def words(
     seed, epoch = checked_key(*key)
     stream = checks.whole_number("stream", stream, 0, checks.MAX_WORD, "use a stream of philox.py")
     num_words = checks.whole_number("num_words", num_words, 0, 2**31, "ask for fewer words")
-    view = checks.whole_number("view", view, 0, checks.MAX_WORD, "count views from zero")
     array = checks.integer_array("index", index, 1, "pass example numbers")
     if array.size and array.min() < 0:
         where = int(np.flatnonzero(array < 0)[0])
@@ -258,21 +264,36 @@ def words(
         )
     out = np.empty((array.shape[0], num_words), np.uint64)
     numbers = array.astype(np.uint64)
-    own = np.uint64(stream), np.uint64(view)
-    _fill_words(np.uint64(seed), np.uint64(epoch), numbers, *own, out)
+    views = _checked_views(view, len(array))
+    _fill_words(np.uint64(seed), np.uint64(epoch), numbers, np.uint64(stream), views, out)
     return out
 
 
-def uniform(key: Key, *, index: ArrayLike, stream: int) -> NDArray[np.float64]:
+def _checked_views(view: ArrayLike, number: int) -> NDArray[np.uint64]:
+    """Return uint64[number], the view of each, or uint64[1], that of all."""
+    remedy = "count views from zero"
+    if np.ndim(view) == 0:
+        return np.array([checks.whole_number("view", view, 0, checks.MAX_WORD, remedy)], np.uint64)
+    array = checks.integer_array("view", view, 1, remedy)
+    if len(array) != number:
+        raise ValueError(
+            checks.sentence("len(view)", len(array), f"{number} (index)", "one view an index")
+        )
+    if array.size and array.min() < 0:
+        raise ValueError(checks.sentence("view", int(array.min()), "0 or more", remedy))
+    return array.astype(np.uint64)
+
+
+def uniform(key: Key, *, index: ArrayLike, stream: int, view: ArrayLike = 0) -> NDArray[np.float64]:
     """Return float64[len(index)] uniform on [0, 1): the top 53 bits of each first word.
 
     Every value drawn from a distribution is ``distribution.quantile(uniform(...))``.
 
     Raises:
-        ValueError: the key, stream or an index is out of range.
+        ValueError: the key, stream, view or an index is out of range.
         TypeError: one of them is no integer.
     """
-    first = words(key, index=index, stream=stream)[:, 0]
+    first = words(key, index=index, stream=stream, view=view)[:, 0]
     return uniform_from(first)
 
 
@@ -300,11 +321,12 @@ def subsets(
     stream: int,
     num_items: NDArray[np.integer],
     num_chosen: NDArray[np.integer],
+    view: ArrayLike = 0,
 ) -> NDArray[np.int32]:
     """Return int32[sum(num_chosen)]: for each index, num_chosen of its items 0, 1, ..., rising.
 
     Uniform without replacement (up to 2**-64 times num_items); each subset is a function of its
-    index alone. Only the key is checked.
+    index and view alone. Only the key and the views are checked.
 
     Args:
         key: seed and epoch.
@@ -312,12 +334,15 @@ def subsets(
         stream: the decision that the words are for.
         num_items: int[n], items to choose from, below 2**31.
         num_chosen: int[n], items to choose, 0..num_items.
+        view: which of an example's draws: one number for all, or int[n].
     """
     seed, epoch = map(np.uint64, checked_key(*key))
     chosen = np.ascontiguousarray(num_chosen, np.int64)
     out = np.empty(int(chosen.sum()), np.int32)
     items = np.ascontiguousarray(num_items, np.int64)
-    _fill_subsets(seed, epoch, index.astype(np.uint64), np.uint64(stream), items, chosen, out)
+    views = _checked_views(view, len(index))
+    numbers = index.astype(np.uint64)
+    _fill_subsets(seed, epoch, numbers, np.uint64(stream), views, items, chosen, out)
     return out
 
 

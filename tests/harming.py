@@ -81,7 +81,7 @@ def agree(folder: Path) -> None:
     rows = [row for table in tables.values() for row in table.to_pylist()]
     pieces = [piece for row in rows for piece in row.get("fragment") or [0] * len(row["seq_lens"])]
     tokens = sum(sum(row["seq_lens"]) for row in rows)
-    packed = pieces.count(0)
+    packed = pieces.count(0) // manifest["config"].get("views", 1)
     manifest["counts"] |= {
         "read": packed + len(rejects),
         "packed": packed,

@@ -385,16 +385,18 @@ def naflex_grid(
     return side_at(low, height) // patch, side_at(low, width) // patch
 
 
-def random_words(seed: int, epoch: int, index: int, stream: int, num_words: int) -> list[int]:
-    """The first words of NumPy's own Philox at (seed, epoch), (stream, index)."""
+def random_words(
+    seed: int, epoch: int, index: int, stream: int, num_words: int, view: int = 0
+) -> list[int]:
+    """The first words of NumPy's own Philox at (seed, epoch), (stream, index, view)."""
     key = np.array([seed, epoch], np.uint64)
-    counter = np.array([0, stream, index, 0], np.uint64)
+    counter = np.array([0, stream, index, view], np.uint64)
     return [int(w) for w in np.random.Philox(key=key, counter=counter).random_raw(num_words)]
 
 
-def random_word(seed: int, epoch: int, index: int, stream: int) -> int:
+def random_word(seed: int, epoch: int, index: int, stream: int, view: int = 0) -> int:
     """The first of them."""
-    return random_words(seed, epoch, index, stream, 1)[0]
+    return random_words(seed, epoch, index, stream, 1, view)[0]
 
 
 def seeded_order(seed: int, epoch: int, index: Sequence[int], stream: int) -> list[int]:
@@ -402,19 +404,25 @@ def seeded_order(seed: int, epoch: int, index: Sequence[int], stream: int) -> li
     return sorted(range(len(index)), key=lambda i: random_word(seed, epoch, index[i], stream))
 
 
-def uniform(seed: int, epoch: int, index: int, stream: int) -> float:
+def uniform(seed: int, epoch: int, index: int, stream: int, view: int = 0) -> float:
     """The top 53 bits of the first word, as a share of 1."""
-    return (random_word(seed, epoch, index, stream) >> 11) / 2**53
+    return (random_word(seed, epoch, index, stream, view) >> 11) / 2**53
 
 
 def subset(
-    seed: int, epoch: int, index: int, stream: int, num_items: int, num_chosen: int
+    seed: int,
+    epoch: int,
+    index: int,
+    stream: int,
+    num_items: int,
+    num_chosen: int,
+    view: int = 0,
 ) -> list[int]:
     """Selection sampling: item t of n is taken if word t, as a share of 1, times the items not
     yet seen is below the number still missing.
     """
     chosen: list[int] = []
-    for item, word in enumerate(random_words(seed, epoch, index, stream, num_items)):
+    for item, word in enumerate(random_words(seed, epoch, index, stream, num_items, view)):
         if (word * (num_items - item)) >> 64 < num_chosen - len(chosen):
             chosen.append(item)
     return chosen
@@ -470,7 +478,7 @@ def token_limit(config: Any) -> int:
 
 
 def crop_box(
-    height: int, width: int, law: Any, seed: int, epoch: int, index: int
+    height: int, width: int, law: Any, seed: int, epoch: int, index: int, view: int = 0
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) of an image's box; stream 9 has a word for each of four draws."""
     kind = type(law).__name__
@@ -490,7 +498,7 @@ def crop_box(
         largest = (min(sides),) * 2 if law.shape == "square" else sides
         rows, columns = (max(1, round(side * math.sqrt(law.area))) for side in largest)
         return (height - rows) // 2, (width - columns) // 2, rows, columns
-    u = [(word >> 11) / 2**53 for word in random_words(seed, epoch, index, 9, 4)]
+    u = [(word >> 11) / 2**53 for word in random_words(seed, epoch, index, 9, 4, view)]
     share, (low, high) = quantile(law.area, u[0]), law.aspect
     factor = low * (high / low) ** u[1]
     if law.shape == "square":  # from now on a factor on the image's own shape
@@ -503,27 +511,27 @@ def crop_box(
 
 
 def shown_hw(
-    size: tuple[int, int], config: Any, seed: int, epoch: int, index: int
+    size: tuple[int, int], config: Any, seed: int, epoch: int, index: int, view: int = 0
 ) -> tuple[int, int]:
     """(height, width) of what is left of an image after cropping."""
     if config.crop is None:
         return size
-    _, _, height, width = crop_box(*size, config.crop, seed, epoch, index)
+    _, _, height, width = crop_box(*size, config.crop, seed, epoch, index, view)
     return height, width
 
 
 def decide(
-    height: int, width: int, config: Any, seed: int, epoch: int, index: int
+    height: int, width: int, config: Any, seed: int, epoch: int, index: int, view: int = 0
 ) -> tuple[tuple[int, int], int, bool]:
     """(grid, tokens kept, whether shrunk) of one image.
 
     Streams 0, 6, 7 and 9 are for the order, the resolution, the drop rate and the crop.
     """
-    height, width = shown_hw((height, width), config, seed, epoch, index)
+    height, width = shown_hw((height, width), config, seed, epoch, index, view)
     law, patch, limit = config.resolution, config.patch_size, token_limit(config)
     kind = type(law).__name__
     upscale = config.max_upscale
-    u = uniform(seed, epoch, index, 6)
+    u = uniform(seed, epoch, index, 6, view)
     if law == "native":
         grid = native_grid(height, width, patch)
         if upscale is not None and upscale < 1:
@@ -549,7 +557,8 @@ def decide(
     progress = None
     if config.epochs is not None:
         progress = (epoch + uniform(seed, epoch, index, 0)) / config.epochs
-    rate = drop_rate(config.drop_rate, uniform(seed, epoch, index, 7), grid[0] * grid[1], progress)
+    u = uniform(seed, epoch, index, 7, view)
+    rate = drop_rate(config.drop_rate, u, grid[0] * grid[1], progress)
     keep = num_kept(grid[0] * grid[1], rate)
     if keep > config.seq_len:
         shrunk = True
@@ -569,9 +578,12 @@ def plan(
     window: int,
     seed: int,
     epoch: int,
+    views: int = 1,
+    together: bool = False,
 ) -> list[list[int]]:
     """The positions in every pack: seeded order, equal windows, packing rule, seeded pack order.
 
+    Of several views all tokens are given, image by image; together they are packed as one.
     Stream 0 orders examples, stream 1 the packs of a window by their numbers in the whole.
     """
     order = seeded_order(seed, epoch, index, 0)
@@ -579,9 +591,13 @@ def plan(
     packs: list[list[int]] = []
     for w in range(num_windows):
         some = order[len(order) * w // num_windows : len(order) * (w + 1) // num_windows]
-        found = rule([tokens[i] for i in some], seq_len, max_segments)
+        units = [[i * views + v for v in range(views)] for i in some]
+        if not together:
+            units = [[segment] for unit in units for segment in unit]
+        most = max_segments // len(units[0])
+        found = rule([sum(tokens[s] for s in unit) for unit in units], seq_len, most)
         turn = seeded_order(seed, epoch, range(len(packs), len(packs) + len(found)), 1)
-        packs += [[some[j] for j in found[p]] for p in turn]
+        packs += [[s for j in found[p] for s in units[j]] for p in turn]
     return packs
 
 

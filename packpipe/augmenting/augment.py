@@ -1,10 +1,10 @@
 """`Augment`: what is drawn for every image of a batch, anew in every epoch.
 
-An image's draws are a function of (seed, epoch, example_index) alone: neither the rows it lies in,
-nor workers, ranks or a resumed run change them. With whom an image is mixed is up to its row, and
-how to the draws of the pair (`packpipe.augmenting.mixing`). Crops are no part of it, since they
-change how many tokens an image has; they belong to the plan. Neither is blur, since a token does
-not know its neighbours, of which some are dropped.
+An image's draws are a function of (seed, epoch, example_index, view) alone: neither the rows it
+lies in, nor workers, ranks or a resumed run change them. With whom an image is mixed is up to its
+row, and how to the draws of the pair (`packpipe.augmenting.mixing`). Crops are no part of it, since
+they change how many tokens an image has; they belong to the plan. Neither is blur, since a token
+does not know its neighbours, of which some are dropped.
 
 Flips, turns and erased boxes are whole numbers and square roots, colours are products and sums:
 IEEE 754 fixes all of them, so they are the same on every machine. Shares of mixtures are quantiles
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from packpipe import checks, philox
 from packpipe.philox import Key, checked_key
@@ -201,7 +201,7 @@ class Augment:
                 raise TypeError(checks.sentence("option", name, expected, remedy))
         return cls(**options)
 
-    def draws(self, seed: int, epoch: int, example_index: int) -> dict[str, Any]:
+    def draws(self, seed: int, epoch: int, example_index: int, view: int = 0) -> dict[str, Any]:
         """Return what is drawn for one example in an epoch, by name.
 
         ``erase`` is None, or the box's ``area``, ``aspect``, ``top`` and ``left``; see `Draws`.
@@ -210,26 +210,28 @@ class Augment:
         False
 
         Raises:
-            TypeError, ValueError: seed, epoch or example_index is no whole number of 0 or more.
+            TypeError, ValueError: seed, epoch, example_index or view is no whole number of 0 or
+                more.
         """
         key = checked_key(seed, epoch)
         remedy = "pass a row of the source"
         index = checks.whole_number("example_index", example_index, 0, 2**63 - 1, remedy)
-        found = self.drawn(key, np.array([index]))
+        found = self.drawn(key, np.array([index]), view)
         plain = {name: values[0].tolist() for name, values in found._asdict().items()}
         box = dict(zip(("area", "aspect", "top", "left"), plain.pop("box"), strict=True))
         return {**plain, "erase": box if plain["erase"] else None}
 
-    def drawn(self, key: Key, index: NDArray[np.int64]) -> Draws:
-        """Return the draws of some examples; each is a function of the key and its own index.
+    def drawn(self, key: Key, index: NDArray[np.int64], view: ArrayLike = 0) -> Draws:
+        """Return the draws of some examples; each is a function of the key, its index and view.
 
         Args:
             key: (seed, epoch).
             index: int64[n], examples, 0 or more.
+            view: int[n], which of an example's views; one number for all.
         """
 
         def uniform(stream: int) -> NDArray[np.float64]:
-            return philox.uniform(key, index=index, stream=stream)
+            return philox.uniform(key, index=index, stream=stream, view=view)
 
         def happens(chance: float, stream: int) -> NDArray[np.bool_]:
             return uniform(stream) < chance if chance else np.zeros(len(index), np.bool_)

@@ -9,8 +9,8 @@ Nothing is mixed here: rows say which tokens meet and with what weight. The mixt
 pixels in their colours, on the model's device, in floats that no one rounds
 (`packpipe.loading.colouring`).
 
-A pair's draws are a function of (seed, epoch, example_index of its first). Who is whose neighbour
-the packs decide, so stored rows mix the same pairs in every epoch, in new shares; packs that are
+A pair's draws are a function of (seed, epoch, and its first: example_index, view). Who is whose
+neighbour the packs decide, so stored rows mix the same pairs in every epoch, in new shares; packs that are
 planned anew have new pairs.
 
 Source: Zhang et al., arXiv 1710.09412 (mixup); Yun et al., arXiv 1905.04899 (CutMix).
@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from packpipe import checks, philox
 from packpipe.augmenting.augment import Augment
@@ -48,17 +48,20 @@ class Mixtures(NamedTuple):
     corner: NDArray[np.float64]
 
 
-def mixtures(augment: Augment, key: Key, index: NDArray[np.int64]) -> Mixtures:
-    """Return the draws of some pairs; each is a function of the key and its own index.
+def mixtures(
+    augment: Augment, key: Key, index: NDArray[np.int64], view: ArrayLike = 0
+) -> Mixtures:
+    """Return the draws of some pairs; each is a function of the key, its index and its view.
 
     Args:
         augment: one that mixes.
         key: (seed, epoch).
         index: int64[n], the first example of each pair.
+        view: int[n], which of that example's views it is; one number for all.
     """
 
     def uniform(stream: int) -> NDArray[np.float64]:
-        return philox.uniform(key, index=index, stream=stream)
+        return philox.uniform(key, index=index, stream=stream, view=view)
 
     # Either with the same chance if both are asked for.
     cut = uniform(philox.MIX_BY_CUT) < (0.5 if augment.mixup else 1.0) * bool(augment.cutmix)
@@ -99,7 +102,8 @@ def mixed(rows: Rows, augment: Augment, key: Key) -> Rows:
     shape = rows.segment_ids.shape
     lens, starts = rows.seq_lens.astype(np.int64), rows.first_places(shape[1])
     first = np.flatnonzero((rows.numbers % 2 == 0) & _has_next(rows))
-    drawn = mixtures(augment, key, rows.example_index[first])
+    views = np.broadcast_to(rows.views, rows.example_index.shape)
+    drawn = mixtures(augment, key, rows.example_index[first], views[first])
     chosen = drawn.happens & (labels[first] != NO_LABEL) & (labels[first + 1] != NO_LABEL)
     first, drawn = first[chosen], Mixtures(*(values[chosen] for values in drawn))
     pairs = np.stack([first, first + 1])  # [2, n]

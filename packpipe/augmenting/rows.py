@@ -61,7 +61,7 @@ def augmented(rows: Rows | PairRows, augment: Augment, key: Key) -> Any:
         expected = "rows that say which example is which, for augment"
         remedy = "pack with pack, or map with with_indices=True"
         raise ValueError(checks.sentence("example_index", -1, expected, remedy))
-    draws = augment.drawn(key, rows.example_index)
+    draws = augment.drawn(key, rows.example_index, rows.views)
     if augment.moves or augment.erase:
         rows = _moved(rows, augment, draws)
     if augment.mixes:

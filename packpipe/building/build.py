@@ -40,7 +40,7 @@ from packpipe.building.shards import (
 )
 from packpipe.packing.quality import fill
 from packpipe.rows import files, schema
-from packpipe.rows.rejects import Reject, Tolerance
+from packpipe.rows.rejects import Reject, Tolerance, one_each
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class Build:
         if rejects:
             log.warning(
                 "%d of %d examples rejected; packpipe.rejects(packed) says which and why",
-                len(rejects),
+                len(one_each(rejects)),
                 job.num_examples,
             )
 
@@ -200,7 +200,7 @@ class Build:
         durable.write_text(folder / "dataset_info.json", json.dumps(_info(self.job.features)))
         durable.write_json(folder / STATE, state_of(shards.names, self._digest()))
         # Sorted, so that the bytes do not depend on the order in which images failed.
-        absent = sorted(rejects)
+        absent = one_each(rejects)
         record = files.write_table(folder / REJECTS, schema.REJECTS, [schema.rejects_table(absent)])
         num_examples = self.job.num_examples
         counts: dict[str, Any] = {

@@ -168,16 +168,17 @@ def plan_images(
     labels = None if labels is None else labels.take(pa.array(found.index))
     # Beside the patches, 8 bytes a token: an int32 of segment_ids and two int16 of coords.
     pixels = config.row_bytes + config.seq_len * 8 if images.materialize else 0
-    cropped = config.crop is not None
-    row_size = pixels + (5 + cropped) * 4  # and one offset of each of five or six lists
-    # Length, grid, size, index, (a guess) label and box.
-    segment_size = 4 + 4 + 8 + 8 + 8 + cropped * 16
-    stored = row_size + segment_size * (len(index) // max(1, len(plan)))
+    more = schema.sometimes_of(config)
+    row_size = pixels + (5 + len(more)) * 4  # and one offset of each of five to seven lists
+    # Length, grid, size, index, (a guess) label; box and view.
+    segment_size = 4 + 4 + 8 + 8 + 8 + 16 * ("box" in more) + 4 * ("view" in more)
+    stored = row_size + segment_size * (len(plan.order) // max(1, len(plan)))
+    each = f" of {config.views} views" if config.views > 1 else ""
     return PlannedRows(
         plan=plan,
         rejects=rejects,
         unit="image",
-        what=f"{len(index):,} images in {len(plan):,} rows",
+        what=f"{len(index):,} images{each} in {len(plan):,} rows",
         cut_size=config.row_bytes if images.materialize else stored,
         row_size=row_size,
         segment_size=segment_size,
@@ -229,8 +230,10 @@ def _counts(
     flags: Counter[str] | None,
 ) -> dict[str, int]:
     """Return the manifest's counts; an image that failed when decoded gave no tokens."""
-    lost = [reject.example_index for reject in rejects if reject.stage == "decode"]
-    tokens = dict(zip(plan.index.tolist(), plan.num_keep.tolist(), strict=True)) if lost else {}
+    views = plan.config.views
+    lost = [(one.example_index, one.view) for one in rejects if one.stage == "decode"]
+    first = {example: at * views for at, example in enumerate(plan.index.tolist())} if lost else {}
+    segments = [first[example] + view for example, view in lost]
     # Profiles are read with the pixels; rows without them, or with colours as they are, count none.
     found = flags if images.materialize and images.config.profiles != "ignore" else None
     return {
@@ -239,7 +242,8 @@ def _counts(
         **({} if found is None else {"broken_profile": found["broken profile"]}),
         "packs": len(plan),
         "bound": plan.quality.bound,
-        "tokens": plan.quality.num_tokens - sum(tokens[example] for example in lost),
+        "tokens": plan.quality.num_tokens - int(plan.num_keep[segments].sum()),
+        **({} if views == 1 else {"segments": len(plan.order) - len(lost)}),
     }
 
 

@@ -47,7 +47,8 @@ def pack(
 
     Every example is in exactly one row, or in `rejects` with its reason. The rows depend on the
     sizes or lengths, the options, seed and epoch; never on num_workers. Called again with the same
-    arguments it returns the rows it has already written.
+    arguments it returns the rows it has already written. With ``views=n`` each of the n views of an
+    image is in one row; an image is in `rejects` if one of them cannot be decoded.
 
     A dataset without an image column, or with token_columns named, holds token sequences: all its
     lists of numbers (``input_ids``, ``labels`` and so on) are packed alike, and its other columns
@@ -101,9 +102,9 @@ def pack(
             ``max_tokens``, ``max_upscale``, ``drop_rate``, ``epochs``, ``fit_last``,
             ``fit_limit``, ``max_segments``, ``strategy``, ``window``, ``background``,
             ``reducing_gap``, ``downscale_filter``, ``upscale_filter``, ``max_pixels``,
-            ``profiles``, ``damaged_scans``, ``value_range``. For token sequences, those of
-            `TokenConfig`: ``overflow``, ``layout``, ``pad_token_id``, ``mask_first_label``,
-            ``max_segments``, ``strategy``, ``window``.
+            ``profiles``, ``damaged_scans``, ``value_range``, ``views``, ``views_together``.
+            For token sequences, those of `TokenConfig`: ``overflow``, ``layout``,
+            ``pad_token_id``, ``mask_first_label``, ``max_segments``, ``strategy``, ``window``.
 
     Returns:
         Dataset: one row a pack, with the columns of `packpipe.rows.schema`; with

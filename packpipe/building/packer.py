@@ -28,7 +28,7 @@ from packpipe.philox import checked_key
 from packpipe.planning.image_config import MAX_IMAGE_SEQ_LEN, PackConfig, config_from
 from packpipe.planning.token_config import TokenConfig, token_config_from
 from packpipe.rows import schema
-from packpipe.rows.rejects import ASKED, Reject, bad_because
+from packpipe.rows.rejects import ASKED, Reject, bad_because, one_each
 from packpipe.sources.columns import AskedColumns, Options
 from packpipe.sources.image_source import checked_root
 from packpipe.sources.survey import probe_sizes
@@ -139,7 +139,7 @@ class Packer:
         if not isinstance(config, PackConfig):
             config = config_from(self.seq_len, self.options)
         columns = self.columns.of_images(dataset)
-        if numbers is None and config.draws:
+        if numbers is None and (config.draws or config.views > 1):
             expected = "True for options that draw, since every image draws by its row"
             remedy = "use map(packer, batched=True, with_indices=True)"
             raise ValueError(checks.sentence("with_indices", False, expected, remedy))
@@ -150,7 +150,7 @@ class Packer:
 
     def _settle(self, rejects: list[Reject], in_source: bool) -> None:
         """Raise for the first reject, or log those that are left out."""
-        for reject in sorted(rejects):
+        for reject in one_each(rejects):
             name = f"example {reject.example_index}" + ("" if in_source else " of the batch")
             if reject.stage == ASKED:
                 log.warning("%s dropped: %s", name, reject.exception)

@@ -81,6 +81,7 @@ class Summary:
         counts, quality = self.manifest["counts"], self.quality
         found = [
             (f"{self.unit}s", f"{counts['packed']:,} of {counts['read']:,}"),
+            *self._views(),
             ("rejected", self._rejected()),
             *quality.rows()[1:],
             ("alone", f"{self.padding_alone:.3%} padding with one {self.unit} a row"),
@@ -118,6 +119,11 @@ class Summary:
 
     def _repr_html_(self) -> str:
         return html(self.rows(), self.seq_lens, self.offsets, self.quality.seq_len)
+
+    def _views(self) -> list[tuple[str, str]]:
+        views = self.manifest["config"].get("views", 1)
+        what = f"{views} of each {self.unit}, {len(self.seq_lens):,} segments"
+        return [("views", what)] if views > 1 else []
 
     def _rejected(self) -> str:
         reasons = Counter(reject.reason for reject in self.rejects)

@@ -41,6 +41,13 @@ CenterCropArea = Annotated[
     typer.Option("--center-crop", help="Crop each image to its middle, of this share of its area."),
 ]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens of an image.")]
+Views = Annotated[
+    int | None, typer.Option(help="Segments of each image, each with draws of its own.  [1]")
+]
+ViewsTogether = Annotated[
+    bool | None,
+    typer.Option("--views-together", help="Keep the views of an image in one row."),
+]
 DropRate = Annotated[float | None, typer.Option(help="Share of an image's tokens that is dropped.")]
 MaxSegments = Annotated[int | None, typer.Option(help="Most images or sequences a row.")]
 Strategy = Annotated[str | None, typer.Option(help="Packing rule, such as ffd, bfd, balanced.")]

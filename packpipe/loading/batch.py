@@ -91,6 +91,8 @@ class PackedBatch(_Columns):
         grid_hw: int16[B, S, 2], patches of each full grid; 0 where absent.
         example_index: int64[B, S], row in the source; -1 where absent.
         labels: int64[B, S], -100 where absent; None, and no part of the mapping, without labels.
+        view: int32[B, S], which of its example's views each segment is, -1 where absent; None, and
+            no part of the mapping, where there is one of each.
         colours: float32[B, S, 3, 4], of an augmentation: what takes (red, green, blue, 1), levels
             of 0..255, to new ones; 0 where absent. None, and no part of the mapping, without one.
         solarize: float32[B, S], levels from this on are 255 - level first; 256 for none, 0 where
@@ -111,6 +113,7 @@ class PackedBatch(_Columns):
     grid_hw: Tensor
     example_index: Tensor
     labels: Tensor | None = None
+    view: Tensor | None = None
     colours: Tensor | None = None
     solarize: Tensor | None = None
     mix_weight: Tensor | None = None
@@ -206,6 +209,42 @@ class PackedBatch(_Columns):
         """
         present = self.present
         return self.example_index[present], values[present]
+
+    def by_view(self, values: Tensor, num_views: int) -> tuple[Tensor, Tensor]:
+        """Return (example_index, values) of the examples all of whose views are in the batch.
+
+        With ``views_together=True`` those are all, but for images that cannot be decoded. How many
+        there are depends on the batch, as with `by_example`.
+
+        Args:
+            values: [B, S, ...], one entry a segment, such as the model's vectors.
+            num_views: how many views the rows have of each example.
+
+        Returns:
+            int64[n], ascending, and [n, num_views, ...].
+
+        Raises:
+            ValueError: the rows have one view of each example, or more than num_views.
+        """
+        if self.view is None:
+            expected, remedy = "views of examples", "pack with views=2"
+            raise ValueError(checks.sentence("batch.view", None, expected, remedy))
+        examples, found = self.by_example(values)
+        if (examples < 0).any():
+            expected = "rows that say which example is which"
+            remedy = "pack with pack, or map with with_indices=True"
+            raise ValueError(checks.sentence("example_index", -1, expected, remedy))
+        view = self.view[self.present].long()
+        if (view >= num_views).any():
+            expected, remedy = f"{int(view.max()) + 1} or more", "pass that of the rows"
+            raise ValueError(checks.sentence("num_views", num_views, expected, remedy))
+        # By example, and within each by view, since the second sort is stable.
+        order = view.argsort()
+        order = order[examples[order].argsort(stable=True)]
+        once, counts = examples.unique(return_counts=True)
+        whole = counts == num_views
+        kept = found[order][whole.repeat_interleave(counts)]
+        return once[whole], kept.unflatten(0, (-1, num_views))
 
 
 def _token_fields(columns: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def image_columns(rows: Rows, max_segments: int, *, copy: bool) -> dict[str, Any
     }
     if "labels" in rows.segments:
         columns["labels"] = pad(integer_labels(rows.segments["labels"]), NO_LABEL)
+    if "view" in rows.segments:
+        columns["view"] = pad(rows.segments["view"], NO_EXAMPLE)
     drawn = [name for name in _DRAWN if name in rows.segments]
     columns |= {name: pad(rows.segments[name], _DRAWN[name]) for name in drawn}
     if "mix_offset" in rows.tokens:

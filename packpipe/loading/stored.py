@@ -202,8 +202,8 @@ class StoredPacks:
         # are cut into files and record batches is left out, since it changes no batch.
         if not rows.of_tokens:
             shape: Any = rows.patches.shape[1:]
-            boxes = ["box"] if "box" in rows.segments else []
-            names = ["seq_lens", "grid_hw", "image_hw", *boxes, "example_index"]
+            more = [name for name in ("box", "view") if name in rows.segments]
+            names = ["seq_lens", "grid_hw", "image_hw", *more, "example_index"]
         else:
             own = rows.tokens.keys() - {"segment_ids", "position_ids"}
             shape = {name: rows.tokens[name].shape[1:] for name in sorted(own)}

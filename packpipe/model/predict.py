@@ -86,6 +86,9 @@ def predict(
             expected = "its default, since fewer tokens come from smaller images"
             remedy = "resize with resolution='budget' and max_tokens"
             raise ValueError(checks.sentence(name, getattr(config, name), expected, remedy))
+    if config.views > 1:
+        expected, remedy = "1, an output an image", "pass rows of several to predict_packs"
+        raise ValueError(checks.sentence("views", config.views, expected, remedy))
     check_settings()
     # Kept, since images may come from a generator, and are read twice: header, then pixels.
     data = _given(images)
@@ -97,6 +100,8 @@ def predict(
 @dataclass(frozen=True, eq=False)
 class Answers:
     """A model's outputs for the images of some packs, in the order of the source, on the CPU.
+
+    If images have several views, each is one of the n, in their order.
 
     Attributes:
         example_index: int64[n], ascending.
@@ -140,6 +145,7 @@ def predict_packs(
     # Each list begins with an empty tensor, so that there is something to join without any images.
     nothing = torch.empty(0, dtype=torch.int64)
     indices, lens, labels, outputs = [nothing], [nothing], [nothing], [torch.empty(0, width)]
+    views = [nothing]
     maps: list[Tensor] = []
     labelled = True
     try:
@@ -151,6 +157,8 @@ def predict_packs(
                 else:
                     outputs.append(values[batch.present])
                 indices.append(batch.example_index[batch.present])
+                view = torch.zeros_like(batch.seq_lens) if batch.view is None else batch.view
+                views.append(view[batch.present].long())
                 lens.append(batch.seq_lens[batch.present].long())
                 labelled = labelled and batch.labels is not None
                 if batch.labels is not None:
@@ -158,7 +166,9 @@ def predict_packs(
     finally:  # an image that cannot be read ends the pass
         model.train(was_training)
     example_index = torch.cat(indices)
-    order = example_index.argsort()  # batches come in the order of packs, not of images
+    # Batches come in the order of packs, not of images. The second sort keeps that of views.
+    order = torch.cat(views).argsort()
+    order = order[example_index[order].argsort(stable=True)]
     found: Any = torch.cat(outputs)
     dense = model.config.pooling == "none"
     found = [maps[place] for place in order.tolist()] if dense else found[order]

@@ -39,18 +39,30 @@ def pack_windows(
     key: Key,
     *,
     also: tuple[ArrayLike, int] | None = None,
+    views: int = 1,
+    together: bool = False,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return (order, offsets) of the packs of every window, one window after the other.
 
     Args:
-        num_keep: int32[examples], tokens of each.
+        num_keep: int32[segments], tokens of each; segment s is a view of example s // views.
         order: int64[examples], positions of the examples in plan order.
         config: limits, strategy and window.
         key: (seed, epoch) of the order of the packs within a window.
         also: (cost, limit), a second limit of a pack, with int[examples] costs by position; packs
             are then found by "ffd".
+        views: segments of each example.
+        together: whether those of an example share a pack.
+
+    Returns:
+        int64[segments], positions in num_keep, pack by pack; and int64[packs + 1], where the packs
+        begin in it.
     """
-    packed = np.empty_like(order)
+    # What is packed is a segment, or all segments of an example as one.
+    parts = views if together else 1
+    lengths = num_keep if parts == 1 else num_keep.reshape(-1, views).sum(1, dtype=np.int32)
+    most = config.max_segments
+    packed = np.empty(len(num_keep), np.int64)
     ends = [np.zeros(1, np.int64)]
     num_packs = 0
     num_windows = -(-len(order) // config.window)
@@ -59,12 +71,12 @@ def pack_windows(
         # more.
         start = len(order) * window // num_windows
         stop = len(order) * (window + 1) // num_windows
-        some = order[start:stop]
+        some = order[start:stop] if together else _all_parts(order[start:stop], views)
         packs = pack_lengths(
-            num_keep[some],
+            lengths[some],
             config.seq_len,
             strategy=config.strategy if also is None else "ffd",
-            max_segments=config.max_segments,
+            max_segments=None if most is None else most // parts,
             also=None if also is None else (np.asarray(also[0])[some], also[1]),
         )
         # Numbered across windows, so that no two packs share a random word.
@@ -76,6 +88,12 @@ def pack_windows(
         # Where in packs.order each segment stands, with the packs in their new order.
         places = np.repeat(packs.offsets[turn] - end + num_segments, num_segments)
         places += np.arange(len(some))
-        packed[start:stop] = some[packs.order[places]]
-        ends.append(end + start)
+        found = _all_parts(some[packs.order[places]], parts)
+        packed[start * views : stop * views] = found
+        ends.append(end * parts + start * views)
     return packed, np.concatenate(ends)
+
+
+def _all_parts(numbers: NDArray[np.int64], parts: int) -> NDArray[np.int64]:
+    """Return the positions of all parts of some things, each of so many that lie side by side."""
+    return numbers if parts == 1 else np.add.outer(numbers * parts, np.arange(parts)).ravel()

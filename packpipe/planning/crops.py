@@ -11,9 +11,9 @@ No draw is repeated, as it is elsewhere until a box fits: a box with a share a o
 in the image as long as its width ÷ height is a to 1/a times the image's, so a factor beyond that is
 moved to its end. The share stays as drawn. Of `Crop()`'s own boxes that is one in seven.
 
-*Local*: a box depends on its image's size, the law and (seed, epoch, index) only. It is not in the
-plan, which stays at 51 bytes an image, but found again when a row is filled. Sides are rounded to
-whole pixels, at least one. Cost: about 0.2 µs an image.
+*Local*: a box depends on its image's size, the law and (seed, epoch, index, view) only. It is not
+in the plan, which stays at 51 bytes an image, but found again when a row is filled. Sides are
+rounded to whole pixels, at least one. Cost: about 0.2 µs an image.
 
 Source: Szegedy et al., Going Deeper with Convolutions (arXiv 1409.4842), 6; torchvision's
 RandomResizedCrop, whose area and aspect ratio are the defaults here.
@@ -129,7 +129,7 @@ def crop_boxes(
     key: Key,
     *,
     index: ArrayLike,
-    view: int = 0,
+    view: ArrayLike = 0,
 ) -> NDArray[np.int32] | None:
     """Return int32[images, 4], the boxes of images: (top, left, height, width); None if law is.
 
@@ -140,7 +140,7 @@ def crop_boxes(
         image_hw: int[images, 2], upright (height, width) in pixels, 1..2**31-1.
         key: (seed, epoch) of all draws.
         index: int[images], each image's row in its source.
-        view: which of an image's draws, 0 for the only one.
+        view: int[images], which of an image's draws; one number for all, 0 for the only one.
 
     >>> crop_boxes(CenterCrop(0.25), np.array([[30, 40]]), Key(0, 0), index=[7]).tolist()
     [[7, 10, 15, 20]]

@@ -1,14 +1,14 @@
 """Decides each image's patch grid and how many of its tokens are kept.
 
-*Local*: an image's decision depends on its own size, the configuration and (seed, epoch, index)
-only, so it can be made again for one image alone. In this order:
+*Local*: an image's decision depends on its own size, the configuration and (seed, epoch, index,
+view) only, so it can be made again for one image alone. In this order:
 
 1. The crop gives a box (`crops`). From here on its size is the image's.
 2. The resolution law gives a grid (`resolution`). A grid above the configuration's token limit is
    shrunk, a square to a smaller square.
 3. The drop law gives the share of its tokens that is dropped (`dropping`). For a law that changes
    over training, progress is (epoch + p) ÷ epochs, where p in [0, 1) is the image's place in the
-   epoch's order: the uniform number that images are sorted by.
+   epoch's order: the uniform number that images are sorted by, one for all views of an image.
 4. An image that would keep more than seq_len tokens is shrunk until it does not, at the same rate.
 
 Cost: about 0.1 µs per image, in pieces that stay in the cache.
@@ -20,7 +20,7 @@ from concurrent.futures import Executor
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from packpipe import checks, philox
 from packpipe.philox import Key
@@ -56,6 +56,7 @@ def decide(
     key: Key,
     *,
     index: NDArray[np.int64],
+    view: ArrayLike = 0,
     progress: NDArray[np.float64] | None = None,
 ) -> Decisions:
     """Return the decisions about images; each is the same whatever other images are passed.
@@ -65,6 +66,7 @@ def decide(
         config: the options.
         key: (seed, epoch) of all draws.
         index: int64[images], each image's row in its source.
+        view: int[images], which of an image's draws; one number for all, 0 for the only one.
         progress: float64[images], share of the training done, for images that come in another
             order than the epoch's; None computes it as described at the top of the file.
 
@@ -77,9 +79,9 @@ def decide(
         raise ValueError(checks.sentence("epoch", epoch, expected, "raise epochs"))
 
     def uniform(stream: int) -> NDArray[np.float64]:
-        return philox.uniform(key, index=index, stream=stream)
+        return philox.uniform(key, index=index, stream=stream, view=view)
 
-    box = crops.crop_boxes(config.crop, image_hw, key, index=index)
+    box = crops.crop_boxes(config.crop, image_hw, key, index=index, view=view)
     if box is not None:
         image_hw = box[:, 2:]
     law, limit = config.resolution, config.token_limit
@@ -98,7 +100,8 @@ def decide(
 
     # The word of EXAMPLE_ORDER that `plan_epoch` sorts by, so progress rises with plan order.
     if progress is None and config.epochs is not None:
-        progress = (epoch + uniform(philox.EXAMPLE_ORDER)) / config.epochs
+        place = philox.uniform(key, index=index, stream=philox.EXAMPLE_ORDER)
+        progress = (epoch + place) / config.epochs
     rates = dropping.drop_rates(
         dropping.law("drop_rate", config.drop_rate), uniform(philox.DROP_RATE), num_tokens, progress
     )
@@ -120,6 +123,7 @@ def decide_all(
     key: Key,
     *,
     index: NDArray[np.int64],
+    view: NDArray[np.integer] | int = 0,
     executor: Executor | None = None,
 ) -> tuple[NDArray[np.int16], NDArray[np.int32], int]:
     """Return (grid_hw, num_keep, how many were shrunk) for any number of images, in pieces."""
@@ -129,7 +133,8 @@ def decide_all(
 
     def decide_some(start: int) -> int:
         some = slice(start, start + _AT_ONCE)
-        found = decide(image_hw[some], config, key, index=index[some])
+        own = view if isinstance(view, int) else view[some]
+        found = decide(image_hw[some], config, key, index=index[some], view=own)
         grid_hw[some], num_keep[some] = found.grid_hw, found.num_keep
         return int(found.shrunk.sum())
 

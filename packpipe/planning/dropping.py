@@ -1,8 +1,8 @@
 """Token dropping: how many of an image's tokens are kept, and which.
 
 A drop rate is a number, a distribution, or one of the two laws below. The tokens that stay are
-drawn uniformly without replacement, a function of (seed, epoch, index) alone. The last bits of a
-rate of `ByResolution` or `OverTraining` may depend on the machine, as those of a `Beta` may
+drawn uniformly without replacement, a function of (seed, epoch, index, view) alone. The last bits
+of a rate of `ByResolution` or `OverTraining` may depend on the machine, as those of a `Beta` may
 (`packpipe.planning.distributions`).
 
 Source: NaViT 2.2, 3.3, A.4, A.5.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from packpipe import checks, philox
@@ -176,6 +176,7 @@ def kept_tokens(
     index: NDArray[np.integer],
     num_tokens: NDArray[np.integer],
     num_keep: NDArray[np.integer],
+    view: ArrayLike = 0,
 ) -> NDArray[np.int32]:
     """Return int32[sum(num_keep)]: which tokens stay, in raster order, image after image.
 
@@ -184,6 +185,7 @@ def kept_tokens(
         index: int[images], each image's row in its source.
         num_tokens: int[images], tokens before dropping.
         num_keep: int[images], tokens that stay.
+        view: int[images], which of an image's draws; one number for all.
     """
     return philox.subsets(
         key,
@@ -191,4 +193,5 @@ def kept_tokens(
         stream=philox.KEPT_TOKENS,
         num_items=num_tokens,
         num_chosen=num_keep,
+        view=view,
     )

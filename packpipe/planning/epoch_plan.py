@@ -43,15 +43,18 @@ _ARRAYS: dict[str, tuple[Any, ...]] = {
 class EpochPlan:
     """What every pack of an epoch holds; ``plan[p]`` are the source rows in pack p.
 
+    Every image is one segment, or as many as there are views (``config.views``): segment s is view
+    ``s % views`` of image ``s // views``.
+
     Attributes:
         config, seed, epoch: what the plan was made from, in addition to the sizes.
         index: int64[images], row of each planned image in its source.
         image_hw: int32[images, 2], upright source size in pixels.
-        grid_hw: int16[images, 2], (rows, columns) of patches after resizing.
-        num_keep: int32[images], tokens kept.
-        num_shrunk: how many images were shrunk, having more tokens than allowed.
-        num_fitted: how many images grew to fill their pack.
-        order: int64[images], positions in the arrays above, pack by pack.
+        grid_hw: int16[segments, 2], (rows, columns) of patches after resizing.
+        num_keep: int32[segments], tokens kept.
+        num_shrunk: how many segments were shrunk, having more tokens than allowed.
+        num_fitted: how many segments grew to fill their pack.
+        order: int64[segments], their numbers, pack by pack.
         offsets: int64[packs + 1]; pack p is ``order[offsets[p]:offsets[p + 1]]``.
     """
 
@@ -74,7 +77,7 @@ class EpochPlan:
 
     @cached_property
     def packs(self) -> Packs:
-        """The packs, of positions in the arrays above."""
+        """The packs, of numbers of segments."""
         limits = Limits(self.config.seq_len, self.config.max_segments)
         return Packs(self.order, self.offsets, limits, None, chunks=[self.num_keep])
 
@@ -87,7 +90,7 @@ class EpochPlan:
         return len(self.offsets) - 1
 
     def __getitem__(self, pack: int) -> NDArray[np.int64]:
-        rows: NDArray[np.int64] = self.index[self.packs[pack]]
+        rows: NDArray[np.int64] = self.index[self.packs[pack] // self.config.views]
         return rows
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
@@ -105,37 +108,44 @@ class EpochPlan:
             digest.update(np.ascontiguousarray(getattr(self, name), dtype).data)
         return digest.hexdigest()[:32]
 
-    def pack_of(self, example: int) -> int:
+    def pack_of(self, example: int, view: int = 0) -> int:
         """Return the pack that holds an example, given by its row in the source.
 
-        Raises:
-            KeyError: the example is not in the plan.
-        """
-        where = int(np.searchsorted(self.offsets, self._place_of[self._position(example)], "right"))
-        return where - 1
+        Args:
+            example: its row in the source.
+            view: which of its views.
 
-    def explain(self, example: int) -> Explanation:
+        Raises:
+            KeyError: the example, or the view, is not in the plan.
+        """
+        place = self._place_of[self._segment(example, view)]
+        return int(np.searchsorted(self.offsets, place, "right")) - 1
+
+    def explain(self, example: int, view: int = 0) -> Explanation:
         """Return what was decided about an example and why, by deciding it once more, alone.
 
         Args:
             example: its row in the source.
+            view: which of its views.
 
         Raises:
-            KeyError: the example is not in the plan.
+            KeyError: the example, or the view, is not in the plan.
         """
-        at = self._position(example)
+        at = self._segment(example, view)
+        image = at // self.config.views
         found = decide(
-            self.image_hw[at : at + 1],
+            self.image_hw[image : image + 1],
             self.config,
             self.key,
-            index=self.index[at : at + 1],
+            index=self.index[image : image + 1],
+            view=at % self.config.views,
         )
-        pack = self.pack_of(example)
+        pack = self.pack_of(example, view)
         return Explanation(
-            example=int(self.index[at]),
+            example=int(self.index[image]),
             pack=pack,
             segment=int(self._place_of[at] - self.offsets[pack]),
-            image_hw=tuple(self.image_hw[at].tolist()),
+            image_hw=tuple(self.image_hw[image].tolist()),
             box=None if found.box is None else tuple(found.box[0].tolist()),
             drawn=None if found.drawn is None else float(found.drawn[0]),
             drop_rate=None if found.drop_rate is None else float(found.drop_rate[0]),
@@ -145,6 +155,7 @@ class EpochPlan:
             grid_hw=tuple(self.grid_hw[at].tolist()),
             num_keep=int(self.num_keep[at]),
             config=self.config,
+            view=at % self.config.views,
         )
 
     def save(self, path: str | Path) -> None:
@@ -203,17 +214,22 @@ class EpochPlan:
             ValueError: names the array.
         """
         num_images = len(self.index)
+        num_segments = num_images * self.config.views
+        lengths = {
+            "index": num_images,
+            "image_hw": num_images,
+            "offsets": len(self.offsets),
+        }
         for name, (dtype, *sides) in _ARRAYS.items():
             array = getattr(self, name)
-            shape = (len(self.offsets),) if name == "offsets" else (num_images, *sides)
-            if array.dtype != dtype or array.shape != shape:
+            if array.dtype != dtype or array.shape != (lengths.get(name, num_segments), *sides):
                 raise ValueError(f"{name} is {array.dtype}{list(array.shape)}")
         # int64 before multiplying: int16 sides may give more than int16 holds.
         tokens = self.grid_hw[:, 0].astype(np.int64) * self.grid_hw[:, 1]
         sound = {
-            "order": np.array_equal(np.sort(self.order), np.arange(num_images)),
+            "order": np.array_equal(np.sort(self.order), np.arange(num_segments)),
             "offsets": self.offsets[0] == 0
-            and self.offsets[-1] == num_images
+            and self.offsets[-1] == num_segments
             and bool((np.diff(self.offsets) > 0).all()),
             "grid_hw": bool((self.grid_hw > 0).all()),
             "num_keep": bool(((self.num_keep >= 1) & (self.num_keep <= tokens)).all()),
@@ -240,10 +256,17 @@ class EpochPlan:
 
     @cached_property
     def _place_of(self) -> NDArray[np.int64]:
-        """int64[images], where in ``order`` each position is: its inverse permutation."""
+        """int64[segments], where in ``order`` each one is: its inverse permutation."""
         places = np.empty(len(self.order), np.int64)
         places[self.order] = np.arange(len(self.order))
         return places
+
+    def _segment(self, example: int, view: int) -> int:
+        view, views = operator.index(view), self.config.views
+        if not 0 <= view < views:
+            remedy = "count views from zero"
+            raise KeyError(checks.sentence("view", view, f"0..{views - 1}", remedy))
+        return self._position(example) * views + view
 
     def _position(self, example: int) -> int:
         example = operator.index(example)
@@ -255,9 +278,11 @@ class EpochPlan:
         return int(self._by_index[at])
 
     def __repr__(self) -> str:
-        found = self.quality
+        found, views = self.quality, self.config.views
+        each = f" of {views} views" if views > 1 else ""
         return (
-            f"EpochPlan({len(self.index)} images, {found.num_tokens} tokens in {len(self)} packs "
+            f"EpochPlan({len(self.index)} images{each}, {found.num_tokens} tokens "
+            f"in {len(self)} packs "
             f"of {found.seq_len}: padding {found.padding:.2%}, gap {found.gap}; "
             f"seed {self.seed}, epoch {self.epoch})"
         )

@@ -22,6 +22,7 @@ class Explanation:
         decided_grid_hw, decided_num_keep: patch grid and kept tokens that follow from these.
         grid_hw, num_keep: those in the plan; larger if the image grew to fill its pack.
         config: the options.
+        view: which of the example's views.
     """
 
     example: int
@@ -37,6 +38,7 @@ class Explanation:
     grid_hw: tuple[int, ...]
     num_keep: int
     config: PackConfig
+    view: int = 0
 
     @property
     def fitted(self) -> bool:
@@ -49,8 +51,9 @@ class Explanation:
         law = self.config.resolution
         why = law if isinstance(law, str) else f"{law} drew {self.drawn:.6g}"
         tokens = rows * columns
+        view = f", view {self.view}" if self.config.views > 1 else ""
         lines = [
-            f"example {self.example}: pack {self.pack}, segment {self.segment}",
+            f"example {self.example}{view}: pack {self.pack}, segment {self.segment}",
             f"  size    {height} x {width} pixels",
         ]
         if self.box is not None:

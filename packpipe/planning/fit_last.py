@@ -29,6 +29,8 @@ def fit_last(
     offsets: NDArray[np.int64],
     config: PackConfig,
     key: Key,
+    *,
+    view: NDArray[np.integer] | int = 0,
 ) -> int:
     """Change grid_hw, num_keep and order in place; return how many images have grown.
 
@@ -41,6 +43,7 @@ def fit_last(
         offsets: int64[packs + 1], where the packs begin in order; no pack is empty.
         config: the options; ``fit_last`` is not None.
         key: (seed, epoch) of the plan.
+        view: int[images], which of an image's draws; one number for all.
     """
     grown = 0
     for first in range(0, len(offsets) - 1, _AT_ONCE):
@@ -49,7 +52,8 @@ def fit_last(
         sizes = None
         if config.fit_last == "resolution":
             sizes = image_hw[some]
-            box = crops.crop_boxes(config.crop, sizes, key, index=index[some])
+            own = view if isinstance(view, int) else view[some]
+            box = crops.crop_boxes(config.crop, sizes, key, index=index[some], view=own)
             sizes = sizes if box is None else box[:, 2:]
         grown += _fit_some(sizes, grid_hw, num_keep, some, ends - ends[0], config)
     return grown

@@ -35,6 +35,8 @@ BEFORE: dict[str, Any] = {
     "damaged_scans": "keep",
     "crop": None,
     "value_range": None,
+    "views": 1,
+    "views_together": False,
 }
 # By name, so that `from_dict` can make again what `to_dict` wrote.
 _LAWS = {
@@ -69,6 +71,8 @@ class PackOptions(TypedDict, total=False):
     profiles: str
     damaged_scans: str
     value_range: tuple[float, float] | None
+    views: int
+    views_together: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +124,10 @@ class PackConfig:
         value_range: (low, high), the values that become black and white in images of one channel
             in floating point or 32-bit integers (TIFF, PFM): scaled linearly to 0..255 before the
             resize, values outside clipped, NaN black. None: such images are rejects.
+        views: segments of each image, each with a crop, a size and kept tokens of its own; and, at
+            a loader, with flips and colours. View 0 is what one view alone would be.
+        views_together: whether the views of an image share a row. It takes max_tokens of at most
+            seq_len ÷ views and max_segments of at least views; more rows are partly empty.
 
     Raises:
         TypeError: an option is of a wrong type.
@@ -147,6 +155,8 @@ class PackConfig:
     profiles: str = "srgb"
     damaged_scans: str = "reject"
     value_range: tuple[float, float] | None = None
+    views: int = 1
+    views_together: bool = False
 
     def __post_init__(self) -> None:
         limits = {
@@ -155,6 +165,7 @@ class PackConfig:
             "max_segments": (1, 2**31 - 1, "a pack must be allowed to hold an image"),
             "window": (1, 2**62, "1024 or more keeps padding low"),
             "max_pixels": (1, MOST_PIXELS, "a JPEG has no more pixels"),
+            "views": (1, 2**16, "1 is one segment an image"),
         }
         for name, (low, high, remedy) in limits.items():
             # The dataclass is frozen; a NumPy integer becomes an int, so that to_dict is plain
@@ -197,6 +208,26 @@ class PackConfig:
         remedy = "choose what becomes of them"
         checks.choice("damaged_scans", self.damaged_scans, DAMAGED_SCANS, remedy)
         object.__setattr__(self, "value_range", _checked_range(self.value_range))
+        object.__setattr__(
+            self, "views_together", checks.boolean("views_together", self.views_together)
+        )
+        if self.views_together:
+            self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise ValueError if the views of an image may not fit into one row."""
+        if self.views == 1:
+            expected = "False with one view"
+            raise ValueError(checks.sentence("views_together", True, expected, "pass views=2"))
+        most = self.seq_len // self.views
+        if self.max_tokens is None or self.max_tokens > most:
+            expected = f"at most {most} (seq_len ÷ {self.views} views), for views_together"
+            remedy = "lower it, or raise seq_len"
+            raise ValueError(checks.sentence("max_tokens", self.max_tokens, expected, remedy))
+        if self.max_segments < self.views:
+            expected = f"at least {self.views} (views), for views_together"
+            remedy = "a row holds all views of an image"
+            raise ValueError(checks.sentence("max_segments", self.max_segments, expected, remedy))
 
     def __repr__(self) -> str:
         told = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._told())

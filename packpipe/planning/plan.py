@@ -4,11 +4,14 @@ Decides each image's box, patch grid and kept tokens, which images share a pack,
 the packs. A pure function of (sizes, configuration, seed, epoch):
 
 * *local*: an image's box, grid and tokens depend on its own size, the configuration and
-  (seed, epoch, index) only (`decisions`); except for the image in each pack that `fit_last` grows;
+  (seed, epoch, index, view) only (`decisions`); except for the image in each pack that `fit_last`
+  grows;
 * *global*: which images share a pack depends on the token counts in plan order only.
 
 Plan order is a seeded permutation of the images, cut into windows of almost equal size, so that
 none is a small remainder. Each window is packed by itself and its packs are put in seeded order.
+All views of an image are in its window, and packed like images of their own, unless they are kept
+together.
 Windows stay in order, so that a rate that changes over the training changes within an epoch too.
 """
 
@@ -42,6 +45,8 @@ def plan_epoch(
 ) -> EpochPlan:
     """Return the plan of an epoch: every image in exactly one pack of at most seq_len tokens.
 
+    With views, every view of every image.
+
     If index is given, the order of image_hw does not matter: images are first put in an order
     drawn from (seed, epoch, index).
 
@@ -53,12 +58,12 @@ def plan_epoch(
         index: int[images], each image's row in its source, without repeats; 0, 1, ... if None.
         also: (cost, limit), a second limit of a pack: the costs of its images, int[images], for
             example the tokens of their captions, sum to at most limit. Packs are then found by
-            "ffd", whatever the strategy.
+            "ffd", whatever the strategy. Not with views.
 
     Raises:
         TypeError: config is no PackConfig, or image_hw or index hold no integers.
-        ValueError: a size or an index is out of range or repeated (the first is named), or the
-            epoch lies after the end of the training.
+        ValueError: a size or an index is out of range or repeated (the first is named), the epoch
+            lies after the end of the training, or there are views and a second limit.
 
     >>> plan = plan_epoch([[64, 64], [32, 96], [48, 16]], PackConfig(seq_len=24))
     >>> plan
@@ -74,25 +79,35 @@ def plan_epoch(
     key = philox.checked_key(seed, epoch)
     sizes = _checked_sizes(image_hw)
     rows = _checked_index(index, len(sizes))
+    views = config.views
+    if views > 1 and also is not None:
+        expected, remedy = "1 with a second limit", "leave views out"
+        raise ValueError(checks.sentence("views", views, expected, remedy))
+    # Of every segment; of images themselves if each is one.
+    index_of, size_of, view = (rows, sizes, 0) if views == 1 else _segments(rows, sizes, views)
 
     def ordered() -> NDArray[np.int64]:
         return philox.permutation(key, index=rows, stream=philox.EXAMPLE_ORDER)
 
     if len(sizes) < _MANY:
         order = ordered()
-        decided = decide_all(sizes, config, key, index=rows)
+        decided = decide_all(size_of, config, key, index=index_of, view=view)
     else:
         # NumPy and the kernels release the interpreter lock, so the order is drawn and sorted
         # while other threads decide.
         with ThreadPoolExecutor(os.cpu_count()) as executor:
             order_later = executor.submit(ordered)
-            decided = decide_all(sizes, config, key, index=rows, executor=executor)
+            decided = decide_all(size_of, config, key, index=index_of, view=view, executor=executor)
             order = order_later.result()
     grid_hw, num_keep, num_shrunk = decided
-    order, offsets = pack_windows(num_keep, order, config, key, also=also)
+    order, offsets = pack_windows(
+        num_keep, order, config, key, also=also, views=views, together=config.views_together
+    )
     num_fitted = 0
     if config.fit_last is not None:
-        num_fitted = fit_last.fit_last(rows, sizes, grid_hw, num_keep, order, offsets, config, key)
+        num_fitted = fit_last.fit_last(
+            index_of, size_of, grid_hw, num_keep, order, offsets, config, key, view=view
+        )
     return EpochPlan(
         config=config,
         seed=key.seed,
@@ -106,6 +121,14 @@ def plan_epoch(
         num_shrunk=num_shrunk,
         num_fitted=num_fitted,
     )
+
+
+def _segments(
+    rows: NDArray[np.int64], sizes: NDArray[np.int32], views: int
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
+    """Return the index, size and view of every segment: all views of an image, then the next's."""
+    view = np.tile(np.arange(views, dtype=np.int32), len(rows))
+    return np.repeat(rows, views), np.repeat(sizes, views, axis=0), view
 
 
 def _checked_sizes(image_hw: ArrayLike) -> NDArray[np.int32]:

@@ -34,8 +34,9 @@ class Filled(NamedTuple):
 
     Attributes:
         rows: the rows, without the images that could not be decoded.
-        rejects: those images.
+        rejects: those images, one a view.
         flags: of the images in the rows that something is amiss with, by example: what, in a word.
+            Told of an image's first view, so that it is counted once.
     """
 
     rows: Rows
@@ -58,15 +59,18 @@ def planned_images(
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(held)])
     # For every segment its place in plan.order, without a loop and for packs in any order.
     places = np.repeat(plan.offsets[numbers] - offsets[:-1], held) + np.arange(offsets[-1])
-    members = plan.order[places]
+    members, views = plan.order[places], plan.config.views
+    images = members if views == 1 else members // views
     segments: dict[str, Any] = {
         "seq_lens": plan.num_keep[members],
         "grid_hw": plan.grid_hw[members],
-        "image_hw": plan.image_hw[members],
-        "example_index": plan.index[members],
+        "image_hw": plan.image_hw[images],
+        "example_index": plan.index[images],
     }
+    if views > 1:
+        segments["view"] = (members % views).astype(np.int32)
     if labels is not None:
-        segments["labels"] = labels.take(pa.array(members))
+        segments["labels"] = labels.take(pa.array(images))
     return Rows(offsets, with_boxes(segments, plan.config, plan.key))
 
 
@@ -74,12 +78,13 @@ def with_boxes(segments: dict[str, Any], config: PackConfig, key: Key) -> dict[s
     """Return columns of segments, with ``box`` among them if images are cropped.
 
     Args:
-        segments: ``image_hw`` and ``example_index`` among them.
+        segments: ``image_hw``, ``example_index`` and, with several views, ``view`` among them.
         config: the options.
         key: (seed, epoch) of the plan.
     """
     # Drawn again, like kept tokens: a plan takes as much memory with crops as without.
-    box = crop_boxes(config.crop, segments["image_hw"], key, index=segments["example_index"])
+    index, view = segments["example_index"], segments.get("view", 0)
+    box = crop_boxes(config.crop, segments["image_hw"], key, index=index, view=view)
     return segments if box is None else {**segments, "box": box}
 
 
@@ -122,6 +127,7 @@ def planned_tokens(planned: Rows, key: Key) -> NDArray[np.int32]:
         index=planned.example_index,
         num_tokens=planned.grid_hw.astype(np.int64).prod(axis=1),
         num_keep=planned.seq_lens,
+        view=planned.views,
     )
 
 
@@ -174,13 +180,18 @@ def filled_rows(
         outcomes: what `fill_row` returned, row by row.
     """
     flat = [outcome for row in outcomes for outcome in row]
-    by_example = list(zip(planned.example_index.tolist(), flat, strict=True))
+    examples, views = planned.example_index, np.broadcast_to(planned.views, len(flat))
+    by_example = list(zip(examples.tolist(), views.tolist(), flat, strict=True))
     rejected = [
-        Reject(example, "decode", *outcome)
-        for example, outcome in by_example
+        Reject(example, "decode", *outcome, view)
+        for example, view, outcome in by_example
         if isinstance(outcome, Failure)
     ]
-    flags = {example: outcome for example, outcome in by_example if isinstance(outcome, str)}
+    flags = {
+        example: outcome
+        for example, view, outcome in by_example
+        if isinstance(outcome, str) and view == 0
+    }
     if rejected:
         # `fill_row` has already moved up the patches; here the segments follow.
         good = np.array([not isinstance(outcome, Failure) for outcome in flat], np.bool_)

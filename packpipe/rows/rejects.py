@@ -80,7 +80,7 @@ class Tolerance:
         Raises:
             TooManyRejects: names how many, the limit, and the first ones.
         """
-        bad = sorted(reject for reject in rejects if reject.is_bad)
+        bad = one_each([reject for reject in rejects if reject.is_bad])
         self._check_first(bad)
         first = _named("First", bad[:NAMED])
         # A share of the whole source, also while it is being read: rejects only become more, so an
@@ -261,14 +261,27 @@ def _named(which: str, rejects: list[Reject]) -> str:
 
 
 class Reject(NamedTuple):
-    """A source example that is in no pack, and why."""
+    """A source example that is in no pack, and why.
+
+    Of several views of an image that cannot be decoded each is one, with its ``view``, until they
+    are counted (`one_each`).
+    """
 
     example_index: int
     stage: str
     reason: str
     exception: str
+    view: int = 0
 
     @property
     def is_bad(self) -> bool:
         """Whether it counts as bad input: not if it is empty, or was dropped as asked."""
         return self.stage != ASKED and (self.stage, self.reason) != EMPTY
+
+
+def one_each(rejects: Sequence[Reject]) -> list[Reject]:
+    """Return one reject of each example, by example: of several views the first."""
+    found: dict[int, Reject] = {}
+    for reject in sorted(rejects, key=lambda one: (one.example_index, one.view)):
+        found.setdefault(reject.example_index, reject._replace(view=0))
+    return list(found.values())

@@ -36,7 +36,8 @@ class Rows:
     Of images: ``patches`` uint8[rows, seq_len, P·P·3], ``coords`` int16[rows, seq_len, 2], (y, x)
     in the image's patch grid; ``grid_hw`` int16[segments, 2], patches of the full grid,
     ``image_hw`` int32[segments, 2], upright source size in pixels; ``box`` int32[segments, 4], what
-    it was cropped to in pixels (top, left, height, width), if it was; and ``labels`` if there are.
+    it was cropped to in pixels (top, left, height, width), if it was; ``view`` int32[segments],
+    which of the image's views, if there are several of each; and ``labels`` if there are.
     Of token sequences: the source's columns of tokens, ``position_ids`` int32[rows, seq_len], 0, 1,
     ... within the segment; ``fragment`` int32[segments], which piece of its sequence, and the
     source's other columns.
@@ -70,6 +71,12 @@ class Rows:
     def of_tokens(self) -> bool:
         """Whether these are rows of token sequences, not of images."""
         return "fragment" in self.segments
+
+    @property
+    def views(self) -> NDArray[np.int32] | int:
+        """int32[segments], which of its example's views each is; 0 for all if there is but one."""
+        found: NDArray[np.int32] | int = self.segments.get("view", 0)
+        return found
 
     @property
     def num_segments(self) -> NDArray[np.int64]:

@@ -13,6 +13,8 @@ grid_hw            list<fixed_size_list<int16>[2]>  patches of the full grid, be
 image_hw           list<fixed_size_list<int32>[2]>  upright source size in pixels
 box                list<fixed_size_list<int32>[4]>  (top, left, height, width) of the upright source
                                                     in pixels; absent if nothing is cropped
+view               list<int32>                      which of the example's views; absent if there is
+                                                    one of each
 labels             list<the label's type>           absent without a label column
 example_index      list<int64>                      row in the source
 =================  ===============================  =========================================
@@ -70,16 +72,21 @@ REJECTS = pa.schema(
 )
 
 
-_BOXES = pa.list_(pa.list_(pa.int32(), 4))
+# Columns of segments that rows of images have only with some options.
+_SOMETIMES = {"box": pa.list_(pa.list_(pa.int32(), 4)), "view": pa.list_(pa.int32())}
 
 
-def segment_schema(label_type: pa.DataType | None, *, cropped: bool = False) -> pa.Schema:
-    """Return the schema of the segment columns of images, with boxes if they are cropped."""
+def segment_schema(label_type: pa.DataType | None, config: PackConfig | None = None) -> pa.Schema:
+    """Return the schema of the segment columns of images; without options, of those always there.
+
+    Boxes are there if images are cropped, views if there is more than one of each.
+    """
+    there = () if config is None else sometimes_of(config)
     fields = [
         ("seq_lens", pa.list_(pa.int32())),
         ("grid_hw", pa.list_(pa.list_(pa.int16(), 2))),
         ("image_hw", pa.list_(pa.list_(pa.int32(), 2))),
-        *([("box", _BOXES)] if cropped else []),
+        *((name, _SOMETIMES[name]) for name in there),
         *([] if label_type is None else [("labels", pa.list_(label_type))]),
         ("example_index", pa.list_(pa.int64())),
     ]
@@ -97,7 +104,13 @@ def row_schema(config: PackConfig, label_type: pa.DataType | None) -> pa.Schema:
         pa.field(name, pa.list_(kind, config.seq_len * widths[name]))
         for name, kind in _IMAGE_TOKENS.items()
     ]
-    return pa.schema([*tokens, *segment_schema(label_type, cropped=config.crop is not None)])
+    return pa.schema([*tokens, *segment_schema(label_type, config)])
+
+
+def sometimes_of(config: PackConfig) -> list[str]:
+    """Return the columns of segments that rows have beside the usual ones, by the options."""
+    there = {"box": config.crop is not None, "view": config.views > 1}
+    return [name for name in _SOMETIMES if there[name]]
 
 
 def token_schema(
@@ -317,13 +330,15 @@ def table_segments(table: pa.Table) -> Rows:
     tokens.
 
     Raises:
-        ValueError: labels or boxes of images are not one a segment.
+        ValueError: labels, boxes or views of images are not one a segment.
     """
     own = _own_segments(table.schema)
     labels = ["labels"] if has_labels(table) else []
-    if "box" in own and not _is_of_segments(table, "box"):
-        expected, remedy = "one box a segment", "join rows of one configuration, or rename it"
-        raise ValueError(checks.sentence("column 'box'", "incomplete", expected, remedy))
+    for name in _SOMETIMES:
+        if name in own and not _is_of_segments(table, name):
+            expected = f"one {name} a segment"
+            remedy = "join rows of one configuration, or rename it"
+            raise ValueError(checks.sentence(f"column {name!r}", "incomplete", expected, remedy))
     return _segments(table, [name for name in table.column_names if name in (*own, *labels)])
 
 
@@ -344,7 +359,7 @@ def has_labels(table: pa.Table) -> bool:
 
 def rejects_table(rejects: list[Reject]) -> pa.Table:
     """Return rejects as Arrow, in order of their example."""
-    ordered = sorted(rejects)
+    ordered = [reject[:4] for reject in sorted(rejects)]
     return pa.table([list(column) for column in zip(*ordered, strict=True)] or [[]] * 4, REJECTS)
 
 
@@ -376,8 +391,12 @@ def _own_segments(schema: pa.Schema) -> dict[str, pa.DataType]:
     if holds_tokens(schema.names):
         return _TOKEN_SEGMENTS
     # A column of another type is somebody else's.
-    is_cropped = "box" in schema.names and schema.field("box").type == _BOXES
-    return _IMAGE_SEGMENTS | ({"box": _BOXES} if is_cropped else {})
+    there = {
+        name: kind
+        for name, kind in _SOMETIMES.items()
+        if name in schema.names and schema.field(name).type == kind
+    }
+    return _IMAGE_SEGMENTS | there
 
 
 def _not_a_row(name: str, found: pa.DataType | None, expected: str) -> str:

@@ -23,7 +23,7 @@ def packed_features(config: PackConfig, label: Any, *, tokens: bool = True) -> F
     label_type = None if label is None else label.pa_type
     found = schema.row_schema(config, label_type)
     if not tokens:
-        found = schema.segment_schema(label_type, cropped=config.crop is not None)
+        found = schema.segment_schema(label_type, config)
     features = Features.from_arrow_schema(found)
     if label is not None:
         features["labels"] = List(label)  # an Arrow schema knows no names of classes

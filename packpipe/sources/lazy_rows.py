@@ -14,7 +14,7 @@ from packpipe.planning.image_config import PackConfig
 from packpipe.rows import schema
 from packpipe.rows.digests import hexdigest
 from packpipe.rows.fill_images import fill_rows
-from packpipe.rows.rejects import bad_example
+from packpipe.rows.rejects import bad_example, one_each
 from packpipe.rows.rows import Rows
 from packpipe.sources.features import packed_features
 from packpipe.sources.image_source import ImageSource
@@ -48,7 +48,7 @@ class LazyRows:
         planned = schema.table_segments(plans)
         with forgetting_wrong_sizes(self.source, self.config.max_pixels):
             rows, rejects, _ = fill_rows(planned, self.source, self.config, self.key)
-        for reject in rejects:
+        for reject in one_each(rejects):
             if self.on_error == "raise":
                 raise ValueError(bad_example(reject))
             log.warning("example %d left out: %s", reject.example_index, reject.exception)

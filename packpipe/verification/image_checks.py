@@ -56,7 +56,8 @@ class ImageChecks:
     def counted(self) -> set[str]:
         """Return the names of the manifest's counts that rows of any kind do not have."""
         converts = self.manifest["materialized"] and self.config.profiles != "ignore"
-        return {*self.COUNTS, *(["broken_profile"] if converts else [])}
+        more = {"broken_profile": converts, "segments": self.config.views > 1}
+        return {*self.COUNTS, *(name for name, counted in more.items() if counted)}
 
     def columns(self) -> list[str]:
         """Return the columns that stored rows must have."""
@@ -71,25 +72,32 @@ class ImageChecks:
     def _schema(self, label: pa.DataType | None, has_pixels: bool) -> pa.Schema:
         if has_pixels:
             return schema.row_schema(self.config, label)
-        return schema.segment_schema(label, cropped=self.config.crop is not None)
+        return schema.segment_schema(label, self.config)
 
     def broken_segments(self, segments: Rows) -> Iterator[Check]:
         """Yield each thing that can be wrong with segments."""
         config, grids, lens = self.config, segments.grid_hw, segments.seq_lens
         below = segments.example_index < 0
         yield "an example below 0", rows_with(segments, below)
+        views = np.broadcast_to(segments.views, len(lens))
+        no_view = (views < 0) | (views >= config.views)
+        yield f"a view that is none of {config.views}", rows_with(segments, no_view)
         no_grid = np.minimum(grids, segments.image_hw).min(axis=1, initial=1) < 1
         yield "a size or a grid below 1", rows_with(segments, no_grid)
         outside = (lens < 1) | (lens > grids.astype(np.int64).prod(axis=1))
         what = "a segment with no token, or with more than its grid has"
         yield what, rows_with(segments, outside)
         # Sizes below 1 cannot be planned again.
-        if (below | no_grid | outside).any():
+        if (below | no_view | no_grid | outside).any():
             return
         yield from self._broken_boxes(segments)
         # Grids and numbers of tokens follow from size, options and key: decide again and compare.
         grid_hw, num_keep, _ = decide_all(
-            segments.image_hw, config, self.key, index=segments.example_index
+            segments.image_hw,
+            config,
+            self.key,
+            index=segments.example_index,
+            view=segments.views,
         )
         differs = (grids != grid_hw).any(axis=1) | (lens != num_keep)
         if config.fit_last is not None:  # may have enlarged the last segment of a row
@@ -101,7 +109,8 @@ class ImageChecks:
     def _broken_boxes(self, segments: Rows) -> Iterator[Check]:
         """Yield which boxes are not within their image, or not those of the plan."""
         image_hw, index = segments.image_hw, segments.example_index
-        expected = crop_boxes(self.config.crop, image_hw, self.key, index=index)
+        view = segments.views
+        expected = crop_boxes(self.config.crop, image_hw, self.key, index=index, view=view)
         if expected is None:
             return
         start, size = segments.box[:, :2].astype(np.int64), segments.box[:, 2:]
@@ -138,9 +147,13 @@ class ImageChecks:
         """Return no columns: tokens of images are patches, in lists of fixed length."""
         return []
 
-    def counts(self, held: Rows) -> dict[str, int]:  # noqa: ARG002
-        """Return no counts: the rows do not tell what the manifest counts of images."""
-        return {}
+    def counts(self, held: Rows) -> dict[str, int]:
+        """Return how many segments there are, if that is not the number of images."""
+        return {"segments": len(held.seq_lens)} if self.config.views > 1 else {}
+
+    def views(self) -> int:
+        """Return how many segments each image has in the rows."""
+        return self.config.views
 
     def stages(self) -> set[str]:
         """Return the stages that an example may be rejected at."""
@@ -163,7 +176,7 @@ class ImageChecks:
         """Return the plan of all rows, made again; None if a size or a text is not known.
 
         Args:
-            held: the rows, in which each example is once.
+            held: the rows, in which each view of an example is once.
             rejects: of the folder.
             beside: int64[rows of the source], tokens of the texts of `pack_pairs`.
         """
@@ -172,9 +185,10 @@ class ImageChecks:
             if any(reject.stage == "decode" for reject in rejects):
                 return None
             lost = np.empty((0, 3), np.int64)
+        # Of an example of which only some views could be decoded, too, the size is told twice.
         index = np.concatenate([held.example_index, lost[:, 0]])
         image_hw = np.concatenate([held.image_hw, lost[:, 1:]])
-        by_row = np.argsort(index)
+        _, by_row = np.unique(index, return_index=True)
         also = None
         if self.texts is not None:
             if beside is None:
@@ -187,8 +201,16 @@ class ImageChecks:
         )
         rows = planned_images(plan, range(len(plan)), None)
         # Images that could not be decoded were planned, and left out of their rows.
-        rows = rows.keep(~np.isin(rows.example_index, lost[:, 0]))
+        gone = np.isin(rows.example_index, lost[:, 0])
+        if self.config.views > 1:
+            gone &= ~np.isin(self._numbers(rows), self._numbers(held))
+        rows = rows.keep(~gone)
         return Again(plan, rows, {"shrunk": plan.num_shrunk, "bound": plan.quality.bound})
+
+    def _numbers(self, rows: Rows) -> NDArray[np.int64]:
+        """Return int64[segments], a number for each view of each example."""
+        numbers: NDArray[np.int64] = rows.example_index * self.config.views + rows.views
+        return numbers
 
     def beside_from(self, dataset: Dataset) -> NDArray[np.int64] | None:
         """Return int64[rows of the source], tokens of the texts beside the images, if there are."""

@@ -24,7 +24,7 @@ from packpipe.planning.decisions import decide_all
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows import schema
 from packpipe.rows.fill_images import planned_tokens, row_tasks, with_boxes
-from packpipe.rows.rejects import Reject
+from packpipe.rows.rejects import Reject, one_each
 from packpipe.rows.rows import Rows
 from packpipe.rows.text import wide
 from packpipe.sources.columns import TokenColumns, holds_images, holds_numbers
@@ -143,10 +143,14 @@ class ImageComparison:
         index = np.array(
             [one.example_index for one in undecodable if one.reason not in ENDED], np.int64
         )
+        views = self.config.views
+        view = np.tile(np.arange(views, dtype=np.int32), len(index))
+        index = np.repeat(index, views)
         image_hw = sizes.image_hw[index]
-        grid_hw, num_keep, _ = decide_all(image_hw, self.config, self.key, index=index)
+        grid_hw, num_keep, _ = decide_all(image_hw, self.config, self.key, index=index, view=view)
         segments = {"seq_lens": num_keep, "grid_hw": grid_hw, "image_hw": image_hw}
-        segments = with_boxes({**segments, "example_index": index}, self.config, self.key)
+        segments |= {"example_index": index, "view": view}
+        segments = with_boxes(segments, self.config, self.key)
         alone = Rows(np.arange(len(index) + 1), segments)
         tasks = row_tasks(alone, planned_tokens(alone, self.key), self._source)
         out = np.empty((self.config.seq_len, self.config.patch_bytes), np.uint8)
@@ -155,7 +159,8 @@ class ImageComparison:
             failure = _failure_of(task, out, self.config)
             if failure is not None:
                 lost.append(Reject(task.example, "decode", *failure))
-        return lost, unknown
+        # An image is lost if one of its views is; the first is told.
+        return one_each(lost), unknown
 
     def _different_pixels(
         self, found: FoundRows, differing: NDArray[np.bool_], sample: int | None

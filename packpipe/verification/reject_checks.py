@@ -60,7 +60,7 @@ def reject_problems(
         yield Problem(named("example", good), "is among the rejects, but good")
     lost = sorted(now.keys() - there.keys() - unknown)
     if lost:
-        _, _, reason, exception = now[lost[0]]
+        reason, exception = now[lost[0]].reason, now[lost[0]].exception
         first = "" if len(lost) == 1 else f"example {lost[0]} "
         what = f"is bad ({first}{reason}: {exception}), but not among the rejects"
         yield Problem(named("example", lost), what)

@@ -66,6 +66,9 @@ class RowChecks(Protocol):
     def no_rows(self) -> Rows:
         """Return rows with packpipe's own columns of segments, and no row."""
 
+    def views(self) -> int:
+        """Return how many segments each example has in the rows."""
+
     def stages(self) -> set[str]:
         """Return the stages that an example may be rejected at."""
 

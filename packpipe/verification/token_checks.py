@@ -139,6 +139,10 @@ class TokenChecks:
         """Return rows with packpipe's own columns of segments, and no row."""
         return table_segments(token_schema(self.config, {}, {}).empty_table())
 
+    def views(self) -> int:
+        """Return 1: a sequence has one segment, or pieces."""
+        return 1
+
     def stages(self) -> set[str]:
         """Return the stages that an example may be rejected at."""
         of_images = _OF_IMAGES if self.beside_images else ()

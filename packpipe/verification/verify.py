@@ -173,7 +173,7 @@ def _content_problems(
     if found.whole and rejects is not None:
         held = found.held()
         amiss = [
-            *_partition_problems(opened.manifest, held, rejects),
+            *_partition_problems(opened.manifest, held, rejects, row_checks.views()),
             *row_checks.total_problems(held, rejects),
         ]
         yield from amiss
@@ -182,7 +182,7 @@ def _content_problems(
             if beside is None and dataset is not None:
                 beside = row_checks.beside_from(dataset)
             again = yield from plan_problems(row_checks, found, held, rejects, beside)
-        counts = _counts(held, rejects) | row_checks.counts(held)
+        counts = _counts(held, rejects, row_checks.views()) | row_checks.counts(held)
         counts |= {} if again is None else again.counts
     if dataset is not None:
         counts |= yield from _source_problems(opened, dataset, sample)
@@ -193,11 +193,38 @@ def _content_problems(
 
 
 def _partition_problems(
-    manifest: dict[str, Any], held: Rows, rejects: list[Reject]
+    manifest: dict[str, Any], held: Rows, rejects: list[Reject], views: int
 ) -> Iterator[Problem]:
-    """Yield the examples that are missing, there twice, or none of the source."""
+    """Yield the examples that are missing, there twice, or none of the source.
+
+    Args:
+        manifest: of the folder.
+        held: the rows.
+        rejects: of the folder.
+        views: segments of each image. All of them are in rows, or the image is among the rejects;
+            some of them may be in rows there, too, if others could not be decoded.
+    """
     rejected = np.array([reject.example_index for reject in rejects], np.int64)
-    every = np.concatenate([_packed(held), rejected])
+    if views == 1:
+        yield from _once_problems(manifest, _packed(held), rejected)
+        return
+    lost = np.array([one.example_index for one in rejects if one.stage == "decode"], np.int64)
+    of_view = [held.example_index[held.views == view] for view in range(views)]
+    for view, packed in enumerate(of_view):
+        others = np.setdiff1d(rejected, np.intersect1d(lost, packed))
+        for problem in _once_problems(manifest, packed, others):
+            yield problem._replace(where=f"{problem.where}, view {view}")
+    whole = lost[np.all([np.isin(lost, packed) for packed in of_view], axis=0)]
+    if len(whole):
+        what = "is in the rejects, and all of its views are in rows"
+        yield Problem(named("example", whole.tolist()), what)
+
+
+def _once_problems(
+    manifest: dict[str, Any], packed: NDArray[np.int64], rejected: NDArray[np.int64]
+) -> Iterator[Problem]:
+    """Yield the examples that are not once among those that are packed and those rejected."""
+    every = np.concatenate([packed, rejected])
     # A count may be anything; what is too many is said of the count, not of each example.
     num_examples = min(manifest["counts"].get("read", 0), 2 * len(every) + 1000)
     # np.bincount refuses negative numbers, and takes memory for as many as the largest one.
@@ -218,9 +245,12 @@ def _packed(held: Rows) -> NDArray[np.int64]:
     return found[held.fragment == 0] if held.of_tokens else found
 
 
-def _counts(held: Rows, rejects: list[Reject]) -> dict[str, Any]:
+def _counts(held: Rows, rejects: list[Reject], views: int) -> dict[str, Any]:
     """Return the manifest's counts that rows and rejects tell by themselves."""
     packed = len(_packed(held))
+    if views > 1:  # of an example in the rejects some views may be in rows
+        rejected = [reject.example_index for reject in rejects]
+        packed = len(np.setdiff1d(held.example_index, rejected))
     return {
         "read": packed + len(rejects),
         "packed": packed,

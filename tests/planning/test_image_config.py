@@ -102,6 +102,50 @@ BAD = [
         ValueError,
         f"resolution is Uniform(low=64, high=256), {LAWS}",
     ),
+    (
+        {"views": 0},
+        ValueError,
+        "views is 0, expected an integer in 1..65536; 1 is one segment an image",
+    ),
+    (
+        {"views": "2"},
+        TypeError,
+        "views is '2', expected an integer in 1..65536; 1 is one segment an image",
+    ),
+    (
+        {"views_together": 1},
+        TypeError,
+        "views_together is 1, expected True or False; pass a bool",
+    ),
+    (
+        {"views_together": True},
+        ValueError,
+        "views_together is True, expected False with one view; pass views=2",
+    ),
+    (
+        {"views": 3, "views_together": True},
+        ValueError,
+        (
+            "max_tokens is None, expected at most 341 (seq_len ÷ 3 views), for views_together; "
+            "lower it, or raise seq_len"
+        ),
+    ),
+    (
+        {"views": 3, "views_together": True, "max_tokens": 342},
+        ValueError,
+        (
+            "max_tokens is 342, expected at most 341 (seq_len ÷ 3 views), for views_together; "
+            "lower it, or raise seq_len"
+        ),
+    ),
+    (
+        {"views": 3, "views_together": True, "max_tokens": 341, "max_segments": 2},
+        ValueError,
+        (
+            "max_segments is 2, expected at least 3 (views), for views_together; "
+            "a row holds all views of an image"
+        ),
+    ),
     ({"max_upscale": 0}, ValueError, f"max_upscale is 0, expected a number above 0; {SCALE}"),
     (
         {"max_upscale": -0.5},
@@ -329,7 +373,7 @@ def test_an_unknown_option_is_refused():
         "option is 'patchsize', expected one of seq_len, patch_size, crop, resolution, max_tokens, "
         "max_upscale, drop_rate, epochs, fit_last, fit_limit, max_segments, strategy, window, "
         "background, reducing_gap, downscale_filter, upscale_filter, max_pixels, profiles, "
-        "damaged_scans, value_range; check its spelling"
+        "damaged_scans, value_range, views, views_together; check its spelling"
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         config_from(64, {"patch_size": 8, "patchsize": 8})
@@ -397,6 +441,8 @@ def test_every_field_is_written_and_read_back():
         background=(1, 2, 3),
         max_tokens=7,
         strategy="next_fit",
+        views=2,
+        views_together=True,
         value_range=(0, 1),
     )
     assert list(config.to_dict()) == FIELDS
@@ -511,6 +557,16 @@ def test_without_a_crop_a_configuration_is_told_as_before_there_were_any():
     cropped = PackConfig(crop=CenterCrop())
     assert cropped.to_dict()["crop"] == {"CenterCrop": {"area": 0.765625, "shape": "image"}}
     assert "crop=CenterCrop(area=0.765625, shape='image'), resolution=" in repr(cropped)
+
+
+def test_with_one_view_a_configuration_is_told_as_before_there_were_several():
+    one = PackConfig(views=1, views_together=False)
+    assert "view" not in f"{one!r} {one.to_dict()}"
+    assert one == PackConfig() == PackConfig.from_dict(one.to_dict())
+    two = PackConfig(views=2, views_together=True, max_tokens=512)
+    assert {"views": 2, "views_together": True}.items() <= two.to_dict().items()
+    assert PackConfig.from_dict(two.to_dict()) == two
+    assert repr(two).endswith("views=2, views_together=True)")
 
 
 def test_only_a_random_crop_draws():
