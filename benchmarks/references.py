@@ -62,7 +62,7 @@ KINDS = """The smallest file of each kind that the tests make, at its own size u
 within 2 levels of 255 in every value of what the file holds; else the mean and the largest
 difference. A reject is told by its reason and text."""
 EDGES = """Photographs of at most so many pixels, decoded at 1/2, 1/4 or 1/8 where that is possible.
-*Kept*: `damaged_scans="keep"`, with padding at their edges as libjpeg leaves it. *Worst edge*: the
+*Kept*: `jpeg_edges="padded"`, with padding at their edges as libjpeg leaves it. *Worst edge*: the
 mean difference of its last row or column from a decode in full, in levels."""
 
 
@@ -491,7 +491,7 @@ def edges(photographs: list[bytes]) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     sizes = [probe(file, max_pixels=10**9).image_hw for file in photographs]
-    ways = [RULES._replace(reducing_gap=1.0, damaged_scans=way) for way in ("keep", "reject")]
+    ways = [RULES._replace(reducing_gap=1.0, jpeg_edges=way) for way in ("padded", "clean")]
     for side in (64, 128, 224):
         plan = plan_epoch(sizes, PackConfig(seq_len=1024, max_tokens=(side // 16) ** 2))
         targets = (plan.grid_hw * 16).tolist()

@@ -10,8 +10,8 @@ pixels in their colours, on the model's device, in floats that no one rounds
 (`packpipe.loading.colouring`).
 
 A pair's draws are a function of (seed, epoch, and its first: example_index, view). Who is whose
-neighbour the packs decide, so stored rows mix the same pairs in every epoch, in new shares; packs that are
-planned anew have new pairs.
+neighbour the packs decide, so stored rows mix the same pairs in every epoch, in new shares; packs
+that are planned anew have new pairs.
 
 Source: Zhang et al., arXiv 1710.09412 (mixup); Yun et al., arXiv 1905.04899 (CutMix).
 """
@@ -48,9 +48,7 @@ class Mixtures(NamedTuple):
     corner: NDArray[np.float64]
 
 
-def mixtures(
-    augment: Augment, key: Key, index: NDArray[np.int64], view: ArrayLike = 0
-) -> Mixtures:
+def mixtures(augment: Augment, key: Key, index: NDArray[np.int64], view: ArrayLike = 0) -> Mixtures:
     """Return the draws of some pairs; each is a function of the key, its index and its view.
 
     Args:

@@ -102,7 +102,8 @@ def pack(
             ``max_tokens``, ``max_upscale``, ``drop_rate``, ``epochs``, ``fit_last``,
             ``fit_limit``, ``max_segments``, ``strategy``, ``window``, ``background``,
             ``reducing_gap``, ``downscale_filter``, ``upscale_filter``, ``max_pixels``,
-            ``profiles``, ``damaged_scans``, ``value_range``, ``views``, ``views_together``.
+            ``profiles``, ``damaged_scans``, ``value_range``, ``views``, ``views_together``,
+            ``jpeg_edges``.
             For token sequences, those of `TokenConfig`: ``overflow``, ``layout``,
             ``pad_token_id``, ``mask_first_label``, ``max_segments``, ``strategy``, ``window``.
 

@@ -322,6 +322,10 @@ def _differing(record: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
         ours, theirs = record.get(name), found.get(name)
         if name == "config" and isinstance(ours, dict) and isinstance(theirs, dict):
             yield from _differing(ours, theirs)
+        elif name == "codecs" and isinstance(ours, dict) and isinstance(theirs, dict):
+            # One that either lacks has made no pixel of both.
+            if any(ours[codec] != theirs[codec] for codec in ours.keys() & theirs.keys()):
+                yield name
         elif ours != theirs:
             yield name
 

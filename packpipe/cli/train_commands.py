@@ -20,6 +20,7 @@ from packpipe.cli.options import (
     SeqLen,
     Source,
     Split,
+    ValueRange,
     crop_of,
 )
 from packpipe.cli.output import print_json, print_table
@@ -91,6 +92,7 @@ def train(
     drop_rate: Annotated[float, typer.Option(help="Share of tokens dropped, of packed.")] = 0.0,
     profiles: Profiles = None,
     damaged_scans: DamagedScans = None,
+    value_range: ValueRange = None,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 8e-4,
     loss: Annotated[str, typer.Option(help="sigmoid or softmax.")] = "sigmoid",
     label_smoothing: Annotated[
@@ -150,7 +152,11 @@ def train(
 
     checks.local_path("OUTPUT", output)
     dataset = open_source(source, split)
-    pixels = {"profiles": profiles, "damaged_scans": damaged_scans}
+    pixels = {
+        "profiles": profiles,
+        "damaged_scans": damaged_scans,
+        "value_range": value_range,
+    }
     given = {name: value for name, value in pixels.items() if value is not None}
     training = Training(
         dataset,

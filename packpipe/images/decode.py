@@ -110,6 +110,7 @@ class PixelRules(NamedTuple):
     profiles: str
     damaged_scans: str = "reject"
     value_range: tuple[float, float] | None = None
+    jpeg_edges: str = "clean"
 
 
 class Decoded(NamedTuple):
@@ -232,8 +233,8 @@ def decode(
                 damage = scans.damage(image, strict=rules.damaged_scans == "strict")
                 if damage is not None:
                     raise BadImage("damaged scan", damage)
-                if drafted is not None:
-                    pixels, decoded_size = _whole(pixels, decoded_size, scans, size, background)
+            if scans is not None and drafted is not None and rules.jpeg_edges == "clean":
+                pixels, decoded_size = _whole(pixels, decoded_size, scans, size, background)
         except Exception as error:  # decoders raise whatever they like
             _reraise_faults(error)
             reason = _REASONS.get(type(error), "undecodable")

@@ -28,6 +28,7 @@ FILTERS = ("bicubic", "lanczos", "hamming", "bilinear", "box", "nearest")
 FIT_LAST = ("drop_rate", "resolution")
 PROFILES = ("srgb", "ignore")
 DAMAGED_SCANS = ("reject", "strict", "keep")
+JPEG_EDGES = ("clean", "padded")
 # Options that came later, each with the value by which all that was made before them was made. With
 # this value they are not told, so that fingerprints, states and records of that time stay the same.
 BEFORE: dict[str, Any] = {
@@ -37,6 +38,7 @@ BEFORE: dict[str, Any] = {
     "value_range": None,
     "views": 1,
     "views_together": False,
+    "jpeg_edges": "padded",
 }
 # By name, so that `from_dict` can make again what `to_dict` wrote.
 _LAWS = {
@@ -73,6 +75,7 @@ class PackOptions(TypedDict, total=False):
     value_range: tuple[float, float] | None
     views: int
     views_together: bool
+    jpeg_edges: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +122,8 @@ class PackConfig:
             versions without this option did.
         damaged_scans: what becomes of a JPEG that is damaged within its pixels: "reject", where
             that is seen while decoding; "strict" decodes a second time, with simplejpeg, and
-            rejects whatever libjpeg warns of; "keep" makes a row of what libjpeg made of it, also
-            where that has padding at its edges, as versions without this option did.
+            rejects whatever libjpeg warns of; "keep" makes a row of what libjpeg made of it, as
+            versions without this option did.
         value_range: (low, high), the values that become black and white in images of one channel
             in floating point or 32-bit integers (TIFF, PFM): scaled linearly to 0..255 before the
             resize, values outside clipped, NaN black. None: such images are rejects.
@@ -128,6 +131,9 @@ class PackConfig:
             a loader, with flips and colours. View 0 is what one view alone would be.
         views_together: whether the views of an image share a row. It takes max_tokens of at most
             seq_len ÷ views and max_segments of at least views; more rows are partly empty.
+        jpeg_edges: a JPEG that is decoded at a fraction of its size may end in what its encoder
+            padded it with. "clean" decodes such images at a finer fraction where the padding shows;
+            "padded" takes them as they come, as versions without this option did.
 
     Raises:
         TypeError: an option is of a wrong type.
@@ -157,6 +163,7 @@ class PackConfig:
     value_range: tuple[float, float] | None = None
     views: int = 1
     views_together: bool = False
+    jpeg_edges: str = "clean"
 
     def __post_init__(self) -> None:
         limits = {
@@ -207,6 +214,7 @@ class PackConfig:
         checks.choice("profiles", self.profiles, PROFILES, "choose what colour profiles do")
         remedy = "choose what becomes of them"
         checks.choice("damaged_scans", self.damaged_scans, DAMAGED_SCANS, remedy)
+        checks.choice("jpeg_edges", self.jpeg_edges, JPEG_EDGES, remedy)
         object.__setattr__(self, "value_range", _checked_range(self.value_range))
         object.__setattr__(
             self, "views_together", checks.boolean("views_together", self.views_together)

@@ -69,16 +69,16 @@ def test_images_that_end_as_they_go_on_keep_the_pixels_they_had(subsampling):
             file = encode(soft(*size), "JPEG", quality=90, subsampling=subsampling)
             target_hw = tuple(side // parts for side in size)
             found = decoded(file, size, target_hw, reducing_gap=1.0)
-            kept = decoded(file, size, target_hw, reducing_gap=1.0, damaged_scans="keep")
+            kept = decoded(file, size, target_hw, reducing_gap=1.0, jpeg_edges="padded")
             assert (found == kept).all()
             # Their edges differ from those of the whole image by little more than their insides do.
             apart = np.abs(found.astype(int) - decoded(file, size, target_hw))
             assert max(apart[-1].mean(), apart[:, -1].mean()) <= 1.5 * apart[:-1, :-1].mean() + 1
 
 
-def test_padding_stays_where_damage_is_kept():
+def test_padding_stays_where_it_is_asked_for():
     file = framed(431, 601, 2)
-    kept = decoded(file, (431, 601), (53, 75), reducing_gap=1.0, damaged_scans="keep").astype(int)
+    kept = decoded(file, (431, 601), (53, 75), reducing_gap=1.0, jpeg_edges="padded").astype(int)
     assert np.abs(kept[:, -1] - INSIDE).max() > 20
 
 

@@ -624,6 +624,7 @@ OPTIONS = {
     "profiles": "ignore",
     "damaged_scans": "strict",
     "value_range": (0, 1),
+    "jpeg_edges": "padded",
 }
 
 
