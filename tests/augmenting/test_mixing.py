@@ -340,3 +340,19 @@ def test_an_image_reaches_itself_and_its_partner_only(attention, augment):
             changed = not torch.equal(before[row, number], after[row, number])
             assert changed == bool(batch.label_weights[row, number] > 0)
     assert True in reached
+
+
+@pytest.mark.parametrize("attention", ["reference", "segments"])
+def test_an_image_s_gradient_is_of_its_own_tokens_and_of_those_they_meet(attention):
+    setting = Mixed(attention, augment=MIXUP)
+    batch, model = setting.batch(CASE), setting.model()
+    pixels = batch.patches.double().requires_grad_()
+    outputs = model(replace(batch, patches=pixels))[0, 3]
+    (outputs * torch.arange(1, packed.NUM_CLASSES + 1)).sum().backward()
+    ids = batch.segment_ids
+    partner = (ids[0] == 3) & (batch.mix_offset[0] != 0)
+    assert partner.any()
+    assert not partner[ids[0] == 3].all()
+    wanted = torch.zeros_like(ids, dtype=torch.bool)
+    wanted[0] = (ids[0] == 4) | partner
+    assert torch.equal(pixels.grad.abs().sum(-1) > 0, wanted)
