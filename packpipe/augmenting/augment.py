@@ -82,7 +82,8 @@ class Augment:
         three_augment: one of three for every image, each as likely: grey, solarize, or nothing.
             Nothing stands where the recipe blurs, since tokens cannot be blurred.
         erase: chance that a box of whole tokens becomes mid-grey (128), before the colours change.
-            It has 2 to 40 % of the area, and 0.3 to 3.3 times the image's shape, cut to fit.
+            It has about 2 to 40 % of the area, in whole tokens, one at least, and 0.3 to 3.3 times
+            the image's shape, cut to fit. An image that it would cover stays as it is.
         mixup: α: neighbours in a row are blended with a weight from Beta(α, α), labels, too; 0 is
             none. See `packpipe.augmenting.mixing`.
         cutmix: α: they swap a box of tokens instead, of 1 - λ of the area, λ from Beta(α, α). If

@@ -82,7 +82,7 @@ def _moved(rows: Rows, augment: Augment, draws: Draws) -> Rows:
         values if values.flags.writeable and values.flags.c_contiguous else values.copy()
         for values in (rows.patches, rows.coords)
     )
-    flat, places = patches.reshape(shape[0] * shape[1], -1), coords.reshape(-1, 2)
+    flat, places = patches.reshape(-1, patches.shape[-1]), coords.reshape(-1, 2)
     grid_hw = rows.grid_hw
     if augment.moves:
         ways = ways_of(draws.flip, draws.vertical_flip, draws.turns)
@@ -115,6 +115,8 @@ def _erased(
     area, aspect, *corner = draws.box[some].T
     share = np.sqrt(np.stack([area * aspect, area / aspect], 1))  # of each side
     size = np.clip(np.rint(grid_hw[some] * share), 1, grid_hw[some])
+    # An image that would be grey all over stays as it is: it would have its label and nothing else.
+    size *= (size < grid_hw[some]).any(1, keepdims=True)
     first = np.floor((grid_hw[some] - size + 1) * np.stack(corner, 1))
     tokens, owner = tokens_of(starts[some], lens[some])
     inside = (coords[tokens] >= first[owner]) & (coords[tokens] < (first + size)[owner])

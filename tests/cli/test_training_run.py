@@ -62,7 +62,7 @@ def test_images_are_cropped_in_training_and_stay_undistorted(layout, shape, few)
     assert packs.config.crop == Crop(0.5, shape=shape)
     said = run(few, few / "out", *SMALL, "--layout", layout, "--crop-area", 0.5, 0.5, "--dry-run")
     assert said.exit_code == 0, said.output
-    assert f"{packs.plan(0, 0).num_tokens:,}" in said.stdout
+    assert f"{packs.plan(0, 0).quality.num_tokens:,}" in said.stdout
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded", "bucketed", "square"])

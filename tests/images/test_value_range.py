@@ -19,7 +19,7 @@ import packpipe
 from packpipe.images.decode import probe
 from packpipe.images.modes import between
 from packpipe.images.opening import BadImage
-from packpipe.planning.image_config import PackConfig
+from packpipe.planning.image_config import BEFORE, PackConfig
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -189,4 +189,4 @@ def test_a_configuration_without_a_range_is_told_as_before():
     assert config.value_range == (-1.0, 5.0)
     assert config.to_dict()["value_range"] == [-1.0, 5.0]
     assert PackConfig.from_dict(config.to_dict()) == config
-    assert config.as_before() == PackConfig(profiles="ignore", damaged_scans="keep")
+    assert config.as_before() == PackConfig(**BEFORE)

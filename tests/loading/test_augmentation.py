@@ -64,6 +64,24 @@ def test_batches_resume_at_every_step_at_any_world_size_and_worker_count(packs, 
         assert steps_of(ranks) == (whole[step:steps] if step < steps else whole[steps:])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_without_a_pack_in_the_last_step_has_an_empty_batch(packs, kind):
+    batches = []
+    # One more than all packs are taken in two steps, so the last rank has none in the second.
+    half = -(-len(list(PackedLoader(packs[kind], 1))) // 2)
+    for rank in range(half):
+        loader = PackedLoader(packs[kind], 1, rank=rank, world_size=half + 1, tail="pad")
+        plain = [int(batch.seq_lens.sum()) for batch in loader]
+        options = {"rank": rank, "world_size": half + 1, "tail": "pad", "augment": MIXING}
+        batches += [int(b.seq_lens.sum()) for b in PackedLoader(packs[kind], 1, **options)]
+        assert batches[-len(plain) :] == plain
+    (*_, last) = PackedLoader(
+        packs[kind], 1, rank=half, world_size=half + 1, tail="pad", augment=EVERYTHING
+    )
+    assert last.seq_lens.sum() == 0
+    assert last.patches.shape[0] == 1
+
+
 @pytest.mark.parametrize("kind", ["stored", "planned"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking beside threads
 def test_processes_draw_the_same(packs, kind):

@@ -232,7 +232,7 @@ def state_of(packs, **options):
 
 
 # What versions without the option `profiles` wrote for these packs.
-PACKED_BEFORE = {"profiles": "ignore", "damaged_scans": "keep"}
+PACKED_BEFORE = {"profiles": "ignore", "damaged_scans": "keep", "jpeg_edges": "padded"}
 FINGERPRINTS_BEFORE = {
     "plan": "82bf618220be0c38ac87dcba92705135",
     "stream": (
@@ -283,11 +283,12 @@ def test_a_state_from_before_some_options_goes_on_without_them_or_is_refused_by_
     message = (
         "it comes from before some options were there: pass profiles='ignore', damaged_scans='keep'"
     )
-    with pytest.raises(ValueError, match=f"^state\\['fingerprint'\\] is .*; {message}$"):
+    edges = "jpeg_edges='padded'"
+    with pytest.raises(ValueError, match=f"^state\\['fingerprint'\\] is .*; {message}, {edges}$"):
         other.load_state_dict(state)
     if fingerprint == "stream":  # a plan with a crop has other arrays, so nothing tells it from any
         cropped = PackedLoader(make(None, dataset, crop=packpipe.CenterCrop()), 1, seed=3)
-        with pytest.raises(ValueError, match=f"; {message}, crop=None$"):
+        with pytest.raises(ValueError, match=f"; {message}, crop=None, {edges}$"):
             cropped.load_state_dict(state)
 
 

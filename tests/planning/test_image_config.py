@@ -332,6 +332,11 @@ BAD = [
         ),
     ),
     (
+        {"jpeg_edges": "soft"},
+        ValueError,
+        "jpeg_edges is 'soft', expected one of 'clean', 'padded'; choose what becomes of them",
+    ),
+    (
         {"profiles": "icc"},
         ValueError,
         "profiles is 'icc', expected one of 'srgb', 'ignore'; choose what colour profiles do",
@@ -373,7 +378,7 @@ def test_an_unknown_option_is_refused():
         "option is 'patchsize', expected one of seq_len, patch_size, crop, resolution, max_tokens, "
         "max_upscale, drop_rate, epochs, fit_last, fit_limit, max_segments, strategy, window, "
         "background, reducing_gap, downscale_filter, upscale_filter, max_pixels, profiles, "
-        "damaged_scans, value_range, views, views_together; check its spelling"
+        "damaged_scans, value_range, views, views_together, jpeg_edges; check its spelling"
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         config_from(64, {"patch_size": 8, "patchsize": 8})
@@ -547,7 +552,7 @@ def test_what_was_described_before_profiles_were_an_option_ignores_them():
     assert "profiles" not in repr(config)
     assert PackConfig.from_dict(config.to_dict()) == config != PackConfig(seq_len=64)
     assert PackConfig(seq_len=64).to_dict()["profiles"] == "srgb"
-    assert repr(PackConfig(seq_len=64)).endswith("profiles='srgb', damaged_scans='reject')")
+    assert repr(PackConfig(seq_len=64)).endswith("damaged_scans='reject', jpeg_edges='clean')")
 
 
 def test_without_a_crop_a_configuration_is_told_as_before_there_were_any():
@@ -566,7 +571,7 @@ def test_with_one_view_a_configuration_is_told_as_before_there_were_several():
     two = PackConfig(views=2, views_together=True, max_tokens=512)
     assert {"views": 2, "views_together": True}.items() <= two.to_dict().items()
     assert PackConfig.from_dict(two.to_dict()) == two
-    assert repr(two).endswith("views=2, views_together=True)")
+    assert repr(two).endswith("views=2, views_together=True, jpeg_edges='clean')")
 
 
 def test_only_a_random_crop_draws():
