@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from packpipe.planning.resolution import Square as Square
     from packpipe.planning.token_config import TokenConfig as TokenConfig
     from packpipe.planning.token_plan import plan_tokens as plan_tokens
+    from packpipe.planning.views import View as View
     from packpipe.training.run_folder import load_model as load_model
     from packpipe.verification.verify import verify as verify
 
@@ -92,6 +93,7 @@ _HOMES = {
     "TokenConfig": "planning.token_config",
     "TruncatedNormal": "planning.distributions",
     "Uniform": "planning.distributions",
+    "View": "planning.views",
     "balance_steps": "packing.equal_steps",
     "compile_parts": "model.navit",
     "count_lengths": "packing.histogram",

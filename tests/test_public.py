@@ -37,6 +37,7 @@ PUBLIC = [
     "TokenConfig",
     "TruncatedNormal",
     "Uniform",
+    "View",
     "__version__",
     "balance_steps",
     "compile_parts",

@@ -173,7 +173,7 @@ def plan_images(
     # Length, grid, size, index, (a guess) label; box and view.
     segment_size = 4 + 4 + 8 + 8 + 8 + 16 * ("box" in more) + 4 * ("view" in more)
     stored = row_size + segment_size * (len(plan.order) // max(1, len(plan)))
-    each = f" of {config.views} views" if config.views > 1 else ""
+    each = f" of {config.num_views} views" if config.num_views > 1 else ""
     return PlannedRows(
         plan=plan,
         rejects=rejects,
@@ -230,7 +230,7 @@ def _counts(
     flags: Counter[str] | None,
 ) -> dict[str, int]:
     """Return the manifest's counts; an image that failed when decoded gave no tokens."""
-    views = plan.config.views
+    views = plan.config.num_views
     lost = [(one.example_index, one.view) for one in rejects if one.stage == "decode"]
     first = {example: at * views for at, example in enumerate(plan.index.tolist())} if lost else {}
     segments = [first[example] + view for example, view in lost]

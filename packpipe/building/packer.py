@@ -139,7 +139,7 @@ class Packer:
         if not isinstance(config, PackConfig):
             config = config_from(self.seq_len, self.options)
         columns = self.columns.of_images(dataset)
-        if numbers is None and (config.draws or config.views > 1):
+        if numbers is None and (config.draws or config.num_views > 1):
             expected = "True for options that draw, since every image draws by its row"
             remedy = "use map(packer, batched=True, with_indices=True)"
             raise ValueError(checks.sentence("with_indices", False, expected, remedy))

@@ -95,9 +95,9 @@ def pack_pairs(
         image_column, label_column, None, image_root, token_columns, value_columns=[]
     )
     config = config_from(seq_len, dict(options))
-    if config.views > 1:
+    if config.num_views > 1:
         remedy = "a text is beside one segment; pack the images alone"
-        raise ValueError(checks.sentence("views", config.views, "1, of pairs", remedy))
+        raise ValueError(checks.sentence("views", config.num_views, "1, of pairs", remedy))
     # Texts are cut to max_text, which fits into a row, so this overflow is never applied.
     text_config = TokenConfig(seq_len=text_seq_len, overflow="error", pad_token_id=pad_token_id)
     remedy = "a text must fit into a row"

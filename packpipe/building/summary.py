@@ -20,6 +20,7 @@ from packpipe.building.build import read_rejects
 from packpipe.building.shards import MANIFEST, read_manifest
 from packpipe.packing.picture import html
 from packpipe.packing.quality import Quality
+from packpipe.planning.image_config import PackConfig
 from packpipe.rows.rejects import Reject
 from packpipe.rows.schema import table_segments
 
@@ -121,9 +122,10 @@ class Summary:
         return html(self.rows(), self.seq_lens, self.offsets, self.quality.seq_len)
 
     def _views(self) -> list[tuple[str, str]]:
-        views = self.manifest["config"].get("views", 1)
-        what = f"{views} of each {self.unit}, {len(self.seq_lens):,} segments"
-        return [("views", what)] if views > 1 else []
+        if "segments" not in self.manifest["counts"]:
+            return []
+        views = PackConfig.from_dict(self.manifest["config"]).num_views
+        return [("views", f"{views} of each {self.unit}, {len(self.seq_lens):,} segments")]
 
     def _rejected(self) -> str:
         reasons = Counter(reject.reason for reject in self.rejects)

@@ -106,9 +106,11 @@ class PackedStream:
         if self.config.fit_last is not None:
             remedy = "the open packs of a stream are nearly full"
             raise ValueError(checks.sentence("fit_last", self.config.fit_last, "None", remedy))
-        if self.config.views > 1:
+        if self.config.num_views > 1:
             remedy = "pass a Dataset to EpochPacks"
-            raise ValueError(checks.sentence("views", self.config.views, "1, of a stream", remedy))
+            raise ValueError(
+                checks.sentence("views", self.config.num_views, "1, of a stream", remedy)
+            )
         if dataset._distributed is not None:
             remedy = "each rank takes its own packs of all examples"
             raise ValueError(

@@ -86,9 +86,9 @@ def predict(
             expected = "its default, since fewer tokens come from smaller images"
             remedy = "resize with resolution='budget' and max_tokens"
             raise ValueError(checks.sentence(name, getattr(config, name), expected, remedy))
-    if config.views > 1:
+    if config.num_views > 1:
         expected, remedy = "1, an output an image", "pass rows of several to predict_packs"
-        raise ValueError(checks.sentence("views", config.views, expected, remedy))
+        raise ValueError(checks.sentence("views", config.num_views, expected, remedy))
     check_settings()
     # Kept, since images may come from a generator, and are read twice: header, then pixels.
     data = _given(images)

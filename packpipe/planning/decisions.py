@@ -16,6 +16,7 @@ Cost: about 0.1 µs per image, in pieces that stay in the cache.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from typing import NamedTuple
 
@@ -133,13 +134,63 @@ def decide_all(
 
     def decide_some(start: int) -> int:
         some = slice(start, start + _AT_ONCE)
-        own = view if isinstance(view, int) else view[some]
-        found = decide(image_hw[some], config, key, index=index[some], view=own)
-        grid_hw[some], num_keep[some] = found.grid_hw, found.num_keep
-        return int(found.shrunk.sum())
+        views = np.broadcast_to(view, len(index))[some]
+        shrunk = 0
+        for law, own in by_law(config, views):
+            found = decide(image_hw[some][own], law, key, index=index[some][own], view=views[own])
+            grid_hw[some][own], num_keep[some][own] = found.grid_hw, found.num_keep
+            shrunk += int(found.shrunk.sum())
+        return shrunk
 
     run = map if executor is None else executor.map
     return grid_hw, num_keep, sum(run(decide_some, range(0, len(image_hw), _AT_ONCE)))
+
+
+def boxes(
+    config: PackConfig,
+    image_hw: NDArray[np.integer],
+    key: Key,
+    *,
+    index: NDArray[np.int64],
+    view: ArrayLike = 0,
+) -> NDArray[np.int32] | None:
+    """Return int32[images, 4], the boxes that images are cropped to; None if none ever is.
+
+    Args:
+        config: the options; a view that is not cropped has the whole image.
+        image_hw: int[images, 2], upright (height, width) in pixels.
+        key: (seed, epoch) of all draws.
+        index: int64[images], each image's row in its source.
+        view: int[images], which of an image's views; one number for all.
+    """
+    if not config.crops:
+        return None
+    views = np.broadcast_to(view, len(index))
+    found = np.zeros((len(index), 4), np.int32)
+    found[:, 2:] = image_hw
+    for law, own in by_law(config, views):
+        box = crops.crop_boxes(law.crop, image_hw[own], key, index=index[own], view=views[own])
+        if box is not None:
+            found[own] = box
+    return found
+
+
+def by_law(
+    config: PackConfig, views: NDArray[np.integer]
+) -> Iterator[tuple[PackConfig, slice | NDArray[np.bool_]]]:
+    """Yield the options of each law of views, and which of the images have a view of it.
+
+    Args:
+        config: the options.
+        views: int[images], which of an image's views each is.
+    """
+    laws = config.laws()
+    if len(laws) == 1:
+        yield laws[0][1], slice(None)
+        return
+    which = np.searchsorted([first for first, _ in laws], views, side="right") - 1
+    for number, (_, law) in enumerate(laws):
+        yield law, which == number
 
 
 def _shrink(

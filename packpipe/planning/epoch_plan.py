@@ -43,8 +43,8 @@ _ARRAYS: dict[str, tuple[Any, ...]] = {
 class EpochPlan:
     """What every pack of an epoch holds; ``plan[p]`` are the source rows in pack p.
 
-    Every image is one segment, or as many as there are views (``config.views``): segment s is view
-    ``s % views`` of image ``s // views``.
+    Every image is one segment, or as many as there are views (``config.num_views``): segment s is
+    view ``s % views`` of image ``s // views``.
 
     Attributes:
         config, seed, epoch: what the plan was made from, in addition to the sizes.
@@ -90,7 +90,7 @@ class EpochPlan:
         return len(self.offsets) - 1
 
     def __getitem__(self, pack: int) -> NDArray[np.int64]:
-        rows: NDArray[np.int64] = self.index[self.packs[pack] // self.config.views]
+        rows: NDArray[np.int64] = self.index[self.packs[pack] // self.config.num_views]
         return rows
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
@@ -132,13 +132,13 @@ class EpochPlan:
             KeyError: the example, or the view, is not in the plan.
         """
         at = self._segment(example, view)
-        image = at // self.config.views
+        image = at // self.config.num_views
         found = decide(
             self.image_hw[image : image + 1],
-            self.config,
+            self.config.law_of(at % self.config.num_views),
             self.key,
             index=self.index[image : image + 1],
-            view=at % self.config.views,
+            view=at % self.config.num_views,
         )
         pack = self.pack_of(example, view)
         return Explanation(
@@ -155,7 +155,7 @@ class EpochPlan:
             grid_hw=tuple(self.grid_hw[at].tolist()),
             num_keep=int(self.num_keep[at]),
             config=self.config,
-            view=at % self.config.views,
+            view=at % self.config.num_views,
         )
 
     def save(self, path: str | Path) -> None:
@@ -214,7 +214,7 @@ class EpochPlan:
             ValueError: names the array.
         """
         num_images = len(self.index)
-        num_segments = num_images * self.config.views
+        num_segments = num_images * self.config.num_views
         lengths = {
             "index": num_images,
             "image_hw": num_images,
@@ -262,7 +262,7 @@ class EpochPlan:
         return places
 
     def _segment(self, example: int, view: int) -> int:
-        view, views = operator.index(view), self.config.views
+        view, views = operator.index(view), self.config.num_views
         if not 0 <= view < views:
             remedy = "count views from zero"
             raise KeyError(checks.sentence("view", view, f"0..{views - 1}", remedy))
@@ -278,7 +278,7 @@ class EpochPlan:
         return int(self._by_index[at])
 
     def __repr__(self) -> str:
-        found, views = self.quality, self.config.views
+        found, views = self.quality, self.config.num_views
         each = f" of {views} views" if views > 1 else ""
         return (
             f"EpochPlan({len(self.index)} images{each}, {found.num_tokens} tokens "

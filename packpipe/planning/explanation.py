@@ -48,10 +48,10 @@ class Explanation:
 
     def __str__(self) -> str:
         (height, width), (rows, columns) = self.image_hw, self.decided_grid_hw
-        law = self.config.resolution
+        law = self.config.law_of(self.view).resolution
         why = law if isinstance(law, str) else f"{law} drew {self.drawn:.6g}"
         tokens = rows * columns
-        view = f", view {self.view}" if self.config.views > 1 else ""
+        view = f", view {self.view}" if self.config.num_views > 1 else ""
         lines = [
             f"example {self.example}{view}: pack {self.pack}, segment {self.segment}",
             f"  size    {height} x {width} pixels",
@@ -59,7 +59,7 @@ class Explanation:
         if self.box is not None:
             top, left, *size = self.box
             what = f"{size[0]} x {size[1]} pixels at ({top}, {left})"
-            lines.append(f"  crop    {what} ({self.config.crop})")
+            lines.append(f"  crop    {what} ({self.config.law_of(self.view).crop})")
         lines.append(f"  grid    {rows} x {columns} patches of {self.config.patch_size} ({why})")
         # Shrinking may follow the law or the dropping; either way the grid above is the final one.
         if self.shrunk:

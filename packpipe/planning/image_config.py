@@ -8,11 +8,12 @@ from typing import Any, TypedDict
 
 from packpipe import checks
 from packpipe.packing.packs import STRATEGIES
-from packpipe.planning import crops, dropping, resolution
+from packpipe.planning import crops, dropping, resolution, views
 from packpipe.planning.crops import CenterCrop, Crop, CropLaw, FixedCrop
 from packpipe.planning.distributions import DISTRIBUTIONS
 from packpipe.planning.dropping import ByResolution, DropLaw, OverTraining
 from packpipe.planning.resolution import Area, Budget, Resolution, Side, Square
+from packpipe.planning.views import View
 
 # A plan must not depend on the machine, but "optimal" depends on how much is done in its budget;
 # "nnlshp" is for comparison only.
@@ -45,7 +46,7 @@ _LAWS = {
     law.__name__: law
     for law in (
         *(*DISTRIBUTIONS, Crop, CenterCrop, FixedCrop, Side, Area, Budget, Square),
-        *(ByResolution, OverTraining),
+        *(ByResolution, OverTraining, View),
     )
 }
 
@@ -73,7 +74,7 @@ class PackOptions(TypedDict, total=False):
     profiles: str
     damaged_scans: str
     value_range: tuple[float, float] | None
-    views: int
+    views: int | tuple[View, ...]
     views_together: bool
     jpeg_edges: str
 
@@ -128,9 +129,11 @@ class PackConfig:
             in floating point or 32-bit integers (TIFF, PFM): scaled linearly to 0..255 before the
             resize, values outside clipped, NaN black. None: such images are rejects.
         views: segments of each image, each with a crop, a size and kept tokens of its own; and, at
-            a loader, with flips and colours. View 0 is what one view alone would be.
+            a loader, with flips and colours. View 0 is what one view alone would be. Or their laws,
+            `View(...)` of each: crop, resolution and max_tokens are then theirs.
         views_together: whether the views of an image share a row. It takes max_tokens of at most
-            seq_len ÷ views and max_segments of at least views; more rows are partly empty.
+            seq_len ÷ views (of several laws: all views' sum to at most seq_len), and max_segments
+            of at least views; more rows are partly empty.
         jpeg_edges: a JPEG that is decoded at a fraction of its size may end in what its encoder
             padded it with. "clean" decodes such images at a finer fraction where the padding shows;
             "padded" takes them as they come, as versions without this option did.
@@ -161,7 +164,7 @@ class PackConfig:
     profiles: str = "srgb"
     damaged_scans: str = "reject"
     value_range: tuple[float, float] | None = None
-    views: int = 1
+    views: int | tuple[View, ...] = 1
     views_together: bool = False
     jpeg_edges: str = "clean"
 
@@ -172,7 +175,6 @@ class PackConfig:
             "max_segments": (1, 2**31 - 1, "a pack must be allowed to hold an image"),
             "window": (1, 2**62, "1024 or more keeps padding low"),
             "max_pixels": (1, MOST_PIXELS, "a JPEG has no more pixels"),
-            "views": (1, 2**16, "1 is one segment an image"),
         }
         for name, (low, high, remedy) in limits.items():
             # The dataclass is frozen; a NumPy integer becomes an int, so that to_dict is plain
@@ -219,21 +221,48 @@ class PackConfig:
         object.__setattr__(
             self, "views_together", checks.boolean("views_together", self.views_together)
         )
+        object.__setattr__(self, "views", views.checked(self.views))
+        if isinstance(self.views, tuple):
+            self._check_laws()
         if self.views_together:
             self._check_together()
 
+    def _check_laws(self) -> None:
+        """Raise ValueError if an option is given that is one of each view's law."""
+        remedy = "pass it to View"
+        for name in ("crop", "resolution", "max_tokens"):
+            usual = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != usual:
+                expected = f"{usual!r} beside the laws of views"
+                raise ValueError(checks.sentence(name, getattr(self, name), expected, remedy))
+        if self.fit_last == "resolution":
+            expected, remedy = "None or 'drop_rate', with laws of views", "sizes are the laws'"
+            raise ValueError(checks.sentence("fit_last", self.fit_last, expected, remedy))
+        self.laws()  # raises if an option and a law do not go together
+
     def _check_together(self) -> None:
         """Raise ValueError if the views of an image may not fit into one row."""
-        if self.views == 1:
+        if self.num_views == 1:
             expected = "False with one view"
             raise ValueError(checks.sentence("views_together", True, expected, "pass views=2"))
-        most = self.seq_len // self.views
-        if self.max_tokens is None or self.max_tokens > most:
+        most = self.seq_len // self.num_views
+        remedy = "lower it, or raise seq_len"
+        if isinstance(self.views, tuple):
+            each = [(view.count, view.max_tokens) for view in self.views]
+            if any(limit is None for _, limit in each):
+                expected = "a number in every View, for views_together"
+                raise ValueError(checks.sentence("max_tokens", None, expected, remedy))
+            total = sum(count * limit for count, limit in each if limit is not None)
+            if total > self.seq_len:
+                expected = f"at most {self.seq_len} (seq_len), for views_together"
+                raise ValueError(
+                    checks.sentence("max_tokens of all views", total, expected, remedy)
+                )
+        elif self.max_tokens is None or self.max_tokens > most:
             expected = f"at most {most} (seq_len ÷ {self.views} views), for views_together"
-            remedy = "lower it, or raise seq_len"
             raise ValueError(checks.sentence("max_tokens", self.max_tokens, expected, remedy))
-        if self.max_segments < self.views:
-            expected = f"at least {self.views} (views), for views_together"
+        if self.max_segments < self.num_views:
+            expected = f"at least {self.num_views} (views), for views_together"
             remedy = "a row holds all views of an image"
             raise ValueError(checks.sentence("max_segments", self.max_segments, expected, remedy))
 
@@ -254,7 +283,42 @@ class PackConfig:
     @property
     def draws(self) -> bool:
         """Whether an image's decision depends on (seed, epoch, index), besides its size."""
-        return self.drops or isinstance(self.crop, Crop) or not isinstance(self.resolution, str)
+        return self.drops or any(
+            isinstance(law.crop, Crop) or not isinstance(law.resolution, str)
+            for _, law in self.laws()
+        )
+
+    @property
+    def crops(self) -> bool:
+        """Whether any view of an image is a part of it."""
+        return any(law.crop is not None for _, law in self.laws())
+
+    @property
+    def num_views(self) -> int:
+        """How many segments each image is."""
+        return self.views if isinstance(self.views, int) else sum(v.count for v in self.views)
+
+    def laws(self) -> list[tuple[int, PackConfig]]:
+        """Return the first view of each law, and the options of an image with that view alone."""
+        if isinstance(self.views, int):
+            return [(0, self)]
+        found, first = [], 0
+        for view in self.views:
+            law = replace(
+                self,
+                crop=view.crop,
+                resolution=view.resolution,
+                max_tokens=view.max_tokens,
+                views=1,
+                views_together=False,
+            )
+            found.append((first, law))
+            first += view.count
+        return found
+
+    def law_of(self, view: int) -> PackConfig:
+        """Return the options by which one view is decided."""
+        return [law for first, law in self.laws() if first <= view][-1]
 
     @property
     def token_limit(self) -> int:
@@ -319,7 +383,7 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value):
         attributes = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
         return {type(value).__name__: attributes}
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 def _restored(value: Any) -> Any:
@@ -327,7 +391,7 @@ def _restored(value: Any) -> Any:
     if isinstance(value, dict):
         ((name, attributes),) = value.items()
         return _LAWS[name](**{key: _restored(one) for key, one in attributes.items()})
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_restored, value)) if isinstance(value, list) else value
 
 
 def _positive(name: str, value: Any) -> float | None:

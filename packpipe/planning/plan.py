@@ -79,7 +79,7 @@ def plan_epoch(
     key = philox.checked_key(seed, epoch)
     sizes = _checked_sizes(image_hw)
     rows = _checked_index(index, len(sizes))
-    views = config.views
+    views = config.num_views
     if views > 1 and also is not None:
         expected, remedy = "1 with a second limit", "leave views out"
         raise ValueError(checks.sentence("views", views, expected, remedy))

@@ -21,7 +21,7 @@ from packpipe.images.fill import Failure, ImageTask, Outcome, fill_row
 from packpipe.images.opening import BadImage, ImageData
 from packpipe.images.transform import PixelFunction, transformed
 from packpipe.philox import Key
-from packpipe.planning.crops import crop_boxes
+from packpipe.planning.decisions import boxes
 from packpipe.planning.dropping import kept_tokens
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
@@ -59,7 +59,7 @@ def planned_images(
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(held)])
     # For every segment its place in plan.order, without a loop and for packs in any order.
     places = np.repeat(plan.offsets[numbers] - offsets[:-1], held) + np.arange(offsets[-1])
-    members, views = plan.order[places], plan.config.views
+    members, views = plan.order[places], plan.config.num_views
     images = members if views == 1 else members // views
     segments: dict[str, Any] = {
         "seq_lens": plan.num_keep[members],
@@ -84,7 +84,7 @@ def with_boxes(segments: dict[str, Any], config: PackConfig, key: Key) -> dict[s
     """
     # Drawn again, like kept tokens: a plan takes as much memory with crops as without.
     index, view = segments["example_index"], segments.get("view", 0)
-    box = crop_boxes(config.crop, segments["image_hw"], key, index=index, view=view)
+    box = boxes(config, segments["image_hw"], key, index=index, view=view)
     return segments if box is None else {**segments, "box": box}
 
 

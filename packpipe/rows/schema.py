@@ -109,7 +109,7 @@ def row_schema(config: PackConfig, label_type: pa.DataType | None) -> pa.Schema:
 
 def sometimes_of(config: PackConfig) -> list[str]:
     """Return the columns of segments that rows have beside the usual ones, by the options."""
-    there = {"box": config.crop is not None, "view": config.views > 1}
+    there = {"box": config.crops, "view": config.num_views > 1}
     return [name for name in _SOMETIMES if there[name]]
 
 

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from packpipe import checks
 from packpipe.building.shards import MANIFEST
 from packpipe.philox import Key
-from packpipe.planning.crops import crop_boxes
-from packpipe.planning.decisions import decide, decide_all
+from packpipe.planning.decisions import boxes, decide, decide_all
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import MAX_SIDE, plan_epoch
 from packpipe.planning.token_config import TokenConfig
@@ -56,7 +55,7 @@ class ImageChecks:
     def counted(self) -> set[str]:
         """Return the names of the manifest's counts that rows of any kind do not have."""
         converts = self.manifest["materialized"] and self.config.profiles != "ignore"
-        more = {"broken_profile": converts, "segments": self.config.views > 1}
+        more = {"broken_profile": converts, "segments": self.config.num_views > 1}
         return {*self.COUNTS, *(name for name, counted in more.items() if counted)}
 
     def columns(self) -> list[str]:
@@ -80,8 +79,8 @@ class ImageChecks:
         below = segments.example_index < 0
         yield "an example below 0", rows_with(segments, below)
         views = np.broadcast_to(segments.views, len(lens))
-        no_view = (views < 0) | (views >= config.views)
-        yield f"a view that is none of {config.views}", rows_with(segments, no_view)
+        no_view = (views < 0) | (views >= config.num_views)
+        yield f"a view that is none of {config.num_views}", rows_with(segments, no_view)
         no_grid = np.minimum(grids, segments.image_hw).min(axis=1, initial=1) < 1
         yield "a size or a grid below 1", rows_with(segments, no_grid)
         outside = (lens < 1) | (lens > grids.astype(np.int64).prod(axis=1))
@@ -110,7 +109,7 @@ class ImageChecks:
         """Yield which boxes are not within their image, or not those of the plan."""
         image_hw, index = segments.image_hw, segments.example_index
         view = segments.views
-        expected = crop_boxes(self.config.crop, image_hw, self.key, index=index, view=view)
+        expected = boxes(self.config, image_hw, self.key, index=index, view=view)
         if expected is None:
             return
         start, size = segments.box[:, :2].astype(np.int64), segments.box[:, 2:]
@@ -149,11 +148,11 @@ class ImageChecks:
 
     def counts(self, held: Rows) -> dict[str, int]:
         """Return how many segments there are, if that is not the number of images."""
-        return {"segments": len(held.seq_lens)} if self.config.views > 1 else {}
+        return {"segments": len(held.seq_lens)} if self.config.num_views > 1 else {}
 
     def views(self) -> int:
         """Return how many segments each image has in the rows."""
-        return self.config.views
+        return self.config.num_views
 
     def stages(self) -> set[str]:
         """Return the stages that an example may be rejected at."""
@@ -202,14 +201,14 @@ class ImageChecks:
         rows = planned_images(plan, range(len(plan)), None)
         # Images that could not be decoded were planned, and left out of their rows.
         gone = np.isin(rows.example_index, lost[:, 0])
-        if self.config.views > 1:
+        if self.config.num_views > 1:
             gone &= ~np.isin(self._numbers(rows), self._numbers(held))
         rows = rows.keep(~gone)
         return Again(plan, rows, {"shrunk": plan.num_shrunk, "bound": plan.quality.bound})
 
     def _numbers(self, rows: Rows) -> NDArray[np.int64]:
         """Return int64[segments], a number for each view of each example."""
-        numbers: NDArray[np.int64] = rows.example_index * self.config.views + rows.views
+        numbers: NDArray[np.int64] = rows.example_index * self.config.num_views + rows.views
         return numbers
 
     def beside_from(self, dataset: Dataset) -> NDArray[np.int64] | None:

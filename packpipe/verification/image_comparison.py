@@ -143,7 +143,7 @@ class ImageComparison:
         index = np.array(
             [one.example_index for one in undecodable if one.reason not in ENDED], np.int64
         )
-        views = self.config.views
+        views = self.config.num_views
         view = np.tile(np.arange(views, dtype=np.int32), len(index))
         index = np.repeat(index, views)
         image_hw = sizes.image_hw[index]

@@ -30,6 +30,7 @@ from packpipe import (
     Packer,
     Side,
     Uniform,
+    View,
 )
 from packpipe.images.fill import Failure, fill_row
 from packpipe.model.predict import predict_packs
@@ -152,6 +153,27 @@ def test_nothing_is_wrong_with_views_compared_with_their_source(dataset, kind, r
     summary = packpipe.summarize(folder)
     assert ("images", "9 of 9") in summary.rows()
     assert ("views", "3 of each image, 27 segments") in summary.rows()
+
+
+def test_views_of_several_laws_are_packed_and_verified(dataset, tmp_path):
+    laws = (
+        View(count=2, crop=Crop(Uniform(0.4, 1)), resolution=Side(24), max_tokens=16),
+        View(resolution=Side(12), max_tokens=4),
+    )
+    options = {"patch_size": 4, "views": laws, "views_together": True, "reducing_gap": None}
+    found = pack(dataset, tmp_path / "packed", options)
+    rows = packpipe.read_rows(found)
+    assert sorted(pairs_of(rows)) == EVERY
+    whole = rows.view == 2
+    assert (rows.box[whole, 2:] == rows.image_hw[whole]).all()
+    assert (rows.box[~whole, 2:] != rows.image_hw[~whole]).any(axis=1).sum() > 12
+    assert packpipe.verify(tmp_path / "packed", dataset, sample=None) == []
+    assert ("views", "3 of each image, 27 segments") in packpipe.summarize(
+        tmp_path / "packed"
+    ).rows()
+    packs = EpochPacks(dataset, SEQ_LEN, **options)
+    key = Key(3, 2)
+    assert bytes_of(packs.rows(key, np.arange(packs.num_packs(key)))) == bytes_of(rows)
 
 
 def harmed(folder, target, change):

@@ -134,7 +134,8 @@ def test_crops_reach_the_configuration(few, options, crop):
     found = json.loads(told("plan", few, "--seq-len", 256, *options, "--json"))
     dataset = open_source(str(few), "train")
     cropped, whole = (
-        packpipe.EpochPacks(dataset, 256, crop=one).plan(0, 0).quality.num_tokens for one in (crop, None)
+        packpipe.EpochPacks(dataset, 256, crop=one).plan(0, 0).quality.num_tokens
+        for one in (crop, None)
     )
     assert found["counts"]["tokens"] == cropped < whole
 

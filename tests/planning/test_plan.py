@@ -624,21 +624,18 @@ OPTIONS = {
     "profiles": "ignore",
     "damaged_scans": "strict",
     "value_range": (0, 1),
-    "jpeg_edges": "padded",
     "views": 2,
-    "views_together": True,
+    "jpeg_edges": "padded",
 }
+TWO = {"views": 2, "max_tokens": 9}
 
 
 def test_any_change_gives_another_fingerprint():
     sizes, config, (seed, epoch) = DROPPED
-    assert sorted(OPTIONS) == sorted(field.name for field in fields(PackConfig))
-    # Views that are together must be several, and fit into a pack.
-    beside = {"views_together": {"views": 2, "max_tokens": 20}}
-    changed = [
-        (sizes, replace(config, **{name: value} | beside.get(name, {})), (seed, epoch))
-        for name, value in OPTIONS.items()
-    ]
+    named = [*OPTIONS, "views_together"]
+    assert sorted(named) == sorted(field.name for field in fields(PackConfig))
+    options = [{name: OPTIONS[name]} for name in OPTIONS] + [TWO, {**TWO, "views_together": True}]
+    changed = [(sizes, replace(config, **some), (seed, epoch)) for some in options]
     changed += [
         (sizes, config, (seed + 1, epoch)),
         (sizes, config, (seed, epoch + 1)),
@@ -647,7 +644,7 @@ def test_any_change_gives_another_fingerprint():
         ([*sizes[:-2], sizes[-1], sizes[-2]], config, (seed, epoch)),
     ]
     found = {of(case).fingerprint for case in [DROPPED, *changed]}
-    assert len(found) == 1 + len(changed) == 30
+    assert len(found) == 1 + len(changed) == 31
     moved = plan_epoch(sizes, config, seed=seed, epoch=epoch, index=range(1, 61))
     assert moved.fingerprint not in found
 

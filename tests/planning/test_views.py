@@ -12,8 +12,9 @@ import strategies
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from packpipe import Crop, Side, Uniform
+from packpipe import Crop, Side, Square, Uniform, View
 from packpipe.philox import Key
+from packpipe.planning.decisions import boxes as boxes_of
 from packpipe.planning.dropping import kept_tokens
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
@@ -50,10 +51,35 @@ def cases(draw):
             views=views,
             views_together=True,
         )
+    elif views > 1 and draw(st.booleans()):
+        config, views = with_laws(draw, config), None
     rows = st.lists(st.integers(0, 2**62), min_size=len(sizes), max_size=len(sizes), unique=True)
-    return sizes, replace(config, views=views), draw(strategies.keys()), draw(rows)
+    config = config if views is None else replace(config, views=views)
+    return sizes, config, draw(strategies.keys()), draw(rows)
 
 
+def with_laws(draw, config):
+    """The configuration, its views of two laws."""
+    laws = tuple(
+        View(
+            count=draw(st.integers(1, 2)),
+            crop=draw(st.none() | strategies.crops()),
+            resolution=draw(strategies.resolutions()),
+            max_tokens=draw(st.none() | st.integers(1, config.seq_len)),
+        )
+        for _ in range(2)
+    )
+    upscale = (
+        None if any(isinstance(law.resolution, Square) for law in laws) else config.max_upscale
+    )
+    fit_last = None if config.fit_last == "resolution" else config.fit_last
+    plain = {"crop": None, "resolution": "native", "max_tokens": None}
+    return replace(config, views=laws, max_upscale=upscale, fit_last=fit_last, **plain)
+
+
+GLOBAL = View(count=2, crop=Crop(Uniform(0.4, 1)), resolution=Side(32), max_tokens=16)
+LOCAL = View(count=3, crop=Crop(Uniform(0.05, 0.4)), resolution=Side(16), max_tokens=4)
+DINO = PackConfig(seq_len=50, patch_size=8, views=(GLOBAL, LOCAL), max_segments=16, window=9)
 TOGETHER = replace(DRAWN, views=3, views_together=True, max_tokens=13)
 
 
@@ -62,9 +88,11 @@ TOGETHER = replace(DRAWN, views=3, views_together=True, max_tokens=13)
 @example((SIZES, replace(DRAWN, views=2, strategy="ffd"), (1, 2), list(range(40))))
 @example((SIZES, replace(TOGETHER, strategy="best_fit"), (1, 2), list(range(40))))
 @example((SIZES, replace(TOGETHER, fit_last="resolution"), (1, 2), list(range(40))))
+@example((SIZES, DINO, (1, 2), list(range(40))))
+@example((SIZES, replace(DINO, views_together=True, strategy="ffd"), (1, 2), list(range(40))))
 def test_every_view_is_decided_alone_and_in_exactly_one_pack(case):
     sizes, config, key, index = case
-    views = config.views
+    views = config.num_views
     plan = plan_epoch(sizes, config, seed=key[0], epoch=key[1], index=index)
     assert sorted(plan.order.tolist()) == list(range(len(sizes) * views))
     assert plan.packs.tokens_per_pack.max() <= config.seq_len
@@ -76,7 +104,7 @@ def test_every_view_is_decided_alone_and_in_exactly_one_pack(case):
     if config.fit_last is not None:
         return
     decided = [
-        naive.decide(*size, config, *key, i, view)
+        naive.decide(*size, config.law_of(view), *key, i, view)
         for size, i in zip(sizes, index, strict=True)
         for view in range(views)
     ]
@@ -101,13 +129,13 @@ def test_the_first_view_is_that_of_one_view_alone_and_a_part_is_that_of_all(case
     config = replace(config, fit_last=None)
     options = {"seed": key[0], "epoch": key[1]}
     plan = plan_epoch(sizes, config, index=index, **options)
-    alone = replace(config, views=1, views_together=False)
+    alone = replace(config.law_of(0), views=1, views_together=False)
     one = plan_epoch(sizes, alone, index=index, **options)
-    assert plan.num_keep[:: config.views].tolist() == one.num_keep.tolist()
-    assert plan.grid_hw[:: config.views].tolist() == one.grid_hw.tolist()
+    assert plan.num_keep[:: config.num_views].tolist() == one.num_keep.tolist()
+    assert plan.grid_hw[:: config.num_views].tolist() == one.grid_hw.tolist()
     some = data.draw(st.lists(st.sampled_from(range(len(sizes))), min_size=1, unique=True))
     part = plan_epoch([sizes[i] for i in some], config, index=[index[i] for i in some], **options)
-    segments = [i * config.views + view for i in some for view in range(config.views)]
+    segments = [i * config.num_views + view for i in some for view in range(config.num_views)]
     assert part.num_keep.tolist() == plan.num_keep[segments].tolist()
     assert part.grid_hw.tolist() == plan.grid_hw[segments].tolist()
 
@@ -146,6 +174,82 @@ def test_a_plan_tells_where_each_view_is_and_why():
         plan.explain(0, 3)
     with pytest.raises(KeyError, match="view is -1"):
         plan.pack_of(0, -1)
+
+
+def test_views_of_several_laws_follow_each_its_own(tmp_path):
+    config = replace(DINO, views_together=True)
+    plan = plan_epoch(SIZES, config, seed=1)
+    assert (config.num_views, config.draws, config.crops) == (5, True, True)
+    tokens = plan.num_keep.reshape(40, 5)
+    assert tokens[:, :2].min() > 4 >= tokens[:, 2:].max()
+    boxes = np.array([[plan.explain(e, v).box for v in range(5)] for e in range(40)])
+    share = boxes[..., 2:].prod(2) / np.prod(SIZES, 1)[:, None]
+    assert share[:, :2].min() > 0.37
+    assert share[:, 2:].max() < 0.43
+    assert "of 8 (Side(pixels=Constant(value=16)" in str(plan.explain(3, 2))
+    plan.save(tmp_path / "plan.npz")
+    again = EpochPlan.load(tmp_path / "plan.npz")
+    assert (again.fingerprint, again.config) == (plan.fingerprint, config)
+    key, hw = Key(1, 0), np.array(SIZES)
+    one_is_whole = replace(DINO, views=(View(), LOCAL))
+    found = boxes_of(one_is_whole, hw, key, index=np.arange(40), view=0)
+    assert found.tolist() == [[0, 0, *size] for size in SIZES]
+    assert boxes_of(replace(DINO, views=(View(), View())), hw, key, index=np.arange(40)) is None
+
+
+BAD = [
+    ({"views": ()}, TypeError, "views is (), expected a number, or some View"),
+    ({"views": (2, 8)}, TypeError, "views is (2, 8), expected a number, or some View"),
+    ({"views": (View(count=65536), View())}, ValueError, "views is 65537, expected at most 65536"),
+    ({"crop": Crop()}, ValueError, f"crop is {Crop()!r}, expected None beside the laws of views"),
+    ({"resolution": Side(8)}, ValueError, "resolution is Side(pixels=Constant(value=8), "),
+    ({"max_tokens": 4}, ValueError, "max_tokens is 4, expected None beside the laws of views"),
+    (
+        {"fit_last": "resolution"},
+        ValueError,
+        "fit_last is 'resolution', expected None or 'drop_rate', with laws of views",
+    ),
+    (
+        {"seq_len": 15},
+        ValueError,
+        "max_tokens is 16, expected an integer in 1..15",
+    ),
+    (
+        {"seq_len": 43, "views_together": True},
+        ValueError,
+        "max_tokens of all views is 44, expected at most 43 (seq_len), for views_together",
+    ),
+    (
+        {"views": (GLOBAL, View()), "views_together": True},
+        ValueError,
+        "max_tokens is None, expected a number in every View, for views_together",
+    ),
+    (
+        {"max_segments": 4, "views_together": True},
+        ValueError,
+        "max_segments is 4, expected at least 5 (views), for views_together",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD)
+def test_laws_that_do_not_go_together_are_named(options, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        replace(DINO, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"count": 0}, ValueError, "count is 0, expected an integer in 1..65536"),
+        ({"crop": 3}, TypeError, "crop is 3, expected None or a crop"),
+        ({"resolution": "small"}, ValueError, "resolution is 'small', expected "),
+        ({"max_tokens": 0}, ValueError, "max_tokens is 0, expected an integer in 1..32767"),
+    ],
+)
+def test_a_bad_law_of_views_is_named(options, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        View(**options)
 
 
 def test_a_saved_plan_is_read_again_and_a_wrong_length_refused(tmp_path):
