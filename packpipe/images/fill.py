@@ -39,6 +39,7 @@ class ImageTask(NamedTuple):
         grid_hw: (rows, columns) of patches of the full grid.
         kept: int32[tokens], which patches in raster order; None for all of the grid.
         box: (top, left, height, width) in pixels of the upright image; None for all of it.
+        view: which of its example's views it is.
     """
 
     example: int
@@ -47,6 +48,7 @@ class ImageTask(NamedTuple):
     grid_hw: tuple[int, int]
     kept: NDArray[np.int32] | None
     box: tuple[int, int, int, int] | None = None
+    view: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -62,7 +64,7 @@ def fill_row(
     images: Iterable[ImageTask],
     out: NDArray[np.uint8],
     rules: PixelRules,
-    transform: Callable[[NDArray[np.uint8], int], NDArray[np.uint8]] | None = None,
+    transform: Callable[[NDArray[np.uint8], int, int], NDArray[np.uint8]] | None = None,
 ) -> list[Outcome]:
     """Write the tokens of some images one after the other, then zeros; return what came of each.
 
@@ -72,8 +74,8 @@ def fill_row(
         images: the images of the row, in its order.
         out: uint8[seq_len, P·P·3], every byte of which is written.
         rules: how pixels are made.
-        transform: makes other pixels of those of an image and its example; what it raises is
-            raised.
+        transform: makes other pixels of those of an image, its example and view; what it raises
+            is raised.
 
     Returns:
         One outcome for each image.
@@ -108,7 +110,7 @@ def fill_row(
         start, end = end, end + image.num_tokens
         pixels = found.pixels
         if transform is not None:
-            pixels = transform(pixels, image.example)
+            pixels = transform(pixels, image.example, image.view)
         patchify(pixels, out[start:end], image.kept)
         outcomes.append(found.flag)
     # Rows are used again, so what another row left behind must go.

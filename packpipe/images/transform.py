@@ -66,7 +66,7 @@ def name_of(function: Any) -> str:
 
 
 def transformed(
-    function: PixelFunction, key: Key, pixels: NDArray[np.uint8], example: int
+    function: PixelFunction, key: Key, pixels: NDArray[np.uint8], example: int, view: int = 0
 ) -> NDArray[np.uint8]:
     """Return what a function makes of the pixels of an example, checked.
 
@@ -75,6 +75,7 @@ def transformed(
         key: (seed, epoch).
         pixels: uint8[height, width, 3].
         example: row in the source.
+        view: which of its views the pixels are.
 
     Raises:
         RuntimeError: the function raised an error, which is the cause.
@@ -82,7 +83,8 @@ def transformed(
     """
     name = f"transform {name_of(function)} of example {example}"
     try:
-        found = function(pixels.copy(), philox.generator(key, example, stream=philox.TRANSFORM))
+        rng = philox.generator(key, example, stream=philox.TRANSFORM, view=view)
+        found = function(pixels.copy(), rng)
     except Exception as error:  # the caller's function may raise anything
         raise RuntimeError(f"{name} raised {type(error).__name__}: {error}") from error
     expected = f"{_kind(pixels)} as it was given"

@@ -145,6 +145,7 @@ def row_tasks(
     grids, sizes = planned.grid_hw.tolist(), planned.image_hw.tolist()
     examples, offsets = planned.example_index.tolist(), planned.offsets.tolist()
     boxes = planned.segments["box"].tolist() if "box" in planned.segments else None
+    views = np.broadcast_to(planned.views, len(examples)).tolist()
 
     def read(example: int) -> ImageData | Failure:
         try:
@@ -159,7 +160,8 @@ def row_tasks(
         # Read when its turn comes, so memory does not hold all the images of a batch.
         data = partial(read, examples[at])
         box = None if boxes is None else tuple(boxes[at])
-        return ImageTask(examples[at], data, tuple(sizes[at]), (rows, columns), kept, box)
+        size, grid = tuple(sizes[at]), (rows, columns)
+        return ImageTask(examples[at], data, size, grid, kept, box, views[at])
 
     for start, stop in pairwise(offsets):
         yield [task(at) for at in range(start, stop)]

@@ -156,3 +156,23 @@ def test_a_function_that_cannot_be_sent_is_refused_before_anything_is_read(sourc
         EpochPacks(source, 24, transform=lambda pixels, _: pixels)
     with pytest.raises(TypeError, match=message):
         PackedStream(source.to_iterable_dataset(), 24, transform=lambda pixels, _: pixels)
+
+
+def drawn_number(pixels, rng):
+    return np.full_like(pixels, rng.integers(0, 256, dtype=np.uint8))
+
+
+def test_each_view_has_random_numbers_of_its_own(source):
+    views = {}
+    for number in (1, 2):
+        options = {"patch_size": 8, "transform": drawn_number, "views": number}
+        packs, key = EpochPacks(source, 48, **options), Key(5, 0)
+        rows = packs.rows(key, np.arange(packs.num_packs(key)))
+        levels = rows.patches.reshape(-1, 192)[rows.first_places(48), 0]
+        places = np.broadcast_to(rows.views, len(levels)).tolist()
+        views[number] = dict(
+            zip(zip(rows.example_index.tolist(), places, strict=True), levels.tolist(), strict=True)
+        )
+    assert len(views[2]) == 2 * len(views[1]) == 72
+    assert all(views[2][which] == level for which, level in views[1].items())
+    assert sum(views[2][n, 0] != views[2][n, 1] for n in range(36)) > 30
