@@ -140,6 +140,17 @@ def test_crops_reach_the_configuration(few, options, crop):
     assert found["counts"]["tokens"] == cropped < whole
 
 
+def test_views_reach_the_configuration(few):
+    options = ["--seq-len", 256, "--max-tokens", 64, "--views", 3, "--views-together"]
+    counts = json.loads(told("plan", few, *options, "--json"))["counts"]
+    assert counts["segments"] == 3 * counts["read"] > 0
+    dataset = open_source(str(few), "train")
+    together = {"max_tokens": 64, "views": 3, "views_together": True}
+    plan = packpipe.EpochPacks(dataset, 256, label_column=None, **together).plan(0, 0)
+    assert counts["packs"] == len(plan)
+    assert f"images of 3 views in {len(plan)} rows" in told("plan", few, *options)
+
+
 def test_a_dry_run_says_what_it_would_be_and_writes_nothing(few, packed, tmp_path):
     said = told("pack", few, tmp_path / "a", "--seq-len", 256, "--dry-run")
     assert f"{packpipe.summarize(packed).quality.padding:.3%}" in said
