@@ -537,10 +537,10 @@ def test_a_fault_of_the_machine_is_no_reject(source, tmp_path, monkeypatch):
 
 
 def test_an_image_too_large_for_the_memory_does_not_stop_a_build(source, tmp_path, monkeypatch):
-    def one_is_large(image, background):
+    def one_is_large(image, *options):
         if image.size == (60, 40):
             raise MemoryError
-        return modes.plain(image, background)
+        return modes.plain(image, *options)
 
     monkeypatch.setattr("packpipe.images.decode.plain", one_is_large)
     packed_in(tmp_path / "out", source, max_bad_fraction=1.0)
