@@ -3,7 +3,6 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
-import os
 import pickle
 import re
 import signal
@@ -183,7 +182,7 @@ def test_the_ranks_batches_end_to_end_are_the_same_at_any_world_size(packs, kind
 
 @pytest.mark.slow
 @given(st.data())
-@settings(max_examples=60 if os.environ.get("CI") else 25)
+@settings(max_examples=25)
 def test_resumed_anywhere_the_batches_are_those_of_an_uninterrupted_run(packs, data):
     kind = data.draw(st.sampled_from(KINDS))
     options = {
