@@ -21,6 +21,7 @@ Called after an image is opened and before it is loaded; it changes where Pillow
 from __future__ import annotations
 
 import os
+from io import BytesIO
 from struct import unpack, unpack_from
 from typing import Any, BinaryIO
 
@@ -38,7 +39,7 @@ from PIL.TiffImagePlugin import (
 )
 
 from packpipe.images.extras import load_heic
-from packpipe.images.jpegxl import JpegXLFile
+from packpipe.images.jpegxl import JpegXLFile, codestream_of, header_of
 from packpipe.images.modes import NoRule
 
 _SIGNED, _PLANES = 2, 2
@@ -62,6 +63,8 @@ def mend(image: Image.Image) -> Image.Image:
         _check_icon(image)
     elif isinstance(image, JpegXLFile):
         image.load()  # before, nobody knows its profile
+    elif image.format == "JXL" and hasattr(image, "fc"):  # a caller's, and its bytes
+        header_of(codestream_of(BytesIO(image.fc)))
     elif image.format == "HEIF" and isinstance(image, ImageFile.ImageFile):
         load_heic(image)
     elif not getattr(image, "tile", None):
@@ -129,7 +132,9 @@ def unread_samples(file: BinaryIO) -> NoRule:
     tags.load(file)
     bits, kinds = tags.get(BITSPERSAMPLE, (1,)), tags.get(SAMPLEFORMAT, (1,))
     kind = {1: "unsigned", 2: "signed", 3: "floating point"}.get(kinds[0], "unknown")
-    what = f"{tags.get(SAMPLESPERPIXEL, 1)} samples of {bits[0]} bits, {kind}"
+    # Pillow knows some samples in one order of their bytes alone.
+    order = "big-endian" if head.startswith(b"MM") else "little-endian"
+    what = f"{tags.get(SAMPLESPERPIXEL, 1)} samples of {bits[0]} bits, {kind}, {order}"
     return NoRule(f"a TIFF of {what}, has no rule to become RGB")
 
 

@@ -12,7 +12,7 @@ LAB                     to sRGB by colour profile
 12- and 16-bit grey     scaled by depth, value · 255 ÷ 65535 to the nearest; never clipped
 16-bit RGB              the upper 8 bits, as Pillow decodes it: at most one level lower
 other grey of 32 bits,  by ``value_range``: low..high to 0..255, to the nearest; values outside are
-floating point          clipped, and NaN is black; without it rejected
+floating point          clipped, and NaN is black; without it rejected; JPEG XL has 0..1
 anything else           no rule: rejected
 ======================  ====================================================================
 
@@ -63,6 +63,8 @@ def plain(
         layer = grey.convert("RGB")
         layer.putalpha(Image.fromarray(values != image.info["transparency"]).convert("L"))
         return layer if background is None else laid_on(background, layer)
+    if image.mode == "F" and image.format == "JXL":  # opened by its plugin; see `jpegxl`
+        value_range = (0.0, 1.0)
     if image.mode in ("F", "I") and value_range is not None:
         return Image.fromarray(_ranged(image, value_range))
     if image.has_transparency_data:

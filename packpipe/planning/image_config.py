@@ -126,7 +126,8 @@ class PackConfig:
             rejects whatever libjpeg warns of; "keep" makes a row of what libjpeg made of it, as
             versions without this option did.
         value_range: (low, high), the values that become black and white in images of one channel
-            in floating point or 32-bit integers (TIFF, PFM): scaled linearly to 0..255 before the
+            of 32-bit floating point (TIFF, PFM), of signed integers of 16 or 32 bits, or of
+            unsigned ones of 32, if little-endian (TIFF): scaled linearly to 0..255 before the
             resize, values outside clipped, NaN black. None: such images are rejects.
         views: segments of each image, each with a crop, a size and kept tokens of its own; and, at
             a loader, with flips and colours. View 0 is what one view alone would be. Or their laws,

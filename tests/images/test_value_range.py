@@ -90,7 +90,7 @@ def test_a_tiff_is_what_tifffile_reads_of_it(dtype, byteorder):
     read = tifffile.imread(BytesIO(encoded))
     assert (read == values).all()
     if (dtype, byteorder) == ("uint32", ">"):
-        message = "a TIFF of 1 samples of 32 bits, unsigned, has no rule to become RGB"
+        message = "a TIFF of 1 samples of 32 bits, unsigned, big-endian, has no rule to become RGB"
         with pytest.raises(BadImage, match=f"^{message}$"):
             probe(encoded, max_pixels=10**6)
         return
@@ -147,12 +147,21 @@ FLOAT_RGB = np.zeros((HIGH, WIDE, 3), np.float32)
 @pytest.mark.parametrize(
     ("encoded", "what"),
     [
-        (tiff(FLOAT_RGB, photometric="rgb"), "a TIFF of 3 samples of 32 bits, floating point,"),
-        (tiff(FLOAT_RGB[..., 0].astype("f8")), "a TIFF of 1 samples of 64 bits, floating point,"),
-        (tiff(FLOAT_RGB[..., 0].astype("f2")), "a TIFF of 1 samples of 16 bits, floating point,"),
+        (
+            tiff(FLOAT_RGB, photometric="rgb"),
+            "a TIFF of 3 samples of 32 bits, floating point, little-endian,",
+        ),
+        (
+            tiff(FLOAT_RGB[..., 0].astype("f8")),
+            "a TIFF of 1 samples of 64 bits, floating point, little-endian,",
+        ),
+        (
+            tiff(FLOAT_RGB[..., 0].astype("f2")),
+            "a TIFF of 1 samples of 16 bits, floating point, little-endian,",
+        ),
         (
             tiff(FLOAT_RGB.astype("u4"), photometric="rgb", bigtiff=True),
-            "a TIFF of 3 samples of 32 bits, unsigned,",
+            "a TIFF of 3 samples of 32 bits, unsigned, little-endian,",
         ),
         (b"PF\n1 1\n-1.0\n" + struct.pack("<3f", 0, 0, 0), "a PFM of three channels"),
     ],
