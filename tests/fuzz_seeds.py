@@ -92,7 +92,7 @@ def seeds() -> dict[str, bytes]:
 
 def _of_extras(photo: Image.Image) -> dict[str, bytes]:
     """HEIC and JPEG XL, where their plugins are installed, and a few of unknown range."""
-    found = {}
+    found = heic_floods()
     with suppress(ModuleNotFoundError):
         import pillow_heif
 
@@ -132,6 +132,34 @@ def _of_extras(photo: Image.Image) -> dict[str, bytes]:
     for mode, name in (("F", "PPM"), ("F", "TIFF"), ("I", "TIFF")):
         found[f"{name} of range {mode}"] = _written(photo.convert(mode), name, {})
     return found
+
+
+def heic_of_boxes(*children: bytes, after: bytes = b"") -> bytes:
+    """A HEIC file of no image, its items described by some boxes."""
+    start = struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic")
+    return start + box(b"meta", bytes(4), *children) + after
+
+
+def box(name: bytes, *content: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + sum(map(len, content)), name) + b"".join(content)
+
+
+def heic_floods(parts: int = 2**16 - 1) -> dict[str, bytes]:
+    """HEIC files whose headers say again and again that much follows."""
+    one = struct.pack(">IHHHHH", 0, 0x0100, 1, 1, 0, parts)  # an item, each part of a byte of size
+    items = struct.pack(">IHH", 0, 0x0100, 40)
+    items += (struct.pack(">HHH", 1, 0, parts // 40) + bytes(parts // 40)) * 40
+    rest = box(b"free", bytes(parts))
+    return {
+        "HEIC places beyond their box": heic_of_boxes(box(b"iloc", one), rest),
+        "HEIC many places": heic_of_boxes(box(b"iloc", one) * 40, rest),
+        "HEIC many parts": heic_of_boxes(box(b"iloc", items)),
+        "HEIC many items": heic_of_boxes(
+            box(b"iloc", struct.pack(">IHH", 0, 0x0100, parts), bytes(6) * parts)
+        ),
+        "HEIC many descriptions": heic_of_boxes(after=box(b"meta", bytes(parts)) * 3),
+        "HEIC many boxes": heic_of_boxes(box(b"free") * 1000),
+    }
 
 
 def _of_mode(photo: Image.Image, mode: str) -> Image.Image:

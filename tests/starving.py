@@ -20,6 +20,7 @@ from packpipe.images.pool import Decoders, RowTask
 RULES = PixelRules((255, 255, 255), 10**9, 1.0, "bicubic", "bicubic", "srgb")
 MIB = 2**20
 GIANT, ORDINARY = 12_000, 3_400  # sides; 549 MiB and 44 MiB of RGBA
+LARGE = 5_000  # a side; a decoder takes 160 MiB
 
 
 def header_of(side: int) -> bytes:
@@ -45,6 +46,14 @@ def tasks() -> list[ImageTask]:
     return [*of_files, task_of(array, GIANT), task_of(sound.getvalue(), 40)]
 
 
+def jpeg_xl(side: int) -> bytes:
+    import pillow_jxl  # noqa: F401
+
+    file = BytesIO()
+    Image.new("RGB", (side, side)).save(file, "JXL", effort=1)
+    return file.getvalue()
+
+
 def keep(mebibytes: int) -> None:
     """Let this process allocate so much more, and no more."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -68,5 +77,12 @@ def main() -> None:
     sys.stdout.write(json.dumps([starved, here, there]))
 
 
+def of_jpeg_xl() -> None:
+    """Print what comes of three files, the second of which takes more memory than there is."""
+    files = [task_of(jpeg_xl(side), side) for side in (40, LARGE, 40)]
+    keep(110)
+    sys.stdout.write(json.dumps(fill_row(files, np.empty((12, 16 * 16 * 3), np.uint8), RULES)))
+
+
 if __name__ == "__main__":
-    main()
+    of_jpeg_xl() if sys.argv[1:] else main()

@@ -17,14 +17,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from struct import unpack, unpack_from
+from io import BytesIO
+from struct import unpack
 from typing import BinaryIO
 
 from PIL import ImageFile
 
-from packpipe.images.jpegxl import CODESTREAM, CONTAINER, JpegXLFile
+from packpipe.images.boxes import boxes
+from packpipe.images.jpegxl import CODESTREAM, CONTAINER, JpegXLFile, allocate
 
 # The module and the package that each needs.
 _NEEDS = {"HEIC": ("pillow_heif", "pillow-heif"), "JPEG XL": ("pillow_jxl", "pillow-jxl-plugin")}
@@ -36,6 +39,8 @@ _AVIF = {b"avif", b"avis"}
 _MOST_HEIC_BYTES = 2**30
 # The properties of some thousand tiles take less; and boxes before them.
 _MOST_META_BYTES, _MOST_BOXES = 2**22, 2**6
+# More items, and parts of items, than libheif takes: 1,000 of them. 8,192 took 50 ms.
+_MOST_PARTS = 2**13
 # Items may share bytes, up to this or four times the file; each is read on its own.
 _LEAST_EXTENTS = 2**26
 
@@ -59,10 +64,7 @@ def open_extra(kind: str, file: BinaryIO) -> ImageFile.ImageFile:
     Raises:
         ModuleNotFoundError: its package is not installed. Other exceptions are those of parsers.
     """
-    module, _ = _NEEDS[kind]
-    if find_spec(module) is None:
-        how = "pip install 'packpipe[formats]'"
-        raise ModuleNotFoundError(f"{kind} needs the extra formats; {how}")
+    _check_installed(kind)
     if kind == "JPEG XL":
         file.seek(0)
         return JpegXLFile(file, "")
@@ -73,7 +75,15 @@ def open_extra(kind: str, file: BinaryIO) -> ImageFile.ImageFile:
         raise ValueError(f"{size} bytes, expected at most {_MOST_HEIC_BYTES} of a HEIC file")
     file.seek(0)
     opener: Callable[[BinaryIO, str], ImageFile.ImageFile] = HeifImageFile
-    return opener(file, "")
+    with _short_of_memory():
+        return opener(file, "")
+
+
+def _check_installed(kind: str) -> None:
+    module, _ = _NEEDS[kind]
+    if find_spec(module) is None:
+        how = "pip install 'packpipe[formats]'"
+        raise ModuleNotFoundError(f"{kind} needs the extra formats; {how}")
 
 
 def coded_hw(file: BinaryIO) -> tuple[int, int]:
@@ -84,14 +94,19 @@ def coded_hw(file: BinaryIO) -> tuple[int, int]:
     tiles are missing, and reads what stands in a file once as often as the file says.
 
     Raises:
+        ModuleNotFoundError: no package is installed that would decode it.
         ValueError: the file is cut, or says more than a photograph does.
     """
-    meta, end = _meta_of(file), file.seek(0, os.SEEK_END)
-    extents = [extent for start in _ilocs(meta) for extent in _extents(meta, start)]
-    last = max((at + size for at, size in extents if at is not None), default=0)
+    _check_installed("HEIC")
+    meta, end = _only(b"meta", file, 0), file.seek(0, os.SEEK_END)
+    last = total = 0
+    places = _only(b"iloc", BytesIO(meta), 4)  # after version and flags
+    for number, (until, size) in enumerate(_extents(places) if places else ()):
+        if number == _MOST_PARTS:
+            raise ValueError(f"a HEIC file whose items have more than {_MOST_PARTS} parts")
+        last, total = max(last, until), total + (size or end)
     if last > end:
         raise ValueError(f"a HEIC file cut to {end} bytes of {last}")
-    total = sum(size or end for _, size in extents)
     if total > max(4 * end, _LEAST_EXTENTS):
         raise ValueError(f"a HEIC file of {end} bytes whose parts have {total}")
     parts = meta.split(b"ispe\0\0\0\0")[1:]
@@ -102,56 +117,53 @@ def coded_hw(file: BinaryIO) -> tuple[int, int]:
 def load_heic(image: ImageFile.ImageFile) -> None:
     """Decode the pixels; threads decode tiles, so which of their errors comes first is chance."""
     try:
-        image.load()
+        # It took up to 7.8 bytes a pixel of three channels.
+        allocate(image.width * image.height * len(image.getbands()), 4)
+        with _short_of_memory():
+            image.load()
     except (OSError, ValueError, RuntimeError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, not the image
+            raise
         raise ValueError("libheif cannot decode it") from error
 
 
-def _meta_of(file: BinaryIO) -> bytes:
-    """Return what the boxes hold that describe the items of a HEIC file."""
-    at, end, found = 0, file.seek(0, os.SEEK_END), b""
-    for _ in range(_MOST_BOXES):
-        file.seek(at)
-        head = file.read(16)
-        if len(head) < 8:
-            return found
-        size, name = unpack(">I4s", head[:8])
-        start = at + 8
-        if size == 1 and len(head) == 16:  # its length follows, in 64 bits
-            (size,), start = unpack(">Q", head[8:]), at + 16
-        size = size or end - at
-        if name == b"meta":
-            if size > _MOST_META_BYTES:
-                raise ValueError(f"a HEIC file with {size} bytes of properties")
+@contextmanager
+def _short_of_memory() -> Iterator[None]:
+    """Turn the error by which libheif says that it got no memory into a MemoryError."""
+    try:
+        yield
+    except (RuntimeError, SyntaxError) as error:
+        said = str(error)
+        # Its own limits, which the image breaks, begin alike.
+        if said.startswith("Memory allocation error") and "Security limit" not in said:
+            raise MemoryError(said) from error
+        raise
+
+
+def _only(wanted: bytes, file: BinaryIO, at: int) -> bytes:
+    """Return what the one box of this name holds; nothing where there is none."""
+    found = None
+    for name, start, end in boxes("a HEIC file", file, at, _MOST_BOXES):
+        if name == wanted:
+            if found is not None:
+                raise ValueError(f"a HEIC file of more than one box {wanted.decode()!r}")
+            if end - start > _MOST_META_BYTES:
+                raise ValueError(f"a HEIC file with {end - start} bytes of properties")
             file.seek(start)
-            found += file.read(max(0, at + size - start))
-        if size < 8:
-            return found
-        at += size
-    raise ValueError(f"a HEIC file of more than {_MOST_BOXES} boxes")
+            found = file.read(end - start)
+    return found or b""
 
 
-def _ilocs(meta: bytes) -> Iterator[int]:
-    """Yield where the boxes start that say where the items lie."""
-    at = 4
-    while at + 8 <= len(meta):
-        size, name = unpack_from(">I4s", meta, at)
-        if name == b"iloc":
-            yield at + 8
-        if size < 8:
-            break
-        at += size
-
-
-def _extents(meta: bytes, at: int) -> Iterator[tuple[int | None, int]]:
-    """Yield (start in the file, or None for one elsewhere, bytes) of every part of every item."""
+def _extents(iloc: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (end in the file, or 0 for one elsewhere, bytes) of every part of every item."""
+    at = 0
 
     def take(size: int) -> int:
         nonlocal at
         at += size
-        if at > len(meta):
+        if at > len(iloc):
             raise ValueError("a HEIC file whose places of items are cut short")
-        return int.from_bytes(meta[at - size : at], "big")
+        return int.from_bytes(iloc[at - size : at], "big")
 
     version = take(4) >> 24
     sizes = take(2)
@@ -160,7 +172,10 @@ def _extents(meta: bytes, at: int) -> Iterator[tuple[int | None, int]]:
     if not size_bytes:
         raise ValueError("a HEIC file whose items have no length")
     number_bytes = 4 if version == 2 else 2
-    for _ in range(take(number_bytes)):
+    items = take(number_bytes)
+    if items > _MOST_PARTS:
+        raise ValueError(f"a HEIC file of {items} items, expected at most {_MOST_PARTS}")
+    for _ in range(items):
         take(number_bytes)
         is_elsewhere = bool(version and take(2) & 15)
         take(2)
@@ -168,7 +183,7 @@ def _extents(meta: bytes, at: int) -> Iterator[tuple[int | None, int]]:
         for _ in range(take(2)):
             take(index_bytes)
             start, size = base + take(offset_bytes), take(size_bytes)
-            yield None if is_elsewhere else start, size
+            yield 0 if is_elsewhere else start + size, size
 
 
 def extra_versions() -> dict[str, str]:

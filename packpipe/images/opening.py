@@ -323,7 +323,7 @@ def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Ima
     if start.startswith(ICON):
         _check_hw(*icon_hw(file), max_pixels)
     if extra_kind(start) == "HEIC":
-        _check_hw(*coded_hw(file), max_pixels)
+        _check_hw(*coded_hw(file), max_pixels, "an image in the HEIC file has ")
     values = most_values(file)
     if values > _MOST_VALUES:
         expected = f"at most {_MOST_VALUES} strips, tiles or other values in an entry"
@@ -364,10 +364,11 @@ def _array_hw(pixels: NDArray[Any], max_pixels: int) -> tuple[int, int]:
     return height, width
 
 
-def _check_hw(height: int, width: int, max_pixels: int) -> None:
+def _check_hw(height: int, width: int, max_pixels: int, of: str = "") -> None:
     most = f"{max_pixels}" if height * width > max_pixels else f"{LONGEST_SIDE} a side"
     if height * width > max_pixels or max(height, width) > LONGEST_SIDE:
-        raise BadImage("too many pixels", f"{height}x{width} pixels, expected at most {most}")
+        said = f"{of}{height}x{width} pixels, expected at most {most}"
+        raise BadImage("too many pixels", said)
 
 
 @contextmanager

@@ -9,12 +9,14 @@ import struct
 import subprocess
 import sys
 import zlib
+from importlib.util import find_spec
 from io import BytesIO
 
 import loading
 import numpy as np
 import pytest
 import starving
+from fuzz_seeds import heic_floods
 from PIL import Image
 from strategies import encode
 from test_decode import decoded, png
@@ -88,7 +90,22 @@ def costly():
     }
 
 
-COSTLY = costly()
+def flooded():
+    said = {
+        "places beyond their box": "whose places of items are cut short",
+        "many places": "of more than one box 'iloc'",
+        "many parts": "whose items have more than 8192 parts",
+        "many items": "of 65535 items, expected at most 8192",
+        "many descriptions": "of more than one box 'meta'",
+        "many boxes": "of more than 64 boxes",
+    }
+    return {
+        name: (file, f"a HEIC file {said[name.removeprefix('HEIC ')]}")
+        for name, file in heic_floods().items()
+    }
+
+
+COSTLY = costly() | (flooded() if find_spec("pillow_heif") else {})
 
 
 @pytest.mark.parametrize("by_path", [False, True])
@@ -180,22 +197,34 @@ def test_no_reject_is_without_a_text():
     assert Image.open(BytesIO(png(1, 1, 8, 0, b"\0\0"))).size == (1, 1)
 
 
-@pytest.mark.skipif(not os.access("/proc/self/statm", os.R_OK), reason="no limit can be set")
-def test_an_image_that_alone_takes_more_memory_than_there_is_is_a_reject():
+GIANT = ["too much memory", "MemoryError: more than this process can allocate"]
+
+
+def starved_of(*arguments):
     found = subprocess.run(
-        [sys.executable, starving.__file__],
+        [sys.executable, starving.__file__, *arguments],
         env=loading.environment(),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    starved, here, there = json.loads(found.stdout)
-    giant = ["too much memory", "MemoryError: more than this process can allocate"]
+    return json.loads(found.stdout)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/statm", os.R_OK), reason="no limit can be set")
+def test_an_image_that_alone_takes_more_memory_than_there_is_is_a_reject():
+    starved, here, there = starved_of()
     empty = [
         "undecodable",
         "OSError: image file is truncated (0 bytes not processed)",
     ]  # it was allocated
-    assert here == [giant, None, giant, None, empty]
-    assert there == [[giant, None, None]]
+    assert here == [GIANT, None, GIANT, None, empty]
+    assert there == [[GIANT, None, None]]
     # An ordinary image does not fit either: the next file would meet the same.
     assert starved == "MemoryError"
+
+
+@pytest.mark.skipif(not os.access("/proc/self/statm", os.R_OK), reason="no limit can be set")
+def test_a_jpeg_xl_that_takes_more_memory_than_there_is_does_not_end_the_process():
+    pytest.importorskip("pillow_jxl")
+    assert starved_of("jpeg-xl") == [None, GIANT, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import struct
 import subprocess
@@ -13,12 +14,13 @@ import naive_profiles
 import numpy as np
 import pictures
 import pytest
+from fuzz_seeds import heic_floods
 from PIL import Image
 from test_decode import BACKGROUND, decoded
 from test_jpegxl import UPRIGHT, jxl, noise
 
 import packpipe
-from packpipe.images import extras
+from packpipe.images import extras, jpegxl, opening
 from packpipe.images.decode import probe
 from packpipe.images.opening import BadImage
 
@@ -202,7 +204,7 @@ def test_a_heic_that_reads_its_bytes_again_and_again_is_a_reject(monkeypatch):
             "a HEIC file of more than 64 boxes",
         ),
         (
-            lambda b: b[:28] + struct.pack(">I", 2**23) + b[32:],
+            lambda b: b[:28] + struct.pack(">I", 2**23 + 8) + b[32:] + bytes(2**23),
             f"a HEIC file with {2**23} bytes of properties",
         ),
         (
@@ -223,9 +225,12 @@ def with_size(encoded, width, height):
     return encoded[:place] + struct.pack(">II", width, height) + encoded[place + 8 :]
 
 
+POISON = r"^an image in the HEIC file has {}x{} pixels, expected at most 1000000"
+
+
 @pytest.mark.parametrize("hw", [(2**31, 1), (1, 2**31), (2**16, 2**16), (2**32 - 1, 2**32 - 1)])
 def test_a_poisonous_size_is_refused_by_the_header(plain, hw):
-    with pytest.raises(BadImage, match=rf"^{hw[0]}x{hw[1]} pixels, expected at most") as found:
+    with pytest.raises(BadImage, match=POISON.format(*hw)) as found:
         probe(with_size(plain, *hw[::-1]), max_pixels=10**6)
     assert found.value.reason == "too many pixels"
 
@@ -251,6 +256,65 @@ def test_a_size_that_its_stream_does_not_have_is_undecodable(plain, hw):
     with pytest.raises(BadImage, match=r"^libheif cannot decode it$") as found:
         decoded(damaged, probe(damaged, max_pixels=10**6).image_hw)
     assert found.value.reason == "undecodable"
+
+
+def test_a_larger_image_beside_the_primary_one_is_named_as_such():
+    file = pillow_heif.from_pillow(Image.fromarray(PIXELS))
+    file.add_from_pillow(Image.new("L", (200, 100)))
+    encoded = heic_of(file, primary_index=0)
+    assert probe(encoded, max_pixels=20_000).image_hw == (HIGH, WIDE)
+    message = "an image in the HEIC file has 100x200 pixels, expected at most 10000"
+    with pytest.raises(BadImage, match=f"^{message}$"):
+        probe(encoded, max_pixels=10_000)
+
+
+FAILED = "Memory allocation error: Unspecified: Allocating 36000015 bytes failed"
+
+
+def raising(error):
+    def raises(*_):
+        raise error
+
+    return raises
+
+
+@pytest.mark.parametrize("step", [probe, decoded])
+def test_a_decoder_without_memory_is_no_fault_of_a_small_image(step, plain, monkeypatch):
+    """What libheif says was seen under a limit on memory; see `starving`."""
+    from pillow_heif.as_plugin import HeifImageFile
+
+    name = "_open" if step is probe else "load"
+    arguments = {"max_pixels": 10**6} if step is probe else {"image_hw": (HIGH, WIDE)}
+    kind = SyntaxError if step is probe else RuntimeError
+    monkeypatch.setattr(HeifImageFile, name, raising(kind(FAILED)))
+    with pytest.raises(BadImage, match=r"^more than this process can allocate$") as found:
+        step(plain, **arguments)
+    assert found.value.reason == "too much memory"
+    monkeypatch.setattr(opening, "_has_memory", lambda: False)
+    with pytest.raises(MemoryError, match=f"^{FAILED}$"):
+        step(plain, **arguments)
+    limit = "Memory allocation error: Security limit exceeded: 5 bytes"  # the image's own fault
+    monkeypatch.setattr(HeifImageFile, name, raising(kind(limit)))
+    with pytest.raises(BadImage) as found:
+        step(plain, **arguments)
+    assert found.value.reason == ("unreadable" if step is probe else "undecodable")
+
+
+def test_decoders_that_end_the_process_without_memory_are_not_asked(plain, monkeypatch):
+    monkeypatch.setattr(jpegxl, "_LEAST_MEMORY", 2**60)
+    for encoded, image_hw in ((plain, (HIGH, WIDE)), (jxl(noise(3)), noise(3).shape[:2])):
+        with pytest.raises(BadImage, match=r"^more than this process can allocate$") as found:
+            decoded(encoded, image_hw)
+        assert found.value.reason == "too much memory"
+
+
+def test_an_error_of_the_system_while_decoding_is_no_reject(plain, monkeypatch):
+    from pillow_heif.as_plugin import HeifImageFile
+
+    error = OSError(errno.EMFILE, "Too many open files")
+    monkeypatch.setattr(HeifImageFile, "load", raising(error))
+    with pytest.raises(OSError, match="Too many open files"):
+        decoded(plain, (HIGH, WIDE))
 
 
 def test_a_larger_heic_than_is_read_into_memory_is_refused(plain, monkeypatch):
@@ -284,6 +348,9 @@ def test_without_the_extra_the_formats_are_rejects_that_name_it(plain, monkeypat
             probe(encoded, max_pixels=10**6)
         assert found.value.reason == "unreadable"
     assert probe(avif(), max_pixels=10**6).image_hw == (HIGH, WIDE)
+    flood = heic_floods()["HEIC many places"]  # whose header is not even read
+    with pytest.raises(BadImage, match=r"^HEIC needs the extra formats"):
+        probe(flood, max_pixels=10**6)
 
 
 def test_paths_and_bytes_are_the_same(plain, tmp_path):

@@ -260,12 +260,53 @@ def test_a_codestream_in_parts_is_put_together():
         assert (decoded(encoded, (HIGH, WIDE)) == noise(3)).all()
 
 
+def test_a_codestream_in_thousands_of_parts_is_whole():
+    values = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    codestream = jxl(values)
+    parts = [codestream[at : at + 3] for at in range(0, len(codestream), 3)]
+    assert len(parts) > 2000
+    numbers = [*range(len(parts) - 1), 2**31 + len(parts) - 1]
+    boxes = [box(b"jxlp", struct.pack(">I", n) + p) for n, p in zip(numbers, parts, strict=True)]
+    encoded = CONTAINER + box(b"ftyp", b"jxl \0\0\0\0jxl ") + b"".join(boxes)
+    assert (decoded(encoded, (40, 60)) == values).all()
+
+
+def test_what_the_decoder_says_stands_behind_one_sentence():
+    encoded = jxl(noise(3))
+    reason = "undecodable"
+    with pytest.raises(BadImage, match=r"^libjxl cannot decode it$") as found:
+        decoded(encoded[: len(encoded) // 2], (HIGH, WIDE))
+    assert found.value.reason == reason
+    assert found.value.exception == "ValueError: libjxl cannot decode it"
+    assert str(found.value.__cause__.__cause__)
+
+
+def test_an_image_opened_by_its_plugin_gives_the_pixels_of_its_bytes():
+    values = KINDS["F"][0]
+    for encoded in (jxl(values), jxl(noise(3)), jxl(noise(2)), turned(6)):
+        hw = probe(encoded, max_pixels=10**6).image_hw
+        with Image.open(BytesIO(encoded)) as image:
+            found = decoded(image, hw, value_range=(5.0, 6.0))
+        assert (found == decoded(encoded, hw, value_range=(5.0, 6.0))).all()
+    with Image.open(BytesIO(ANIMATED)) as image, pytest.raises(BadImage) as found:
+        decoded(image, image.size[::-1])
+    message = "an animated JPEG XL has no rule to become RGB"
+    assert (found.value.reason, str(found.value)) == ("unsupported mode", message)
+
+
 @pytest.mark.parametrize(
     ("rest", "message"),
     [
         (b"", "a JPEG XL without a codestream"),
         (box(b"Exif", bytes(8)), "a JPEG XL without a codestream"),
-        (box(b"free", b"") * 5000 + box(b"jxlc", b"\xff\x0a"), "a JPEG XL without a codestream"),
+        (
+            box(b"free", b"") * (2**14 - 1) + box(b"jxlc", b"\xff\x0a\x01"),
+            "the header of a JPEG XL is cut short",
+        ),
+        (
+            box(b"free", b"") * 2**14 + box(b"jxlc", b"\xff\x0a"),
+            "a JPEG XL of more than 16384 boxes",
+        ),
         (struct.pack(">I4s", 4, b"free") + bytes(99), "a JPEG XL without a codestream"),
         (box(b"jxlc", b"\xff\x0a\x01"), "the header of a JPEG XL is cut short"),
         (box(b"jxlc", b"\x00\x01\x02\x03"), "a JPEG XL without a codestream"),
