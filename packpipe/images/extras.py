@@ -82,7 +82,7 @@ def open_extra(kind: str, file: BinaryIO) -> ImageFile.ImageFile:
 def _check_installed(kind: str) -> None:
     module, _ = _NEEDS[kind]
     if find_spec(module) is None:
-        how = "pip install 'packpipe[formats]'"
+        how = "pip install 'packpipe[formats]' and pack into a new folder"
         raise ModuleNotFoundError(f"{kind} needs the extra formats; {how}")
 
 

@@ -343,7 +343,8 @@ def test_brands_tell_heic_from_avif(plain):
 def test_without_the_extra_the_formats_are_rejects_that_name_it(plain, monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda _: None)
     for name, encoded in (("HEIC", plain), ("JPEG XL", jxl(noise(3)))):
-        message = f"{name} needs the extra formats; pip install 'packpipe[formats]'"
+        remedy = "pip install 'packpipe[formats]' and pack into a new folder"
+        message = f"{name} needs the extra formats; {remedy}"
         with pytest.raises(BadImage, match=f"^{re.escape(message)}$") as found:
             probe(encoded, max_pixels=10**6)
         assert found.value.reason == "unreadable"
