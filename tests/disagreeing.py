@@ -127,14 +127,14 @@ class Unplanned:
 
 
 def train_on(
-    rank, folder, *, checkpoint=None, rows=(10, 10), each=EACH, batch_size=1, validates=False
+    rank, folder, *, checkpoint=None, rows=(10, 10), each=EACH, batch_size=1, val_rows=(0, 0)
 ):
     """Train, each rank in its own folder, from a checkpoint or the beginning."""
     if checkpoint:
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
     loader = PackedLoader(learning.table(rows[rank]), batch_size, seed=3, max_segments=4)
     config = learning.config_of(**{"steps": 4, **each[rank]})
-    validate = learning.validation_of(batch_size=1) if validates else None
+    validate = learning.validation_of(val_rows[rank], batch_size=1) if val_rows[rank] else None
     list(train(learning.model_of(), loader, config, folder=folder, validate=validate))
 
 
@@ -181,7 +181,8 @@ def disagreements(rank, checkpoint):
         "a damaged checkpoint": lambda folder: train_from_a_damaged_checkpoint(
             rank, folder, checkpoint
         ),
-        "validation": lambda folder: train_on(rank, folder, validates=rank == 0),
+        "validation": lambda folder: train_on(rank, folder, val_rows=(7, 0)),
+        "validation images": lambda folder: train_on(rank, folder, val_rows=(7, 6)),
         "steps": lambda folder: train_on(rank, folder, each=[{}, {"steps": 5}]),
         "no checkpoint written": lambda folder: train_where_nothing_can_be_saved(rank, folder),
         "no log": lambda folder: train_where_no_log_can_be(rank, folder),

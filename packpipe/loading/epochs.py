@@ -152,6 +152,11 @@ class EpochPacks:
         return self.config.max_segments
 
     @property
+    def labels(self) -> pa.Array | None:
+        """Labels of all images in the plans; None without any."""
+        return self._labels
+
+    @property
     def transform_name(self) -> str | None:
         """Qualified name of the transform; None without any. Says nothing of what it does."""
         return None if self._transform is None else name_of(self._transform)

@@ -77,6 +77,12 @@ class StoredPacks:
         return read_rows(self._dataset, range(0)).of_tokens
 
     @property
+    def labels(self) -> pa.Array | None:
+        """Labels of all images in the rows; None without any, and of rows of tokens."""
+        none = read_rows(self._dataset, range(0))
+        return None if none.of_tokens else self._labels(none)
+
+    @property
     def examples(self) -> Rows:
         """Which examples the rows hold, without their tokens."""
         names = ["seq_lens", "example_index"]

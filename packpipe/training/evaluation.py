@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from packpipe import checks
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.ranks import has_group, together
 from packpipe.model.predict import Answers, Model
+from packpipe.rows.rejects import TooManyRejects
 from packpipe.rows.rows import NO_LABEL
 from packpipe.training.losses import check_labels
 
@@ -92,7 +94,12 @@ class Measures(NamedTuple):
 
 
 def measure(
-    model: Model, loader: PackedLoader, loss: Callable[..., Tensor], *, half: bool = False
+    model: Model,
+    loader: PackedLoader,
+    loss: Callable[..., Tensor],
+    *,
+    half: bool = False,
+    called: str | None = None,
 ) -> Measures:
     """Return loss, accuracy and calibration error of a model on one pass of a loader.
 
@@ -104,36 +111,74 @@ def measure(
         loader: with ``tail="pad"``, so that no image is left out. Its pass is used up.
         loss: such as `segment_cross_entropy`.
         half: whether matrix products run in bfloat16.
+        called: what an error calls the images, of which too many cannot be decoded; it then holds
+            no rejects, whose numbers could be taken for those of other images.
 
     Raises:
-        ValueError: the loader leaves images out or mixes them, there is no label, or a label is no
-            class.
+        TooManyRejects: a ValueError; too many images cannot be decoded.
+        TypeError, ValueError: the loader leaves images out, changes them or makes no tensors, there
+            is no label, or a label is no class.
     """
     check_measurable(model, loader)
     device = next(model.parameters()).device
-    sums = together(lambda: _sums(model, loader, loss, device, half))
+
+    def summed() -> Tensor:
+        try:
+            return _sums(model, loader, loss, device, half)
+        except TooManyRejects as error:
+            if called is None:
+                raise
+            raise TooManyRejects(f"of {called}, {error}", []) from error
+
+    sums = together(summed)
     if has_group():
         torch.distributed.all_reduce(sums)
     total, right, number, *surplus = sums.tolist()
-    if not number:
-        raise ValueError(checks.sentence("labels", "none", "one label at least", "pass images"))
+    _check_any(number)
     ece = float(torch.tensor(surplus, dtype=torch.float64).abs().sum()) / number
     return Measures(total / number, right / number, ece, int(number))
 
 
 def check_measurable(model: Model, loader: PackedLoader) -> None:
-    """Raise ValueError if a model has no class an image, or a loader leaves out or mixes images."""
-    if loader.tail == "drop":
-        expected = "'pad', since 'drop' leaves images out"
+    """Raise if a model cannot be measured on a loader, as far as is known before it is read.
+
+    Raises:
+        TypeError, ValueError: the model has no class an image; or the loader leaves images out,
+            changes them or makes no tensors; or there is no label, or one that is no class.
+    """
+    if loader.tail != "pad":
+        expected = "'pad', which leaves no image out"
         remedy = "make it with PackedLoader(packs, batch_size, tail='pad')"
         raise ValueError(checks.sentence("tail of the loader", loader.tail, expected, remedy))
-    if loader.augment is not None and loader.augment.mixes:
-        expected, remedy = "None, or one that mixes nothing", "measure images as they are"
+    if loader.augment is not None:
+        expected, remedy = "None", "measure images as they are"
         raise ValueError(checks.sentence("augment of the loader", loader.augment, expected, remedy))
+    if loader.as_numpy:
+        expected, remedy = "False", "make one whose batches are tensors"
+        raise ValueError(checks.sentence("as_numpy of the loader", True, expected, remedy))
     if model.config.num_classes is None or model.config.pooling == "none":
         found = (model.config.num_classes, model.config.pooling)
         expected, remedy = "classes, and an output an image", "measure a model that classifies"
         raise ValueError(checks.sentence("(num_classes, pooling)", found, expected, remedy))
+    # A stream, or packs of a class of the caller's own, may not know their labels yet.
+    if hasattr(loader.packs, "labels"):
+        _check_known_labels(loader.packs.labels, model.config.num_classes)
+
+
+def _check_known_labels(labels: pa.Array | None, num_classes: int) -> None:
+    name, remedy = "labels of the loader", "pack with label_column"
+    if labels is None:
+        raise ValueError(checks.sentence(name, None, "integer labels", remedy))
+    if not pa.types.is_integer(labels.type):
+        raise TypeError(checks.sentence(name, str(labels.type), "integer labels", remedy))
+    known = torch.from_numpy(labels.drop_null().cast(pa.int64()).to_numpy().copy())
+    check_labels(known, num_classes)
+    _check_any(int((known != NO_LABEL).sum()))
+
+
+def _check_any(number: int) -> None:
+    if not number:
+        raise ValueError(checks.sentence("labels", "none", "one label at least", "pass images"))
 
 
 def _sums(
@@ -227,7 +272,6 @@ def labels_known(answers: Answers) -> Tensor:
 
 def _labelled(answers: Answers) -> tuple[Tensor, Tensor]:
     known = labels_known(answers)
-    if not known.any():
-        raise ValueError(checks.sentence("labels", "none", "one label at least", "pass images"))
+    _check_any(int(known.sum()))
     assert answers.labels is not None  # noqa: S101 (for the type checker)
     return answers.outputs[known], answers.labels[known]

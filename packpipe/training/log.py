@@ -68,7 +68,8 @@ def append_record(folder: Path, record: dict[str, Any]) -> None:
 
 def sync_log(folder: Path) -> None:
     """Wait until the disk has all records, as it must before it has a checkpoint of their steps."""
-    sync(folder / _NAME)
+    if (path := folder / _NAME).exists():  # not before the first record
+        sync(path)
 
 
 def _content(path: Path) -> bytes:

@@ -67,11 +67,13 @@ class TrainConfig:
         clip: the gradient's largest norm.
         loss: ``"sigmoid"`` or ``"softmax"``.
         label_smoothing: of ``"softmax"``: share of each target that is spread over all classes.
+            Validation is measured without.
         precision: of matrix products; ``"auto"`` is bfloat16 on a GPU.
         compiled: whether `compile_parts` is used; None: on a GPU.
         trim: `PackedBatch.trim` cuts batches to a multiple of so many tokens; None does not. Every
             length is a graph of its own: with ``compiled``, an eighth of seq_len or more, since
-            torch.compile keeps 8 (``torch._dynamo.config.recompile_limit``).
+            torch.compile keeps 8 (``torch._dynamo.config.recompile_limit``); a seventh with
+            validation, which is a graph, too.
         log_every: steps between records. Each record waits for the GPU.
         save_every: steps between checkpoints; None saves the last step alone.
         val_every: steps between validations; None validates after the last step alone.
@@ -125,6 +127,9 @@ class TrainConfig:
                 raise ValueError(
                     checks.sentence(name, getattr(self, name), "0 or more", "0 is none")
                 )
+        if self.patience is not None and self.val_every is None:
+            expected, remedy = "None without val_every", "pass val_every=100, or another"
+            raise ValueError(checks.sentence("patience", self.patience, expected, remedy))
         checks.choice("loss", self.loss, LOSSES, "choose a loss")
         smoothing = check_label_smoothing(self.label_smoothing)
         if smoothing and self.loss != "softmax":
@@ -173,7 +178,8 @@ class Record:
         data_wait: share of the time spent waiting for the loader.
         flops_per_s: useful FLOPs a second (`packpipe.model.flops`).
         mfu: flops_per_s ÷ the measured rate of matrix products; None on a CPU.
-        val_loss: mean over the validation images of all ranks; None where they were not measured.
+        val_loss: mean over the validation images of all ranks, without label smoothing; None where
+            they were not measured.
         val_accuracy: of the same images.
         val_ece: expected calibration error on them (`packpipe.training.evaluation`).
     """
@@ -220,12 +226,14 @@ def train(
         run_options: what model.json in the folder says for `packpipe.load_model`: names of classes,
             and how images become rows. None writes none.
 
+    If a validation fails, its step is saved, and a training that goes on measures it first.
+
     Raises:
-        ValueError: the rows have no labels, or the folder's checkpoint is of another model, of
-            other batches, of other validation images or of classes with other names, or all of
-            them are damaged; or an epoch has
-            no batch; or, on every rank, the ranks do not agree in the checkpoint, the options or
-            the packs.
+        ValueError: the rows have no labels, or validate cannot be measured (`Validator`), or
+            options ask for validation without it; or the folder's checkpoint is of another model,
+            of other batches, of other validation images or of classes with other names, or all of
+            them are damaged; or an epoch has no batch; or, on every rank, the ranks do not agree
+            in the checkpoint, the options or the packs.
         RuntimeError: the attention backend differs from reference attention on this device.
     """
     device = next(model.parameters()).device
@@ -235,10 +243,11 @@ def train(
     if has_group() and device.type == "cuda":
         torch.cuda.set_device(device)  # ranks compare what they have through the current GPU
 
-    validator = (
-        None
-        if validate is None
-        else Validator(
+    def validator_of() -> Validator | None:
+        if validate is None:
+            _refuse_options_of_validation(config)
+            return None
+        return Validator(
             model,
             validate,
             LOSSES[config.loss],
@@ -246,7 +255,9 @@ def train(
             keep_best=config.keep_best,
             patience=config.patience,
         )
-    )
+
+    # Together: none is left waiting for one that refuses its images.
+    validator = together(validator_of)
 
     def begin() -> int:
         if folder and run_options:
@@ -263,6 +274,8 @@ def train(
     options = {name: value for name, value in asdict(config).items() if name != "log_every"}
     has = {"has_folder": folder is not None, "validates": validator is not None}
     agree({"step": first, **has, **options})
+    if validator:
+        agree(together(validator.must_agree))
     kept = folder if rank_of_world()[0] == 0 else None  # what one rank alone may write to
 
     def go_on() -> None:
@@ -273,6 +286,39 @@ def train(
                 write_options(kept, run_options)
 
     together(go_on)
+
+    def save(done: int) -> None:
+        if folder:
+            together(lambda: sync_log(kept) if kept else None)
+            save_checkpoint(
+                folder,
+                model,
+                optimizer,
+                loader,
+                done,
+                validator=validator,
+                keep_last=config.keep_last,
+            )
+
+    def measured(validator: Validator, record: Record) -> Record:
+        """Return a record with the figures of validation; if that fails, the step is saved."""
+        try:
+            found = validator.measure(record.step)
+        except Exception:
+            validator.due = asdict(record)
+            save(record.step)
+            raise
+        return replace(record, val_loss=found.loss, val_accuracy=found.accuracy, val_ece=found.ece)
+
+    due = validator.due if validator and config.validates(first) else None
+    if validator:
+        validator.due = None
+    if validator and due:
+        record = measured(validator, Record(**due))
+        if kept:
+            append_record(kept, asdict(record))
+        yield record
+        save(first)
     if validator and validator.is_exhausted:
         return
     run: nn.Module = model.train()
@@ -295,7 +341,7 @@ def train(
         figures.waited += time.perf_counter() - asked
         if config.trim:  # on the CPU, where the longest row is known without waiting for a GPU
             if compiled and step == first:
-                _warn_of_lengths(batch.segment_ids.shape[1], config.trim)
+                _warn_of_lengths(batch.segment_ids.shape[1], config.trim, validates=bool(validator))
             batch = batch.trim(config.trim)
         if batch.labels is not None and model.config.num_classes is not None:
             check_labels(batch.labels, model.config.num_classes)  # also on the CPU, without waiting
@@ -323,13 +369,7 @@ def train(
         if done % config.log_every == 0 or ends or measures:
             record = figures.record(done, config.rate(step))
             if validator and measures:
-                found = validator.measure(done)
-                record = replace(
-                    record,
-                    val_loss=found.loss,
-                    val_accuracy=found.accuracy,
-                    val_ece=found.ece,
-                )
+                record = measured(validator, record)
                 figures.began = time.perf_counter()  # what was measured is not trained on
                 ends = ends or validator.is_exhausted
             if kept:
@@ -337,17 +377,8 @@ def train(
             yield record
         is_best = measures and validator is not None and done in validator.best_steps
         # After the yield: a caller that stops at a record leaves without this step's checkpoint.
-        if folder and (ends or is_best or (config.save_every and done % config.save_every == 0)):
-            together(lambda: sync_log(kept) if kept else None)
-            save_checkpoint(
-                folder,
-                model,
-                optimizer,
-                loader,
-                done,
-                validator=validator,
-                keep_last=config.keep_last,
-            )
+        if ends or is_best or (config.save_every and done % config.save_every == 0):
+            save(done)
         if ends:
             return
 
@@ -433,9 +464,17 @@ class _Figures:
         return record
 
 
-def _warn_of_lengths(seq_len: int, trim: int) -> None:
+def _refuse_options_of_validation(config: TrainConfig) -> None:
+    for name in ("val_every", "patience"):
+        if (value := getattr(config, name)) is not None:
+            remedy = "pass a loader of the images to validate on"
+            raise ValueError(checks.sentence(name, value, "None without validate", remedy))
+
+
+def _warn_of_lengths(seq_len: int, trim: int, *, validates: bool) -> None:
     """Log a warning if trimmed batches may have more lengths than there are graphs for."""
-    limit = torch._dynamo.config.recompile_limit
+    # One more is of validation: its batches are not cut, and a graph without gradients is another.
+    limit = max(1, torch._dynamo.config.recompile_limit - validates)
     if -(-seq_len // trim) > limit:
         expected = f"{-(-seq_len // limit)} or more, for {limit} lengths of {seq_len} tokens"
         remedy = "raise it, or torch._dynamo.config.recompile_limit: further lengths have no graph"

@@ -18,7 +18,6 @@ from packpipe import checks
 from packpipe.loading.contents import check_contents
 from packpipe.loading.loader import PackedLoader
 from packpipe.model.navit import NaViT
-from packpipe.rows.rejects import TooManyRejects
 from packpipe.training.evaluation import Measures, check_measurable, measure
 
 
@@ -58,8 +57,13 @@ class Validator:
         patience: validations without a better one after which the training ends; None is no end.
 
     Raises:
-        ValueError: the loader would leave images out, or is of a stream; or the model has no class
-            an image.
+        TypeError, ValueError: the model cannot be measured on the loader (`check_measurable`), or
+            the loader is of a stream.
+
+    Attributes:
+        standing: the best steps so far.
+        due: the record of a step that could not be measured; None if none is due. It is in the
+            state, so that a training that goes on measures that step first.
     """
 
     def __init__(
@@ -73,13 +77,14 @@ class Validator:
         patience: int | None,
     ) -> None:
         check_measurable(model, loader)
-        if not hasattr(loader.packs, "fingerprint"):
+        if hasattr(loader.packs, "stream_packs"):
             expected = "packs that are known before they are read"
             raise ValueError(checks.sentence("validate", "a stream", expected, "use EpochPacks"))
         self._model, self._loader, self._loss, self._half = model, loader, loss, half
         self._keep_best, self._patience = keep_best, patience
         self._epoch = loader.epoch
         self.standing = Standing()
+        self.due: dict[str, Any] | None = None
 
     def measure(self, step: int) -> Measures:
         """Return what the model is worth after a step, and take it into account.
@@ -88,12 +93,10 @@ class Validator:
             TooManyRejects: too many of the images cannot be decoded.
         """
         self._loader.set_epoch(self._epoch)
-        try:
-            found = measure(self._model, self._loader, self._loss, half=self._half)
-        except TooManyRejects as error:
-            # Without the rejects: their numbers are not those of the images that are trained on.
-            raise TooManyRejects(f"of the validation images, {error}", []) from error
+        called = "the validation images"
+        found = measure(self._model, self._loader, self._loss, half=self._half, called=called)
         self.standing = self.standing.after(step, found.loss, keep=self._keep_best)
+        self.due = None
         return found
 
     @property
@@ -111,6 +114,7 @@ class Validator:
         return {
             "best": [{"step": step, "loss": loss} for loss, step in self.standing.best],
             "waited": self.standing.waited,
+            **({"due": self.due} if self.due else {}),
             **self._images(),
         }
 
@@ -128,6 +132,12 @@ class Validator:
         check_contents(own["contents"], state["contents"])
         best = tuple((float(one["loss"]), int(one["step"])) for one in state["best"])
         self.standing = Standing(best, int(state["waited"]))
+        self.due = state.get("due")
+
+    def must_agree(self) -> dict[str, Any]:
+        """Return what all ranks must measure on, by name."""
+        self._loader.set_epoch(self._epoch)
+        return {f"validation {name}": value for name, value in self._loader.state_dict().items()}
 
     def _images(self) -> dict[str, Any]:
         self._loader.set_epoch(self._epoch)

@@ -23,10 +23,10 @@ from packpipe.training.checkpoints import KEPT, checkpoints, model_of, save_chec
 from packpipe.training.loop import TrainConfig, optimizer_of, read_log, train
 
 
-def trained(folder=None, *, stop=None, **options):
+def trained(folder=None, *, stop=None, validate=None, **options):
     """The records of a training, or of its first steps, and its model."""
-    model = learning.model_of()
-    run = train(model, learning.loader_of(), learning.config_of(**options), folder=folder)
+    model, config = learning.model_of(), learning.config_of(**options)
+    run = train(model, learning.loader_of(), config, folder=folder, validate=validate)
     return list(islice(run, stop)), model
 
 
@@ -121,20 +121,29 @@ def test_a_record_says_what_the_steps_were_like():
 
 
 @pytest.mark.parametrize(
-    ("trim", "compiled", "warned"),
-    [(1, True, True), (1, False, False), (None, True, False), (4, True, False)],
+    ("trim", "compiled", "validates", "warned"),
+    [
+        (1, True, False, "2 or more, for 8"),
+        (1, False, False, None),
+        (None, True, False, None),
+        (2, True, False, None),
+        (2, True, True, "3 or more, for 7"),
+        (3, True, True, None),
+    ],
 )
-def test_more_lengths_than_graphs_are_warned_of_once(trim, compiled, warned, caplog, monkeypatch):
+def test_more_lengths_than_graphs_are_warned_of_once(
+    trim, compiled, validates, warned, caplog, monkeypatch
+):
     monkeypatch.setattr(loop, "compile_parts", lambda model: model)
     with caplog.at_level(logging.WARNING, logger="packpipe.training.loop"):
-        trained(steps=2, trim=trim, compiled=compiled)
+        validate = learning.validation_of() if validates else None
+        trained(steps=2, trim=trim, compiled=compiled, validate=validate)
     message = (
-        "trim is 1, expected 2 or more, for 8 lengths of 16 tokens; raise it, or "
+        f"trim is {trim}, expected {warned} lengths of 16 tokens; raise it, or "
         "torch._dynamo.config.recompile_limit: further lengths have no graph"
     )
-    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
-        message
-    ] * warned
+    found = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert found == ([message] if warned else [])
 
 
 def test_the_backend_is_stated_once(caplog):
@@ -303,6 +312,8 @@ TOLD = {
     "a lacking checkpoint": f"step is 2 (rank 0), 0 (rank 1), expected {SAME}",
     "a damaged checkpoint": f"error is None (rank 0), * (rank 1), expected {NONE}",
     "validation": f"validates is True (rank 0), False (rank 1), expected {SAME}",
+    "validation images": "validation fingerprint is '*' (rank 0), '*' (rank 1) and *, expected "
+    f"{SAME}",
     "steps": f"steps is 4 (rank 0), 5 (rank 1), expected {SAME}",
     "no checkpoint written": 'error is "*Error: *step-00000001.partial*" (rank 0), None (rank 1), '
     f"expected {NONE}",

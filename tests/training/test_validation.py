@@ -7,6 +7,7 @@ from itertools import islice
 
 import learning
 import packed
+import pictures
 import pytest
 import torch
 from forked import Forked
@@ -14,13 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import wait_until
 
-from packpipe import Augment, PackedLoader
+from packpipe import Augment, EpochPacks, PackedLoader, PackedStream
+from packpipe.loading.stored import StoredPacks
 from packpipe.model.predict import predict_packs
+from packpipe.rows.rejects import TooManyRejects
 from packpipe.training.checkpoints import checkpoints, model_of
 from packpipe.training.evaluation import accuracy, calibration_error, measure
 from packpipe.training.log import read_log
 from packpipe.training.loop import LOSSES, train
-from packpipe.training.validation import Standing
+from packpipe.training.validation import Standing, Validator
 
 FIGURES = ("loss", "val_loss", "val_accuracy", "val_ece")
 
@@ -32,6 +35,11 @@ def trained(folder=None, *, stop=None, validate=None, ends=lambda: False, **opti
     config = learning.config_of(**{"val_every": 3, **options})
     run = train(model, learning.loader_of(), config, folder=folder, validate=validate, stop=ends)
     return list(islice(run, stop)), model
+
+
+def validator_of(loader, model=None):
+    model = model or learning.model_of()
+    return Validator(model, loader, LOSSES["softmax"], half=False, keep_best=1, patience=None)
 
 
 def same_weights(one, other):
@@ -96,32 +104,100 @@ def test_a_model_that_gives_nan_is_told_as_such():
 @pytest.mark.parametrize(
     ("loader", "model", "message"),
     [
-        ({"tail": "drop"}, {}, "tail of the loader is 'drop', expected 'pad', since 'drop' leaves"),
         (
-            {"augment": Augment(cutmix=1)},
+            {"tail": "drop"},
             {},
-            "augment of the loader is Augment(*mix_prob=1.0), expected None, or one that mixes no",
+            "tail of the loader is 'drop', expected 'pad', which leaves no imag",
         ),
+        (
+            {"tail": "error"},
+            {},
+            "tail of the loader is 'error', expected 'pad', which leaves no im",
+        ),
+        (
+            {"augment": Augment(flip=0.5)},
+            {},
+            "augment of the loader is Augment(*flip=0.5*), expected None; measure images as they a",
+        ),
+        ({"as_numpy": True}, {}, "as_numpy of the loader is True, expected False; make one whose"),
         ({}, {"pooling": "none"}, "(num_classes, pooling) is (5, 'none'), expected classes, and"),
         ({}, {"num_classes": None}, "(num_classes, pooling) is (None, 'attention'), expected cl"),
-        ({}, {"num_classes": 2}, "a label is 3, expected 0..1, or -100"),
+        ({}, {"num_classes": 2}, "a label is 4, expected 0..1, or -100"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(loader, model, message):
+def test_what_cannot_be_measured_is_refused_before_a_step(loader, model, message):
     model = packed.model_of("auto", torch.float32, **model)
     # In place of each * stands something.
-    with pytest.raises(ValueError, match=re.escape(message).replace(r"\*", ".*")):
+    message = re.escape(message).replace(r"\*", ".*")
+    with pytest.raises(ValueError, match=message):
         measure(model, learning.validation_of(**loader), LOSSES["softmax"])
+    with pytest.raises(ValueError, match=message):
+        validator_of(learning.validation_of(**loader), model)
 
 
-def test_images_without_a_label_are_not_measured():
+def test_images_that_are_not_known_to_have_labels_are_refused_before_a_step():
     table = learning.table().drop_columns(["labels"])
-    loader = PackedLoader(table, 2, max_segments=4, tail="pad")
+    images = pictures.dataset_of([pictures.encoded_image(64, 64)])
+    for packs, message in [
+        (table, "labels of the loader is None, expected integer labels; pack with label_column"),
+        (
+            EpochPacks(images.remove_columns("label"), 16),
+            "labels of the loader is None, expected integer labels; pack wi",
+        ),
+        (learning.table().slice(0, 0), "labels is 'none', expected one label at least"),
+        (
+            PackedStream(images.to_iterable_dataset(), 16),
+            "validate is 'a stream', expected packs that are known before they are read; use Epo",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            validator_of(PackedLoader(packs, 2, tail="pad"))
+
+
+def test_labels_that_packs_of_a_callers_own_lack_are_missed_when_they_are_measured():
+    class Own(StoredPacks):
+        @property
+        def labels(self):
+            raise AttributeError
+
+    packs = Own(learning.table().drop_columns(["labels"]))
+    loader = PackedLoader(packs, 2, max_segments=4, tail="pad")
     with pytest.raises(ValueError, match=r"batch.labels is None, expected integer labels; pack w"):
         measure(learning.model_of(), loader, LOSSES["softmax"])
-    empty = PackedLoader(learning.table().slice(0, 0), 2, max_segments=4, tail="pad")
-    with pytest.raises(ValueError, match="labels is 'none', expected one label at least"):
-        measure(learning.model_of(), empty, LOSSES["softmax"])
+
+
+class Broken(StoredPacks):
+    """Packs that cannot be read at one of the measurements, the first being 1."""
+
+    at, asked = 0, 0
+
+    def rows(self, key, packs):
+        self.asked += 1
+        if self.at and self.asked > 4 * (self.at - 1):  # of two rows each
+            raise TooManyRejects("rejected is 3 of 9 examples", [])
+        return super().rows(key, packs)
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_validation_that_fails_loses_no_step_and_is_made_up_for(at, whole, tmp_path):
+    packs = Broken(learning.table(7))
+    packs.at = at
+    broken = PackedLoader(packs, 2, seed=5, max_segments=4, tail="pad")
+    options = {"keep_best": 2, "log_every": 5 if at == 1 else 1, "validate": broken}
+    message = "^of the validation images, rejected is 3 of 9 examples$"
+    for _ in range(2):  # it fails again where it goes on
+        with pytest.raises(TooManyRejects, match=message):
+            trained(tmp_path, **options)
+        assert steps_in(tmp_path)[-1] == 3 * at
+        packs.asked = 4 * (at - 1)
+    records, model = trained(tmp_path, keep_best=2)
+    assert [r.step for r in records] == list(range(3 * at, learning.STEPS + 1))
+    assert same_weights(model, whole[1])
+    wanted, found = figures_of(whole[0]), figures_of(tmp_path)
+    assert found[-9:] == wanted[-9:]
+    assert [x[2:] for x in found if x[2]] == [x[2:] for x in wanted if x[2]]
+    assert bytes_of(tmp_path).items() >= bytes_of(whole[0]).items()
+    assert trained(tmp_path, keep_best=2)[0] == []
 
 
 @given(
@@ -251,9 +327,17 @@ def test_a_checkpoint_from_before_validation_goes_on_with_it(tmp_path):
         ({"keep_last": 1}, "keep_last is 1, expected an integer in 2.."),
         ({"keep_best": -1}, "keep_best is -1, expected an integer in 0.."),
         ({"patience": 0}, "patience is 0, expected an integer in 1.."),
+        ({"patience": 2}, "patience is 2, expected None without val_every; pass val_every=100, or"),
         ({"val_every": 0}, "val_every is 0, expected an integer in 1.."),
     ],
 )
 def test_wrong_options_are_refused(option, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         learning.config_of(**option)
+
+
+@pytest.mark.parametrize("options", [{"val_every": 3}, {"val_every": 3, "patience": 2}])
+def test_options_of_validation_are_refused_without_images_to_validate_on(options):
+    message = "val_every is 3, expected None without validate; pass a loader of the images to"
+    with pytest.raises(ValueError, match=message):
+        next(train(learning.model_of(), learning.loader_of(), learning.config_of(**options)))
