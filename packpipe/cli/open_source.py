@@ -24,13 +24,16 @@ _NAMED = 3  # files that an error names
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
 
 
-def open_source(source: str, split: str) -> Dataset:
+def open_source(
+    source: str, split: str, options: tuple[str, str] = ("SOURCE", "--split")
+) -> Dataset:
     """Return one split of a dataset that is given as a file, a folder or a name.
 
     Args:
         source: a file, also behind a scheme; a folder of images or files, what save_to_disk wrote,
             or a dataset's name.
         split: its name. A file has ``"train"`` alone; a saved Dataset is returned for any.
+        options: what errors call the two.
 
     Raises:
         ValueError: there is no such source or split, or `datasets` cannot load it.
@@ -43,14 +46,14 @@ def open_source(source: str, split: str) -> Dataset:
     # What looks like a name is left to datasets, which asks the Hub; other paths must exist.
     if not (path.exists() or is_remote(source) or _HUB_NAME.fullmatch(source)):
         expected, remedy = "a file, a folder or a dataset's name", "there is no such file"
-        raise ValueError(checks.sentence("SOURCE", source, expected, remedy))
+        raise ValueError(checks.sentence(options[0], source, expected, remedy))
     datasets.disable_progress_bars()
     try:
         found = _loaded(path, source, split)
     except Exception as error:  # datasets raises errors of many libraries
         remedy = f"{type(error).__name__}: {error}"
         expected = "a dataset that datasets can load"
-        raise ValueError(checks.sentence("SOURCE", source, expected, remedy)) from error
+        raise ValueError(checks.sentence(options[0], source, expected, remedy)) from error
     finally:
         # On a terminal `pack` shows its progress with the bar of `datasets`.
         if sys.stderr.isatty():
@@ -59,8 +62,27 @@ def open_source(source: str, split: str) -> Dataset:
         return found
     if split not in found:
         expected = f"one of {', '.join(found)}"
-        raise ValueError(checks.sentence("split", split, expected, "pass --split"))
+        raise ValueError(checks.sentence("split", split, expected, f"pass {options[1]}"))
     return found[split]
+
+
+def splits_in(source: str) -> list[str]:
+    """Return the names of the splits of a source that can be opened."""
+    import datasets
+
+    from packpipe.cli.image_folder import files_of, image_splits
+    from packpipe.images.remote import is_remote
+
+    path = Path(source)
+    if path.is_file() or is_remote(source) or (path / "state.json").is_file():
+        return ["train"]
+    if (path / "dataset_dict.json").is_file():
+        return list(datasets.load_from_disk(str(path)))
+    if path.is_dir():
+        files = files_of(path.absolute())
+        if files.are_images:
+            return list(image_splits(path.absolute(), files))
+    return list(datasets.get_dataset_split_names(source))
 
 
 @contextmanager

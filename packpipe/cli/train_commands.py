@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,9 +24,7 @@ from packpipe.cli.options import (
     crop_of,
 )
 from packpipe.cli.output import print_json, print_table
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from packpipe.cli.validation_source import check_validates, validation_of
 
 
 @one_line_errors
@@ -122,7 +120,15 @@ def train(
             "other images with the same classes."
         ),
     ] = None,
-    val_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 100,
+    val_split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split of the source of --val.  [train; of SOURCE itself validation or test]"
+        ),
+    ] = None,
+    val_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between validations.  [100]")
+    ] = None,
     val_tokens: Annotated[
         int | None,
         typer.Option(
@@ -131,8 +137,9 @@ def train(
     ] = None,
     keep_last: Annotated[int, typer.Option(min=2, help="Last checkpoints that are kept.")] = 2,
     keep_best: Annotated[
-        int, typer.Option(min=0, help="Checkpoints kept of the lowest validation losses.")
-    ] = 1,
+        int | None,
+        typer.Option(min=0, help="Checkpoints kept of the lowest validation losses.  [1]"),
+    ] = None,
     patience: Annotated[
         int | None,
         typer.Option(min=1, help="End after so many validations without a lower loss."),
@@ -151,6 +158,16 @@ def train(
     from packpipe.cli.training_run import Training
 
     checks.local_path("OUTPUT", output)
+    validation = {
+        "val_split": val_split,
+        "val_every": val_every,
+        "val_tokens": val_tokens,
+        "keep_best": keep_best,
+        "patience": patience,
+    }
+    check_validates(
+        val, {f"--{name.replace('_', '-')}": value for name, value in validation.items()}
+    )
     dataset = open_source(source, split)
     pixels = {
         "profiles": profiles,
@@ -180,16 +197,18 @@ def train(
             "precision": precision,
             "save_every": save_every,
             "log_every": log_every,
-            "val_every": val_every,
+            "val_every": 100 if val is not None and val_every is None else val_every,
             "keep_last": keep_last,
-            "keep_best": keep_best,
+            "keep_best": 1 if keep_best is None else keep_best,
             "patience": patience,
         },
         num_workers=num_workers,
         seed=seed,
         augment=augment,
         mixing={"mixup": mixup, "cutmix": cutmix},
-        val=None if val is None else _validated(val),
+        val=None
+        if val is None
+        else validation_of(val, val_split, dataset=dataset, source=source, split=split),
         val_tokens=val_tokens,
     )
     with naming_files(training.labelled):
@@ -203,14 +222,6 @@ def train(
         print_json(found)
     else:
         print_table(source, [(name, f"{value:,}") for name, value in found.items()])
-
-
-def _validated(val: str) -> float | Dataset:
-    """Return what --val says: a share, or the images of a source."""
-    try:
-        return float(val)
-    except ValueError:
-        return open_source(val, "train")
 
 
 @one_line_errors

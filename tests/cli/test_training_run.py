@@ -21,6 +21,7 @@ from packpipe.cli.layouts import Layout
 from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
 from packpipe.cli.training_run import trim_of, with_bar
+from packpipe.cli.validation_source import validation_of
 from packpipe.planning.crops import Crop
 from packpipe.samples import images_folder
 from packpipe.training.checkpoints import checkpoints, model_of
@@ -152,6 +153,40 @@ def test_another_source_is_measured_by_the_names_of_its_classes(few, tmp_path):
     assert with_classes_of(own, others) is own
 
 
+def test_a_source_beside_or_a_share_is_what_val_names(few, tmp_path, monkeypatch):
+    """A path is no number, a split is found, and images that are trained on are refused."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(few, "2024")
+    for split, many in [("train", 9), ("test", 8), ("validation", 7)]:
+        for name in few.iterdir():
+            (tmp_path / "all" / split / name.name).mkdir(parents=True)
+            for path in sorted(name.iterdir())[:many]:
+                shutil.copy(path, tmp_path / "all" / split / name.name)
+
+    def images(*options):
+        dataset = open_source("all", "train")
+        return validation_of(*options, dataset=dataset, source="all", split="train")
+
+    assert len(images("2024", None)) == 19
+    assert len(images(str(tmp_path / "all"), None)) == 14
+    assert len(images("all", "test")) == 16
+    assert images("0.25", None) == 0.25
+    link = tmp_path / "link"
+    link.symlink_to("all")
+    for val in ("all", "link", "all/train"):
+        with pytest.raises(ValueError, match=rf"--val is '{val} \(train\)', expected other images"):
+            images(val, "train")
+    (tmp_path / "2024").rename("other")
+    with pytest.raises(ValueError, match="--val is '2024', expected a share between 0 and 1, or a"):
+        images("2024", None)
+    with pytest.raises(ValueError, match=r"split is 'dev', expected one of .*; pass --val-split"):
+        images("all", "dev")
+    with pytest.raises(ValueError, match=r"--val is 'other .train.', expected other images than"):
+        validation_of(
+            "other", None, dataset=open_source("other", "train"), source="other", split="train"
+        )
+
+
 def test_it_ends_early_and_says_so(few, tmp_path):
     options = [*VALIDATED, "--steps", "40", "--learning-rate", "1", "--patience", "1"]
     options += ["--val-every", "1"]
@@ -194,8 +229,17 @@ def test_too_many_broken_validation_images_are_named_by_their_files(few, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--val", "1.5"], "fraction is 1.5, expected a number between 0 and 1; pass a share of"),
-        (["--val", "nowhere/at/all"], "SOURCE is 'nowhere/at/all', expected a file, a folder or"),
+        (["--val", "1.5"], "--val is '1.5', expected a share between 0 and 1, or a source of im"),
+        (["--val", "nowhere/at/all"], "--val is 'nowhere/at/all', expected a file, a folder or"),
+        (
+            ["--val", "0.2", "--val-split", "test"],
+            "--val-split is 'test', expected none of a share",
+        ),
+        (["--val-split", "test"], "--val-split is 'test', expected none without --val; pass --val"),
+        (["--val-every", "5"], "--val-every is 5, expected none without --val; pass --val, such"),
+        (["--val-tokens", "5"], "--val-tokens is 5, expected none without --val; pass --val, su"),
+        (["--keep-best", "0"], "--keep-best is 0, expected none without --val; pass --val, such"),
+        (["--patience", "5"], "--patience is 5, expected none without --val; pass --val, such as"),
         (
             ["--val", "0.5", "--val-tokens", "65"],
             "max_tokens is 65, expected an integer in 1..64; an image must fit into a pack",
