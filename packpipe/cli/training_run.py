@@ -29,9 +29,11 @@ from packpipe.loading.loader import PackedLoader
 from packpipe.loading.ranks import process_group, rank_of_world
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
+from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig
 from packpipe.plots import plot_training
 from packpipe.rows.rejects import TooManyRejects
+from packpipe.rows.rows import Rows
 from packpipe.sources.columns import label_column_of
 from packpipe.training.checkpoints import checkpoints
 from packpipe.training.log import json_line, read_log
@@ -40,6 +42,28 @@ from packpipe.training.run_folder import RunOptions
 
 _TRIM = 64  # bucketed rows are cut to a multiple of so many tokens, or of a multiple of it
 _LENGTHS = 8  # for which torch.compile keeps graphs; beyond, it would compute without one
+
+
+@dataclass(frozen=True)
+class NamingPacks:
+    """Packs of images whose errors name files.
+
+    Attributes:
+        packs: those of the dataset.
+        dataset: the images.
+    """
+
+    packs: EpochPacks
+    dataset: Dataset
+
+    def rows(self, key: Key, packs: Any) -> Rows:
+        """Return some packs; of too many images that cannot be decoded the first are named."""
+        with naming_files(self.dataset):
+            return self.packs.rows(key, packs)
+
+    def __getattr__(self, name: str) -> Any:
+        # Not self.packs: a copy, which has none yet, would ask for ever.
+        return getattr(object.__getattribute__(self, "packs"), name)
 
 
 @dataclass(frozen=True)
@@ -76,9 +100,14 @@ class Training:
     val_tokens: int | None = None
 
     @cached_property
+    def _images(self) -> Dataset:
+        """The images of the dataset, undivided, with their labels as classes."""
+        return labelled(self.dataset)
+
+    @cached_property
     def _parts(self) -> tuple[Dataset, Dataset | None]:
         """The images that are trained on, and those that are validated on."""
-        images = labelled(self.dataset)
+        images = self._images
         if isinstance(self.val, Dataset):
             column = label_column_of(images.features, "auto")
             classes: Any = images.features[column]
@@ -119,7 +148,10 @@ class Training:
         """The options of the training loop."""
         bucketed = self.layout.name == "bucketed"
         return TrainConfig(
-            **self.options, trim=trim_of(self.packs.config.seq_len) if bucketed else None
+            **self.options,
+            trim=trim_of(self.packs.config.seq_len, validates=self.val is not None)
+            if bucketed
+            else None,
         )
 
     @cached_property
@@ -137,7 +169,32 @@ class Training:
     @cached_property
     def packs(self) -> EpochPacks:
         """The images as packs, planned anew every epoch."""
-        return self.layout.packs(self.labelled, self.config.patch_size, self.num_workers)
+        if isinstance(self.val, float):
+            self._check_undivided()
+        layout = replace(self.layout, max_bad_fraction=self._allowed_in(self.labelled))
+        return layout.packs(self.labelled, self.config.patch_size, self.num_workers)
+
+    def _check_undivided(self) -> None:
+        """Raise TooManyRejects if too many images are bad, before some are held out.
+
+        How they are divided then decides nothing.
+        """
+        allowed = self.layout.max_bad_fraction
+        try:
+            with naming_files(self._images):
+                packs_of(self._images, self.evaluation, self.num_workers, max_bad_fraction=allowed)
+        except TooManyRejects as error:
+            # Without the rejects, whose numbers are not those of the images that are trained on.
+            raise TooManyRejects(str(error), []) from error
+
+    def _allowed_in(self, part: Dataset) -> float:
+        """Return the share of a part's images that may be bad: as many as of those undivided."""
+        allowed = self.layout.max_bad_fraction
+        if not isinstance(self.val, float):
+            return allowed
+        number = int(allowed * len(self._images) + 1e-9)
+        # Half an image more, so that rounding decides nothing.
+        return min(1.0, (number + 0.5) / len(part)) if number else allowed
 
     @cached_property
     def evaluation(self) -> PackConfig:
@@ -155,16 +212,17 @@ class Training:
         )
 
     @cached_property
-    def validation_packs(self) -> EpochPacks | None:
+    def validation_packs(self) -> NamingPacks | None:
         """The validation images as packs; None without any."""
         if self.validated is None:
             return None
-        allowed = self.layout.max_bad_fraction
+        allowed = self._allowed_in(self.validated)
         try:
             with naming_files(self.validated):
-                return packs_of(
+                packs = packs_of(
                     self.validated, self.evaluation, self.num_workers, max_bad_fraction=allowed
                 )
+            return NamingPacks(packs, self.validated)
         except TooManyRejects as error:
             # Without the rejects, whose numbers are not those of the images that are trained on.
             raise TooManyRejects(f"of the validation images, {error}", []) from error
@@ -271,13 +329,15 @@ class Training:
         return not stopped.is_set()
 
 
-def trim_of(seq_len: int) -> int:
+def trim_of(seq_len: int, *, validates: bool = False) -> int:
     """Return what lengths of bucketed rows are multiples of, so that there are 8 of them at most.
 
-    >>> trim_of(256), trim_of(1024), trim_of(4096)
-    (64, 128, 512)
+    With validation 7, since its rows are a graph, too.
+
+    >>> trim_of(256), trim_of(1024), trim_of(4096), trim_of(4096, validates=True)
+    (64, 128, 512, 640)
     """
-    return -(-seq_len // (_TRIM * _LENGTHS)) * _TRIM
+    return -(-seq_len // (_TRIM * (_LENGTHS - validates))) * _TRIM
 
 
 def with_bar(run: Iterator[Record], steps: int, output: Path) -> Iterator[Record]:

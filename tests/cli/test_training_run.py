@@ -46,6 +46,7 @@ def test_bucketed_rows_have_eight_lengths_at_most(seq_len):
     assert -(-seq_len // trim) <= torch._dynamo.config.recompile_limit
     # No more is cut off than that asks for.
     assert trim == 64 or -(-seq_len // (trim - 64)) > 8
+    assert -(-seq_len // trim_of(seq_len, validates=True)) <= 7  # one graph is of validation
 
 
 def run(*arguments):
@@ -187,6 +188,20 @@ def test_a_source_beside_or_a_share_is_what_val_names(few, tmp_path, monkeypatch
         )
 
 
+def test_the_luck_of_a_division_makes_no_good_folder_a_bad_one(few, tmp_path):
+    """Of 20 images one is broken: 5 %, but more of those that are trained on."""
+    shutil.copytree(few, tmp_path / "images")
+    folder = sorted((tmp_path / "images").iterdir())[0]
+    for number in range(2):
+        (folder / f"broken-{number}.png").write_bytes(b"no image")
+        options = [*VALIDATED, "--max-bad-fraction", "0.05", "--dry-run"]
+        result = run(tmp_path / "images", tmp_path / "out", *options)
+        assert result.exit_code == number, result.output
+    message = "packpipe train: rejected is 2 of 21 examples (9.52%), expected at most 5.00%"
+    assert message in result.stderr
+    assert f"({folder / 'broken-0.png'}, {folder / 'broken-1.png'})" in result.stderr
+
+
 def test_it_ends_early_and_says_so(few, tmp_path):
     options = [*VALIDATED, "--steps", "40", "--learning-rate", "1", "--patience", "1"]
     options += ["--val-every", "1"]
@@ -224,6 +239,18 @@ def test_too_many_broken_validation_images_are_named_by_their_files(few, tmp_pat
     assert result.exit_code == 1
     assert "of the validation images, rejected is 3 of 19 examples" in result.stderr
     assert f"({', '.join(map(str, broken))})" in result.stderr
+
+
+def test_validation_images_that_cannot_be_decoded_are_named_by_their_files(few, tmp_path):
+    shutil.copytree(few, tmp_path / "cut")
+    paths = sorted(path for path in (tmp_path / "cut").rglob("*") if path.is_file())
+    for path in paths[:3]:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    result = run(few, tmp_path / "out", *VALIDATED, "--val", tmp_path / "cut")
+    assert result.exit_code == 1
+    assert re.search("train: of the validation images, rejected is . of 19 examples", result.stderr)
+    assert any(str(path) in result.stderr.split("(")[-1] for path in paths[:3])
+    assert checkpoints(tmp_path / "out")[-1].name == "step-00000002"
 
 
 @pytest.mark.parametrize(
