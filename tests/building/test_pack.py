@@ -1,5 +1,6 @@
 """`pack`: the whole way from a Dataset of images to packed rows."""
 
+import json
 import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -760,12 +761,26 @@ def test_rows_that_ignore_profiles_are_those_from_before_there_was_the_option(tm
     images = by_example(packpipe.read_rows(packed))
     assert all(np.array_equal(images[number], pixels[number]) for number in (0, 1))
     assert packpipe.verify(tmp_path / "out", dataset, sample=None) == []
-    with pytest.raises(FileExistsError, match="expected rows made with the same codecs, profiles;"):
+    with pytest.raises(FileExistsError, match="expected rows made with the same profiles;"):
         packed_in(tmp_path / "out", dataset)
     converted = packed_in(tmp_path / "converted", dataset)
     assert packpipe.manifest(converted)["config"]["profiles"] == "srgb"
     assert packpipe.manifest(converted)["codecs"]["littlecms2"] == features.version("littlecms2")
     assert packpipe.verify(tmp_path / "converted", dataset, sample=None) == []
+
+
+def test_a_codec_that_came_since_makes_no_other_rows_and_another_version_does(tmp_path):
+    dataset, _ = profiled([None])
+    packed = packed_in(tmp_path / "out", dataset)
+    manifest = tmp_path / "out" / "manifest.json"
+    found = json.loads(manifest.read_text())
+    codecs = {**found["codecs"], "codec of old": "1"}
+    name, version = next(iter(found["codecs"].items()))
+    manifest.write_text(json.dumps({**found, "codecs": codecs}))
+    assert packed_in(tmp_path / "out", dataset)[:] == packed[:]
+    manifest.write_text(json.dumps({**found, "codecs": {**codecs, name: f"{version}.1"}}))
+    with pytest.raises(FileExistsError, match="expected rows made with the same codecs;"):
+        packed_in(tmp_path / "out", dataset)
 
 
 def test_an_image_of_high_dynamic_range_is_a_reject(tmp_path):
