@@ -215,14 +215,14 @@ def test_an_image_of_which_a_view_cannot_be_decoded_is_one_reject(dataset, tmp_p
     )
     bad = {tuple(boxes[view].tolist()): view for view in (1, 2)}
 
-    def fails(images, out, rules):
+    def fails(images, out, rules, *change):
         tasks = [
             task._replace(data=Failure("truncated", f"cut, view {bad[task.box]}"))
             if task.example == 2 and task.box in bad
             else task
             for task in images
         ]
-        return fill_row(tasks, out, rules)
+        return fill_row(tasks, out, rules, *change)
 
     monkeypatch.setattr(fill_images, "fill_row", fails)
     monkeypatch.setattr(image_comparison, "fill_row", fails)
