@@ -44,7 +44,7 @@ if len(str(TEMPORARY)) < 75:  # a socket may have 107, of which its own name tak
 
 set_hypothesis_home_dir(ROOT / ".hypothesis")
 # The same examples every time, so that no run is red by chance; "nightly" looks for new ones.
-for name, max_examples in (("dev", 30), ("ci", 200), ("nightly", 2000)):
+for name, max_examples in (("dev", 20), ("ci", 200), ("nightly", 2000)):
     settings.register_profile(
         name,
         max_examples=max_examples,

@@ -41,7 +41,7 @@ assert not ranks.has_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["softmax", "sigmoid", "train"])
+@pytest.mark.parametrize("what", ["sigmoid", "train"])
 def test_nothing_of_a_group_is_left_when_it_has_ended(what):
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, what],
