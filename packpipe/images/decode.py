@@ -200,7 +200,8 @@ def decode(
     check_settings()
     with _opened(data, rules.max_pixels) as image:
         orientation, _ = _orientation(image)
-        found = upright_hw(*image.size, orientation)
+        size = image.size  # as the header says; loading may set another
+        found = upright_hw(*size, orientation)
         if found != image_hw:
             raise SizeChanged(
                 f"image_hw is {found}, expected {image_hw} as planned; "
@@ -213,7 +214,7 @@ def decode(
                 conversion = conversion_of(image, of_file=image is not data)
             scans = None if image is data else _watched(image)
             wanted = _stored_box(box or (0, 0, *image_hw), image_hw, orientation)
-            size, drafted = image.size, None
+            drafted = None
             decoded_size: tuple[float, float] = size
             # A JPEG alone: other formats would give a thumbnail that their file holds. And not
             # for an image of the caller's, which draft would change.
@@ -223,8 +224,7 @@ def decode(
                 least = (int(width * rules.reducing_gap), int(height * rules.reducing_gap))
                 drafted = image.draft(None, _least_size(least, wanted, size))
                 decoded_size = size if drafted is None else drafted[1][2:]
-            expected = image.size
-            # Loading may set another size than the header's, for which the plan was made.
+            expected = size if drafted is None else image.size
             background = rules.background if conversion.transform is None else None
             pixels = plain(mended, background, rules.value_range)
             if pixels.size != expected:
