@@ -323,7 +323,7 @@ def _differing(record: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
         if name == "config" and isinstance(ours, dict) and isinstance(theirs, dict):
             yield from _differing(ours, theirs)
         elif name == "codecs" and isinstance(ours, dict) and isinstance(theirs, dict):
-            # One that either lacks has made no pixel of both.
+            # A codec that only one of the two had made no pixel of the other.
             if any(ours[codec] != theirs[codec] for codec in ours.keys() & theirs.keys()):
                 yield name
         elif ours != theirs:
