@@ -20,7 +20,7 @@ from packpipe.model.predict import predict_packs
 from packpipe.rows import rejects
 from packpipe.rows.rejects import Reject
 from packpipe.training.evaluation import Measures, measure
-from packpipe.training.loop import LOSSES
+from packpipe.training.losses import LOSSES
 from packpipe.training.run_folder import RunOptions, load_model
 
 ALL_MAY_BE_BAD = {"max_bad_fraction": 1.0, "max_consecutive_bad": 2**62}

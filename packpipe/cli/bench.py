@@ -20,7 +20,8 @@ from packpipe.cli.training_run import Training, device_of_this_rank
 from packpipe.loading.loader import PackedLoader
 from packpipe.model.flops import matrix_rate
 from packpipe.model.navit import NaViT
-from packpipe.training.loop import Record, train
+from packpipe.training.figures import Record
+from packpipe.training.loop import train
 
 # Steps before the measured ones: the first compiles the model on a GPU, and waits for a batch.
 WARM_UP = 2

@@ -36,9 +36,11 @@ from packpipe.rows.rejects import TooManyRejects
 from packpipe.rows.rows import Rows
 from packpipe.sources.columns import label_column_of
 from packpipe.training.checkpoints import checkpoints
+from packpipe.training.figures import Record
 from packpipe.training.log import json_line, read_log
-from packpipe.training.loop import Record, TrainConfig, train
+from packpipe.training.loop import train
 from packpipe.training.run_folder import RunOptions
+from packpipe.training.train_config import TrainConfig
 
 _TRIM = 64  # bucketed rows are cut to a multiple of so many tokens, or of a multiple of it
 _LENGTHS = 8  # for which torch.compile keeps graphs; beyond, it would compute without one

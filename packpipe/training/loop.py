@@ -3,17 +3,14 @@
 AdamW, a reciprocal-square-root learning rate, clipped gradients; on a GPU bf16 and compiled parts;
 under ``torchrun`` DDP, where every image of all ranks counts the same. With a folder, checkpoints
 that resume to the same losses, on a CPU bit for bit.
-
-Source: NaViT B.1 and Zhai et al., arXiv 2106.04560 (the rate, the two weight decays).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,178 +22,21 @@ from packpipe.loading.batch import PackedBatch
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.ranks import agree, has_group, rank_of_world, together
 from packpipe.model.attention import check_backend
-from packpipe.model.config import NaViTConfig
-from packpipe.model.flops import TRAINING, forward_flops, matrix_rate
+from packpipe.model.flops import matrix_rate
 from packpipe.model.navit import NaViT, compile_parts
 from packpipe.rows.rows import NO_LABEL
-from packpipe.training.checkpoints import KEPT, begin_after, load_checkpoint, save_checkpoint
+from packpipe.training.checkpoints import begin_after, load_checkpoint, save_checkpoint
+from packpipe.training.figures import Figures
+from packpipe.training.figures import Record as Record  # callers import these from here, too
 from packpipe.training.log import append_record, begin_log, sync_log
-from packpipe.training.log import read_log as read_log  # callers import it from here, too
-from packpipe.training.losses import (
-    Partners,
-    check_label_smoothing,
-    check_labels,
-    global_count,
-    segment_cross_entropy,
-    segment_sigmoid_cross_entropy,
-)
+from packpipe.training.log import read_log as read_log
+from packpipe.training.losses import LOSSES, Partners, check_labels, global_count
+from packpipe.training.optimizer import optimizer_of
 from packpipe.training.run_folder import RunOptions, check_options, write_options
+from packpipe.training.train_config import TrainConfig as TrainConfig
 from packpipe.training.validation import Validator
 
 log = logging.getLogger(__name__)
-
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "softmax": segment_cross_entropy,
-    "sigmoid": segment_sigmoid_cross_entropy,
-}
-PRECISIONS = ("auto", "float32", "bfloat16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """The options of a training.
-
-    Attributes:
-        steps: updates.
-        learning_rate: the peak.
-        warm_up: steps in which the rate rises to it; None is a tenth of all steps.
-        cool_down: steps in which it falls towards 0 at the end; None is a tenth of all steps.
-        timescale: steps after which the rate has fallen to 0.7 of the peak.
-        weight_decay: of the matrices of linear layers.
-        head_weight_decay: of the head's matrix.
-        clip: the gradient's largest norm.
-        loss: ``"sigmoid"`` or ``"softmax"``.
-        label_smoothing: of ``"softmax"``: share of each target that is spread over all classes.
-            Validation is measured without.
-        precision: of matrix products; ``"auto"`` is bfloat16 on a GPU.
-        compiled: whether `compile_parts` is used; None: on a GPU.
-        trim: `PackedBatch.trim` cuts batches to a multiple of so many tokens; None does not. Every
-            length is a graph of its own: with ``compiled``, an eighth of seq_len or more, since
-            torch.compile keeps 8 (``torch._dynamo.config.recompile_limit``); a seventh with
-            validation, which is a graph, too.
-        log_every: steps between records. Each record waits for the GPU.
-        save_every: steps between checkpoints; None saves the last step alone.
-        val_every: steps between validations; None validates after the last step alone.
-        keep_last: how many of the last checkpoints are kept, 2 or more.
-        keep_best: how many checkpoints are kept of the steps with the lowest validation loss.
-        patience: validations without a lower loss after which training ends; None never ends it.
-
-    Raises:
-        TypeError, ValueError: an option has a wrong type, or is out of range.
-    """
-
-    steps: int
-    learning_rate: float = 8e-4
-    warm_up: int | None = None
-    cool_down: int | None = None
-    timescale: int = 10_000
-    weight_decay: float = 0.03
-    head_weight_decay: float = 3.0
-    clip: float = 1.0
-    loss: str = "sigmoid"
-    label_smoothing: float = 0.0
-    precision: str = "auto"
-    compiled: bool | None = None
-    trim: int | None = None
-    log_every: int = 1
-    save_every: int | None = None
-    val_every: int | None = None
-    keep_last: int = KEPT
-    keep_best: int = 1
-    patience: int | None = None
-
-    def __post_init__(self) -> None:
-        least = {"keep_last": KEPT, "keep_best": 0}
-        counts = ("steps", "timescale", "log_every", "save_every", "val_every", "patience", "trim")
-        for name in (*counts, *least):
-            value = getattr(self, name)
-            if value is not None:
-                low = least.get(name, 1)
-                checks.whole_number(name, value, low, 2**63, "choose a usual number")
-        for name in ("warm_up", "cool_down"):
-            value = getattr(self, name)
-            tenth = self.steps // 10
-            value = tenth if value is None else value
-            remedy = f"steps is {self.steps}"
-            # The class is frozen.
-            object.__setattr__(self, name, checks.whole_number(name, value, 0, self.steps, remedy))
-        for name in ("learning_rate", "clip"):
-            checks.positive_number(name, getattr(self, name), "choose a usual one")
-        for name in ("weight_decay", "head_weight_decay"):
-            if checks.real_number(name, getattr(self, name), "0 is none") < 0:
-                raise ValueError(
-                    checks.sentence(name, getattr(self, name), "0 or more", "0 is none")
-                )
-        if self.patience is not None and self.val_every is None:
-            expected, remedy = "None without val_every", "pass val_every=100, or another"
-            raise ValueError(checks.sentence("patience", self.patience, expected, remedy))
-        checks.choice("loss", self.loss, LOSSES, "choose a loss")
-        smoothing = check_label_smoothing(self.label_smoothing)
-        if smoothing and self.loss != "softmax":
-            expected = f"0 with loss={self.loss!r}"
-            remedy = "pass loss='softmax', whose targets are shares"
-            raise ValueError(checks.sentence("label_smoothing", smoothing, expected, remedy))
-        object.__setattr__(self, "label_smoothing", smoothing)
-        checks.choice("precision", self.precision, PRECISIONS, "choose a precision")
-
-    def validates(self, done: int) -> bool:
-        """Return whether the model is measured after so many steps."""
-        return done == self.steps or (self.val_every is not None and done % self.val_every == 0)
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step, 0 being the first.
-
-        It rises linearly to the peak, then is peak · √(timescale ÷ (steps since + timescale)); in
-        the last cool_down steps this is multiplied by a line towards 0.
-        """
-        warm_up, cool_down = int(self.warm_up or 0), int(self.cool_down or 0)
-        # Both lines are 0 one step outside of the training, so that no step has a rate of 0.
-        rising = min(1.0, (step + 1) / (warm_up + 1))
-        since = max(0, step - warm_up)
-        falling = min(1.0, (self.steps - step) / (cool_down + 1))
-        return (
-            self.learning_rate
-            * rising
-            * falling
-            * math.sqrt(self.timescale / (since + self.timescale))
-        )
-
-
-@dataclass(frozen=True)
-class Record:
-    """Figures of the steps of this rank since the last record.
-
-    Attributes:
-        step: the last of them, 1 being the first of the training.
-        loss: mean over the steps.
-        accuracy: share of labelled images whose largest logit is that of their label; of mixed
-            images, of their own label, not of their partner's.
-        learning_rate: of the last step.
-        images_per_s: images a second.
-        tokens_per_s: real tokens a second.
-        fill: real tokens ÷ slots.
-        data_wait: share of the time spent waiting for the loader.
-        flops_per_s: useful FLOPs a second (`packpipe.model.flops`).
-        mfu: flops_per_s ÷ the measured rate of matrix products; None on a CPU.
-        val_loss: mean over the validation images of all ranks, without label smoothing; None where
-            they were not measured.
-        val_accuracy: of the same images.
-        val_ece: expected calibration error on them (`packpipe.training.evaluation`).
-    """
-
-    step: int
-    loss: float
-    accuracy: float
-    learning_rate: float
-    images_per_s: float
-    tokens_per_s: float
-    fill: float
-    data_wait: float
-    flops_per_s: float
-    mfu: float | None
-    val_loss: float | None = None
-    val_accuracy: float | None = None
-    val_ece: float | None = None
 
 
 def train(
@@ -332,7 +172,7 @@ def train(
         if device.type == "cuda"
         else None
     )
-    figures = _Figures(model.config, rate, first)
+    figures = Figures(model.config, rate, first)
 
     batches = _passes(loader)
     for step in range(first, config.steps):
@@ -399,69 +239,6 @@ def loss_of(
     options = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
     count = global_count(labels != NO_LABEL)
     return LOSSES[config.loss](exact, labels, count=count, partners=partners, **options)
-
-
-def optimizer_of(model: NaViT, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW; weight decay on matrices of linear layers, another on the head's, else none."""
-    head = {id(p) for p in model.head.parameters()} if model.head is not None else set()
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - head
-    groups = [
-        {"params": [p for p in model.parameters() if id(p) in chosen], "weight_decay": decay}
-        for chosen, decay in (
-            (head, config.head_weight_decay),
-            (matrices, config.weight_decay),
-            ({id(p) for p in model.parameters()} - head - matrices, 0.0),
-        )
-    ]
-    # Without num_classes there is no head.
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-
-
-class _Figures:
-    """Sums over the steps since the last record."""
-
-    def __init__(self, config: NaViTConfig, rate: float | None, step: int) -> None:
-        self.config, self.rate = config, rate
-        self._reset(step)
-
-    def _reset(self, step: int) -> None:
-        self.step, self.began, self.waited = step, time.perf_counter(), 0.0
-        self.images = self.tokens = self.slots = self.flops = 0
-        self.loss: Tensor | float = 0.0
-        self.right: Tensor | float = 0.0
-        self.labelled: Tensor | float = 0.0
-
-    def add(self, batch: PackedBatch, labels: Tensor, logits: Tensor, loss: Tensor) -> None:
-        """Add a step: counts of its batch, on the CPU; loss and accuracy, on the model's device."""
-        self.images += int(batch.present.sum())
-        self.tokens += int(batch.seq_lens.sum())
-        self.slots += batch.segment_ids.numel()
-        self.flops += TRAINING * forward_flops(self.config, batch.seq_lens)
-        # Sums of tensors: turning each into a number would wait for the GPU at every step.
-        self.loss = self.loss + loss
-        self.right = self.right + (logits.argmax(-1) == labels).sum()
-        self.labelled = self.labelled + (labels != NO_LABEL).sum()
-
-    def record(self, step: int, learning_rate: float) -> Record:
-        """Return the record of the steps up to this one, and begin the next one."""
-        loss, labelled = float(self.loss), max(1.0, float(self.labelled))  # waits for the GPU
-        right = float(self.right)
-        seconds = time.perf_counter() - self.began
-        record = Record(
-            step=step,
-            loss=loss / (step - self.step),
-            accuracy=right / labelled,
-            learning_rate=learning_rate,
-            images_per_s=self.images / seconds,
-            tokens_per_s=self.tokens / seconds,
-            fill=self.tokens / self.slots,
-            data_wait=self.waited / seconds,
-            flops_per_s=self.flops / seconds,
-            mfu=None if self.rate is None else self.flops / seconds / self.rate,
-        )
-        self._reset(step)
-        return record
 
 
 def _refuse_options_of_validation(config: TrainConfig) -> None:

@@ -12,6 +12,7 @@ Source: Krell 3.2.3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -210,3 +211,9 @@ def _where(present: Tensor, values: Tensor) -> Tensor:
 
 def _divisor(present: Tensor, count: Tensor | None) -> Tensor:
     return present.sum().clamp(min=1) if count is None else count
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "softmax": segment_cross_entropy,
+    "sigmoid": segment_sigmoid_cross_entropy,
+}

@@ -23,7 +23,8 @@ from packpipe.training.checkpoints import (
     model_of,
     save_checkpoint,
 )
-from packpipe.training.loop import optimizer_of, read_log, train
+from packpipe.training.loop import read_log, train
+from packpipe.training.optimizer import optimizer_of
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 FLIPS = 400 if NIGHTLY else 25

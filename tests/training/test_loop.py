@@ -20,7 +20,9 @@ from packpipe import Augment, PackConfig, PackedLoader, plan_epoch
 from packpipe.loading.steps import TAILS
 from packpipe.training import loop
 from packpipe.training.checkpoints import KEPT, checkpoints, model_of, save_checkpoint
-from packpipe.training.loop import TrainConfig, optimizer_of, read_log, train
+from packpipe.training.loop import TrainConfig, read_log, train
+from packpipe.training.losses import LOSSES
+from packpipe.training.optimizer import optimizer_of
 
 
 def trained(folder=None, *, stop=None, validate=None, **options):
@@ -86,9 +88,9 @@ def test_of_mixed_images_both_labels_are_trained_on_and_their_own_is_counted(los
     with torch.no_grad():
         logits = learning.model_of()(batch)
     labels = batch.labels
-    wanted = loop.LOSSES[loss](logits, labels, partners=batch.partners)
+    wanted = LOSSES[loss](logits, labels, partners=batch.partners)
     assert record.loss == pytest.approx(float(wanted), rel=1e-5)
-    assert record.loss != pytest.approx(float(loop.LOSSES[loss](logits, labels)), rel=1e-3)
+    assert record.loss != pytest.approx(float(LOSSES[loss](logits, labels)), rel=1e-3)
     right = (logits.argmax(-1) == labels)[batch.present].float().mean()
     assert record.accuracy == pytest.approx(float(right))
 

@@ -22,7 +22,8 @@ from packpipe.rows.rejects import TooManyRejects
 from packpipe.training.checkpoints import checkpoints, model_of
 from packpipe.training.evaluation import accuracy, calibration_error, measure
 from packpipe.training.log import read_log
-from packpipe.training.loop import LOSSES, train
+from packpipe.training.loop import train
+from packpipe.training.losses import LOSSES
 from packpipe.training.validation import Standing, Validator
 
 FIGURES = ("loss", "val_loss", "val_accuracy", "val_ece")

@@ -1,0 +1,96 @@
+"""Figures of a training: what a record says, summed over the steps since the last one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from packpipe.loading.batch import PackedBatch
+from packpipe.model.config import NaViTConfig
+from packpipe.model.flops import TRAINING, forward_flops
+from packpipe.rows.rows import NO_LABEL
+
+
+@dataclass(frozen=True)
+class Record:
+    """Figures of the steps of this rank since the last record.
+
+    Attributes:
+        step: the last of them, 1 being the first of the training.
+        loss: mean over the steps.
+        accuracy: share of labelled images whose largest logit is that of their label; of mixed
+            images, of their own label, not of their partner's.
+        learning_rate: of the last step.
+        images_per_s: images a second.
+        tokens_per_s: real tokens a second.
+        fill: real tokens ÷ slots.
+        data_wait: share of the time spent waiting for the loader.
+        flops_per_s: useful FLOPs a second (`packpipe.model.flops`).
+        mfu: flops_per_s ÷ the measured rate of matrix products; None on a CPU.
+        val_loss: mean over the validation images of all ranks, without label smoothing; None where
+            they were not measured.
+        val_accuracy: of the same images.
+        val_ece: expected calibration error on them (`packpipe.training.evaluation`).
+    """
+
+    step: int
+    loss: float
+    accuracy: float
+    learning_rate: float
+    images_per_s: float
+    tokens_per_s: float
+    fill: float
+    data_wait: float
+    flops_per_s: float
+    mfu: float | None
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+    val_ece: float | None = None
+
+
+class Figures:
+    """Sums over the steps since the last record."""
+
+    def __init__(self, config: NaViTConfig, rate: float | None, step: int) -> None:
+        self.config, self.rate = config, rate
+        self._reset(step)
+
+    def _reset(self, step: int) -> None:
+        self.step, self.began, self.waited = step, time.perf_counter(), 0.0
+        self.images = self.tokens = self.slots = self.flops = 0
+        self.loss: Tensor | float = 0.0
+        self.right: Tensor | float = 0.0
+        self.labelled: Tensor | float = 0.0
+
+    def add(self, batch: PackedBatch, labels: Tensor, logits: Tensor, loss: Tensor) -> None:
+        """Add a step: counts of its batch, on the CPU; loss and accuracy, on the model's device."""
+        self.images += int(batch.present.sum())
+        self.tokens += int(batch.seq_lens.sum())
+        self.slots += batch.segment_ids.numel()
+        self.flops += TRAINING * forward_flops(self.config, batch.seq_lens)
+        # Sums of tensors: turning each into a number would wait for the GPU at every step.
+        self.loss = self.loss + loss
+        self.right = self.right + (logits.argmax(-1) == labels).sum()
+        self.labelled = self.labelled + (labels != NO_LABEL).sum()
+
+    def record(self, step: int, learning_rate: float) -> Record:
+        """Return the record of the steps up to this one, and begin the next one."""
+        loss, labelled = float(self.loss), max(1.0, float(self.labelled))  # waits for the GPU
+        right = float(self.right)
+        seconds = time.perf_counter() - self.began
+        record = Record(
+            step=step,
+            loss=loss / (step - self.step),
+            accuracy=right / labelled,
+            learning_rate=learning_rate,
+            images_per_s=self.images / seconds,
+            tokens_per_s=self.tokens / seconds,
+            fill=self.tokens / self.slots,
+            data_wait=self.waited / seconds,
+            flops_per_s=self.flops / seconds,
+            mfu=None if self.rate is None else self.flops / seconds / self.rate,
+        )
+        self._reset(step)
+        return record
