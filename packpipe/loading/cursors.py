@@ -61,6 +61,21 @@ class Share(NamedTuple):
         return slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
 
 
+def checked_place(rank: Any, world_size: Any) -> tuple[int, int] | None:
+    """Return (rank, world_size); None if neither is given.
+
+    Raises:
+        TypeError, ValueError: one alone is given, or there is no such rank.
+    """
+    if rank is None and world_size is None:
+        return None
+    if rank is None or world_size is None:
+        found, expected = (rank, world_size), "both or neither"
+        raise ValueError(checks.sentence("(rank, world_size)", found, expected, "pass both"))
+    world_size = checks.whole_number("world_size", world_size, 1, 2**31, "pass the ranks")
+    return checks.whole_number("rank", rank, 0, world_size - 1, "ranks count from 0"), world_size
+
+
 class Cursor(Protocol):
     """A loader's place in its packs, planned (`EpochCursor`) or streamed (`StreamCursor`)."""
 

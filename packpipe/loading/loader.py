@@ -29,10 +29,12 @@ from packpipe.loading.cursors import (
     Share,
     StreamCursor,
     StreamedPacks,
+    checked_place,
 )
 from packpipe.loading.numbered import NumberedBatches, NumberedSteps
 from packpipe.loading.pairs import StoredPairs
 from packpipe.loading.ranks import agree, import_before_groups, rank_of_world, together
+from packpipe.loading.states import FORM, check_agrees, check_form, packs_taken
 from packpipe.loading.steps import TAILS
 from packpipe.loading.stored import StoredPacks
 from packpipe.loading.workers import Fill, Processes, as_it_is, in_threads
@@ -51,7 +53,6 @@ with suppress(ModuleNotFoundError):
 import_before_groups()
 
 WORKERS = ("threads", "processes")
-_VERSION = 1
 
 
 class PackedLoader:
@@ -151,15 +152,7 @@ class PackedLoader:
         self.packs: PlannedPacks | StreamedPacks = packs
         remedy = "pass packs a step, of one rank"
         self.batch_size = checks.whole_number("batch_size", batch_size, 1, 2**31, remedy)
-        if (rank is None) != (world_size is None):
-            found = (rank, world_size)
-            name, expected = "(rank, world_size)", "both or neither"
-            raise ValueError(checks.sentence(name, found, expected, "pass both"))
-        if world_size is not None:
-            world_size = checks.whole_number("world_size", world_size, 1, 2**31, "pass the ranks")
-            remedy = "ranks count from 0"
-            rank = checks.whole_number("rank", rank, 0, world_size - 1, remedy)
-        self._place = None if rank is None or world_size is None else (rank, world_size)
+        self._place = checked_place(rank, world_size)
         self.seed, self._epoch = checked_key(seed, epoch)
         self.balance = checks.boolean("balance", balance)
         self.tail = checks.choice("tail", tail, TAILS, "choose what an unfilled step becomes")
@@ -180,15 +173,7 @@ class PackedLoader:
             max_segments = checks.whole_number("max_segments", max_segments, 1, 2**31 - 1, remedy)
         self._max_segments = max_segments
         if augment is not None:
-            if not isinstance(augment, Augment):
-                expected, remedy = "an Augment, or None", "such as Augment.preset('three')"
-                raise TypeError(checks.sentence("augment", augment, expected, remedy))
-            refuse_tokens(getattr(packs, "of_tokens", False))
-            if isinstance(packs, StoredPairs):
-                refuse_pairs(augment)
-            if augment.mixes and getattr(packs, "max_segments", None) == 1:
-                expected, remedy = "2 or more, for mixup and cutmix", "put several into a row"
-                raise ValueError(checks.sentence("packs.max_segments", 1, expected, remedy))
+            _check_augment(augment, packs)
         self.augment = augment
         self._has_one_order = not (shuffle or self.balance)
         # Balance sorts all packs of an epoch; images of a stream are read here, not by processes.
@@ -341,8 +326,7 @@ class PackedLoader:
         pixels, tokens or encoded images.
         """
         return {
-            "version": _VERSION,
-            "unit": "packs",
+            **FORM,
             "epoch": self._epoch,
             "packs": self._taken,
             "finished": self._finished,
@@ -361,57 +345,26 @@ class PackedLoader:
             ValueError: the batches would not be those of an uninterrupted run; says why. The loader
                 is not changed then.
         """
-        remedy = "pass what state_dict returned"
-        if not isinstance(state, dict):
-            raise TypeError(checks.sentence("state", type(state).__name__, "a dict", remedy))
-        known = {"version": _VERSION, "unit": "packs"}
-        for name, expected in known.items():
-            if state.get(name) != expected:
-                raise ValueError(
-                    checks.sentence(f"state[{name!r}]", state.get(name), repr(expected), remedy)
-                )
+        check_form(state)
         key = checked_key(self.seed, state.get("epoch"))
-        if state.get("seed") != self.seed:
-            name, expected = "state['seed']", f"{self.seed} (seed)"
-            raise ValueError(
-                checks.sentence(name, state.get("seed"), expected, "make the loader with it")
-            )
-        remedies = {
-            "global_batch": "choose batch_size so that batch_size times world_size is the state's",
-            "fingerprint": "the packs are others: use the data, options and seed of the state",
-            "transform": "make the packs with the transform of the state",
-        }
-        # A state says nothing of what there was none of.
-        for name, expected in {"augment": None, "transform": None, **self._must_agree(key)}.items():
-            if state.get(name) != expected:
-                remedy = remedies.get(name, "make the loader with the options of the state")
-                if name == "fingerprint" and self._is_former(state.get(name), key):
-                    packs: Any = self.packs
-                    options = ", ".join(
-                        f"{option}={value!r}"
-                        for option, value in BEFORE.items()
-                        if getattr(packs.config, option) != value
-                    )
-                    remedy = f"it comes from before some options were there: pass {options}"
-                raise ValueError(
-                    checks.sentence(f"state[{name!r}]", state.get(name), repr(expected), remedy)
-                )
+        check_agrees(state, self._must_agree(key), lambda found: self._former_options(found, key))
         check_contents(self._contents(), state.get("contents", {}))
         most = self._cursor.check(state, key, self._share)
-        taken = checks.whole_number("state['packs']", state.get("packs"), 0, most, remedy)
-        if taken % self.global_batch:
-            expected = f"a multiple of {self.global_batch} (batch_size times world_size)"
-            raise ValueError(checks.sentence("state['packs']", taken, expected, remedy))
+        taken = packs_taken(state, most, self.global_batch)
         # Nothing is changed before this line, so that a refused state leaves the loader as it was.
         self._epoch, self._start, self._taken = key.epoch, taken, taken
         self._finished = bool(state.get("finished"))
         self._cursor.load(state)
         self._pass = None
 
-    def _is_former(self, fingerprint: Any, key: Key) -> bool:
-        """Return whether a state's packs are these, made before some options were there."""
+    def _former_options(self, fingerprint: Any, key: Key) -> str | None:
+        """Return the options with which the packs are those of a state, made before they were."""
         former = getattr(self.packs, "former_fingerprint", None)
-        return former is not None and fingerprint == former(key)
+        if former is None or fingerprint != former(key):
+            return None
+        packs: Any = self.packs
+        before = {name: old for name, old in BEFORE.items() if getattr(packs.config, name) != old}
+        return ", ".join(f"{name}={old!r}" for name, old in before.items())
 
     def _must_agree(self, key: Key) -> dict[str, Any]:
         """Return what a state must agree in: all that decides the batches, besides the place."""
@@ -519,6 +472,19 @@ class PackedLoader:
     # A copy, or a loader that is sent to another process, starts processes of its own.
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_processes": None}
+
+
+def _check_augment(augment: Any, packs: Any) -> None:
+    """Raise TypeError or ValueError unless these packs can be augmented in this way."""
+    if not isinstance(augment, Augment):
+        expected, remedy = "an Augment, or None", "such as Augment.preset('three')"
+        raise TypeError(checks.sentence("augment", augment, expected, remedy))
+    refuse_tokens(getattr(packs, "of_tokens", False))
+    if isinstance(packs, StoredPairs):
+        refuse_pairs(augment)
+    if augment.mixes and getattr(packs, "max_segments", None) == 1:
+        expected, remedy = "2 or more, for mixup and cutmix", "put several into a row"
+        raise ValueError(checks.sentence("packs.max_segments", 1, expected, remedy))
 
 
 def _torch() -> Any:

@@ -594,7 +594,11 @@ STATE = "pass what state_dict returned"
     [
         ({"version": 2}, {}, f"state['version'] is 2, expected 1; {STATE}"),
         ({"unit": "images"}, {}, f"state['unit'] is 'images', expected 'packs'; {STATE}"),
-        ({}, {"seed": 7}, "state['seed'] is 0, expected 7 (seed); make the loader with it"),
+        (
+            {},
+            {"seed": 7},
+            "state['seed'] is 0, expected 7; use the seed of the state",
+        ),
         (
             {},
             {"batch_size": 4},
