@@ -26,28 +26,24 @@ behind the pixels, too, but not XMP.
 from __future__ import annotations
 
 import errno
-import math
 import os
-import struct
-from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.util import find_spec
 from io import FileIO
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 
 from packpipe import checks
 from packpipe.images.colour import Conversion, HighDynamicRange, conversion_of, to_srgb
 from packpipe.images.edges import decoded_at, whole_parts
+from packpipe.images.geometry import Box, cut, least_size, scaled, stored_box, turned
 from packpipe.images.headers import (
     HEAD_BYTES,
     PNG,
-    exif_orientation,
     late_exif,
     quick_probe,
     upright_hw,
@@ -70,6 +66,7 @@ from packpipe.images.opening import (
     rejecting,
     rejecting_giants,
 )
+from packpipe.images.orientation import TRANSPOSE, orientation_of, reader_of
 from packpipe.images.scans import Watched
 
 # Why an image is a reject, by the error that says so.
@@ -77,18 +74,6 @@ _REASONS: dict[type[Exception], str] = {
     NoRule: "unsupported mode",
     HighDynamicRange: "high dynamic range",
     Image.DecompressionBombError: "too many pixels",
-}
-
-Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
-
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
 }
 
 
@@ -163,13 +148,13 @@ def probe(data: ImageData, *, max_pixels: int) -> Probe:
             late = None
             if image_hw is not None and bytes(head[:8]) == PNG:
                 with rejecting(data):
-                    late = late_exif(_reader(source))
+                    late = late_exif(reader_of(source))
             # An image that is too large goes on to Pillow's path, which raises the error.
             is_fit = image_hw is not None and image_hw[0] * image_hw[1] <= max_pixels
             if image_hw is not None and is_fit and max(image_hw) <= LONGEST_SIDE and late is None:
                 return Probe(image_hw, False)
         image = stack.enter_context(_opened(source, max_pixels))
-        orientation, broken_exif = _orientation(image)
+        orientation, broken_exif = orientation_of(image)
         return Probe(upright_hw(*image.size, orientation), broken_exif)
 
 
@@ -199,58 +184,84 @@ def decode(
     """
     check_settings()
     with _opened(data, rules.max_pixels) as image:
-        orientation, _ = _orientation(image)
-        size = image.size  # as the header says; loading may set another
-        found = upright_hw(*size, orientation)
+        orientation, _ = orientation_of(image)
+        found = upright_hw(*image.size, orientation)
         if found != image_hw:
             raise SizeChanged(
                 f"image_hw is {found}, expected {image_hw} as planned; "
                 "plan again (stored rows: into another folder), the source has changed"
             )
-        conversion = Conversion(None, False)
+        stored = stored_box(box or (0, 0, *image_hw), image_hw, orientation)
+        size = upright_hw(*target_hw[::-1], orientation)[::-1]  # as it is stored
         try:
-            mended = mend(image)
-            if rules.profiles != "ignore":
-                conversion = conversion_of(image, of_file=image is not data)
-            scans = None if image is data else _watched(image)
-            wanted = _stored_box(box or (0, 0, *image_hw), image_hw, orientation)
-            drafted = None
-            decoded_size: tuple[float, float] = size
-            # A JPEG alone: other formats would give a thumbnail that their file holds. And not
-            # for an image of the caller's, which draft would change.
-            can_shrink = scans is not None and not scans.scans.is_lossless
-            if rules.reducing_gap is not None and can_shrink:
-                height, width = upright_hw(*target_hw[::-1], orientation)  # as it is stored
-                least = (int(width * rules.reducing_gap), int(height * rules.reducing_gap))
-                drafted = image.draft(None, _least_size(least, wanted, size))
-                decoded_size = size if drafted is None else drafted[1][2:]
-            expected = size if drafted is None else image.size
-            background = rules.background if conversion.transform is None else None
-            pixels = plain(mended, background, rules.value_range)
-            if pixels.size != expected:
-                raise ValueError(f"{pixels.size} pixels, expected {expected} as the header says")
-            if scans is not None and rules.damaged_scans != "keep":
-                damage = scans.damage(image, strict=rules.damaged_scans == "strict")
-                if damage is not None:
-                    raise BadImage("damaged scan", damage)
-            if scans is not None and drafted is not None and rules.jpeg_edges == "clean":
-                pixels, decoded_size = _whole(pixels, decoded_size, scans, size, background)
+            pixels, area, conversion = _loaded(image, stored, size, rules, image is not data)
         except Exception as error:  # decoders raise whatever they like
             _reraise_faults(error)
             reason = _REASONS.get(type(error), "undecodable")
             raise BadImage(reason, _said(error, data)) from error
-    area = _scaled(wanted, size, decoded_size)
     if box is not None:
-        pixels, area = _cut(pixels, area)
-    if orientation in _TRANSPOSE:
-        area = _turned(area, pixels.size, orientation)
-        pixels = pixels.transpose(_TRANSPOSE[orientation])
+        pixels, area = cut(pixels, area)
+    if orientation in TRANSPOSE:
+        area = turned(area, pixels.size, orientation)
+        pixels = pixels.transpose(TRANSPOSE[orientation])
     # Turned before, so that width and height are those of the target.
     pixels = _resized(pixels, area, target_hw[::-1], rules)
     if conversion.transform is not None:
         pixels = to_srgb(pixels, conversion.transform, rules.background)
     flag = "broken profile" if conversion.broken else None
     return Decoded(np.asarray(pixels if pixels.mode == "RGB" else pixels.convert("RGB")), flag)
+
+
+def _loaded(
+    image: Image.Image, box: Box, target: tuple[int, int], rules: PixelRules, of_file: bool
+) -> tuple[Image.Image, Box, Conversion]:
+    """Return pixels as stored, grey or RGB; where a box is in them; what colours they have.
+
+    Args:
+        image: opened, perhaps not loaded.
+        box: what is needed of it, in the size that its header says.
+        target: (width, height) that the box is to be resized to, before it is turned.
+        rules: how pixels are made.
+        of_file: whether the image was opened from a file, not given by the caller.
+    """
+    size = image.size  # as the header says; loading may set another
+    mended = mend(image)
+    conversion = Conversion(None, False)
+    if rules.profiles != "ignore":
+        conversion = conversion_of(image, of_file=of_file)
+    background = rules.background if conversion.transform is None else None
+    # A JPEG alone is decoded smaller: other formats would give a thumbnail that their file holds.
+    # And not an image of the caller's, which draft would change.
+    scans = _watched(image) if of_file else None
+    drafted = _drafted(image, scans, box, target, rules)
+    expected = size if drafted is None else image.size
+    pixels = plain(mended, background, rules.value_range)
+    if pixels.size != expected:
+        raise ValueError(f"{pixels.size} pixels, expected {expected} as the header says")
+    decoded_size = drafted or size
+    if scans is not None:
+        if rules.damaged_scans != "keep":
+            damage = scans.damage(image, strict=rules.damaged_scans == "strict")
+            if damage is not None:
+                raise BadImage("damaged scan", damage)
+        if drafted is not None and rules.jpeg_edges == "clean":
+            pixels, decoded_size = _whole(pixels, decoded_size, scans, size, background)
+    return pixels, scaled(box, size, decoded_size), conversion
+
+
+def _drafted(
+    image: Image.Image,
+    scans: Watched | None,
+    box: Box,
+    target: tuple[int, int],
+    rules: PixelRules,
+) -> tuple[float, float] | None:
+    """Have a JPEG decoded smaller, if it can be; return its (width, height) then, else None."""
+    if scans is None or scans.scans.is_lossless or rules.reducing_gap is None:
+        return None
+    least = (int(target[0] * rules.reducing_gap), int(target[1] * rules.reducing_gap))
+    drafted = image.draft(None, least_size(least, box, image.size))
+    return None if drafted is None else drafted[1][2:]
 
 
 def _watched(image: Image.Image) -> Watched | None:
@@ -261,43 +272,6 @@ def _watched(image: Image.Image) -> Watched | None:
     file.seek(0)
     image.fp = watched = Watched(file.read())
     return watched
-
-
-def _stored_box(box: tuple[int, int, int, int], image_hw: tuple[int, int], orientation: int) -> Box:
-    """Return where a box (top, left, height, width) of the upright image is in the stored one."""
-    top, left, height, width = box
-    upright = left, top, left + width, top + height
-    # Two orientations are quarter turns, each the other's inverse; the rest are their own.
-    return _turned(upright, image_hw[::-1], {6: 8, 8: 6}.get(orientation, orientation))
-
-
-def _least_size(least: tuple[int, int], box: Box, size: tuple[int, int]) -> tuple[int, int]:
-    """Return the (width, height) that an image of a size needs for its box to have the least."""
-    left, top, right, bottom = box
-    inner = right - left, bottom - top
-    across, down = (
-        math.ceil(few * whole / side) for few, whole, side in zip(least, size, inner, strict=True)
-    )
-    return across, down
-
-
-def _scaled(box: Box, size: tuple[int, int], new_size: tuple[float, float]) -> Box:
-    """Return where a box in an image of (width, height) is after resizing that to a new size."""
-    left, top, right, bottom = box
-    (width, height), (new_width, new_height) = size, new_size
-    # Multiplied first: the ends of a whole image, and of one that keeps its size, are then exact.
-    across = left * new_width / width, right * new_width / width
-    down = top * new_height / height, bottom * new_height / height
-    return across[0], down[0], across[1], down[1]
-
-
-def _cut(image: Image.Image, box: Box) -> tuple[Image.Image, Box]:
-    """Return an image without the pixels that lie outside of a box, and where the box is then."""
-    left, top, right, bottom = box
-    kept = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
-    if kept == (0, 0, *image.size):
-        return image, box
-    return image.crop(kept), (left - kept[0], top - kept[1], right - kept[0], bottom - kept[1])
 
 
 def _whole(
@@ -313,16 +287,6 @@ def _whole(
     if parts == drafted or size[0] * size[1] > _PILLOWS_LIMIT * parts**2:
         return pixels, decoded_size
     return plain(decoded_at(scans.content, parts), background), (size[0] / parts, size[1] / parts)
-
-
-def _turned(box: Box, size: tuple[int, int], orientation: int) -> Box:
-    """Return where a box in an image of (width, height) is after turning the image upright."""
-    left, top, right, bottom = box
-    if orientation in (2, 3, 7, 8):
-        left, right = size[0] - right, size[0] - left
-    if orientation in (3, 4, 6, 7):
-        top, bottom = size[1] - bottom, size[1] - top
-    return (left, top, right, bottom) if orientation < 5 else (top, left, bottom, right)
 
 
 def _resized(image: Image.Image, box: Box, size: tuple[int, int], rules: PixelRules) -> Image.Image:
@@ -348,44 +312,3 @@ def _resized(image: Image.Image, box: Box, size: tuple[int, int], rules: PixelRu
 
 def _filter(name: str) -> Image.Resampling:
     return Image.Resampling[name.upper()]
-
-
-def _reader(source: Any) -> Callable[[int, int], bytes]:
-    """Return a function that reads so many bytes from a place on, of a file or of its bytes."""
-    if not hasattr(source, "seek"):
-        return lambda at, size: bytes(source[at : at + size])
-
-    def read(at: int, size: int) -> bytes:
-        source.seek(at)
-        found: bytes = source.read(size)
-        return found
-
-    return read
-
-
-def _orientation(image: Image.Image) -> tuple[int, bool]:
-    """Return (EXIF orientation 1..8, whether the EXIF is broken), without loading pixels."""
-    # These are upright when they are opened, their size included; but for a JPEG in JPEG XL that a
-    # caller has opened with `pillow_jxl`.
-    if image.format in ("TIFF", "HEIF", "JXL") and not getattr(image, "jpeg", False):
-        return 1, False
-    exif = image.info.get("exif")
-    if exif is None and isinstance(image, PngImageFile) and image.tile:
-        file: Any = image.fp
-        with rejecting(getattr(file, "raw", file)):
-            place = file.tell()
-            exif = late_exif(_reader(file))
-            file.seek(place)
-    try:
-        # ImageMagick writes EXIF into PNG files as text: three lines of header, then hexadecimal.
-        if exif is None and "Raw profile type exif" in image.info:
-            exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
-        value = None if exif is None else exif_orientation(exif)
-        if value is None:
-            # From XMP. PngImageFile.getexif would decode the image in search of a late chunk.
-            value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except (struct.error, ValueError, SyntaxError, KeyError, TypeError, OSError, EOFError):
-        return 1, True
-    if value in range(1, 9):
-        return int(value), False
-    return 1, True

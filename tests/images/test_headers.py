@@ -18,9 +18,10 @@ from strategies import encode, random_image
 
 import packpipe
 from packpipe.images import opening
-from packpipe.images.decode import PixelRules, Probe, _orientation, decode, probe
+from packpipe.images.decode import PixelRules, Probe, decode, probe
 from packpipe.images.headers import HEAD_BYTES, exif_orientation, quick_probe, upright_hw
 from packpipe.images.opening import BadImage
+from packpipe.images.orientation import orientation_of
 
 MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow refuses more
 BUNDLED = sorted(
@@ -36,7 +37,7 @@ def by_pillow(encoded):
         warnings.simplefilter("ignore")
         try:
             with opening._opened(encoded, MOST_PIXELS) as image:
-                orientation, broken_exif = _orientation(image)
+                orientation, broken_exif = orientation_of(image)
                 return Probe(upright_hw(*image.size, orientation), broken_exif)
         except BadImage as error:
             return error.reason, str(error)
