@@ -39,8 +39,11 @@ import test_bounds  # noqa: E402 found in tests
 import test_colour  # noqa: E402
 import test_decode  # noqa: E402
 import test_edges  # noqa: E402
+import test_extras  # noqa: E402
+import test_jpegxl  # noqa: E402
 import test_layouts  # noqa: E402
 import test_scans  # noqa: E402
+import test_value_range  # noqa: E402
 from naive_profiles import ADOBE, P3, srgb_of  # noqa: E402
 from strategies import encode  # noqa: E402
 
@@ -294,6 +297,7 @@ class Kind(NamedTuple):
     wanted: Any = None
     target_hw: tuple[int, int] | None = None
     max_pixels: int = MAX_PIXELS
+    value_range: tuple[float, float] | None = None
 
 
 def all_kinds() -> Iterator[Kind]:
@@ -364,10 +368,32 @@ def all_kinds() -> Iterator[Kind]:
     yield Kind(
         "edges", "JPEG of 601 x 431, 4:2:0, other padding", file, (431, 601), wanted, (53, 75)
     )
-    heic = struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic") + bytes(40)
-    yield Kind("formats", "HEIC, its first box", heic, (8, 8))
-    yield Kind("formats", "JPEG XL, its first bytes", b"\xff\x0a" + bytes(40), (8, 8))
-    yield Kind("formats", "PFM, floats", b"Pf\n2 1\n-1.0\n" + struct.pack("<2f", 0.1, 0.9), (1, 2))
+    yield from formats()
+
+
+def formats() -> Iterator[Kind]:
+    """Yield files of formats that need an extra or an option."""
+    pixels = test_extras.PIXELS
+    size = pixels.shape[:2]
+    for name, file in (("HEIC", test_extras.heic(pixels)), ("JPEG XL", test_jpegxl.jxl(pixels))):
+        yield Kind("formats", f"{name}, without loss", file, size, pixels)
+        yield Kind("formats", f"{name}, cut in the middle", file[: len(file) // 2], size)
+    file, turned = test_extras.turned(6), test_extras.UPRIGHT[6](pixels)
+    yield Kind("formats", "HEIC, turned by its properties", file, turned.shape[:2], turned)
+    size = test_value_range.HIGH, test_value_range.WIDE
+    for dtype, value_range in test_value_range.RANGES.items():
+        values = test_value_range.values_of(dtype)
+        low, high = value_range
+        grey = np.rint((values.astype(float) - low) / (high - low) * 255).clip(0, 255)
+        name = f"TIFF of {dtype}, value_range given"
+        file = test_value_range.tiff(values)
+        yield Kind("formats", name, file, size, laid(grey[..., None], 255), value_range=value_range)
+    file = b"Pf\n2 1\n-1.0\n" + struct.pack("<2f", 0.1, 0.9)
+    grey = np.array([[[26] * 3, [230] * 3]])
+    yield Kind("formats", "PFM of floats", file, (1, 2))
+    yield Kind(
+        "formats", "PFM of floats, value_range given", file, (1, 2), grey, None, MAX_PIXELS, (0, 1)
+    )
 
 
 def scans_and_lossless() -> Iterator[Kind]:
@@ -415,8 +441,8 @@ from packpipe.images.decode import PixelRules, decode, probe
 from packpipe.images.opening import BadImage
 cases, options = pickle.load(sys.stdin.buffer)
 found = []
-for file, image_hw, target_hw, max_pixels in cases:
-    options["max_pixels"] = max_pixels
+for file, image_hw, target_hw, max_pixels, value_range in cases:
+    options |= {"max_pixels": max_pixels, "value_range": value_range}
     rules = PixelRules(**{name: options[name] for name in PixelRules._fields})
     pixels, text, started = None, "", time.perf_counter()
     try:
@@ -453,7 +479,13 @@ def kinds(before: Path | None) -> list[str]:
 def outcomes(found: list[Kind], checkout: Path) -> list[str]:
     """Return what becomes of each kind in a version."""
     cases = [
-        (kind.file, kind.image_hw, kind.target_hw or kind.image_hw, kind.max_pixels)
+        (
+            kind.file,
+            kind.image_hw,
+            kind.target_hw or kind.image_hw,
+            kind.max_pixels,
+            kind.value_range,
+        )
         for kind in found
     ]
     options = RULES._replace(profiles="srgb", reducing_gap=1.0)._asdict()
