@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +21,18 @@ from torch.nn.parallel import DistributedDataParallel
 from packpipe import checks
 from packpipe.loading.batch import PackedBatch
 from packpipe.loading.loader import PackedLoader
-from packpipe.loading.ranks import agree, has_group, rank_of_world, together
+from packpipe.loading.ranks import agree, has_group, together
 from packpipe.model.attention import check_backend
 from packpipe.model.flops import matrix_rate
 from packpipe.model.navit import NaViT, compile_parts
 from packpipe.rows.rows import NO_LABEL
-from packpipe.training.checkpoints import begin_after, load_checkpoint, save_checkpoint
 from packpipe.training.figures import Figures
 from packpipe.training.figures import Record as Record  # callers import these from here, too
-from packpipe.training.log import append_record, begin_log, sync_log
+from packpipe.training.files import Files
 from packpipe.training.log import read_log as read_log
 from packpipe.training.losses import LOSSES, Partners, check_labels, global_count
 from packpipe.training.optimizer import optimizer_of
-from packpipe.training.run_folder import RunOptions, check_options, write_options
+from packpipe.training.run_folder import RunOptions
 from packpipe.training.train_config import TrainConfig as TrainConfig
 from packpipe.training.validation import Validator
 
@@ -82,85 +82,36 @@ def train(
     folder = None if folder is None else checks.local_path("folder", folder)
     if has_group() and device.type == "cuda":
         torch.cuda.set_device(device)  # ranks compare what they have through the current GPU
-
-    def validator_of() -> Validator | None:
-        if validate is None:
-            _refuse_options_of_validation(config)
-            return None
-        return Validator(
-            model,
-            validate,
-            LOSSES[config.loss],
-            half=half,
-            keep_best=config.keep_best,
-            patience=config.patience,
-        )
-
     # Together: none is left waiting for one that refuses its images.
-    validator = together(validator_of)
+    validator = together(lambda: _validator_of(model, validate, config, half))
+    files = Files(
+        folder, model, optimizer, loader, config, validator=validator, run_options=run_options
+    )
 
-    def begin() -> int:
-        if folder and run_options:
-            check_options(folder, run_options)
+    def load() -> int:
         # On every rank: DDP sends rank 0's weights, but no state of the optimizer or the loader.
-        first = (
-            load_checkpoint(folder, model, optimizer, loader, validator=validator) if folder else 0
-        )
+        first = files.load()
         _state_backend(model, device, half)
         return first
 
-    first = together(begin)
+    first = together(load)
     # All but log_every: a rank may keep silent.
     options = {name: value for name, value in asdict(config).items() if name != "log_every"}
     has = {"has_folder": folder is not None, "validates": validator is not None}
     agree({"step": first, **has, **options})
     if validator:
         agree(together(validator.must_agree))
-    kept = folder if rank_of_world()[0] == 0 else None  # what one rank alone may write to
+    files.begin(first)  # all ranks have loaded by now, since they agree in the step
 
-    def go_on() -> None:
-        if kept:  # all ranks have loaded by now, since they agree in the step
-            begin_after(kept, first)
-            begin_log(kept, first)
-            if run_options:
-                write_options(kept, run_options)
-
-    together(go_on)
-
-    def save(done: int) -> None:
-        if folder:
-            together(lambda: sync_log(kept) if kept else None)
-            save_checkpoint(
-                folder,
-                model,
-                optimizer,
-                loader,
-                done,
-                validator=validator,
-                keep_last=config.keep_last,
-            )
-
-    def measured(validator: Validator, record: Record) -> Record:
-        """Return a record with the figures of validation; if that fails, the step is saved."""
-        try:
-            found = validator.measure(record.step)
-        except Exception:
-            validator.due = asdict(record)
-            save(record.step)
-            raise
-        return replace(record, val_loss=found.loss, val_accuracy=found.accuracy, val_ece=found.ece)
-
-    due = validator.due if validator and config.validates(first) else None
     if validator:
-        validator.due = None
-    if validator and due:
-        record = measured(validator, Record(**due))
-        if kept:
-            append_record(kept, asdict(record))
-        yield record
-        save(first)
-    if validator and validator.is_exhausted:
-        return
+        due, validator.due = validator.due, None
+        if due and config.validates(first):
+            record = _measured(validator, Record(**due), files)
+            files.append(record)
+            yield record
+            files.save(first)
+        if validator.is_exhausted:
+            return
     run: nn.Module = model.train()
     compiled = device.type == "cuda" if config.compiled is None else config.compiled
     if compiled and not model.keep_padding:  # keep_padding: it is compiled already
@@ -179,29 +130,16 @@ def train(
         asked = time.perf_counter()
         batch = next(batches)
         figures.waited += time.perf_counter() - asked
-        if config.trim:  # on the CPU, where the longest row is known without waiting for a GPU
-            if compiled and step == first:
-                _warn_of_lengths(batch.segment_ids.shape[1], config.trim, validates=bool(validator))
-            batch = batch.trim(config.trim)
-        if batch.labels is not None and model.config.num_classes is not None:
-            check_labels(batch.labels, model.config.num_classes)  # also on the CPU, without waiting
-        moved = batch.to(device, non_blocking=True)
-        labels = moved.labels
-        if labels is None:
-            remedy = "pack with label_column"
-            raise ValueError(checks.sentence("batch.labels", None, "integer labels", remedy))
+        if compiled and config.trim and step == first:
+            _warn_of_lengths(batch.segment_ids.shape[1], config.trim, validates=bool(validator))
+        batch = _prepared(batch, model, config)
         # A function of the step, so a resumed training needs no state of a scheduler.
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            logits = run(moved)
-        loss = loss_of(logits, labels, config, moved.partners)
         optimizer.zero_grad()
-        loss.backward()
+        figures.add(batch, *_backward(run, batch, config, device, half))
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
-        # Counts come from the batch on the CPU: those of the moved one would wait for the GPU.
-        figures.add(batch, labels, logits.detach(), loss.detach())
         done = step + 1
         ends = stop() or done == config.steps
         # Not where stop ends the training: it may go on, as if it had not been stopped.
@@ -209,18 +147,46 @@ def train(
         if done % config.log_every == 0 or ends or measures:
             record = figures.record(done, config.rate(step))
             if validator and measures:
-                record = measured(validator, record)
+                record = _measured(validator, record, files)
                 figures.began = time.perf_counter()  # what was measured is not trained on
                 ends = ends or validator.is_exhausted
-            if kept:
-                append_record(kept, asdict(record))
+            files.append(record)
             yield record
         is_best = measures and validator is not None and done in validator.best_steps
         # After the yield: a caller that stops at a record leaves without this step's checkpoint.
         if ends or is_best or (config.save_every and done % config.save_every == 0):
-            save(done)
+            files.save(done)
         if ends:
             return
+
+
+def _prepared(batch: PackedBatch, model: NaViT, config: TrainConfig) -> PackedBatch:
+    """Return a batch as it is trained on, still on the CPU, where it is looked at without waiting.
+
+    Raises:
+        ValueError: it has no labels, or one that is no class.
+    """
+    if config.trim:
+        batch = batch.trim(config.trim)
+    if batch.labels is None:
+        remedy = "pack with label_column"
+        raise ValueError(checks.sentence("batch.labels", None, "integer labels", remedy))
+    if model.config.num_classes is not None:
+        check_labels(batch.labels, model.config.num_classes)
+    return batch
+
+
+def _backward(
+    run: nn.Module, batch: PackedBatch, config: TrainConfig, device: torch.device, half: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the gradients of a batch; return its labels, logits and loss on the device."""
+    moved = batch.to(device, non_blocking=True)
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        logits = run(moved)
+    labels: Any = moved.labels
+    loss = loss_of(logits, labels, config, moved.partners)
+    loss.backward()
+    return labels, logits.detach(), loss.detach()
 
 
 def loss_of(
@@ -241,11 +207,34 @@ def loss_of(
     return LOSSES[config.loss](exact, labels, count=count, partners=partners, **options)
 
 
-def _refuse_options_of_validation(config: TrainConfig) -> None:
-    for name in ("val_every", "patience"):
-        if (value := getattr(config, name)) is not None:
-            remedy = "pass a loader of the images to validate on"
-            raise ValueError(checks.sentence(name, value, "None without validate", remedy))
+def _validator_of(
+    model: NaViT, validate: PackedLoader | None, config: TrainConfig, half: bool
+) -> Validator | None:
+    if validate is None:
+        for name in ("val_every", "patience"):
+            if (value := getattr(config, name)) is not None:
+                remedy = "pass a loader of the images to validate on"
+                raise ValueError(checks.sentence(name, value, "None without validate", remedy))
+        return None
+    return Validator(
+        model,
+        validate,
+        LOSSES[config.loss],
+        half=half,
+        keep_best=config.keep_best,
+        patience=config.patience,
+    )
+
+
+def _measured(validator: Validator, record: Record, files: Files) -> Record:
+    """Return a record with the figures of validation; if that fails, the step is saved."""
+    try:
+        found = validator.measure(record.step)
+    except Exception:
+        validator.due = asdict(record)
+        files.save(record.step)
+        raise
+    return replace(record, val_loss=found.loss, val_accuracy=found.accuracy, val_ece=found.ece)
 
 
 def _warn_of_lengths(seq_len: int, trim: int, *, validates: bool) -> None:
