@@ -32,8 +32,8 @@ def table(num_rows=10):
     return schema.rows_table(rows, schema.row_schema(config, pa.int64()))
 
 
-def loader_of(batch_size=2, **options):
-    return PackedLoader(table(), batch_size, seed=3, max_segments=4, **options)
+def loader_of(batch_size=2, num_rows=10, **options):
+    return PackedLoader(table(num_rows), batch_size, seed=3, max_segments=4, **options)
 
 
 def validation_of(num_rows=7, batch_size=2, **options):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +130,19 @@ def train(
     batches = _passes(loader)
     for step in range(first, config.steps):
         asked = time.perf_counter()
-        batch = next(batches)
+        # Before the first backward, whose loss is divided by the images of all.
+        taken = list(islice(batches, config.accumulate))
         figures.waited += time.perf_counter() - asked
         if compiled and config.trim and step == first:
-            _warn_of_lengths(batch.segment_ids.shape[1], config.trim, validates=bool(validator))
-        batch = _prepared(batch, model, config)
+            seq_len = taken[0].segment_ids.shape[1]
+            _warn_of_lengths(seq_len, config.trim, validates=bool(validator))
+        taken = [_prepared(batch, model, config) for batch in taken]
         # A function of the step, so a resumed training needs no state of a scheduler.
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
         optimizer.zero_grad()
-        figures.add(batch, *_backward(run, batch, config, device, half))
+        for batch, found in zip(taken, _backward(run, taken, config, device, half), strict=True):
+            figures.add(batch, *found)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         done = step + 1
@@ -177,33 +182,49 @@ def _prepared(batch: PackedBatch, model: NaViT, config: TrainConfig) -> PackedBa
 
 
 def _backward(
-    run: nn.Module, batch: PackedBatch, config: TrainConfig, device: torch.device, half: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Add the gradients of a batch; return its labels, logits and loss on the device."""
-    moved = batch.to(device, non_blocking=True)
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        logits = run(moved)
-    labels: Any = moved.labels
-    loss = loss_of(logits, labels, config, moved.partners)
-    loss.backward()
-    return labels, logits.detach(), loss.detach()
+    run: nn.Module,
+    batches: list[PackedBatch],
+    config: TrainConfig,
+    device: torch.device,
+    half: bool,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Add up the gradients of a step; yield labels, logits and loss of each of its batches.
+
+    The losses add up to that of one batch that holds all of them.
+    """
+    moved = [batch.to(device, non_blocking=True) for batch in batches]
+    labels: list[Any] = [batch.labels for batch in moved]
+    count = global_count(*(own != NO_LABEL for own in labels))
+    for number, (batch, own) in enumerate(zip(moved, labels, strict=True), 1):
+        waits = number < len(moved) and isinstance(run, DistributedDataParallel)
+        # Ranks add their gradients up once a step: with those of the last batch.
+        with run.no_sync() if waits else nullcontext():
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                logits = run(batch)
+            loss = loss_of(logits, own, config, count, batch.partners)
+            loss.backward()
+        yield own, logits.detach(), loss.detach()
 
 
 def loss_of(
-    logits: Tensor, labels: Tensor, config: TrainConfig, partners: Partners | None = None
+    logits: Tensor,
+    labels: Tensor,
+    config: TrainConfig,
+    count: Tensor,
+    partners: Partners | None = None,
 ) -> Tensor:
-    """Return the loss of a batch; averaged over ranks it is the mean over the images of all ranks.
+    """Return a batch's share of the loss; averaged over ranks, the shares of a step are its loss.
 
     Args:
         logits: float[B, S, K].
         labels: int64[B, S], -100 where absent.
         config: which loss.
+        count: what the sum over the batch is divided by, see `global_count`.
         partners: what mixed images are mixed with.
     """
     # Under autocast the head gives bfloat16.
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     options = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
-    count = global_count(labels != NO_LABEL)
     return LOSSES[config.loss](exact, labels, count=count, partners=partners, **options)
 
 

@@ -21,6 +21,9 @@ class TrainConfig:
 
     Attributes:
         steps: updates.
+        accumulate: batches of the loader whose gradients each step adds up. A step is that of one
+            batch as large as all of them, and needs the memory of one for activations. It takes
+            the next ones, over the end of an epoch, too, so that none is left out.
         learning_rate: the peak.
         warm_up: steps in which the rate rises to it; None is a tenth of all steps.
         cool_down: steps in which it falls towards 0 at the end; None is a tenth of all steps.
@@ -49,6 +52,7 @@ class TrainConfig:
     """
 
     steps: int
+    accumulate: int = 1
     learning_rate: float = 8e-4
     warm_up: int | None = None
     cool_down: int | None = None
@@ -70,10 +74,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         least = {"keep_last": KEPT, "keep_best": 0}
-        counts = ("steps", "timescale", "log_every", "save_every", "val_every", "patience", "trim")
-        for name in (*counts, *least):
+        counts = ("steps", "accumulate", "timescale", "log_every", "save_every", "val_every")
+        optional = ("save_every", "val_every", "patience", "trim")
+        for name in (*counts, "patience", "trim", *least):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name not in optional:
                 low = least.get(name, 1)
                 checks.whole_number(name, value, low, 2**63, "choose a usual number")
         for name in ("warm_up", "cool_down"):

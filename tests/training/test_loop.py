@@ -95,6 +95,83 @@ def test_of_mixed_images_both_labels_are_trained_on_and_their_own_is_counted(los
     assert record.accuracy == pytest.approx(float(right))
 
 
+def plainly_trained(batches, config, dtype):
+    """The losses and the model of a training in a plain loop, a list of batches a step."""
+    model, losses = learning.model_of(dtype), []
+    optimizer = optimizer_of(model, config)
+    for step, taken in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(step)
+        optimizer.zero_grad()
+        images, total = 0, 0
+        for batch in taken:
+            images += int(batch.present.sum())
+            sums = LOSSES[config.loss](
+                model(batch), batch.labels, partners=batch.partners, count=torch.ones(())
+            )
+            total += sums
+        (total / images).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        losses.append(float((total / images).detach()))
+    return losses, model
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
+def test_four_small_batches_are_one_of_four_times_the_rows(dtype, tolerance):
+    options = {"num_rows": 16, "augment": Augment(cutmix=1)}
+    config = learning.config_of(steps=4, accumulate=4)
+    model = learning.model_of(dtype)
+    records = list(train(model, learning.loader_of(2, **options), config))
+    whole = learning.model_of(dtype)
+    one = list(train(whole, learning.loader_of(8, **options), learning.config_of(steps=4)))
+    assert [r.loss for r in records] == pytest.approx([r.loss for r in one], abs=tolerance)
+    assert [r.accuracy for r in records] == [r.accuracy for r in one]
+    # Adam divides by the size of a gradient, and so makes much of the last bit of a small one.
+    assert largest_difference(model, whole) < 100 * tolerance
+    small = learning.loader_of(2, **options)
+    two_epochs = [*small, *small]
+    batches = [two_epochs[first : first + 4] for first in range(0, 16, 4)]
+    losses, plain = plainly_trained(batches, config, dtype)
+    assert [r.loss for r in records] == pytest.approx(losses, abs=tolerance)
+    assert largest_difference(model, plain) < 100 * tolerance
+
+
+def largest_difference(one, other):
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+class Noting(PackedLoader):
+    """A loader that notes which examples it has given."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            self.given.append(sorted(batch.example_index[batch.present].tolist()))
+            yield batch
+
+
+def test_a_step_goes_on_over_the_end_of_an_epoch_and_leaves_no_image_out(tmp_path):
+    def run(folder, stop=None):
+        model, loader = learning.model_of(), Noting(learning.table(), 2, seed=3, max_segments=4)
+        loader.given = []
+        config = learning.config_of(steps=10, accumulate=3)
+        list(islice(train(model, loader, config, folder=folder), stop))
+        return model, loader.given
+
+    model, given = run(tmp_path / "whole")
+    assert len(given) == 30
+    for epoch in range(6):  # of five batches
+        found = sorted(number for batch in given[5 * epoch : 5 * epoch + 5] for number in batch)
+        assert found == list(range(len(found)))
+    for stop in (3, 5, 8):  # steps in which an epoch ends or has just ended
+        run(tmp_path / str(stop), stop)
+        again, rest = run(tmp_path / str(stop))
+        assert rest == given[len(given) - len(rest) :]
+        assert same_weights(model, again)
+        assert losses_of(tmp_path / str(stop)) == losses_of(tmp_path / "whole")
+
+
 def test_mixing_it_stops_and_goes_on_to_the_same_bits(tmp_path):
     def run(folder, stop=None):
         model, loader = learning.model_of(), learning.loader_of(augment=Augment(cutmix=1))
