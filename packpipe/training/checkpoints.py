@@ -1,7 +1,9 @@
 """Checkpoints: one folder a step, which is complete or does not count.
 
-    step-00001000/  model.safetensors      the weights, by the names of ``state_dict``
-                    optimizer.safetensors  AdamW's moments, as name of weight, dot, name of moment
+    step-00001000/  model.safetensors      the weights, by the names of ``state_dict``; with EMA,
+                                           those that are averaged
+                    optimizer.safetensors  AdamW's moments, as name of weight, dot, name of moment;
+                                           with EMA, the weights it changes, too: name, ".trained"
                     state.json             step, the loader's state, the model's shape; with
                                            validation, which steps were the best
                     checksums.xxh128       of the three files, as ``xxh128sum`` prints them
@@ -41,8 +43,10 @@ KEPT = 2  # with one, a kill while the same step is written again would leave no
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _CHECKSUMS = "checksums.xxh128"
 _HEAD = ("head.weight",)
+_TRAINED = "trained"
 _VERSION = 2
 _WITHOUT_CHECKSUMS = 1  # the version before, which can still be loaded
+_WITH_AVERAGES = 3  # so that a packpipe that does not know of them refuses to go on
 
 
 def save_checkpoint(
@@ -53,6 +57,7 @@ def save_checkpoint(
     step: int,
     *,
     validator: Validator | None = None,
+    averaged: NaViT | None = None,
     keep_last: int = KEPT,
 ) -> None:
     """Write the checkpoint of a step; of several ranks, rank 0 writes and the others wait.
@@ -64,7 +69,7 @@ def save_checkpoint(
 
     def save() -> None:
         if rank_of_world()[0] == 0:
-            _save(folder, model, optimizer, loader, step, validator)
+            _save(folder, model, optimizer, loader, step, validator, averaged)
             best = validator.best_steps if validator else ()
             for old in checkpoints(folder)[:-keep_last]:
                 if _step_of(old) not in best:
@@ -80,13 +85,14 @@ def _save(
     loader: PackedLoader,
     step: int,
     validator: Validator | None,
+    averaged: NaViT | None,
 ) -> None:
     whole = folder / f"step-{step:08d}"
     partial = whole.with_name(whole.name + ".partial")
     _remove_partials(folder)
     partial.mkdir(parents=True)
     try:
-        _fill(partial, model, optimizer, loader, step, validator)
+        _fill(partial, model, optimizer, loader, step, validator, averaged)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # makes room, if the disk is full
         raise
@@ -103,15 +109,19 @@ def _fill(
     loader: PackedLoader,
     step: int,
     validator: Validator | None,
+    averaged: NaViT | None,
 ) -> None:
     """Write the files of a checkpoint, and wait until the disk has them."""
     from safetensors.torch import save_file
 
     # safetensors refuses tensors that are not contiguous.
-    save_file({k: v.contiguous() for k, v in _weights(model).items()}, partial / _MODEL)
-    save_file(_moments(model, optimizer), partial / _OPTIMIZER)
+    training = _moments(model, optimizer)
+    if averaged is not None:
+        training |= {f"{name}.{_TRAINED}": value for name, value in _weights(model).items()}
+    save_file(_weights(model if averaged is None else averaged), partial / _MODEL)
+    save_file(training, partial / _OPTIMIZER)
     state: dict[str, Any] = {
-        "version": _VERSION,
+        "version": _VERSION if averaged is None else _WITH_AVERAGES,
         "step": step,
         "model": asdict(model.config),
         "loader": loader.state_dict(),
@@ -211,7 +221,7 @@ def _unreadable(checkpoint: Path) -> str:
                 pass
     except (ValueError, TypeError, KeyError, SafetensorError) as error:
         return f"{name}: {error}"
-    return f"{_CHECKSUMS} is missing" if version == _VERSION else ""
+    return "" if version == _WITHOUT_CHECKSUMS else f"{_CHECKSUMS} is missing"
 
 
 def _checksums(checkpoint: Path) -> dict[str, bytes]:
@@ -244,11 +254,12 @@ def load_checkpoint(
     loader: PackedLoader,
     *,
     validator: Validator | None = None,
+    averaged: NaViT | None = None,
 ) -> int:
     """Load the newest whole checkpoint into model, optimizer, loader, validator; return its step.
 
     Without a checkpoint nothing is loaded, and the step is 0. One without validation is loaded with
-    it, too: validation begins there.
+    it, too: validation begins there. So is one without EMA: the average begins with its weights.
 
     Raises:
         ValueError: all checkpoints are damaged; or it is of a model of another shape, or the loader
@@ -275,13 +286,19 @@ def load_checkpoint(
     if validation and validator:
         validator.load_state_dict(validation)
     loader.load_state_dict(state["loader"])
-    _weights_into(model, found)
+    weights, trained = load_file(found / _MODEL), {}
+    if averaged is not None:
+        averaged.load_state_dict(weights)
     parameters = dict(model.named_parameters())
     for name, value in load_file(found / _OPTIMIZER).items():
         weight, _, moment = name.rpartition(".")  # names of weights hold dots, of moments none
+        if moment == _TRAINED:
+            trained[weight] = value
+            continue
         # AdamW makes the moments of a parameter only if it has none. Those of a fused AdamW, the
         # step too, are on the parameter's device.
         optimizer.state[parameters[weight]][moment] = value.to(parameters[weight].device)
+    model.load_state_dict(trained or weights)
     return int(state["step"])
 
 
@@ -339,12 +356,6 @@ def _weights(model: NaViT) -> dict[str, torch.Tensor]:
     return {name: value.contiguous() for name, value in model.state_dict().items()}
 
 
-def _weights_into(model: NaViT, checkpoint: Path) -> None:
-    from safetensors.torch import load_file
-
-    model.load_state_dict(load_file(checkpoint / _MODEL))
-
-
 def _moments(model: NaViT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{moment}": value.contiguous()
@@ -355,11 +366,8 @@ def _moments(model: NaViT, optimizer: torch.optim.Optimizer) -> dict[str, torch.
 
 def _state(checkpoint: Path) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-    if (version := state.get("version")) not in (_WITHOUT_CHECKSUMS, _VERSION):
-        name, expected = (
-            f"{checkpoint.name}/{_STATE} version",
-            f"{_WITHOUT_CHECKSUMS} or {_VERSION}",
-        )
+    if (version := state.get("version")) not in (_WITHOUT_CHECKSUMS, _VERSION, _WITH_AVERAGES):
+        name, expected = f"{checkpoint.name}/{_STATE} version", "1, 2 or 3"
         raise ValueError(checks.sentence(name, version, expected, "use the packpipe that wrote it"))
     if (step := state["step"]) != _step_of(checkpoint):  # it would be taken for a later one
         name, expected = (

@@ -30,7 +30,8 @@ class Files:
         optimizer: its state is saved, too.
         loader: likewise.
         config: says how many checkpoints are kept.
-        validator: likewise saved; None without validation.
+        validator: likewise; None without validation.
+        averaged: the averaged weights; None without any.
         run_options: what model.json says; None writes none.
     """
 
@@ -43,9 +44,11 @@ class Files:
         config: TrainConfig,
         *,
         validator: Validator | None,
+        averaged: NaViT | None,
         run_options: RunOptions | None,
     ) -> None:
-        self._folder, self._validator, self._options = folder, validator, run_options
+        self._folder, self._options = folder, run_options
+        self._validator, self._averaged = validator, averaged
         self._parts = model, optimizer, loader
         self._keep_last = config.keep_last
         # What one rank alone may write to.
@@ -61,7 +64,9 @@ class Files:
             return 0
         if self._options:
             check_options(self._folder, self._options)
-        return load_checkpoint(self._folder, *self._parts, validator=self._validator)
+        return load_checkpoint(
+            self._folder, *self._parts, validator=self._validator, averaged=self._averaged
+        )
 
     def begin(self, step: int) -> None:
         """Make the folder ready for a training that goes on from a step, which all have loaded."""
@@ -90,5 +95,6 @@ class Files:
             *self._parts,
             step,
             validator=self._validator,
+            averaged=self._averaged,
             keep_last=self._keep_last,
         )

@@ -28,6 +28,7 @@ from packpipe.model.attention import check_backend
 from packpipe.model.flops import matrix_rate
 from packpipe.model.navit import NaViT, compile_parts
 from packpipe.rows.rows import NO_LABEL
+from packpipe.training.averages import average, copy_of, kept_share
 from packpipe.training.figures import Figures
 from packpipe.training.figures import Record as Record  # callers import these from here, too
 from packpipe.training.files import Files
@@ -54,7 +55,8 @@ def train(
     """Train a model in place; yield a record every log_every steps, and after every validation.
 
     Args:
-        model: on the device it is trained on.
+        model: on the device it is trained on. With ``ema`` it has the weights of the last step; the
+            averaged ones are those that are validated, and that `packpipe.load_model` loads.
         loader: batches with integer labels, epoch after epoch; it augments them, if it is made with
             ``augment``. Of images that it mixes both labels count, by their shares.
         config: the options.
@@ -84,10 +86,19 @@ def train(
     folder = None if folder is None else checks.local_path("folder", folder)
     if has_group() and device.type == "cuda":
         torch.cuda.set_device(device)  # ranks compare what they have through the current GPU
+    averaged = None if config.ema is None else copy_of(model)
+    judged = model if averaged is None else averaged
     # Together: none is left waiting for one that refuses its images.
-    validator = together(lambda: _validator_of(model, validate, config, half))
+    validator = together(lambda: _validator_of(judged, validate, config, half))
     files = Files(
-        folder, model, optimizer, loader, config, validator=validator, run_options=run_options
+        folder,
+        model,
+        optimizer,
+        loader,
+        config,
+        validator=validator,
+        averaged=averaged,
+        run_options=run_options,
     )
 
     def load() -> int:
@@ -116,10 +127,13 @@ def train(
             return
     run: nn.Module = model.train()
     compiled = device.type == "cuda" if config.compiled is None else config.compiled
-    if compiled and not model.keep_padding:  # keep_padding: it is compiled already
-        compile_parts(model)
+    for one in (model, averaged):
+        if compiled and one is not None and not one.keep_padding:  # or it is compiled already
+            compile_parts(one)
     if has_group():
         run = DistributedDataParallel(model)
+        if averaged is not None and not first:
+            averaged.load_state_dict(model.state_dict())  # DDP has sent rank 0's just now
     rate = (
         matrix_rate(device, torch.bfloat16 if half else torch.float32)
         if device.type == "cuda"
@@ -145,6 +159,8 @@ def train(
             figures.add(batch, *found)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
+        if averaged is not None and config.ema:
+            average(averaged, model, kept_share(config.ema, step))
         done = step + 1
         ends = stop() or done == config.steps
         # Not where stop ends the training: it may go on, as if it had not been stopped.

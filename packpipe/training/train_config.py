@@ -31,6 +31,9 @@ class TrainConfig:
         weight_decay: of the matrices of linear layers.
         head_weight_decay: of the head's matrix.
         clip: the gradient's largest norm.
+        ema: how much of the averaged weights a step keeps, such as 0.999; it is less in the first
+            steps (`packpipe.training.averages`). The averaged weights are what is validated, what
+            decides which steps were the best, and the model of the folder. None averages none.
         loss: ``"sigmoid"`` or ``"softmax"``.
         label_smoothing: of ``"softmax"``: share of each target that is spread over all classes.
             Validation is measured without.
@@ -60,6 +63,7 @@ class TrainConfig:
     weight_decay: float = 0.03
     head_weight_decay: float = 3.0
     clip: float = 1.0
+    ema: float | None = None
     loss: str = "sigmoid"
     label_smoothing: float = 0.0
     precision: str = "auto"
@@ -90,6 +94,10 @@ class TrainConfig:
             object.__setattr__(self, name, checks.whole_number(name, value, 0, self.steps, remedy))
         for name in ("learning_rate", "clip"):
             checks.positive_number(name, getattr(self, name), "choose a usual one")
+        if self.ema is not None:
+            remedy = "0.999 is usual, None is none"
+            if not 0 < checks.real_number("ema", self.ema, remedy) < 1:
+                raise ValueError(checks.sentence("ema", self.ema, "in (0, 1)", remedy))
         for name in ("weight_decay", "head_weight_decay"):
             if checks.real_number(name, getattr(self, name), "0 is none") < 0:
                 raise ValueError(
