@@ -56,6 +56,8 @@ MIX_BY_CUT = 57
 MIX_SHARE = 58
 MIX_CORNER = (59, 60)  # down, across
 TRANSFORM = 64
+# Of training.
+DROP_PATH = 72
 
 
 class Key(NamedTuple):

@@ -184,6 +184,10 @@ def disagreements(rank, checkpoint):
         "validation": lambda folder: train_on(rank, folder, val_rows=(7, 0)),
         "validation images": lambda folder: train_on(rank, folder, val_rows=(7, 6)),
         "steps": lambda folder: train_on(rank, folder, each=[{}, {"steps": 5}]),
+        "too many frozen blocks": lambda folder: train_on(rank, folder, each=[{}, {"freeze": 3}]),
+        "schedules": lambda folder: train_on(
+            rank, folder, each=[{"schedule": lambda _: 1e-3}, {"schedule": lambda _: 2e-3}]
+        ),
         "no checkpoint written": lambda folder: train_where_nothing_can_be_saved(rank, folder),
         "no log": lambda folder: train_where_no_log_can_be(rank, folder),
         "too large a batch": lambda folder: train_on(rank, folder, batch_size=11),
@@ -216,6 +220,6 @@ if __name__ == "__main__":
     where = Path(sys.argv[1])
     with one_of_two_ranks():
         learning.main(where, 1)
-        learning.main(where / "validated", 1, val_every=5)
+        learning.main(where / "validated", 1, val_every=5, freeze=1)
         broken.main(where, BROKEN_STEPS)
         main(where)

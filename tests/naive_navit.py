@@ -5,8 +5,11 @@ import math
 import torch
 
 
-def forward(model, image):
-    """Return the output of one image: {"patches": [n, D], "coords": [n, 2], "grid_hw": (h, w)}."""
+def forward(model, image, path=None):
+    """Return the output of one image: {"patches": [n, D], "coords": [n, 2], "grid_hw": (h, w)}.
+
+    path[block] is what its attention and its MLP are multiplied by.
+    """
     config, weights = model.config, dict(model.named_parameters())
     x = (image["patches"].to(weights["embed.weight"].dtype) / 127.5 - 1) @ weights["embed.weight"].T
     places = [position(config, weights, y, x_, image["grid_hw"]) for y, x_ in image["coords"]]
@@ -18,8 +21,10 @@ def forward(model, image):
             for name, value in weights.items()
             if name.startswith(f"blocks.{number}.")
         }
-        x = x + attended(config, own, layer_norm(x, own["norm_attention.weight"]), image["coords"])
-        x = x + mlp(own, layer_norm(x, own["norm_mlp.weight"]))
+        a, b = (1, 1) if path is None else path[number]
+        normed = layer_norm(x, own["norm_attention.weight"])
+        x = x + a * attended(config, own, normed, image["coords"])
+        x = x + b * mlp(own, layer_norm(x, own["norm_mlp.weight"]))
     x = layer_norm(x, weights["norm.weight"])
     pooled = {
         "attention": lambda: attention_pool(config, weights, x),

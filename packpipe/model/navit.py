@@ -70,12 +70,17 @@ class NaViT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch, paths: Tensor | None = None) -> Tensor:
         """Return logits [B, S, K]; [B, L, K], 0 or meaningless in padding, if pooling is "none".
 
         Without num_classes, K is C: the pooled features. ``head="unit"`` gives vectors of length 1.
+
+        Args:
+            batch: packed rows.
+            paths: float[B, S, depth, 2], what attention and MLP of each block are multiplied by
+                for each image, of `packpipe.training.drop_path`; None leaves them as they are.
         """
-        x, tokens = self._encode(batch)
+        x, tokens = self._encode(batch, paths)
         return self.answer(x, batch, tokens)
 
     def pool_weights(self, batch: PackedBatch) -> Tensor:
@@ -94,14 +99,22 @@ class NaViT(nn.Module):
         ids = batch.segment_ids
         return tokens.put_back(weights, *ids.shape) * (ids > 0)[..., None]
 
-    def _encode(self, batch: PackedBatch) -> tuple[Tensor, FlatTokens]:
+    def _encode(self, batch: PackedBatch, paths: Tensor | None = None) -> tuple[Tensor, FlatTokens]:
         """Return the tokens [T, C] after all blocks, and where they lie in the batch."""
         self._check(batch)
         tokens = flatten(batch, self.backend(), keep_padding=self.keep_padding)
         x, turn = self.read(batch, tokens)
-        for block in self.blocks:
-            x = block(x, tokens.attend, turn)
+        for block, path in zip(self.blocks, self._paths(paths, tokens), strict=True):
+            x = block(x, tokens.attend, turn, path)
         return x, tokens
+
+    def _paths(self, paths: Tensor | None, tokens: FlatTokens) -> Iterable[Tensor | None]:
+        """Return for each block [T, 2], its two numbers for every token; None without paths."""
+        if paths is None:
+            return [None] * len(self.blocks)
+        # [B·S + 1, depth, 2]: padding's segment is B·S.
+        by_segment = F.pad(paths.flatten(0, 1), (0, 0, 0, 0, 0, 1))
+        return by_segment[tokens.segments].unbind(1)
 
     def read(self, batch: PackedBatch, tokens: FlatTokens) -> tuple[Tensor, Turn]:
         """Return embedded patches [T, C] with positions added; rotary ones as (cos, sin) beside."""
@@ -185,8 +198,10 @@ class Block(nn.Module):
         self.widen = nn.Linear(dim, config.mlp_width, bias=False)
         self.narrow = nn.Linear(config.mlp_width, dim, bias=False)
 
-    def forward(self, x: Tensor, attend: Attention, turn: Turn) -> Tensor:
-        """Return tokens [T, C]."""
+    def forward(
+        self, x: Tensor, attend: Attention, turn: Turn, path: Tensor | None = None
+    ) -> Tensor:
+        """Return tokens [T, C]; path [T, 2] is what attention and MLP are multiplied by."""
         projected = self.queries_keys_values(self.norm_attention(x))  # [T, 3C]
         queries, keys, values = (
             part.unflatten(-1, (self.heads, -1)) for part in projected.chunk(3, dim=-1)
@@ -197,10 +212,14 @@ class Block(nn.Module):
         if turn is not None:
             queries, keys = rotate(queries, turn), rotate(keys, turn)
         seen = attend(queries.to(values.dtype), keys.to(values.dtype), values)  # [T, H, E]
-        x = x + self.project(seen.flatten(-2))  # [T, C]
+        x = x + _scaled(self.project(seen.flatten(-2)), path, 0)  # [T, C]
         widened: Tensor = F.gelu(self.widen(self.norm_mlp(x)))
-        out: Tensor = x + self.narrow(widened)
-        return out
+        return x + _scaled(self.narrow(widened), path, 1)
+
+
+def _scaled(x: Tensor, path: Tensor | None, part: int) -> Tensor:
+    """Return x [T, C] multiplied by a column of path [T, 2]; in its dtype, so in half precision."""
+    return x if path is None else (x * path[:, part, None]).to(x.dtype)
 
 
 def compile_parts(model: NaViT, **options: Any) -> NaViT:

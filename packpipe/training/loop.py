@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,16 @@ from packpipe.loading.ranks import agree, has_group, together
 from packpipe.model.attention import check_backend
 from packpipe.model.flops import matrix_rate
 from packpipe.model.navit import NaViT, compile_parts
+from packpipe.philox import Key
 from packpipe.rows.rows import NO_LABEL
 from packpipe.training.averages import average, copy_of, kept_share
+from packpipe.training.drop_path import drawn_paths
 from packpipe.training.figures import Figures
 from packpipe.training.figures import Record as Record  # callers import these from here, too
 from packpipe.training.files import Files
 from packpipe.training.log import read_log as read_log
 from packpipe.training.losses import LOSSES, Partners, check_labels, global_count
-from packpipe.training.optimizer import optimizer_of
+from packpipe.training.optimizer import freeze, optimizer_of
 from packpipe.training.run_folder import RunOptions
 from packpipe.training.train_config import TrainConfig as TrainConfig
 from packpipe.training.validation import Validator
@@ -70,6 +72,8 @@ def train(
         run_options: what model.json in the folder says for `packpipe.load_model`: names of classes,
             and how images become rows. None writes none.
 
+    With ``freeze`` the model's first blocks have no gradients any more, after it as well.
+
     If a validation fails, its step is saved, and a training that goes on measures it first.
 
     Raises:
@@ -82,13 +86,14 @@ def train(
     """
     device = next(model.parameters()).device
     half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
-    optimizer = optimizer_of(model, config)
     folder = None if folder is None else checks.local_path("folder", folder)
     if has_group() and device.type == "cuda":
         torch.cuda.set_device(device)  # ranks compare what they have through the current GPU
+    # Together: none is left waiting for one that refuses its options, or its images.
+    together(lambda: freeze(model, config.freeze))
+    optimizer = optimizer_of(model, config)
     averaged = None if config.ema is None else copy_of(model)
     judged = model if averaged is None else averaged
-    # Together: none is left waiting for one that refuses its images.
     validator = together(lambda: _validator_of(judged, validate, config, half))
     files = Files(
         folder,
@@ -108,10 +113,8 @@ def train(
         return first
 
     first = together(load)
-    # All but log_every: a rank may keep silent.
-    options = {name: value for name, value in asdict(config).items() if name != "log_every"}
     has = {"has_folder": folder is not None, "validates": validator is not None}
-    agree({"step": first, **has, **options})
+    agree({"step": first, **has, **together(config.must_agree)})
     if validator:
         agree(together(validator.must_agree))
     files.begin(first)  # all ranks have loaded by now, since they agree in the step
@@ -148,16 +151,17 @@ def train(
         taken = list(islice(batches, config.accumulate))
         figures.waited += time.perf_counter() - asked
         if compiled and config.trim and step == first:
-            seq_len = taken[0].segment_ids.shape[1]
+            seq_len = taken[0][0].segment_ids.shape[1]
             _warn_of_lengths(seq_len, config.trim, validates=bool(validator))
-        taken = [_prepared(batch, model, config) for batch in taken]
+        parts = [_prepared(batch, key, model, config) for batch, key in taken]
         # A function of the step, so a resumed training needs no state of a scheduler.
         for group in optimizer.param_groups:
-            group["lr"] = config.rate(step)
+            group["lr"] = config.rate(step) * group["scale"]
         optimizer.zero_grad()
-        for batch, found in zip(taken, _backward(run, taken, config, device, half), strict=True):
-            figures.add(batch, *found)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        for part, found in zip(parts, _backward(run, parts, config, device, half), strict=True):
+            figures.add(part.batch, *found)
+        if config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         if averaged is not None and config.ema:
             average(averaged, model, kept_share(config.ema, step))
@@ -181,7 +185,19 @@ def train(
             return
 
 
-def _prepared(batch: PackedBatch, model: NaViT, config: TrainConfig) -> PackedBatch:
+class _Part(NamedTuple):
+    """A batch as it is trained on; what is drawn of paths for its images, None without any."""
+
+    batch: PackedBatch
+    paths: Tensor | None
+
+    def to(self, device: torch.device) -> _Part:
+        batch = self.batch.to(device, non_blocking=True)
+        paths = self.paths
+        return _Part(batch, None if paths is None else paths.to(device, non_blocking=True))
+
+
+def _prepared(batch: PackedBatch, key: Key, model: NaViT, config: TrainConfig) -> _Part:
     """Return a batch as it is trained on, still on the CPU, where it is looked at without waiting.
 
     Raises:
@@ -194,32 +210,33 @@ def _prepared(batch: PackedBatch, model: NaViT, config: TrainConfig) -> PackedBa
         raise ValueError(checks.sentence("batch.labels", None, "integer labels", remedy))
     if model.config.num_classes is not None:
         check_labels(batch.labels, model.config.num_classes)
-    return batch
+    if not config.drop_path:
+        return _Part(batch, None)
+    return _Part(batch, drawn_paths(batch, key, config.drop_path, model.config.depth))
 
 
 def _backward(
-    run: nn.Module,
-    batches: list[PackedBatch],
-    config: TrainConfig,
-    device: torch.device,
-    half: bool,
+    run: nn.Module, parts: list[_Part], config: TrainConfig, device: torch.device, half: bool
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Add up the gradients of a step; yield labels, logits and loss of each of its batches.
 
     The losses add up to that of one batch that holds all of them.
     """
-    moved = [batch.to(device, non_blocking=True) for batch in batches]
-    labels: list[Any] = [batch.labels for batch in moved]
+    moved = [part.to(device) for part in parts]
+    labels: list[Any] = [part.batch.labels for part in moved]
     count = global_count(*(own != NO_LABEL for own in labels))
-    for number, (batch, own) in enumerate(zip(moved, labels, strict=True), 1):
-        waits = number < len(moved) and isinstance(run, DistributedDataParallel)
-        # Ranks add their gradients up once a step: with those of the last batch.
-        with run.no_sync() if waits else nullcontext():
+    for number, (part, own) in enumerate(zip(moved, labels, strict=True), 1):
+        with _apart(run) if number < len(moved) else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                logits = run(batch)
-            loss = loss_of(logits, own, config, count, batch.partners)
+                logits = run(*part)
+            loss = loss_of(logits, own, config, count, part.batch.partners)
             loss.backward()
         yield own, logits.detach(), loss.detach()
+
+
+def _apart(run: nn.Module) -> AbstractContextManager[None]:
+    """Return a block in which ranks do not add their gradients up: they do with the last batch."""
+    return run.no_sync() if isinstance(run, DistributedDataParallel) else nullcontext()
 
 
 def loss_of(
@@ -284,8 +301,8 @@ def _warn_of_lengths(seq_len: int, trim: int, *, validates: bool) -> None:
         log.warning(checks.sentence("trim", trim, expected, remedy))
 
 
-def _passes(loader: PackedLoader) -> Iterator[PackedBatch]:
-    """Yield the batches of the loader, epoch after epoch.
+def _passes(loader: PackedLoader) -> Iterator[tuple[PackedBatch, Key]]:
+    """Yield the batches of the loader, epoch after epoch, each with its seed and epoch.
 
     Raises:
         ValueError: an epoch has no batch.
@@ -295,7 +312,7 @@ def _passes(loader: PackedLoader) -> Iterator[PackedBatch]:
         is_empty = True
         for batch in loader:
             is_empty = False
-            yield batch
+            yield batch, Key(loader.seed, loader.epoch)
         # One alone may be the rest of an epoch that was resumed at its end.
         if is_empty and was_empty:
             expected, remedy = "one or more an epoch", "look for what filters or rejects all images"

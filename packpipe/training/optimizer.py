@@ -1,6 +1,7 @@
-"""The optimizer of a training: AdamW, whose weight decay depends on what a parameter is.
+"""The optimizer of a training: AdamW, and what of a model it changes, and how much.
 
-Source: Zhai et al., arXiv 2106.04560 (two weight decays).
+Source: Zhai et al., arXiv 2106.04560 (two weight decays); Bao et al., arXiv 2106.08254 (rates that
+fall from layer to layer).
 """
 
 from __future__ import annotations
@@ -8,22 +9,58 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from packpipe import checks
 from packpipe.model.navit import NaViT
 from packpipe.training.train_config import TrainConfig
 
 
+def layers_of(model: NaViT) -> list[list[nn.Parameter]]:
+    """Return a model's parameters from its input to its output.
+
+    Patch embedding and positions, then each block, then what comes after the blocks.
+    """
+    first = [model.embed, *([] if model.position is None else [model.position])]
+    layers = [[p for part in first for p in part.parameters()]]
+    layers += [list(block.parameters()) for block in model.blocks]
+    known = {id(p) for layer in layers for p in layer}
+    return [*layers, [p for p in model.parameters() if id(p) not in known]]
+
+
+def freeze(model: NaViT, blocks: int) -> None:
+    """Let the first blocks have no gradients, nor patch embedding and positions; 0 changes nothing.
+
+    Raises:
+        ValueError: the model has fewer blocks.
+    """
+    if blocks > model.config.depth:
+        expected = f"at most {model.config.depth} (depth)"
+        raise ValueError(checks.sentence("freeze", blocks, expected, "freeze fewer blocks"))
+    for layer in layers_of(model)[: blocks + 1 if blocks else 0]:
+        for parameter in layer:
+            parameter.requires_grad_(False)
+
+
 def optimizer_of(model: NaViT, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW; weight decay on matrices of linear layers, another on the head's, else none."""
+    """Return AdamW over all that has gradients.
+
+    Weight decay is of the matrices of linear layers, another of the head's, of all else 0. The
+    rate of a group is that of the step times its ``scale``: layer_decay to the power of how many
+    layers come after the parameter's, of `layers_of`.
+    """
     head = {id(p) for p in model.head.parameters()} if model.head is not None else set()
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - head
-    groups = [
-        {"params": [p for p in model.parameters() if id(p) in chosen], "weight_decay": decay}
-        for chosen, decay in (
-            (head, config.head_weight_decay),
-            (matrices, config.weight_decay),
-            ({id(p) for p in model.parameters()} - head - matrices, 0.0),
-        )
-    ]
-    # Without num_classes there is no head.
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for after, layer in enumerate(reversed(layers_of(model))):
+        for parameter in layer:
+            decay = config.weight_decay if id(parameter) in matrices else 0.0
+            decay = config.head_weight_decay if id(parameter) in head else decay
+            if parameter.requires_grad:
+                groups.setdefault((config.layer_decay**after, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": decay, "scale": scale}
+            for (scale, decay), parameters in groups.items()
+        ],
+        lr=config.learning_rate,
+        fused=True,
+    )

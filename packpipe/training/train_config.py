@@ -5,11 +5,15 @@ Source: NaViT B.1 and Zhai et al., arXiv 2106.04560 (the rate, the two weight de
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from packpipe import checks
 from packpipe.training.checkpoints import KEPT
+from packpipe.training.drop_path import check_drop_path
 from packpipe.training.losses import LOSSES, check_label_smoothing
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -28,12 +32,22 @@ class TrainConfig:
         warm_up: steps in which the rate rises to it; None is a tenth of all steps.
         cool_down: steps in which it falls towards 0 at the end; None is a tenth of all steps.
         timescale: steps after which the rate has fallen to 0.7 of the peak.
+        schedule: a function of the step, 0 being the first, that returns its rate, in place of the
+            four above. It may be another one when a training goes on, as all of them may.
+        layer_decay: what the rate is multiplied by from each layer to the one before it, 1 for
+            none: all that comes after the blocks has the rate itself, the last block layer_decay
+            of it, patch embedding and positions layer_decay to the power of depth + 1.
+        freeze: how many of the first blocks are not trained, nor are patch embedding and positions;
+            0 trains everything.
         weight_decay: of the matrices of linear layers.
         head_weight_decay: of the head's matrix.
-        clip: the gradient's largest norm.
+        clip: the gradient's largest norm; None leaves it as it is.
         ema: how much of the averaged weights a step keeps, such as 0.999; it is less in the first
             steps (`packpipe.training.averages`). The averaged weights are what is validated, what
             decides which steps were the best, and the model of the folder. None averages none.
+        drop_path: how often an image goes around the last block's attention, and around its MLP;
+            earlier blocks have less (`packpipe.training.drop_path`). In training alone. It is drawn
+            by the loader's seed.
         loss: ``"sigmoid"`` or ``"softmax"``.
         label_smoothing: of ``"softmax"``: share of each target that is spread over all classes.
             Validation is measured without.
@@ -60,10 +74,14 @@ class TrainConfig:
     warm_up: int | None = None
     cool_down: int | None = None
     timescale: int = 10_000
+    schedule: Callable[[int], float] | None = None
+    layer_decay: float = 1.0
+    freeze: int = 0
     weight_decay: float = 0.03
     head_weight_decay: float = 3.0
-    clip: float = 1.0
+    clip: float | None = 1.0
     ema: float | None = None
+    drop_path: float = 0.0
     loss: str = "sigmoid"
     label_smoothing: float = 0.0
     precision: str = "auto"
@@ -77,7 +95,7 @@ class TrainConfig:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"keep_last": KEPT, "keep_best": 0}
+        least = {"keep_last": KEPT, "keep_best": 0, "freeze": 0}
         counts = ("steps", "accumulate", "timescale", "log_every", "save_every", "val_every")
         optional = ("save_every", "val_every", "patience", "trim")
         for name in (*counts, "patience", "trim", *least):
@@ -92,8 +110,16 @@ class TrainConfig:
             remedy = f"steps is {self.steps}"
             # The class is frozen.
             object.__setattr__(self, name, checks.whole_number(name, value, 0, self.steps, remedy))
-        for name in ("learning_rate", "clip"):
-            checks.positive_number(name, getattr(self, name), "choose a usual one")
+        checks.positive_number("learning_rate", self.learning_rate, "choose a usual one")
+        if self.clip is not None:
+            checks.positive_number("clip", self.clip, "1 is usual, None is none")
+        remedy = "0.75 is usual, 1 is none"
+        if not 0 < checks.real_number("layer_decay", self.layer_decay, remedy) <= 1:
+            raise ValueError(checks.sentence("layer_decay", self.layer_decay, "in (0, 1]", remedy))
+        if self.schedule is not None and not callable(self.schedule):
+            expected, remedy = "a function of the step, or None", "pass lambda step: 1e-3"
+            raise TypeError(checks.sentence("schedule", self.schedule, expected, remedy))
+        object.__setattr__(self, "drop_path", check_drop_path(self.drop_path))
         if self.ema is not None:
             remedy = "0.999 is usual, None is none"
             if not 0 < checks.real_number("ema", self.ema, remedy) < 1:
@@ -119,12 +145,33 @@ class TrainConfig:
         """Return whether the model is measured after so many steps."""
         return done == self.steps or (self.val_every is not None and done % self.val_every == 0)
 
+    def must_agree(self) -> dict[str, Any]:
+        """Return what all ranks must have the same of, by name: log_every is not among it.
+
+        Functions are told apart by the rates of a thousand steps, as a digest.
+        """
+        found = {name: value for name, value in vars(self).items() if name != "log_every"}
+        if self.schedule is not None:
+            steps = {*range(0, self.steps, -(-self.steps // 1000)), self.steps - 1}
+            rates = repr([self.rate(step) for step in sorted(steps)])
+            found["schedule"] = hashlib.sha256(rates.encode()).hexdigest()[:16]
+        return found
+
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, 0 being the first.
 
         It rises linearly to the peak, then is peak · √(timescale ÷ (steps since + timescale)); in
-        the last cool_down steps this is multiplied by a line towards 0.
+        the last cool_down steps this is multiplied by a line towards 0. A schedule says it itself.
+
+        Raises:
+            TypeError, ValueError: it says no finite number of 0 or more.
         """
+        if self.schedule is not None:
+            name, remedy = f"schedule({step})", "return the rate of the step"
+            rate = checks.real_number(name, self.schedule(step), remedy)
+            if rate < 0:
+                raise ValueError(checks.sentence(name, rate, "0 or more", remedy))
+            return float(rate)
         warm_up, cool_down = int(self.warm_up or 0), int(self.cool_down or 0)
         # Both lines are 0 one step outside of the training, so that no step has a rate of 0.
         rising = min(1.0, (step + 1) / (warm_up + 1))

@@ -58,6 +58,97 @@ def test_the_rate_rises_falls_by_the_root_and_ends_near_zero():
     assert TrainConfig(steps=1).rate(0) == 8e-4
 
 
+def test_a_schedule_says_the_rate_of_each_step_and_is_held_to_it():
+    config = TrainConfig(steps=10, schedule=lambda step: 0.1 / (1 + step))
+    assert [config.rate(0), config.rate(9)] == [0.1, 0.01]
+    (record,) = train(learning.model_of(), learning.loader_of(), learning.config_of(steps=1))
+    assert record.learning_rate == learning.config_of(steps=1).rate(0)
+    # Ranks compare what it says, since functions have no other value.
+    same = TrainConfig(steps=10, schedule=lambda step: 0.1 / (step + 1))
+    other = TrainConfig(steps=10, schedule=lambda step: 0.1 / (2 + step))
+    assert config.must_agree() == same.must_agree() != other.must_agree()
+    for value, message in [
+        (math.nan, "schedule(3) is nan, expected a finite number; return the rate of the step"),
+        (-1.0, "schedule(3) is -1.0, expected 0 or more; return the rate of the step"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            TrainConfig(steps=10, schedule=lambda _, value=value: value).rate(3)
+    with pytest.raises(TypeError, match=r"schedule is 0.1, expected a function of the step, or N"):
+        TrainConfig(steps=10, schedule=0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layer_decay": 0.5},
+        {"freeze": 1},
+        {"freeze": 2, "layer_decay": 0.9},
+        {"clip": None},
+        {"schedule": lambda step: 1e-2 * 0.9**step},
+    ],
+    ids=["as it comes", "layer_decay", "freeze", "both", "no clip", "schedule"],
+)
+def test_each_step_is_that_of_a_plain_loop(options):
+    config = learning.config_of(steps=6, **options)
+    model = learning.model_of(torch.float64)
+    records = list(train(model, learning.loader_of(), config))
+    loader = learning.loader_of()
+    batches = [[batch] for _ in range(2) for batch in loader][:6]
+    losses, plain = learning.plainly_trained(batches, config, torch.float64)
+    assert [r.loss for r in records] == pytest.approx(losses, rel=1e-12)
+    assert learning.largest_difference(model, plain) < 1e-9
+    if options:
+        usual = learning.plainly_trained(batches, learning.config_of(steps=6), torch.float64)[1]
+        assert learning.largest_difference(usual, plain) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("blocks", "frozen"), [(1, {"embed", "position", "blocks.0"}), (2, {"blocks.1"})]
+)
+def test_what_is_frozen_keeps_every_bit_and_has_no_gradient(blocks, frozen, tmp_path):
+    start = {name: value.clone() for name, value in learning.model_of().state_dict().items()}
+    _, model = trained(tmp_path, freeze=blocks, ema=0.9)
+    saved = model_of(tmp_path).state_dict()
+    found = set()
+    for name, parameter in model.named_parameters():
+        kept = torch.equal(parameter, start[name])
+        assert kept == torch.equal(saved[name], start[name]) == (parameter.grad is None), name
+        if kept:
+            found |= {name.split(".")[0], ".".join(name.split(".")[:2])}
+    assert found >= frozen
+    assert {"embed", "position", "blocks.0", "blocks.1", "pool", "head", "norm"} & found == (
+        {"embed", "position", "blocks.0", *frozen}
+    )
+    # Where it goes on, other blocks may be.
+    records, model = trained(tmp_path, freeze=0, steps=14)
+    assert len(records) == 2
+    assert not torch.equal(model.embed.weight, start["embed.weight"])
+
+
+def test_more_frozen_blocks_than_there_are_are_refused():
+    message = "freeze is 3, expected at most 2 (depth); freeze fewer blocks"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trained(freeze=3)
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"accumulate": 0}, ValueError, "accumulate is 0, expected an integer in 1.."),
+        ({"accumulate": None}, TypeError, "accumulate is None, expected an integer"),
+        ({"freeze": -1}, ValueError, "freeze is -1, expected an integer in 0.."),
+        ({"layer_decay": 0}, ValueError, "layer_decay is 0, expected in (0, 1]; 0.75 is usual, 1"),
+        ({"layer_decay": 1.5}, ValueError, "layer_decay is 1.5, expected in (0, 1]; 0.75 is usua"),
+        ({"clip": 0}, ValueError, "clip is 0, expected a number above 0; 1 is usual, None is non"),
+        ({"drop_path": 1}, ValueError, "drop_path is 1, expected in [0, 1); 0.1 is usual, 0 is n"),
+    ],
+)
+def test_wrong_options_of_a_step_are_refused(option, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        learning.config_of(**option)
+
+
 def test_weight_decay_is_of_matrices_and_the_heads_its_own():
     model = learning.model_of()
     groups = optimizer_of(model, TrainConfig(steps=1)).param_groups
@@ -95,28 +186,6 @@ def test_of_mixed_images_both_labels_are_trained_on_and_their_own_is_counted(los
     assert record.accuracy == pytest.approx(float(right))
 
 
-def plainly_trained(batches, config, dtype):
-    """The losses and the model of a training in a plain loop, a list of batches a step."""
-    model, losses = learning.model_of(dtype), []
-    optimizer = optimizer_of(model, config)
-    for step, taken in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate(step)
-        optimizer.zero_grad()
-        images, total = 0, 0
-        for batch in taken:
-            images += int(batch.present.sum())
-            sums = LOSSES[config.loss](
-                model(batch), batch.labels, partners=batch.partners, count=torch.ones(())
-            )
-            total += sums
-        (total / images).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        losses.append(float((total / images).detach()))
-    return losses, model
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
 def test_four_small_batches_are_one_of_four_times_the_rows(dtype, tolerance):
     options = {"num_rows": 16, "augment": Augment(cutmix=1)}
@@ -128,18 +197,13 @@ def test_four_small_batches_are_one_of_four_times_the_rows(dtype, tolerance):
     assert [r.loss for r in records] == pytest.approx([r.loss for r in one], abs=tolerance)
     assert [r.accuracy for r in records] == [r.accuracy for r in one]
     # Adam divides by the size of a gradient, and so makes much of the last bit of a small one.
-    assert largest_difference(model, whole) < 100 * tolerance
+    assert learning.largest_difference(model, whole) < 100 * tolerance
     small = learning.loader_of(2, **options)
     two_epochs = [*small, *small]
     batches = [two_epochs[first : first + 4] for first in range(0, 16, 4)]
-    losses, plain = plainly_trained(batches, config, dtype)
+    losses, plain = learning.plainly_trained(batches, config, dtype)
     assert [r.loss for r in records] == pytest.approx(losses, abs=tolerance)
-    assert largest_difference(model, plain) < 100 * tolerance
-
-
-def largest_difference(one, other):
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+    assert learning.largest_difference(model, plain) < 100 * tolerance
 
 
 class Noting(PackedLoader):
@@ -331,10 +395,15 @@ def test_two_ranks_train_as_one(two_ranks_in):
 
 @pytest.mark.slow
 def test_two_ranks_validate_as_one(two_ranks_in):
-    model, options = learning.model_of(torch.float64), learning.config_of(val_every=5)
-    run = train(model, learning.loader_of(2), options, validate=learning.validation_of())
+    model = learning.model_of(torch.float64)
+    options = learning.config_of(val_every=5, freeze=1, **learning.EVERYTHING)
+    loader = learning.loader_of(2, augment=learning.AUGMENT)
+    run = train(model, loader, options, validate=learning.validation_of())
     wanted = [[r.val_loss, r.val_accuracy, r.val_ece] for r in run if r.val_loss is not None]
     ranks = by_rank(two_ranks_in / "validated", "rank")
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for _, found, _ in ranks:
+        assert (torch.tensor(found, dtype=torch.float64) - weights).abs().max() < 1e-9
     assert ranks[0][2] == ranks[1][2]  # to the bit: they stop and keep checkpoints together
     found = [value for value in ranks[0][2] if value is not None]
     assert len(found) == 9
@@ -394,6 +463,9 @@ TOLD = {
     "validation images": "validation fingerprint is '*' (rank 0), '*' (rank 1) and *, expected "
     f"{SAME}",
     "steps": f"steps is 4 (rank 0), 5 (rank 1), expected {SAME}",
+    "too many frozen blocks": "error is None (rank 0), 'ValueError: freeze is 3, expected at "
+    f"most 2 (depth); freeze fewer blocks' (rank 1), expected {NONE}",
+    "schedules": f"schedule is '*' (rank 0), '*' (rank 1), expected {SAME}",
     "no checkpoint written": 'error is "*Error: *step-00000001.partial*" (rank 0), None (rank 1), '
     f"expected {NONE}",
     "no log": f'error is "*Error: *log.jsonl*" (rank 0), None (rank 1), expected {NONE}',
