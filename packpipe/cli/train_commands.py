@@ -91,7 +91,24 @@ def train(
     profiles: Profiles = None,
     damaged_scans: DamagedScans = None,
     value_range: ValueRange = None,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Batches whose gradients a step adds up.")
+    ] = 1,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 8e-4,
+    layer_decay: Annotated[
+        float, typer.Option(help="Of the rate, from each layer to the one before it; 1: none.")
+    ] = 1.0,
+    clip: Annotated[float, typer.Option(min=0, help="Largest norm of gradients; 0: any.")] = 1.0,
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            help="Average the weights, which then are validated and used; such as 0.999, the share "
+            "that a step keeps."
+        ),
+    ] = None,
+    drop_path: Annotated[
+        float, typer.Option(help="Share of images that go around the last block's parts; 0: none.")
+    ] = 0.0,
     loss: Annotated[str, typer.Option(help="sigmoid or softmax.")] = "sigmoid",
     label_smoothing: Annotated[
         float, typer.Option(help="Share of a target spread over all classes, of softmax.")
@@ -144,8 +161,11 @@ def train(
         int | None,
         typer.Option(min=1, help="End after so many validations without a lower loss."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and resolutions.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
     tensorboard: Annotated[bool, typer.Option(help="Log for TensorBoard, too.")] = False,
+    wandb: Annotated[
+        str | None, typer.Option(help="Log to this project of Weights & Biases, too.")
+    ] = None,
     max_bad_fraction: MaxBadFraction = 0.01,
     split: Split = "train",
     dry_run: Annotated[
@@ -191,7 +211,12 @@ def train(
         batch_size=batch_size,
         options={
             "steps": steps,
+            "accumulate": accumulate,
             "learning_rate": learning_rate,
+            "layer_decay": layer_decay,
+            "clip": clip or None,
+            "ema": ema,
+            "drop_path": drop_path,
             "loss": loss,
             "label_smoothing": label_smoothing,
             "precision": precision,
@@ -214,7 +239,7 @@ def train(
     with naming_files(training.labelled):
         if not dry_run:
             # Ctrl-C, and a checkpoint is saved: `one_line_errors` says so, and exits with 130.
-            if not training.run(output, tensorboard=tensorboard, as_json=as_json):
+            if not training.run(output, tensorboard=tensorboard, wandb=wandb, as_json=as_json):
                 raise KeyboardInterrupt
             return
         found = training.described()

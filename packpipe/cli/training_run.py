@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from io import BytesIO
@@ -40,6 +40,7 @@ from packpipe.training.figures import Record
 from packpipe.training.log import json_line, read_log
 from packpipe.training.loop import train
 from packpipe.training.run_folder import RunOptions
+from packpipe.training.trackers import Track, to_tensorboard, to_wandb
 from packpipe.training.train_config import TrainConfig
 
 _TRIM = 64  # bucketed rows are cut to a multiple of so many tokens, or of a multiple of it
@@ -247,12 +248,20 @@ class Training:
             "tokens an epoch": plan.quality.num_tokens,
         }
 
-    def run(self, output: Path, *, tensorboard: bool = False, as_json: bool = False) -> bool:
+    def run(
+        self,
+        output: Path,
+        *,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+        as_json: bool = False,
+    ) -> bool:
         """Train; return False if Ctrl-C stopped it, in which case that step is saved.
 
         Args:
             output: folder of checkpoints, log.jsonl, model.json and training.png.
             tensorboard: whether to log for TensorBoard, too.
+            wandb: project of Weights & Biases to log to, too; None logs to none.
             as_json: whether records are printed as JSON.
 
         Raises:
@@ -261,12 +270,12 @@ class Training:
         # A wrong option is an error before there is a process group.
         _ = self.config, self.train_config, self.drawn, self.packs, self.validation_packs
         if "RANK" not in os.environ:
-            return self._run(output, tensorboard, as_json)
+            return self._run(output, tensorboard, wandb, as_json)
         # In a function of its own: its model and loader must be gone when the group ends.
         with process_group("nccl" if torch.cuda.is_available() else "gloo"):
-            return self._run(output, tensorboard, as_json)
+            return self._run(output, tensorboard, wandb, as_json)
 
-    def _run(self, output: Path, tensorboard: bool, as_json: bool) -> bool:
+    def _run(self, output: Path, tensorboard: bool, wandb: str | None, as_json: bool) -> bool:
         device = device_of_this_rank()
         is_first = rank_of_world()[0] == 0
         options, packs = self.train_config, self.packs
@@ -293,8 +302,13 @@ class Training:
                 pin_memory=device.type == "cuda",
             )
         )
-        writer = _tensorboard(output) if tensorboard and is_first else None
-        with _interrupted() as stopped:
+        with ExitStack() as stack, _interrupted() as stopped:
+            trackers: list[Track] = []
+            if is_first and tensorboard:
+                trackers.append(stack.enter_context(to_tensorboard(output / "tensorboard")))
+            if is_first and wandb:
+                asked = {"model": self.model, **asdict(options)}
+                trackers.append(stack.enter_context(to_wandb(output, wandb, config=asked)))
             # Signals reach ranks at different steps, and a rank that stops alone leaves the others
             # waiting. So ranks do not stop by themselves, and resume from the last checkpoint.
             stop = stopped.is_set if "RANK" not in os.environ else lambda: False
@@ -312,12 +326,8 @@ class Training:
                     # Above the bar, if there is one.
                     tqdm.write(_line(record, as_json), file=sys.stdout, end="")
                     sys.stdout.flush()
-                if writer:
-                    for name, value in asdict(record).items():
-                        if name != "step" and value is not None:
-                            writer.add_scalar(name, value, record.step)
-        if writer:
-            writer.close()
+                for track in trackers:
+                    track(record)
         if is_first and (log := read_log(output)):
             picture = BytesIO()
             plot_training(log).savefig(picture, dpi=100)
@@ -400,13 +410,3 @@ def device_of_this_rank() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
-
-
-def _tensorboard(output: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError:
-        raise ValueError(
-            "tensorboard is not installed; pip install 'packpipe[tensorboard]'"
-        ) from None
-    return SummaryWriter(str(output / "tensorboard"))

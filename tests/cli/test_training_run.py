@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import commanding
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from two_ranks import launch_two_ranks
 from typer.testing import CliRunner
 
+from packpipe.cli import training_run
 from packpipe.cli.labels import with_classes_of
 from packpipe.cli.layouts import Layout
 from packpipe.cli.main import app
@@ -91,9 +93,20 @@ def test_two_ranks_train_and_end(few, tmp_path):
     assert checkpoints(tmp_path / "out")[-1].name == "step-00000003"
 
 
-def test_stopped_it_goes_on(few, tmp_path):
+def test_stopped_it_goes_on_with_all_that_is_switched_on(few, tmp_path, monkeypatch):
+    tracked = []
+
+    @contextmanager
+    def tracking(folder, project="a board", **options):
+        assert folder.is_relative_to(tmp_path / "out")
+        assert options.get("config", {}).get("accumulate", 2) == 2
+        yield lambda record: tracked.append((project, record.step))
+
+    monkeypatch.setattr(training_run, "to_tensorboard", tracking)
+    monkeypatch.setattr(training_run, "to_wandb", tracking)
     options = [*SMALL, "--num-workers", "0", "--log-every", "1", "--save-every", "1"]
-    options += ["--learning-rate", "1e-4"]
+    options += ["--learning-rate", "1e-4", "--accumulate", "2", "--ema", "0.9", "--clip", "0"]
+    options += ["--layer-decay", "0.9", "--drop-path", "0.2", "--tensorboard", "--wandb", "photos"]
     assert run(few, tmp_path / "out", *options, "--steps", "3").exit_code == 0
     result = run(few, tmp_path / "out", *options, "--steps", "5", "--drop-rate", "0")
     assert result.exit_code == 0, result.output
@@ -101,6 +114,10 @@ def test_stopped_it_goes_on(few, tmp_path):
     assert "step 5 " in result.stdout
     assert [record["step"] for record in read_log(tmp_path / "out")] == [1, 2, 3, 4, 5]
     assert checkpoints(tmp_path / "out")[-1].name == "step-00000005"
+    assert tracked == [(to, step) for step in range(1, 6) for to in ("a board", "photos")]
+    state = json.loads((checkpoints(tmp_path / "out")[-1] / "state.json").read_text())
+    assert state["version"] == 3  # with averaged weights
+    assert state["loader"]["epoch"] > 0  # ten batches
 
 
 VALIDATED = [*SMALL, *QUICK, "--learning-rate", "1e-4", "--val", "0.3", "--val-every", "2"]
@@ -285,6 +302,8 @@ def test_validation_images_that_cannot_be_decoded_are_named_by_their_files(few, 
             ["--cutmix", "1", "--layout", "padded"],
             "layout is 'padded', expected 'packed' with mixup and cutmix; others put one image",
         ),
+        (["--ema", "1"], "ema is 1.0, expected in (0, 1); 0.999 is usual, None is none"),
+        (["--drop-path", "1"], "drop_path is 1.0, expected in [0, 1); 0.1 is usual, 0 is none"),
         (["--label-smoothing", "0.1"], "label_smoothing is 0.1, expected 0 with loss='sigmoid'"),
     ],
 )
