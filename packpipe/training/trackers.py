@@ -73,7 +73,13 @@ def to_wandb(folder: Path | str, project: str, **options: Any) -> Iterator[Track
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, uuid.uuid4().hex.encode())
-    own = {"project": project, "id": path.read_text(), "resume": "allow", "dir": str(folder)}
+    own: dict[str, Any] = {
+        "project": project,
+        "id": path.read_text(),
+        "resume": "allow",
+        "dir": str(folder),
+        "allow_val_change": True,  # a training may go on with other options
+    }
     # As a block it ends the run, as failed after an error.
     with wandb.init(**{**own, **options}) as run:
 

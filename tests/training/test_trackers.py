@@ -92,7 +92,7 @@ class Wandb(ModuleType):
         self.runs = []
 
     def init(self, **asked):
-        assert asked.keys() <= {"project", "id", "resume", "dir", "config"}
+        assert asked.keys() <= {"project", "id", "resume", "dir", "config", "allow_val_change"}
         self.runs.append(Run(asked))
         return self.runs[-1]
 
@@ -143,6 +143,7 @@ def test_wandb_gets_every_record_and_goes_on_in_the_same_run(tmp_path, wandb):
         "dir": str(tmp_path),
         "id": first.asked["id"],
         "resume": "allow",
+        "allow_val_change": True,
         "config": {"steps": 2},
     }
     assert (first.ended, second.ended) == ("finished", "finished")
