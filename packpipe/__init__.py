@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from packpipe.model.config import NaViTConfig as NaViTConfig
     from packpipe.model.navit import NaViT as NaViT
     from packpipe.model.navit import compile_parts as compile_parts
+    from packpipe.model.onnx_model import OnnxModel as OnnxModel
     from packpipe.model.predict import predict as predict
     from packpipe.packing.equal_steps import balance_steps as balance_steps
     from packpipe.packing.histogram import HistogramPlan as HistogramPlan
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from packpipe.planning.token_config import TokenConfig as TokenConfig
     from packpipe.planning.token_plan import plan_tokens as plan_tokens
     from packpipe.planning.views import View as View
+    from packpipe.training.export import export_onnx as export_onnx
     from packpipe.training.run_folder import load_model as load_model
     from packpipe.verification.verify import verify as verify
 
@@ -79,6 +81,7 @@ _HOMES = {
     "NaViT": "model.navit",
     "NaViTConfig": "model.config",
     "OnlinePacker": "packing.online",
+    "OnnxModel": "model.onnx_model",
     "OverTraining": "planning.dropping",
     "PackConfig": "planning.image_config",
     "PackedBatch": "loading.batch",
@@ -97,6 +100,7 @@ _HOMES = {
     "balance_steps": "packing.equal_steps",
     "compile_parts": "model.navit",
     "count_lengths": "packing.histogram",
+    "export_onnx": "training.export",
     "load_model": "training.run_folder",
     "manifest": "building.pack",
     "pack": "building.pack",

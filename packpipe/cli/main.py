@@ -16,7 +16,7 @@ except ModuleNotFoundError:
 
 from packpipe.cli import errors
 from packpipe.cli.errors import name_of
-from packpipe.cli.model_commands import embed, eval_, predict
+from packpipe.cli.model_commands import embed, eval_, export, predict
 from packpipe.cli.pack_commands import pack, plan, show, stats, verify
 from packpipe.cli.train_commands import bench, demo, train
 
@@ -65,6 +65,10 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     embed: (
         "packpipe embed runs/navit photos vectors.parquet",
         "packpipe embed runs/navit big.parquet vectors.parquet --dtype float16 --columns label",
+    ),
+    export: (
+        "packpipe export runs/navit model.onnx",
+        "packpipe export runs/navit small.onnx --max-tokens 64 --seq-len 256 --batch-size 4",
     ),
     demo: ("packpipe demo packpipe-demo",),
 }

@@ -1,4 +1,4 @@
-"""The commands eval, predict and embed, which ask a trained model."""
+"""The commands eval, predict, embed and export: what is done with a trained model."""
 
 from __future__ import annotations
 
@@ -143,6 +143,39 @@ def embed(
     else:
         typer.echo(f"{number:,} vectors are in {plain(output)}")
         typer.echo(f"{len(rejects):,} rejects are in {plain(rejects_path(output))}")
+
+
+@one_line_errors
+def export(
+    run: Run,
+    output: Annotated[Path, typer.Argument(dir_okay=False, help="An ONNX file.")],
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a row.  [as in training]")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of an image.  [as in validation]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a call.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Write a trained model as an ONNX file, once onnxruntime gives the model's outputs with it."""
+    from packpipe.training.export import export_onnx
+    from packpipe.training.run_folder import load_model
+
+    model, options = load_model(run)
+    asked = options if max_tokens is None else options.at(max_tokens)
+    seq_len = asked.packing.seq_len if seq_len is None else seq_len
+    difference = export_onnx(model, asked, output, batch_size=batch_size, seq_len=seq_len)
+    shape = {"seq_len": seq_len, "max_tokens": asked.max_tokens, "batch_size": batch_size}
+    if as_json:
+        print_json({"run": str(run), "output": str(output), **shape, "difference": difference})
+        return
+    rows = [
+        ("rows", f"{batch_size} of {seq_len} tokens a call"),
+        ("images", f"at most {asked.max_tokens} tokens each"),
+        ("checked", f"onnxruntime's outputs are the model's to {difference:.0e} of the largest"),
+    ]
+    print_table(str(output), rows)
 
 
 def _files(image: str) -> list[str]:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from packpipe import checks
-from packpipe.images.decode import probe
-from packpipe.images.given import given
-from packpipe.images.opening import BadImage, ImageData, check_settings
-from packpipe.images.remote import fetched
 from packpipe.loading.batch import PackedBatch
+from packpipe.loading.image_packs import image_packs
 from packpipe.loading.loader import PackedLoader
 from packpipe.model.config import NaViTConfig
 from packpipe.model.maps import token_maps
-from packpipe.philox import Key
-from packpipe.planning.epoch_plan import EpochPlan
-from packpipe.planning.image_config import PackConfig, config_from
-from packpipe.planning.plan import plan_epoch
-from packpipe.rows.fill_images import fill_rows, planned_images
-from packpipe.rows.rows import Rows
+from packpipe.planning.image_config import config_from
 
 
 class Model(Protocol):
@@ -81,18 +70,7 @@ def predict(
     if config.patch_size != model.config.patch_size:
         name, expected = "patch_size", f"{model.config.patch_size} (the model's)"
         raise ValueError(checks.sentence(name, config.patch_size, expected, "leave it out"))
-    for name, dropping in (("drop_rate", config.drops), ("fit_last", config.fit_last)):
-        if dropping:
-            expected = "its default, since fewer tokens come from smaller images"
-            remedy = "resize with resolution='budget' and max_tokens"
-            raise ValueError(checks.sentence(name, getattr(config, name), expected, remedy))
-    if config.num_views > 1:
-        expected, remedy = "1, an output an image", "pass rows of several to predict_packs"
-        raise ValueError(checks.sentence("views", config.num_views, expected, remedy))
-    check_settings()
-    # Kept, since images may come from a generator, and are read twice: header, then pixels.
-    data = _given(images)
-    packs = _ImagePacks(config, data, plan_epoch(_sizes(data, config), config))
+    packs = image_packs(images, config)
     answers = predict_packs(model, packs, batch_size=batch_size, num_workers=num_workers)
     return cast("Tensor | list[Tensor]", answers.outputs)
 
@@ -178,76 +156,3 @@ def predict_packs(
         seq_lens=torch.cat(lens)[order],
         labels=torch.cat(labels)[order] if labelled else None,
     )
-
-
-@dataclass(frozen=True)
-class _ImagePacks:
-    """The images of `predict` as packs, with the methods that `PackedLoader` calls."""
-
-    config: PackConfig
-    images: Sequence[ImageData]
-    plan: EpochPlan
-
-    @property
-    def max_segments(self) -> int:
-        return self.config.max_segments
-
-    def num_packs(self, key: Key) -> int:
-        del key
-        return len(self.plan)
-
-    def fingerprint(self, key: Key) -> str:
-        del key
-        return self.plan.fingerprint
-
-    def work(self, key: Key) -> NDArray[np.int64]:
-        del key
-        return self.plan.packs.attention_work
-
-    def rows(self, key: Key, packs: NDArray[np.int64]) -> Rows:
-        planned = planned_images(self.plan, packs, None)
-        read = partial(_read, self.images)
-        rows, rejects, _ = fill_rows(planned, read, self.config, key)
-        for reject in rejects:  # the header was fine, but not the pixels
-            raise ValueError(_unreadable(reject.example_index, reject.exception))
-        return rows
-
-
-def _given(images: Any) -> list[ImageData]:
-    """Return the images of `predict` in the forms that they are decoded from."""
-    if isinstance(images, np.ndarray):
-        # Rows of one image would pass for small grey ones.
-        if images.ndim == 3 and images.shape[2] in (3, 4):
-            found, expected = list(images.shape), "a list of arrays"
-            raise ValueError(checks.sentence("images.shape", found, expected, "pass [image]"))
-    elif (alone := given(images)) is not None:
-        return [alone]
-    found = []
-    for number, image in enumerate(images):
-        one = given(image)
-        if one is None:
-            what, expected = type(image).__name__, "bytes, a path or pixels"
-            remedy = "pass one image after the other"
-            raise ValueError(checks.sentence(f"type(images[{number}])", what, expected, remedy))
-        found.append(one)
-    return found
-
-
-def _read(images: Sequence[ImageData], number: int) -> ImageData:
-    return fetched(images[number])
-
-
-def _sizes(images: Sequence[ImageData], config: PackConfig) -> NDArray[np.int64]:
-    sizes = np.empty((len(images), 2), np.int64)
-    for number, image in enumerate(images):
-        try:
-            found = probe(fetched(image), max_pixels=config.max_pixels)
-        except BadImage as error:
-            raise ValueError(_unreadable(number, error.exception)) from error
-        sizes[number] = found.image_hw
-    return sizes
-
-
-def _unreadable(number: int, why: str) -> str:
-    remedy = "leave it out, or pack a dataset, which lists such images"
-    return checks.sentence(f"images[{number}]", why, "an image that can be read", remedy)

@@ -225,6 +225,10 @@ for folder in sys.argv[1:]:
             digest.update(values.tobytes() if hasattr(values, "tobytes") else repr(values).encode())
     print(digest.hexdigest())
 try:
+    packpipe.OnnxModel("missing.onnx")  # all that it imports is there
+except FileNotFoundError as error:
+    print(error)
+try:
     packpipe.PackedLoader(packed, 2)
 except ModuleNotFoundError as error:
     print(error.name, error)
@@ -243,7 +247,7 @@ def test_a_process_without_torch_reads_the_same_and_says_what_it_lacks(packs):
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    *digests, said = run.stdout.splitlines()
+    *digests, no_file, said = run.stdout.splitlines()
     for packed, found in zip(made, digests, strict=True):
         digest = hashlib.sha256()
         for batch in PackedLoader(packed, 2, epoch=1):
@@ -252,6 +256,7 @@ def test_a_process_without_torch_reads_the_same_and_says_what_it_lacks(packs):
                 is_tensor = isinstance(values, torch.Tensor)
                 digest.update(values.numpy().tobytes() if is_tensor else repr(values).encode())
         assert found == digest.hexdigest()
+    assert no_file == "missing.onnx is no file; write one with packpipe export"
     assert said == (
         "torch torch is 'missing', expected installed for batches of tensors; "
         "pip install 'packpipe[torch]', or pass as_numpy=True"
