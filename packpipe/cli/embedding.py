@@ -1,4 +1,4 @@
-"""What `packpipe embed` writes: a vector for each image of a dataset, in one Parquet file.
+"""What `packpipe embed` writes: vectors of each image of a dataset, in one Parquet file.
 
 The examples are taken in parts of part_size, each planned alone and written to a file of its own in
 the folder OUTPUT.parts. A part is complete or not there, so a run that was killed goes on after the
@@ -14,17 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import xxhash
 from datasets import Dataset, Features, List, Value
+from torch import Tensor
 
 from packpipe import __version__, checks
 from packpipe.building.shards import alone_in
 from packpipe.cli.asking import ALL_MAY_BE_BAD, in_rejects_alone, loaded
 from packpipe.cli.layouts import packs_of
 from packpipe.durable import commit, partial_of, write_json
+from packpipe.loading.image_packs import check_whole
 from packpipe.model.navit import NaViT
 from packpipe.model.predict import predict_packs
 from packpipe.planning.image_config import PackConfig
@@ -33,7 +36,8 @@ from packpipe.rows.schema import REJECTS, rejects_table
 from packpipe.sources.columns import holds_images
 
 DTYPES = ("float32", "float16")
-_OWN = ("example_index", "embedding", "num_tokens")
+# Examples a part. Vectors of all tokens take some hundred times the memory of one an image.
+_PART_SIZE, _PART_SIZE_OF_TOKENS = 4096, 256
 _RECORD = "record.json"
 
 
@@ -43,25 +47,33 @@ def embed(
     output: Path,
     *,
     columns: list[str] | None = None,
+    tokens: bool = False,
     dtype: str = "float32",
-    part_size: int = 4096,
+    part_size: int | None = None,
     batch_size: int = 8,
     num_workers: int = 0,
     max_bad_fraction: float = 0.01,
 ) -> list[Reject]:
-    """Write the pooled features of a trained model for each image; return the rejects.
+    """Write the features of each image by a trained model; return the rejects.
 
     The file has a row for each image that can be read, in the order of the dataset: its
     example_index, the columns kept of the dataset, ``embedding``
     (fixed_size_list<dtype>[channels]) and num_tokens. The rejects are in a table beside it.
+
+    With tokens, in place of ``embedding``: ``tokens`` (list<fixed_size_list<dtype>[channels]>), all
+    of the image's, before they are pooled, and ``coords`` (list<fixed_size_list<int16>[2]>), the
+    (y, x) of each in the image's patch grid. They go row by row: a map is
+    ``tokens.reshape(*coords[-1] + 1, channels)``.
 
     Args:
         run: a training's folder.
         dataset: images; labels are not asked for.
         output: the file.
         columns: of the dataset, that are kept; None keeps all but images.
+        tokens: whether each image gets the vectors of its tokens, in place of one.
         dtype: ``"float32"`` or ``"float16"``.
-        part_size: examples a part: what a kill may cost.
+        part_size: examples a part: what a kill may cost, and what is in memory at once; None is
+            4096, or 256 with tokens.
         batch_size: rows a step.
         num_workers: threads that decode ahead.
         max_bad_fraction: a larger share of images that cannot be read is an error.
@@ -81,17 +93,21 @@ def embed(
         expected, remedy = "a file that is not there yet", "remove it, or give another name"
         raise FileExistsError(checks.sentence("OUTPUT", str(output), expected, remedy))
     model, options = loaded(run)
-    trunk = _without_head(model)
-    schema = _schema(dataset, columns, dtype, trunk.config.dim)
+    if tokens:
+        check_whole(options.packing)  # all tokens of a grid are there
+    trunk = _without_head(model, tokens=tokens)
+    schema = _schema(dataset, columns, _features(dtype, trunk.config.dim, tokens=tokens))
+    if part_size is None:
+        part_size = _PART_SIZE_OF_TOKENS if tokens else _PART_SIZE
     record = {
         "packpipe": __version__,
-        "weights": _digest(trunk),
-        "packing": options.packing.to_dict(),
-        "dataset": dataset._fingerprint,
         "columns": schema.names,
         "dtype": dtype,
         "part_size": part_size,
         "batch_size": batch_size,
+        "packing": options.packing.to_dict(),
+        "dataset": dataset._fingerprint,
+        "weights": _digest(trunk),
     }
     tolerance = Tolerance(len(dataset), max_bad_fraction, 2**62)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -144,14 +160,14 @@ def _part(
     with in_rejects_alone(), torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
         answers = predict_packs(trunk, packs, batch_size=batch_size, num_workers=num_workers)
     index = answers.example_index.numpy()
-    vectors = schema.field("embedding").type
-    values = answers.outputs.float().flatten().numpy()
-    values = values.astype(vectors.value_type.to_pandas_dtype())
     own = {
         "example_index": pa.array(first + index),
-        "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values), vectors.list_size),
         "num_tokens": pa.array(answers.seq_lens.numpy()),
     }
+    if "tokens" in schema.names:
+        own |= _maps(answers.outputs, schema.field("tokens").type)
+    else:
+        own["embedding"] = _vectors(answers.outputs, schema.field("embedding").type)
     kept = images.with_format("arrow")[:]
     every = [own[n] if n in own else kept.column(n).take(pa.array(index)) for n in schema.names]
     rows = pa.table(every, schema.names).cast(schema)
@@ -160,29 +176,56 @@ def _part(
     return rows, rejects_table(rejects)
 
 
-def _schema(dataset: Dataset, columns: list[str] | None, dtype: str, dim: int) -> pa.Schema:
+def _vectors(values: Tensor, kind: pa.DataType) -> pa.Array:
+    """Return [n, channels] as a list of one size each."""
+    numbers = values.float().flatten().numpy().astype(kind.value_type.to_pandas_dtype())
+    return pa.FixedSizeListArray.from_arrays(pa.array(numbers), kind.list_size)
+
+
+def _maps(maps: list[Tensor], kind: pa.DataType) -> dict[str, pa.Array]:
+    """Return maps [rows, columns, channels] as the columns ``tokens`` and ``coords``."""
+    nothing = torch.empty(0, kind.value_type.list_size)
+    flat = torch.cat([nothing, *(one.flatten(0, 1) for one in maps)])
+    grids = [one.shape[:2] for one in maps]
+    places = [np.indices(grid, np.int16).reshape(2, -1).T for grid in grids]
+    coords = np.concatenate([np.empty((0, 2), np.int16), *places])
+    offsets = pa.array(np.cumsum([0, *map(len, places)]), pa.int32())
+    pairs = pa.FixedSizeListArray.from_arrays(pa.array(coords.flatten()), 2)
+    return {
+        "tokens": pa.ListArray.from_arrays(offsets, _vectors(flat, kind.value_type)),
+        "coords": pa.ListArray.from_arrays(offsets, pairs),
+    }
+
+
+def _features(dtype: str, dim: int, *, tokens: bool) -> dict[str, Any]:
+    """Return what is written of each image beside its number and the columns kept."""
+    vector, number = List(Value(dtype), length=dim), Value("int32")
+    if not tokens:
+        return {"embedding": vector, "num_tokens": number}
+    pairs = List(List(Value("int16"), length=2))
+    return {"tokens": List(vector), "coords": pairs, "num_tokens": number}
+
+
+def _schema(dataset: Dataset, columns: list[str] | None, own: dict[str, Any]) -> pa.Schema:
     features = dataset.features
     chosen = columns
     if chosen is None:
         chosen = [name for name, feature in features.items() if not holds_images(feature)]
     for name in chosen:
-        if name not in features or name in _OWN:
-            expected = f"one of {list(features)}, and none of {', '.join(_OWN)}"
+        if name not in features or name in ("example_index", *own):
+            expected = f"one of {list(features)}, and none of example_index, {', '.join(own)}"
             raise ValueError(checks.sentence("columns", name, expected, "rename or leave it out"))
-    return Features(
-        {
-            "example_index": Value("int64"),
-            **{name: features[name] for name in chosen},
-            "embedding": List(Value(dtype), length=dim),
-            "num_tokens": Value("int32"),
-        }
-    ).arrow_schema
+    kept = {name: features[name] for name in chosen}
+    return Features({"example_index": Value("int64"), **kept, **own}).arrow_schema
 
 
-def _without_head(model: NaViT) -> NaViT:
-    """Return the model, which now gives an image's pooled features."""
-    if model.config.pooling == "none":
-        expected, remedy = "one vector an image", "train with another pooling"
+def _without_head(model: NaViT, *, tokens: bool) -> NaViT:
+    """Return the model, which now gives an image's pooled features, or those of its tokens."""
+    if tokens:
+        model.pool = None
+        model.config = replace(model.config, pooling="none")
+    elif model.config.pooling == "none":
+        expected, remedy = "one vector an image", "pass tokens (--tokens) for those of its tokens"
         raise ValueError(checks.sentence("pooling", model.config.pooling, expected, remedy))
     model.head, model.config = None, replace(model.config, num_classes=None)
     return model

@@ -64,6 +64,7 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     ),
     embed: (
         "packpipe embed runs/navit photos vectors.parquet",
+        "packpipe embed runs/navit photos maps.parquet --tokens --dtype float16",
         "packpipe embed runs/navit big.parquet vectors.parquet --dtype float16 --columns label",
     ),
     export: (

@@ -112,15 +112,21 @@ def embed(
         str | None,
         typer.Option(help="Kept of the source, such as label,path.  [all but images]"),
     ] = None,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="The vectors of each image's tokens, in place of one.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
-    part_size: Annotated[int, typer.Option(min=1, help="Images that a kill may cost.")] = 4096,
+    part_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images that a kill may cost.  [4096; 256 with --tokens]"),
+    ] = None,
     batch_size: BatchSize = 8,
     num_workers: NumWorkers = 4,
     max_bad_fraction: MaxBadFraction = 0.01,
     split: Split = "train",
     as_json: AsJson = False,
 ) -> None:
-    """Write a vector for each image to a Parquet file; killed, the same command goes on."""
+    """Write the features of each image to a Parquet file; killed, the same command goes on."""
     from packpipe.cli.embedding import embed as write_vectors
     from packpipe.cli.embedding import rejects_path
 
@@ -131,6 +137,7 @@ def embed(
             dataset,
             output,
             columns=None if columns is None else columns.split(","),
+            tokens=tokens,
             dtype=dtype,
             part_size=part_size,
             batch_size=batch_size,
@@ -141,7 +148,8 @@ def embed(
     if as_json:
         print_json({"output": str(output), "images": number, "rejects": len(rejects)})
     else:
-        typer.echo(f"{number:,} vectors are in {plain(output)}")
+        what = "images' tokens" if tokens else "vectors"
+        typer.echo(f"{number:,} {what} are in {plain(output)}")
         typer.echo(f"{len(rejects):,} rejects are in {plain(rejects_path(output))}")
 
 

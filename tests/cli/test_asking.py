@@ -18,6 +18,7 @@ from packpipe.cli import embedding
 from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
 from packpipe.loading.epochs import EpochPacks
+from packpipe.model.attention import FlatTokens
 from packpipe.model.predict import predict_packs
 from packpipe.training.evaluation import accuracy, calibration_error
 
@@ -175,12 +176,52 @@ def test_embed_writes_the_pooled_features_of_each_image(some_broken, trained, tm
     assert (vectors @ head.T - logits).abs().max() < 1e-4
 
 
+def test_embed_writes_the_tokens_of_each_image(some_broken, trained, tmp_path):
+    files = [tmp_path / "maps.parquet", tmp_path / "vectors.parquet"]
+    options = ["--max-bad-fraction", 0.2, "--num-workers", 0]
+    said = told("embed", trained, some_broken, files[0], "--tokens", "--part-size", 5, *options)
+    assert "14 images' tokens are in" in said
+    told("embed", trained, some_broken, files[1], *options)
+    maps, vectors = map(pq.read_table, files)
+    names = ["example_index", "label", "tokens", "coords", "num_tokens"]
+    assert maps.schema.names == names
+    assert maps.schema.field("tokens").type == pa.list_(pa.list_(pa.float32(), 192))
+    assert maps.schema.field("coords").type == pa.list_(pa.list_(pa.int16(), 2))
+    for name in ("example_index", "label", "num_tokens"):
+        assert maps[name].equals(vectors[name])
+    assert [
+        one["example_index"] for one in pq.read_table(tmp_path / "maps.rejects.parquet").to_pylist()
+    ] == [6, 8]
+    model, asked = packpipe.load_model(trained)
+    images = open_source(str(some_broken), "train").data["image"]
+    for row in maps.to_pylist():
+        tokens, coords = torch.tensor(row["tokens"]), row["coords"]
+        height, width = (1 + max(one[axis] for one in coords) for axis in (0, 1))
+        assert coords == [[y, x] for y in range(height) for x in range(width)]
+        assert len(tokens) == height * width == row["num_tokens"]
+        # Pooled, they are the image's vector.
+        alone = FlatTokens(None, torch.zeros(len(tokens), dtype=torch.int64), torch.zeros(1), None)
+        index = vectors["example_index"].to_pylist().index(row["example_index"])
+        wanted = torch.tensor(vectors["embedding"][index].as_py())
+        assert (model.pool(tokens, alone)[0] - wanted).abs().max() < 1e-5
+    # Each at its place: as of the model without a pool.
+    config = {**vars(model.config), "num_classes": None, "pooling": "none"}
+    dense = packpipe.NaViT(packpipe.NaViTConfig(**config))
+    dense.load_state_dict(model.state_dict(), strict=False)
+    path = images[maps["example_index"][3].as_py()].as_py()["path"]
+    (wanted,) = packpipe.predict(dense, [path], **asked.packing.to_options())
+    found = torch.tensor(maps["tokens"][3].as_py())
+    assert (found.reshape(wanted.shape) - wanted).abs().max() < 1e-5
+    assert len({*maps["num_tokens"].to_pylist()}) > 1
+
+
 class Killed(BaseException):
     """What nothing catches, as nothing catches SIGKILL."""
 
 
+@pytest.mark.parametrize(("tokens", "stride"), [(False, STRIDE), (True, 7 if STRIDE > 1 else 1)])
 def test_embedding_that_is_killed_goes_on_to_the_same_bytes(
-    some_broken, trained, tmp_path, monkeypatch, caplog
+    tokens, stride, some_broken, trained, tmp_path, monkeypatch, caplog
 ):
     dataset, commit = open_source(str(some_broken), "train"), embedding.commit
     done = []
@@ -198,7 +239,7 @@ def test_embedding_that_is_killed_goes_on_to_the_same_bytes(
                 raise Killed
 
         monkeypatch.setattr(embedding, "commit", counted)
-        options = {"part_size": 6, "max_bad_fraction": 0.2, "dtype": "float16"}
+        options = {"part_size": 6, "max_bad_fraction": 0.2, "dtype": "float16", "tokens": tokens}
         return embedding.embed(trained, dataset, folder / "v.parquet", **options)
 
     def files_in(folder):
@@ -210,7 +251,7 @@ def test_embedding_that_is_killed_goes_on_to_the_same_bytes(
     wanted, number = files_in(tmp_path / "whole"), len(done)
     assert number == 8
     assert len(wanted) == 2
-    for most in range(0, 2 * number, STRIDE):
+    for most in range(0, 2 * number, stride):
         folder = tmp_path / str(most)
         with pytest.raises(Killed):
             embed(folder, most)
@@ -233,6 +274,7 @@ def test_parts_of_other_vectors_are_not_gone_on_with(shapes, trained, tmp_path, 
         ({"dtype": "float16"}, "dtype is 'float16', expected 'float32' as in v.parquet.parts; use"),
         ({"part_size": 7}, "part_size is 7, expected 4096 as in v.parquet.parts; use it again, or"),
         ({"columns": []}, "columns is"),
+        ({"tokens": True}, "columns is"),
     ):
         with pytest.raises(FileExistsError, match=message):
             embedding.embed(trained, dataset, out, **options)
