@@ -139,9 +139,13 @@ def load_model(
         before there was model.json have none, which a warning says: images get 256 tokens then.
 
     Raises:
-        FileNotFoundError: the folder holds no checkpoint.
+        FileNotFoundError: there is no such folder, or it holds no checkpoint.
         ValueError: all checkpoints are damaged, or model.json is.
     """
+    if not Path(folder).is_dir():
+        expected = "a folder that packpipe train wrote (packpipe train SOURCE RUN)"
+        remedy = "check its path; names of other models are not known"
+        raise FileNotFoundError(checks.sentence("run", str(folder), expected, remedy))
     known = read_options(folder)
     model = model_of(folder, best=True, num_classes=num_classes, attention=attention)
     if known is None:

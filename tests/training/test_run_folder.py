@@ -160,8 +160,13 @@ def test_a_damaged_or_later_file_is_named(copy):
     path.write_text('{"version": 1, "cla')
     with pytest.raises(ValueError, match=r"model.json is '.*', expected JSON; restore it; without"):
         load_model(copy)
+    (copy / "nothing").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no checkpoint; train with this folder"):
         load_model(copy / "nothing")
+    for other in ("dinov2", path):
+        message = f"run is '{other}', expected a folder that packpipe train wrote (packpipe train "
+        with pytest.raises(FileNotFoundError, match=re.escape(message)):
+            load_model(other)
 
 
 def test_options_are_written_whole_and_only_when_they_change(tmp_path, monkeypatch):
