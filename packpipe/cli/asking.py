@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from datasets import ClassLabel, Dataset, Image
 
 from packpipe.cli.labels import labelled, with_classes_of
@@ -16,6 +15,7 @@ from packpipe.cli.layouts import packs_of
 from packpipe.cli.training_run import device_of_this_rank
 from packpipe.loading.loader import PackedLoader
 from packpipe.model.navit import NaViT
+from packpipe.model.precision import is_half
 from packpipe.model.predict import predict_packs
 from packpipe.rows import rejects
 from packpipe.rows.rejects import Reject
@@ -34,6 +34,7 @@ def evaluate(
     batch_size: int,
     num_workers: int,
     max_bad_fraction: float,
+    precision: str = "auto",
 ) -> list[tuple[int, Measures]]:
     """Return what a trained model is worth on labelled images, by the most tokens of an image.
 
@@ -44,12 +45,13 @@ def evaluate(
         batch_size: rows a step.
         num_workers: threads that decode ahead.
         max_bad_fraction: a larger share of images that cannot be read is an error.
+        precision: see `packpipe.model.precision`.
     """
     model, options = loaded(run)
     images = labelled(dataset)
     if options.class_names is not None:
         images = with_classes_of(images, ClassLabel(names=list(options.class_names)))
-    half = next(model.parameters()).is_cuda
+    half = is_half(precision, next(model.parameters()).device)
     found = []
     for asked in [options] if budgets is None else [options.at(budget) for budget in budgets]:
         bad = {"max_bad_fraction": max_bad_fraction}
@@ -68,7 +70,13 @@ class Prediction(NamedTuple):
 
 
 def predictions(
-    run: Path, images: list[str], *, top: int, batch_size: int, num_workers: int
+    run: Path,
+    images: list[str],
+    *,
+    top: int,
+    batch_size: int,
+    num_workers: int,
+    precision: str = "auto",
 ) -> tuple[list[Prediction], list[tuple[str, Reject]]]:
     """Return what a trained model says of images, and those that cannot be read; in their order.
 
@@ -78,13 +86,15 @@ def predictions(
         top: classes an image, the likeliest.
         batch_size: rows a step.
         num_workers: threads that decode ahead.
+        precision: see `packpipe.model.precision`.
     """
     model, options = loaded(run)
     dataset = Dataset.from_dict({"image": images}).cast_column("image", Image())
     packs = packs_of(dataset, options.packing, num_workers, **ALL_MAY_BE_BAD)
-    kind = next(model.parameters()).device.type
-    with in_rejects_alone(), torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-        answers = predict_packs(model, packs, batch_size=batch_size, num_workers=num_workers)
+    with in_rejects_alone():
+        answers = predict_packs(
+            model, packs, batch_size=batch_size, num_workers=num_workers, precision=precision
+        )
     logits = answers.outputs.double()
     shares = logits.sigmoid() if options.loss == "sigmoid" else logits.softmax(-1)
     names = options.class_names or tuple(map(str, range(shares.shape[1])))

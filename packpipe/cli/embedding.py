@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from packpipe.cli.layouts import packs_of
 from packpipe.durable import commit, partial_of, write_json
 from packpipe.loading.image_packs import check_whole
 from packpipe.model.navit import NaViT
+from packpipe.model.precision import is_half
 from packpipe.model.predict import predict_packs
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows.rejects import Reject, Tolerance
@@ -53,6 +55,7 @@ def embed(
     batch_size: int = 8,
     num_workers: int = 0,
     max_bad_fraction: float = 0.01,
+    precision: str = "auto",
 ) -> list[Reject]:
     """Write the features of each image by a trained model; return the rejects.
 
@@ -77,6 +80,7 @@ def embed(
         batch_size: rows a step.
         num_workers: threads that decode ahead.
         max_bad_fraction: a larger share of images that cannot be read is an error.
+        precision: in which they are computed, see `packpipe.model.precision`.
 
     Raises:
         FileExistsError: the file is there already, or other vectors are in its parts, or another
@@ -97,6 +101,7 @@ def embed(
         check_whole(options.packing)  # all tokens of a grid are there
     trunk = _without_head(model, tokens=tokens)
     schema = _schema(dataset, columns, _features(dtype, trunk.config.dim, tokens=tokens))
+    half = is_half(precision, next(trunk.parameters()).device)
     if part_size is None:
         part_size = _PART_SIZE_OF_TOKENS if tokens else _PART_SIZE
     record = {
@@ -105,10 +110,21 @@ def embed(
         "dtype": dtype,
         "part_size": part_size,
         "batch_size": batch_size,
+        "precision": "bfloat16" if half else "float32",
         "packing": options.packing.to_dict(),
         "dataset": dataset._fingerprint,
         "weights": _digest(trunk),
     }
+    part = partial(
+        _part,
+        trunk,
+        dataset,
+        schema,
+        packing=options.packing,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        precision=precision,
+    )
     tolerance = Tolerance(len(dataset), max_bad_fraction, 2**62)
     output.parent.mkdir(parents=True, exist_ok=True)
     with alone_in(parts, wait=False):
@@ -120,9 +136,7 @@ def embed(
             rejected = rejects_path(name)
             if not name.exists():
                 last = min(first + part_size, len(dataset))
-                found = _part(
-                    trunk, dataset, (first, last), schema, options.packing, batch_size, num_workers
-                )
+                found = part((first, last))
                 _write(rejected, [found[1]], REJECTS)
                 _write(name, [found[0]], schema)
             rejects += _rejects(rejected)
@@ -146,19 +160,22 @@ def _rejects(path: Path) -> list[Reject]:
 def _part(
     trunk: NaViT,
     dataset: Dataset,
-    span: tuple[int, int],
     schema: pa.Schema,
+    span: tuple[int, int],
+    *,
     packing: PackConfig,
     batch_size: int,
     num_workers: int,
+    precision: str,
 ) -> tuple[pa.Table, pa.Table]:
     """Return the rows of some neighbouring examples, and their rejects."""
     first, last = span
     images = dataset.select(range(first, last))
     packs = packs_of(images, packing, num_workers, label_column=None, **ALL_MAY_BE_BAD)
-    kind = next(trunk.parameters()).device.type
-    with in_rejects_alone(), torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-        answers = predict_packs(trunk, packs, batch_size=batch_size, num_workers=num_workers)
+    with in_rejects_alone():
+        answers = predict_packs(
+            trunk, packs, batch_size=batch_size, num_workers=num_workers, precision=precision
+        )
     index = answers.example_index.numpy()
     own = {
         "example_index": pa.array(first + index),
@@ -246,7 +263,8 @@ def _begin(parts: Path, record: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, record)
         return
-    found = json.loads(path.read_bytes())
+    # Versions before there was a choice of it did not write the precision.
+    found = {"precision": record["precision"], **json.loads(path.read_bytes())}
     for name, value in record.items():
         if found.get(name) != value:
             expected = f"{found.get(name)!r} as in {parts.name}"

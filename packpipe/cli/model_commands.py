@@ -16,6 +16,9 @@ from packpipe.cli.output import plain, print_json, print_table
 Run = Annotated[Path, typer.Argument(help="A folder that train wrote.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows a step.")]
 NumWorkers = Annotated[int, typer.Option(min=0, help="Threads that decode ahead.")]
+Precision = Annotated[
+    str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU alone.")
+]
 
 
 @one_line_errors
@@ -30,6 +33,7 @@ def eval_(
     ] = None,
     batch_size: BatchSize = 8,
     num_workers: NumWorkers = 4,
+    precision: Precision = "auto",
     max_bad_fraction: MaxBadFraction = 0.01,
     split: Split = "train",
     as_json: AsJson = False,
@@ -46,6 +50,7 @@ def eval_(
             chosen,
             batch_size=batch_size,
             num_workers=num_workers,
+            precision=precision,
             max_bad_fraction=max_bad_fraction,
         )
     if as_json:
@@ -69,6 +74,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Classes an image, the likeliest.")] = 5,
     batch_size: BatchSize = 8,
     num_workers: NumWorkers = 4,
+    precision: Precision = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Ask a trained model for the classes of images; status 1 if one cannot be read."""
@@ -76,7 +82,12 @@ def predict(
 
     paths = [path for image in images for path in _files(image)]
     found, rejects = predictions(
-        run, paths, top=top, batch_size=batch_size, num_workers=num_workers
+        run,
+        paths,
+        top=top,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        precision=precision,
     )
     if as_json:
         print_json(
@@ -122,6 +133,7 @@ def embed(
     ] = None,
     batch_size: BatchSize = 8,
     num_workers: NumWorkers = 4,
+    precision: Precision = "auto",
     max_bad_fraction: MaxBadFraction = 0.01,
     split: Split = "train",
     as_json: AsJson = False,
@@ -142,6 +154,7 @@ def embed(
             part_size=part_size,
             batch_size=batch_size,
             num_workers=num_workers,
+            precision=precision,
             max_bad_fraction=max_bad_fraction,
         )
     number = len(dataset) - len(rejects)

@@ -15,6 +15,7 @@ from packpipe.loading.image_packs import image_packs
 from packpipe.loading.loader import PackedLoader
 from packpipe.model.config import NaViTConfig
 from packpipe.model.maps import token_maps
+from packpipe.model.precision import in_precision
 from packpipe.planning.image_config import config_from
 
 
@@ -41,6 +42,7 @@ def predict(
     seq_len: int = 1024,
     batch_size: int = 8,
     num_workers: int = 0,
+    precision: str | None = None,
     **options: Any,
 ) -> Tensor | list[Tensor]:
     """Return a model's output for each image, in the order of the images.
@@ -48,13 +50,14 @@ def predict(
     The images are packed as for training; an output does not depend on the others in its row.
 
     Args:
-        model: with its weights, on its device. Runs in evaluation mode, without gradients; wrap the
-            call in ``torch.autocast`` for half precision.
+        model: with its weights, on its device. Runs in evaluation mode, without gradients.
         images: encoded bytes, open files, paths (also with a scheme, such as ``s3://``), arrays or
             `PIL` images; or one of these alone, but for an array.
         seq_len: tokens a row.
         batch_size: rows a step.
         num_workers: threads that decode ahead.
+        precision: of matrix products: ``"float32"``, ``"bfloat16"``, or ``"auto"``, which is
+            bfloat16 on a GPU alone; None leaves it to a ``torch.autocast`` around the call.
         **options: of `PackConfig`, such as ``resolution="budget", max_tokens=128``; patch_size is
             the model's. A crop leaves the model its box of each image: ``CenterCrop()`` as usual in
             evaluation; what is drawn, such as a `Crop`, is drawn by the number of the image.
@@ -64,14 +67,16 @@ def predict(
 
     Raises:
         ValueError: an image cannot be read, and the message has its number; an option is wrong, or
-            would drop tokens.
+            would drop tokens; or the CPU has no instructions for bfloat16.
     """
     config = config_from(seq_len, {"patch_size": model.config.patch_size, **options})
     if config.patch_size != model.config.patch_size:
         name, expected = "patch_size", f"{model.config.patch_size} (the model's)"
         raise ValueError(checks.sentence(name, config.patch_size, expected, "leave it out"))
     packs = image_packs(images, config)
-    answers = predict_packs(model, packs, batch_size=batch_size, num_workers=num_workers)
+    answers = predict_packs(
+        model, packs, batch_size=batch_size, num_workers=num_workers, precision=precision
+    )
     return cast("Tensor | list[Tensor]", answers.outputs)
 
 
@@ -95,7 +100,12 @@ class Answers:
 
 
 def predict_packs(
-    model: Model, packs: Any, *, batch_size: int = 8, num_workers: int = 0
+    model: Model,
+    packs: Any,
+    *,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    precision: str | None = None,
 ) -> Answers:
     """Return a model's outputs for the images of all packs.
 
@@ -104,8 +114,10 @@ def predict_packs(
         packs: what `PackedLoader` takes; its epoch 0 is predicted.
         batch_size: rows a step.
         num_workers: threads that fill batches ahead.
+        precision: as of `predict`.
     """
     device = next(model.parameters()).device
+    autocast = in_precision(precision, device)
     # A rank of its own: under torchrun, too, each process that calls this predicts all images. The
     # last batch is padded with empty rows, or its images would be left out.
     loader = PackedLoader(
@@ -127,7 +139,7 @@ def predict_packs(
     maps: list[Tensor] = []
     labelled = True
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast:
             for batch in loader:
                 values = model(batch.to(device, non_blocking=True)).cpu()
                 if model.config.pooling == "none":

@@ -18,6 +18,7 @@ from packpipe.cli import embedding
 from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
 from packpipe.loading.epochs import EpochPacks
+from packpipe.model import precision
 from packpipe.model.attention import FlatTokens
 from packpipe.model.predict import predict_packs
 from packpipe.training.evaluation import accuracy, calibration_error
@@ -267,7 +268,8 @@ def test_embedding_that_is_killed_goes_on_to_the_same_bytes(
 def test_parts_of_other_vectors_are_not_gone_on_with(shapes, trained, tmp_path, monkeypatch):
     dataset = open_source(str(shapes), "train")
     out = tmp_path / "v.parquet"
-    monkeypatch.setattr(embedding, "_part", lambda *_: 1 / 0)
+    monkeypatch.setattr(embedding, "_part", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(precision, "has_instructions", lambda: True)
     with pytest.raises(ZeroDivisionError):
         embedding.embed(trained, dataset, out)
     for options, message in (
@@ -275,9 +277,19 @@ def test_parts_of_other_vectors_are_not_gone_on_with(shapes, trained, tmp_path, 
         ({"part_size": 7}, "part_size is 7, expected 4096 as in v.parquet.parts; use it again, or"),
         ({"columns": []}, "columns is"),
         ({"tokens": True}, "columns is"),
+        (
+            {"precision": "bfloat16"},
+            "precision is 'bfloat16', expected 'float32' as in v.parquet.p",
+        ),
     ):
         with pytest.raises(FileExistsError, match=message):
             embedding.embed(trained, dataset, out, **options)
+    # Records of versions without that option go on.
+    record = json.loads((tmp_path / "v.parquet.parts" / "record.json").read_bytes())
+    del record["precision"]
+    (tmp_path / "v.parquet.parts" / "record.json").write_text(json.dumps(record))
+    with pytest.raises(ZeroDivisionError):
+        embedding.embed(trained, dataset, out)
     out.write_bytes(b"")
     shutil.rmtree(tmp_path / "v.parquet.parts")
     with pytest.raises(FileExistsError, match="expected a file that is not there yet; remove it"):
@@ -299,6 +311,11 @@ def test_too_many_broken_images_end_it_and_are_named(some_broken, trained, tmp_p
         (["embed", "RUN", "SHAPES", "OUT", "--dtype", "int8"], "dtype is 'int8', expected one of"),
         (["eval", "RUN", "SHAPES", "--budgets", "64;128"], "budgets is '64;128', expected whole n"),
         (["eval", "RUN", "SHAPES", "--budgets", "0"], "max_tokens is 0, expected an integer in 1"),
+        (["eval", "RUN", "SHAPES", "--precision", "half"], "precision is 'half', expected one of"),
+        (["predict", "RUN", "a.png", "--precision", "half"], "precision is 'half', expected one"),
+        (["embed", "RUN", "SHAPES", "OUT", "--precision", "half"], "precision is 'half', expected"),
+        (["embed", "vit_b", "SHAPES", "OUT"], "run is 'vit_b', expected a folder that packpipe tr"),
+        (["export", "vit_b", "OUT"], "run is 'vit_b', expected a folder that packpipe train wrote"),
         (["eval", "SHAPES", "SHAPES"], "holds no checkpoint; train with this folder first"),
         (["predict", "SHAPES", "a.png"], "holds no checkpoint; train with this folder first"),
     ],
