@@ -46,6 +46,9 @@ def _made_of_columns(
 
         batch.__init__ = init  # type: ignore[misc]
         torch.export.register_dataclass(batch, serialized_type_name=f"packpipe.{batch.__name__}")
+        # A batch is tensors by name: `torch.load` may take one from a file, also within an exported
+        # program, without the caller's trust in whatever the file may run.
+        torch.serialization.add_safe_globals([batch])
         return batch
 
     return changed

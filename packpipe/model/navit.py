@@ -38,6 +38,15 @@ class NaViT(nn.Module):
     Pre-norm blocks, query-key normalisation, no biases. Logits of absent segments are finite and
     mean nothing; ``batch.present`` tells them apart.
 
+    ``torch.export`` makes one program of it for all batches of one shape, with the same columns::
+
+        batch = replace(batch, labels=None)  # of dataclasses; what is exported asks for no labels
+        program = torch.export.export(model.eval(), (batch,))
+        logits = program.module()(batch)
+
+    With ``attention="varlen"`` or ``"flex"`` the program needs their kernel where it runs; others
+    become plain masked attention.
+
     Attributes:
         config: the shape.
         keep_padding: whether padding goes through the model too, so that all batches have one

@@ -1,5 +1,7 @@
 """A trained model as an ONNX file, whose rows have one shape.
 
+(``torch.export`` takes the model as it is, and a batch as its argument: see `NaViT`.)
+
 The graph takes packed rows of uint8 patches, whatever images they hold: attention is masked by
 `segment_ids`, and everything else goes by segments, so no image sees another. What says how images
 become such rows is in the file's metadata, so that `OnnxModel` needs the file alone.

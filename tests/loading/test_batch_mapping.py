@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -132,6 +133,18 @@ def test_frameworks_change_its_tensors(batch):
         tensors = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
         assert {tensor.device.type for tensor in tensors} == {"meta"}
         assert len(tensors) >= len(TOKENS)
+
+
+@pytest.mark.parametrize("batch", [images(), tokens(["input_ids"], ["x"]), pairs()])
+def test_torch_loads_a_batch_that_it_saved(batch):
+    file = io.BytesIO()
+    torch.save(batch, file)
+    file.seek(0)
+    found = torch.load(file, weights_only=True)
+    assert type(found) is type(batch)
+    assert pytree.tree_structure(found) == pytree.tree_structure(batch)
+    for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(batch), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def test_a_batch_of_pairs_is_a_mapping_of_its_images_and_its_texts():

@@ -4,8 +4,10 @@ The kernels of the two backends that need a GPU are replaced by plain ones; ever
 is what runs there. on_gpu.py runs the laws with the real ones.
 """
 
+import io
 import itertools
 import re
+import warnings
 from dataclasses import replace
 
 import laws
@@ -372,6 +374,27 @@ def test_a_wrong_backend_fails_its_check(monkeypatch):
     message = r"attention 'varlen' \(torch.float32 on cpu\) is [\d.]+, expected at most 0.0001 from"
     with pytest.raises(RuntimeError, match=message):
         check_backend("varlen", torch.device("cpu"), torch.float32, 8)
+
+
+def test_an_exported_program_answers_other_rows_as_the_model():
+    # It may not depend on what the rows hold: here are more images, fewer, and none.
+    cases = [
+        MANY,
+        replace(MANY, lens=[[33], [5, 4], [2] * 6], seed=1),
+        replace(MANY, lens=[[1, 32], [], [9, 9, 9]], seed=2),
+    ]
+    batches = [packed.batch_of(case, labels=None) for case in cases]
+    model = packed.model_of("auto", torch.float32, depth=1).eval()
+    saved = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own
+        torch.export.save(torch.export.export(model, (batches[0],)), saved)
+        program = torch.export.load(io.BytesIO(saved.getvalue())).module()
+    for batch in batches:
+        with torch.no_grad():
+            found, wanted = program(batch), model(batch)
+        assert found.shape == wanted.shape
+        assert close(found[batch.present], wanted[batch.present], 1e-6)
 
 
 def test_the_backend_follows_the_device():
