@@ -34,16 +34,12 @@ class Setting:
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
     dim: int = 16
+    switch: str | None = None
 
     def model(self):
-        model = packed.model_of(
-            self.attention,
-            self.dtype,
-            position=self.position,
-            pooling=self.pooling,
-            dim=self.dim,
-            max_side=512,
-        )
+        options = {"position": self.position, "pooling": self.pooling, "max_side": 512}
+        options |= packed.SWITCHES[self.switch] if self.switch else {}
+        model = packed.model_of(self.attention, self.dtype, dim=self.dim, **options)
         return model.to(self.device)
 
     def alone(self):

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.nn import functional as F
 
 
 def forward(model, image, path=None):
@@ -11,10 +12,12 @@ def forward(model, image, path=None):
     path[block] is what its attention and its MLP are multiplied by.
     """
     config, weights = model.config, dict(model.named_parameters())
-    x = (image["patches"].to(weights["embed.weight"].dtype) / 127.5 - 1) @ weights["embed.weight"].T
+    x = linear(weights, "embed", image["patches"].to(weights["embed.weight"].dtype) / 127.5 - 1)
     places = [position(config, weights, y, x_, image["grid_hw"]) for y, x_ in image["coords"]]
     if places[0] is not None:
         x = x + torch.stack(places)
+    if config.norm_embed:
+        x = layer_norm(config, weights, "norm_embed", x)
     for number in range(config.depth):
         own = {
             name.removeprefix(f"blocks.{number}."): value
@@ -22,10 +25,13 @@ def forward(model, image, path=None):
             if name.startswith(f"blocks.{number}.")
         }
         a, b = (1, 1) if path is None else path[number]
-        normed = layer_norm(x, own["norm_attention.weight"])
-        x = x + a * attended(config, own, normed, image["coords"])
-        x = x + b * mlp(own, layer_norm(x, own["norm_mlp.weight"]))
-    x = layer_norm(x, weights["norm.weight"])
+        scale = own.get("scale_attention.weight", 1), own.get("scale_mlp.weight", 1)
+        normed = layer_norm(config, own, "norm_attention", x)
+        x = x + a * attended(config, own, normed, image["coords"]) * scale[0]
+        normed = layer_norm(config, own, "norm_mlp", x)
+        x = x + b * mlp(config, own, normed, gated=config.gated) * scale[1]
+    if not config.norm_pooled:
+        x = layer_norm(config, weights, "norm", x)
     pooled = {
         "attention": lambda: attention_pool(config, weights, x),
         "mean": lambda: x.sum(0) / len(x),
@@ -33,8 +39,10 @@ def forward(model, image, path=None):
         "first": lambda: x[0],
         "none": lambda: x,
     }[config.pooling]()
+    if config.norm_pooled:
+        pooled = layer_norm(config, weights, "norm", pooled)
     if "head.weight" in weights:
-        pooled = pooled @ weights["head.weight"].T
+        pooled = linear(weights, "head", pooled)
     if config.head == "unit":
         pooled = pooled / (pooled**2).sum(-1, keepdim=True).sqrt()
     return pooled
@@ -46,16 +54,18 @@ def attended(config, weights, x, coords):
     heads = []
     for head in range(config.heads):
         cut = [parts[:, part * config.dim + head * size :][:, :size] for part in range(3)]
-        q, k, v = (
-            rms_norm(cut[0], weights["norm_queries.weight"]),
-            rms_norm(cut[1], weights["norm_keys.weight"]),
-            cut[2],
-        )
+        q, k, v = cut
+        if config.bias:
+            q = q + weights["bias_queries_values"][0, head]
+            v = v + weights["bias_queries_values"][1, head]
+        if config.qk_norm:
+            q = rms_norm(q, weights["norm_queries.weight"])
+            k = rms_norm(k, weights["norm_keys.weight"])
         if config.position == "rotary":
             q = torch.stack([turned(t, place) for t, place in zip(q, coords, strict=True)])
             k = torch.stack([turned(t, place) for t, place in zip(k, coords, strict=True)])
         heads.append((q @ k.T / math.sqrt(size)).softmax(-1) @ v)
-    return torch.cat(heads, -1) @ weights["project.weight"].T
+    return linear(weights, "project", torch.cat(heads, -1))
 
 
 def turned(vector, place):
@@ -76,24 +86,44 @@ def attention_pool(config, weights, x):
     parts = x @ weights["pool.keys_values.weight"].T
     heads = []
     for head in range(config.heads):
-        k = rms_norm(parts[:, head * size :][:, :size], weights["pool.norm_keys.weight"])
+        k = parts[:, head * size :][:, :size]
+        if config.qk_norm:
+            k = rms_norm(k, weights["pool.norm_keys.weight"])
         v = parts[:, config.dim + head * size :][:, :size]
+        if config.bias:
+            v = v + weights["pool.bias_values"][head]
         heads.append((k @ weights["pool.query"][head]).softmax(0) @ v)
     own = {name.removeprefix("pool."): value for name, value in weights.items()}
-    out = torch.cat(heads) @ own["project.weight"].T
-    out = out + mlp(own, layer_norm(out, own["norm_mlp.weight"]))
-    return layer_norm(out, own["norm_out.weight"])
+    out = linear(own, "project", torch.cat(heads))
+    out = out + mlp(config, own, layer_norm(config, own, "norm_mlp", out))
+    return layer_norm(config, own, "norm_out", out) if config.norm_out else out
 
 
-def mlp(weights, x):
-    wide = x @ weights["widen.weight"].T
-    wide = wide * 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
-    return wide @ weights["narrow.weight"].T
+def linear(weights, name, x):
+    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
 
 
-def layer_norm(x, weight):
+def mlp(config, weights, x, gated=False):
+    wide = linear(weights, "widen", x)
+    up = 1
+    if gated:
+        half = wide.shape[-1] // 2
+        wide, up = wide[..., :half], wide[..., half:]
+    share = {
+        "gelu": lambda: (1 + torch.erf(wide / math.sqrt(2))) / 2,
+        "gelu_tanh": lambda: (
+            (1 + torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))) / 2
+        ),
+        "quick_gelu": lambda: 1 / (1 + torch.exp(-1.702 * wide)),
+        "silu": lambda: 1 / (1 + torch.exp(-wide)),
+    }[config.activation]()
+    return linear(weights, "narrow", wide * share * up)
+
+
+def layer_norm(config, weights, name, x):
     centred = x - x.mean(-1, keepdim=True)
-    return centred / ((centred**2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    unit = centred / ((centred**2).mean(-1, keepdim=True) + config.norm_eps).sqrt()
+    return unit * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0)
 
 
 def rms_norm(x, weight):
@@ -129,6 +159,11 @@ def position(config, weights, y, x, grid_hw):
             waves += [*map(math.sin, angles), *map(math.cos, angles)]
         return torch.tensor(waves, dtype=weights["embed.weight"].dtype)
     table = weights["position.table"]
+    if kind == "resized":
+        size = (max(h, w), max(h, w)) if config.keep_aspect else (h, w)
+        square = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        antialias = {"antialias": config.antialias}
+        return F.interpolate(square, size, mode=config.resize, **antialias)[0, :, y, x]
     if kind == "learned_1d":
         flat, last = y * w + x, h * w - 1
         return between(table, (flat / last if last else 0.0) * (len(table) - 1))

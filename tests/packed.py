@@ -123,6 +123,42 @@ def alone(batch):
                 place += length
 
 
+# What pretrained encoders need of the model, each alone and all that go together.
+SWITCHES = {
+    "bias": {"bias": True},
+    "no norm of queries and keys": {"qk_norm": False},
+    "gelu_tanh": {"activation": "gelu_tanh"},
+    "quick_gelu": {"activation": "quick_gelu"},
+    "swiglu": {"activation": "silu", "gated": True},
+    "norm_eps": {"norm_eps": 0.1},
+    "layer_scale": {"layer_scale": 0.3},
+    "norm_embed": {"norm_embed": True, "bias": True},
+    "no norm_out": {"norm_out": False},
+    "norm_pooled": {"norm_pooled": True, "pooling": "mean"},
+    "aliased": {"position": "resized", "antialias": False, "max_side": 5},
+    "bicubic": {"position": "resized", "resize": "bicubic", "max_side": 5},
+    "bicubic aliased": {
+        "position": "resized",
+        "resize": "bicubic",
+        "antialias": False,
+        "max_side": 5,
+    },
+    "keep_aspect": {"position": "resized", "keep_aspect": True, "max_side": 5},
+    "all": {
+        "bias": True,
+        "qk_norm": False,
+        "activation": "silu",
+        "gated": True,
+        "norm_eps": 1e-6,
+        "layer_scale": 0.3,
+        "norm_embed": True,
+        "norm_out": False,
+        "position": "resized",
+        "max_side": 5,
+    },
+}
+
+
 def model_of(attention="auto", dtype=torch.float64, seed=0, **options):
     """Return a small model whose every weight matters (larger than the usual start)."""
     torch.manual_seed(seed)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from packpipe import checks
+from packpipe.model.activation import ACTIVATIONS
 from packpipe.model.attention import BACKENDS
 from packpipe.model.pooling import POOLINGS
-from packpipe.model.positions import POSITIONS, default_side
+from packpipe.model.positions import POSITIONS, RESIZES, default_side
 
 # dim, depth, heads, MLP width (ViT; DeiT for Ti; SigLIP for So400m).
 PRESETS = {
@@ -19,11 +20,17 @@ PRESETS = {
     "So400m": (1152, 27, 16, 4304),
 }
 HEADS = ("linear", "unit")
+_FLAGS = (
+    *("bias", "qk_norm", "gated", "norm_embed", "norm_pooled", "norm_out"),
+    *("antialias", "keep_aspect"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NaViTConfig:
     """The shape of a NaViT.
+
+    The defaults are NaViT's. The switches from bias on are what pretrained encoders differ in.
 
     Attributes:
         num_classes: logits, or channels of an embedding; None returns the pooled features, of dim.
@@ -40,6 +47,23 @@ class NaViTConfig:
         head: ``"linear"``, or ``"unit"`` for outputs of length 1 (embeddings).
         attention: backend, one of `packpipe.model.attention.BACKENDS`; ``"auto"`` is the fastest on
             the model's device.
+        bias: whether linear maps and norms have biases. Keys have none, which softmax does not see.
+        qk_norm: whether queries and keys are normalised, also the keys of the pool: learning rates
+            may be higher, but weights trained without it need it off.
+        activation: of the MLPs, one of `packpipe.model.activation.ACTIVATIONS`.
+        gated: whether one half of a block's hidden layer, activated, is multiplied with the other;
+            with ``"silu"`` that is SwiGLU.
+        norm_eps: what layer norms add to the variance: flat images tell 1e-5 from 1e-6.
+        layer_scale: at first, the factor of each channel that a block adds, learned (CaiT); None
+            adds blocks as they are. Deep models start near the identity with 1e-5.
+        norm_embed: whether embedded patches are normalised before the blocks, as in CLIP.
+        norm_pooled: whether the last norm comes after the pooling ``"mean"``, ``"max"`` or
+            ``"first"`` instead of before it, as in CLIP and for means in timm.
+        norm_out: whether what the attention pool returns is normalised; SigLIP's is not.
+        resize: how ``position="resized"`` fits its table to a grid, ``"bilinear"`` or
+            ``"bicubic"``: each encoder needs the one it was trained with.
+        antialias: whether a resized table is averaged where a grid has fewer places than it has.
+        keep_aspect: whether both axes of a resized table are resized to a grid's longer side.
 
     Raises:
         TypeError, ValueError: an attribute has a wrong type, is out of range, or does not fit dim.
@@ -56,6 +80,18 @@ class NaViTConfig:
     pooling: str = "attention"
     head: str = "linear"
     attention: str = "auto"
+    bias: bool = False
+    qk_norm: bool = True
+    activation: str = "gelu"
+    gated: bool = False
+    norm_eps: float = 1e-5
+    layer_scale: float | None = None
+    norm_embed: bool = False
+    norm_pooled: bool = False
+    norm_out: bool = True
+    resize: str = "bilinear"
+    antialias: bool = True
+    keep_aspect: bool = False
 
     def __post_init__(self) -> None:
         # patch_size as in PackConfig; max_side as large as coordinates get, which are int16.
@@ -75,6 +111,17 @@ class NaViTConfig:
         checks.choice("pooling", self.pooling, POOLINGS, "choose a pooling")
         checks.choice("head", self.head, HEADS, "choose a head")
         checks.choice("attention", self.attention, ("auto", *BACKENDS), "choose a backend")
+        checks.choice("activation", self.activation, ACTIVATIONS, "choose an activation")
+        checks.choice("resize", self.resize, RESIZES, "choose an interpolation")
+        for name in _FLAGS:
+            object.__setattr__(self, name, checks.boolean(name, getattr(self, name)))
+        for name in ("norm_eps",) if self.layer_scale is None else ("norm_eps", "layer_scale"):
+            positive = checks.positive_number(name, getattr(self, name), "1e-6 is usual")
+            object.__setattr__(self, name, float(positive))
+        if self.norm_pooled and self.pooling in ("attention", "none"):
+            expected = f"False with pooling={self.pooling!r}"
+            remedy = "choose pooling='mean', 'max' or 'first'"
+            raise ValueError(checks.sentence("norm_pooled", True, expected, remedy))
         # Channels are split in two for two axes, or for sin and cos, and in four for both.
         parts = {"sinusoidal": 4, "fourier": 2}.get(self.position.split("_")[0], 1)
         parts = 2 if self.position.endswith("stack") else parts

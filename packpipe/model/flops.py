@@ -31,8 +31,9 @@ def forward_flops(config: NaViTConfig, seq_lens: Tensor) -> int:
     lens = seq_lens.long()
     tokens, segments = int(lens.sum()), int((lens > 0).sum())
     embed = 2 * config.patch_size**2 * 3 * dim
-    # Queries, keys, values and projection are 4 matrices of dim², the MLP 2 of dim · width.
-    layer = 8 * dim**2 + 4 * dim * width
+    # Queries, keys, values and projection are 4 matrices of dim², the MLP 2 of dim · width, 3 if
+    # gated.
+    layer = 8 * dim**2 + (6 if config.gated else 4) * dim * width
     flops = tokens * (embed + config.depth * layer)
     # Logits and weighted sums take 2 · dim each for every pair of tokens of a segment.
     flops += config.depth * 4 * dim * int((lens**2).sum())

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from packpipe import checks
 from packpipe.loading.batch import PackedBatch
 from packpipe.loading.colouring import drawn_pixels
+from packpipe.model.activation import activate
 from packpipe.model.attention import Attention, FlatTokens, choose_backend, flatten
 from packpipe.model.config import NaViTConfig
 from packpipe.model.pooling import AttentionPool, pool_plainly
@@ -35,8 +36,9 @@ Turn: TypeAlias = tuple[Tensor, Tensor] | None
 class NaViT(nn.Module):
     """Maps a `PackedBatch` to logits: one vector a segment or, without pooling, one a token.
 
-    Pre-norm blocks, query-key normalisation, no biases. Logits of absent segments are finite and
-    mean nothing; ``batch.present`` tells them apart.
+    Pre-norm blocks, query-key normalisation, no biases; where other encoders differ, `NaViTConfig`
+    has switches. Logits of absent segments are finite and mean nothing; ``batch.present`` tells
+    them apart.
 
     ``torch.export`` makes one program of it for all batches of one shape, with the same columns::
 
@@ -62,22 +64,28 @@ class NaViT(nn.Module):
         self.config = config
         self.keep_padding = False
         dim = config.dim
-        self.embed = nn.Linear(config.patch_size**2 * 3, dim, bias=False)
-        self.position = position_embedding(config.position, dim, config.side)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(dim, bias=False)
-        self.pool = (
-            AttentionPool(dim, config.heads, config.mlp_width)
-            if config.pooling == "attention"
-            else None
+        self.embed = nn.Linear(config.patch_size**2 * 3, dim, bias=config.bias)
+        self.position = position_embedding(
+            config.position,
+            dim,
+            config.side,
+            resize=config.resize,
+            antialias=config.antialias,
+            keep_aspect=config.keep_aspect,
         )
+        self.norm_embed = _norm(config) if config.norm_embed else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = _norm(config)
+        self.pool = AttentionPool(config) if config.pooling == "attention" else None
         self.head: nn.Linear | None = None
         if config.num_classes is not None:
-            self.head = nn.Linear(dim, config.num_classes, bias=False)
+            self.head = nn.Linear(dim, config.num_classes, bias=config.bias)
         # ViT's usual start; norms keep torch's, position tables and the pool's query their own.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, batch: PackedBatch, paths: Tensor | None = None) -> Tensor:
         """Return logits [B, S, K]; [B, L, K], 0 or meaningless in padding, if pooling is "none".
@@ -138,17 +146,21 @@ class NaViT(nn.Module):
             # [B·S + 1, 2]: padding's segment is B·S, and its grid 0 × 0.
             grids = F.pad(batch.grid_hw.flatten(0, 1).long(), (0, 0, 0, 1))
             x = x + self.position(coords, grids[tokens.segments], dtype)
+        x = self.norm_embed(x)
         if self.config.position == "rotary":
             return x, rotation(coords, self.config.dim // self.config.heads, dtype)
         return x, None
 
     def answer(self, x: Tensor, batch: PackedBatch, tokens: FlatTokens) -> Tensor:
         """Return the model's output, given the tokens [T, C] after all blocks."""
-        x = self.norm(x)
+        if not self.config.norm_pooled:
+            x = self.norm(x)
         if self.pool is not None:
             x = self.pool(x, tokens)  # [B·S, C]
         elif self.config.pooling != "none":
             x = pool_plainly(x, tokens, self.config.pooling)  # [B·S, C]
+        if self.config.norm_pooled:
+            x = self.norm(x)
         if self.head is not None:
             x = self.head(x)  # [B·S or T, K]
         if self.config.head == "unit":
@@ -195,17 +207,24 @@ class Block(nn.Module):
 
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__()
-        dim, head_dim = config.dim, config.dim // config.heads
-        self.heads = config.heads
-        self.norm_attention = nn.LayerNorm(dim, bias=False)
+        dim, heads, head_dim = config.dim, config.heads, config.dim // config.heads
+        self.heads = heads
+        self.activation, self.gated = config.activation, config.gated
+        self.norm_attention = _norm(config)
         self.queries_keys_values = nn.Linear(dim, 3 * dim, bias=False)
+        # Keys have none: it would move all logits of a query alike, which softmax does not see.
+        biases = nn.Parameter(torch.zeros(2, heads, head_dim)) if config.bias else None
+        self.bias_queries_values = biases
         # torch's default epsilon is that of the dtype, which is coarse in half precision.
-        self.norm_queries = nn.RMSNorm(head_dim, eps=1e-6)
-        self.norm_keys = nn.RMSNorm(head_dim, eps=1e-6)
-        self.project = nn.Linear(dim, dim, bias=False)
-        self.norm_mlp = nn.LayerNorm(dim, bias=False)
-        self.widen = nn.Linear(dim, config.mlp_width, bias=False)
-        self.narrow = nn.Linear(config.mlp_width, dim, bias=False)
+        self.norm_queries = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.norm_keys = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.project = nn.Linear(dim, dim, bias=config.bias)
+        self.scale_attention = _scale(config)
+        self.norm_mlp = _norm(config)
+        widths = 2 if config.gated else 1
+        self.widen = nn.Linear(dim, widths * config.mlp_width, bias=config.bias)
+        self.narrow = nn.Linear(config.mlp_width, dim, bias=config.bias)
+        self.scale_mlp = _scale(config)
 
     def forward(
         self, x: Tensor, attend: Attention, turn: Turn, path: Tensor | None = None
@@ -215,20 +234,49 @@ class Block(nn.Module):
         queries, keys, values = (
             part.unflatten(-1, (self.heads, -1)) for part in projected.chunk(3, dim=-1)
         )  # [T, H, E]
+        if self.bias_queries_values is not None:
+            bias_queries, bias_values = self.bias_queries_values.to(values.dtype)
+            queries, values = queries + bias_queries, values + bias_values
         # Norms run in the weights' dtype (float32 under autocast), kernels in that of the values.
-        exact = self.norm_queries.weight.dtype
+        exact = self.queries_keys_values.weight.dtype
         queries, keys = self.norm_queries(queries.to(exact)), self.norm_keys(keys.to(exact))
         if turn is not None:
             queries, keys = rotate(queries, turn), rotate(keys, turn)
         seen = attend(queries.to(values.dtype), keys.to(values.dtype), values)  # [T, H, E]
-        x = x + _scaled(self.project(seen.flatten(-2)), path, 0)  # [T, C]
-        widened: Tensor = F.gelu(self.widen(self.norm_mlp(x)))
-        return x + _scaled(self.narrow(widened), path, 1)
+        attended = self.scale_attention(self.project(seen.flatten(-2)))
+        x = x + _scaled(attended, path, 0)  # [T, C]
+        widened = activate(self.widen(self.norm_mlp(x)), self.activation, gated=self.gated)
+        return x + _scaled(self.scale_mlp(self.narrow(widened)), path, 1)
 
 
 def _scaled(x: Tensor, path: Tensor | None, part: int) -> Tensor:
     """Return x [T, C] multiplied by a column of path [T, 2]; in its dtype, so in half precision."""
     return x if path is None else (x * path[:, part, None]).to(x.dtype)
+
+
+class LayerScale(nn.Module):
+    """Multiplies each channel with a learned factor.
+
+    Source: CaiT, arXiv 2103.17239.
+    """
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((dim,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [T, C] of [T, C]."""
+        return x * self.weight
+
+
+def _norm(config: NaViTConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
+
+
+def _scale(config: NaViTConfig) -> nn.Module:
+    if config.layer_scale is None:
+        return nn.Identity()
+    return LayerScale(config.dim, config.layer_scale)
 
 
 def compile_parts(model: NaViT, **options: Any) -> NaViT:

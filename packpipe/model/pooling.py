@@ -7,11 +7,16 @@ Shape letters: T tokens, N segments of all rows, C channels, H heads, E channels
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from packpipe.model.activation import activate
 from packpipe.model.attention import FlatTokens
+
+if TYPE_CHECKING:
+    from packpipe.model.config import NaViTConfig
 
 POOLINGS = ("attention", "mean", "max", "first", "none")
 
@@ -19,22 +24,28 @@ POOLINGS = ("attention", "mean", "max", "first", "none")
 class AttentionPool(nn.Module):
     """One learned query a head pools the tokens of each segment; an MLP refines the result.
 
+    The switches of `NaViTConfig` hold here as in the blocks, but for ``gated``.
+
     Source: NaViT 2.1 (the MAP head).
     """
 
-    def __init__(self, dim: int, heads: int, mlp_dim: int) -> None:
+    def __init__(self, config: NaViTConfig) -> None:
         super().__init__()
+        dim, heads, bias = config.dim, config.heads, config.bias
         head_dim = dim // heads
         self.heads = heads
+        self.activation = config.activation
         # Learned itself, since all segments share it; its scale includes attention's 1 ÷ √E.
         self.query = nn.Parameter(torch.randn(heads, head_dim) * head_dim**-0.5)
         self.keys_values = nn.Linear(dim, 2 * dim, bias=False)
-        self.norm_keys = nn.RMSNorm(head_dim, eps=1e-6)
-        self.project = nn.Linear(dim, dim, bias=False)
-        self.norm_mlp = nn.LayerNorm(dim, bias=False)
-        self.widen = nn.Linear(dim, mlp_dim, bias=False)
-        self.narrow = nn.Linear(mlp_dim, dim, bias=False)
-        self.norm_out = nn.LayerNorm(dim, bias=False)
+        self.bias_values = nn.Parameter(torch.zeros(heads, head_dim)) if bias else None
+        self.norm_keys = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.project = nn.Linear(dim, dim, bias=bias)
+        self.norm_mlp = nn.LayerNorm(dim, config.norm_eps, bias=bias)
+        self.widen = nn.Linear(dim, config.mlp_width, bias=bias)
+        self.narrow = nn.Linear(config.mlp_width, dim, bias=bias)
+        out = nn.LayerNorm(dim, config.norm_eps, bias=bias) if config.norm_out else nn.Identity()
+        self.norm_out = out
 
     def forward(self, x: Tensor, tokens: FlatTokens) -> Tensor:
         """Return [N, C] of [T, C]; absent segments enter the projection and the MLP as 0."""
@@ -43,7 +54,7 @@ class AttentionPool(nn.Module):
         # [T, C] -> [N, C]
         pooled = segment_sum(weighted, tokens.segments, len(tokens.starts)).to(values.dtype)
         x = self.project(pooled)
-        widened: Tensor = F.gelu(self.widen(self.norm_mlp(x)))
+        widened = activate(self.widen(self.norm_mlp(x)), self.activation)
         out: Tensor = self.norm_out(x + self.narrow(widened))
         return out
 
@@ -52,6 +63,8 @@ class AttentionPool(nn.Module):
         keys, values = (
             part.unflatten(-1, (self.heads, -1)) for part in self.keys_values(x).chunk(2, dim=-1)
         )  # [T, H, E]
+        if self.bias_values is not None:
+            values = values + self.bias_values.to(values.dtype)
         keys = self.norm_keys(keys.to(self.query.dtype))
         logits = (keys * self.query).sum(-1)  # [T, H]
         return segment_softmax(_exact(logits), tokens.segments, len(tokens.starts)), values

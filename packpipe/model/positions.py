@@ -11,6 +11,8 @@ Source: NaViT 2.1, 3.4, Fig 16.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,12 +31,14 @@ POSITIONS = (
     "learned_1d",
     "learned_2d",
     "learned_2d_fractional",
+    "resized",
     "rotary",
     "none",
 )
 # Places on each axis of a table if max_side is None; _SIDE for the other kinds.
-_SIDES = {"factorised_absolute": 1024, "learned_2d": 64, "learned_1d": 16}
+_SIDES = {"factorised_absolute": 1024, "learned_2d": 64, "learned_1d": 16, "resized": 16}
 _SIDE = 64
+RESIZES = ("bilinear", "bicubic")
 # Not the 10,000 of texts: an image has few patches a side (Heo et al., arXiv 2403.13298).
 _ROTARY_BASE = 100.0
 _SINUSOIDAL_BASE = 10_000.0
@@ -50,14 +54,17 @@ def is_indexed(position: str) -> bool:
     return position == "learned_2d" or position.startswith("factorised_absolute")
 
 
-def position_embedding(position: str, dim: int, side: int) -> nn.Module | None:
+def position_embedding(position: str, dim: int, side: int, **resizing: Any) -> nn.Module | None:
     """Return the module that maps (coords, grid_hw, dtype), the first two int[T, 2], to [T, C].
 
     Args:
         position: one of `POSITIONS`; ``"rotary"`` and ``"none"`` add nothing and return None.
         dim: C.
         side: places on each axis of a table; see each kind.
+        **resizing: of `Resized`, for ``"resized"``.
     """
+    if position == "resized":
+        return Resized(dim, side, **resizing)
     family, _, rest = position.partition("_")
     fractional = "fractional" in rest
     if family == "factorised":
@@ -151,6 +158,67 @@ class Learned2d(nn.Module):
                 corner = F.embedding((y * self.side + x).long(), self.table)
                 out = out + (y_share * x_share)[:, None] * corner
         return out
+
+
+class Resized(nn.Module):
+    """ViT's table of side × side places, resized to each image's own grid as an image would be.
+
+    What ``F.interpolate`` of the table to a grid holds at a token's place, to rounding: a weighted
+    sum of the table's places. The weights follow from coordinates, so there is no loop over images,
+    and no token sees which others there are.
+
+    Args:
+        dim: C.
+        side: places on each axis.
+        resize: ``"bilinear"`` or ``"bicubic"``.
+        antialias: whether a grid with fewer places averages over all of the table, instead of
+            sampling it.
+        keep_aspect: whether the table is resized to a square of the grid's longer side, of which a
+            grid takes the upper left.
+    """
+
+    def __init__(
+        self, dim: int, side: int, *, resize: str, antialias: bool, keep_aspect: bool
+    ) -> None:
+        super().__init__()
+        self.side = side
+        self.resize = resize
+        self.antialias = antialias
+        self.keep_aspect = keep_aspect
+        self.table = nn.Parameter(_small(side * side, dim))
+
+    def forward(self, coords: Tensor, grid_hw: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return [T, C]."""
+        grids = grid_hw.clamp(min=1)  # padding's is 0 × 0
+        if self.keep_aspect:
+            grids = grids.amax(-1, keepdim=True).expand_as(grids)
+        shares = self._shares(coords.to(_exact(dtype)), grids)  # [T, 2, side]
+        both = shares[:, 0, :, None] * shares[:, 1, None, :]  # [T, side, side]
+        return both.flatten(1).to(self.table.dtype) @ self.table
+
+    def _shares(self, coords: Tensor, grids: Tensor) -> Tensor:
+        """Return how much each place of the table counts on an axis: [T, 2, side], sums of 1."""
+        step = self.side / grids.to(coords.dtype)  # places of the table a patch
+        centres = ((coords + 0.5) * step)[..., None]
+        # Without antialiasing torch repeats the border, two places of it at most; with it, what
+        # lies beyond the border does not count, and the filter is as wide as a patch.
+        border = 0 if self.antialias else 2
+        width = step.clamp(min=1)[..., None] if self.antialias else 1.0
+        places = torch.arange(-border, self.side + border, device=coords.device) + 0.5
+        away = (places.to(coords.dtype) - centres).abs() / width
+        shares = (1 - away).clamp(min=0) if self.resize == "bilinear" else self._cubic(away)
+        if border:
+            shares[..., border] += shares[..., :border].sum(-1)
+            shares[..., -border - 1] += shares[..., -border:].sum(-1)
+            shares = shares[..., border:-border]
+        return shares / shares.sum(-1, keepdim=True)
+
+    def _cubic(self, away: Tensor) -> Tensor:
+        """Return the weights of a cubic convolution at distances (Keys, 1981)."""
+        a = -0.5 if self.antialias else -0.75  # as torch and Pillow have it
+        near = ((a + 2) * away - (a + 3)) * away**2 + 1
+        far = (((away - 5) * away + 8) * away - 4) * a
+        return torch.where(away < 1, near, torch.where(away < 2, far, 0.0))
 
 
 class Fourier(nn.Module):

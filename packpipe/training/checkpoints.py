@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 KEPT = 2  # with one, a kill while the same step is written again would leave none
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _CHECKSUMS = "checksums.xxh128"
-_HEAD = ("head.weight",)
+_HEAD = ("head.weight", "head.bias")
 _TRAINED = "trained"
 _VERSION = 2
 _WITHOUT_CHECKSUMS = 1  # the version before, which can still be loaded
@@ -275,7 +275,8 @@ def load_checkpoint(
     own = asdict(model.config)
     # All that may be refused comes before weights are changed. The backend may be another one,
     # since a training may go on on another device.
-    for name, value in state["model"].items():
+    # With the defaults of options that are younger than the checkpoint.
+    for name, value in asdict(NaViTConfig(**state["model"])).items():
         if own.get(name) != value and name != "attention":
             remedy = "give the model of the checkpoint, or another folder"
             raise ValueError(checks.sentence(name, own.get(name), f"{value!r}", remedy))

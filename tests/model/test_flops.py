@@ -38,8 +38,9 @@ def test_a_forward_pass_costs_what_is_said(pooling, case):
     assert found == expected
 
 
-def test_a_training_step_costs_three_times_as_much_but_for_the_pixels():
-    model = packed.model_of("segments", pooling="mean")
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_training_step_costs_three_times_as_much_but_for_the_pixels(gated):
+    model = packed.model_of("segments", pooling="mean", gated=gated)
     batch = packed.batch_of(packed.RowSet([[20, 13]], seq_len=33, max_segments=2))
     found = counted(lambda: model(batch).sum().backward())
     forward = forward_flops(model.config, batch.seq_lens)

@@ -20,6 +20,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from laws import LONG, LOSSES, MANY, Setting, close
+from packed import SWITCHES
 
 from packpipe.model import attention
 from packpipe.model.attention import (
@@ -52,13 +53,21 @@ def plain_kernels():
 
 @st.composite
 def settings(draw):
-    """Any backend, position, pooling and loss."""
+    """Any backend, position, pooling, loss and switch of the model."""
     return Setting(
         draw(st.sampled_from(BACKENDS)),
         draw(st.sampled_from(POSITIONS)),
         draw(st.sampled_from(POOLINGS)),
         draw(st.sampled_from(list(LOSSES))),
+        switch=draw(st.sampled_from([None, *(s for s in SWITCHES if s != "norm_pooled")])),
     )
+
+
+def switched(switch, backend=None):
+    """A setting with a switch of the model on, the backends in turn."""
+    pooling = SWITCHES[switch].get("pooling", "attention")
+    backend = backend or BACKENDS[list(SWITCHES).index(switch) % len(BACKENDS)]
+    return Setting(backend, pooling=pooling, switch=switch)
 
 
 def fit_for(case):
@@ -84,6 +93,14 @@ def test_packed_equals_alone_and_every_parameter_learns(backend, position, pooli
 def test_packed_equals_alone_with_every_loss(backend, pooling, loss):
     setting = Setting(backend, pooling=pooling, loss=loss)
     laws.every_gradient_learns(laws.packed_equals_alone(setting, MANY, 1e-10), MANY)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_images_stay_apart_and_every_parameter_learns_with_every_switch(switch):
+    setting = switched(switch)
+    laws.every_gradient_learns(laws.packed_equals_alone(setting, MANY, 1e-10), MANY)
+    laws.others_keep_every_bit(setting, MANY)
+    laws.no_gradient_crosses(setting, MANY)
 
 
 @precisions
@@ -120,23 +137,33 @@ def test_every_parameter_learns_in_any_rows(setting, case):
 @every_position
 @every_pooling
 def test_the_model_is_its_plain_twin(position, pooling):
-    batch = packed.batch_of(MANY)
     for head in ("linear", "unit"):
-        model = packed.model_of("segments", position=position, pooling=pooling, head=head)
-        outputs = model(batch)
-        for row, number, one in packed.alone(batch):
-            image = {
-                "patches": one.patches[0],
-                "coords": one.coords[0].tolist(),
-                "grid_hw": one.grid_hw[0, 0].tolist(),
-            }
-            own = (
-                batch.segment_ids[row] == number + 1
-                if pooling == "none"
-                else torch.arange(6) == number
-            )
-            wanted = naive_navit.forward(model, image)
-            assert close(outputs[row][own], wanted.reshape(int(own.sum()), -1), 1e-10)
+        is_its_plain_twin(
+            packed.model_of("segments", position=position, pooling=pooling, head=head)
+        )
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_the_model_is_its_plain_twin_with_every_switch(switch):
+    is_its_plain_twin(packed.model_of("segments", **SWITCHES[switch]))
+
+
+def is_its_plain_twin(model):
+    batch = packed.batch_of(MANY)
+    outputs = model(batch)
+    for row, number, one in packed.alone(batch):
+        image = {
+            "patches": one.patches[0],
+            "coords": one.coords[0].tolist(),
+            "grid_hw": one.grid_hw[0, 0].tolist(),
+        }
+        own = (
+            batch.segment_ids[row] == number + 1
+            if model.config.pooling == "none"
+            else torch.arange(6) == number
+        )
+        wanted = naive_navit.forward(model, image)
+        assert close(outputs[row][own], wanted.reshape(int(own.sum()), -1), 1e-10)
 
 
 @given(case=packed.row_sets())
@@ -196,10 +223,12 @@ def random_lens(draws, seq_len, most):
 
 
 @every_backend
-@pytest.mark.parametrize("pooling", ["attention", "max"])
-def test_one_graph_serves_a_hundred_batches(backend, pooling):
+@pytest.mark.parametrize(
+    "options", [{}, {**SWITCHES["all"], "pooling": "max"}], ids=["attention", "max, switches"]
+)
+def test_one_graph_serves_a_hundred_batches(backend, options):
     torch._dynamo.reset()
-    model = packed.model_of(backend, torch.float32, pooling=pooling)
+    model = packed.model_of(backend, torch.float32, **options)
     graphs = []
 
     def count(graph, _):
@@ -439,6 +468,14 @@ def test_presets_are_the_published_shapes():
         (
             {"dim": 18, "heads": 3, "position": "rotary"},
             "dim ÷ heads is 6, expected a multiple of 4 with position='rotary'; change dim or",
+        ),
+        ({"activation": "relu"}, "activation is 'relu', expected one of 'gelu', 'gelu_tanh', 'qui"),
+        ({"resize": "area"}, "resize is 'area', expected one of 'bilinear', 'bicubic'; choose an"),
+        ({"norm_eps": 0}, "norm_eps is 0, expected a number above 0; 1e-6 is usual"),
+        ({"layer_scale": -1}, "layer_scale is -1, expected a number above 0; 1e-6 is usual"),
+        (
+            {"norm_pooled": True},
+            "norm_pooled is True, expected False with pooling='attention'; choose pooling='mean'",
         ),
     ],
 )

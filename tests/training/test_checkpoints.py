@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+from dataclasses import replace
 
 import learning
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from processes import files_of_at_most
 from safetensors import SafetensorError
 
+from packpipe.model.navit import NaViT
 from packpipe.training import checkpoints as module
 from packpipe.training.checkpoints import (
     checkpoints,
@@ -171,6 +173,22 @@ def test_a_checkpoint_without_checksums_is_loaded_and_said_to_be_unchecked(folde
     assert same(weights_of(parts[0]), wanted)
     (said,) = caplog.messages
     assert said == f"{NEWEST} was written without checksums; it is loaded unchecked"
+
+
+def test_a_checkpoint_from_before_there_were_switches_has_their_defaults(folder, parts):
+    wanted = weights_of(model_of(folder))
+    make_old(folder / NEWEST)
+    path = folder / NEWEST / "state.json"
+    state = json.loads(path.read_text())
+    for name in ("bias", "qk_norm", "activation", "norm_eps", "norm_out"):
+        del state["model"][name]
+    path.write_text(json.dumps(state))
+    assert same(weights_of(model_of(folder)), wanted)
+    assert load_checkpoint(folder, *parts) == 12
+    other = NaViT(replace(parts[0].config, activation="quick_gelu"))
+    message = "activation is 'quick_gelu', expected 'gelu'; give the model of the checkpoint, or"
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(folder, other, *parts[1:])
 
 
 @pytest.mark.parametrize("name", FILES[:3])
