@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from packpipe.building.packer import Packer as Packer
     from packpipe.building.pairs import pack_pairs as pack_pairs
     from packpipe.building.summary import summarize as summarize
+    from packpipe.hub.pretrained import from_pretrained as from_pretrained
     from packpipe.loading.batch import PackedBatch as PackedBatch
     from packpipe.loading.batch import PairBatch as PairBatch
     from packpipe.loading.batch import TokenBatch as TokenBatch
@@ -101,6 +102,7 @@ _HOMES = {
     "compile_parts": "model.navit",
     "count_lengths": "packing.histogram",
     "export_onnx": "training.export",
+    "from_pretrained": "hub.pretrained",
     "load_model": "training.run_folder",
     "manifest": "building.pack",
     "pack": "building.pack",

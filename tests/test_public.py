@@ -44,6 +44,7 @@ PUBLIC = [
     "compile_parts",
     "count_lengths",
     "export_onnx",
+    "from_pretrained",
     "load_model",
     "manifest",
     "pack",

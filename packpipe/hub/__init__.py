@@ -1,0 +1,1 @@
+"""Pretrained encoders: weights that other libraries trained, in models of packed rows."""

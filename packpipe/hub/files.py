@@ -1,0 +1,115 @@
+"""The files of a pretrained model: where they lie, and what they hold.
+
+Settings are JSON, weights are safetensors, in one file or in several with an index. Nothing of the
+library that wrote them is imported, and no file is executed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from packpipe import checks
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+_INDEX = f"{WEIGHTS}.index.json"
+# Of an image processor alone, and of one inside the settings of a processor of texts, too.
+_PROCESSOR, _PROCESSORS = "preprocessor_config.json", "processor_config.json"
+_WANTED = [CONFIG, WEIGHTS, _INDEX, "model-*.safetensors", _PROCESSOR, _PROCESSORS, "packing.json"]
+
+
+def folder_of(source: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of a model: source itself or, if it is no folder, the Hub's files.
+
+    Of a name, such as "google/siglip2-base-patch16-naflex", files of settings and weights alone are
+    downloaded, and those that were before are used where there is no network.
+
+    Args:
+        source: a folder, or the name of a model of the Hugging Face Hub.
+        revision: branch, tag or commit of the Hub; None for the newest.
+
+    Raises:
+        FileNotFoundError: it is no folder, and cannot be downloaded.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=_WANTED))
+    except (OSError, ValueError) as error:  # no network, no such model, no name of a model
+        expected = f"a folder, or a model that can be downloaded ({_first_line(error)})"
+        remedy = "download it where there is a network, and pass the folder"
+        raise FileNotFoundError(checks.sentence("source", str(source), expected, remedy)) from error
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Return what config.json says.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not (folder / CONFIG).exists():
+        expected = f"a folder with {CONFIG} and {WEIGHTS}"
+        raise FileNotFoundError(
+            checks.sentence("source", str(folder), expected, "pass the folder of a model")
+        )
+    found: dict[str, Any] = json.loads((folder / CONFIG).read_bytes())
+    return found
+
+
+def processing_of(folder: Path) -> dict[str, Any]:
+    """Return the settings of a folder's image processor; none if it has no file of them."""
+    for name, key in ((_PROCESSOR, None), (_PROCESSORS, "image_processor")):
+        if (folder / name).exists():
+            found = json.loads((folder / name).read_bytes())
+            return dict(found if key is None else found.get(key, {}))
+    return {}
+
+
+class Weights:
+    """The tensors of a folder, each read when it is taken, in float32, and taken once.
+
+    What is never taken is known by its name, see `left`, and is not read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        names = [WEIGHTS]
+        if (folder / _INDEX).exists():
+            index = json.loads((folder / _INDEX).read_bytes())
+            names = sorted(set(index["weight_map"].values()))
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        for name in names:
+            if not (folder / name).exists():
+                expected, remedy = f"a folder with {name}", "convert its weights to safetensors"
+                raise FileNotFoundError(checks.sentence("source", str(folder), expected, remedy))
+            file: Any = safe_open(folder / name, "pt")
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def take(self, name: str) -> Tensor:
+        """Return a tensor.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if name not in self._files:
+            what, expected = f"{self.folder}: {name}", "a tensor of the weights"
+            remedy = "the weights are of another model than config.json says"
+            raise ValueError(checks.sentence(what, None, expected, remedy))
+        tensor: Tensor = self._files.pop(name).get_tensor(name).float()
+        return tensor
+
+    def left(self) -> list[str]:
+        """Return the names of the tensors that were not taken."""
+        return sorted(self._files)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

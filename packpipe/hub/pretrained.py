@@ -1,0 +1,97 @@
+"""`from_pretrained`: an encoder that another library trained, as a model of packed rows."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from packpipe import checks
+from packpipe.hub import siglip
+from packpipe.hub.encoder import Encoder
+from packpipe.hub.files import CONFIG, Weights, folder_of, processing_of, settings_of
+from packpipe.model.navit import NaViT
+from packpipe.planning.image_config import PackConfig
+
+log = logging.getLogger(__name__)
+
+# model_type of config.json: who reads it.
+_FAMILIES: dict[str, Callable[..., Encoder]] = {
+    **dict.fromkeys(("siglip2", "siglip2_vision_model"), partial(siglip.read_siglip, naflex=True)),
+    **dict.fromkeys(("siglip", "siglip_vision_model"), partial(siglip.read_siglip, naflex=False)),
+}
+# Beginnings of names that a model of images alone does not use.
+_OTHERS = siglip.OTHERS
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    num_classes: int | None = None,
+    attention: str = "auto",
+    revision: str | None = None,
+) -> tuple[NaViT, PackConfig]:
+    """Return a pretrained encoder on the CPU, and the options that pack images as it expects them.
+
+    Outputs are those of the original model to float32's rounding, in packed rows of any other
+    images::
+
+        model, packing = packpipe.from_pretrained("google/siglip2-base-patch16-naflex")
+        vectors = packpipe.predict(model, files, **packing.to_options())
+
+    Known are SigLIP and SigLIP 2, NaFlex and of fixed sizes, as transformers 4 or 5 stores them,
+    with or without their tower of texts. The model returns what the original calls
+    ``pooler_output``; without a pool, ``last_hidden_state``.
+
+    Args:
+        source: a folder with config.json and model.safetensors, or the name of a model of the
+            Hugging Face Hub. If it has the settings of an image processor, its mean and standard
+            deviation are folded into the weights, and packing has its size and filter; without
+            them those that are usual for the family count.
+        num_classes: gives the model a new head of so many classes, its weights drawn by torch's
+            generator; None returns pooled features.
+        attention: backend.
+        revision: branch, tag or commit of the Hub.
+
+    Returns:
+        The model, its weights in float32, and options for `predict`, `pack` and `EpochPacks`. Their
+        pixels are those of the processor of Pillow, but for transparent images, whose alpha it
+        drops, and for sizes that are no multiple of a patch, which it cuts after resizing.
+
+    Raises:
+        FileNotFoundError: there are no such files, and they cannot be downloaded.
+        ValueError: the family is not known, or the weights are not all of it: a tensor is missing,
+            or there is one that nothing here uses.
+    """
+    folder = folder_of(source, revision)
+    settings = settings_of(folder)
+    kind = settings.get("model_type")
+    if kind not in _FAMILIES:
+        expected = "one of " + ", ".join(map(repr, _FAMILIES))
+        name = f"model_type in {folder / CONFIG}"
+        raise ValueError(checks.sentence(name, kind, expected, "other encoders are not known"))
+    weights = Weights(folder)
+    encoder = _FAMILIES[kind](settings, processing_of(folder), weights)
+    _tell_unused(source, weights.left())
+    model = NaViT(replace(encoder.config, num_classes=num_classes, attention=attention))
+    head = {k: value for k, value in model.state_dict().items() if k.startswith("head.")}
+    model.load_state_dict(encoder.weights | head)
+    return model, encoder.packing
+
+
+def _tell_unused(source: str | Path, left: list[str]) -> None:
+    """Log the tensors of other towers; refuse those that nobody knows."""
+    # Older versions stored the numbers of positions, which hold nothing.
+    unknown = [k for k in left if not k.startswith(_OTHERS) and not k.endswith("position_ids")]
+    if unknown:
+        name, more = f"tensors of {source}", f" and {len(unknown) - 3} more" * (len(unknown) > 3)
+        expected = f"those of its family, without {', '.join(unknown[:3])}{more}"
+        remedy = "remove them, if the encoder does not need them"
+        raise ValueError(checks.sentence(name, len(unknown), expected, remedy))
+    if left:
+        groups = Counter(k.split(".")[0] for k in left)
+        told = ", ".join(f"{name} ({number})" for name, number in groups.items())
+        log.warning("%s: %d tensors are not used: %s", source, len(left), told)

@@ -1,0 +1,161 @@
+"""SigLIP and SigLIP 2 of a fixed size, and NaFlex, as transformers stores them.
+
+Their blocks and pool are NaViT's with biases and without query-key normalisation. The table of
+positions is resized to each image's grid: NaFlex was trained so, with bilinear weights and
+antialiasing; the others take grids of other sizes as transformers' ``interpolate_pos_encoding``.
+
+Source: Zhai et al., arXiv 2303.15343; Tschannen et al., arXiv 2502.14786.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packpipe import checks
+from packpipe.hub.encoder import Encoder, filters, seq_len_of
+from packpipe.hub.files import Weights
+from packpipe.hub.folding import channels_last, fold_pixels, fold_probe
+from packpipe.model.config import NaViTConfig
+from packpipe.planning.distributions import Constant
+from packpipe.planning.image_config import PackConfig
+from packpipe.planning.resolution import Square
+
+# Ours: theirs, each with a weight and a bias.
+_LAYER = {
+    "norm_attention": "layer_norm1",
+    "project": "self_attn.out_proj",
+    "norm_mlp": "layer_norm2",
+    "widen": "mlp.fc1",
+    "narrow": "mlp.fc2",
+}
+_POOL = {
+    "project": "attention.out_proj",
+    "norm_mlp": "layernorm",
+    "widen": "mlp.fc1",
+    "narrow": "mlp.fc2",
+}
+# The tower of texts, and what both towers share.
+OTHERS = ("text_model.", "logit_scale", "logit_bias")
+# What transformers leaves out of a configuration where it is as usual, and of a processor.
+_USUAL = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "vision_use_head": True,
+    "num_patches": 256,
+    "image_size": 224,
+}
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}
+_BILINEAR, _BICUBIC = 2, 3
+
+
+def read_siglip(
+    settings: dict[str, Any], processing: dict[str, Any], weights: Weights, *, naflex: bool
+) -> Encoder:
+    """Return the image tower of a SigLIP.
+
+    Args:
+        settings: what config.json says, of both towers or of this one.
+        processing: what is known of the image processor.
+        weights: of both towers or of this one, with or without ``vision_model.`` before the names.
+        naflex: whether images keep their aspect ratio, within a budget of patches.
+    """
+    own = _USUAL | settings.get("vision_config", settings)
+    activation = checks.choice(
+        "hidden_act", own["hidden_act"], _ACTIVATIONS, "this activation is not supported"
+    )
+    side = isqrt(own["num_patches"]) if naflex else own["image_size"] // own["patch_size"]
+    config = NaViTConfig(
+        num_classes=None,
+        patch_size=own["patch_size"],
+        dim=own["hidden_size"],
+        depth=own["num_hidden_layers"],
+        heads=own["num_attention_heads"],
+        mlp_dim=own["intermediate_size"],
+        position="resized",
+        max_side=side,
+        resize="bilinear" if naflex else "bicubic",
+        antialias=naflex,
+        pooling="attention" if own["vision_use_head"] else "none",
+        bias=True,
+        qk_norm=False,
+        activation=_ACTIVATIONS[activation],
+        norm_eps=own["layer_norm_eps"],
+        norm_out=False,
+    )
+    usual = {"resample": _BILINEAR if naflex else _BICUBIC, "max_num_patches": own["num_patches"]}
+    processing = usual | processing
+    return Encoder(
+        config=config,
+        weights=_weights(config, processing, weights),
+        packing=_packing(config, processing, naflex=naflex),
+    )
+
+
+def _packing(config: NaViTConfig, processing: dict[str, Any], *, naflex: bool) -> PackConfig:
+    if naflex:
+        tokens = processing["max_num_patches"]
+        sizes: dict[str, Any] = {"resolution": "budget", "max_tokens": tokens}
+    else:
+        # A side of whole patches: what a convolution leaves over at the edge is not seen.
+        size = processing.get("size", {}).get("height", config.side * config.patch_size)
+        side = size // config.patch_size
+        tokens, sizes = side**2, {"resolution": Square(Constant(side * config.patch_size))}
+    return PackConfig(
+        seq_len=seq_len_of(tokens), patch_size=config.patch_size, **sizes, **filters(processing)
+    )
+
+
+def _weights(
+    config: NaViTConfig, processing: dict[str, Any], weights: Weights
+) -> dict[str, Tensor]:
+    within = "vision_model." if any(k.startswith("vision_model.") for k in weights.left()) else ""
+
+    def take(name: str) -> Tensor:
+        return weights.take(within + name)
+
+    def pairs(names: dict[str, str], ours: str, theirs: str) -> dict[str, Tensor]:
+        return {
+            f"{ours}{own}.{kind}": take(f"{theirs}{name}.{kind}")
+            for own, name in names.items()
+            for kind in ("weight", "bias")
+        }
+
+    patches, bias = (take(f"embeddings.patch_embedding.{kind}") for kind in ("weight", "bias"))
+    if patches.ndim == 4:  # a convolution
+        patches = channels_last(patches)
+    half = [0.5, 0.5, 0.5]
+    mean, std = (processing.get(name, half) for name in ("image_mean", "image_std"))
+    found = dict(
+        zip(("embed.weight", "embed.bias"), fold_pixels(patches, bias, mean, std), strict=True)
+    )
+    found["position.table"] = take("embeddings.position_embedding.weight")
+    for number in range(config.depth):
+        ours, theirs = f"blocks.{number}.", f"encoder.layers.{number}."
+        found |= pairs(_LAYER, ours, theirs)
+        parts = {
+            (part, kind): take(f"{theirs}self_attn.{part}_proj.{kind}")
+            for part in "qkv"
+            for kind in ("weight", "bias")
+        }
+        found[f"{ours}queries_keys_values.weight"] = torch.cat([parts[p, "weight"] for p in "qkv"])
+        biases = torch.stack([parts[part, "bias"] for part in "qv"])
+        found[f"{ours}bias_queries_values"] = biases.unflatten(1, (config.heads, -1))
+    found |= pairs({"norm": "post_layernorm"}, "", "")
+    if config.pooling == "attention":
+        found |= pairs(_POOL, "pool.", "head.")
+        to_query, to_keys, to_values = take("head.attention.in_proj_weight").chunk(3)
+        bias_query, _, bias_values = take("head.attention.in_proj_bias").chunk(3)
+        probe = take("head.probe").flatten()
+        found["pool.query"] = fold_probe(probe, to_query, bias_query, config.heads)
+        found["pool.keys_values.weight"] = torch.cat([to_keys, to_values])
+        found["pool.bias_values"] = bias_values.unflatten(0, (config.heads, -1))
+    return found

@@ -1,0 +1,315 @@
+"""Encoders of other libraries: their files become models with their outputs and gradients."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import huggingface_hub
+import packed
+import pytest
+import torch
+import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
+from laws import close
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from packpipe import PackConfig, from_pretrained, predict
+from packpipe.planning.distributions import Constant
+from packpipe.planning.resolution import Square
+from packpipe.samples import images_folder
+
+CASE = packed.RowSet(lens=[[1] * 4, [20, 1, 7, 3], [30]], seq_len=33, max_segments=4)
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+TEXTS = {**SMALL, "vocab_size": 50, "max_position_embeddings": 8}
+MEAN, STD = [0.48, 0.45, 0.4], [0.23, 0.25, 0.28]
+LAYOUTS = ("alone", "transformers 4", "with texts", "in shards")
+
+
+@dataclass(frozen=True)
+class Family:
+    """An encoder of transformers, with its tower of texts, and its image processor."""
+
+    vision: dict
+    models: tuple
+    configs: tuple
+    processor: dict
+    forward: Callable
+
+
+def naflex(model, patches, grid_hw):
+    """SigLIP 2, whose images keep their aspect ratio."""
+    return model(
+        pixel_values=patches[None].float() / 127.5 - 1,
+        pixel_attention_mask=torch.ones(1, len(patches), dtype=torch.int32),
+        spatial_shapes=torch.tensor([grid_hw]),
+    ).pooler_output
+
+
+def fixed(model, patches, grid_hw):
+    """SigLIP, whose images are squares; here of other sizes, too, and with another mean."""
+    size = packed.PATCH_SIZE
+    image = patches.reshape(*grid_hw, size, size, 3).permute(4, 0, 2, 1, 3)
+    image = image.reshape(3, grid_hw[0] * size, grid_hw[1] * size) / 255
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    return model(((image - mean) / std)[None], interpolate_pos_encoding=True).pooler_output
+
+
+NAFLEX = Family(
+    {**SMALL, "patch_size": packed.PATCH_SIZE, "num_patches": 16},
+    (transformers.Siglip2VisionModel, transformers.Siglip2Model),
+    (transformers.Siglip2VisionConfig, transformers.Siglip2Config),
+    {"resample": 2, "max_num_patches": 16},
+    naflex,
+)
+FIXED = Family(
+    {**SMALL, "patch_size": packed.PATCH_SIZE, "image_size": 8},
+    (transformers.SiglipVisionModel, transformers.SiglipModel),
+    (transformers.SiglipVisionConfig, transformers.SiglipConfig),
+    {"size": {"height": 8, "width": 8}, "image_mean": MEAN, "image_std": STD},
+    fixed,
+)
+FAMILIES = {"siglip2 naflex": NAFLEX, "siglip": FIXED}
+
+
+def shaken(model):
+    """The model with weights that all matter."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(torch.randn_like(weight) * (0.15 if weight.ndim > 1 else 0.3))
+            if "norm" in name and name.endswith("weight"):
+                weight.add_(1)
+    return model.eval()
+
+
+def saved(folder, family, layout="alone"):
+    """Save a model of random weights as a version of transformers does; return its image tower."""
+    alone, whole = family.models
+    of_images, of_both = family.configs
+    if layout == "with texts":
+        model = shaken(whole(of_both(vision_config=family.vision, text_config=TEXTS)))
+    else:
+        model = shaken(alone(of_images(**family.vision)))
+    size = "20KB" if layout == "in shards" else "1GB"
+    model.save_pretrained(folder, max_shard_size=size)
+    if layout == "in shards":
+        assert len(list(folder.glob("model-*.safetensors"))) > 2
+    else:
+        rename(folder, "vision_model." if layout == "transformers 4" else "")
+    (folder / "preprocessor_config.json").write_text(json.dumps(family.processor))
+    return model.vision_model if layout == "with texts" else model
+
+
+def rename(folder, prefix):
+    """Put a prefix before all names of tensors that lack it, as version 4 has it."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file({prefix + name.removeprefix(prefix): one for name, one in tensors.items()}, path)
+
+
+def theirs(family, model, batch):
+    """The outputs of each image alone, in the order of the images."""
+    found = [
+        family.forward(model, one.patches[0], one.grid_hw[0, 0].tolist())
+        for _, _, one in packed.alone(batch)
+    ]
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_gradients_are_the_originals(family, layout, tmp_path, caplog):
+    family = FAMILIES[family]
+    original = saved(tmp_path, family, layout)
+    model, _ = from_pretrained(tmp_path)
+    batch = packed.batch_of(CASE)
+    outputs, wanted = model(batch)[batch.present], theirs(family, original, batch)
+    assert outputs.shape == (9, 32)
+    assert close(outputs, wanted, 1e-5)
+    assert wanted.std(0).min() > 0.01
+
+    slope = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
+    for values in (outputs, wanted):
+        (values * slope).sum().backward()
+    own, other = dict(model.named_parameters()), dict(original.named_parameters())
+    for name, of in {
+        "position.table": "embeddings.position_embedding.weight",
+        "blocks.0.widen.weight": "encoder.layers.0.mlp.fc1.weight",
+        "blocks.1.project.weight": "encoder.layers.1.self_attn.out_proj.weight",
+        "pool.project.bias": "head.attention.out_proj.bias",
+    }.items():
+        assert close(own[name].grad, other[of].grad, 1e-5), name
+    assert all(one.grad.abs().sum() > 0 for one in own.values())
+    told = [text for name, _, text in caplog.record_tuples if name.startswith("packpipe")]
+    if layout == "with texts":
+        names = load_file(tmp_path / "model.safetensors")
+        number = sum(name.startswith("text_model.") for name in names)
+        assert number > 20
+        unused = f"logit_bias (1), logit_scale (1), text_model ({number})"
+        assert told == [f"{tmp_path}: {number + 2} tensors are not used: {unused}"]
+    else:
+        assert told == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_image_does_not_see_its_neighbours(family, tmp_path):
+    saved(tmp_path, FAMILIES[family])
+    model, _ = from_pretrained(tmp_path)
+    batch = packed.batch_of(CASE)
+    pixels = batch.patches.clone()
+    pixels[1, :20] = 255 - pixels[1, :20]
+    with torch.no_grad():
+        before, after = model(batch), model(replace(batch, patches=pixels))
+    others = batch.present.clone()
+    others[1, 0] = False
+    assert others.sum() == 8
+    assert torch.equal(before[others], after[others])
+    assert not close(before[1, 0], after[1, 0], 1e-3)
+    turned = type(batch)(**{name: value.flip(0) for name, value in batch.items()})
+    with torch.no_grad():
+        assert close(model(turned).flip(0)[batch.present], before[batch.present], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "packing"),
+    [
+        (
+            NAFLEX,
+            {
+                "seq_len": 1024,
+                "resolution": "budget",
+                "max_tokens": 16,
+                "downscale_filter": "bilinear",
+                "upscale_filter": "bilinear",
+            },
+        ),
+        (FIXED, {"seq_len": 1024, "resolution": Square(Constant(8))}),
+    ],
+    ids=FAMILIES,
+)
+def test_images_are_packed_as_the_processor_makes_them(family, packing, tmp_path):
+    saved(tmp_path, family)
+    expected = PackConfig(patch_size=2, reducing_gap=None, profiles="ignore", **packing)
+    assert from_pretrained(tmp_path)[1] == expected
+    # The same inside the settings of a processor of texts, too.
+    path = tmp_path / "preprocessor_config.json"
+    inside = {"image_processor": json.loads(path.read_text()), "processor_class": "Processor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(inside))
+    path.unlink()
+    assert from_pretrained(tmp_path)[1] == expected
+
+
+@pytest.mark.parametrize("naflex", [True, False])
+def test_real_pictures_get_the_vectors_of_processor_and_model(naflex, tmp_path):
+    files = sorted(images_folder().rglob("*.jpg"))[:2]
+    assert len(files) == 2
+    if naflex:
+        config = transformers.Siglip2VisionConfig(**SMALL, num_patches=64)
+        original = transformers.Siglip2VisionModel(config)
+        processor = transformers.Siglip2ImageProcessorPil(max_num_patches=64)
+    else:
+        config = transformers.SiglipVisionConfig(**SMALL, image_size=96)
+        original = transformers.SiglipVisionModel(config)
+        processor = transformers.SiglipImageProcessorPil(size={"height": 96, "width": 96})
+    shaken(original).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with torch.no_grad():
+        pictures = [Image.open(file).convert("RGB") for file in files]
+        wanted = original(**processor(images=pictures, return_tensors="pt")).pooler_output
+    model, packing = from_pretrained(tmp_path)
+    found = predict(model, files, **packing.to_options())
+    assert (found - wanted).abs().max() < 2e-6 * wanted.abs().max().clamp(min=1)
+
+
+def test_a_new_head_is_drawn_on_the_old_trunk(tmp_path):
+    saved(tmp_path, NAFLEX)
+    torch.manual_seed(3)
+    model, _ = from_pretrained(tmp_path, num_classes=7, attention="reference")
+    assert model.config.num_classes == 7
+    assert model.config.attention == "reference"
+    assert model.head.weight.std() > 0.01
+    trunk, _ = from_pretrained(tmp_path)
+    own = model.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in trunk.state_dict().items())
+
+
+def test_weights_that_nobody_knows_or_that_are_missing_are_refused_by_name(tmp_path):
+    saved(tmp_path, NAFLEX)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "adapter.weight": torch.zeros(2)}, path)
+    message = (
+        f"tensors of {tmp_path} is 1, expected those of its family, without adapter.weight; remove"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_pretrained(tmp_path)
+    save_file({k: v for k, v in tensors.items() if k != "head.probe"}, path)
+    message = f"{tmp_path}: head.probe is None, expected a tensor of the weights; the weights are"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "bert"}, "config.json is 'bert', expected one of 'siglip2', 'siglip2_vis"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu', expected one of 'gelu_pytorch_tanh', "),
+    ],
+)
+def test_what_is_not_known_is_refused(settings, message, tmp_path):
+    saved(tmp_path, NAFLEX)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_pretrained(tmp_path)
+
+
+def test_an_unknown_filter_is_refused(tmp_path):
+    saved(tmp_path, NAFLEX)
+    (tmp_path / "preprocessor_config.json").write_text('{"resample": 9}')
+    message = "resample is 9, expected a number of Pillow's filters, 0..5; correct the processor's"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_pretrained(tmp_path)
+
+
+def test_a_name_is_looked_up_on_the_hub(tmp_path, monkeypatch):
+    saved(tmp_path, NAFLEX)
+    asked = []
+
+    def download(name, *, revision, allow_patterns):
+        asked.append((name, revision))
+        assert "model.safetensors" in allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model, _ = from_pretrained("someone/encoder", revision="main")
+    assert asked == [("someone/encoder", "main")]
+    assert model.config.dim == 32
+
+
+def test_without_a_network_it_is_said_what_is_missing(tmp_path, monkeypatch):
+    def download(name, **options):
+        del name, options
+        raise LocalEntryNotFoundError("no files in the cache, and no network\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    message = (
+        "source is 'someone/encoder', expected a folder, or a model that can be downloaded (no "
+        "files in the cache, and no network); download it where there is a network, and pass the"
+    )
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        from_pretrained("someone/encoder")
+    message = f"source is {str(tmp_path)!r}, expected a folder with config.json and model.safetens"
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
+    message = f"source is {str(tmp_path)!r}, expected a folder with model.safetensors; convert its"
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        from_pretrained(tmp_path)
