@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from packpipe.building.packer import Packer as Packer
     from packpipe.building.pairs import pack_pairs as pack_pairs
     from packpipe.building.summary import summarize as summarize
+    from packpipe.hub.own import save_pretrained as save_pretrained
     from packpipe.hub.pretrained import from_pretrained as from_pretrained
     from packpipe.loading.batch import PackedBatch as PackedBatch
     from packpipe.loading.batch import PairBatch as PairBatch
@@ -115,6 +116,7 @@ _HOMES = {
     "read_rows": "loading.read",
     "read_tokens": "loading.read",
     "rejects": "building.pack",
+    "save_pretrained": "hub.own",
     "suggest_seq_len": "packing.suggest",
     "summarize": "building.summary",
     "verify": "verification.verify",

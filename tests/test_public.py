@@ -57,6 +57,7 @@ PUBLIC = [
     "read_rows",
     "read_tokens",
     "rejects",
+    "save_pretrained",
     "suggest_seq_len",
     "summarize",
     "verify",

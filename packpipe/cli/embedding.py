@@ -27,7 +27,10 @@ from packpipe import __version__, checks
 from packpipe.building.shards import alone_in
 from packpipe.cli.asking import ALL_MAY_BE_BAD, in_rejects_alone, loaded
 from packpipe.cli.layouts import packs_of
+from packpipe.cli.training_run import device_of_this_rank
 from packpipe.durable import commit, partial_of, write_json
+from packpipe.hub.files import CONFIG
+from packpipe.hub.pretrained import from_pretrained
 from packpipe.loading.image_packs import check_whole
 from packpipe.model.navit import NaViT
 from packpipe.model.precision import is_half
@@ -57,7 +60,7 @@ def embed(
     max_bad_fraction: float = 0.01,
     precision: str = "auto",
 ) -> list[Reject]:
-    """Write the features of each image by a trained model; return the rejects.
+    """Write the features of each image by a model; return the rejects.
 
     The file has a row for each image that can be read, in the order of the dataset: its
     example_index, the columns kept of the dataset, ``embedding``
@@ -69,7 +72,7 @@ def embed(
     ``tokens.reshape(*coords[-1] + 1, channels)``.
 
     Args:
-        run: a training's folder.
+        run: a training's folder, or one that `packpipe.from_pretrained` reads.
         dataset: images; labels are not asked for.
         output: the file.
         columns: of the dataset, that are kept; None keeps all but images.
@@ -96,9 +99,9 @@ def embed(
             return _rejects(rejects_path(output))
         expected, remedy = "a file that is not there yet", "remove it, or give another name"
         raise FileExistsError(checks.sentence("OUTPUT", str(output), expected, remedy))
-    model, options = loaded(run)
+    model, packing = _encoder(run)
     if tokens:
-        check_whole(options.packing)  # all tokens of a grid are there
+        check_whole(packing)  # all tokens of a grid are there
     trunk = _without_head(model, tokens=tokens)
     schema = _schema(dataset, columns, _features(dtype, trunk.config.dim, tokens=tokens))
     half = is_half(precision, next(trunk.parameters()).device)
@@ -111,7 +114,7 @@ def embed(
         "part_size": part_size,
         "batch_size": batch_size,
         "precision": "bfloat16" if half else "float32",
-        "packing": options.packing.to_dict(),
+        "packing": packing.to_dict(),
         "dataset": dataset._fingerprint,
         "weights": _digest(trunk),
     }
@@ -120,7 +123,7 @@ def embed(
         trunk,
         dataset,
         schema,
-        packing=options.packing,
+        packing=packing,
         batch_size=batch_size,
         num_workers=num_workers,
         precision=precision,
@@ -146,6 +149,15 @@ def embed(
         _write(output, map(pq.read_table, names), schema)
     shutil.rmtree(parts)
     return rejects
+
+
+def _encoder(run: Path) -> tuple[NaViT, PackConfig]:
+    """Return a model, on this machine's device, and how images are packed for it."""
+    if not (run / CONFIG).exists():  # a training has model.json
+        model, options = loaded(run)
+        return model, options.packing
+    model, packing = from_pretrained(run)
+    return model.to(device_of_this_rank()).eval(), packing
 
 
 def rejects_path(output: Path) -> Path:

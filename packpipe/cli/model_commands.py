@@ -116,7 +116,9 @@ def predict(
 
 @one_line_errors
 def embed(
-    run: Run,
+    run: Annotated[
+        Path, typer.Argument(help="A folder that train wrote, or of a pretrained encoder.")
+    ],
     source: Source,
     output: Annotated[Path, typer.Argument(dir_okay=False, help="A Parquet file.")],
     columns: Annotated[

@@ -21,7 +21,7 @@ class Encoder:
     """An encoder that was trained elsewhere.
 
     Attributes:
-        config: the shape, without a head.
+        config: the shape.
         weights: by the names of ``NaViT.state_dict``.
         packing: how images become rows for it.
     """

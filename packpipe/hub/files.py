@@ -19,7 +19,7 @@ WEIGHTS = "model.safetensors"
 _INDEX = f"{WEIGHTS}.index.json"
 # Of an image processor alone, and of one inside the settings of a processor of texts, too.
 _PROCESSOR, _PROCESSORS = "preprocessor_config.json", "processor_config.json"
-_WANTED = [CONFIG, WEIGHTS, _INDEX, "model-*.safetensors", _PROCESSOR, _PROCESSORS, "packing.json"]
+_WANTED = [CONFIG, WEIGHTS, _INDEX, "model-*.safetensors", _PROCESSOR, _PROCESSORS]
 
 
 def folder_of(source: str | Path, revision: str | None = None) -> Path:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from packpipe import checks
-from packpipe.hub import siglip
+from packpipe.hub import own, siglip
 from packpipe.hub.encoder import Encoder
 from packpipe.hub.files import CONFIG, Weights, folder_of, processing_of, settings_of
 from packpipe.model.navit import NaViT
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 # model_type of config.json: who reads it.
 _FAMILIES: dict[str, Callable[..., Encoder]] = {
+    own.KIND: own.read_own,
     **dict.fromkeys(("siglip2", "siglip2_vision_model"), partial(siglip.read_siglip, naflex=True)),
     **dict.fromkeys(("siglip", "siglip_vision_model"), partial(siglip.read_siglip, naflex=False)),
 }
@@ -43,8 +44,8 @@ def from_pretrained(
         vectors = packpipe.predict(model, files, **packing.to_options())
 
     Known are SigLIP and SigLIP 2, NaFlex and of fixed sizes, as transformers 4 or 5 stores them,
-    with or without their tower of texts. The model returns what the original calls
-    ``pooler_output``; without a pool, ``last_hidden_state``.
+    with or without their tower of texts; and what `save_pretrained` wrote. The model returns what
+    the original calls ``pooler_output``; without a pool, ``last_hidden_state``.
 
     Args:
         source: a folder with config.json and model.safetensors, or the name of a model of the
@@ -52,7 +53,7 @@ def from_pretrained(
             deviation are folded into the weights, and packing has its size and filter; without
             them those that are usual for the family count.
         num_classes: gives the model a new head of so many classes, its weights drawn by torch's
-            generator; None returns pooled features.
+            generator; None keeps the head, if there is one.
         attention: backend.
         revision: branch, tag or commit of the Hub.
 
@@ -76,9 +77,14 @@ def from_pretrained(
     weights = Weights(folder)
     encoder = _FAMILIES[kind](settings, processing_of(folder), weights)
     _tell_unused(source, weights.left())
-    model = NaViT(replace(encoder.config, num_classes=num_classes, attention=attention))
-    head = {k: value for k, value in model.state_dict().items() if k.startswith("head.")}
-    model.load_state_dict(encoder.weights | head)
+    config, found = replace(encoder.config, attention=attention), encoder.weights
+    if num_classes is not None:
+        config = replace(config, num_classes=num_classes)
+        found = {name: value for name, value in found.items() if not name.startswith("head.")}
+    model = NaViT(config)
+    if num_classes is not None:
+        found |= {k: value for k, value in model.state_dict().items() if k.startswith("head.")}
+    model.load_state_dict(found)
     return model, encoder.packing
 
 

@@ -19,7 +19,7 @@ from packpipe import checks
 from packpipe.hub.encoder import Encoder, filters, seq_len_of
 from packpipe.hub.files import Weights
 from packpipe.hub.folding import channels_last, fold_pixels, fold_probe
-from packpipe.model.config import NaViTConfig
+from packpipe.model.config import SIGLIP_FIXED, SIGLIP_NAFLEX, NaViTConfig
 from packpipe.planning.distributions import Constant
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.resolution import Square
@@ -69,34 +69,36 @@ def read_siglip(
         naflex: whether images keep their aspect ratio, within a budget of patches.
     """
     own = _USUAL | settings.get("vision_config", settings)
-    activation = checks.choice(
-        "hidden_act", own["hidden_act"], _ACTIVATIONS, "this activation is not supported"
-    )
-    side = isqrt(own["num_patches"]) if naflex else own["image_size"] // own["patch_size"]
-    config = NaViTConfig(
-        num_classes=None,
-        patch_size=own["patch_size"],
-        dim=own["hidden_size"],
-        depth=own["num_hidden_layers"],
-        heads=own["num_attention_heads"],
-        mlp_dim=own["intermediate_size"],
-        position="resized",
-        max_side=side,
-        resize="bilinear" if naflex else "bicubic",
-        antialias=naflex,
-        pooling="attention" if own["vision_use_head"] else "none",
-        bias=True,
-        qk_norm=False,
-        activation=_ACTIVATIONS[activation],
-        norm_eps=own["layer_norm_eps"],
-        norm_out=False,
-    )
+    config = shape_of(own, naflex=naflex)
     usual = {"resample": _BILINEAR if naflex else _BICUBIC, "max_num_patches": own["num_patches"]}
     processing = usual | processing
     return Encoder(
         config=config,
         weights=_weights(config, processing, weights),
         packing=_packing(config, processing, naflex=naflex),
+    )
+
+
+def shape_of(own: dict[str, Any], *, naflex: bool) -> NaViTConfig:
+    """Return the shape of an encoder, given all that transformers says of its image tower."""
+    known, remedy = own["hidden_act"], "this activation is not supported"
+    checks.choice("hidden_act", known, _ACTIVATIONS, remedy)
+    side = isqrt(own["num_patches"]) if naflex else own["image_size"] // own["patch_size"]
+    switches = {
+        **(SIGLIP_NAFLEX if naflex else SIGLIP_FIXED),
+        "max_side": side,
+        "activation": _ACTIVATIONS[known],
+        "norm_eps": own["layer_norm_eps"],
+    }
+    return NaViTConfig(
+        num_classes=None,
+        patch_size=own["patch_size"],
+        dim=own["hidden_size"],
+        depth=own["num_hidden_layers"],
+        heads=own["num_attention_heads"],
+        mlp_dim=own["intermediate_size"],
+        pooling="attention" if own["vision_use_head"] else "none",
+        **switches,
     )
 
 

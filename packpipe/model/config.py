@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,22 @@ PRESETS = {
     "L": (1024, 24, 16, 4096),
     "So400m": (1152, 27, 16, 4304),
 }
+# Encoders of SigLIP and SigLIP 2 (of a fixed size, and NaFlex): sizes, and switches of all.
+_SIGLIP_SIZES = {"base": "B", "large": "L", "so400m": "So400m"}
+_SIGLIP = re.compile(
+    rf"(?!siglip-.*naflex)siglip2?-({'|'.join(_SIGLIP_SIZES)})-patch([0-9]+)-(naflex|[0-9]+)"
+)
+SIGLIP: dict[str, Any] = {
+    "position": "resized",
+    "bias": True,
+    "qk_norm": False,
+    "activation": "gelu_tanh",
+    "norm_eps": 1e-6,
+    "norm_out": False,
+}
+# NaFlex's table is resized as it was in training; a fixed one as transformers does for other grids.
+SIGLIP_NAFLEX = SIGLIP | {"resize": "bilinear", "antialias": True, "max_side": 16}
+SIGLIP_FIXED = SIGLIP | {"resize": "bicubic", "antialias": False}
 HEADS = ("linear", "unit")
 _FLAGS = (
     *("bias", "qk_norm", "gated", "norm_embed", "norm_pooled", "norm_out"),
@@ -138,16 +155,26 @@ class NaViTConfig:
         """Return a named shape: ``preset("B/16", num_classes=1000)``.
 
         Args:
-            name: "Ti", "S", "B", "L" or "So400m", a slash and the patch size.
-            **options: other attributes; patch_size, dim, depth, heads and mlp_dim are the name's.
+            name: "Ti", "S", "B", "L" or "So400m", a slash and the patch size. Or the name of an
+                encoder of SigLIP or SigLIP 2, such as "siglip2-base-patch16-naflex" or
+                "siglip-so400m-patch14-384": its shape, with weights that are to be trained;
+                `packpipe.from_pretrained` has the trained ones.
+            **options: other attributes; patch_size, dim, depth, heads and mlp_dim are the name's,
+                of SigLIP also the switches, which may be given otherwise.
 
         >>> NaViTConfig.preset("S/14", num_classes=10).dim
         384
         """
+        if found := _SIGLIP.fullmatch(name):
+            size, patch, side = found.groups()
+            switches = SIGLIP_NAFLEX if side == "naflex" else SIGLIP_FIXED
+            if side != "naflex":
+                switches = switches | {"max_side": int(side) // max(int(patch), 1)}
+            return cls.preset(f"{_SIGLIP_SIZES[size]}/{patch}", **switches | options)
         size, _, patch = name.partition("/")
         if size not in PRESETS or not patch.isdecimal():
             known = ", ".join(PRESETS)
-            expected = f"one of {known} and a patch size, such as 'B/16'"
+            expected = f"one of {known} and a patch size, such as 'B/16', or a SigLIP's name"
             raise ValueError(checks.sentence("name", name, expected, "or pass dim, depth, heads"))
         dim, depth, heads, mlp_dim = PRESETS[size]
         return cls(

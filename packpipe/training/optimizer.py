@@ -19,7 +19,7 @@ def layers_of(model: NaViT) -> list[list[nn.Parameter]]:
 
     Patch embedding and positions, then each block, then what comes after the blocks.
     """
-    first = [model.embed, *([] if model.position is None else [model.position])]
+    first = [model.embed, model.norm_embed, *([] if model.position is None else [model.position])]
     layers = [[p for part in first for p in part.parameters()]]
     layers += [list(block.parameters()) for block in model.blocks]
     known = {id(p) for layer in layers for p in layer}
@@ -47,7 +47,7 @@ def optimizer_of(model: NaViT, config: TrainConfig) -> torch.optim.AdamW:
     rate of a group is that of the step times its ``scale``: layer_decay to the power of how many
     layers come after the parameter's, of `layers_of`.
     """
-    head = {id(p) for p in model.head.parameters()} if model.head is not None else set()
+    head = set() if model.head is None else {id(model.head.weight)}
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for after, layer in enumerate(reversed(layers_of(model))):

@@ -216,6 +216,18 @@ def test_embed_writes_the_tokens_of_each_image(some_broken, trained, tmp_path):
     assert len({*maps["num_tokens"].to_pylist()}) > 1
 
 
+def test_embed_takes_a_pretrained_encoder_too(shapes, trained, tmp_path):
+    model, options = packpipe.load_model(trained)
+    packpipe.save_pretrained(model, options.packing, tmp_path / "encoder")
+    vectors = {}
+    for folder in (trained, tmp_path / "encoder"):
+        out = tmp_path / f"{folder.name}.parquet"
+        told("embed", folder, shapes, out, "--num-workers", 0)
+        vectors[folder.name] = pq.read_table(out)["embedding"].to_pylist()
+    assert len(vectors["encoder"]) == 16
+    assert vectors["encoder"] == vectors[trained.name]
+
+
 class Killed(BaseException):
     """What nothing catches, as nothing catches SIGKILL."""
 

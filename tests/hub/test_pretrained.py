@@ -15,7 +15,8 @@ from laws import close
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from packpipe import PackConfig, from_pretrained, predict
+from packpipe import NaViTConfig, PackConfig, from_pretrained, predict, save_pretrained
+from packpipe.hub import siglip
 from packpipe.planning.distributions import Constant
 from packpipe.planning.resolution import Square
 from packpipe.samples import images_folder
@@ -228,6 +229,64 @@ def test_real_pictures_get_the_vectors_of_processor_and_model(naflex, tmp_path):
     assert (found - wanted).abs().max() < 2e-6 * wanted.abs().max().clamp(min=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "vision"),
+    [
+        ("siglip2-base-patch16-naflex", transformers.Siglip2VisionConfig()),
+        ("siglip-base-patch16-224", transformers.SiglipVisionConfig()),
+        (
+            "siglip2-so400m-patch14-384",
+            transformers.SiglipVisionConfig(
+                hidden_size=1152,
+                num_hidden_layers=27,
+                num_attention_heads=16,
+                intermediate_size=4304,
+                patch_size=14,
+                image_size=384,
+            ),
+        ),
+    ],
+)
+def test_presets_have_the_shapes_of_the_encoders(name, vision):
+    naflex = name.endswith("naflex")
+    assert siglip.shape_of(vision.to_dict(), naflex=naflex) == NaViTConfig.preset(
+        name, num_classes=None
+    )
+
+
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_what_is_saved_is_what_comes_back(num_classes, tmp_path):
+    saved(tmp_path / "theirs", NAFLEX)
+    model, packing = from_pretrained(tmp_path / "theirs", num_classes=num_classes)
+    save_pretrained(model, packing, tmp_path / "ours")
+    again, same_packing = from_pretrained(tmp_path / "ours")
+    assert same_packing == packing
+    assert again.config == model.config
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
+    other, _ = from_pretrained(tmp_path / "ours", num_classes=5)
+    assert other.head.weight.shape == (5, 32)
+    assert torch.equal(other.embed.weight, model.embed.weight)
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_what_another_version_saved_or_cannot_be_saved_is_refused(tmp_path):
+    saved(tmp_path, NAFLEX)
+    model, packing = from_pretrained(tmp_path)
+    message = "patch_size is 16, expected 2 (the model's); pass the model's packing"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        save_pretrained(model, PackConfig(), tmp_path)
+    save_pretrained(model, packing, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    message = f"version in {path} is 2, expected 1; use the packpipe that wrote it"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_pretrained(tmp_path)
+
+
 def test_a_new_head_is_drawn_on_the_old_trunk(tmp_path):
     saved(tmp_path, NAFLEX)
     torch.manual_seed(3)
@@ -259,7 +318,7 @@ def test_weights_that_nobody_knows_or_that_are_missing_are_refused_by_name(tmp_p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "bert"}, "config.json is 'bert', expected one of 'siglip2', 'siglip2_vis"),
+        ({"model_type": "bert"}, "config.json is 'bert', expected one of 'packpipe', 'siglip2', "),
         ({"hidden_act": "relu"}, "hidden_act is 'relu', expected one of 'gelu_pytorch_tanh', "),
     ],
 )

@@ -484,7 +484,7 @@ def test_wrong_model_options_are_refused(options, message):
         NaViTConfig(**{"num_classes": 3, **options})
 
 
-@pytest.mark.parametrize("name", ["H/14", "B", "B/x", ""])
+@pytest.mark.parametrize("name", ["H/14", "B", "B/x", "", "siglip-base-patch16-naflex"])
 def test_an_unknown_preset_is_refused(name):
     message = f"name is {name!r}, expected one of Ti, S, B, L, So400m and a patch size, such as"
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -1,0 +1,65 @@
+"""packpipe's own folders of a pretrained model: config.json and model.safetensors.
+
+config.json holds the shape of the model and the options of its packing, in words of packpipe;
+model.safetensors holds the weights, by the names of ``state_dict``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from packpipe import checks
+from packpipe.durable import commit, partial_of, write_json
+from packpipe.hub.encoder import Encoder
+from packpipe.hub.files import CONFIG, WEIGHTS, Weights
+from packpipe.model.config import NaViTConfig
+from packpipe.model.navit import NaViT
+from packpipe.planning.image_config import PackConfig
+
+KIND = "packpipe"  # the model_type
+_VERSION = 1
+
+
+def save_pretrained(model: NaViT, packing: PackConfig, folder: Path | str) -> None:
+    """Write a folder that `from_pretrained` reads: the weights, and how images become rows.
+
+    Also of a training: ``save_pretrained(model, options.packing, "encoder")`` after `load_model`.
+    Each file is whole or not there, config.json is written last; files of these names are replaced.
+
+    Args:
+        model: its weights are written as they are, in their dtype; they are read in float32.
+        packing: as which images are packed for it.
+        folder: made if it is missing.
+
+    Raises:
+        ValueError: packing has patches of another size than the model.
+    """
+    from safetensors.torch import save_file
+
+    if packing.patch_size != model.config.patch_size:
+        expected, remedy = f"{model.config.patch_size} (the model's)", "pass the model's packing"
+        raise ValueError(checks.sentence("patch_size", packing.patch_size, expected, remedy))
+    folder = checks.local_path("folder", folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # A configuration of other weights must not stand beside these, should this be cut short.
+    (folder / CONFIG).unlink(missing_ok=True)
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, partial_of(folder / WEIGHTS), {"format": "pt"})
+    commit(folder / WEIGHTS)
+    told = {"version": _VERSION, "model": asdict(model.config), "packing": packing.to_dict()}
+    write_json(folder / CONFIG, {"model_type": KIND, **told})
+
+
+def read_own(settings: dict[str, Any], processing: dict[str, Any], weights: Weights) -> Encoder:
+    """Return the model that `save_pretrained` wrote, with its head."""
+    del processing  # its folders have none
+    if settings.get("version") != _VERSION:
+        name, remedy = f"version in {weights.folder / CONFIG}", "use the packpipe that wrote it"
+        raise ValueError(checks.sentence(name, settings.get("version"), str(_VERSION), remedy))
+    return Encoder(
+        config=NaViTConfig(**settings["model"]),
+        weights={name: weights.take(name) for name in weights.left()},
+        packing=PackConfig.from_dict(settings["packing"]),
+    )
