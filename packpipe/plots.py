@@ -187,17 +187,19 @@ def plot_losses(losses: Sequence[float], rows_per_epoch: int) -> Figure:
 def plot_training(records: Sequence[dict[str, Any]]) -> Figure:
     """Return a figure of a training: loss, accuracy and images a second over the steps.
 
-    Loss and accuracy on validation images, if there are any, are drawn beside those in training.
-    Figures that are None or absent leave a gap.
+    Of a regression it is the mean absolute error instead of the accuracy. Loss and accuracy on
+    validation images, if there are any, are drawn beside those in training. Figures that are None
+    or absent leave a gap.
 
     Args:
         records: what `packpipe.training.read_log` returned.
     """
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     steps = [record["step"] for record in records]
+    regresses = any(record.get("error") is not None for record in records)
     columns = (
         ("loss", "loss an image"),
-        ("accuracy", "accuracy"),
+        ("error", "mean absolute error") if regresses else ("accuracy", "accuracy"),
         ("images_per_s", "images a second"),
     )
     for place, (name, label) in enumerate(columns):

@@ -19,7 +19,7 @@ Source: Zhang et al., arXiv 1710.09412 (mixup); Yun et al., arXiv 1905.04899 (Cu
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,7 +29,8 @@ from packpipe.augmenting.augment import Augment
 from packpipe.augmenting.tokens import tokens_of
 from packpipe.philox import Key
 from packpipe.planning.distributions import beta_quantile
-from packpipe.rows.rows import NO_LABEL, Rows, integer_labels
+from packpipe.rows.labels import as_arrow, label_values
+from packpipe.rows.rows import NO_LABEL, Rows
 
 
 class Mixtures(NamedTuple):
@@ -82,7 +83,9 @@ def mixed(rows: Rows, augment: Augment, key: Key) -> Rows:
     one meets, 0 if it meets none. Segments gain ``mix_weight``, float32, the weight of their own
     pixels in tokens that meet another; ``partner_labels``, int64, -100 where nothing is mixed; and
     ``label_weights``, float32, what is an image's own: 1 - (1 - mix_weight) · tokens that meet ÷
-    tokens. A pair of which a label is missing is not mixed, nor is the last of an odd number.
+    tokens. Labels that are lists of numbers are mixed here instead, by those weights; a number
+    that one of the two lacks is missing in the mixture. A pair of which a label is missing is not
+    mixed, nor is the last of an odd number.
 
     Args:
         rows: of images, flipped and turned already.
@@ -91,18 +94,20 @@ def mixed(rows: Rows, augment: Augment, key: Key) -> Rows:
 
     Raises:
         ValueError: the rows have no labels.
-        TypeError: the labels are not integers.
+        TypeError: the labels are neither numbers nor lists of them.
     """
     if "labels" not in rows.segments:
         expected, remedy = "a label an image, for mixup and cutmix", "pack with label_column"
         raise ValueError(checks.sentence("labels", "missing", expected, remedy))
-    labels = integer_labels(rows.segments["labels"])
+    labels = label_values(rows.segments["labels"])
+    is_class = labels.ndim == 1
+    known = labels != NO_LABEL if is_class else ~np.isnan(labels).all(axis=1)
     shape = rows.segment_ids.shape
     lens, starts = rows.seq_lens.astype(np.int64), rows.first_places(shape[1])
     first = np.flatnonzero((rows.numbers % 2 == 0) & _has_next(rows))
     views = np.broadcast_to(rows.views, rows.example_index.shape)
     drawn = mixtures(augment, key, rows.example_index[first], views[first])
-    chosen = drawn.happens & (labels[first] != NO_LABEL) & (labels[first + 1] != NO_LABEL)
+    chosen = drawn.happens & known[first] & known[first + 1]
     first, drawn = first[chosen], Mixtures(*(values[chosen] for values in drawn))
     pairs = np.stack([first, first + 1])  # [2, n]
     grids = rows.grid_hw[pairs].astype(np.int64)  # [2, n, (rows, columns)]
@@ -127,13 +132,18 @@ def mixed(rows: Rows, augment: Augment, key: Key) -> Rows:
     weight[pairs] = np.where(drawn.cut, 0.0, drawn.share)
     meeting = np.bincount(found >> 32, minlength=len(first))
     label_weights[pairs] = 1 - (1 - weight[pairs]) * meeting / lens[pairs]
-    partner_labels = np.full(len(lens), NO_LABEL, np.int64)
-    partner_labels[pairs] = np.where(label_weights[pairs] < 1, labels[pairs[::-1]], NO_LABEL)
-    segments = {
-        "mix_weight": weight.astype(np.float32),
-        "partner_labels": partner_labels,
-        "label_weights": label_weights.astype(np.float32),
-    }
+    segments: dict[str, Any] = {"mix_weight": weight.astype(np.float32)}
+    if is_class:
+        partner_labels = np.full(len(lens), NO_LABEL, np.int64)
+        partner_labels[pairs] = np.where(label_weights[pairs] < 1, labels[pairs[::-1]], NO_LABEL)
+        segments["partner_labels"] = partner_labels
+        segments["label_weights"] = label_weights.astype(np.float32)
+    else:
+        own = label_weights[pairs][..., None]
+        # A number that one of the two lacks is NaN in both, unless nothing of it is mixed in.
+        shares = np.where(own < 1, own * labels[pairs] + (1 - own) * labels[pairs[::-1]], 0)
+        labels[pairs] = np.where(own < 1, shares, labels[pairs])
+        segments["labels"] = as_arrow(labels)
     return replace(
         rows,
         segments={**rows.segments, **segments},

@@ -36,7 +36,8 @@ from packpipe.rows.fill_images import planned_images
 from packpipe.rows.rejects import Reject
 from packpipe.sources.columns import ImageColumns
 from packpipe.sources.features import packed_features
-from packpipe.sources.image_source import ImageSource, labels_of
+from packpipe.sources.image_source import ImageSource
+from packpipe.sources.labels import Labels, labels_of
 from packpipe.sources.lazy_rows import LazyRows
 from packpipe.sources.sizes import forgetting_wrong_sizes, sizes_of
 from packpipe.sources.survey import Sizes, survey
@@ -93,10 +94,15 @@ class Images:
         rows = self.dataset.select_columns([self.columns.image]).with_format("arrow")
         return ImageSource(rows, self.columns.root)
 
+    @cached_property
+    def labels(self) -> Labels | None:
+        """The labels by row number, or None."""
+        return labels_of(self.dataset, self.columns.label)
+
     @property
     def label(self) -> Any:
-        """Feature of the labels, or None."""
-        return None if self.columns.label is None else self.dataset.features[self.columns.label]
+        """Feature of the stored labels, or None."""
+        return None if self.labels is None else self.labels.feature
 
     @property
     def features(self) -> Features:
@@ -151,9 +157,8 @@ def plan_images(
         numbers: int64[examples], the ``example_index`` of each, by which its random choices are
             drawn, for a dataset that is a part of another one; None numbers from 0.
     """
-    config, columns, texts = images.config, images.columns, images.texts
-    labels = labels_of(images.dataset, columns.label)
-    found = survey(sizes, labels, images.label)
+    config, texts = images.config, images.texts
+    found = survey(sizes, [] if images.labels is None else images.labels.rejects)
     also = None
     if texts is not None:
         found = found.without(texts.rejects)
@@ -165,7 +170,7 @@ def plan_images(
         rejects = [r._replace(example_index=int(numbers[r.example_index])) for r in rejects]
         read = _by_number(images.source, index, found.index)
     plan = plan_epoch(found.image_hw, config, **images.key._asdict(), index=index, also=also)
-    labels = None if labels is None else labels.take(pa.array(found.index))
+    labels = None if images.labels is None else images.labels.values.take(pa.array(found.index))
     # Beside the patches, 8 bytes a token: an int32 of segment_ids and two int16 of coords.
     pixels = config.row_bytes + config.seq_len * 8 if images.materialize else 0
     more = schema.sometimes_of(config)

@@ -21,6 +21,7 @@ from packpipe.rows import rejects
 from packpipe.rows.rejects import Reject
 from packpipe.training.evaluation import Measures, measure
 from packpipe.training.losses import LOSSES
+from packpipe.training.objective import is_regression
 from packpipe.training.run_folder import RunOptions, load_model
 
 ALL_MAY_BE_BAD = {"max_bad_fraction": 1.0, "max_consecutive_bad": 2**62}
@@ -48,7 +49,7 @@ def evaluate(
         precision: see `packpipe.model.precision`.
     """
     model, options = loaded(run)
-    images = labelled(dataset)
+    images = labelled(dataset, options.loss)
     if options.class_names is not None:
         images = with_classes_of(images, ClassLabel(names=list(options.class_names)))
     half = is_half(precision, next(model.parameters()).device)
@@ -63,10 +64,14 @@ def evaluate(
 
 
 class Prediction(NamedTuple):
-    """The classes of an image, the likeliest first, each with its probability."""
+    """The classes of an image, the likeliest first, each with its probability.
+
+    Of a regression, the outputs in their order, and what they are; says is ``"value"`` then.
+    """
 
     image: str
     classes: list[tuple[str, float]]
+    says: str = "probability"
 
 
 def predictions(
@@ -96,12 +101,19 @@ def predictions(
             model, packs, batch_size=batch_size, num_workers=num_workers, precision=precision
         )
     logits = answers.outputs.double()
-    shares = logits.sigmoid() if options.loss == "sigmoid" else logits.softmax(-1)
+    regresses = is_regression(LOSSES[options.loss])
+    if regresses:
+        shares, says = logits, "value"
+    else:
+        says = "probability"
+        shares = logits.sigmoid() if options.loss == "sigmoid" else logits.softmax(-1)
     names = options.class_names or tuple(map(str, range(shares.shape[1])))
     # Stable, so that of equal ones the first class is the first.
     order = shares.argsort(dim=-1, descending=True, stable=True)[:, :top].tolist()
+    if regresses:
+        order = [list(range(shares.shape[1]))] * len(shares)
     found = [
-        Prediction(images[number], [(names[k], float(row[k])) for k in ranked])
+        Prediction(images[number], [(names[k], float(row[k])) for k in ranked], says)
         for number, row, ranked in zip(answers.example_index.tolist(), shares, order, strict=True)
     ]
     bad = sorted([*packs.rejects, *packs.undecodable])

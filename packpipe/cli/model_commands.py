@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from packpipe.cli.errors import one_line_errors
 from packpipe.cli.open_source import naming_files, open_source
 from packpipe.cli.options import AsJson, MaxBadFraction, Source, Split
 from packpipe.cli.output import plain, print_json, print_table
+
+if TYPE_CHECKING:
+    from packpipe.training.evaluation import Measures
 
 Run = Annotated[Path, typer.Argument(help="A folder that train wrote.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows a step.")]
@@ -38,7 +41,10 @@ def eval_(
     split: Split = "train",
     as_json: AsJson = False,
 ) -> None:
-    """Measure a trained model on labelled images: accuracy, loss, calibration error (ECE)."""
+    """Measure a trained model on labelled images: accuracy, loss, calibration error (ECE).
+
+    Of a regression, its mean absolute error.
+    """
     from packpipe.cli.asking import evaluate
 
     chosen = None if budgets is None else _numbers(budgets)
@@ -60,7 +66,7 @@ def eval_(
     rows = [
         (
             f"{tokens} tokens",
-            f"accuracy {measured.accuracy:.4f}  loss {measured.loss:.4f}  ECE {measured.ece:.4f}",
+            _figures(measured),
         )
         for tokens, measured in found
     ]
@@ -95,7 +101,7 @@ def predict(
                 "predictions": [
                     {
                         "image": one.image,
-                        "classes": [{"name": n, "probability": p} for n, p in one.classes],
+                        "classes": [{"name": n, one.says: p} for n, p in one.classes],
                     }
                     for one in found
                 ],
@@ -206,6 +212,13 @@ def _files(image: str) -> list[str]:
     from packpipe.cli.image_folder import files_of
 
     return files_of(Path(image)).images if Path(image).is_dir() else [image]
+
+
+def _figures(measured: Measures) -> str:
+    """Return the figures of a model that it has, ready to print."""
+    named = {"accuracy": measured.accuracy, "error": measured.error, "loss": measured.loss}
+    named["ECE"] = measured.ece
+    return "  ".join(f"{name} {value:.4f}" for name, value in named.items() if value is not None)
 
 
 def _numbers(budgets: str) -> list[int]:

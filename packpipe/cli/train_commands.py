@@ -109,7 +109,7 @@ def train(
     drop_path: Annotated[
         float, typer.Option(help="Share of images that go around the last block's parts; 0: none.")
     ] = 0.0,
-    loss: Annotated[str, typer.Option(help="sigmoid or softmax.")] = "sigmoid",
+    loss: Annotated[str, typer.Option(help="sigmoid, softmax, mse or l1.")] = "sigmoid",
     label_smoothing: Annotated[
         float, typer.Option(help="Share of a target spread over all classes, of softmax.")
     ] = 0.0,

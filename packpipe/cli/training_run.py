@@ -32,9 +32,11 @@ from packpipe.model.navit import NaViT
 from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig
 from packpipe.plots import plot_training
+from packpipe.rows.labels import label_values
 from packpipe.rows.rejects import TooManyRejects
 from packpipe.rows.rows import Rows
 from packpipe.sources.columns import label_column_of
+from packpipe.sources.labels import labels_of
 from packpipe.training.checkpoints import checkpoints
 from packpipe.training.figures import Record
 from packpipe.training.log import json_line, read_log
@@ -105,7 +107,7 @@ class Training:
     @cached_property
     def _images(self) -> Dataset:
         """The images of the dataset, undivided, with their labels as classes."""
-        return labelled(self.dataset)
+        return labelled(self.dataset, self.options.get("loss", "sigmoid"))
 
     @cached_property
     def _parts(self) -> tuple[Dataset, Dataset | None]:
@@ -113,8 +115,8 @@ class Training:
         images = self._images
         if isinstance(self.val, Dataset):
             column = label_column_of(images.features, "auto")
-            classes: Any = images.features[column]
-            return images, with_classes_of(labelled(self.val), classes)
+            others = labelled(self.val, self.options.get("loss", "sigmoid"))
+            return images, with_classes_of(others, images.features[column])
         return (images, None) if self.val is None else divided(images, self.val, self.seed)
 
     @property
@@ -134,13 +136,20 @@ class Training:
         if self.layout.name in ("padded", "bucketed") and shape["attention"] == "auto":
             # Other backends may skip padding, which a padded ViT computes.
             shape = {**shape, "attention": "reference"}
-        num_classes = len(self._classes.names)
+        num_classes = self._num_outputs if self.class_names is None else len(self.class_names)
         return NaViTConfig.preset(self.model, num_classes=num_classes, **shape)
 
     @property
-    def _classes(self) -> ClassLabel:
-        found: ClassLabel = self.labelled.features[self._label_column]
-        return found
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes; None if labels are numbers of another kind."""
+        feature: Any = self.labelled.features[self._label_column]
+        return tuple(feature.names) if isinstance(feature, ClassLabel) else None
+
+    @property
+    def _num_outputs(self) -> int:
+        """How many numbers each label has."""
+        labels = labels_of(self.labelled, self._label_column)
+        return 1 if labels is None else int(label_values(labels.values[:1]).shape[1])
 
     @property
     def _label_column(self) -> str | None:
@@ -208,7 +217,7 @@ class Training:
     def run_options(self) -> RunOptions:
         """What is asked of the model later on."""
         return RunOptions(
-            class_names=tuple(self._classes.names),
+            class_names=self.class_names,
             label_column=self._label_column,
             loss=self.train_config.loss,
             packing=self.evaluation,
@@ -365,14 +374,20 @@ def with_bar(run: Iterator[Record], steps: int, output: Path) -> Iterator[Record
 def _line(record: Record, as_json: bool) -> str:
     if as_json:
         return json_line(asdict(record))
-    measured = (
-        ""
-        if record.val_loss is None
-        else f"  val loss {record.val_loss:.4f}  val accuracy {record.val_accuracy:.3f}  "
-        f"val ECE {record.val_ece:.3f}"
+    figures = {"val loss": record.val_loss, "val accuracy": record.val_accuracy}
+    figures |= {"val ECE": record.val_ece, "val error": record.val_error}
+    measured = "".join(
+        f"  {name} {value:.{4 if name == 'val loss' else 3}f}"
+        for name, value in figures.items()
+        if value is not None
+    )
+    figure = (
+        f"error {record.error:.3f}"
+        if record.accuracy is None
+        else f"accuracy {record.accuracy:.3f}"
     )
     return (
-        f"step {record.step}  loss {record.loss:.4f}  accuracy {record.accuracy:.3f}  "
+        f"step {record.step}  loss {record.loss:.4f}  {figure}  "
         f"{record.images_per_s:,.0f} images/s  fill {record.fill:.3f}  "
         f"waited {record.data_wait:.0%}{measured}\n"
     )

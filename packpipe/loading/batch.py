@@ -93,7 +93,9 @@ class PackedBatch(_Columns):
         seq_lens: int32[B, S], tokens of each segment.
         grid_hw: int16[B, S, 2], patches of each full grid; 0 where absent.
         example_index: int64[B, S], row in the source; -1 where absent.
-        labels: int64[B, S], -100 where absent; None, and no part of the mapping, without labels.
+        labels: int64[B, S], -100 where absent; or, of lists of K numbers and of floats (K = 1),
+            float32[B, S, K], NaN where a number or the segment is absent. None, and no part of the
+            mapping, without labels.
         view: int32[B, S], which of its example's views each segment is, -1 where absent; None, and
             no part of the mapping, where there is one of each.
         colours: float32[B, S, 3, 4], of an augmentation: what takes (red, green, blue, 1), levels
@@ -136,7 +138,7 @@ class PackedBatch(_Columns):
 
         Raises:
             ValueError: a row holds more segments than max_segments.
-            TypeError: the labels are not integers.
+            TypeError: the labels are neither numbers nor lists of them.
         """
         return cls(**_tensors(image_columns(rows, max_segments, copy=copy)))
 

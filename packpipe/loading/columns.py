@@ -18,8 +18,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe import checks
+from packpipe.rows.labels import label_values
 from packpipe.rows.pairs import PairRows
-from packpipe.rows.rows import NO_LABEL, Rows, integer_labels
+from packpipe.rows.rows import NO_LABEL, Rows
 from packpipe.rows.schema import SEGMENT_TYPES
 
 NO_EXAMPLE = -1
@@ -52,7 +53,7 @@ def batch_columns(rows: Rows | PairRows, max_segments: int, *, copy: bool = True
 
     Raises:
         ValueError: a row holds more segments than max_segments.
-        TypeError: the labels of images are not integers.
+        TypeError: the labels of images are neither numbers nor lists of them.
     """
     if isinstance(rows, PairRows):
         return {
@@ -73,7 +74,8 @@ def image_columns(rows: Rows, max_segments: int, *, copy: bool) -> dict[str, Any
         "example_index": pad(rows.example_index, NO_EXAMPLE),
     }
     if "labels" in rows.segments:
-        columns["labels"] = pad(integer_labels(rows.segments["labels"]), NO_LABEL)
+        labels = label_values(rows.segments["labels"])
+        columns["labels"] = pad(labels, NO_LABEL if labels.dtype == np.int64 else np.nan)
     if "view" in rows.segments:
         columns["view"] = pad(rows.segments["view"], NO_EXAMPLE)
     drawn = [name for name in _DRAWN if name in rows.segments]

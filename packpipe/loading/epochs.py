@@ -38,7 +38,8 @@ from packpipe.sources.columns import (
     image_column_of,
     label_column_of,
 )
-from packpipe.sources.image_source import ImageSource, checked_root, labels_of
+from packpipe.sources.image_source import ImageSource, checked_root
+from packpipe.sources.labels import labels_of
 from packpipe.sources.sizes import forgetting_wrong_sizes, sizes_of
 from packpipe.sources.survey import survey
 
@@ -111,7 +112,6 @@ class EpochPacks:
         rows = dataset.select_columns([image_column]).with_format("arrow")
         self._source = ImageSource(rows, checked_root(image_root))
         labels = labels_of(dataset, label_column)
-        label = None if label_column is None else dataset.features[label_column]
         with ThreadPoolExecutor(num_workers or os.cpu_count()) as executor:
             sizes = sizes_of(
                 dataset,
@@ -120,11 +120,11 @@ class EpochPacks:
                 max_pixels=self.config.max_pixels,
                 executor=executor,
             )
-        found = survey(sizes, labels, label)
+        found = survey(sizes, [] if labels is None else labels.rejects)
         self._tolerance.check(found.rejects)
         self.rejects: list[Reject] = found.rejects
         self._image_hw, self._index = found.image_hw, found.index
-        self._labels = None if labels is None else labels.take(pa.array(found.index))
+        self._labels = None if labels is None else labels.values.take(pa.array(found.index))
         self._plans: OrderedDict[Key, EpochPlan] = OrderedDict()
         self._lock = Lock()
 

@@ -11,6 +11,7 @@ not decoded. So a stream that is resumed stops at the bad example at which it wo
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Generator, Iterator
 from copy import deepcopy
@@ -20,7 +21,7 @@ from typing import Any, Unpack
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Features, Image, IterableDataset
+from datasets import ClassLabel, Features, Image, IterableDataset, LargeList, List
 from datasets import iterable_dataset as sources
 
 from packpipe import checks
@@ -34,6 +35,7 @@ from packpipe.philox import Key
 from packpipe.planning.decisions import decide
 from packpipe.planning.image_config import PackConfig, PackOptions, config_from
 from packpipe.rows.fill_images import fill_rows, with_boxes
+from packpipe.rows.labels import as_arrow, vectors
 from packpipe.rows.rejects import NAMED, Flagged, Reject, StreamReadFailures, Tally, tolerance_of
 from packpipe.rows.rows import Rows
 from packpipe.sources.columns import check_labels, image_column_of, label_column_of, pixel_type
@@ -130,6 +132,7 @@ class PackedStream:
         self._tolerance = tolerance_of(0, on_error, max_bad_fraction, max_consecutive_bad)
         self._undecodable, self._flagged = StreamReadFailures(), Flagged()
         features = dataset.features
+        self._length: int | None = None  # numbers of a label that is a list
         if features is None:
             if image_column == "auto" or label_column == "auto":
                 remedy = "pass image_column and label_column"
@@ -141,6 +144,7 @@ class PackedStream:
             image_column = image_column_of(features, image_column)
             label_column = label_column_of(features, label_column)
             check_labels(features, label_column, "pass label_column=None")
+            self._length = _length_of(features, label_column)
             self._features = features
             if isinstance(features[image_column], Image):
                 dataset = dataset.cast_column(image_column, Image(decode=False))
@@ -307,7 +311,9 @@ class PackedStream:
             try:
                 data = _image_data(example[self._image_column], self._pixels, self._root)
                 found = probe(data, max_pixels=self.config.max_pixels)
-                if label is None and self._label_column is not None:
+                if self._length is not None:
+                    _check_vector(label, self._length)
+                elif label is None and self._label_column is not None:
                     raise BadImage("bad label", "the label is null")
                 feature = self._features.get(self._label_column)
                 classes = range(feature.num_classes or 0) if isinstance(feature, ClassLabel) else []
@@ -356,7 +362,10 @@ class PackedStream:
         if self._label_column is not None:
             feature = self._features.get(self._label_column)
             kind = None if feature is None else feature.pa_type
-            segments["labels"] = pa.array([one.label for one in held], kind)
+            labels = pa.array([one.label for one in held], kind)
+            if self._length is not None:
+                labels = as_arrow(vectors(labels).values)
+            segments["labels"] = labels
         segments = with_boxes(segments, self.config, key)
         return Rows(np.cumsum([0, *map(len, packs)]), segments)
 
@@ -377,6 +386,35 @@ def _taken(
     """Yield the examples of each closed pack, and remove them from the waiting ones."""
     for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         yield [waiting.pop(place) for place in order[start:stop].tolist()]
+
+
+def _length_of(features: Features, column: str | None) -> int | None:
+    """Return how many numbers each label has; None if labels are no lists.
+
+    Raises:
+        ValueError: the column's type does not say it.
+    """
+    feature = None if column is None else features[column]
+    if not isinstance(feature, List | LargeList):
+        return None
+    length = getattr(feature, "length", -1)
+    if length < 1:
+        expected = "lists of one known length, in a stream"
+        remedy = "cast_column it to List(Value('float32'), length=...)"
+        raise ValueError(checks.sentence(f"features[{column!r}]", feature, expected, remedy))
+    return int(length)
+
+
+def _check_vector(label: Any, length: int) -> None:
+    """Raise BadImage if a label is no list of so many numbers; None is one without any."""
+    if label is None:
+        return
+    if len(label) != length:
+        raise BadImage("bad label", f"label has {len(label)} numbers, expected {length}")
+    for place, number in enumerate(label):
+        if number is not None and math.isinf(number):
+            what = f"label[{place}] is {number}, expected a finite number, or NaN"
+            raise BadImage("bad label", what)
 
 
 def _image_data(value: Any, pixels: np.dtype[Any] | None, root: str | None) -> ImageData:

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from packpipe.rows.files import CHECKSUM, MANIFEST
+from packpipe.rows.labels import label_values
 
 _STRETCHES = 64
 _SAMPLE_BYTES = 2**24
@@ -40,9 +41,10 @@ def labels_digest(labels: Any) -> str | None:
     """
     if labels is None:
         return None
-    if not pa.types.is_integer(labels.type):  # no batch can hold them
+    try:
+        return hexdigest(np.ascontiguousarray(label_values(labels)).data)
+    except TypeError:  # no batch can hold them
         return str(labels.type)
-    return hexdigest(np.asarray(labels).astype(np.int64).data)
 
 
 def sample_digest(num_entries: int, read: Callable[[int, int, int], Iterable[Any]]) -> str:

@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from packpipe import checks
 from packpipe.rows.picture import png
 from packpipe.rows.text import joined
 
@@ -163,21 +162,6 @@ def gather(parts: Sequence[Rows], numbers: Sequence[int]) -> Rows:
         for name in parts[0].segments
     }
     return Rows(np.cumsum([0, *(span.stop - span.start for span in spans)]), segments, tokens)
-
-
-def integer_labels(labels: pa.Array) -> NDArray[np.int64]:
-    """Return int64[segments], the labels of images.
-
-    Raises:
-        TypeError: they are not integers.
-    """
-    if not len(labels):  # a rank without packs, where the type may be unknown
-        return np.empty(0, np.int64)
-    if not pa.types.is_integer(labels.type):
-        remedy = "class_encode_column it before packing, or pack with label_column=None"
-        raise TypeError(checks.sentence("labels.type", str(labels.type), "an integer type", remedy))
-    # torch's cross-entropy takes class numbers as int64.
-    return np.asarray(labels).astype(np.int64)
 
 
 def _padding(name: str, values: NDArray[Any], num_rows: int) -> NDArray[Any]:

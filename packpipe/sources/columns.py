@@ -140,22 +140,35 @@ def label_column_of(features: Features, asked: str | None) -> str | None:
     elif asked is not None and asked not in features:
         expected = f"one of {list(features)}, 'auto' or None"
         raise ValueError(checks.sentence("label_column", asked, expected, "check its spelling"))
-    if found is not None and not isinstance(features[found], (ClassLabel, Value)):
-        name, expected = f"features[{found!r}]", "a ClassLabel or a Value"
+    if found is not None and not holds_labels(features[found]):
+        name, expected = f"features[{found!r}]", "a ClassLabel, a Value or a list of numbers"
         remedy = "pass another label_column, or None"
         raise ValueError(checks.sentence(name, features[found], expected, remedy))
     return found
 
 
+def holds_labels(feature: Any) -> bool:
+    """Return whether a column holds a value an example, or a list of numbers.
+
+    Lists of classes, of which an image has several, are none: they are of no fixed length.
+    """
+    if isinstance(feature, ClassLabel | Value):
+        return True
+    return holds_numbers(feature) and not isinstance(feature.feature, ClassLabel)
+
+
 def check_labels(features: Features, column: str | None, remedy: str) -> None:
-    """Check that batches can hold the labels of a column, which are numbers of classes there.
+    """Check that batches can hold the labels of a column: classes, or floats and lists of numbers.
 
     Raises:
-        ValueError: it holds others, such as floats, bools or texts.
+        ValueError: it holds others, such as bools or texts.
     """
-    if column is None or pa.types.is_integer(features[column].pa_type):
+    if column is None or isinstance(features[column], List | LargeList):
         return
-    name, expected = f"features[{column!r}]", "integers or a ClassLabel"
+    kind = features[column].pa_type
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return
+    name, expected = f"features[{column!r}]", "integers, a ClassLabel, floats or lists of numbers"
     remedy = f"class_encode_column it, or {remedy}"
     raise ValueError(checks.sentence(name, features[column], expected, remedy))
 

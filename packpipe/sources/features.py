@@ -20,7 +20,8 @@ def packed_features(config: PackConfig, label: Any, *, tokens: bool = True) -> F
         label: feature of the label column, or None.
         tokens: False leaves only the segment columns, the plan of a row.
     """
-    label_type = None if label is None else label.pa_type
+    # Asked of a schema, since a list's feature does not say its type.
+    label_type = None if label is None else Features({"l": label}).arrow_schema.field("l").type
     found = schema.row_schema(config, label_type)
     if not tokens:
         found = schema.segment_schema(label_type, config)

@@ -27,7 +27,6 @@ from packpipe import checks
 from packpipe.images.opening import BadImage, Confined, ImageData, first_bytes, rejecting
 from packpipe.images.remote import fetched, is_remote, local_file, version_of
 from packpipe.rows.digests import hexdigest, sample_digest
-from packpipe.rows.text import joined
 
 
 def checked_root(image_root: Any) -> str | None:
@@ -262,11 +261,3 @@ def _pixels(rows: pa.Array) -> NDArray[Any]:
         raise BadImage("unreadable", f"an array with {values.null_count} values missing")
     found: NDArray[Any] = values.to_numpy(zero_copy_only=False)
     return found.reshape(shape)
-
-
-def labels_of(dataset: Any, label_column: str | None) -> pa.Array | None:
-    """Return the labels of a dataset as one array, or None without a label column."""
-    if label_column is None:
-        return None
-    rows = dataset.select_columns([label_column]).with_format("arrow")
-    return joined(rows[:].column(0))  # `take` searches every chunk of a column

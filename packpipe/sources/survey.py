@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from datasets import ClassLabel
 from numpy.typing import NDArray
 
 from packpipe.images.decode import Probe, probe
@@ -99,17 +95,16 @@ class Survey:
         )
 
 
-def survey(sizes: Sizes, labels: pa.Array | pa.ChunkedArray | None, label: Any) -> Survey:
+def survey(sizes: Sizes, bad_labels: Sequence[Reject] = ()) -> Survey:
     """Return the usable images of a source, and those rejected for their size or label.
 
     Args:
         sizes: of its images.
-        labels: one value a row, or None.
-        label: feature of the labels.
+        bad_labels: the rows whose label is bad.
     """
     # A bad size goes before a bad label.
     rejects = {reject.example_index: reject for reject in sizes.rejects}
-    for reject in [] if labels is None else _bad_labels(labels, label):
+    for reject in bad_labels:
         rejects.setdefault(reject.example_index, reject)
     good = np.ones(len(sizes.image_hw), np.bool_)
     good[list(rejects)] = False
@@ -128,23 +123,3 @@ def _probe_or_reject(
         return probe(read_image(example), max_pixels=max_pixels)
     except BadImage as error:
         return Reject(example, "probe", error.reason, error.exception)
-
-
-def _bad_labels(labels: pa.Array | pa.ChunkedArray, feature: Any) -> list[Reject]:
-    """Return the examples whose label is null, or no class of its ClassLabel."""
-    bad = pc.is_null(labels)
-    expected, remedy = "a label", "; repair it, or pass label_column=None"
-    if isinstance(feature, ClassLabel):
-        # A comparison with null gives null; those are in bad already.
-        outside = pc.or_(pc.less(labels, 0), pc.greater_equal(labels, feature.num_classes))
-        bad = pc.or_(bad, pc.fill_null(outside, False))
-        expected = f"0..{feature.num_classes - 1}"
-    return [
-        Reject(
-            row,
-            "label",
-            "bad label",
-            f"label is {labels[row].as_py()}, expected {expected}{remedy}",
-        )
-        for row in np.flatnonzero(np.asarray(bad)).tolist()
-    ]

@@ -24,9 +24,11 @@ from packpipe import checks
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.ranks import has_group, together
 from packpipe.model.predict import Answers, Model
+from packpipe.rows.labels import label_values
 from packpipe.rows.rejects import TooManyRejects
 from packpipe.rows.rows import NO_LABEL
-from packpipe.training.losses import check_labels
+from packpipe.training.losses import check_labels, counted
+from packpipe.training.objective import agreement, is_regression, labels_in
 
 _BINS = 30
 
@@ -82,15 +84,18 @@ class Measures(NamedTuple):
 
     Attributes:
         loss: mean over the labelled images.
-        accuracy: share of them whose largest output is that of their label.
-        ece: expected calibration error, see `calibration_error`.
+        accuracy: share of them whose largest output is that of their label; what it is of numbers
+            as labels, `packpipe.training.objective.agreement` says. None of a regression.
+        ece: expected calibration error, see `calibration_error`; None unless labels are classes.
         num_images: labelled images.
+        error: of a regression, the mean absolute error of all numbers; else None.
     """
 
     loss: float
-    accuracy: float
-    ece: float
+    accuracy: float | None
+    ece: float | None
     num_images: int
+    error: float | None = None
 
 
 def measure(
@@ -109,7 +114,7 @@ def measure(
     Args:
         model: with its weights, on its device, with an output a class and an image.
         loader: with ``tail="pad"``, so that no image is left out. Its pass is used up.
-        loss: such as `segment_cross_entropy`.
+        loss: one of `packpipe.training.losses.LOSSES`.
         half: whether matrix products run in bfloat16.
         called: what an error calls the images, of which too many cannot be decoded; it then holds
             no rejects, whose numbers could be taken for those of other images.
@@ -133,10 +138,17 @@ def measure(
     sums = together(summed)
     if has_group():
         torch.distributed.all_reduce(sums)
-    total, right, number, *surplus = sums.tolist()
+    total, agreed, compared, number, of_classes, *surplus = sums.tolist()
     _check_any(number)
+    mean = agreed / compared
     ece = float(torch.tensor(surplus, dtype=torch.float64).abs().sum()) / number
-    return Measures(total / number, right / number, ece, int(number))
+    return Measures(
+        loss=total / number,
+        accuracy=None if is_regression(loss) else mean,
+        ece=ece if of_classes else None,
+        num_images=int(number),
+        error=mean if is_regression(loss) else None,
+    )
 
 
 def check_measurable(model: Model, loader: PackedLoader) -> None:
@@ -169,9 +181,13 @@ def _check_known_labels(labels: pa.Array | None, num_classes: int) -> None:
     name, remedy = "labels of the loader", "pack with label_column"
     if labels is None:
         raise ValueError(checks.sentence(name, None, "integer labels", remedy))
-    if not pa.types.is_integer(labels.type):
-        raise TypeError(checks.sentence(name, str(labels.type), "integer labels", remedy))
-    known = torch.from_numpy(labels.drop_null().cast(pa.int64()).to_numpy().copy())
+    known = torch.from_numpy(label_values(labels.drop_null()).copy())
+    if known.is_floating_point():
+        if known.shape[1] != num_classes:
+            expected, remedy = f"{known.shape[1]}, as labels have numbers", "make it with as many"
+            raise ValueError(checks.sentence("num_classes", num_classes, expected, remedy))
+        _check_any(int((~known.isnan()).sum()))
+        return
     check_labels(known, num_classes)
     _check_any(int((known != NO_LABEL).sum()))
 
@@ -188,8 +204,10 @@ def _sums(
     device: torch.device,
     half: bool,
 ) -> Tensor:
-    """Return float64[3 + bins]: sums of loss, right answers, images; of surplus in each bin."""
-    sums = torch.zeros(3 + _BINS, dtype=torch.float64, device=device)
+    """Return float64[5 + bins]: sums of loss, agreement, what is compared, images, images with
+    classes; of surplus in each bin.
+    """
+    sums = torch.zeros(5 + _BINS, dtype=torch.float64, device=device)
     one = torch.ones((), dtype=torch.float64, device=device)
     was_training = model.training
     model.train(False)
@@ -197,18 +215,17 @@ def _sums(
         # no_grad, not inference_mode: nothing made here may be of no use to the training after it.
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
             for batch in loader:
-                if batch.labels is None:
-                    expected, remedy = "integer labels", "pack with label_column"
-                    raise ValueError(checks.sentence("batch.labels", None, expected, remedy))
-                check_labels(batch.labels, int(model.config.num_classes or 0))
+                labels_in(batch, model.config.num_classes)
                 moved = batch.to(device, non_blocking=True)
-                logits, labels = model(moved).double(), moved.labels
-                known = labels != NO_LABEL
+                labels = labels_in(moved, None)
+                logits = model(moved).double()
                 sums[0] += loss(logits, labels, count=one)
-                logits, labels = logits[known], labels[known]
-                sums[1] += (logits.argmax(-1) == labels).sum()
-                sums[2] += known.sum()
-                sums[3:] += _surplus(logits, labels, _BINS)
+                agreed, compared = agreement(loss, logits, labels)
+                known = counted(loss, labels)
+                sums[1:4] += torch.stack([agreed.double(), compared.double(), known.sum().double()])
+                if not labels.is_floating_point():
+                    sums[4] += known.sum()
+                    sums[5:] += _surplus(logits[known], labels[known], _BINS)
     finally:
         model.train(was_training)
     return sums

@@ -10,7 +10,6 @@ from torch import Tensor
 from packpipe.loading.batch import PackedBatch
 from packpipe.model.config import NaViTConfig
 from packpipe.model.flops import TRAINING, forward_flops
-from packpipe.rows.rows import NO_LABEL
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,9 @@ class Record:
         step: the last of them, 1 being the first of the training.
         loss: mean over the steps.
         accuracy: share of labelled images whose largest logit is that of their label; of mixed
-            images, of their own label, not of their partner's.
+            images, of their own label, not of their partner's. Of several labels an image, the
+            share of labels that are right (`packpipe.training.objective.agreement`); None of a
+            regression.
         learning_rate: of the last step.
         images_per_s: images a second.
         tokens_per_s: real tokens a second.
@@ -32,12 +33,15 @@ class Record:
         val_loss: mean over the validation images of all ranks, without label smoothing; None where
             they were not measured.
         val_accuracy: of the same images.
-        val_ece: expected calibration error on them (`packpipe.training.evaluation`).
+        val_ece: expected calibration error on them (`packpipe.training.evaluation`); None unless
+            labels are classes.
+        error: of a regression, the mean absolute error of all numbers; else None.
+        val_error: of the validation images.
     """
 
     step: int
     loss: float
-    accuracy: float
+    accuracy: float | None
     learning_rate: float
     images_per_s: float
     tokens_per_s: float
@@ -48,42 +52,53 @@ class Record:
     val_loss: float | None = None
     val_accuracy: float | None = None
     val_ece: float | None = None
+    error: float | None = None
+    val_error: float | None = None
 
 
 class Figures:
     """Sums over the steps since the last record."""
 
-    def __init__(self, config: NaViTConfig, rate: float | None, step: int) -> None:
-        self.config, self.rate = config, rate
+    def __init__(
+        self, config: NaViTConfig, rate: float | None, step: int, *, regression: bool = False
+    ) -> None:
+        self.config, self.rate, self.regression = config, rate, regression
         self._reset(step)
 
     def _reset(self, step: int) -> None:
         self.step, self.began, self.waited = step, time.perf_counter(), 0.0
         self.images = self.tokens = self.slots = self.flops = 0
         self.loss: Tensor | float = 0.0
-        self.right: Tensor | float = 0.0
-        self.labelled: Tensor | float = 0.0
+        self.agreed: Tensor | float = 0.0
+        self.compared: Tensor | float = 0.0
 
-    def add(self, batch: PackedBatch, labels: Tensor, logits: Tensor, loss: Tensor) -> None:
-        """Add a step: counts of its batch, on the CPU; loss and accuracy, on the model's device."""
+    def add(self, batch: PackedBatch, agreement: tuple[Tensor, Tensor], loss: Tensor) -> None:
+        """Add a step: counts of its batch, on the CPU; agreement and loss, on the model's device.
+
+        Args:
+            batch: of the step.
+            agreement: see `packpipe.training.objective.agreement`.
+            loss: of the batch.
+        """
         self.images += int(batch.present.sum())
         self.tokens += int(batch.seq_lens.sum())
         self.slots += batch.segment_ids.numel()
         self.flops += TRAINING * forward_flops(self.config, batch.seq_lens)
         # Sums of tensors: turning each into a number would wait for the GPU at every step.
         self.loss = self.loss + loss
-        self.right = self.right + (logits.argmax(-1) == labels).sum()
-        self.labelled = self.labelled + (labels != NO_LABEL).sum()
+        self.agreed = self.agreed + agreement[0]
+        self.compared = self.compared + agreement[1]
 
     def record(self, step: int, learning_rate: float) -> Record:
         """Return the record of the steps up to this one, and begin the next one."""
-        loss, labelled = float(self.loss), max(1.0, float(self.labelled))  # waits for the GPU
-        right = float(self.right)
+        loss, compared = float(self.loss), max(1.0, float(self.compared))  # waits for the GPU
+        mean = float(self.agreed) / compared
         seconds = time.perf_counter() - self.began
         record = Record(
             step=step,
             loss=loss / (step - self.step),
-            accuracy=right / labelled,
+            accuracy=None if self.regression else mean,
+            error=mean if self.regression else None,
             learning_rate=learning_rate,
             images_per_s=self.images / seconds,
             tokens_per_s=self.tokens / seconds,

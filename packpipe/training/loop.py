@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,14 @@ from packpipe.model.attention import check_backend
 from packpipe.model.flops import matrix_rate
 from packpipe.model.navit import NaViT, compile_parts
 from packpipe.philox import Key
-from packpipe.rows.rows import NO_LABEL
 from packpipe.training.averages import average, copy_of, kept_share
 from packpipe.training.drop_path import drawn_paths
 from packpipe.training.figures import Figures
 from packpipe.training.figures import Record as Record  # callers import these from here, too
 from packpipe.training.files import Files
 from packpipe.training.log import read_log as read_log
-from packpipe.training.losses import LOSSES, Partners, check_labels, global_count
+from packpipe.training.losses import LOSSES, global_count
+from packpipe.training.objective import agreement, counts_in, is_regression, labels_in, loss_of
 from packpipe.training.optimizer import freeze, optimizer_of
 from packpipe.training.run_folder import RunOptions
 from packpipe.training.train_config import TrainConfig as TrainConfig
@@ -59,8 +59,9 @@ def train(
     Args:
         model: on the device it is trained on. With ``ema`` it has the weights of the last step; the
             averaged ones are those that are validated, and that `packpipe.load_model` loads.
-        loader: batches with integer labels, epoch after epoch; it augments them, if it is made with
-            ``augment``. Of images that it mixes both labels count, by their shares.
+        loader: batches with labels, epoch after epoch: classes, or as many numbers an image as the
+            model has outputs. It augments them, if it is made with ``augment``; of images that it
+            mixes both labels count, by their shares.
         config: the options.
         folder: where checkpoints and log.jsonl go, a local one; if it holds checkpoints, training
             resumes from the newest whole one. None keeps nothing.
@@ -142,7 +143,8 @@ def train(
         if device.type == "cuda"
         else None
     )
-    figures = Figures(model.config, rate, first)
+    regression = is_regression(LOSSES[config.loss])
+    figures = Figures(model.config, rate, first, regression=regression)
 
     batches = _passes(loader)
     for step in range(first, config.steps):
@@ -205,11 +207,7 @@ def _prepared(batch: PackedBatch, key: Key, model: NaViT, config: TrainConfig) -
     """
     if config.trim:
         batch = batch.trim(config.trim)
-    if batch.labels is None:
-        remedy = "pack with label_column"
-        raise ValueError(checks.sentence("batch.labels", None, "integer labels", remedy))
-    if model.config.num_classes is not None:
-        check_labels(batch.labels, model.config.num_classes)
+    labels_in(batch, model.config.num_classes)
     if not config.drop_path:
         return _Part(batch, None)
     return _Part(batch, drawn_paths(batch, key, config.drop_path, model.config.depth))
@@ -217,48 +215,28 @@ def _prepared(batch: PackedBatch, key: Key, model: NaViT, config: TrainConfig) -
 
 def _backward(
     run: nn.Module, parts: list[_Part], config: TrainConfig, device: torch.device, half: bool
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Add up the gradients of a step; yield labels, logits and loss of each of its batches.
+) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+    """Add up the gradients of a step; yield `agreement` and loss of each of its batches.
 
     The losses add up to that of one batch that holds all of them.
     """
     moved = [part.to(device) for part in parts]
-    labels: list[Any] = [part.batch.labels for part in moved]
-    count = global_count(*(own != NO_LABEL for own in labels))
+    labels = [labels_in(part.batch, None) for part in moved]
+    count = global_count(
+        *(counts_in(part.batch, own, config) for part, own in zip(moved, labels, strict=True))
+    )
     for number, (part, own) in enumerate(zip(moved, labels, strict=True), 1):
         with _apart(run) if number < len(moved) else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                logits = run(*part)
-            loss = loss_of(logits, own, config, count, part.batch.partners)
+                outputs = run(*part)
+            loss = loss_of(outputs, part.batch, own, config, count=count)
             loss.backward()
-        yield own, logits.detach(), loss.detach()
+        yield agreement(LOSSES[config.loss], outputs.detach(), own), loss.detach()
 
 
 def _apart(run: nn.Module) -> AbstractContextManager[None]:
     """Return a block in which ranks do not add their gradients up: they do with the last batch."""
     return run.no_sync() if isinstance(run, DistributedDataParallel) else nullcontext()
-
-
-def loss_of(
-    logits: Tensor,
-    labels: Tensor,
-    config: TrainConfig,
-    count: Tensor,
-    partners: Partners | None = None,
-) -> Tensor:
-    """Return a batch's share of the loss; averaged over ranks, the shares of a step are its loss.
-
-    Args:
-        logits: float[B, S, K].
-        labels: int64[B, S], -100 where absent.
-        config: which loss.
-        count: what the sum over the batch is divided by, see `global_count`.
-        partners: what mixed images are mixed with.
-    """
-    # Under autocast the head gives bfloat16.
-    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    options = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
-    return LOSSES[config.loss](exact, labels, count=count, partners=partners, **options)
 
 
 def _validator_of(
@@ -288,7 +266,13 @@ def _measured(validator: Validator, record: Record, files: Files) -> Record:
         validator.due = asdict(record)
         files.save(record.step)
         raise
-    return replace(record, val_loss=found.loss, val_accuracy=found.accuracy, val_ece=found.ece)
+    return replace(
+        record,
+        val_loss=found.loss,
+        val_accuracy=found.accuracy,
+        val_ece=found.ece,
+        val_error=found.error,
+    )
 
 
 def _warn_of_lengths(seq_len: int, trim: int, *, validates: bool) -> None:

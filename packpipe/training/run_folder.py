@@ -33,7 +33,8 @@ class RunOptions:
     Attributes:
         class_names: by the number of their output; None if nobody knows them.
         label_column: name of the column of labels that was trained on; None if nobody knows it.
-        loss: ``"sigmoid"`` or ``"softmax"``, which turns outputs into probabilities.
+        loss: ``"sigmoid"`` or ``"softmax"``, which turns outputs into probabilities; those of
+            ``"mse"`` and ``"l1"`` are numbers as they are.
         packing: how images become rows when the model is evaluated, pixel rules included.
     """
 

@@ -48,7 +48,8 @@ class TrainConfig:
         drop_path: how often an image goes around the last block's attention, and around its MLP;
             earlier blocks have less (`packpipe.training.drop_path`). In training alone. It is drawn
             by the loader's seed.
-        loss: ``"sigmoid"`` or ``"softmax"``.
+        loss: ``"sigmoid"`` or ``"softmax"``, of classes, of several labels an image (sigmoid), or
+            of shares of classes; ``"mse"`` or ``"l1"``, of a regression.
         label_smoothing: of ``"softmax"``: share of each target that is spread over all classes.
             Validation is measured without.
         precision: of matrix products; ``"auto"`` is bfloat16 on a GPU.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, Value
+from datasets import Dataset
 from numpy.typing import NDArray
 
 from packpipe.building.shards import MANIFEST
@@ -27,8 +27,9 @@ from packpipe.rows.fill_images import planned_tokens, row_tasks, with_boxes
 from packpipe.rows.rejects import Reject, one_each
 from packpipe.rows.rows import Rows
 from packpipe.rows.text import wide
-from packpipe.sources.columns import TokenColumns, holds_images, holds_numbers
-from packpipe.sources.image_source import ImageSource, labels_of
+from packpipe.sources.columns import TokenColumns, holds_images, holds_labels, holds_numbers
+from packpipe.sources.image_source import ImageSource
+from packpipe.sources.labels import labels_of
 from packpipe.sources.sizes import column_sizes
 from packpipe.sources.survey import Sizes, probe_sizes, survey
 from packpipe.sources.token_source import token_source
@@ -66,16 +67,15 @@ class ImageComparison:
         if unfit:
             yield from unfit
             return {}
-        column = self.manifest["label_column"]
-        labels = labels_of(self.dataset, column)
-        label = None if column is None else self.dataset.features[column]
+        of_source = labels_of(self.dataset, self.manifest["label_column"])
+        labels = None if of_source is None else of_source.values
         stored = _label_type(found)
         # Labels of more than 2 GiB come in the large type.
         if labels is not None and stored is not None and wide(stored) != wide(labels.type):
             yield Problem("dataset", f"has labels of type {labels.type}, expected {stored}")
             labels = None
         sizes = self._sizes()
-        usable = survey(sizes, labels, label)
+        usable = survey(sizes, [] if of_source is None else of_source.rejects)
         num_broken = usable.broken_exif
         if self.texts is not None:
             of_texts = token_source(self.dataset, self.texts)
@@ -106,7 +106,7 @@ class ImageComparison:
         features, label = self.dataset.features, self.manifest["label_column"]
         expected = {self.manifest["image_column"]: (holds_images, "images")}
         if label is not None:
-            expected[label] = (lambda feature: isinstance(feature, ClassLabel | Value), "labels")
+            expected[label] = (holds_labels, "labels")
         for name in [] if self.texts is None else self.texts.lists:
             expected[name] = (holds_numbers, "lists of numbers")
         for name, (fits, what) in expected.items():

@@ -211,6 +211,9 @@ def same_values(found: pa.Array, expected: pa.Array) -> NDArray[np.bool_]:
     """Return bool[values], which are the same; null is the same as null, and NaN as NaN."""
     if found.equals(expected):
         return np.ones(len(found), np.bool_)
+    if pa.types.is_fixed_size_list(found.type):  # of labels that are lists of numbers
+        each = same_values(found.flatten(), expected.flatten())
+        return np.asarray(each.reshape(-1, found.type.list_size).all(axis=1))
     # For Arrow null = null is null, and NaN = NaN is false.
     same = pc.fill_null(pc.equal(found, expected), False).to_numpy(zero_copy_only=False)
     for is_so in (pc.is_null, pc.is_nan)[: 1 + pa.types.is_floating(found.type)]:

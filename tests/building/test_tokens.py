@@ -685,8 +685,8 @@ def test_bools_cannot_hold_padding_that_is_no_bool(tmp_path):
 def test_labels_of_sequences_are_numbers_unless_they_are_named(tmp_path, labels, found):
     rows = Dataset.from_dict({"input_ids": [[1, 2], [3]], "labels": labels})
     message = (
-        f"features['labels'] is {found}, expected integers or a ClassLabel; class_encode_column "
-        "it, or name the columns to be stored in value_columns"
+        f"features['labels'] is {found}, expected integers, a ClassLabel, floats or lists of "
+        "numbers; class_encode_column it, or name the columns to be stored in value_columns"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         pack(rows, 4, output=tmp_path / "packed")

@@ -338,3 +338,25 @@ def test_a_wrong_call_is_said_in_a_line(arguments, message, shapes, trained, tmp
     assert result.exit_code == 2
     assert message in result.stderr
     assert f"packpipe {arguments[0]}: " in result.stderr
+
+
+def test_a_regression_is_trained_measured_and_asked_by_numbers(shapes, tmp_path):
+    files = [str(path) for path in sorted(shapes.rglob("*.png"))]
+    labels = [[number / 16, float("nan") if number == 3 else 0.5] for number in range(len(files))]
+    source = datasets.Dataset.from_dict({"image": files, "label": labels})
+    source.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "source"))
+    options = ["--model", "Ti/32", "--seq-len", 64, "--sides", 32, 64, "--batch-size", 1]
+    options += ["--steps", 2, "--num-workers", 0, "--val", 0.25, "--loss", "mse"]
+    said = told("train", tmp_path / "source", tmp_path / "run", *options)
+    assert "error" in said
+    assert "accuracy" not in said
+    _, known = packpipe.load_model(tmp_path / "run")
+    assert (known.class_names, known.loss) == (None, "mse")
+    line = json.loads(told("eval", tmp_path / "run", tmp_path / "source", "--json"))["budgets"][0]
+    assert (line["accuracy"], line["ece"], line["num_images"]) == (None, None, 16)
+    assert line["error"] > 0
+    found = json.loads(told("predict", tmp_path / "run", files[0], "--json"))["predictions"][0]
+    assert [one["name"] for one in found["classes"]] == ["0", "1"]
+    model, known = packpipe.load_model(tmp_path / "run")
+    (outputs,) = packpipe.predict(model, files[:1], **known.packing.to_options()).tolist()
+    assert [one["value"] for one in found["classes"]] == pytest.approx(outputs, abs=1e-5)

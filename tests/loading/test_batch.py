@@ -82,10 +82,10 @@ def test_too_many_segments_are_refused():
         PackedBatch.from_rows(packed.rows_of(case), max_segments=2)
 
 
-def test_labels_that_are_no_integers_are_refused():
+def test_labels_that_are_no_numbers_are_refused():
     case = packed.RowSet(lens=[[1, 2]], seq_len=4, max_segments=3)
     message = (
-        "labels.type is 'string', expected an integer type; "
+        "labels.type is 'string', expected integers, floats or lists of numbers; "
         "class_encode_column it before packing, or pack with label_column=None"
     )
     with pytest.raises(TypeError, match=re.escape(message)):

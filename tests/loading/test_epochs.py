@@ -488,8 +488,8 @@ WRONG_OPTIONS = [
         {"label_column": "image"},
         ValueError,
         (
-            "features['image'] is Image(mode=None, decode=True), expected a ClassLabel or a "
-            "Value; pass another label_column, or None"
+            "features['image'] is Image(mode=None, decode=True), expected a ClassLabel, a "
+            "Value or a list of numbers; pass another label_column, or None"
         ),
     ),
     (

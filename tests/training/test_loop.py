@@ -497,7 +497,10 @@ def test_ranks_that_disagree_are_all_told_in_what(two_ranks_in):
         ({"warm_up": 13}, "warm_up is 13, expected an integer in 0..12; steps is 12"),
         ({"learning_rate": 0}, "learning_rate is 0, expected a number above 0; choose a usual"),
         ({"weight_decay": -1}, "weight_decay is -1, expected 0 or more; 0 is none"),
-        ({"loss": "hinge"}, "loss is 'hinge', expected one of 'softmax', 'sigmoid'; choose a loss"),
+        (
+            {"loss": "hinge"},
+            "loss is 'hinge', expected one of 'softmax', 'sigmoid', 'mse', 'l1'; ch",
+        ),
         (
             {"label_smoothing": 1.0},
             "label_smoothing is 1.0, expected in [0, 1); 0.1 is usual, 0 is",

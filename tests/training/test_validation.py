@@ -76,7 +76,7 @@ def whole(tmp_path_factory):
     return folder, model
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_figures_are_those_of_the_answers(name, batch_size):
     loader, model = learning.validation_of(batch_size=batch_size), learning.model_of()

@@ -1,0 +1,79 @@
+"""The labels of a dataset, as rows store them, and which of them are bad."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, List, Value
+
+from packpipe.rows.labels import as_arrow, is_vector, vectors
+from packpipe.rows.rejects import Reject
+from packpipe.rows.text import joined
+
+_REMEDY = "; repair it, or pass label_column=None"
+
+
+class Labels(NamedTuple):
+    """The labels of a dataset.
+
+    Attributes:
+        values: one a row, as rows store them.
+        feature: of `datasets`, of those values.
+        rejects: the rows whose label is bad.
+    """
+
+    values: pa.Array
+    feature: Any
+    rejects: list[Reject]
+
+
+def labels_of(dataset: Any, label_column: str | None) -> Labels | None:
+    """Return the labels of a dataset, or None without a label column.
+
+    Lists of numbers become lists of K numbers each: K is the commonest length, and others are bad.
+    """
+    if label_column is None:
+        return None
+    rows = dataset.select_columns([label_column]).with_format("arrow")
+    values = joined(rows[:].column(0))  # `take` searches every chunk of a column
+    if is_vector(values.type):
+        return _vector_labels(values)
+    feature = dataset.features[label_column]
+    return Labels(values, feature, _bad_labels(values, feature))
+
+
+def _vector_labels(lists: pa.Array) -> Labels:
+    values, lens = vectors(lists)
+    length = values.shape[1]
+    infinite = np.isinf(values)
+    rejects = []
+    for row in np.flatnonzero((lens != length) | infinite.any(axis=1)).tolist():
+        what = f"label has {lens[row]} numbers, expected {length} as most have"
+        if lens[row] == length:
+            place = int(infinite[row].argmax())
+            what = f"label[{place}] is {values[row, place]}, expected a finite number, or NaN"
+        rejects.append(Reject(row, "label", "bad label", what + _REMEDY))
+    return Labels(as_arrow(values), List(Value("float32"), length=length), rejects)
+
+
+def _bad_labels(labels: pa.Array, feature: Any) -> list[Reject]:
+    """Return the examples whose label is null, or no class of its ClassLabel."""
+    bad = pc.is_null(labels)
+    expected = "a label"
+    if isinstance(feature, ClassLabel):
+        # A comparison with null gives null; those are in bad already.
+        outside = pc.or_(pc.less(labels, 0), pc.greater_equal(labels, feature.num_classes))
+        bad = pc.or_(bad, pc.fill_null(outside, False))
+        expected = f"0..{feature.num_classes - 1}"
+    return [
+        Reject(
+            row,
+            "label",
+            "bad label",
+            f"label is {labels[row].as_py()}, expected {expected}{_REMEDY}",
+        )
+        for row in np.flatnonzero(np.asarray(bad)).tolist()
+    ]
