@@ -37,7 +37,7 @@ from packpipe.rows.rejects import Reject
 from packpipe.sources.columns import ImageColumns
 from packpipe.sources.features import packed_features
 from packpipe.sources.image_source import ImageSource
-from packpipe.sources.labels import Labels, labels_of
+from packpipe.sources.labels import Labels, Weights, labels_of, weights_of
 from packpipe.sources.lazy_rows import LazyRows
 from packpipe.sources.sizes import forgetting_wrong_sizes, sizes_of
 from packpipe.sources.survey import Sizes, survey
@@ -99,6 +99,11 @@ class Images:
         """The labels by row number, or None."""
         return labels_of(self.dataset, self.columns.label)
 
+    @cached_property
+    def weights(self) -> Weights | None:
+        """What each row counts in the loss, or None."""
+        return weights_of(self.dataset, self.columns.weight)
+
     @property
     def label(self) -> Any:
         """Feature of the stored labels, or None."""
@@ -107,7 +112,8 @@ class Images:
     @property
     def features(self) -> Features:
         """Features of the stored rows."""
-        return packed_features(self.config, self.label, tokens=self.materialize)
+        weighted = self.columns.weight is not None
+        return packed_features(self.config, self.label, tokens=self.materialize, weighted=weighted)
 
 
 def image_job(images: Images) -> Job:
@@ -134,7 +140,10 @@ def image_job(images: Images) -> Job:
     def opened(rows: Dataset, on_error: str) -> Dataset:
         if images.materialize:
             return rows
-        lazily = LazyRows(images.source, images.config, images.key, images.label, on_error)
+        weighted = images.columns.weight is not None
+        lazily = LazyRows(
+            images.source, images.config, images.key, images.label, on_error, weighted
+        )
         return rows.with_transform(lazily)
 
     return Job(
@@ -158,7 +167,8 @@ def plan_images(
             drawn, for a dataset that is a part of another one; None numbers from 0.
     """
     config, texts = images.config, images.texts
-    found = survey(sizes, [] if images.labels is None else images.labels.rejects)
+    values = [values for values in (images.labels, images.weights) if values is not None]
+    found = survey(sizes, [reject for value in values for reject in value.rejects])
     also = None
     if texts is not None:
         found = found.without(texts.rejects)
@@ -171,12 +181,13 @@ def plan_images(
         read = _by_number(images.source, index, found.index)
     plan = plan_epoch(found.image_hw, config, **images.key._asdict(), index=index, also=also)
     labels = None if images.labels is None else images.labels.values.take(pa.array(found.index))
+    weight = None if images.weights is None else images.weights.values[found.index]
     # Beside the patches, 8 bytes a token: an int32 of segment_ids and two int16 of coords.
     pixels = config.row_bytes + config.seq_len * 8 if images.materialize else 0
-    more = schema.sometimes_of(config)
-    row_size = pixels + (5 + len(more)) * 4  # and one offset of each of five to seven lists
-    # Length, grid, size, index, (a guess) label; box and view.
-    segment_size = 4 + 4 + 8 + 8 + 8 + 16 * ("box" in more) + 4 * ("view" in more)
+    more = schema.sometimes_of(config, weighted=weight is not None)
+    row_size = pixels + (5 + len(more)) * 4  # and one offset of each of five to eight lists
+    # Length, grid, size, index, (a guess) label; box, and view and weight.
+    segment_size = 4 + 4 + 8 + 8 + 8 + 16 * ("box" in more) + 4 * len({*more} - {"box"})
     stored = row_size + segment_size * (len(plan.order) // max(1, len(plan)))
     each = f" of {config.num_views} views" if config.num_views > 1 else ""
     return PlannedRows(
@@ -188,7 +199,7 @@ def plan_images(
         row_size=row_size,
         segment_size=segment_size,
         text_sizes=np.zeros(len(plan), np.int64),
-        fill=partial(_fill, images, plan, labels, read),
+        fill=partial(_fill, images, plan, labels, weight, read),
         counts=partial(_counts, images, plan, found.broken_exif),
         facts=partial(_facts, plan),
     )
@@ -206,6 +217,7 @@ def _fill(
     images: Images,
     plan: EpochPlan,
     labels: pa.Array | None,
+    weight: NDArray[np.float32] | None,
     read: Callable[[int], ImageData],
     packs: list[range],
 ) -> Generator[FilledRows, None, None]:
@@ -213,12 +225,19 @@ def _fill(
     stored = images.features.arrow_schema
     if not images.materialize:
         for some in packs:
-            planned = planned_images(plan, some, labels)
+            planned = planned_images(plan, some, labels, weight)
             table = schema.rows_table(planned, stored)
             yield FilledRows(table, [], len(planned.seq_lens), Counter())
         return
-    seconds, num_workers = images.image_seconds, images.num_workers
-    filled = filled_ahead(plan, packs, labels, read, num_workers=num_workers, seconds=seconds)
+    filled = filled_ahead(
+        plan,
+        packs,
+        labels,
+        read,
+        weight=weight,
+        num_workers=images.num_workers,
+        seconds=images.image_seconds,
+    )
     # Closed also when the build stops in between, which ends the worker processes.
     with forgetting_wrong_sizes(images.source, images.config.max_pixels), closing(filled):
         for rows, failed, flags in filled:
@@ -282,6 +301,7 @@ def _record(images: Images) -> dict[str, Any]:
         "source_files": images.source.files_digest(),
         "image_column": columns.image,
         "label_column": columns.label,
+        **({} if columns.weight is None else {"weight_column": columns.weight}),
         "size_columns": None if columns.sizes is None else list(columns.sizes),
         "image_root": columns.root,
         "config": images.config.to_dict(),

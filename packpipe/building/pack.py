@@ -27,6 +27,7 @@ def pack(
     *,
     image_column: str = "auto",
     label_column: str | None = "auto",
+    weight_column: str | None = None,
     size_columns: tuple[str, str] | None = None,
     image_root: str | Path | None = None,
     token_columns: str | Sequence[str] = "auto",
@@ -64,8 +65,11 @@ def pack(
         image_column: name of the column of images; ``"auto"`` finds the only one, but for columns
             of bytes beside ``input_ids``, which may be anything.
         label_column: name of the column of labels; ``"auto"`` takes ``label``, ``labels`` or the
-            only ClassLabel there is, which must hold integers, as a loader's batches do; one that
-            is named may hold anything, for `read_rows`; None leaves labels out.
+            only ClassLabel there is, which must hold what a loader's batches do: integers, floats,
+            or lists of as many numbers each, of which missing ones (null, NaN) are left out of
+            losses. One that is named may hold anything, for `read_rows`; None leaves labels out.
+        weight_column: name of the column of what each image counts in the loss, numbers of 0 or
+            more; None is 1 for all.
         size_columns: names of the columns of upright heights and widths in pixels; None reads
             every header once and keeps the sizes beside the data.
         image_root: the only folder that paths in the dataset may lead into, for datasets that you
@@ -136,6 +140,7 @@ def pack(
         dict(options),
         image_column=image_column,
         label_column=label_column,
+        weight_column=weight_column,
         size_columns=size_columns,
         image_root=image_root,
         token_columns=token_columns,

@@ -96,6 +96,8 @@ class PackedBatch(_Columns):
         labels: int64[B, S], -100 where absent; or, of lists of K numbers and of floats (K = 1),
             float32[B, S, K], NaN where a number or the segment is absent. None, and no part of the
             mapping, without labels.
+        weight: float32[B, S], what each image counts in the loss, 0 where absent; None, and no part
+            of the mapping, without weights.
         view: int32[B, S], which of its example's views each segment is, -1 where absent; None, and
             no part of the mapping, where there is one of each.
         colours: float32[B, S, 3, 4], of an augmentation: what takes (red, green, blue, 1), levels
@@ -118,6 +120,7 @@ class PackedBatch(_Columns):
     grid_hw: Tensor
     example_index: Tensor
     labels: Tensor | None = None
+    weight: Tensor | None = None
     view: Tensor | None = None
     colours: Tensor | None = None
     solarize: Tensor | None = None

@@ -76,6 +76,8 @@ def image_columns(rows: Rows, max_segments: int, *, copy: bool) -> dict[str, Any
     if "labels" in rows.segments:
         labels = label_values(rows.segments["labels"])
         columns["labels"] = pad(labels, NO_LABEL if labels.dtype == np.int64 else np.nan)
+    if "weight" in rows.segments:
+        columns["weight"] = pad(rows.segments["weight"], 0)
     if "view" in rows.segments:
         columns["view"] = pad(rows.segments["view"], NO_EXAMPLE)
     drawn = [name for name in _DRAWN if name in rows.segments]

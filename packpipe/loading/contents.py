@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 _REMEDIES = {
     "max_segments": "pass it as max_segments, else batches have another shape",
     "labels": "the labels are others: use the data of the state",
+    "weights": "the weights are others: use the data of the state",
     "values": "the labels or other numbers are others: use the data of the state",
     "rows": "the pixels or tokens are others: use the data of the state",
     "files": "the files hold others: use the folder of the state, or a copy of it",
@@ -38,7 +39,7 @@ def check_contents(own: dict[str, Any], known: Any) -> None:
             where, expected = f"state['contents'][{name!r}]", repr(own[name])
             remedy = _REMEDIES.get(name, "use the data of the state")
             raise ValueError(checks.sentence(where, known[name], expected, remedy))
-    data = own.keys() - {"max_segments", "labels", "values"}
+    data = own.keys() - {"max_segments", "labels", "weights", "values"}
     if data and not data & known.keys():
         log.warning(
             "the state does not say which %s it belongs to: use those of before, since others "

@@ -28,7 +28,7 @@ from packpipe.philox import Key, checked_key
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig, PackOptions, config_from
 from packpipe.planning.plan import plan_epoch
-from packpipe.rows.digests import labels_digest
+from packpipe.rows.digests import hexdigest, labels_digest
 from packpipe.rows.fill_images import fill_rows, planned_images
 from packpipe.rows.rejects import Flagged, ReadFailures, Reject, tolerance_of
 from packpipe.rows.rows import Rows
@@ -37,9 +37,10 @@ from packpipe.sources.columns import (
     check_labels,
     image_column_of,
     label_column_of,
+    weight_column_of,
 )
 from packpipe.sources.image_source import ImageSource, checked_root
-from packpipe.sources.labels import labels_of
+from packpipe.sources.labels import labels_of, weights_of
 from packpipe.sources.sizes import forgetting_wrong_sizes, sizes_of
 from packpipe.sources.survey import survey
 
@@ -53,7 +54,9 @@ class EpochPacks:
         dataset: a Dataset with an image column.
         seq_len: tokens a row holds, 1..32767.
         image_column: name of the column of images; ``"auto"`` finds the only one.
-        label_column: name of the column of labels; ``"auto"`` finds it, None leaves labels out.
+        label_column: name of the column of labels, as in `pack`; ``"auto"`` finds it, None leaves
+            labels out.
+        weight_column: name of the column of what each image counts in the loss; None is 1 for all.
         size_columns: names of the columns of upright heights and widths; None reads headers.
         image_root: the only folder that paths may lead into; None follows every path, as in `pack`.
             Processes of a loader read for themselves: of what lies in ``memory://``, those that are
@@ -86,6 +89,7 @@ class EpochPacks:
         *,
         image_column: str = "auto",
         label_column: str | None = "auto",
+        weight_column: str | None = None,
         size_columns: tuple[str, str] | None = None,
         image_root: str | Path | None = None,
         num_workers: int | None = None,
@@ -112,6 +116,7 @@ class EpochPacks:
         rows = dataset.select_columns([image_column]).with_format("arrow")
         self._source = ImageSource(rows, checked_root(image_root))
         labels = labels_of(dataset, label_column)
+        weights = weights_of(dataset, weight_column_of(dataset.features, weight_column))
         with ThreadPoolExecutor(num_workers or os.cpu_count()) as executor:
             sizes = sizes_of(
                 dataset,
@@ -120,11 +125,13 @@ class EpochPacks:
                 max_pixels=self.config.max_pixels,
                 executor=executor,
             )
-        found = survey(sizes, [] if labels is None else labels.rejects)
+        values = [values for values in (labels, weights) if values is not None]
+        found = survey(sizes, [reject for value in values for reject in value.rejects])
         self._tolerance.check(found.rejects)
         self.rejects: list[Reject] = found.rejects
         self._image_hw, self._index = found.image_hw, found.index
         self._labels = None if labels is None else labels.values.take(pa.array(found.index))
+        self._weight = None if weights is None else weights.values[found.index]
         self._plans: OrderedDict[Key, EpochPlan] = OrderedDict()
         self._lock = Lock()
 
@@ -179,7 +186,9 @@ class EpochPacks:
 
     @cached_property
     def _contents(self) -> dict[str, str | None]:
+        weights = {} if self._weight is None else {"weights": hexdigest(self._weight.data)}
         return {
+            **weights,
             "labels": labels_digest(self._labels),
             "images": self._source.contents_digest(),
         }
@@ -190,7 +199,7 @@ class EpochPacks:
 
     def planned(self, key: Key, packs: NDArray[np.int64]) -> Rows:
         """Return some packs of an epoch as planned: rows without tokens yet."""
-        return planned_images(self.plan(*key), packs, self._labels)
+        return planned_images(self.plan(*key), packs, self._labels, self._weight)
 
     def rows(self, key: Key, packs: NDArray[np.int64] | Rows) -> Rows:
         """Return some packs of an epoch, their images decoded.

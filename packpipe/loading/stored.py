@@ -98,10 +98,10 @@ class StoredPacks:
     def contents(self) -> dict[str, str | None]:
         """Return digests of what the rows hold, by name.
 
-        ``labels`` is of all labels of images, ``values`` of all numbers beside tokens; ``rows`` of
-        16 MB of tokens or pixels, evenly spread; ``files`` of the checksums of the files, where
-        `pack` has written them, so that no byte escapes it. Rows that are computed when they are
-        read have those of `LazyRows` instead.
+        ``labels`` is of all labels of images, ``weights`` of their weights, ``values`` of all
+        numbers beside tokens; ``rows`` of 16 MB of tokens or pixels, evenly spread; ``files`` of
+        the checksums of the files, where `pack` has written them, so that no byte escapes it. Rows
+        that are computed when they are read have those of `LazyRows` instead.
         """
         return dict(self._contents)
 
@@ -240,6 +240,8 @@ class StoredPacks:
             found["values"] = self._values_digest(none)
         else:
             found["labels"] = labels_digest(self._labels(none))
+            if "weight" in none.segments and self._batches:
+                found["weights"] = hexdigest(self._all_segments(["seq_lens", "weight"]).weight.data)
         if self._is_computed and hasattr(transform := self._transform, "contents"):
             found |= transform.contents()
             return found

@@ -40,6 +40,7 @@ def filled_ahead(
     labels: pa.Array | None,
     read_image: Callable[[int], ImageData],
     *,
+    weight: NDArray[np.float32] | None = None,
     num_workers: int,
     seconds: float,
 ) -> Generator[Filled, None, None]:
@@ -53,6 +54,7 @@ def filled_ahead(
         batches: the numbers of its packs, batch by batch.
         labels: one value an image of the plan, or None.
         read_image: returns the image of a source row.
+        weight: one an image of the plan, or None.
         num_workers: processes that decode; 0 decodes in this process.
         seconds: processor time that an image may take in a worker process.
 
@@ -62,7 +64,7 @@ def filled_ahead(
     config, key = plan.config, plan.key
     if num_workers == 0 or not batches:
         for packs in batches:
-            yield fill_rows(planned_images(plan, packs, labels), read_image, config, key)
+            yield fill_rows(planned_images(plan, packs, labels, weight), read_image, config, key)
         return
     most = max(map(len, batches))
     shape = (config.seq_len, config.patch_bytes)
@@ -70,7 +72,7 @@ def filled_ahead(
     with Decoders(num_workers, _BATCHES * most, shape, rules, seconds) as decoders:
         waiting: deque[_Batch] = deque()
         for number, packs in enumerate(batches):
-            planned = planned_images(plan, packs, labels)
+            planned = planned_images(plan, packs, labels, weight)
             tokens = planned_tokens(planned, key)
             # Three parts of the shared memory, used in turn. This batch overwrites the one three
             # before it, which the caller no longer uses: it has asked for another one since.

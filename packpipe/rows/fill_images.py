@@ -45,7 +45,10 @@ class Filled(NamedTuple):
 
 
 def planned_images(
-    plan: EpochPlan, packs: range | NDArray[np.int64], labels: pa.Array | None
+    plan: EpochPlan,
+    packs: range | NDArray[np.int64],
+    labels: pa.Array | None,
+    weight: NDArray[np.float32] | None = None,
 ) -> Rows:
     """Return the segments that a plan puts into some packs: rows without tokens yet.
 
@@ -53,6 +56,7 @@ def planned_images(
         plan: the plan.
         packs: the numbers of its packs, in the order of the rows.
         labels: one value an image of the plan, in the order of its arrays, or None.
+        weight: likewise.
     """
     numbers = np.asarray(packs, np.int64)
     held = plan.offsets[numbers + 1] - plan.offsets[numbers]
@@ -69,6 +73,8 @@ def planned_images(
     }
     if views > 1:
         segments["view"] = (members % views).astype(np.int32)
+    if weight is not None:
+        segments["weight"] = weight[images]
     if labels is not None:
         segments["labels"] = labels.take(pa.array(images))
     return Rows(offsets, with_boxes(segments, plan.config, plan.key))

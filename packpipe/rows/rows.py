@@ -36,7 +36,8 @@ class Rows:
     in the image's patch grid; ``grid_hw`` int16[segments, 2], patches of the full grid,
     ``image_hw`` int32[segments, 2], upright source size in pixels; ``box`` int32[segments, 4], what
     it was cropped to in pixels (top, left, height, width), if it was; ``view`` int32[segments],
-    which of the image's views, if there are several of each; and ``labels`` if there are.
+    which of the image's views, if there are several of each; ``weight`` float32[segments], what
+    each counts in the loss, and ``labels``, if there are.
     Of token sequences: the source's columns of tokens, ``position_ids`` int32[rows, seq_len], 0, 1,
     ... within the segment; ``fragment`` int32[segments], which piece of its sequence, and the
     source's other columns.

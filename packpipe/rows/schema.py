@@ -15,6 +15,8 @@ box                list<fixed_size_list<int32>[4]>  (top, left, height, width) o
                                                     in pixels; absent if nothing is cropped
 view               list<int32>                      which of the example's views; absent if there is
                                                     one of each
+weight             list<float32>                    what the image counts in the loss; absent
+                                                    without a weight column
 labels             list<the label's type>           absent without a label column
 example_index      list<int64>                      row in the source
 =================  ===============================  =========================================
@@ -73,15 +75,21 @@ REJECTS = pa.schema(
 
 
 # Columns of segments that rows of images have only with some options.
-_SOMETIMES = {"box": pa.list_(pa.list_(pa.int32(), 4)), "view": pa.list_(pa.int32())}
+_SOMETIMES = {
+    "box": pa.list_(pa.list_(pa.int32(), 4)),
+    "view": pa.list_(pa.int32()),
+    "weight": pa.list_(pa.float32()),
+}
 
 
-def segment_schema(label_type: pa.DataType | None, config: PackConfig | None = None) -> pa.Schema:
+def segment_schema(
+    label_type: pa.DataType | None, config: PackConfig | None = None, *, weighted: bool = False
+) -> pa.Schema:
     """Return the schema of the segment columns of images; without options, of those always there.
 
     Boxes are there if images are cropped, views if there is more than one of each.
     """
-    there = () if config is None else sometimes_of(config)
+    there = () if config is None else sometimes_of(config, weighted=weighted)
     fields = [
         ("seq_lens", pa.list_(pa.int32())),
         ("grid_hw", pa.list_(pa.list_(pa.int16(), 2))),
@@ -97,19 +105,21 @@ _TOKEN_SEGMENTS = {name: pa.list_(kind) for name, kind in SEGMENT_TYPES.items()}
 _IMAGE_SEGMENTS = {field.name: field.type for field in segment_schema(None)}
 
 
-def row_schema(config: PackConfig, label_type: pa.DataType | None) -> pa.Schema:
+def row_schema(
+    config: PackConfig, label_type: pa.DataType | None, *, weighted: bool = False
+) -> pa.Schema:
     """Return the schema of packed rows of images."""
     widths = {"patches": config.patch_bytes, "segment_ids": 1, "coords": 2}
     tokens = [
         pa.field(name, pa.list_(kind, config.seq_len * widths[name]))
         for name, kind in _IMAGE_TOKENS.items()
     ]
-    return pa.schema([*tokens, *segment_schema(label_type, config)])
+    return pa.schema([*tokens, *segment_schema(label_type, config, weighted=weighted)])
 
 
-def sometimes_of(config: PackConfig) -> list[str]:
+def sometimes_of(config: PackConfig, *, weighted: bool = False) -> list[str]:
     """Return the columns of segments that rows have beside the usual ones, by the options."""
-    there = {"box": config.crops, "view": config.num_views > 1}
+    there = {"box": config.crops, "view": config.num_views > 1, "weight": weighted}
     return [name for name in _SOMETIMES if there[name]]
 
 
@@ -330,7 +340,7 @@ def table_segments(table: pa.Table) -> Rows:
     tokens.
 
     Raises:
-        ValueError: labels, boxes or views of images are not one a segment.
+        ValueError: labels, boxes, views or weights of images are not one a segment.
     """
     own = _own_segments(table.schema)
     labels = ["labels"] if has_labels(table) else []

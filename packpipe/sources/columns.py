@@ -147,6 +147,25 @@ def label_column_of(features: Features, asked: str | None) -> str | None:
     return found
 
 
+def weight_column_of(features: Features, asked: str | None) -> str | None:
+    """Return the name of the column of weights, if one is asked for.
+
+    Raises:
+        ValueError: there is no such column, or it holds no numbers.
+    """
+    if asked is None:
+        return None
+    if asked not in features:
+        expected = f"one of {list(features)}, or None"
+        raise ValueError(checks.sentence("weight_column", asked, expected, "check its spelling"))
+    feature = features[asked]
+    kind = feature.pa_type if isinstance(feature, Value) else pa.null()
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        name, remedy = f"features[{asked!r}]", "cast_column it to Value('float32')"
+        raise ValueError(checks.sentence(name, feature, "a number an image", remedy))
+    return asked
+
+
 def holds_labels(feature: Any) -> bool:
     """Return whether a column holds a value an example, or a list of numbers.
 
@@ -210,12 +229,14 @@ class ImageColumns(NamedTuple):
         label: their labels; None for no labels.
         sizes: upright heights and widths in pixels; None reads headers.
         root: the only folder that paths may lead into; None follows them all.
+        weight: what each image counts in the loss; None is 1.
     """
 
     image: str
     label: str | None
     sizes: tuple[str, str] | None
     root: str | None
+    weight: str | None = None
 
 
 class TokenColumns(NamedTuple):
@@ -249,6 +270,7 @@ class AskedColumns:
     image_root: str | Path | None = None
     token_columns: str | Sequence[str] = "auto"
     value_columns: str | Sequence[str] = "auto"
+    weight_column: str | None = None
 
     def hold_tokens(self, features: Features) -> bool:
         """Return whether to pack tokens: columns are named, or there are lists and no images."""
@@ -280,6 +302,7 @@ class AskedColumns:
             label=label,
             sizes=None if sizes is None else checked_columns(dataset, sizes),
             root=checked_root(self.image_root),
+            weight=weight_column_of(features, self.weight_column),
         )
 
     def of_tokens(self, dataset: Dataset, config: TokenConfig) -> TokenColumns:
@@ -289,6 +312,9 @@ class AskedColumns:
             ValueError: an argument or a column is wrong, or its type cannot hold its padding.
         """
         features = dataset.features
+        if self.weight_column is not None:
+            expected, remedy = "None for tokens", "only images have weights"
+            raise ValueError(checks.sentence("weight_column", self.weight_column, expected, remedy))
         tokens = token_columns_of(features, self.token_columns)
         check_paddings(features, tokens, config)
         values = value_columns_of(features, tokens, self.value_columns)

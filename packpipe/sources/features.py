@@ -12,19 +12,22 @@ from packpipe.rows import schema
 from packpipe.sources.columns import TokenColumns, value_type
 
 
-def packed_features(config: PackConfig, label: Any, *, tokens: bool = True) -> Features:
+def packed_features(
+    config: PackConfig, label: Any, *, tokens: bool = True, weighted: bool = False
+) -> Features:
     """Return the features of packed rows of images; labels keep their feature of the source.
 
     Args:
         config: the options the rows are made with.
         label: feature of the label column, or None.
         tokens: False leaves only the segment columns, the plan of a row.
+        weighted: whether images have weights.
     """
     # Asked of a schema, since a list's feature does not say its type.
     label_type = None if label is None else Features({"l": label}).arrow_schema.field("l").type
-    found = schema.row_schema(config, label_type)
+    found = schema.row_schema(config, label_type, weighted=weighted)
     if not tokens:
-        found = schema.segment_schema(label_type, config)
+        found = schema.segment_schema(label_type, config, weighted=weighted)
     features = Features.from_arrow_schema(found)
     if label is not None:
         features["labels"] = List(label)  # an Arrow schema knows no names of classes

@@ -8,10 +8,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, List, Value
+from numpy.typing import NDArray
 
 from packpipe.rows.labels import as_arrow, is_vector, vectors
 from packpipe.rows.rejects import Reject
 from packpipe.rows.text import joined
+
+
+class Weights(NamedTuple):
+    """What each image of a dataset counts in the loss.
+
+    Attributes:
+        values: float32[rows].
+        rejects: the rows whose weight is bad.
+    """
+
+    values: NDArray[np.float32]
+    rejects: list[Reject]
+
 
 _REMEDY = "; repair it, or pass label_column=None"
 
@@ -43,6 +57,23 @@ def labels_of(dataset: Any, label_column: str | None) -> Labels | None:
         return _vector_labels(values)
     feature = dataset.features[label_column]
     return Labels(values, feature, _bad_labels(values, feature))
+
+
+def weights_of(dataset: Any, weight_column: str | None) -> Weights | None:
+    """Return the weights of a dataset, or None without a column of them."""
+    if weight_column is None:
+        return None
+    rows = dataset.select_columns([weight_column]).with_format("arrow")
+    given = joined(rows[:].column(0))
+    values = given.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+    with np.errstate(invalid="ignore"):
+        bad = np.flatnonzero(~((values >= 0) & np.isfinite(values)))
+    expected = "expected a finite number, 0 or more; repair it, or pass weight_column=None"
+    rejects = [
+        Reject(row, "label", "bad weight", f"weight is {given[row].as_py()}, {expected}")
+        for row in bad.tolist()
+    ]
+    return Weights(values, rejects)
 
 
 def _vector_labels(lists: pa.Array) -> Labels:

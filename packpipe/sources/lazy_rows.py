@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -35,6 +36,7 @@ class LazyRows:
         label: feature of the label column, or None.
         on_error: for images that cannot be decoded: ``"raise"`` raises a ValueError,
             ``"quarantine"`` leaves them out of their row and logs them.
+        weighted: whether the rows have weights.
     """
 
     source: ImageSource
@@ -42,6 +44,7 @@ class LazyRows:
     key: Key
     label: Any
     on_error: str
+    weighted: bool = False
 
     def rows(self, plans: pa.Table) -> Rows:
         """Return the rows of stored segment columns, equal to those `pack` would have written."""
@@ -62,10 +65,11 @@ class LazyRows:
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Return the columns of packed rows: a NumPy array a row, its dtype kept."""
         # The transform gets plain Python values; the schema gives them back their types.
-        stored = packed_features(self.config, self.label, tokens=False).arrow_schema
+        features = partial(packed_features, self.config, self.label, weighted=self.weighted)
+        stored = features(tokens=False).arrow_schema
         if not batch.keys() >= set(stored.names):  # some were selected: nothing to compute
             return batch
-        row_schema = packed_features(self.config, self.label).arrow_schema
+        row_schema = features().arrow_schema
         plans = pa.table({name: batch[name] for name in stored.names}, schema=stored)
         rows = schema.rows_table(self.rows(plans), row_schema)
         computed = {name: [_values(row) for row in rows.column(name)] for name in rows.column_names}

@@ -34,8 +34,14 @@ from packpipe.training.figures import Figures
 from packpipe.training.figures import Record as Record  # callers import these from here, too
 from packpipe.training.files import Files
 from packpipe.training.log import read_log as read_log
-from packpipe.training.losses import LOSSES, global_count
-from packpipe.training.objective import agreement, counts_in, is_regression, labels_in, loss_of
+from packpipe.training.losses import global_count
+from packpipe.training.objective import (
+    Objective,
+    agreement,
+    is_regression,
+    labels_in,
+    objective_of,
+)
 from packpipe.training.optimizer import freeze, optimizer_of
 from packpipe.training.run_folder import RunOptions
 from packpipe.training.train_config import TrainConfig as TrainConfig
@@ -91,11 +97,13 @@ def train(
     if has_group() and device.type == "cuda":
         torch.cuda.set_device(device)  # ranks compare what they have through the current GPU
     # Together: none is left waiting for one that refuses its options, or its images.
+    outputs = model.config.num_classes
+    objective = together(lambda: objective_of(config, loader.packs, outputs, device))
     together(lambda: freeze(model, config.freeze))
     optimizer = optimizer_of(model, config)
     averaged = None if config.ema is None else copy_of(model)
     judged = model if averaged is None else averaged
-    validator = together(lambda: _validator_of(judged, validate, config, half))
+    validator = together(lambda: _validator_of(judged, validate, config, objective, half))
     files = Files(
         folder,
         model,
@@ -143,8 +151,7 @@ def train(
         if device.type == "cuda"
         else None
     )
-    regression = is_regression(LOSSES[config.loss])
-    figures = Figures(model.config, rate, first, regression=regression)
+    figures = Figures(model.config, rate, first, regression=is_regression(objective.loss))
 
     batches = _passes(loader)
     for step in range(first, config.steps):
@@ -160,7 +167,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step) * group["scale"]
         optimizer.zero_grad()
-        for part, found in zip(parts, _backward(run, parts, config, device, half), strict=True):
+        for part, found in zip(parts, _backward(run, parts, objective, device, half), strict=True):
             figures.add(part.batch, *found)
         if config.clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -214,7 +221,7 @@ def _prepared(batch: PackedBatch, key: Key, model: NaViT, config: TrainConfig) -
 
 
 def _backward(
-    run: nn.Module, parts: list[_Part], config: TrainConfig, device: torch.device, half: bool
+    run: nn.Module, parts: list[_Part], objective: Objective, device: torch.device, half: bool
 ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
     """Add up the gradients of a step; yield `agreement` and loss of each of its batches.
 
@@ -223,15 +230,15 @@ def _backward(
     moved = [part.to(device) for part in parts]
     labels = [labels_in(part.batch, None) for part in moved]
     count = global_count(
-        *(counts_in(part.batch, own, config) for part, own in zip(moved, labels, strict=True))
+        *(objective.counts(part.batch, own) for part, own in zip(moved, labels, strict=True))
     )
     for number, (part, own) in enumerate(zip(moved, labels, strict=True), 1):
         with _apart(run) if number < len(moved) else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 outputs = run(*part)
-            loss = loss_of(outputs, part.batch, own, config, count=count)
+            loss = objective.of(outputs, part.batch, own, count=count)
             loss.backward()
-        yield agreement(LOSSES[config.loss], outputs.detach(), own), loss.detach()
+        yield agreement(objective.loss, outputs.detach(), own), loss.detach()
 
 
 def _apart(run: nn.Module) -> AbstractContextManager[None]:
@@ -240,7 +247,11 @@ def _apart(run: nn.Module) -> AbstractContextManager[None]:
 
 
 def _validator_of(
-    model: NaViT, validate: PackedLoader | None, config: TrainConfig, half: bool
+    model: NaViT,
+    validate: PackedLoader | None,
+    config: TrainConfig,
+    objective: Objective,
+    half: bool,
 ) -> Validator | None:
     if validate is None:
         for name in ("val_every", "patience"):
@@ -251,7 +262,7 @@ def _validator_of(
     return Validator(
         model,
         validate,
-        LOSSES[config.loss],
+        objective.loss,
         half=half,
         keep_best=config.keep_best,
         patience=config.patience,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,10 @@ class TrainConfig:
             of shares of classes; ``"mse"`` or ``"l1"``, of a regression.
         label_smoothing: of ``"softmax"``: share of each target that is spread over all classes.
             Validation is measured without.
+        class_weights: what the images of each class count in the loss, which is the weighted mean
+            (Σ weight · loss ÷ Σ weight); ``"balanced"``: images ÷ (classes · images of the class).
+            An image's own weight (``weight_column``) is multiplied by it. Validation is measured
+            without either. None is 1 for all.
         precision: of matrix products; ``"auto"`` is bfloat16 on a GPU.
         compiled: whether `compile_parts` is used; None: on a GPU.
         trim: `PackedBatch.trim` cuts batches to a multiple of so many tokens; None does not. Every
@@ -85,6 +89,7 @@ class TrainConfig:
     drop_path: float = 0.0
     loss: str = "sigmoid"
     label_smoothing: float = 0.0
+    class_weights: str | Sequence[float] | None = None
     precision: str = "auto"
     compiled: bool | None = None
     trim: int | None = None
@@ -140,7 +145,27 @@ class TrainConfig:
             remedy = "pass loss='softmax', whose targets are shares"
             raise ValueError(checks.sentence("label_smoothing", smoothing, expected, remedy))
         object.__setattr__(self, "label_smoothing", smoothing)
+        object.__setattr__(self, "class_weights", self._checked_class_weights())
         checks.choice("precision", self.precision, PRECISIONS, "choose a precision")
+
+    def _checked_class_weights(self) -> str | tuple[float, ...] | None:
+        weights, remedy = self.class_weights, "1 for all is None"
+        if weights is None:
+            return None
+        if self.loss not in ("softmax", "sigmoid"):
+            expected = f"None with loss={self.loss!r}"
+            raise ValueError(checks.sentence("class_weights", weights, expected, "it has none"))
+        if isinstance(weights, str):
+            return checks.choice("class_weights", weights, ("balanced",), remedy)
+        found = []
+        for number, weight in enumerate(weights):
+            value = checks.real_number(f"class_weights[{number}]", weight, remedy)
+            if not 0 <= value < math.inf:
+                expected = "a finite number, 0 or more"
+                what = f"class_weights[{number}]"
+                raise ValueError(checks.sentence(what, value, expected, remedy))
+            found.append(float(value))
+        return tuple(found)
 
     def validates(self, done: int) -> bool:
         """Return whether the model is measured after so many steps."""

@@ -61,17 +61,20 @@ class ImageChecks:
     def columns(self) -> list[str]:
         """Return the columns that stored rows must have."""
         label = None if self.manifest["label_column"] is None else pa.null()
-        return list(self._schema(label, self.manifest["materialized"]).names)
+        weighted = self.manifest.get("weight_column") is not None
+        return list(self._schema(label, self.manifest["materialized"], weighted).names)
 
     def schema_of(self, rows: pa.Table) -> pa.Schema:
         """Return the schema rows must have, given the type of their labels."""
         label = value_type_of(rows, "labels") if "labels" in rows.column_names else None
-        return self._schema(label, "patches" in rows.column_names)
+        return self._schema(label, "patches" in rows.column_names, "weight" in rows.column_names)
 
-    def _schema(self, label: pa.DataType | None, has_pixels: bool) -> pa.Schema:
+    def _schema(
+        self, label: pa.DataType | None, has_pixels: bool, weighted: bool = False
+    ) -> pa.Schema:
         if has_pixels:
-            return schema.row_schema(self.config, label)
-        return schema.segment_schema(label, self.config)
+            return schema.row_schema(self.config, label, weighted=weighted)
+        return schema.segment_schema(label, self.config, weighted=weighted)
 
     def broken_segments(self, segments: Rows) -> Iterator[Check]:
         """Yield each thing that can be wrong with segments."""
@@ -158,7 +161,8 @@ class ImageChecks:
         """Return the stages that an example may be rejected at."""
         sized = "probe" if self.manifest.get("size_columns") is None else "size"
         found = {
-            "label": self.manifest["label_column"] is not None,
+            "label": self.manifest["label_column"] is not None
+            or self.manifest.get("weight_column") is not None,
             "tokens": self.texts is not None,
             "decode": self.manifest["materialized"],
         }
@@ -223,6 +227,7 @@ class ImageChecks:
         """Return the columns of the source that rows were made from."""
         names = [self.manifest["image_column"], self.manifest["label_column"]]
         names += self.manifest.get("size_columns") or []
+        names += [self.manifest.get("weight_column")]
         names += [] if self.texts is None else self.texts.columns.lists
         return [name for name in names if name is not None]
 

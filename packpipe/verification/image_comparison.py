@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, Value
 from numpy.typing import NDArray
 
 from packpipe.building.shards import MANIFEST
@@ -29,7 +29,7 @@ from packpipe.rows.rows import Rows
 from packpipe.rows.text import wide
 from packpipe.sources.columns import TokenColumns, holds_images, holds_labels, holds_numbers
 from packpipe.sources.image_source import ImageSource
-from packpipe.sources.labels import labels_of
+from packpipe.sources.labels import labels_of, weights_of
 from packpipe.sources.sizes import column_sizes
 from packpipe.sources.survey import Sizes, probe_sizes, survey
 from packpipe.sources.token_source import token_source
@@ -75,12 +75,16 @@ class ImageComparison:
             yield Problem("dataset", f"has labels of type {labels.type}, expected {stored}")
             labels = None
         sizes = self._sizes()
-        usable = survey(sizes, [] if of_source is None else of_source.rejects)
+        weights = weights_of(self.dataset, self.manifest.get("weight_column"))
+        values = [values for values in (of_source, weights) if values is not None]
+        usable = survey(sizes, [reject for value in values for reject in value.rejects])
         num_broken = usable.broken_exif
         if self.texts is not None:
             of_texts = token_source(self.dataset, self.texts)
             usable = usable.without(of_texts.rejects)
-        differing = yield from _different_columns(found, sizes, labels)
+        differing = yield from _different_columns(
+            found, sizes, labels, None if weights is None else weights.values
+        )
         if rejects is not None:
             lost, unknown = self._lost_again(rejects, sizes)
             bad, depth = [*usable.rejects, *lost], depth_of(self.manifest, self.dataset)
@@ -107,6 +111,8 @@ class ImageComparison:
         expected = {self.manifest["image_column"]: (holds_images, "images")}
         if label is not None:
             expected[label] = (holds_labels, "labels")
+        if (weight := self.manifest.get("weight_column")) is not None:
+            expected[weight] = (lambda feature: isinstance(feature, Value), "weights")
         for name in [] if self.texts is None else self.texts.lists:
             expected[name] = (holds_numbers, "lists of numbers")
         for name, (fits, what) in expected.items():
@@ -204,7 +210,10 @@ def _label_type(found: FoundRows) -> pa.DataType | None:
 
 
 def _different_columns(
-    found: FoundRows, sizes: Sizes, labels: pa.Array | None
+    found: FoundRows,
+    sizes: Sizes,
+    labels: pa.Array | None,
+    weight: NDArray[np.float32] | None = None,
 ) -> Generator[Problem, None, NDArray[np.bool_]]:
     """Yield which rows have other sizes or labels than the source.
 
@@ -226,6 +235,9 @@ def _different_columns(
         if labels is not None and stored is not None:
             ours, theirs = stored.take(pa.array(at)), labels.take(pa.array(known))
             columns.append(("labels", ours, theirs, same_values(ours, theirs)))
+        if weight is not None and "weight" in part.segments:
+            ours, theirs = part.weight[at], weight[known]
+            columns.append(("weight", ours, theirs, ours == theirs))
         for name, ours, theirs, same in columns:
             if same.all():
                 continue
@@ -241,7 +253,9 @@ def _different_columns(
 
 def _plain(value: Any) -> Any:
     """Return a value as Python has it."""
-    return value.as_py() if isinstance(value, pa.Scalar) else tuple(value.tolist())
+    if isinstance(value, pa.Scalar):
+        return value.as_py()
+    return tuple(value.tolist()) if value.ndim else value.item()
 
 
 def _pixel_difference(
