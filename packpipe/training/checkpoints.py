@@ -221,7 +221,7 @@ def _unreadable(checkpoint: Path) -> str:
                 pass
     except (ValueError, TypeError, KeyError, SafetensorError) as error:
         return f"{name}: {error}"
-    return "" if version == _WITHOUT_CHECKSUMS else f"{_CHECKSUMS} is missing"
+    return f"{_CHECKSUMS} is missing" if version in (_VERSION, _WITH_AVERAGES) else ""
 
 
 def _checksums(checkpoint: Path) -> dict[str, bytes]:

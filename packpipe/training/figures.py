@@ -28,7 +28,8 @@ class Record:
         tokens_per_s: real tokens a second.
         fill: real tokens ÷ slots.
         data_wait: share of the time spent waiting for the loader.
-        flops_per_s: useful FLOPs a second (`packpipe.model.flops`).
+        flops_per_s: useful FLOPs a second (`packpipe.model.flops`); what is frozen, or left out by
+            drop path, counts as if it were trained.
         mfu: flops_per_s ÷ the measured rate of matrix products; None on a CPU.
         val_loss: mean over the validation images of all ranks, without label smoothing; None where
             they were not measured.

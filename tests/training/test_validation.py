@@ -270,9 +270,10 @@ def test_stopped_anywhere_it_goes_on_to_the_same_figures(stop, asks, whole, tmp_
 def test_killed_anywhere_it_goes_on_to_the_same_bits(tmp_path):
     _, model = trained(tmp_path / "whole")
     folder, seen = tmp_path / "killed", []
-    for wait in (1, 2, 2, 0):  # lines to wait for before each kill
-        # Every other step has a checkpoint, or is validated. However late, no kill comes too late:
-        # of twelve steps eleven are taken at most before the last one.
+    for wait in (1, 3, 2, 0):  # lines to wait for before each kill
+        # Every other step has a checkpoint, or is validated, so the third line is written after the
+        # first one. However late, no kill comes too late: 3 + 5 + 4 steps are all of them at most,
+        # and behind the last of each run there is no end, but a sleep.
         most = wait + 2 if wait else 0
         process = Forked(learning.__file__, folder, 2, most, 3)
         if wait:
