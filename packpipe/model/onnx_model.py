@@ -127,7 +127,6 @@ class OnnxModel:
             remedy = "export with fewer max_tokens"
             raise ValueError(checks.sentence("grid_hw", side, expected, remedy))
         answers: dict[int, NDArray[np.float32]] = {}
-        width = self._session.get_outputs()[output].shape[-1]
         for batch in packs.batches(self.batch_size):
             values = self.run(batch)[output]
             for row, number in zip(*np.nonzero(batch["seq_lens"]), strict=True):
@@ -135,11 +134,12 @@ class OnnxModel:
                 if self.is_dense:
                     # All tokens of an image are there, row by row of its grid.
                     tokens = batch["segment_ids"][row] == number + 1
-                    one = values[row, tokens].reshape(*batch["grid_hw"][row, number], width)
+                    one = values[row, tokens].reshape(*batch["grid_hw"][row, number], -1)
                 answers[int(batch["example_index"][row, number])] = one
         found = [answers[number] for number in range(len(answers))]
         if self.is_dense:
             return found
+        width = self._session.get_outputs()[output].shape[-1]
         return np.stack(found) if found else np.empty((0, width), np.float32)
 
 

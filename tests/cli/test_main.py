@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import packpipe
 from packpipe import CenterCrop, Crop, Uniform
+from packpipe.cli.errors import in_a_line
 from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
 from packpipe.samples import images_folder
@@ -423,6 +424,8 @@ def test_what_is_not_installed_is_named(packed, monkeypatch):
     result = run("show", packed)
     assert result.exit_code == 2
     assert "is not installed; pip install 'packpipe[demo]'" in result.stderr
+    missing = in_a_line(ModuleNotFoundError("", name="onnxruntime"))
+    assert missing == "onnxruntime is not installed; pip install 'packpipe[onnx]'"
 
 
 @contextmanager
