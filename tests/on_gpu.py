@@ -54,6 +54,15 @@ def test_packed_equals_alone_and_every_parameter_learns(backend, dtype, position
 
 
 @every_run
+@pytest.mark.parametrize("switch", packed.SWITCHES)
+def test_packed_equals_alone_with_every_switch(backend, dtype, switch):
+    pooling = packed.SWITCHES[switch].get("pooling", "attention")
+    setting = setting_of(backend, dtype, pooling=pooling, switch=switch)
+    laws.packed_equals_alone(setting, MANY, TOLERANCES[dtype])
+    laws.every_parameter_learns(setting, MANY)
+
+
+@every_run
 def test_packed_equals_alone_with_augmentation(backend, dtype):
     setting = laws.Augmented(backend, dtype=dtype, device="cuda", dim=64)
     assert setting.batch(MANY).colours is not None

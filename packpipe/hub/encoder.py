@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,17 @@ def filters(processing: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         processing: its settings, ``resample`` among them.
+
+    Raises:
+        ValueError: the filter is not known, or images are not resized, rescaled and normalised.
     """
+    remedy = "packed images are resized, and scaled by 1/255"
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if processing.get(name, True) is not True:
+            raise ValueError(checks.sentence(name, processing[name], "True", remedy))
+    scale = processing.get("rescale_factor", 1 / 255)
+    if not math.isclose(scale, 1 / 255, rel_tol=1e-6):
+        raise ValueError(checks.sentence("rescale_factor", scale, "1/255", remedy))
     number = processing["resample"]
     if number not in range(len(_RESAMPLING)):
         expected = f"a number of Pillow's filters, 0..{len(_RESAMPLING) - 1}"

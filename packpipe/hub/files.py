@@ -63,12 +63,16 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 
 def processing_of(folder: Path) -> dict[str, Any]:
-    """Return the settings of a folder's image processor; none if it has no file of them."""
-    for name, key in ((_PROCESSOR, None), (_PROCESSORS, "image_processor")):
-        if (folder / name).exists():
-            found = json.loads((folder / name).read_bytes())
-            return dict(found if key is None else found.get(key, {}))
-    return {}
+    """Return the settings of a folder's image processor, but for those that are null.
+
+    Without a file of them there are none.
+    """
+    found: dict[str, Any] = {}
+    if (folder / _PROCESSOR).exists():
+        found = json.loads((folder / _PROCESSOR).read_bytes())
+    elif (folder / _PROCESSORS).exists():
+        found = json.loads((folder / _PROCESSORS).read_bytes()).get("image_processor", {})
+    return {name: value for name, value in found.items() if value is not None}
 
 
 class Weights:

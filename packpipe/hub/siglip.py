@@ -108,8 +108,12 @@ def _packing(config: NaViTConfig, processing: dict[str, Any], *, naflex: bool) -
         sizes: dict[str, Any] = {"resolution": "budget", "max_tokens": tokens}
     else:
         # A side of whole patches: what a convolution leaves over at the edge is not seen.
-        size = processing.get("size", {}).get("height", config.side * config.patch_size)
-        side = size // config.patch_size
+        usual = config.side * config.patch_size
+        size = processing.get("size", {"height": usual, "width": usual})
+        if size.get("height") is None or size["height"] != size.get("width"):
+            expected, remedy = "one height and width", "other processors are not known"
+            raise ValueError(checks.sentence("size", size, expected, remedy))
+        side = size["height"] // config.patch_size
         tokens, sizes = side**2, {"resolution": Square(Constant(side * config.patch_size))}
     return PackConfig(
         seq_len=seq_len_of(tokens), patch_size=config.patch_size, **sizes, **filters(processing)

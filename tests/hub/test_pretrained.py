@@ -330,12 +330,40 @@ def test_what_is_not_known_is_refused(settings, message, tmp_path):
         from_pretrained(tmp_path)
 
 
-def test_an_unknown_filter_is_refused(tmp_path):
-    saved(tmp_path, NAFLEX)
-    (tmp_path / "preprocessor_config.json").write_text('{"resample": 9}')
-    message = "resample is 9, expected a number of Pillow's filters, 0..5; correct the processor's"
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resample": 9}, "resample is 9, expected a number of Pillow's filters, 0..5; correct"),
+        ({"do_resize": False}, "do_resize is False, expected True; packed images are resized"),
+        ({"rescale_factor": 1.0}, "rescale_factor is 1.0, expected 1/255; packed images are"),
+        ({"size": {"shortest_edge": 8}}, "size is {'shortest_edge': 8}, expected one height and"),
+        ({"size": {"height": 8, "width": 9}}, "size is {'height': 8, 'width': 9}, expected one h"),
+    ],
+)
+def test_a_processor_that_is_not_known_is_refused(settings, message, tmp_path):
+    saved(tmp_path, FIXED)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=re.escape(message)):
         from_pretrained(tmp_path)
+
+
+def test_without_a_pool_each_token_has_its_own_output(tmp_path):
+    torch.manual_seed(1)
+    config = transformers.Siglip2VisionConfig(**NAFLEX.vision, vision_use_head=False)
+    original = shaken(transformers.Siglip2VisionModel(config))
+    original.save_pretrained(tmp_path)
+    model, _ = from_pretrained(tmp_path)
+    batch = packed.batch_of(packed.RowSet(lens=[[6, 4]], seq_len=12, max_segments=2))
+    outputs = model(batch)[0]
+    for (_, number, one), place in zip(packed.alone(batch), (0, 6), strict=True):
+        patches = one.patches[0]
+        wanted = original(
+            pixel_values=patches[None].float() / 127.5 - 1,
+            pixel_attention_mask=torch.ones(1, len(patches), dtype=torch.int32),
+            spatial_shapes=one.grid_hw[0].long(),
+        ).last_hidden_state[0]
+        assert len(wanted) == batch.seq_lens[0, number]
+        assert close(outputs[place : place + len(wanted)], wanted, 1e-5)
 
 
 def test_a_name_is_looked_up_on_the_hub(tmp_path, monkeypatch):
