@@ -13,7 +13,13 @@ from packpipe.augmenting.augment import Augment, Draws
 from packpipe.augmenting.colours import inverted_from, matrices
 from packpipe.augmenting.mixing import mixed
 from packpipe.augmenting.tokens import tokens_of
-from packpipe.augmenting.turning import move_patches, turned_coords, turned_grids, ways_of
+from packpipe.augmenting.turning import (
+    move_patches,
+    turned_cells,
+    turned_coords,
+    turned_grids,
+    ways_of,
+)
 from packpipe.philox import Key
 from packpipe.rows.pairs import PairRows
 from packpipe.rows.rows import Rows
@@ -36,8 +42,17 @@ def refuse_pairs(augment: Augment) -> None:
         raise ValueError(checks.sentence(name, getattr(augment, name), expected, remedy))
 
 
+def refuse_targets(has_targets: bool) -> None:
+    """Raise ValueError if images with a class for each pixel would be mixed."""
+    if has_targets:
+        expected, remedy = "rows without targets, for mixup and cutmix", "leave those out"
+        raise ValueError(checks.sentence("packs", "rows with targets", expected, remedy))
+
+
 def augmented(rows: Rows | PairRows, augment: Augment, key: Key) -> Any:
     """Return the rows as drawn for an epoch; of pairs, the images.
+
+    Targets are moved as pixels are; those of an erased box stay, as labels do.
 
     Patches are moved in place where they can be written to, and in a copy where they cannot (views
     of Arrow's memory). Colours are not applied yet: segments gain ``colours``, float32[segments, 3,
@@ -61,6 +76,8 @@ def augmented(rows: Rows | PairRows, augment: Augment, key: Key) -> Any:
         expected = "rows that say which example is which, for augment"
         remedy = "pack with pack, or map with with_indices=True"
         raise ValueError(checks.sentence("example_index", -1, expected, remedy))
+    if augment.mixes:
+        refuse_targets("targets" in rows.tokens)
     draws = augment.drawn(key, rows.example_index, rows.views)
     if augment.moves or augment.erase:
         rows = _moved(rows, augment, draws)
@@ -83,7 +100,7 @@ def _moved(rows: Rows, augment: Augment, draws: Draws) -> Rows:
         for values in (rows.patches, rows.coords)
     )
     flat, places = patches.reshape(-1, patches.shape[-1]), coords.reshape(-1, 2)
-    grid_hw = rows.grid_hw
+    grid_hw, moved = rows.grid_hw, {"patches": patches, "coords": coords}
     if augment.moves:
         ways = ways_of(draws.flip, draws.vertical_flip, draws.turns)
         grid_hw = turned_grids(ways, grid_hw)
@@ -95,12 +112,16 @@ def _moved(rows: Rows, augment: Augment, draws: Draws) -> Rows:
         sources[real] = real[order]
         places[real] = there[order]
         move_patches(flat, ways, starts, lens, sources)
+        if "targets" in rows.tokens:
+            moved["targets"] = rows.targets.copy()
+            cells = rows.targets.reshape(len(flat), -1)
+            moved["targets"].reshape(cells.shape)[real] = turned_cells(
+                cells[sources[real]], ways[owner]
+            )
     if augment.erase:
         flat[_erased(draws, lens, starts, grid_hw, places)] = _ERASED
     segments = {**rows.segments, "grid_hw": grid_hw}
-    return replace(
-        rows, segments=segments, tokens={**rows.tokens, "patches": patches, "coords": coords}
-    )
+    return replace(rows, segments=segments, tokens={**rows.tokens, **moved})
 
 
 def _erased(

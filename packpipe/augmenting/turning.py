@@ -14,6 +14,8 @@ Cost: each patch that moves is copied twice, within the cache.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -74,13 +76,30 @@ def move_patches(
         lens: int[n], its tokens.
         sources: int64[tokens], which token comes here, of the same picture.
     """
-    side = side_of(patches.shape[1])
-    numbers = np.arange(side * side).reshape(side, side)
-    pixels = np.stack(
-        [np.rot90(numbers[:, ::-1] if way >= 4 else numbers, way % 4).ravel() for way in range(8)]
-    )
+    pixels = _places(side_of(patches.shape[1]))
     spare = np.empty((max(lens, default=0), patches.shape[1]), np.uint8)
     _move(patches, ways, starts, np.asarray(lens, np.int64), sources, pixels, spare)
+
+
+def turned_cells(cells: NDArray[np.integer], ways: NDArray[np.int64]) -> NDArray[np.integer]:
+    """Return the cells of tokens, turned within each as its pixels are.
+
+    Args:
+        cells: [tokens, n·n], by row and column.
+        ways: int64[tokens], how the token's picture is to lie.
+    """
+    found: NDArray[np.integer] = np.take_along_axis(
+        cells, _places(math.isqrt(cells.shape[1]))[ways], axis=1
+    )
+    return found
+
+
+def _places(side: int) -> NDArray[np.int64]:
+    """Return int64[8, side²], which place of a square each one comes from, by way."""
+    numbers = np.arange(side * side).reshape(side, side)
+    return np.stack(
+        [np.rot90(numbers[:, ::-1] if way >= 4 else numbers, way % 4).ravel() for way in range(8)]
+    )
 
 
 @njit(cache=True, nogil=True)

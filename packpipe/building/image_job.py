@@ -17,6 +17,7 @@ from datasets import Dataset, Features
 from numpy.typing import NDArray
 from PIL import features as codecs
 
+from packpipe import checks
 from packpipe._version import __version__
 from packpipe.building.job import FilledRows, Job, PlannedRows
 from packpipe.images.extras import extra_versions
@@ -32,9 +33,9 @@ from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import plan_epoch
 from packpipe.rows import schema
 from packpipe.rows.fill_ahead import filled_ahead
-from packpipe.rows.fill_images import planned_images
+from packpipe.rows.fill_images import Masks, planned_images
 from packpipe.rows.rejects import Reject
-from packpipe.sources.columns import ImageColumns
+from packpipe.sources.columns import ImageColumns, target_rules_of
 from packpipe.sources.features import packed_features
 from packpipe.sources.image_source import ImageSource
 from packpipe.sources.labels import Labels, Weights, labels_of, weights_of
@@ -104,6 +105,21 @@ class Images:
         """What each row counts in the loss, or None."""
         return weights_of(self.dataset, self.columns.weight)
 
+    @cached_property
+    def masks(self) -> Masks | None:
+        """The masks by row number, and how they become targets; None without any."""
+        columns = self.columns
+        rules = target_rules_of(
+            self.dataset.features, columns.mask, columns.target_stride, self.config.patch_size
+        )
+        if rules is None:
+            return None
+        if not self.materialize:
+            expected, remedy = "True with mask_column", "EpochPacks makes rows when they are read"
+            raise ValueError(checks.sentence("materialize", False, expected, remedy))
+        rows = self.dataset.select_columns([self.columns.mask]).with_format("arrow")
+        return Masks(ImageSource(rows, self.columns.root), rules)
+
     @property
     def label(self) -> Any:
         """Feature of the stored labels, or None."""
@@ -113,7 +129,14 @@ class Images:
     def features(self) -> Features:
         """Features of the stored rows."""
         weighted = self.columns.weight is not None
-        return packed_features(self.config, self.label, tokens=self.materialize, weighted=weighted)
+        targets = None if self.masks is None else self.masks.rules
+        return packed_features(
+            self.config,
+            self.label,
+            tokens=self.materialize,
+            weighted=weighted,
+            targets=targets,
+        )
 
 
 def image_job(images: Images) -> Job:
@@ -174,16 +197,21 @@ def plan_images(
         found = found.without(texts.rejects)
         also = texts.lens[found.index], texts.seq_len
     read: Callable[[int], ImageData] = images.source
+    masks = images.masks
     index, rejects = found.index, found.rejects
     if numbers is not None:
         index = numbers[index]
         rejects = [r._replace(example_index=int(numbers[r.example_index])) for r in rejects]
         read = _by_number(images.source, index, found.index)
+        if masks is not None:
+            masks = masks._replace(read=_by_number(masks.read, index, found.index))
     plan = plan_epoch(found.image_hw, config, **images.key._asdict(), index=index, also=also)
     labels = None if images.labels is None else images.labels.values.take(pa.array(found.index))
     weight = None if images.weights is None else images.weights.values[found.index]
     # Beside the patches, 8 bytes a token: an int32 of segment_ids and two int16 of coords.
     pixels = config.row_bytes + config.seq_len * 8 if images.materialize else 0
+    if masks is not None:
+        pixels += masks.padding(1, config).nbytes
     more = schema.sometimes_of(config, weighted=weight is not None)
     row_size = pixels + (5 + len(more)) * 4  # and one offset of each of five to eight lists
     # Length, grid, size, index, (a guess) label; box, and view and weight.
@@ -199,14 +227,14 @@ def plan_images(
         row_size=row_size,
         segment_size=segment_size,
         text_sizes=np.zeros(len(plan), np.int64),
-        fill=partial(_fill, images, plan, labels, weight, read),
+        fill=partial(_fill, images, plan, labels, weight, read, masks),
         counts=partial(_counts, images, plan, found.broken_exif),
         facts=partial(_facts, plan),
     )
 
 
 def _by_number(
-    source: ImageSource, numbers: NDArray[np.int64], rows: NDArray[np.int64]
+    source: Callable[[int], ImageData], numbers: NDArray[np.int64], rows: NDArray[np.int64]
 ) -> Callable[[int], ImageData]:
     """Return a function that reads an image by its number instead of its row."""
     row_of = dict(zip(numbers.tolist(), rows.tolist(), strict=True))
@@ -219,6 +247,7 @@ def _fill(
     labels: pa.Array | None,
     weight: NDArray[np.float32] | None,
     read: Callable[[int], ImageData],
+    masks: Masks | None,
     packs: list[range],
 ) -> Generator[FilledRows, None, None]:
     """Yield the rows of each range of packs."""
@@ -235,6 +264,7 @@ def _fill(
         labels,
         read,
         weight=weight,
+        masks=masks,
         num_workers=images.num_workers,
         seconds=images.image_seconds,
     )
@@ -280,6 +310,18 @@ def _facts(plan: EpochPlan, rejects: list[Reject]) -> dict[str, Any]:
     return {"undecoded": np.column_stack([plan.index, plan.image_hw])[lost].tolist()}
 
 
+def _mask_record(images: Images) -> dict[str, Any]:
+    """Return what targets depend on; nothing without masks."""
+    if images.masks is None:
+        return {}
+    source: Any = images.masks.read
+    return {
+        "mask_column": images.columns.mask,
+        "targets": images.masks.rules._asdict(),
+        "mask_files": source.files_digest(),
+    }
+
+
 def _record(images: Images) -> dict[str, Any]:
     """Return everything the bytes of the folder depend on."""
     # Not num_workers, which changes no row; nor the limits on rejects, which every call checks for
@@ -302,6 +344,7 @@ def _record(images: Images) -> dict[str, Any]:
         "image_column": columns.image,
         "label_column": columns.label,
         **({} if columns.weight is None else {"weight_column": columns.weight}),
+        **_mask_record(images),
         "size_columns": None if columns.sizes is None else list(columns.sizes),
         "image_root": columns.root,
         "config": images.config.to_dict(),

@@ -28,6 +28,8 @@ def pack(
     image_column: str = "auto",
     label_column: str | None = "auto",
     weight_column: str | None = None,
+    mask_column: str | None = None,
+    target_stride: int | None = None,
     size_columns: tuple[str, str] | None = None,
     image_root: str | Path | None = None,
     token_columns: str | Sequence[str] = "auto",
@@ -70,6 +72,13 @@ def pack(
             losses. One that is named may hold anything, for `read_rows`; None leaves labels out.
         weight_column: name of the column of what each image counts in the loss, numbers of 0 or
             more; None is 1 for all.
+        mask_column: name of the column of class maps, of the size of their images: PNG of one
+            channel or with a palette, or arrays [height, width] of uint8 or uint16. They are
+            cropped, resized (`packpipe.images.masks` says which pixel is taken) and divided as
+            their images are, into a column ``targets``; 255 (of uint16 arrays 65535) is no class.
+            An image whose mask is missing, of another size or broken is in `rejects`.
+        target_stride: a target is the class of so many pixels squared of the planned image, which
+            divide patch_size; None is one a patch.
         size_columns: names of the columns of upright heights and widths in pixels; None reads
             every header once and keeps the sizes beside the data.
         image_root: the only folder that paths in the dataset may lead into, for datasets that you
@@ -141,6 +150,8 @@ def pack(
         image_column=image_column,
         label_column=label_column,
         weight_column=weight_column,
+        mask_column=mask_column,
+        target_stride=target_stride,
         size_columns=size_columns,
         image_root=image_root,
         token_columns=token_columns,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from datasets import ClassLabel, Dataset, Image
 
+from packpipe import checks
 from packpipe.cli.labels import labelled, with_classes_of
 from packpipe.cli.layouts import packs_of
 from packpipe.cli.training_run import device_of_this_rank
@@ -21,7 +22,7 @@ from packpipe.rows import rejects
 from packpipe.rows.rejects import Reject
 from packpipe.training.evaluation import Measures, measure
 from packpipe.training.losses import LOSSES
-from packpipe.training.objective import is_regression
+from packpipe.training.objective import is_dense, is_regression
 from packpipe.training.run_folder import RunOptions, load_model
 
 ALL_MAY_BE_BAD = {"max_bad_fraction": 1.0, "max_consecutive_bad": 2**62}
@@ -48,7 +49,7 @@ def evaluate(
         max_bad_fraction: a larger share of images that cannot be read is an error.
         precision: see `packpipe.model.precision`.
     """
-    model, options = loaded(run)
+    model, options = _classifier(run)
     images = labelled(dataset, options.loss)
     if options.class_names is not None:
         images = with_classes_of(images, ClassLabel(names=list(options.class_names)))
@@ -93,7 +94,7 @@ def predictions(
         num_workers: threads that decode ahead.
         precision: see `packpipe.model.precision`.
     """
-    model, options = loaded(run)
+    model, options = _classifier(run)
     dataset = Dataset.from_dict({"image": images}).cast_column("image", Image())
     packs = packs_of(dataset, options.packing, num_workers, **ALL_MAY_BE_BAD)
     with in_rejects_alone():
@@ -129,6 +130,16 @@ def in_rejects_alone() -> Iterator[None]:
         yield
     finally:
         rejects.log.setLevel(before)
+
+
+def _classifier(run: Path) -> tuple[NaViT, RunOptions]:
+    """Return a trained model that gives an output an image; ValueError if it gives maps."""
+    model, options = loaded(run)
+    if is_dense(model.config):
+        expected = "one that gives an output an image, for commands"
+        remedy = "call packpipe.predict, and class_map of each output"
+        raise ValueError(checks.sentence("pooling of the model", "none", expected, remedy))
+    return model, options
 
 
 def loaded(run: Path) -> tuple[NaViT, RunOptions]:

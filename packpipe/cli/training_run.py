@@ -375,7 +375,7 @@ def _line(record: Record, as_json: bool) -> str:
     if as_json:
         return json_line(asdict(record))
     figures = {"val loss": record.val_loss, "val accuracy": record.val_accuracy}
-    figures |= {"val ECE": record.val_ece, "val error": record.val_error}
+    figures |= {"val ECE": record.val_ece, "val error": record.val_error, "val IoU": record.val_iou}
     measured = "".join(
         f"  {name} {value:.{4 if name == 'val loss' else 3}f}"
         for name, value in figures.items()

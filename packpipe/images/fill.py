@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packpipe.images.decode import PixelRules, decode
+from packpipe.images.masks import TargetRules, decode_mask, write_targets
 from packpipe.images.opening import BadImage, ImageData, SizeChanged
 from packpipe.images.patches import patchify, side_of
 
@@ -40,6 +41,7 @@ class ImageTask(NamedTuple):
         kept: int32[tokens], which patches in raster order; None for all of the grid.
         box: (top, left, height, width) in pixels of the upright image; None for all of it.
         view: which of its example's views it is.
+        mask: its class of every pixel, as data is; None without targets.
     """
 
     example: int
@@ -49,6 +51,7 @@ class ImageTask(NamedTuple):
     kept: NDArray[np.int32] | None
     box: tuple[int, int, int, int] | None = None
     view: int = 0
+    mask: ImageData | Failure | Callable[[], ImageData | Failure] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -65,6 +68,8 @@ def fill_row(
     out: NDArray[np.uint8],
     rules: PixelRules,
     transform: Callable[[NDArray[np.uint8], int, int], NDArray[np.uint8]] | None = None,
+    targets: NDArray[np.integer] | None = None,
+    target_rules: TargetRules | None = None,
 ) -> list[Outcome]:
     """Write the tokens of some images one after the other, then zeros; return what came of each.
 
@@ -76,6 +81,9 @@ def fill_row(
         rules: how pixels are made.
         transform: makes other pixels of those of an image, its example and view; what it raises
             is raised.
+        targets: uint8 or uint16[seq_len, T], every number of which is written from the masks of the
+            images; None without targets.
+        target_rules: how masks become targets.
 
     Returns:
         One outcome for each image.
@@ -101,18 +109,50 @@ def fill_row(
                 rules=rules,
                 box=image.box,
             )
+            cells = None if target_rules is None else _cells(image, target_rules, rules, patch_size)
         except BadImage as error:  # first, since a BadImage is a ValueError, too
             outcomes.append(Failure(error.reason, error.exception))
             continue
         except ValueError as error:
             kind = SizeChanged if isinstance(error, SizeChanged) else ValueError
             raise kind(f"example {image.example}: {error}") from error
+        if isinstance(cells, Failure):
+            outcomes.append(cells)
+            continue
         start, end = end, end + image.num_tokens
         pixels = found.pixels
         if transform is not None:
             pixels = transform(pixels, image.example, image.view)
         patchify(pixels, out[start:end], image.kept)
+        if targets is not None and cells is not None:
+            write_targets(cells, targets[start:end], image.grid_hw, image.kept)
         outcomes.append(found.flag)
     # Rows are used again, so what another row left behind must go.
     out[end:] = 0
+    if targets is not None:
+        targets[end:] = np.iinfo(targets.dtype).max
     return outcomes
+
+
+def _cells(
+    image: ImageTask, target_rules: TargetRules, rules: PixelRules, patch_size: int
+) -> NDArray[np.integer] | Failure:
+    """Return the class of every cell of an image, or why its mask cannot be read.
+
+    Raises:
+        BadImage: its mask cannot be decoded, or there is none.
+    """
+    mask = image.mask() if callable(image.mask) else image.mask
+    if isinstance(mask, Failure):
+        return mask
+    if mask is None:
+        raise BadImage("mask missing", "the image has no mask")
+    (rows, columns), side = image.grid_hw, patch_size // target_rules.stride
+    return decode_mask(
+        mask,
+        image_hw=image.image_hw,
+        target_hw=(rows * side, columns * side),
+        rules=target_rules,
+        max_pixels=rules.max_pixels,
+        box=image.box,
+    )

@@ -32,9 +32,11 @@ from numpy.typing import NDArray
 
 from packpipe.images.decode import PixelRules
 from packpipe.images.fill import Failure, ImageTask, Outcome
+from packpipe.images.masks import TargetRules
 from packpipe.images.opening import SizeChanged
+from packpipe.images.patches import side_of
 from packpipe.images.watch import STILL_SECONDS, Progress, Watch, run_time
-from packpipe.images.worker import PLACE_BYTES, message_of
+from packpipe.images.worker import PLACE_BYTES, message_of, parts_of
 
 _START = (
     "import json, sys; setup = json.loads(sys.argv[1]); sys.path[:] = setup['path']; "
@@ -76,10 +78,12 @@ class Decoders:
         row_shape: (seq_len, P·P·3) of a row.
         rules: how pixels are made.
         seconds: processor time an image may take; one that takes longer becomes a `Failure`.
+        targets: how masks become targets; None without masks.
         still_seconds: how long a process may stand still; see `watch`.
 
     Attributes:
         rows: uint8[num_rows, seq_len, P·P·3], the shared memory.
+        targets: uint8 or uint16[num_rows, seq_len, T], the same; None without masks.
     """
 
     def __init__(
@@ -90,23 +94,28 @@ class Decoders:
         rules: PixelRules,
         seconds: float,
         *,
+        targets: TargetRules | None = None,
         still_seconds: float = STILL_SECONDS,
     ) -> None:
         row_bytes = row_shape[0] * row_shape[1]
+        if targets is not None:
+            cells = targets.cells(side_of(row_shape[1]))
+            row_bytes += row_shape[0] * cells * np.dtype(targets.dtype).itemsize
         first_row = num_workers * PLACE_BYTES
         self._file = _shared_file(first_row + num_rows * row_bytes)
         memory = np.frombuffer(mmap.mmap(self._file, 0), np.uint8)
-        self.rows: NDArray[np.uint8] = memory[first_row:].reshape(num_rows, *row_shape)
-        setup = {
+        setup: dict[str, Any] = {
             # The parent's import path, so that a worker loads the same packpipe.
             "path": [folder for folder in sys.path if isinstance(folder, str)],
             "memory": self._file,
             "first_row": first_row,
             "row_shape": row_shape,
+            "targets": targets,
             "rules": rules,
             "seconds": seconds,
             "still_seconds": still_seconds,
         }
+        self.rows, self.targets = parts_of(memory[first_row:], setup)
         places = memory[:first_row].view(np.int64)
         self._processes = [
             _Process({**setup, "worker": worker}, places[worker : worker + 1])

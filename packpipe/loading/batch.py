@@ -96,6 +96,9 @@ class PackedBatch(_Columns):
         labels: int64[B, S], -100 where absent; or, of lists of K numbers and of floats (K = 1),
             float32[B, S, K], NaN where a number or the segment is absent. None, and no part of the
             mapping, without labels.
+        targets: uint8[B, L, T], the classes of the T cells of each patch, by row and column, 255
+            where there is none; of masks of uint16 int32, and 65535. None, and no part of the
+            mapping, without masks.
         weight: float32[B, S], what each image counts in the loss, 0 where absent; None, and no part
             of the mapping, without weights.
         view: int32[B, S], which of its example's views each segment is, -1 where absent; None, and
@@ -120,6 +123,7 @@ class PackedBatch(_Columns):
     grid_hw: Tensor
     example_index: Tensor
     labels: Tensor | None = None
+    targets: Tensor | None = None
     weight: Tensor | None = None
     view: Tensor | None = None
     colours: Tensor | None = None
@@ -181,7 +185,7 @@ class PackedBatch(_Columns):
         longest = int(self.seq_lens.sum(1).max())
         # A batch of empty rows keeps some tokens, too, so that no tensor has a length of 0.
         end = max(1, -(-longest // multiple)) * multiple
-        columns = ("patches", "segment_ids", "coords", "mix_offset")
+        columns = ("patches", "segment_ids", "coords", "targets", "mix_offset")
         return replace(self, **{name: self[name][:, :end] for name in columns if name in self})
 
     def pixels(self) -> Tensor:

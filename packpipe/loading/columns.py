@@ -76,6 +76,10 @@ def image_columns(rows: Rows, max_segments: int, *, copy: bool) -> dict[str, Any
     if "labels" in rows.segments:
         labels = label_values(rows.segments["labels"])
         columns["labels"] = pad(labels, NO_LABEL if labels.dtype == np.int64 else np.nan)
+    if "targets" in rows.tokens:
+        targets = rows.tokens["targets"]
+        wide = targets.dtype != np.uint8  # torch has few operations on uint16
+        columns["targets"] = targets.astype(np.int32) if wide else _owned(targets, copy)
     if "weight" in rows.segments:
         columns["weight"] = pad(rows.segments["weight"], 0)
     if "view" in rows.segments:

@@ -29,7 +29,7 @@ from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig, PackOptions, config_from
 from packpipe.planning.plan import plan_epoch
 from packpipe.rows.digests import hexdigest, labels_digest
-from packpipe.rows.fill_images import fill_rows, planned_images
+from packpipe.rows.fill_images import Masks, fill_rows, planned_images
 from packpipe.rows.rejects import Flagged, ReadFailures, Reject, tolerance_of
 from packpipe.rows.rows import Rows
 from packpipe.sources.columns import (
@@ -37,6 +37,8 @@ from packpipe.sources.columns import (
     check_labels,
     image_column_of,
     label_column_of,
+    mask_column_of,
+    target_rules_of,
     weight_column_of,
 )
 from packpipe.sources.image_source import ImageSource, checked_root
@@ -57,6 +59,8 @@ class EpochPacks:
         label_column: name of the column of labels, as in `pack`; ``"auto"`` finds it, None leaves
             labels out.
         weight_column: name of the column of what each image counts in the loss; None is 1 for all.
+        mask_column: name of the column of class maps, as in `pack`.
+        target_stride: pixels a side of a target, as in `pack`.
         size_columns: names of the columns of upright heights and widths; None reads headers.
         image_root: the only folder that paths may lead into; None follows every path, as in `pack`.
             Processes of a loader read for themselves: of what lies in ``memory://``, those that are
@@ -90,6 +94,8 @@ class EpochPacks:
         image_column: str = "auto",
         label_column: str | None = "auto",
         weight_column: str | None = None,
+        mask_column: str | None = None,
+        target_stride: int | None = None,
         size_columns: tuple[str, str] | None = None,
         image_root: str | Path | None = None,
         num_workers: int | None = None,
@@ -110,11 +116,20 @@ class EpochPacks:
             len(dataset), on_error, max_bad_fraction, max_consecutive_bad
         )
         self._undecodable, self._flagged = ReadFailures(), Flagged()
-        image_column = image_column_of(dataset.features, image_column)
+        mask_column = mask_column_of(dataset.features, mask_column)
+        image_column = image_column_of(dataset.features, image_column, mask=mask_column)
         label_column = label_column_of(dataset.features, label_column)
         check_labels(dataset.features, label_column, "pass label_column=None")
         rows = dataset.select_columns([image_column]).with_format("arrow")
-        self._source = ImageSource(rows, checked_root(image_root))
+        root = checked_root(image_root)
+        self._source = ImageSource(rows, root)
+        rules = target_rules_of(
+            dataset.features, mask_column, target_stride, self.config.patch_size
+        )
+        self._masks = None
+        if rules is not None:
+            of_masks = dataset.select_columns([mask_column]).with_format("arrow")
+            self._masks = Masks(ImageSource(of_masks, root), rules)
         labels = labels_of(dataset, label_column)
         weights = weights_of(dataset, weight_column_of(dataset.features, weight_column))
         with ThreadPoolExecutor(num_workers or os.cpu_count()) as executor:
@@ -164,6 +179,11 @@ class EpochPacks:
         return self._labels
 
     @property
+    def has_targets(self) -> bool:
+        """Whether rows have the class of every cell."""
+        return self._masks is not None
+
+    @property
     def transform_name(self) -> str | None:
         """Qualified name of the transform; None without any. Says nothing of what it does."""
         return None if self._transform is None else name_of(self._transform)
@@ -186,9 +206,15 @@ class EpochPacks:
 
     @cached_property
     def _contents(self) -> dict[str, str | None]:
-        weights = {} if self._weight is None else {"weights": hexdigest(self._weight.data)}
+        found: dict[str, str | None] = {}
+        if self._weight is not None:
+            found["weights"] = hexdigest(self._weight.data)
+        if self._masks is not None:
+            source: Any = self._masks.read
+            rules = repr(self._masks.rules).encode()
+            found["masks"] = hexdigest(rules, source.contents_digest().encode())
         return {
-            **weights,
+            **found,
             "labels": labels_digest(self._labels),
             "images": self._source.contents_digest(),
         }
@@ -215,7 +241,7 @@ class EpochPacks:
         planned = packs if isinstance(packs, Rows) else self.planned(key, packs)
         with forgetting_wrong_sizes(self._source, self.config.max_pixels):
             rows, rejects, flags = fill_rows(
-                planned, self._source, self.config, key, self._transform
+                planned, self._source, self.config, key, self._transform, self._masks
             )
         self._flagged.add(flags)
         self._undecodable.add(rejects, self._tolerance)

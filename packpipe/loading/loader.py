@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from packpipe import checks
 from packpipe.augmenting.augment import Augment
-from packpipe.augmenting.rows import refuse_pairs, refuse_tokens
+from packpipe.augmenting.rows import refuse_pairs, refuse_targets, refuse_tokens
 from packpipe.loading.columns import batch_columns
 from packpipe.loading.contents import check_contents
 from packpipe.loading.cursors import (
@@ -482,6 +482,8 @@ def _check_augment(augment: Any, packs: Any) -> None:
     refuse_tokens(getattr(packs, "of_tokens", False))
     if isinstance(packs, StoredPairs):
         refuse_pairs(augment)
+    if augment.mixes:
+        refuse_targets(getattr(packs, "has_targets", False))
     if augment.mixes and getattr(packs, "max_segments", None) == 1:
         expected, remedy = "2 or more, for mixup and cutmix", "put several into a row"
         raise ValueError(checks.sentence("packs.max_segments", 1, expected, remedy))

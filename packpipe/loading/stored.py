@@ -83,6 +83,11 @@ class StoredPacks:
         return None if none.of_tokens else self._labels(none)
 
     @property
+    def has_targets(self) -> bool:
+        """Whether the rows have the class of every cell of their images."""
+        return "targets" in read_rows(self._dataset, range(0)).tokens
+
+    @property
     def examples(self) -> Rows:
         """Which examples the rows hold, without their tokens."""
         names = ["seq_lens", "example_index"]

@@ -35,7 +35,7 @@ from packpipe.philox import Key
 from packpipe.planning.decisions import decide
 from packpipe.planning.image_config import PackConfig, PackOptions, config_from
 from packpipe.rows.fill_images import fill_rows, with_boxes
-from packpipe.rows.labels import as_arrow, vectors
+from packpipe.rows.labels import as_arrow
 from packpipe.rows.rejects import NAMED, Flagged, Reject, StreamReadFailures, Tally, tolerance_of
 from packpipe.rows.rows import Rows
 from packpipe.sources.columns import check_labels, image_column_of, label_column_of, pixel_type
@@ -362,10 +362,12 @@ class PackedStream:
         if self._label_column is not None:
             feature = self._features.get(self._label_column)
             kind = None if feature is None else feature.pa_type
-            labels = pa.array([one.label for one in held], kind)
-            if self._length is not None:
-                labels = as_arrow(vectors(labels).values)
-            segments["labels"] = labels
+            if self._length is None:
+                segments["labels"] = pa.array([one.label for one in held], kind)
+            else:
+                vectors = [_vector(one.label, self._length) for one in held]
+                numbers = np.array(vectors, np.float32).reshape(-1, self._length)
+                segments["labels"] = as_arrow(numbers)
         segments = with_boxes(segments, self.config, key)
         return Rows(np.cumsum([0, *map(len, packs)]), segments)
 
@@ -415,6 +417,12 @@ def _check_vector(label: Any, length: int) -> None:
         if number is not None and math.isinf(number):
             what = f"label[{place}] is {number}, expected a finite number, or NaN"
             raise BadImage("bad label", what)
+
+
+def _vector(label: Any, length: int) -> list[float]:
+    """Return the numbers of a label, NaN where one is missing."""
+    given = [None] * length if label is None else label
+    return [math.nan if number is None else number for number in given]
 
 
 def _image_data(value: Any, pixels: np.dtype[Any] | None, root: str | None) -> ImageData:

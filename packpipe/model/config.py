@@ -61,6 +61,9 @@ class NaViTConfig:
             no more patches an axis; other tables are interpolated. None takes the kind's default.
         pooling: of a segment's tokens: ``"attention"`` (MAP), ``"mean"``, ``"max"``, ``"first"``,
             or ``"none"``: an output a token, for dense maps.
+        target_stride: of a model without pooling: pixels a side of a cell, which divide patch_size;
+            every token then has num_classes logits for each of its cells, as rows packed with
+            ``mask_column`` have targets. None gives num_classes a token.
         head: ``"linear"``, or ``"unit"`` for outputs of length 1 (embeddings).
         attention: backend, one of `packpipe.model.attention.BACKENDS`; ``"auto"`` is the fastest on
             the model's device.
@@ -95,6 +98,7 @@ class NaViTConfig:
     position: str = "factorised_absolute_sum"
     max_side: int | None = None
     pooling: str = "attention"
+    target_stride: int | None = None
     head: str = "linear"
     attention: str = "auto"
     bias: bool = False
@@ -127,6 +131,8 @@ class NaViTConfig:
         checks.choice("position", self.position, POSITIONS, "choose a position embedding")
         checks.choice("pooling", self.pooling, POOLINGS, "choose a pooling")
         checks.choice("head", self.head, HEADS, "choose a head")
+        if self.target_stride is not None:
+            self._check_stride()
         checks.choice("attention", self.attention, ("auto", *BACKENDS), "choose a backend")
         checks.choice("activation", self.activation, ACTIVATIONS, "choose an activation")
         checks.choice("resize", self.resize, RESIZES, "choose an interpolation")
@@ -149,6 +155,25 @@ class NaViTConfig:
         if self.position == "rotary" and self.dim // self.heads % 4:
             found, expected = self.dim // self.heads, "a multiple of 4 with position='rotary'"
             raise ValueError(checks.sentence("dim ÷ heads", found, expected, "change dim or heads"))
+
+    def _check_stride(self) -> None:
+        remedy = "leave it out, or make the model with pooling='none' and num_classes"
+        if self.pooling != "none" or self.num_classes is None or self.head != "linear":
+            expected = "None, unless there are logits for each token"
+            raise ValueError(checks.sentence("target_stride", self.target_stride, expected, remedy))
+        stride = checks.whole_number(
+            "target_stride", self.target_stride, 1, self.patch_size, "pass that of the rows"
+        )
+        if self.patch_size % stride:
+            expected, remedy = f"a divisor of {self.patch_size} (patch_size)", "pass that of pack"
+            raise ValueError(checks.sentence("target_stride", stride, expected, remedy))
+        object.__setattr__(self, "target_stride", stride)
+
+    @property
+    def cells(self) -> int:
+        """Cells of a token that have logits of their own."""
+        stride = self.patch_size if self.target_stride is None else self.target_stride
+        return (self.patch_size // stride) ** 2
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> NaViTConfig:

@@ -41,7 +41,7 @@ def forward_flops(config: NaViTConfig, seq_lens: Tensor) -> int:
         # Keys and values of each token; logits and weighted sums; then an MLP a segment.
         flops += tokens * (4 * dim**2 + 4 * dim) + segments * (2 * dim**2 + 4 * dim * width)
     if config.num_classes is not None:
-        answers = tokens if config.pooling == "none" else segments
+        answers = tokens * config.cells if config.pooling == "none" else segments
         flops += answers * 2 * dim * config.num_classes
     return flops
 

@@ -79,7 +79,7 @@ class NaViT(nn.Module):
         self.pool = AttentionPool(config) if config.pooling == "attention" else None
         self.head: nn.Linear | None = None
         if config.num_classes is not None:
-            self.head = nn.Linear(dim, config.num_classes, bias=config.bias)
+            self.head = nn.Linear(dim, config.num_classes * config.cells, bias=config.bias)
         # ViT's usual start; norms keep torch's, position tables and the pool's query their own.
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -90,6 +90,7 @@ class NaViT(nn.Module):
     def forward(self, batch: PackedBatch, paths: Tensor | None = None) -> Tensor:
         """Return logits [B, S, K]; [B, L, K], 0 or meaningless in padding, if pooling is "none".
 
+        With ``target_stride`` they are [B, L, T, K], of the T cells of each token, row by row.
         Without num_classes, K is C: the pooled features. ``head="unit"`` gives vectors of length 1.
 
         Args:
@@ -168,7 +169,10 @@ class NaViT(nn.Module):
             x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
         rows, seq_len = batch.segment_ids.shape
         if self.config.pooling == "none":
-            return tokens.put_back(x, rows, seq_len)
+            by_token = tokens.put_back(x, rows, seq_len)
+            if self.config.target_stride is not None:
+                by_token = by_token.unflatten(-1, (self.config.cells, -1))
+            return by_token
         by_segment: Tensor = x.unflatten(0, (rows, -1))  # [B, S, K]
         return by_segment
 

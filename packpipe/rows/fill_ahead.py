@@ -18,6 +18,7 @@ from packpipe.images.pool import Decoders, RowTask
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.rows.fill_images import (
     Filled,
+    Masks,
     fill_rows,
     filled_rows,
     planned_images,
@@ -41,6 +42,7 @@ def filled_ahead(
     read_image: Callable[[int], ImageData],
     *,
     weight: NDArray[np.float32] | None = None,
+    masks: Masks | None = None,
     num_workers: int,
     seconds: float,
 ) -> Generator[Filled, None, None]:
@@ -55,6 +57,7 @@ def filled_ahead(
         labels: one value an image of the plan, or None.
         read_image: returns the image of a source row.
         weight: one an image of the plan, or None.
+        masks: those of the images, or None.
         num_workers: processes that decode; 0 decodes in this process.
         seconds: processor time that an image may take in a worker process.
 
@@ -64,12 +67,15 @@ def filled_ahead(
     config, key = plan.config, plan.key
     if num_workers == 0 or not batches:
         for packs in batches:
-            yield fill_rows(planned_images(plan, packs, labels, weight), read_image, config, key)
+            planned = planned_images(plan, packs, labels, weight)
+            yield fill_rows(planned, read_image, config, key, masks=masks)
         return
     most = max(map(len, batches))
     shape = (config.seq_len, config.patch_bytes)
     rules = pixel_rules(config)
-    with Decoders(num_workers, _BATCHES * most, shape, rules, seconds) as decoders:
+    targets = None if masks is None else masks.rules
+    memory = _BATCHES * most
+    with Decoders(num_workers, memory, shape, rules, seconds, targets=targets) as decoders:
         waiting: deque[_Batch] = deque()
         for number, packs in enumerate(batches):
             planned = planned_images(plan, packs, labels, weight)
@@ -79,14 +85,15 @@ def filled_ahead(
             first = number % _BATCHES * most
             rows = [
                 RowTask(row, images)
-                for row, images in enumerate(row_tasks(planned, tokens, read_image), first)
+                for row, images in enumerate(row_tasks(planned, tokens, read_image, masks), first)
             ]
             step = max(1, _TASK_TOKENS // config.seq_len)
             tasks = [
                 decoders.submit(rows[start : start + step]) for start in range(0, len(rows), step)
             ]
-            patches = decoders.rows[first : first + len(packs)]
-            waiting.append(_Batch(planned, tokens, patches, tasks))
+            own = slice(first, first + len(packs))
+            cells = None if decoders.targets is None else decoders.targets[own]
+            waiting.append(_Batch(planned, tokens, decoders.rows[own], tasks, cells))
             if len(waiting) == _BATCHES:
                 yield waiting.popleft().filled()
         while waiting:
@@ -100,7 +107,8 @@ class _Batch(NamedTuple):
     tokens: NDArray[np.int32]
     patches: NDArray[np.uint8]
     tasks: list[Future[list[list[Outcome]]]]
+    targets: NDArray[np.integer] | None
 
     def filled(self) -> Filled:
         outcomes = [row for task in self.tasks for row in task.result()]
-        return filled_rows(self.planned, self.tokens, self.patches, outcomes)
+        return filled_rows(self.planned, self.tokens, self.patches, outcomes, self.targets)

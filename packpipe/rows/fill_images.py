@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from packpipe.images.decode import pixel_rules
 from packpipe.images.fill import Failure, ImageTask, Outcome, fill_row
+from packpipe.images.masks import TargetRules
 from packpipe.images.opening import BadImage, ImageData
 from packpipe.images.transform import PixelFunction, transformed
 from packpipe.philox import Key
@@ -27,6 +28,23 @@ from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
+
+
+class Masks(NamedTuple):
+    """Where the masks of images are, and how they become targets.
+
+    Attributes:
+        read: returns the mask of a source row.
+        rules: stride and dtype.
+    """
+
+    read: Callable[[int], ImageData]
+    rules: TargetRules
+
+    def padding(self, num_rows: int, config: PackConfig) -> NDArray[np.integer]:
+        """Return targets of rows [num_rows, seq_len, T], all to be ignored."""
+        shape = (num_rows, config.seq_len, self.rules.cells(config.patch_size))
+        return np.full(shape, self.rules.ignore, self.rules.dtype)
 
 
 class Filled(NamedTuple):
@@ -100,6 +118,7 @@ def fill_rows(
     config: PackConfig,
     key: Key,
     transform: PixelFunction | None = None,
+    masks: Masks | None = None,
 ) -> Filled:
     """Return planned rows with their tokens, and the images that could not be decoded.
 
@@ -108,7 +127,8 @@ def fill_rows(
         read_image: returns the image of a source row (an ``example_index``).
         config: the options the plan was made with.
         key: (seed, epoch) of the plan.
-        transform: called on the pixels of every image.
+        transform: called on the pixels of every image, not on its mask.
+        masks: gives the rows targets.
 
     Raises:
         ValueError: an image's size is not the planned one; names the example and both sizes.
@@ -117,11 +137,17 @@ def fill_rows(
     tokens = planned_tokens(planned, key)
     # `fill_row` writes every byte of a row, zeros in padding, so nothing is cleared here.
     patches = np.empty((len(planned), config.seq_len, config.patch_bytes), np.uint8)
-    rules = pixel_rules(config)
-    tasks = row_tasks(planned, tokens, read_image)
+    rules, target_rules = pixel_rules(config), None if masks is None else masks.rules
+    tasks = row_tasks(planned, tokens, read_image, masks)
     change = None if transform is None else partial(transformed, transform, key)
-    outcomes = [fill_row(row, out, rules, change) for row, out in zip(tasks, patches, strict=True)]
-    return filled_rows(planned, tokens, patches, outcomes)
+    targets = None if masks is None else masks.padding(len(planned), config)
+    outcomes = [
+        fill_row(
+            row, out, rules, change, None if targets is None else targets[number], target_rules
+        )
+        for number, (row, out) in enumerate(zip(tasks, patches, strict=True))
+    ]
+    return filled_rows(planned, tokens, patches, outcomes, targets)
 
 
 def planned_tokens(planned: Rows, key: Key) -> NDArray[np.int32]:
@@ -138,7 +164,10 @@ def planned_tokens(planned: Rows, key: Key) -> NDArray[np.int32]:
 
 
 def row_tasks(
-    planned: Rows, tokens: NDArray[np.int32], read_image: Callable[[int], ImageData]
+    planned: Rows,
+    tokens: NDArray[np.int32],
+    read_image: Callable[[int], ImageData],
+    masks: Masks | None = None,
 ) -> Iterator[list[ImageTask]]:
     """Yield the images of each row, in order, with the tokens they keep.
 
@@ -146,6 +175,7 @@ def row_tasks(
         planned: rows without tokens.
         tokens: their `planned_tokens`.
         read_image: returns the image of a source row; called when the image's turn comes.
+        masks: those of the images; None without any.
     """
     lens, ends = planned.seq_lens.tolist(), np.cumsum(planned.seq_lens).tolist()
     grids, sizes = planned.grid_hw.tolist(), planned.image_hw.tolist()
@@ -153,24 +183,29 @@ def row_tasks(
     boxes = planned.segments["box"].tolist() if "box" in planned.segments else None
     views = np.broadcast_to(planned.views, len(examples)).tolist()
 
-    def read(example: int) -> ImageData | Failure:
-        try:
-            return read_image(example)
-        except BadImage as error:
-            return Failure(error.reason, error.exception)
-
     def task(at: int) -> ImageTask:
         rows, columns = grids[at]
         # None for a whole grid, which `patchify` writes in one pass.
         kept = None if lens[at] == rows * columns else tokens[ends[at] - lens[at] : ends[at]]
         # Read when its turn comes, so memory does not hold all the images of a batch.
-        data = partial(read, examples[at])
+        data = partial(_read, read_image, examples[at])
         box = None if boxes is None else tuple(boxes[at])
         size, grid = tuple(sizes[at]), (rows, columns)
-        return ImageTask(examples[at], data, size, grid, kept, box, views[at])
+        mask = None if masks is None else partial(_read, masks.read, examples[at], what="mask ")
+        return ImageTask(examples[at], data, size, grid, kept, box, views[at], mask)
 
     for start, stop in pairwise(offsets):
         yield [task(at) for at in range(start, stop)]
+
+
+def _read(
+    read_image: Callable[[int], ImageData], example: int, what: str = ""
+) -> ImageData | Failure:
+    """Return the image or mask of a source row, or why there is none."""
+    try:
+        return read_image(example)
+    except BadImage as error:
+        return Failure(f"{what}{error.reason}", error.exception)
 
 
 def filled_rows(
@@ -178,6 +213,7 @@ def filled_rows(
     tokens: NDArray[np.int32],
     patches: NDArray[np.uint8],
     outcomes: Sequence[Sequence[Outcome]],
+    targets: NDArray[np.integer] | None = None,
 ) -> Filled:
     """Return rows with their patches and without the images that failed, and those as rejects.
 
@@ -186,6 +222,7 @@ def filled_rows(
         tokens: their `planned_tokens`.
         patches: uint8[rows, seq_len, P·P·3], as `fill_row` wrote them.
         outcomes: what `fill_row` returned, row by row.
+        targets: [rows, seq_len, T], as `fill_row` wrote them; None without masks.
     """
     flat = [outcome for row in outcomes for outcome in row]
     examples, views = planned.example_index, np.broadcast_to(planned.views, len(flat))
@@ -211,6 +248,8 @@ def filled_rows(
         "segment_ids": segment_ids,
         "coords": coords,
     }
+    if targets is not None:
+        columns["targets"] = targets
     return Filled(replace(planned, tokens=columns), rejected, flags)
 
 

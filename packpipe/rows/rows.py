@@ -37,7 +37,8 @@ class Rows:
     ``image_hw`` int32[segments, 2], upright source size in pixels; ``box`` int32[segments, 4], what
     it was cropped to in pixels (top, left, height, width), if it was; ``view`` int32[segments],
     which of the image's views, if there are several of each; ``weight`` float32[segments], what
-    each counts in the loss, and ``labels``, if there are.
+    each counts in the loss, and ``labels``, if there are. ``targets`` uint8 or uint16[rows,
+    seq_len, T], if there are: the classes of the T cells of each patch (`packpipe.images.masks`).
     Of token sequences: the source's columns of tokens, ``position_ids`` int32[rows, seq_len], 0, 1,
     ... within the segment; ``fragment`` int32[segments], which piece of its sequence, and the
     source's other columns.
@@ -168,7 +169,8 @@ def gather(parts: Sequence[Rows], numbers: Sequence[int]) -> Rows:
 def _padding(name: str, values: NDArray[Any], num_rows: int) -> NDArray[Any]:
     """Return num_rows rows of padding of a column of tokens."""
     # Rows do not hold pad_token_id. Padding is never attended to, so input_ids may be 0.
-    return np.full((num_rows, *values.shape[1:]), _ABSENT.get(name, 0), values.dtype)
+    absent = np.iinfo(values.dtype).max if name == "targets" else _ABSENT.get(name, 0)
+    return np.full((num_rows, *values.shape[1:]), absent, values.dtype)
 
 
 def _kept(values: Any, kept: NDArray[np.bool_]) -> Any:

@@ -8,6 +8,9 @@ buffers and read as views of Arrow's.
 patches            fixed_size_list<uint8>[L·D]      row, column, channel within a patch
 segment_ids        fixed_size_list<int32>[L]        1, 2, ... in row order; 0 is padding
 coords             fixed_size_list<int16>[2L]       (y, x) of the token in its patch grid
+targets            fixed_size_list<uint8>[L·T]      classes of the T cells of each patch, by row and
+                   or uint16                        column; the largest number (255, 65535) where
+                                                    there is none; absent without a mask column
 seq_lens           list<int32>                      tokens kept per segment
 grid_hw            list<fixed_size_list<int16>[2]>  patches of the full grid, before dropping
 image_hw           list<fixed_size_list<int32>[2]>  upright source size in pixels
@@ -49,6 +52,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from packpipe import checks
+from packpipe.images.masks import TargetRules
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.token_config import TokenConfig
 from packpipe.rows import text
@@ -106,13 +110,21 @@ _IMAGE_SEGMENTS = {field.name: field.type for field in segment_schema(None)}
 
 
 def row_schema(
-    config: PackConfig, label_type: pa.DataType | None, *, weighted: bool = False
+    config: PackConfig,
+    label_type: pa.DataType | None,
+    *,
+    weighted: bool = False,
+    targets: TargetRules | None = None,
 ) -> pa.Schema:
     """Return the schema of packed rows of images."""
     widths = {"patches": config.patch_bytes, "segment_ids": 1, "coords": 2}
+    kinds = dict(_IMAGE_TOKENS)
+    if targets is not None:
+        widths["targets"] = targets.cells(config.patch_size)
+        kinds["targets"] = pa.from_numpy_dtype(targets.dtype)
     tokens = [
         pa.field(name, pa.list_(kind, config.seq_len * widths[name]))
-        for name, kind in _IMAGE_TOKENS.items()
+        for name, kind in kinds.items()
     ]
     return pa.schema([*tokens, *segment_schema(label_type, config, weighted=weighted)])
 
@@ -269,13 +281,14 @@ def table_rows(table: pa.Table, *, keep_bits: bool = False) -> Rows:
         rows = _segments(own, [name for name in fixed if not fixed[name]])
     else:
         tokens, rows = list(_IMAGE_TOKENS), table_segments(table)
+        tokens += ["targets"] if has_targets(table.schema) else []
     for name in tokens:
         if keep_bits and pa.types.is_boolean(table.schema.field(name).type.value_type):
             rows.tokens[name] = Bits(table.column(name).chunk(0))  # type: ignore[assignment]
             continue
         # coords have 2 and patches D values a token, so their lists are longer than seq_len.
         width = table.schema.field(name).type.list_size // shape[1]
-        whole = shape if width == 1 else (*shape, width)
+        whole = shape if width == 1 and name != "targets" else (*shape, width)
         rows.tokens[name] = _fixed(table, name).reshape(whole)
     return rows
 
@@ -365,6 +378,16 @@ def has_labels(table: pa.Table) -> bool:
         expected, remedy = "one value a segment", "add lists as long as seq_lens, or rename it"
         raise ValueError(checks.sentence("column 'labels'", str(kind), expected, remedy))
     return True
+
+
+def has_targets(schema: pa.Schema) -> bool:
+    """Return whether rows of images have a target for each cell of their tokens."""
+    if "targets" not in schema.names:
+        return False
+    kind, tokens = schema.field("targets").type, schema.field("segment_ids").type.list_size
+    # A column of another type is somebody else's.
+    fits = pa.types.is_fixed_size_list(kind) and kind.list_size % tokens == 0
+    return bool(fits and kind.value_type in (pa.uint8(), pa.uint16()))
 
 
 def rejects_table(rejects: list[Reject]) -> pa.Table:

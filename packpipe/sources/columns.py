@@ -24,6 +24,7 @@ from datasets import (
 )
 
 from packpipe import checks
+from packpipe.images.masks import TargetRules, checked_rules
 from packpipe.planning.image_config import PackOptions
 from packpipe.planning.token_config import TokenConfig
 from packpipe.rows.fill_tokens import padding_of
@@ -37,16 +38,19 @@ _LABEL_NAMES = ("label", "labels")
 _MASK = "attention_mask"
 
 
-def image_column_of(features: Features, asked: str, *, beside_texts: bool = False) -> str:
+def image_column_of(
+    features: Features, asked: str, *, beside_texts: bool = False, mask: str | None = None
+) -> str:
     """Return the name of the image column: the one asked for, or the only one there is.
 
     Args:
         features: of the dataset.
         asked: the name, or ``"auto"``.
         beside_texts: whether lists of tokens are expected beside it.
+        mask: the column of masks, which is not that of images.
     """
     remedy = "pass image_column"
-    images = [name for name, feature in features.items() if holds_images(feature)]
+    images = [n for n, feature in features.items() if n != mask and holds_images(feature)]
     if asked == "auto":
         if not images:
             _refuse_other_columns(features)
@@ -166,6 +170,42 @@ def weight_column_of(features: Features, asked: str | None) -> str | None:
     return asked
 
 
+def target_rules_of(
+    features: Features, mask: str | None, stride: int | None, patch_size: int
+) -> TargetRules | None:
+    """Return how the masks of a column become targets, None without one.
+
+    Raises:
+        TypeError, ValueError: a patch cannot be divided by the stride, or there is no mask.
+    """
+    if mask is None:
+        if stride is not None:
+            expected, remedy = "None without mask_column", "pass mask_column, too"
+            raise ValueError(checks.sentence("target_stride", stride, expected, remedy))
+        return None
+    # PNG says only when it is read how many bits it has.
+    wide = pixel_type(features[mask]) == np.uint16
+    return checked_rules(stride, patch_size, "uint16" if wide else "uint8")
+
+
+def mask_column_of(features: Features, asked: str | None) -> str | None:
+    """Return the name of the column of masks, if one is asked for.
+
+    Raises:
+        ValueError: there is no such column, or it holds no masks.
+    """
+    if asked is None:
+        return None
+    if asked not in features:
+        expected = f"one of {list(features)}, or None"
+        raise ValueError(checks.sentence("mask_column", asked, expected, "check its spelling"))
+    if not holds_images(features[asked]):
+        name = f"features[{asked!r}]"
+        expected = "Image(), Value('binary') or arrays of bool, uint8 or uint16"
+        raise ValueError(checks.sentence(name, features[asked], expected, "cast_column it"))
+    return asked
+
+
 def holds_labels(feature: Any) -> bool:
     """Return whether a column holds a value an example, or a list of numbers.
 
@@ -230,6 +270,8 @@ class ImageColumns(NamedTuple):
         sizes: upright heights and widths in pixels; None reads headers.
         root: the only folder that paths may lead into; None follows them all.
         weight: what each image counts in the loss; None is 1.
+        mask: the class of each pixel; None without targets.
+        target_stride: pixels a side of a target's cell; None is a patch.
     """
 
     image: str
@@ -237,6 +279,8 @@ class ImageColumns(NamedTuple):
     sizes: tuple[str, str] | None
     root: str | None
     weight: str | None = None
+    mask: str | None = None
+    target_stride: int | None = None
 
 
 class TokenColumns(NamedTuple):
@@ -271,6 +315,8 @@ class AskedColumns:
     token_columns: str | Sequence[str] = "auto"
     value_columns: str | Sequence[str] = "auto"
     weight_column: str | None = None
+    mask_column: str | None = None
+    target_stride: int | None = None
 
     def hold_tokens(self, features: Features) -> bool:
         """Return whether to pack tokens: columns are named, or there are lists and no images."""
@@ -298,11 +344,15 @@ class AskedColumns:
             remedy = f"pass label_column=None, or {label!r} to store it for read_rows alone"
             check_labels(features, label, remedy)
         return ImageColumns(
-            image=image_column_of(features, self.image_column, beside_texts=beside_texts),
+            image=image_column_of(
+                features, self.image_column, beside_texts=beside_texts, mask=self.mask_column
+            ),
             label=label,
             sizes=None if sizes is None else checked_columns(dataset, sizes),
             root=checked_root(self.image_root),
             weight=weight_column_of(features, self.weight_column),
+            mask=mask_column_of(features, self.mask_column),
+            target_stride=self.target_stride,
         )
 
     def of_tokens(self, dataset: Dataset, config: TokenConfig) -> TokenColumns:
@@ -312,9 +362,10 @@ class AskedColumns:
             ValueError: an argument or a column is wrong, or its type cannot hold its padding.
         """
         features = dataset.features
-        if self.weight_column is not None:
-            expected, remedy = "None for tokens", "only images have weights"
-            raise ValueError(checks.sentence("weight_column", self.weight_column, expected, remedy))
+        for name in ("weight_column", "mask_column", "target_stride"):
+            if (asked := getattr(self, name)) is not None:
+                expected, remedy = "None for tokens", "only images have one"
+                raise ValueError(checks.sentence(name, asked, expected, remedy))
         tokens = token_columns_of(features, self.token_columns)
         check_paddings(features, tokens, config)
         values = value_columns_of(features, tokens, self.value_columns)

@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Features, List
 
+from packpipe.images.masks import TargetRules
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.token_config import TokenConfig
 from packpipe.rows import schema
@@ -13,7 +14,12 @@ from packpipe.sources.columns import TokenColumns, value_type
 
 
 def packed_features(
-    config: PackConfig, label: Any, *, tokens: bool = True, weighted: bool = False
+    config: PackConfig,
+    label: Any,
+    *,
+    tokens: bool = True,
+    weighted: bool = False,
+    targets: TargetRules | None = None,
 ) -> Features:
     """Return the features of packed rows of images; labels keep their feature of the source.
 
@@ -22,10 +28,11 @@ def packed_features(
         label: feature of the label column, or None.
         tokens: False leaves only the segment columns, the plan of a row.
         weighted: whether images have weights.
+        targets: how masks become targets; None without masks.
     """
     # Asked of a schema, since a list's feature does not say its type.
     label_type = None if label is None else Features({"l": label}).arrow_schema.field("l").type
-    found = schema.row_schema(config, label_type, weighted=weighted)
+    found = schema.row_schema(config, label_type, weighted=weighted, targets=targets)
     if not tokens:
         found = schema.segment_schema(label_type, config, weighted=weighted)
     features = Features.from_arrow_schema(found)

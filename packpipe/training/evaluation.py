@@ -28,7 +28,15 @@ from packpipe.rows.labels import label_values
 from packpipe.rows.rejects import TooManyRejects
 from packpipe.rows.rows import NO_LABEL
 from packpipe.training.losses import check_labels, counted
-from packpipe.training.objective import agreement, is_regression, labels_in
+from packpipe.training.objective import (
+    agreement,
+    by_label,
+    is_dense,
+    is_regression,
+    labels_in,
+    mean_iou,
+    overlaps,
+)
 
 _BINS = 30
 
@@ -87,8 +95,9 @@ class Measures(NamedTuple):
         accuracy: share of them whose largest output is that of their label; what it is of numbers
             as labels, `packpipe.training.objective.agreement` says. None of a regression.
         ece: expected calibration error, see `calibration_error`; None unless labels are classes.
-        num_images: labelled images.
+        num_images: labelled images; of a model without pooling, all of them.
         error: of a regression, the mean absolute error of all numbers; else None.
+        iou: of a model without pooling, whose loss and accuracy are of cells, the `mean_iou`.
     """
 
     loss: float
@@ -96,6 +105,7 @@ class Measures(NamedTuple):
     ece: float | None
     num_images: int
     error: float | None = None
+    iou: float | None = None
 
 
 def measure(
@@ -112,7 +122,8 @@ def measure(
     of the whole; they call it together. Nothing random is drawn.
 
     Args:
-        model: with its weights, on its device, with an output a class and an image.
+        model: with its weights, on its device, with an output a class and an image or, without
+            pooling, a class and a cell.
         loader: with ``tail="pad"``, so that no image is left out. Its pass is used up.
         loss: one of `packpipe.training.losses.LOSSES`.
         half: whether matrix products run in bfloat16.
@@ -138,16 +149,19 @@ def measure(
     sums = together(summed)
     if has_group():
         torch.distributed.all_reduce(sums)
-    total, agreed, compared, number, of_classes, *surplus = sums.tolist()
+    total, agreed, compared, number, num_images, of_classes, *rest = sums.tolist()
     _check_any(number)
     mean = agreed / compared
-    ece = float(torch.tensor(surplus, dtype=torch.float64).abs().sum()) / number
+    ece = float(torch.tensor(rest[:_BINS], dtype=torch.float64).abs().sum()) / number
+    dense = is_dense(model.config)
+    classes = int(model.config.num_classes or 0)
     return Measures(
         loss=total / number,
         accuracy=None if is_regression(loss) else mean,
         ece=ece if of_classes else None,
-        num_images=int(number),
+        num_images=int(num_images),
         error=mean if is_regression(loss) else None,
+        iou=mean_iou(torch.tensor(rest[_BINS:]).view(classes, classes)) if dense else None,
     )
 
 
@@ -168,12 +182,16 @@ def check_measurable(model: Model, loader: PackedLoader) -> None:
     if loader.as_numpy:
         expected, remedy = "False", "make one whose batches are tensors"
         raise ValueError(checks.sentence("as_numpy of the loader", True, expected, remedy))
-    if model.config.num_classes is None or model.config.pooling == "none":
+    dense = is_dense(model.config)
+    if model.config.num_classes is None or (
+        dense and not getattr(loader.packs, "has_targets", True)
+    ):
         found = (model.config.num_classes, model.config.pooling)
-        expected, remedy = "classes, and an output an image", "measure a model that classifies"
+        expected = "classes, and an output an image unless there are targets"
+        remedy = "measure a model that classifies, or pack with mask_column"
         raise ValueError(checks.sentence("(num_classes, pooling)", found, expected, remedy))
     # A stream, or packs of a class of the caller's own, may not know their labels yet.
-    if hasattr(loader.packs, "labels"):
+    if not dense and hasattr(loader.packs, "labels"):
         _check_known_labels(loader.packs.labels, model.config.num_classes)
 
 
@@ -204,10 +222,13 @@ def _sums(
     device: torch.device,
     half: bool,
 ) -> Tensor:
-    """Return float64[5 + bins]: sums of loss, agreement, what is compared, images, images with
-    classes; of surplus in each bin.
+    """Return float64[6 + bins + K²], sums of what `measure` returns the means of.
+
+    Of the loss, of agreement, what is compared, what counts, images, and images with classes; of
+    the surplus in each bin; and, of a dense model, of `overlaps`.
     """
-    sums = torch.zeros(5 + _BINS, dtype=torch.float64, device=device)
+    dense, cells = is_dense(model.config), int(model.config.num_classes or 0) ** 2
+    sums = torch.zeros(6 + _BINS + dense * cells, dtype=torch.float64, device=device)
     one = torch.ones((), dtype=torch.float64, device=device)
     was_training = model.training
     model.train(False)
@@ -215,17 +236,23 @@ def _sums(
         # no_grad, not inference_mode: nothing made here may be of no use to the training after it.
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
             for batch in loader:
-                labels_in(batch, model.config.num_classes)
+                labels_in(batch, model.config)  # checked on the CPU, without waiting
                 moved = batch.to(device, non_blocking=True)
-                labels = labels_in(moved, None)
-                logits = model(moved).double()
+                labels = labels_in(moved, model.config)
+                # Cells are many: their logits stay in half the memory.
+                exact = torch.float32 if dense else torch.float64
+                logits = by_label(model(moved).to(exact))
                 sums[0] += loss(logits, labels, count=one)
                 agreed, compared = agreement(loss, logits, labels)
                 known = counted(loss, labels)
-                sums[1:4] += torch.stack([agreed.double(), compared.double(), known.sum().double()])
-                if not labels.is_floating_point():
-                    sums[4] += known.sum()
-                    sums[5:] += _surplus(logits[known], labels[known], _BINS)
+                num_images = moved.present.sum() if dense else known.sum()
+                figures = (agreed, compared, known.sum(), num_images)
+                sums[1:5] += torch.stack([figure.double() for figure in figures])
+                if dense:
+                    sums[6 + _BINS :] += overlaps(logits, labels).flatten()
+                elif not labels.is_floating_point():
+                    sums[5] += known.sum()
+                    sums[6:] += _surplus(logits[known], labels[known], _BINS)
     finally:
         model.train(was_training)
     return sums

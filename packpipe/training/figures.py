@@ -22,7 +22,7 @@ class Record:
         accuracy: share of labelled images whose largest logit is that of their label; of mixed
             images, of their own label, not of their partner's. Of several labels an image, the
             share of labels that are right (`packpipe.training.objective.agreement`); None of a
-            regression.
+            regression; of a model without pooling, of the cells that have a class.
         learning_rate: of the last step.
         images_per_s: images a second.
         tokens_per_s: real tokens a second.
@@ -38,6 +38,7 @@ class Record:
             labels are classes.
         error: of a regression, the mean absolute error of all numbers; else None.
         val_error: of the validation images.
+        val_iou: of a model without pooling, the mean intersection ÷ union of its classes on them.
     """
 
     step: int
@@ -55,6 +56,7 @@ class Record:
     val_ece: float | None = None
     error: float | None = None
     val_error: float | None = None
+    val_iou: float | None = None
 
 
 class Figures:

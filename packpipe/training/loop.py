@@ -25,6 +25,7 @@ from packpipe.loading.batch import PackedBatch
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.ranks import agree, has_group, together
 from packpipe.model.attention import check_backend
+from packpipe.model.config import NaViTConfig
 from packpipe.model.flops import matrix_rate
 from packpipe.model.navit import NaViT, compile_parts
 from packpipe.philox import Key
@@ -38,6 +39,7 @@ from packpipe.training.losses import global_count
 from packpipe.training.objective import (
     Objective,
     agreement,
+    by_label,
     is_regression,
     labels_in,
     objective_of,
@@ -66,8 +68,8 @@ def train(
         model: on the device it is trained on. With ``ema`` it has the weights of the last step; the
             averaged ones are those that are validated, and that `packpipe.load_model` loads.
         loader: batches with labels, epoch after epoch: classes, or as many numbers an image as the
-            model has outputs. It augments them, if it is made with ``augment``; of images that it
-            mixes both labels count, by their shares.
+            model has outputs; of a model without pooling, with targets. It augments them, if it is
+            made with ``augment``; of images that it mixes both labels count, by their shares.
         config: the options.
         folder: where checkpoints and log.jsonl go, a local one; if it holds checkpoints, training
             resumes from the newest whole one. None keeps nothing.
@@ -97,8 +99,7 @@ def train(
     if has_group() and device.type == "cuda":
         torch.cuda.set_device(device)  # ranks compare what they have through the current GPU
     # Together: none is left waiting for one that refuses its options, or its images.
-    outputs = model.config.num_classes
-    objective = together(lambda: objective_of(config, loader.packs, outputs, device))
+    objective = together(lambda: objective_of(config, loader.packs, model.config, device))
     together(lambda: freeze(model, config.freeze))
     optimizer = optimizer_of(model, config)
     averaged = None if config.ema is None else copy_of(model)
@@ -167,7 +168,9 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step) * group["scale"]
         optimizer.zero_grad()
-        for part, found in zip(parts, _backward(run, parts, objective, device, half), strict=True):
+        for part, found in zip(
+            parts, _backward(run, parts, objective, model.config, half), strict=True
+        ):
             figures.add(part.batch, *found)
         if config.clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -214,21 +217,22 @@ def _prepared(batch: PackedBatch, key: Key, model: NaViT, config: TrainConfig) -
     """
     if config.trim:
         batch = batch.trim(config.trim)
-    labels_in(batch, model.config.num_classes)
+    labels_in(batch, model.config)
     if not config.drop_path:
         return _Part(batch, None)
     return _Part(batch, drawn_paths(batch, key, config.drop_path, model.config.depth))
 
 
 def _backward(
-    run: nn.Module, parts: list[_Part], objective: Objective, device: torch.device, half: bool
+    run: nn.Module, parts: list[_Part], objective: Objective, shape: NaViTConfig, half: bool
 ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
     """Add up the gradients of a step; yield `agreement` and loss of each of its batches.
 
     The losses add up to that of one batch that holds all of them.
     """
+    device = next(run.parameters()).device
     moved = [part.to(device) for part in parts]
-    labels = [labels_in(part.batch, None) for part in moved]
+    labels = [labels_in(part.batch, shape) for part in moved]
     count = global_count(
         *(objective.counts(part.batch, own) for part, own in zip(moved, labels, strict=True))
     )
@@ -238,7 +242,7 @@ def _backward(
                 outputs = run(*part)
             loss = objective.of(outputs, part.batch, own, count=count)
             loss.backward()
-        yield agreement(objective.loss, outputs.detach(), own), loss.detach()
+        yield agreement(objective.loss, by_label(outputs.detach()), own), loss.detach()
 
 
 def _apart(run: nn.Module) -> AbstractContextManager[None]:
@@ -283,6 +287,7 @@ def _measured(validator: Validator, record: Record, files: Files) -> Record:
         val_accuracy=found.accuracy,
         val_ece=found.ece,
         val_error=found.error,
+        val_iou=found.iou,
     )
 
 

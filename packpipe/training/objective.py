@@ -1,9 +1,9 @@
 """What a model is trained for: the loss of a batch, what counts in it, and a figure people read.
 
 The loss is chosen by its name (`packpipe.training.losses.LOSSES`), and the labels decide what it
-compares: classes, or numbers an image.
+compares: classes, or numbers an image; of a model without pooling, the class of every cell.
 
-Shape letters: B rows, S segments a row, K classes or channels.
+Shape letters: B rows, L tokens a row, S segments a row, T cells a token, K classes or channels.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from packpipe import checks
 from packpipe.loading.batch import PackedBatch
+from packpipe.model.config import NaViTConfig
 from packpipe.rows.labels import label_values
 from packpipe.rows.rows import NO_LABEL
 from packpipe.training.losses import (
@@ -35,23 +37,53 @@ if TYPE_CHECKING:  # it imports the checkpoints, which measure models by their o
 _REGRESSIONS = (segment_squared_error, segment_absolute_error)
 
 
-def labels_in(batch: PackedBatch, num_classes: int | None) -> Tensor:
-    """Return the labels of a batch: int64[B, S], -100 for none; or float[B, S, K], NaN for none.
+def is_dense(config: NaViTConfig) -> bool:
+    """Return whether a model answers for every token or cell, not for every image."""
+    return config.pooling == "none"
+
+
+def labels_in(batch: PackedBatch, config: NaViTConfig) -> Tensor:
+    """Return what the outputs of a model are compared with: N is S, or L · T of a dense model.
 
     Args:
-        batch: with labels; on the CPU they are checked.
-        num_classes: of the model.
+        batch: with labels or, for a dense model, targets; on the CPU they are checked.
+        config: of the model.
+
+    Returns:
+        int64[B, N], -100 for none; or float[B, N, K], NaN for none.
 
     Raises:
-        ValueError: there are no labels, or one is no class of the model.
+        ValueError: there are no labels, or one is no class of the model; or there are no targets,
+            or not as many as the model has cells.
     """
-    labels = batch.labels
+    labels = _targets(batch, config) if is_dense(config) else batch.labels
     if labels is None:
         remedy = "pack with label_column"
         raise ValueError(checks.sentence("batch.labels", None, "integer labels", remedy))
-    if num_classes is not None and not labels.is_floating_point():
-        check_labels(labels, num_classes)
+    if config.num_classes is not None and not labels.is_floating_point():
+        check_labels(labels, config.num_classes)
     return labels
+
+
+def _targets(batch: PackedBatch, config: NaViTConfig) -> Tensor:
+    """Return int64[B, L · T], the class of every cell, -100 for none."""
+    targets = batch.targets
+    if targets is None:
+        expected, remedy = "targets, for a model without pooling", "pack with mask_column"
+        raise ValueError(checks.sentence("batch.targets", None, expected, remedy))
+    if targets.shape[-1] != config.cells:
+        expected = f"{config.cells}, as the model has cells a token"
+        remedy = "give it the target_stride of the rows"
+        found = targets.shape[-1]
+        raise ValueError(checks.sentence("batch.targets.shape[-1]", found, expected, remedy))
+    ignored = 255 if targets.dtype == torch.uint8 else 65535
+    classes = targets.long().flatten(1)
+    return classes.masked_fill(classes == ignored, NO_LABEL)
+
+
+def by_label(outputs: Tensor) -> Tensor:
+    """Return outputs [B, N, K], one for each of `labels_in`, of those [B, S, K] or [B, L, T, K]."""
+    return outputs.flatten(1, -2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,61 +94,68 @@ class Objective:
         loss: one of `LOSSES`.
         label_smoothing: of softmax.
         class_weights: float[K], on the model's device; None is 1 for all.
+        dense: whether the model answers for every cell, each of which counts the same.
     """
 
     loss: Callable[..., Tensor]
     label_smoothing: float = 0.0
     class_weights: Tensor | None = None
+    dense: bool = False
 
     def counts(self, batch: PackedBatch, labels: Tensor) -> Tensor:
-        """Return what each image of a batch counts in its loss, for `global_count`."""
-        return counted(self.loss, labels, **self._weights(batch))
+        """Return what each image or cell of a batch counts in its loss, for `global_count`."""
+        return counted(self.loss, labels, **self._weights(batch, labels))
 
     def of(self, outputs: Tensor, batch: PackedBatch, labels: Tensor, *, count: Tensor) -> Tensor:
         """Return the loss of a batch; averaged over ranks it is the mean over all their images.
 
         Args:
-            outputs: of the model, float[B, S, K].
+            outputs: of the model.
             batch: that they are of, on their device.
             labels: its `labels_in`.
             count: `global_count` of the `counts` of all batches of the step.
         """
         # Under autocast the head gives bfloat16.
-        exact = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        exact = by_label(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))
         smoothed = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
-        return self.loss(exact, labels, count=count, **self._weights(batch), **smoothed)
+        return self.loss(exact, labels, count=count, **self._weights(batch, labels), **smoothed)
 
-    def _weights(self, batch: PackedBatch) -> dict[str, Any]:
+    def _weights(self, batch: PackedBatch, labels: Tensor) -> dict[str, Any]:
+        weights = batch.weight
+        if weights is not None and self.dense:  # of the image of each cell; 0 in padding
+            of_tokens = F.pad(weights, (1, 0)).gather(1, batch.segment_ids.long())
+            weights = of_tokens.repeat_interleave(labels.shape[1] // of_tokens.shape[1], 1)
         given = {
             "partners": batch.partners,
-            "weights": batch.weight,
+            "weights": weights,
             "class_weights": self.class_weights,
         }
         return {name: value for name, value in given.items() if value is not None}
 
 
 def objective_of(
-    config: TrainConfig, packs: Any, num_classes: int | None, device: torch.device
+    config: TrainConfig, packs: Any, model: NaViTConfig, device: torch.device
 ) -> Objective:
     """Return what a training lowers.
 
     Args:
         config: which loss, and what classes weigh.
         packs: of the training's loader, whose labels ``class_weights="balanced"`` counts.
-        num_classes: outputs of the model.
+        model: its shape.
         device: of the model.
 
     Raises:
         ValueError: there is not a weight for each class, or classes cannot be counted.
     """
     weights: Any = config.class_weights
+    num_classes = model.num_classes
     if weights == "balanced":
-        weights = _balanced(packs, int(num_classes or 0))
+        weights = _balanced(None if is_dense(model) else packs, int(num_classes or 0))
     elif weights is not None and len(weights) != num_classes:
         expected, remedy = f"{num_classes}, one a class", "give one for each output of the model"
         raise ValueError(checks.sentence("len(class_weights)", len(weights), expected, remedy))
     found = None if weights is None else torch.tensor(weights, device=device)
-    return Objective(LOSSES[config.loss], config.label_smoothing, found)
+    return Objective(LOSSES[config.loss], config.label_smoothing, found, is_dense(model))
 
 
 def _balanced(packs: Any, num_classes: int) -> list[float]:
@@ -165,3 +204,30 @@ def agreement(
     else:
         right = (outputs > 0) == (labels > 0.5)
     return (right & known).sum(), known.sum()
+
+
+def overlaps(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return int64[K, K], how many cells of each class (first) are answered as each (second).
+
+    Args:
+        outputs: float[B, N, K].
+        labels: int64[B, N], -100 for none.
+    """
+    num_classes = outputs.shape[-1]
+    known = labels != NO_LABEL
+    pairs = labels[known] * num_classes + outputs.argmax(-1)[known]
+    return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def mean_iou(found: Tensor) -> float:
+    """Return the mean over classes of intersection ÷ union; of classes that are nowhere, none.
+
+    Args:
+        found: [K, K], sums of `overlaps`.
+
+    Source: the PASCAL VOC challenge (Everingham et al.), 2010, 4.3 (segmentation accuracy).
+    """
+    both = found.diagonal().double()
+    either = found.sum(0) + found.sum(1) - found.diagonal()
+    there = either > 0
+    return float((both[there] / either[there]).mean())

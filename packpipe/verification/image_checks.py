@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe.building.shards import MANIFEST
+from packpipe.images.masks import TargetRules
 from packpipe.philox import Key
 from packpipe.planning.decisions import boxes, decide, decide_all
 from packpipe.planning.image_config import PackConfig
@@ -49,6 +50,8 @@ class ImageChecks:
         self.key = Key(manifest["seed"], manifest["epoch"])
         # Raises if the epoch lies after the end of the training.
         decide(np.ones((1, 2), np.int32), self.config, self.key, index=np.zeros(1, np.int64))
+        targets = manifest.get("targets")
+        self.targets = None if targets is None else TargetRules(**targets)
         self.texts = None if "beside" not in manifest else _texts(manifest["beside"])
         self.undecoded = _undecoded(manifest.get("undecoded"))
 
@@ -73,7 +76,7 @@ class ImageChecks:
         self, label: pa.DataType | None, has_pixels: bool, weighted: bool = False
     ) -> pa.Schema:
         if has_pixels:
-            return schema.row_schema(self.config, label, weighted=weighted)
+            return schema.row_schema(self.config, label, weighted=weighted, targets=self.targets)
         return schema.segment_schema(label, self.config, weighted=weighted)
 
     def broken_segments(self, segments: Rows) -> Iterator[Check]:
@@ -132,6 +135,12 @@ class ImageChecks:
         yield "segment_ids are not those of seq_lens", differing
         yield "coords are not those of the kept tokens", (found.coords != coords).any(axis=(1, 2))
         held = np.count_nonzero(segment_ids, axis=1)
+        if self.targets is not None:
+            padding = segment_ids == 0
+            some = np.zeros(len(held), np.bool_)
+            for row, own in enumerate(found.targets):
+                some[row] = (own[padding[row]] != self.targets.ignore).any()
+            yield "targets are classes in padding", some
         # Row by row: one comparison of all rows would need as much memory again.
         pixels = zip(found.patches, held, strict=True)
         left = np.array([patches[end:].any() for patches, end in pixels], np.bool_)
@@ -227,7 +236,7 @@ class ImageChecks:
         """Return the columns of the source that rows were made from."""
         names = [self.manifest["image_column"], self.manifest["label_column"]]
         names += self.manifest.get("size_columns") or []
-        names += [self.manifest.get("weight_column")]
+        names += [self.manifest.get("weight_column"), self.manifest.get("mask_column")]
         names += [] if self.texts is None else self.texts.columns.lists
         return [name for name in names if name is not None]
 

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from packpipe.building.shards import MANIFEST
 from packpipe.images.decode import pixel_rules
 from packpipe.images.fill import Failure, ImageTask, fill_row
+from packpipe.images.masks import TargetRules
 from packpipe.images.pool import ENDED
 from packpipe.philox import Key
 from packpipe.planning.decisions import decide_all
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows import schema
-from packpipe.rows.fill_images import planned_tokens, row_tasks, with_boxes
+from packpipe.rows.fill_images import Masks, planned_tokens, row_tasks, with_boxes
 from packpipe.rows.rejects import Reject, one_each
 from packpipe.rows.rows import Rows
 from packpipe.rows.text import wide
@@ -105,12 +106,22 @@ class ImageComparison:
         rows = self.dataset.select_columns([self.manifest["image_column"]]).with_format("arrow")
         return ImageSource(rows, self.manifest["image_root"])
 
+    @cached_property
+    def _masks(self) -> Masks | None:
+        if self.manifest.get("mask_column") is None:
+            return None
+        rows = self.dataset.select_columns([self.manifest["mask_column"]]).with_format("arrow")
+        rules = TargetRules(**self.manifest["targets"])
+        return Masks(ImageSource(rows, self.manifest["image_root"]), rules)
+
     def _unfit(self) -> Iterator[Problem]:
         """Yield which columns of the source cannot be what the manifest says they are."""
         features, label = self.dataset.features, self.manifest["label_column"]
         expected = {self.manifest["image_column"]: (holds_images, "images")}
         if label is not None:
             expected[label] = (holds_labels, "labels")
+        if (mask := self.manifest.get("mask_column")) is not None:
+            expected[mask] = (holds_images, "masks")
         if (weight := self.manifest.get("weight_column")) is not None:
             expected[weight] = (lambda feature: isinstance(feature, Value), "weights")
         for name in [] if self.texts is None else self.texts.lists:
@@ -158,11 +169,12 @@ class ImageComparison:
         segments |= {"example_index": index, "view": view}
         segments = with_boxes(segments, self.config, self.key)
         alone = Rows(np.arange(len(index) + 1), segments)
-        tasks = row_tasks(alone, planned_tokens(alone, self.key), self._source)
+        tokens = planned_tokens(alone, self.key)
+        tasks = row_tasks(alone, tokens, self._source, self._masks)
         out = np.empty((self.config.seq_len, self.config.patch_bytes), np.uint8)
         lost = []
         for (task,) in tasks:
-            failure = _failure_of(task, out, self.config)
+            failure = _failure_of(task, out, self.config, self._masks)[0]
             if failure is not None:
                 lost.append(Reject(task.example, "decode", *failure))
         # An image is lost if one of its views is; the first is told.
@@ -194,7 +206,9 @@ class ImageComparison:
                 continue
             name, stored, row = found.places[pack]
             number = at - int(offsets[pack])
-            what = _pixel_difference(stored.slice(row, 1), number, self._source, self.config)
+            what = _pixel_difference(
+                stored.slice(row, 1), number, self._source, self.config, self._masks
+            )
             if what is not None:
                 example = held.example_index[at]
                 where = f"{name}, row {row}, segment {number + 1} (example {example})"
@@ -259,7 +273,7 @@ def _plain(value: Any) -> Any:
 
 
 def _pixel_difference(
-    row: pa.Table, number: int, source: ImageSource, config: PackConfig
+    row: pa.Table, number: int, source: ImageSource, config: PackConfig, masks: Masks | None
 ) -> str | None:
     """Return how the pixels of a segment differ from its image's; None if they do not.
 
@@ -268,6 +282,7 @@ def _pixel_difference(
         number: of the segment in it.
         source: the images.
         config: the options.
+        masks: those of the images; None without any.
     """
     rows = schema.table_rows(row)
     example, grid_hw = int(rows.example_index[number]), tuple(rows.grid_hw[number].tolist())
@@ -279,10 +294,13 @@ def _pixel_difference(
     box = tuple(rows.box[number].tolist()) if "box" in rows.segments else None
     found = rows.patches[0, span]
     expected = np.empty_like(found)
-    task = ImageTask(example, partial(source, example), size, grid_hw, kept, box)
-    failure = _failure_of(task, expected, config)
+    mask = None if masks is None else partial(masks.read, example)
+    task = ImageTask(example, partial(source, example), size, grid_hw, kept, box, mask=mask)
+    failure, targets = _failure_of(task, expected, config, masks)
     if failure is not None:
         return f"its image cannot be decoded again: {failure.exception}"
+    if targets is not None and (other := np.count_nonzero(rows.targets[0, span] != targets)):
+        return f"{other:,} of {targets.size:,} targets differ from the mask's"
     # int16, since a difference of two uint8 would wrap around.
     apart = np.abs(found.astype(np.int16) - expected)
     if not apart.any():
@@ -293,14 +311,20 @@ def _pixel_difference(
     )
 
 
-def _failure_of(task: ImageTask, out: NDArray[np.uint8], config: PackConfig) -> Failure | None:
-    """Decode an image, and return why it cannot be."""
+def _failure_of(
+    task: ImageTask, out: NDArray[np.uint8], config: PackConfig, masks: Masks | None
+) -> tuple[Failure | None, NDArray[np.integer] | None]:
+    """Decode an image, and return why it cannot be, and its targets, if it has any."""
+    targets, rules = None, None
+    if masks is not None:
+        rules = masks.rules
+        targets = np.empty((len(out), rules.cells(config.patch_size)), rules.dtype)
     try:
         with _silent():
-            (outcome,) = fill_row([task], out, pixel_rules(config))
+            (outcome,) = fill_row([task], out, pixel_rules(config), None, targets, rules)
     except ValueError as error:  # its pixels have another size than its header or column
-        return Failure("unreadable", str(error))
-    return outcome if isinstance(outcome, Failure) else None
+        return Failure("unreadable", str(error)), None
+    return (outcome, None) if isinstance(outcome, Failure) else (None, targets)
 
 
 @contextmanager

@@ -44,15 +44,15 @@ def verify(
 
     Every checksum, row and count is checked; that each source example is in exactly one row or in
     the rejects; and that each row holds what the plan, made again, puts there. Given the source,
-    all labels and sizes (from the headers of all images), all pieces of sequences and all rejects
-    are compared with it, and some images are decoded again and compared with their tokens. Takes
-    about as long as reading the files, and with the source its headers.
+    all labels, weights and sizes (from the headers of all images), all pieces of sequences and all
+    rejects are compared with it, and some images, and their masks, are decoded again and compared
+    with their tokens. Takes about as long as reading the files, and with the source its headers.
 
-    What nothing else in a folder tells is not seen: labels, pixels, tokens, and what is said of
-    rejects, without the source; pixels outside the sample; the versions, paths and fingerprints
-    that the manifest names, if ``state.json`` has their digest; an option that makes no
-    difference to these rows; how many colour profiles could not be used; and where rows are cut
-    into files.
+    What nothing else in a folder tells is not seen: labels, weights, pixels, targets, tokens, and
+    what is said of rejects, without the source; pixels and targets outside the sample; the
+    versions, paths and fingerprints that the manifest names, if ``state.json`` has their digest; an
+    option that makes no difference to these rows; how many colour profiles could not be used; and
+    where rows are cut into files.
 
     Args:
         folder: the folder that `pack` or `pack_pairs` was given as ``output``. Of `pack_pairs`,

@@ -136,10 +136,11 @@ def test_wrong_class_weights_are_refused(options, message):
 
 def test_class_weights_must_fit_the_model_and_the_labels():
     config, cpu = learning.config_of(class_weights=[1.0, 2.0]), torch.device("cpu")
+    shape = packed.model_of("auto", torch.float32).config
     message = r"^len\(class_weights\) is 2, expected 5, one a class; give one for each output of"
     with pytest.raises(ValueError, match=message):
-        objective_of(config, None, 5, cpu)
+        objective_of(config, None, shape, cpu)
     config = learning.config_of(class_weights="balanced")
     message = "^class_weights is 'balanced', expected a list of numbers, unless packs know the cl"
     with pytest.raises(ValueError, match=message):
-        objective_of(config, object(), 5, cpu)
+        objective_of(config, object(), shape, cpu)
