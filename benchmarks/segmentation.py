@@ -127,8 +127,8 @@ def main() -> None:
 {datetime.date.today()}, CPU, {options.threads} thread(s), torch {torch.__version__};
 `python benchmarks/segmentation.py`: {options.images} images, {BATCH_SIZE} rows of {SEQ_LEN} tokens
 a step, patches of {PATCH_SIZE} pixels, targets of {STRIDE} x {STRIDE}, {parameters:,} weights.
-Figures of 60 other images; seconds, and seconds of processor time, since the first step,
-validations included.
+Figures of 60 other images; seconds on the clock, which stretch on a machine that others use, and
+seconds of processor time, both since the first step, validations included.
 
 | step | loss | accuracy | mean IoU | s | processor s |
 | ---: | ---: | ---: | ---: | ---: | ---: |
