@@ -16,8 +16,10 @@ from datasets import Dataset
 
 from packpipe import checks
 from packpipe.cli.layouts import Layout
+from packpipe.cli.trained_images import TrainedImages
 from packpipe.cli.training_run import Training, device_of_this_rank
 from packpipe.loading.loader import PackedLoader
+from packpipe.model.config import NaViTConfig
 from packpipe.model.flops import matrix_rate
 from packpipe.model.navit import NaViT
 from packpipe.training.loop import Record, train
@@ -121,9 +123,10 @@ def compare_layouts(
     runs, dtype = [], torch.bfloat16 if device.type == "cuda" else torch.float32
     for name in ("packed", "padded"):
         layout = Layout(name, seq_len, sides, 0.0, max_bad_fraction)
+        patch_size = NaViTConfig.preset(model, num_classes=None).patch_size
+        data = TrainedImages(dataset, layout, patch_size, num_workers)
         training = Training(
-            dataset,
-            layout=layout,
+            data,
             model=model,
             shape={"attention": "auto"},
             batch_size=batch_size,
@@ -133,8 +136,8 @@ def compare_layouts(
         torch.manual_seed(0)  # for each layout: both start from the same weights
         navit = NaViT(training.config).to(device)
         # As many slots as in batch_size packed rows; padded rows have a seq_len of their own.
-        rows = max(1, batch_size * seq_len // training.packs.config.seq_len)
-        loader = PackedLoader(training.packs, rows, num_workers=num_workers)
+        rows = max(1, batch_size * seq_len // data.seq_len)
+        loader = PackedLoader(data.packs, rows, num_workers=num_workers)
         # `train` is a generator: nothing runs before the loop below asks for a step.
         runs.append((name, train(navit, loader, training.train_config)))
     found: dict[str, list[Record]] = {name: [] for name, _ in runs}

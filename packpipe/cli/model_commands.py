@@ -10,7 +10,7 @@ import typer
 from packpipe import checks
 from packpipe.cli.errors import one_line_errors
 from packpipe.cli.open_source import naming_files, open_source
-from packpipe.cli.options import AsJson, MaxBadFraction, Source, Split
+from packpipe.cli.options import AsJson, ImageColumn, LabelColumn, MaxBadFraction, Source, Split
 from packpipe.cli.output import plain, print_json, print_table
 
 Run = Annotated[Path, typer.Argument(help="A folder that train wrote.")]
@@ -31,19 +31,23 @@ def eval_(
     batch_size: BatchSize = 8,
     num_workers: NumWorkers = 4,
     max_bad_fraction: MaxBadFraction = 0.01,
+    image_column: ImageColumn = "auto",
+    label_column: LabelColumn = "auto",
     split: Split = "train",
     as_json: AsJson = False,
 ) -> None:
     """Measure a trained model on labelled images: accuracy, loss, calibration error (ECE)."""
     from packpipe.cli.asking import evaluate
+    from packpipe.cli.labels import chosen
 
-    chosen = None if budgets is None else _numbers(budgets)
-    dataset = open_source(source, split)
+    asked = None if budgets is None else _numbers(budgets)
+    columns = {"image_column": image_column, "label_column": label_column}
+    dataset = chosen(open_source(source, split, **columns, rows=True), **columns)
     with naming_files(dataset):
         found = evaluate(
             run,
             dataset,
-            chosen,
+            asked,
             batch_size=batch_size,
             num_workers=num_workers,
             max_bad_fraction=max_bad_fraction,
@@ -54,7 +58,7 @@ def eval_(
         return
     rows = [
         (
-            f"{tokens} tokens",
+            "as packed" if tokens is None else f"{tokens} tokens",
             f"accuracy {measured.accuracy:.4f}  loss {measured.loss:.4f}  ECE {measured.ece:.4f}",
         )
         for tokens, measured in found
@@ -117,14 +121,16 @@ def embed(
     batch_size: BatchSize = 8,
     num_workers: NumWorkers = 4,
     max_bad_fraction: MaxBadFraction = 0.01,
+    image_column: ImageColumn = "auto",
     split: Split = "train",
     as_json: AsJson = False,
 ) -> None:
     """Write a vector for each image to a Parquet file; killed, the same command goes on."""
     from packpipe.cli.embedding import embed as write_vectors
     from packpipe.cli.embedding import rejects_path
+    from packpipe.cli.labels import with_one_image
 
-    dataset = open_source(source, split)
+    dataset = with_one_image(open_source(source, split, image_column=image_column), image_column)
     with naming_files(dataset):
         rejects = write_vectors(
             run,
