@@ -45,14 +45,18 @@ def bench(
     ),
     seq_len: SeqLen = 1024,
     sides: Annotated[tuple[int, int], typer.Option(help="Of the images; see pack.")] = (64, 256),
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 2,
-    steps: Annotated[int, typer.Option(min=1, help="Measured, of each layout.")] = 10,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows a step.  [8 on a GPU, 1 on a CPU]")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Measured, of each layout.  [10, or what 6 s hold]")
+    ] = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Threads that decode.")] = 2,
     max_bad_fraction: MaxBadFraction = 0.01,
     split: Split = "train",
     as_json: AsJson = False,
 ) -> None:
-    """Train on your own images, packed and padded by turns: images/s, tokens/s, fill, MFU."""
+    """Train on your own images, packed and padded by turns, and say what an epoch takes."""
     from packpipe.cli.bench import compare_layouts  # torch is imported by commands that need it
 
     dataset = open_source(source, split)
