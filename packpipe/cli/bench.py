@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from packpipe import checks
 from packpipe.cli.layouts import Layout
@@ -26,6 +26,7 @@ from packpipe.model.config import NaViTConfig
 from packpipe.model.flops import matrix_rate
 from packpipe.model.navit import NaViT
 from packpipe.packing.quality import Quality
+from packpipe.sources.columns import label_column_of
 from packpipe.training.loop import Record, train
 
 # Steps before the measured ones: the first waits for a batch, and compiles the model on a GPU.
@@ -138,7 +139,7 @@ def compare_layouts(
     slots in either layout.
 
     Args:
-        dataset: labelled images.
+        dataset: images, with labels or without.
         model: a preset's name.
         seq_len: tokens of a packed row.
         sides: (low, high); an image gets as many pixels as a square of a side drawn between them.
@@ -155,6 +156,11 @@ def compare_layouts(
         expected, remedy = "no rank: one device is measured", "run it without torchrun"
         raise ValueError(checks.sentence("RANK", os.environ["RANK"], expected, remedy))
     device = device_of_this_rank()
+    if (
+        label_column_of(dataset.features, "auto") is None
+    ):  # of what class images are changes no time
+        one = ClassLabel(names=["image"])
+        dataset = dataset.add_column("label", [0] * len(dataset), feature=one)
     # The precision that training takes here, so that mfu divides by the rate of the same dtype.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     warm_up, slots = _WARM_UP[device.type], (batch_size or _BATCH_SIZE[device.type]) * seq_len
@@ -176,7 +182,7 @@ def compare_layouts(
         navit = NaViT(training.config).to(device)
         # As many slots in either layout; padded rows have a seq_len of their own.
         rows = max(1, slots // data.seq_len)
-        loader = PackedLoader(data.packs, rows, num_workers=num_workers)
+        loader = PackedLoader(data.packs, rows, tail="pad", num_workers=num_workers)
         # `train` is a generator: nothing runs before the loop below asks for a step.
         runs[name] = train(navit, loader, training.train_config)
         epochs[name] = data.packs.plan(0, 0).quality, rows

@@ -26,10 +26,14 @@ def labelled(dataset: Dataset) -> Dataset:
     Classes that have no names are named by their value, and sorted by name.
 
     Raises:
-        ValueError: there is no label column.
+        ValueError: there is no label column, or no image.
     """
+    if not len(dataset):
+        expected, remedy = "one at least", "the source holds none"
+        raise ValueError(checks.sentence("examples", 0, expected, remedy))
     if holds_rows(dataset.column_names):
         return _labelled_rows(dataset)
+    image_column_of(dataset.features, "auto")  # first: without images labels are no matter
     column = label_column_of(dataset.features, "auto")
     if column is None:
         expected = "a label column among them"

@@ -155,7 +155,13 @@ def _files(image: str) -> list[str]:
     """Return a file, or the images of a folder."""
     from packpipe.cli.image_folder import files_of
 
-    return files_of(Path(image)).images if Path(image).is_dir() else [image]
+    if not Path(image).is_dir():
+        return [image]
+    found = files_of(Path(image)).images
+    if not found:
+        remedy = "pass files, or a folder of them"
+        raise ValueError(checks.sentence("IMAGES", f"{image}, without any image", "images", remedy))
+    return found
 
 
 def _numbers(budgets: str) -> list[int]:

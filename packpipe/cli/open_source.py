@@ -68,6 +68,7 @@ def open_source(
         expected, remedy = "a file, a folder or a dataset's name", "there is no such file"
         raise ValueError(checks.sentence(options[0], source, expected, remedy))
     _check_built(path)
+    _check_some(path, options[0], source)
     datasets.disable_progress_bars()
     try:
         if is_text_table(source) and (path.is_file() or is_remote(source)):
@@ -78,6 +79,8 @@ def open_source(
         raise
     except Exception as error:  # datasets raises errors of many libraries
         remedy = f"{type(error).__name__}: {error}"
+        if not (path.exists() or is_remote(source)):
+            remedy = f"no file or folder is called so, and no dataset was found: {remedy}"
         expected = "a dataset that datasets can load"
         raise ValueError(checks.sentence(options[0], source, expected, remedy)) from error
     finally:
@@ -99,6 +102,9 @@ def open_source(
         paths = path_column_of(found.features, found, image_column)
         if paths is not None:
             return with_images(found, source, paths, label_column)
+        if is_text_table(source):
+            expected, remedy = "paths of images among them", "pass --image-column"
+            raise ValueError(checks.sentence("columns", found.column_names, expected, remedy))
     return found
 
 
@@ -212,6 +218,19 @@ def _check_built(folder: Path) -> None:
     if all((folder / part / MANIFEST).is_file() for part in ("images", "texts")):
         expected, remedy = "rows of images alone", f"pass {folder / 'images'}"
         raise ValueError(checks.sentence("SOURCE", f"{folder}, of pairs", expected, remedy))
+
+
+def _check_some(path: Path, name: str, source: str) -> None:
+    """Raise ValueError if this is a folder without files, or an image alone."""
+    from packpipe.cli.image_folder import files_of, image_suffixes
+
+    expected = "a folder of images, a table or an archive"
+    if path.is_dir() and not any(files_of(path)):
+        remedy = "put images into it, or pass another one"
+        raise ValueError(checks.sentence(name, f"{source}, without any file", expected, remedy))
+    if path.is_file() and path.suffix.lower() in image_suffixes():
+        remedy = "pass the folder around it"
+        raise ValueError(checks.sentence(name, f"{source}, an image", expected, remedy))
 
 
 def _loaded(path: Path, source: str, split: str) -> Any:

@@ -105,8 +105,16 @@ class Training:
             packing=self.data.evaluation,
         )
 
+    def _check_classes(self) -> None:
+        """Raise ValueError if there is nothing to tell apart."""
+        names = self.data.classes.names
+        if len(names) < 2:
+            remedy = "add images of another class, or pass another --label-column"
+            raise ValueError(checks.sentence("classes", names, "two or more", remedy))
+
     def described(self) -> dict[str, int]:
         """Return the figures of the training without running it; checks every option."""
+        self._check_classes()
         _ = self.drawn, self.data.validation_packs
         counts, epoch = self.data.counts(), self.data.epoch(self.seed)
         with torch.device("meta"):  # counts weights without making them
@@ -132,6 +140,7 @@ class Training:
             TypeError, ValueError: an option is wrong.
         """
         # A wrong option is an error before there is a process group.
+        self._check_classes()
         _ = self.config, self.train_config, self.drawn
         _ = self.data.packs, self.data.validation_packs
         if "RANK" not in os.environ:

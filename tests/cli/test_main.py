@@ -404,7 +404,10 @@ def test_records_are_json_lines(few, tmp_path):
         (["bench", "{few}", "--model", "H/14"], "name is 'H/14', expected one of Ti, S, B, L"),
         (["bench", "{texts}"], "expected "),
         (["train", "{few}", "{out}", "--loss", "hinge"], "loss is 'hinge', expected one of"),
-        (["train", "{texts}", "{out}"], "expected a label column among them"),
+        (
+            ["train", "{texts}", "{out}"],
+            "columns of tokens is ['input_ids'], expected images; pack",
+        ),
     ],
 )
 def test_a_bad_call_is_a_line_and_2(arguments, message, few, packed, texts, tmp_path):
