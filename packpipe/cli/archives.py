@@ -61,11 +61,11 @@ def unpacked(archive: Path) -> Path:
 def _check_names(archive: Path) -> None:
     """Raise ValueError if a later file of an archive would replace an earlier one."""
     if archive.name.endswith(_TARS):
-        with tarfile.open(archive) as file:
-            names = [member.name for member in file if member.isfile()]
+        with tarfile.open(archive) as tar:
+            names = [member.name for member in tar if member.isfile()]
     else:
-        with zipfile.ZipFile(archive) as file:
-            names = [name for name in file.namelist() if not name.endswith("/")]
+        with zipfile.ZipFile(archive) as zipped:
+            names = [name for name in zipped.namelist() if not name.endswith("/")]
     for name, number in Counter(names).items():
         if number > 1:
             expected, remedy = "one file of each name", "rename one of them"

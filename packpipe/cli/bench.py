@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -165,7 +166,8 @@ def compare_layouts(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     warm_up, slots = _WARM_UP[device.type], (batch_size or _BATCH_SIZE[device.type]) * seq_len
     most = warm_up + (steps or _STEPS)
-    epochs, runs = {}, {}
+    epochs: dict[str, tuple[Quality, int]] = {}
+    runs: dict[str, Iterator[Record]] = {}
     for name in ("packed", "padded"):
         layout = Layout(name, seq_len, sides, 0.0, max_bad_fraction)
         patch_size = NaViTConfig.preset(model, num_classes=None).patch_size

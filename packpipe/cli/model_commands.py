@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,7 +41,7 @@ def eval_(
     from packpipe.cli.labels import chosen
 
     asked = None if budgets is None else _numbers(budgets)
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     dataset = chosen(open_source(source, split, **columns, rows=True), **columns)
     with naming_files(dataset):
         found = evaluate(

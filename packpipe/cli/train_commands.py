@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ from packpipe.cli.options import (
     ValueRange,
     crop_of,
 )
-from packpipe.cli.output import print_json, print_table
+from packpipe.cli.output import plain, print_json, print_table
 from packpipe.cli.validation_source import check_validates, validation_of
 
 # Options of `train` that decide how images become rows: packed rows have their own.
@@ -35,6 +36,7 @@ _OF_IMAGES = (
 )
 # Those that say how images are measured: where none are, there are rows to be measured, if any.
 _OF_MEASURED_IMAGES = ("val_tokens", "max_bad_fraction")
+_SHOWN_REJECTS = 5
 
 
 @one_line_errors
@@ -192,7 +194,7 @@ def train(
     check_validates(
         val, {f"--{name.replace('_', '-')}": value for name, value in validation.items()}
     )
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     dataset = chosen(open_source(source, split, **columns, rows=True), **columns)
     patch_size = NaViTConfig.preset(model, num_classes=None).patch_size
     measured = (
@@ -255,6 +257,9 @@ def train(
         mixing={"mixup": mixup, "cutmix": cutmix},
     )
     with naming_files(data.labelled):
+        if os.environ.get("RANK", "0") == "0":
+            for name, reject in data.rejected[:_SHOWN_REJECTS]:
+                typer.echo(plain(f"rejected {name}: {reject.exception}"), err=True)
         if not dry_run:
             # Ctrl-C, and a checkpoint is saved: `one_line_errors` says so, and exits with 130.
             if not training.run(output, tensorboard=tensorboard, as_json=as_json):

@@ -11,10 +11,10 @@ from datasets import ClassLabel, Dataset
 from packpipe.cli.labels import classes_of, divided, labelled
 from packpipe.cli.layouts import Layout, packs_of
 from packpipe.cli.measured import num_images, validation_packs
-from packpipe.cli.open_source import naming_files
+from packpipe.cli.open_source import file_of, naming_files
 from packpipe.loading.epochs import EpochPacks
 from packpipe.planning.image_config import PackConfig
-from packpipe.rows.rejects import TooManyRejects
+from packpipe.rows.rejects import Reject, TooManyRejects
 from packpipe.sources.columns import label_column_of
 
 
@@ -82,19 +82,32 @@ class TrainedImages:
     def packs(self) -> EpochPacks:
         """The images as packs, planned anew every epoch."""
         if isinstance(self.val, float):
-            self._check_undivided()
+            _ = self._undivided  # raises if too many are bad
         layout = replace(self.layout, max_bad_fraction=self._allowed_in(self.labelled))
         return layout.packs(self.labelled, self.patch_size, self.num_workers)
 
-    def _check_undivided(self) -> None:
-        """Raise TooManyRejects if too many images are bad, before some are held out.
+    @property
+    def rejected(self) -> list[tuple[str, Reject]]:
+        """Images that are left out since header or label is bad, each with its file or number."""
+        # Of a share that is held out, the numbers of a part are not those of the images.
+        found = self._undivided if isinstance(self.val, float) else self.packs
+        return [
+            (file_of(self._images, one.example_index) or f"example {one.example_index}", one)
+            for one in found.rejects
+        ]
+
+    @cached_property
+    def _undivided(self) -> EpochPacks:
+        """The images before some are held out, which is an error if too many are bad.
 
         How they are divided then decides nothing.
         """
         allowed = self.layout.max_bad_fraction
         try:
             with naming_files(self._images):
-                packs_of(self._images, self.evaluation, self.num_workers, max_bad_fraction=allowed)
+                return packs_of(
+                    self._images, self.evaluation, self.num_workers, max_bad_fraction=allowed
+                )
         except TooManyRejects as error:
             # Without the rejects, whose numbers are not those of the images that are trained on.
             raise TooManyRejects(str(error), []) from error

@@ -16,6 +16,7 @@ from packpipe.philox import Key
 from packpipe.planning.decisions import decide
 from packpipe.planning.evaluation import evaluation_of
 from packpipe.planning.image_config import PackConfig
+from packpipe.rows.rejects import Reject
 from packpipe.training.run_folder import RunOptions
 
 # What a manifest says of the source and the options of its rows.
@@ -87,6 +88,11 @@ class TrainedRows:
     def packs(self) -> StoredPacks:
         """The rows as packs, in another order every epoch."""
         return StoredPacks(self.labelled)
+
+    @property
+    def rejected(self) -> list[tuple[str, Reject]]:
+        """None: what is bad was left out when the rows were packed."""
+        return []
 
     @cached_property
     def evaluation(self) -> PackConfig:

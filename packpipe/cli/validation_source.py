@@ -30,7 +30,7 @@ def validation_of(
     dataset: Dataset,
     source: str,
     split: str,
-    columns: dict[str, str] | None = None,
+    columns: dict[str, Any] | None = None,
 ) -> float | Dataset:
     """Return the share of images that is held out, or the images of another source or split.
 

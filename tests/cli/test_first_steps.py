@@ -92,6 +92,17 @@ def test_training_says_what_is_amiss_with_a_source(source, status, message, sour
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("val", [[], ["--val", 0.5]])
+def test_images_that_are_left_out_are_named(val, sources, tmp_path):
+    folder = shutil.copytree(sources / "ok", tmp_path / "images")
+    (folder / "b" / "9.png").write_text("no image")
+    options = [*QUICK, *val, "--dry-run", "--max-bad-fraction", 0.5]
+    result = run("train", folder, tmp_path / "run", *options)
+    assert result.exit_code == 0, result.output
+    said = f"rejected {folder / 'b' / '9.png'}: UnidentifiedImageError: no known image format\n"
+    assert result.stderr == said
+
+
 def test_two_images_train_and_cannot_be_divided(sources, tmp_path):
     options = [*QUICK, "--dry-run"]
     assert run("train", sources / "two", tmp_path / "run", *options).exit_code == 0
