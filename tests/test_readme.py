@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import datasets
 import loading
 import numpy as np
 import pytest
+import typer
 
+from packpipe.cli.main import app
 from packpipe.samples import images_folder
 
 ROOT = Path(__file__).parent.parent
@@ -194,6 +197,30 @@ def test_the_page_without_torch_prints_the_same_in_a_process_that_has_none():
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [printed for _, printed in found]
+
+
+def commands_in(page):
+    """The calls of packpipe in the blocks of a page for a shell."""
+    lines = "".join(blocks("(?:sh|console)", page)).splitlines()
+    found = [shlex.split(line, comments=True) for line in lines if line.startswith("packpipe ")]
+    return [words[1:] for words in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_s_commands_have_all_the_options_they_are_given(page):
+    known = typer.main.get_command(app).commands
+    for name, *words in commands_in(page):
+        if name == "export" and name not in known:
+            continue
+        known[name].make_context(name, list(words))  # parses the words, and runs nothing
+
+
+def test_the_page_of_the_first_model_has_six_commands():
+    page = ROOT / "docs" / "pages" / "first_model.md"
+    assert len(blocks("console", page)) == 6
+    names = [name for name, *_ in commands_in(page)]
+    assert names == ["train", "eval", "predict", "export", "embed"]
+    assert len(blocks("text", page)) == 5
 
 
 def test_links_within_the_repository_lead_somewhere():

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from datasets import ClassLabel, Dataset, Image
 
 from packpipe import checks
-from packpipe.cli.labels import labelled, with_classes_of
 from packpipe.cli.layouts import packs_of
+from packpipe.cli.measured import measured_packs
 from packpipe.cli.training_run import device_of_this_rank
 from packpipe.loading.loader import PackedLoader
 from packpipe.model.navit import NaViT
@@ -20,6 +20,7 @@ from packpipe.model.precision import is_half
 from packpipe.model.predict import predict_packs
 from packpipe.rows import rejects
 from packpipe.rows.rejects import Reject
+from packpipe.rows.schema import holds_rows
 from packpipe.training.evaluation import Measures, measure
 from packpipe.training.losses import LOSSES
 from packpipe.training.objective import is_dense, is_regression
@@ -37,12 +38,14 @@ def evaluate(
     num_workers: int,
     max_bad_fraction: float,
     precision: str = "auto",
-) -> list[tuple[int, Measures]]:
+) -> list[tuple[int | None, Measures]]:
     """Return what a trained model is worth on labelled images, by the most tokens of an image.
+
+    Of packed rows, which are measured as they are, the most tokens are None.
 
     Args:
         run: a training's folder.
-        dataset: labelled images.
+        dataset: labelled images, or rows of them.
         budgets: most tokens; None is the budget of the training's validation.
         batch_size: rows a step.
         num_workers: threads that decode ahead.
@@ -50,17 +53,26 @@ def evaluate(
         precision: see `packpipe.model.precision`.
     """
     model, options = _classifier(run)
-    images = labelled(dataset, options.loss)
-    if options.class_names is not None:
-        images = with_classes_of(images, ClassLabel(names=list(options.class_names)))
+    names = options.class_names
+    classes = None if names is None else ClassLabel(names=list(names))
+    are_rows = holds_rows(dataset.column_names)
+    if are_rows and budgets is not None:
+        expected, remedy = "left out for packed rows", "measure on their images"
+        raise ValueError(checks.sentence("budgets", budgets, expected, remedy))
     half = is_half(precision, next(model.parameters()).device)
     found = []
     for asked in [options] if budgets is None else [options.at(budget) for budget in budgets]:
-        bad = {"max_bad_fraction": max_bad_fraction}
-        packs = packs_of(images, asked.packing, num_workers, **bad)
+        packs = measured_packs(
+            dataset,
+            classes,
+            asked.packing,
+            loss=options.loss,
+            num_workers=num_workers,
+            max_bad_fraction=max_bad_fraction,
+        )
         loader = PackedLoader(packs, batch_size, tail="pad", num_workers=num_workers)
         measured = measure(model, loader, LOSSES[options.loss], half=half)
-        found.append((asked.max_tokens, measured))
+        found.append((None if are_rows else asked.max_tokens, measured))
     return found
 
 

@@ -1,7 +1,8 @@
 """Opens a folder of image files as a dataset, every one of them.
 
 `datasets` reads such folders too, and its rows are those given here: in the order of the paths, the
-folder around an image as its label. But it guesses splits from names: a class folder ``test`` or a
+folder around an image as its label. A file NAME.cls beside NAME.jpg holds its label instead, as in
+webdataset. But it guesses splits from names: a class folder ``test`` or a
 file ``my_test_shot.png`` is left out of ``train``; and it leaves out formats that it does not know.
 """
 
@@ -12,9 +13,9 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,6 +30,8 @@ _SPLITS = {
 _TABLES = (".parquet", ".arrow")
 # The rows of a folder with such a file are those of the file.
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+# Of files that hold a class, in webdataset.
+_CLASS = ".cls"
 # Formats that Pillow reads with a plugin, or when it is built with a library.
 _MORE_SUFFIXES = (".avif", ".heic", ".heif", ".hif", ".jxl")
 
@@ -39,11 +42,13 @@ class FolderFiles(NamedTuple):
     Attributes:
         images: those with a suffix of images.
         metadata: those that say which images there are, with their columns.
+        classes: those that hold the class of the image of the same name.
         others: the rest.
     """
 
     images: list[str]
     metadata: list[str]
+    classes: list[str]
     others: list[str]
 
     @property
@@ -64,11 +69,13 @@ def files_of(folder: Path) -> FolderFiles:
     Raises:
         OSError: a folder cannot be read.
     """
-    suffixes = _image_suffixes()
-    found = FolderFiles([], [], [])
+    suffixes = image_suffixes()
+    found = FolderFiles([], [], [], [])
     for path in sorted(_files(str(folder), frozenset())):
         if os.path.basename(path) in _METADATA:
             found.metadata.append(path)
+        elif _suffix(path) == _CLASS:
+            found.classes.append(path)
         else:
             (found.images if _suffix(path) in suffixes else found.others).append(path)
     return found
@@ -89,8 +96,9 @@ def image_splits(folder: Path, files: FolderFiles) -> dict[str, Dataset]:
         named = {split: list(map(glob.escape, paths)) for split, paths in by_split.items()}
         return dict(datasets.load_dataset("imagefolder", data_files=named))
     by_split = splits_of(folder, files.images)
-    names = _class_names(by_split)
-    return {split: _dataset(paths, names) for split, paths in by_split.items()}
+    beside = _classes_beside(files) if files.classes else None
+    names = sorted(set(beside.values())) if beside else _class_names(by_split)
+    return {split: _dataset(paths, names, beside) for split, paths in by_split.items()}
 
 
 def splits_of(folder: Path, paths: list[str]) -> dict[str, list[str]]:
@@ -138,17 +146,34 @@ def _class_names(by_split: dict[str, list[str]]) -> list[str] | None:
     return names if len(names) > 1 and len(depths) == 1 and not of_splits else None
 
 
-def _dataset(paths: list[str], names: list[str] | None) -> Dataset:
+def _classes_beside(files: FolderFiles) -> dict[str, str]:
+    """Return the classes that files hold, by the path of an image without its suffix."""
+    found = {}
+    for path in files.classes:
+        with open(path, encoding="utf-8") as file:
+            found[os.path.splitext(path)[0]] = file.read().strip()
+    return found
+
+
+def _dataset(
+    paths: list[str], names: list[str] | None, beside: Mapping[str, str] | None
+) -> Dataset:
     import datasets
 
-    columns: dict[str, list[str]] = {"image": paths}
+    columns: dict[str, list[Any]] = {"image": paths}
     features = datasets.Features({"image": datasets.Image()})
+    known: tuple[Any, ...] = paths, names
     if names is not None:
-        columns["label"] = [os.path.basename(os.path.dirname(path)) for path in paths]
+        columns["label"] = (
+            [os.path.basename(os.path.dirname(path)) for path in paths]
+            if beside is None
+            else [beside.get(os.path.splitext(path)[0]) for path in paths]
+        )
         features["label"] = datasets.ClassLabel(names=names)
+        known += () if beside is None else (columns["label"],)
     found = datasets.Dataset.from_dict(columns, features=features)
     # Of the paths: the same in every process, so that a build that was stopped goes on.
-    digest = hashlib.sha256(repr((paths, names)).encode(errors="surrogatepass")).hexdigest()
+    digest = hashlib.sha256(repr(known).encode(errors="surrogatepass")).hexdigest()
     return datasets.Dataset(found.data, found.info, fingerprint=digest[:16])
 
 
@@ -169,7 +194,7 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
-def _image_suffixes() -> frozenset[str]:
+def image_suffixes() -> frozenset[str]:
     """Return the suffixes of images: those of `datasets`, of Pillow's formats and some more."""
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
     from PIL import Image

@@ -1,4 +1,8 @@
-"""Labels of datasets as classes: encoded, held out by share, numbered as in a training."""
+"""Labels of images, or of packed rows of them: encoded as classes, held out, numbered as trained.
+
+Rows hold a list of labels each, images one; classes are told by their names in both. Lists of
+numbers, and the numbers of a regression, are no classes, and stay what they are.
+"""
 
 from __future__ import annotations
 
@@ -6,74 +10,226 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, LargeList, List
+from datasets import ClassLabel, Dataset, LargeList, List, Value
+from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe.planning.held_out import held_out
-from packpipe.sources.columns import label_column_of
+from packpipe.rows.labels import label_values
+from packpipe.rows.schema import holds_rows
+from packpipe.sources.columns import holds_images, image_column_of, is_text, label_column_of
+from packpipe.sources.labels import labels_of
 from packpipe.training.losses import LOSSES
 from packpipe.training.objective import is_regression
 
+_OF_ROWS = "labels"
+
 
 def labelled(dataset: Dataset, loss: str = "softmax") -> Dataset:
-    """Return a dataset with its label column as a ClassLabel.
+    """Return images, or rows of them, with their labels as numbers of a ClassLabel.
 
-    Lists of numbers stay what they are; so do all numbers for the loss of a regression.
+    Classes that have no names are named by their value, and sorted by name. Lists of numbers stay
+    what they are; so do all numbers for the loss of a regression.
 
     Args:
         dataset: with a label column.
         loss: what a model is trained with.
 
     Raises:
-        ValueError: it has no label column.
+        ValueError: there is no label column, or no image, or no such loss.
     """
+    checks.choice("loss", loss, LOSSES, "choose a loss")
+    if not len(dataset):
+        expected, remedy = "one at least", "the source holds none"
+        raise ValueError(checks.sentence("examples", 0, expected, remedy))
+    if holds_rows(dataset.column_names):
+        return _labelled_rows(dataset, loss)
+    image_column_of(dataset.features, "auto")  # first: without images labels are no matter
     column = label_column_of(dataset.features, "auto")
     if column is None:
-        expected, remedy = "a label column among them", "name it label"
+        expected = "a label column among them"
+        remedy = "pass --label-column, or put the images of each class into a folder of its own"
         raise ValueError(checks.sentence("columns", dataset.column_names, expected, remedy))
-    is_list = isinstance(dataset.features[column], List | LargeList)
-    if is_list or is_regression(LOSSES[loss]) or isinstance(dataset.features[column], ClassLabel):
+    if _is_encoded(dataset.features[column], loss):
         return dataset
     return dataset.class_encode_column(column)
 
 
-def divided(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Return a labelled dataset's images to train on, and those held out, in their order.
+def _is_encoded(feature: Any, loss: str) -> bool:
+    """Return whether labels are what a model can be trained on with a loss."""
+    return isinstance(feature, ClassLabel | List | LargeList) or is_regression(LOSSES[loss])
+
+
+def chosen(dataset: Dataset, image_column: str = "auto", label_column: str = "auto") -> Dataset:
+    """Return a dataset of images in which the columns that are asked for are the only ones.
 
     Args:
-        dataset: with a label column.
-        fraction: share of each class that is held out.
-        seed: of the draw.
+        dataset: the images; rows of them have their own columns.
+        image_column: its name; ``"auto"`` finds the only one.
+        label_column: its name; ``"auto"`` leaves the labels to be found.
+
+    Raises:
+        ValueError: there is no such column, or it holds something else.
     """
-    column = label_column_of(dataset.features, "auto")
-    classes = np.zeros(len(dataset), np.int64)  # images without classes are of one
-    if isinstance(dataset.features[column], ClassLabel):
-        labels = dataset.select_columns([column]).with_format("arrow")[:].column(0)
-        classes = labels.cast(pa.int64()).fill_null(-1).to_numpy()
-    chosen = held_out(classes, fraction, seed=seed)
+    if holds_rows(dataset.column_names) or (image_column, label_column) == ("auto", "auto"):
+        return dataset
+    # Of a table of paths the images have a column of their own.
+    asked = "auto" if is_text(dataset.features.get(image_column)) else image_column
+    image = image_column_of(dataset.features, asked)
+    label = label_column_of(dataset.features, label_column)
+    names = [image] if label is None else [image, label]
+    found = dataset.select_columns(names)
+    # So that it is found, whatever its name; what numbers mean, the loss says.
+    if label is None or isinstance(found.features[label], ClassLabel):
+        return found
+    if is_text(found.features[label]):
+        return found.class_encode_column(label)
+    return found if label == "label" else found.rename_column(label, "label")
+
+
+def with_one_image(dataset: Dataset, image_column: str) -> Dataset:
+    """Return a dataset without other columns of images than the one that is asked for."""
+    asked = dataset.features.get(image_column)
+    if image_column == "auto" or is_text(asked):  # of a table of paths it is the only one
+        return dataset
+    image_column_of(dataset.features, image_column)  # raises if it holds none
+    images = [name for name, feature in dataset.features.items() if holds_images(feature)]
+    return dataset.remove_columns([name for name in images if name != image_column])
+
+
+def classes_of(dataset: Dataset) -> ClassLabel | None:
+    """Return the classes of what `labelled` returned; None if the labels are no classes."""
+    found = _feature_of(dataset)
+    return found if isinstance(found, ClassLabel) else None
+
+
+def num_outputs(dataset: Dataset) -> int:
+    """Return how many outputs a model of what `labelled` returned has: classes, or numbers."""
+    found = _feature_of(dataset)
+    if isinstance(found, ClassLabel):
+        return len(found.names)
+    if isinstance(found, Value):
+        return 1
+    if holds_rows(dataset.column_names):  # of as many numbers each
+        return int(found.length)
+    labels = labels_of(dataset, _column(dataset))
+    return 1 if labels is None else int(label_values(labels.values[:1]).shape[1])
+
+
+def _feature_of(dataset: Dataset) -> Any:
+    """Return the feature of one label."""
+    found: Any = dataset.features[_column(dataset)]
+    return found.feature if holds_rows(dataset.column_names) else found
+
+
+def divided(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Return what is trained on, and what is held out, in their order.
+
+    Of images, a share of each class, or of all if there are no classes; of packed rows a share of
+    the rows, whatever their classes, since a row is read whole.
+
+    Args:
+        dataset: what `labelled` returned.
+        fraction: the share that is held out.
+        seed: of the draw.
+
+    Raises:
+        ValueError: no class has two images; there are no two rows, or an image has views on both
+            sides.
+    """
+    if holds_rows(dataset.column_names):
+        return _divided_rows(dataset, fraction, seed)
+    labels = np.zeros(len(dataset), np.int64)
+    if classes_of(dataset):
+        labels = _flat(dataset).fill_null(-1).to_numpy()
+    chosen = held_out(labels, fraction, seed=seed)
     return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
 
 
-def with_classes_of(dataset: Dataset, trained: Any) -> Dataset:
-    """Return a labelled dataset whose classes have the numbers that the trained ones have.
+def with_classes_of(dataset: Dataset, trained: ClassLabel | None) -> Dataset:
+    """Return images, or rows of them, whose classes have the numbers that the trained ones have.
 
     Args:
-        dataset: with a column of classes, told by their names.
-        trained: feature of the labels of the training; if it has no classes, there is no number.
+        dataset: what `labelled` returned.
+        trained: the classes of the training; of other labels, None, nothing is numbered.
 
     Raises:
         ValueError: it has a class that is not trained; names the first.
     """
-    column = label_column_of(dataset.features, "auto")
-    own: Any = dataset.features[column]
-    if not isinstance(trained, ClassLabel) or own.names == trained.names:
+    own = classes_of(dataset)
+    if own is None or trained is None or own.names == trained.names:
         return dataset
     numbers = {name: number for number, name in enumerate(trained.names)}
-    labels = dataset.select_columns([column]).with_format("arrow")[:].column(0).to_pylist()
+    labels = _flat(dataset).to_pylist()
     known = [None if label is None or label < 0 else own.names[label] for label in labels]
     for name in known:
         if name is not None and name not in numbers:
             expected = f"one of {', '.join(map(repr, trained.names))}"
             raise ValueError(checks.sentence("a label", name, expected, "train on this class, too"))
-    renumbered = [None if name is None else numbers[name] for name in known]
-    return dataset.remove_columns([column]).add_column(column, renumbered, feature=trained)
+    renumbered = pa.array([None if n is None else numbers[n] for n in known], pa.int64())
+    return _with_labels(dataset, renumbered, trained)
+
+
+def _column(dataset: Dataset) -> str:
+    if holds_rows(dataset.column_names):
+        return _OF_ROWS
+    found: Any = label_column_of(dataset.features, "auto")  # never None: `labelled` has seen to it
+    return str(found)
+
+
+def _labelled_rows(rows: Dataset, loss: str) -> Dataset:
+    feature: Any = rows.features.get(_OF_ROWS)
+    if feature is None:
+        remedy = "pack a source with a label column"
+        raise ValueError(checks.sentence("columns", rows.column_names, "labels among them", remedy))
+    one = getattr(feature, "feature", None)
+    if one is not None and _is_encoded(one, loss):
+        return rows
+    if not isinstance(one, Value):
+        expected, remedy = "lists of classes", "pack with another label column"
+        raise ValueError(checks.sentence("features['labels']", feature, expected, remedy))
+    labels = _flat(rows).to_pylist()
+    names = sorted({str(label) for label in labels if label is not None})
+    numbers = {name: number for number, name in enumerate(names)}
+    found = [None if label is None else numbers[str(label)] for label in labels]
+    return _with_labels(rows, pa.array(found, pa.int64()), ClassLabel(names=names))
+
+
+def _divided_rows(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    remedy = "pass a source as --val"
+    if len(rows) < 2:
+        expected = "2 or more, to hold some out"
+        raise ValueError(checks.sentence("packed rows", len(rows), expected, remedy))
+    chosen = held_out(np.zeros(len(rows), np.int64), fraction, seed=seed)
+    parts = rows.select(np.flatnonzero(~chosen)), rows.select(np.flatnonzero(chosen))
+    both = np.intersect1d(_examples_in(parts[0]), _examples_in(parts[1]))
+    if len(both):
+        expected = "a source, since views of an image would be on both sides"
+        what = f"{fraction}, with example {both[0]} in several rows"
+        raise ValueError(checks.sentence("--val", what, expected, remedy))
+    return parts
+
+
+def _examples_in(rows: Dataset) -> NDArray[np.int64]:
+    found = rows.select_columns(["example_index"]).with_format("arrow")[:].column(0)
+    examples: NDArray[np.int64] = found.combine_chunks().flatten().to_numpy()
+    return examples
+
+
+def _flat(dataset: Dataset) -> pa.Array:
+    """Return the labels, one an image, in the order of the images."""
+    column = dataset.select_columns([_column(dataset)]).with_format("arrow")[:].column(0)
+    found = column.combine_chunks()
+    return found.flatten() if pa.types.is_list(found.type) else found.cast(pa.int64())
+
+
+def _with_labels(dataset: Dataset, labels: pa.Array, classes: ClassLabel) -> Dataset:
+    """Return images, or rows of them, with other labels; the other columns are not copied."""
+    column = _column(dataset)
+    if not holds_rows(dataset.column_names):
+        return dataset.remove_columns([column]).add_column(column, labels, feature=classes)
+    lists = dataset.select_columns([column]).with_format("arrow")[:].column(0).combine_chunks()
+    lens = lists.value_lengths().fill_null(0).to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
+    found = pa.ListArray.from_arrays(pa.array(offsets), labels)
+    return dataset.remove_columns([column]).add_column(column, found, feature=List(classes))

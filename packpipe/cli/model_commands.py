@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from packpipe import checks
 from packpipe.cli.errors import one_line_errors
 from packpipe.cli.open_source import naming_files, open_source
-from packpipe.cli.options import AsJson, MaxBadFraction, Source, Split
+from packpipe.cli.options import AsJson, ImageColumn, LabelColumn, MaxBadFraction, Source, Split
 from packpipe.cli.output import plain, print_json, print_table
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def eval_(
     num_workers: NumWorkers = 4,
     precision: Precision = "auto",
     max_bad_fraction: MaxBadFraction = 0.01,
+    image_column: ImageColumn = "auto",
+    label_column: LabelColumn = "auto",
     split: Split = "train",
     as_json: AsJson = False,
 ) -> None:
@@ -46,14 +48,16 @@ def eval_(
     Of a regression, its mean absolute error.
     """
     from packpipe.cli.asking import evaluate
+    from packpipe.cli.labels import chosen
 
-    chosen = None if budgets is None else _numbers(budgets)
-    dataset = open_source(source, split)
+    asked = None if budgets is None else _numbers(budgets)
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    dataset = chosen(open_source(source, split, **columns, rows=True), **columns)
     with naming_files(dataset):
         found = evaluate(
             run,
             dataset,
-            chosen,
+            asked,
             batch_size=batch_size,
             num_workers=num_workers,
             precision=precision,
@@ -65,7 +69,7 @@ def eval_(
         return
     rows = [
         (
-            f"{tokens} tokens",
+            "as packed" if tokens is None else f"{tokens} tokens",
             _figures(measured),
         )
         for tokens, measured in found
@@ -143,14 +147,16 @@ def embed(
     num_workers: NumWorkers = 4,
     precision: Precision = "auto",
     max_bad_fraction: MaxBadFraction = 0.01,
+    image_column: ImageColumn = "auto",
     split: Split = "train",
     as_json: AsJson = False,
 ) -> None:
     """Write the features of each image to a Parquet file; killed, the same command goes on."""
     from packpipe.cli.embedding import embed as write_vectors
     from packpipe.cli.embedding import rejects_path
+    from packpipe.cli.labels import with_one_image
 
-    dataset = open_source(source, split)
+    dataset = with_one_image(open_source(source, split, image_column=image_column), image_column)
     with naming_files(dataset):
         rejects = write_vectors(
             run,
@@ -211,7 +217,13 @@ def _files(image: str) -> list[str]:
     """Return a file, or the images of a folder."""
     from packpipe.cli.image_folder import files_of
 
-    return files_of(Path(image)).images if Path(image).is_dir() else [image]
+    if not Path(image).is_dir():
+        return [image]
+    found = files_of(Path(image)).images
+    if not found:
+        remedy = "pass files, or a folder of them"
+        raise ValueError(checks.sentence("IMAGES", f"{image}, without any image", "images", remedy))
+    return found
 
 
 def _figures(measured: Measures) -> str:

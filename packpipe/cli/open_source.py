@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from packpipe import checks
+from packpipe.cli.archives import is_archive, unpacked
 from packpipe.cli.output import plain
+from packpipe.cli.path_tables import (
+    WrongTable,
+    is_text_table,
+    path_column_of,
+    read_text_table,
+    with_images,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,45 +33,96 @@ _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl"
 
 
 def open_source(
-    source: str, split: str, options: tuple[str, str] = ("SOURCE", "--split")
+    source: str,
+    split: str,
+    options: tuple[str, str] = ("SOURCE", "--split"),
+    *,
+    image_column: str = "auto",
+    label_column: str = "auto",
+    rows: bool = False,
 ) -> Dataset:
     """Return one split of a dataset that is given as a file, a folder or a name.
 
     Args:
-        source: a file, also behind a scheme; a folder of images or files, what save_to_disk wrote,
-            or a dataset's name.
-        split: its name. A file has ``"train"`` alone; a saved Dataset is returned for any.
+        source: a file, also behind a scheme: a table, or an archive of images; a folder of images
+            or files, what save_to_disk wrote, or a dataset's name.
+        split: its name. A table has ``"train"`` alone; a saved Dataset is returned for any.
         options: what errors call the two.
+        image_column: of a table of paths, the column of paths; ``"auto"`` finds it.
+        label_column: of a table of paths, the column of labels; ``"auto"`` finds it, ``"none"``
+            takes none. Other datasets have the columns that they have.
+        rows: whether packed rows will do.
 
     Raises:
-        ValueError: there is no such source or split, or `datasets` cannot load it.
+        ValueError: there is no such source or split, or `datasets` cannot load it; or it is one of
+            packed rows, and they will not do; or a table has no such column.
     """
     import datasets  # here, since it is slow to import and --help does without
 
     from packpipe.images.remote import is_remote
+    from packpipe.rows.schema import holds_rows
 
-    path = Path(source)
+    path = folder_of(source)
     # What looks like a name is left to datasets, which asks the Hub; other paths must exist.
     if not (path.exists() or is_remote(source) or _HUB_NAME.fullmatch(source)):
         expected, remedy = "a file, a folder or a dataset's name", "there is no such file"
         raise ValueError(checks.sentence(options[0], source, expected, remedy))
+    _check_built(path)
+    _check_some(path, options[0], source)
     datasets.disable_progress_bars()
     try:
-        found = _loaded(path, source, split)
+        if is_text_table(source) and (path.is_file() or is_remote(source)):
+            found = read_text_table(source)
+        else:
+            found = _loaded(path, source, split)
+    except WrongTable:
+        raise
     except Exception as error:  # datasets raises errors of many libraries
         remedy = f"{type(error).__name__}: {error}"
+        if not (path.exists() or is_remote(source)):
+            remedy = f"no file or folder is called so, and no dataset was found: {remedy}"
         expected = "a dataset that datasets can load"
         raise ValueError(checks.sentence(options[0], source, expected, remedy)) from error
     finally:
         # On a terminal `pack` shows its progress with the bar of `datasets`.
         if sys.stderr.isatty():
             datasets.enable_progress_bars()
-    if isinstance(found, datasets.Dataset):  # not so for a DatasetDict that was saved
+    if not isinstance(found, datasets.Dataset):  # a DatasetDict that was saved, say
+        if split not in found:
+            expected = f"one of {', '.join(found)}"
+            raise ValueError(checks.sentence("split", split, expected, f"pass {options[1]}"))
+        found = found[split]
+    if holds_rows(found.column_names):
+        if not rows:
+            expected, remedy = "images or sequences, not packed yet", "pass what was packed"
+            what = f"{source}, packed rows"
+            raise ValueError(checks.sentence(options[0], what, expected, remedy))
         return found
-    if split not in found:
-        expected = f"one of {', '.join(found)}"
-        raise ValueError(checks.sentence("split", split, expected, f"pass {options[1]}"))
-    return found[split]
+    if path.is_file() or is_remote(source):
+        paths = path_column_of(found.features, found, image_column)
+        if paths is not None:
+            return with_images(found, source, paths, label_column)
+        if is_text_table(source):
+            expected, remedy = "paths of images among them", "pass --image-column"
+            raise ValueError(checks.sentence("columns", found.column_names, expected, remedy))
+    return found
+
+
+def folder_of(source: str) -> Path:
+    """Return the path of a source; of an archive, the folder that its files are unpacked into."""
+    path = Path(source)
+    return unpacked(path) if is_archive(path) else path
+
+
+def manifest_in(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a folder that `pack` has written, or is writing; else None."""
+    from packpipe.building.shards import read_manifest
+
+    try:
+        found = read_manifest(folder)
+    except (OSError, ValueError):  # none, or somebody else's
+        return None
+    return found if isinstance(found, dict) and {"packpipe", "complete"} <= found.keys() else None
 
 
 def splits_in(source: str) -> list[str]:
@@ -73,7 +132,7 @@ def splits_in(source: str) -> list[str]:
     from packpipe.cli.image_folder import files_of, image_splits
     from packpipe.images.remote import is_remote
 
-    path = Path(source)
+    path = folder_of(source)
     if path.is_file() or is_remote(source) or (path / "state.json").is_file():
         return ["train"]
     if (path / "dataset_dict.json").is_file():
@@ -147,6 +206,31 @@ def _paths_in(rows: Dataset) -> Iterator[str]:
         if isinstance(feature, datasets.Image):
             for batch in rows.select_columns([name]).with_format("arrow").iter(batch_size=10_000):
                 yield from filter(None, batch.column(0).combine_chunks().field("path").to_pylist())
+
+
+def _check_built(folder: Path) -> None:
+    """Raise ValueError if `pack` has not completed this folder, or `pack_pairs` wrote it."""
+    from packpipe.building.shards import MANIFEST
+
+    if (manifest := manifest_in(folder)) is not None and not manifest["complete"]:
+        remedy = "call pack again, and it continues"
+        raise ValueError(checks.sentence("SOURCE", str(folder), "a complete build", remedy))
+    if all((folder / part / MANIFEST).is_file() for part in ("images", "texts")):
+        expected, remedy = "rows of images alone", f"pass {folder / 'images'}"
+        raise ValueError(checks.sentence("SOURCE", f"{folder}, of pairs", expected, remedy))
+
+
+def _check_some(path: Path, name: str, source: str) -> None:
+    """Raise ValueError if this is a folder without files, or an image alone."""
+    from packpipe.cli.image_folder import files_of, image_suffixes
+
+    expected = "a folder of images, a table or an archive"
+    if path.is_dir() and not any(files_of(path)):
+        remedy = "put images into it, or pass another one"
+        raise ValueError(checks.sentence(name, f"{source}, without any file", expected, remedy))
+    if path.is_file() and path.suffix.lower() in image_suffixes():
+        remedy = "pass the folder around it"
+        raise ValueError(checks.sentence(name, f"{source}, an image", expected, remedy))
 
 
 def _loaded(path: Path, source: str, split: str) -> Any:

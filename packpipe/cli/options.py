@@ -11,8 +11,9 @@ Source = Annotated[
     str,
     typer.Argument(
         help="A folder of images (one folder a class; train, validation and test are splits where "
-        "no other folders lie beside them), a Parquet file or folder, what save_to_disk wrote, or "
-        "a name that datasets.load_dataset knows."
+        "no other folders lie beside them) or a tar or zip of it, a CSV of paths and labels, a "
+        "Parquet file or folder, what save_to_disk wrote, or a name that datasets.load_dataset "
+        "knows."
     ),
 ]
 Folder = Annotated[Path, typer.Argument(help="What pack wrote.")]
@@ -72,6 +73,10 @@ ValueRange = Annotated[
     tuple[float, float] | None,
     typer.Option(help="Black and white of images in floating point or 32-bit integers."),
 ]
+ImageColumn = Annotated[
+    str, typer.Option(help="Name of the column of images, or of their paths; auto finds it.")
+]
+LabelColumn = Annotated[str, typer.Option(help="Name of the column of labels; auto finds it.")]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 Epoch = Annotated[int, typer.Option(help="Which of the seed's orders and draws.")]

@@ -95,6 +95,7 @@ def pack(
     Every example is in exactly one row, or in the rejects with its reason.
     """
     import packpipe
+    from packpipe.sources.columns import is_text
 
     checks.local_path("OUTPUT", output)
     options = _given(
@@ -125,7 +126,9 @@ def pack(
         "epoch": epoch,
         "num_workers": num_workers,
     }
-    dataset = open_source(source, split)
+    dataset = open_source(source, split, image_column=image_column, label_column=label_column)
+    if is_text(dataset.features.get(image_column)):  # of paths: the images are beside it
+        where["image_column"] = "auto"
     if dry_run:
         _print_plan(dataset, seq_len, where, options, as_json)
         return

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from packpipe import checks
 from packpipe.cli.errors import one_line_errors
-from packpipe.cli.open_source import naming_files, open_source
+from packpipe.cli.open_source import manifest_in, naming_files, open_source
 from packpipe.cli.options import (
     AsJson,
     CropArea,
     CropAspect,
     DamagedScans,
+    ImageColumn,
+    LabelColumn,
     MaxBadFraction,
     Profiles,
     SeqLen,
@@ -23,8 +26,17 @@ from packpipe.cli.options import (
     ValueRange,
     crop_of,
 )
-from packpipe.cli.output import print_json, print_table
+from packpipe.cli.output import plain, print_json, print_table
 from packpipe.cli.validation_source import check_validates, validation_of
+
+# Options of `train` that decide how images become rows: packed rows have their own.
+_OF_IMAGES = (
+    *("layout", "seq_len", "sides", "crop_area", "crop_aspect", "drop_rate"),
+    *("profiles", "damaged_scans", "value_range", "image_column", "label_column"),
+)
+# Those that say how images are measured: where none are, there are rows to be measured, if any.
+_OF_MEASURED_IMAGES = ("val_tokens", "max_bad_fraction")
+_SHOWN_REJECTS = 5
 
 
 @one_line_errors
@@ -35,14 +47,18 @@ def bench(
     ),
     seq_len: SeqLen = 1024,
     sides: Annotated[tuple[int, int], typer.Option(help="Of the images; see pack.")] = (64, 256),
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 2,
-    steps: Annotated[int, typer.Option(min=1, help="Measured, of each layout.")] = 10,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows a step.  [8 on a GPU, 1 on a CPU]")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Measured, of each layout.  [10, or what 6 s hold]")
+    ] = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Threads that decode.")] = 2,
     max_bad_fraction: MaxBadFraction = 0.01,
     split: Split = "train",
     as_json: AsJson = False,
 ) -> None:
-    """Train on your own images, packed and padded by turns: images/s, tokens/s, fill, MFU."""
+    """Train on your own images, packed and padded by turns, and say what an epoch takes."""
     from packpipe.cli.bench import compare_layouts  # torch is imported by commands that need it
 
     dataset = open_source(source, split)
@@ -65,6 +81,7 @@ def bench(
 
 @one_line_errors
 def train(
+    context: typer.Context,
     source: Source,
     output: Annotated[Path, typer.Argument(file_okay=False, help="Checkpoints, log and plot.")],
     steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 1000,
@@ -167,15 +184,24 @@ def train(
         str | None, typer.Option(help="Log to this project of Weights & Biases, too.")
     ] = None,
     max_bad_fraction: MaxBadFraction = 0.01,
+    image_column: ImageColumn = "auto",
+    label_column: LabelColumn = "auto",
     split: Split = "train",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained; train nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a NaViT on labelled images; if stopped or killed, the same command resumes."""
+    """Train a NaViT on labelled images, or on packed rows; stopped, the same command resumes."""
+    from datasets import Dataset
+
+    from packpipe.cli.labels import chosen
     from packpipe.cli.layouts import Layout
+    from packpipe.cli.trained_images import TrainedImages
+    from packpipe.cli.trained_rows import TrainedRows
     from packpipe.cli.training_run import Training
+    from packpipe.model.config import NaViTConfig
+    from packpipe.rows.schema import holds_rows
 
     checks.local_path("OUTPUT", output)
     validation = {
@@ -188,24 +214,47 @@ def train(
     check_validates(
         val, {f"--{name.replace('_', '-')}": value for name, value in validation.items()}
     )
-    dataset = open_source(source, split)
-    pixels = {
-        "profiles": profiles,
-        "damaged_scans": damaged_scans,
-        "value_range": value_range,
-    }
-    given = {name: value for name, value in pixels.items() if value is not None}
-    training = Training(
-        dataset,
-        layout=Layout(
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    dataset = chosen(open_source(source, split, **columns, rows=True), **columns)
+    patch_size = NaViTConfig.preset(model, num_classes=None).patch_size
+    measured = (
+        None
+        if val is None
+        else validation_of(
+            val, val_split, dataset=dataset, source=source, split=split, columns=columns
+        )
+    )
+    where: dict[str, Any] = {"num_workers": num_workers, "seed": seed}
+    where |= {"val": measured, "val_tokens": val_tokens, "loss": loss}
+    data: TrainedImages | TrainedRows
+    if holds_rows(dataset.column_names):
+        measures_images = isinstance(measured, Dataset) and not holds_rows(measured.column_names)
+        _refuse_of_images(context, source, () if measures_images else _OF_MEASURED_IMAGES)
+        data = TrainedRows(
+            dataset,
+            manifest_in(Path(source)),
+            patch_size,
+            max_bad_fraction=max_bad_fraction,
+            **where,
+        )
+    else:
+        pixels = {
+            "profiles": profiles,
+            "damaged_scans": damaged_scans,
+            "value_range": value_range,
+        }
+        layout_of_images = Layout(
             layout,
             seq_len,
             sides,
             drop_rate,
             max_bad_fraction,
-            pixels=given,
+            pixels={name: value for name, value in pixels.items() if value is not None},
             crop=crop_of(crop_area, crop_aspect),
-        ),
+        )
+        data = TrainedImages(dataset, layout_of_images, patch_size, **where)
+    training = Training(
+        data,
         model=model,
         shape={"position": position, "pooling": pooling, "attention": attention},
         batch_size=batch_size,
@@ -231,12 +280,11 @@ def train(
         seed=seed,
         augment=augment,
         mixing={"mixup": mixup, "cutmix": cutmix},
-        val=None
-        if val is None
-        else validation_of(val, val_split, dataset=dataset, source=source, split=split),
-        val_tokens=val_tokens,
     )
-    with naming_files(training.labelled):
+    with naming_files(data.labelled):
+        if os.environ.get("RANK", "0") == "0":
+            for name, reject in data.rejected[:_SHOWN_REJECTS]:
+                typer.echo(plain(f"rejected {name}: {reject.exception}"), err=True)
         if not dry_run:
             # Ctrl-C, and a checkpoint is saved: `one_line_errors` says so, and exits with 130.
             if not training.run(output, tensorboard=tensorboard, wandb=wandb, as_json=as_json):
@@ -247,6 +295,17 @@ def train(
         print_json(found)
     else:
         print_table(source, [(name, f"{value:,}") for name, value in found.items()])
+
+
+def _refuse_of_images(context: typer.Context, source: str, more: tuple[str, ...]) -> None:
+    """Raise ValueError if an option was given that decides how images become rows, or one more."""
+    for name in (*_OF_IMAGES, *more):
+        given = context.get_parameter_source(name)
+        if given is not None and given.name == "COMMANDLINE":
+            option, value = f"--{name.replace('_', '-')}", context.params[name]
+            expected = f"left out, since the rows in {source} are packed already"
+            remedy = "train on their images, or pack them with it"
+            raise ValueError(checks.sentence(option, value, expected, remedy))
 
 
 @one_line_errors

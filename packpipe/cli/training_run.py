@@ -15,28 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset
 from datasets.utils import tqdm
 
 from packpipe import checks
 from packpipe.augmenting.augment import Augment
-from packpipe.cli.labels import divided, labelled, with_classes_of
-from packpipe.cli.layouts import Layout, packs_of
-from packpipe.cli.open_source import naming_files
+from packpipe.cli.trained_images import TrainedImages
+from packpipe.cli.trained_rows import TrainedRows
 from packpipe.durable import write_bytes
-from packpipe.loading.epochs import EpochPacks
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.ranks import process_group, rank_of_world
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
-from packpipe.philox import Key
-from packpipe.planning.image_config import PackConfig
 from packpipe.plots import plot_training
-from packpipe.rows.labels import label_values
-from packpipe.rows.rejects import TooManyRejects
-from packpipe.rows.rows import Rows
-from packpipe.sources.columns import label_column_of
-from packpipe.sources.labels import labels_of
 from packpipe.training.checkpoints import checkpoints
 from packpipe.training.figures import Record
 from packpipe.training.log import json_line, read_log
@@ -50,49 +40,22 @@ _LENGTHS = 8  # for which torch.compile keeps graphs; beyond, it would compute w
 
 
 @dataclass(frozen=True)
-class NamingPacks:
-    """Packs of images whose errors name files.
-
-    Attributes:
-        packs: those of the dataset.
-        dataset: the images.
-    """
-
-    packs: EpochPacks
-    dataset: Dataset
-
-    def rows(self, key: Key, packs: Any) -> Rows:
-        """Return some packs; of too many images that cannot be decoded the first are named."""
-        with naming_files(self.dataset):
-            return self.packs.rows(key, packs)
-
-    def __getattr__(self, name: str) -> Any:
-        # Not self.packs: a copy, which has none yet, would ask for ever.
-        return getattr(object.__getattribute__(self, "packs"), name)
-
-
-@dataclass(frozen=True)
 class Training:
     """A training, made from the options of the command line.
 
     Attributes:
-        dataset: labelled images.
-        layout: how images become rows.
+        data: what is trained on, and validated on.
         model: a preset's name.
         shape: further options of `NaViTConfig`, ``attention`` among them.
         batch_size: rows a step of each rank.
         options: those of `TrainConfig`.
         num_workers: threads that decode ahead.
-        seed: of weights, order, resolutions, augmentation, and of which images are held out.
+        seed: of weights, order, resolutions and augmentation.
         augment: a preset of `Augment`; None for none.
         mixing: options of `Augment` besides.
-        val: images that the training is validated on: a share of the dataset's, which is held out
-            of it, or a dataset of others; None validates on none.
-        val_tokens: most tokens of a validation image; None is those of the largest square.
     """
 
-    dataset: Dataset
-    layout: Layout
+    data: TrainedImages | TrainedRows
     model: str
     shape: dict[str, Any]
     batch_size: int
@@ -101,67 +64,23 @@ class Training:
     seed: int = 0
     augment: str | None = None
     mixing: dict[str, Any] = field(default_factory=dict)
-    val: float | Dataset | None = None
-    val_tokens: int | None = None
-
-    @cached_property
-    def _images(self) -> Dataset:
-        """The images of the dataset, undivided, with their labels as classes."""
-        return labelled(self.dataset, self.options.get("loss", "sigmoid"))
-
-    @cached_property
-    def _parts(self) -> tuple[Dataset, Dataset | None]:
-        """The images that are trained on, and those that are validated on."""
-        images = self._images
-        if isinstance(self.val, Dataset):
-            column = label_column_of(images.features, "auto")
-            others = labelled(self.val, self.options.get("loss", "sigmoid"))
-            return images, with_classes_of(others, images.features[column])
-        return (images, None) if self.val is None else divided(images, self.val, self.seed)
-
-    @property
-    def labelled(self) -> Dataset:
-        """The images that are trained on, with their labels as classes."""
-        return self._parts[0]
-
-    @property
-    def validated(self) -> Dataset | None:
-        """The images that are validated on, with the same classes; None without any."""
-        return self._parts[1]
 
     @cached_property
     def config(self) -> NaViTConfig:
         """The model's shape."""
         shape = self.shape
-        if self.layout.name in ("padded", "bucketed") and shape["attention"] == "auto":
+        if self.data.layout_name in ("padded", "bucketed") and shape["attention"] == "auto":
             # Other backends may skip padding, which a padded ViT computes.
             shape = {**shape, "attention": "reference"}
-        num_classes = self._num_outputs if self.class_names is None else len(self.class_names)
-        return NaViTConfig.preset(self.model, num_classes=num_classes, **shape)
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """The names of the classes; None if labels are numbers of another kind."""
-        feature: Any = self.labelled.features[self._label_column]
-        return tuple(feature.names) if isinstance(feature, ClassLabel) else None
-
-    @property
-    def _num_outputs(self) -> int:
-        """How many numbers each label has."""
-        labels = labels_of(self.labelled, self._label_column)
-        return 1 if labels is None else int(label_values(labels.values[:1]).shape[1])
-
-    @property
-    def _label_column(self) -> str | None:
-        return label_column_of(self.labelled.features, "auto")
+        return NaViTConfig.preset(self.model, num_classes=self.data.num_outputs, **shape)
 
     @cached_property
     def train_config(self) -> TrainConfig:
         """The options of the training loop."""
-        bucketed = self.layout.name == "bucketed"
+        bucketed = self.data.layout_name == "bucketed"
         return TrainConfig(
             **self.options,
-            trim=trim_of(self.packs.config.seq_len, validates=self.val is not None)
+            trim=trim_of(self.data.seq_len, validates=self.data.val is not None)
             if bucketed
             else None,
         )
@@ -173,88 +92,42 @@ class Training:
             return None
         named = Augment(flip=0) if self.augment is None else Augment.preset(self.augment)
         drawn = replace(named, **self.mixing)
-        if drawn.mixes and self.layout.name != "packed":
+        if drawn.mixes and self.data.layout_name != "packed":
             expected, remedy = "'packed' with mixup and cutmix", "others put one image into a row"
-            raise ValueError(checks.sentence("layout", self.layout.name, expected, remedy))
+            raise ValueError(checks.sentence("layout", self.data.layout_name, expected, remedy))
         return drawn
-
-    @cached_property
-    def packs(self) -> EpochPacks:
-        """The images as packs, planned anew every epoch."""
-        if isinstance(self.val, float):
-            self._check_undivided()
-        layout = replace(self.layout, max_bad_fraction=self._allowed_in(self.labelled))
-        return layout.packs(self.labelled, self.config.patch_size, self.num_workers)
-
-    def _check_undivided(self) -> None:
-        """Raise TooManyRejects if too many images are bad, before some are held out.
-
-        How they are divided then decides nothing.
-        """
-        allowed = self.layout.max_bad_fraction
-        try:
-            with naming_files(self._images):
-                packs_of(self._images, self.evaluation, self.num_workers, max_bad_fraction=allowed)
-        except TooManyRejects as error:
-            # Without the rejects, whose numbers are not those of the images that are trained on.
-            raise TooManyRejects(str(error), []) from error
-
-    def _allowed_in(self, part: Dataset) -> float:
-        """Return the share of a part's images that may be bad: as many as of those undivided."""
-        allowed = self.layout.max_bad_fraction
-        if not isinstance(self.val, float):
-            return allowed
-        number = int(allowed * len(self._images) + 1e-9)
-        # Half an image more, so that rounding decides nothing.
-        return min(1.0, (number + 0.5) / len(part)) if number else allowed
-
-    @cached_property
-    def evaluation(self) -> PackConfig:
-        """How images become rows when the model is evaluated."""
-        return self.layout.evaluation(self.config.patch_size, self.val_tokens)
 
     @property
     def run_options(self) -> RunOptions:
         """What is asked of the model later on."""
         return RunOptions(
-            class_names=self.class_names,
-            label_column=self._label_column,
+            class_names=None if self.data.classes is None else tuple(self.data.classes.names),
+            label_column=self.data.label_column,
             loss=self.train_config.loss,
-            packing=self.evaluation,
+            packing=self.data.evaluation,
         )
 
-    @cached_property
-    def validation_packs(self) -> NamingPacks | None:
-        """The validation images as packs; None without any."""
-        if self.validated is None:
-            return None
-        allowed = self._allowed_in(self.validated)
-        try:
-            with naming_files(self.validated):
-                packs = packs_of(
-                    self.validated, self.evaluation, self.num_workers, max_bad_fraction=allowed
-                )
-            return NamingPacks(packs, self.validated)
-        except TooManyRejects as error:
-            # Without the rejects, whose numbers are not those of the images that are trained on.
-            raise TooManyRejects(f"of the validation images, {error}", []) from error
+    def _check_classes(self) -> None:
+        """Raise ValueError if there is nothing to tell apart."""
+        classes = self.data.classes
+        if classes is not None and len(classes.names) < 2:
+            remedy = "add images of another class, or pass another --label-column"
+            raise ValueError(checks.sentence("classes", classes.names, "two or more", remedy))
 
     def described(self) -> dict[str, int]:
         """Return the figures of the training without running it; checks every option."""
-        held_out = {} if self.validated is None else {"validation images": len(self.validated)}
-        _ = self.drawn, self.validation_packs
-        plan = self.packs.plan(self.seed, 0)
+        self._check_classes()
+        _ = self.drawn, self.data.validation_packs
+        counts, epoch = self.data.counts(), self.data.epoch(self.seed)
         with torch.device("meta"):  # counts weights without making them
             parameters = sum(p.numel() for p in NaViT(self.config).parameters())
         return {
-            "images": len(self.labelled),
-            **held_out,
+            **counts,
             "classes": int(self.config.num_classes or 0),
             "parameters": parameters,
             "steps": self.train_config.steps,
             "rows a step": self.batch_size,
-            "rows an epoch": len(plan),
-            "tokens an epoch": plan.quality.num_tokens,
+            **epoch,
         }
 
     def run(
@@ -277,7 +150,9 @@ class Training:
             TypeError, ValueError: an option is wrong.
         """
         # A wrong option is an error before there is a process group.
-        _ = self.config, self.train_config, self.drawn, self.packs, self.validation_packs
+        self._check_classes()
+        _ = self.config, self.train_config, self.drawn
+        _ = self.data.packs, self.data.validation_packs
         if "RANK" not in os.environ:
             return self._run(output, tensorboard, wandb, as_json)
         # In a function of its own: its model and loader must be gone when the group ends.
@@ -287,19 +162,19 @@ class Training:
     def _run(self, output: Path, tensorboard: bool, wandb: str | None, as_json: bool) -> bool:
         device = device_of_this_rank()
         is_first = rank_of_world()[0] == 0
-        options, packs = self.train_config, self.packs
+        options = self.train_config
         torch.manual_seed(self.seed)
         navit = NaViT(self.config).to(device)
         loader = PackedLoader(
-            packs,
+            self.data.packs,
             self.batch_size,
             seed=self.seed,
-            balance=self.layout.name == "bucketed",
+            balance=self.data.layout_name == "bucketed",
             num_workers=self.num_workers,
             pin_memory=device.type == "cuda",
             augment=self.drawn,
         )
-        measured = self.validation_packs
+        measured = self.data.validation_packs
         validate = (
             None
             if measured is None

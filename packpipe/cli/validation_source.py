@@ -24,7 +24,13 @@ def check_validates(val: str | None, options: dict[str, Any]) -> None:
 
 
 def validation_of(
-    val: str, val_split: str | None, *, dataset: Dataset, source: str, split: str
+    val: str,
+    val_split: str | None,
+    *,
+    dataset: Dataset,
+    source: str,
+    split: str,
+    columns: dict[str, Any] | None = None,
 ) -> float | Dataset:
     """Return the share of images that is held out, or the images of another source or split.
 
@@ -35,10 +41,13 @@ def validation_of(
         dataset: the images that are trained on.
         source: where they are from.
         split: their split.
+        columns: names that were asked for, which the other source may have, too.
 
     Raises:
         ValueError: there is no such share, source or split, or its images are those trained on.
     """
+    from packpipe.cli.labels import chosen  # here, since it imports `datasets`
+
     share = None if Path(val).exists() else _number(val)
     if share is not None:
         if not 0 < share < 1:
@@ -52,7 +61,10 @@ def validation_of(
     if val_split is None:
         there = splits_in(source) if is_same else []
         val_split = next((s for s in _HELD_OUT if s in there and s != split), "train")
-    found = open_source(val, val_split, ("--val", "--val-split"))
+    asked = columns or {}
+    found = open_source(val, val_split, ("--val", "--val-split"), rows=True, **asked)
+    # A folder beside a table, say, has no columns of these names.
+    found = chosen(found, **{n: name for n, name in asked.items() if name in found.column_names})
     if (is_same and val_split == split) or found._fingerprint == dataset._fingerprint:
         expected = "other images than those that are trained on"
         remedy = "pass a share to hold out, such as 0.1, or another --val-split"

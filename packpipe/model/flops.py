@@ -52,10 +52,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int | None = 
     Args:
         device: a CUDA device, or the CPU.
         dtype: of the matrices, random ones, since zeros run faster.
-        size: rows and columns; None for 8,192 on a GPU, 1,024 on a CPU.
+        size: rows and columns; None for 8,192 on a GPU, 512 on a CPU.
     """
     on_gpu = device.type == "cuda"
-    size = size or (8192 if on_gpu else 1024)
+    size = size or (8192 if on_gpu else 512)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     times = []
     for _ in range(10):  # the first three warm it up

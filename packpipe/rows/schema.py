@@ -152,6 +152,11 @@ def token_schema(
     return pa.schema(lists | {n: pa.list_(kind) for n, kind in (SEGMENT_TYPES | values).items()})
 
 
+def holds_rows(names: Any) -> bool:
+    """Return whether columns are those of packed rows, of images or of token sequences."""
+    return "seq_lens" in names and "example_index" in names
+
+
 def holds_tokens(names: Any) -> bool:
     """Return whether columns are those of packed token sequences, not of images."""
     return "fragment" in names and "seq_lens" in names

@@ -29,7 +29,7 @@ from packpipe.planning.image_config import PackOptions
 from packpipe.planning.token_config import TokenConfig
 from packpipe.rows.fill_tokens import padding_of
 from packpipe.rows.rows import NO_LABEL
-from packpipe.rows.schema import RESERVED
+from packpipe.rows.schema import RESERVED, holds_rows
 from packpipe.sources.image_source import checked_root
 from packpipe.sources.sizes import checked_columns
 
@@ -137,9 +137,8 @@ def label_column_of(features: Features, asked: str | None) -> str | None:
         # A column named label or labels goes before other ClassLabels.
         if len(named or typed) > 1:
             expected = "one at most, for label_column='auto'"
-            raise ValueError(
-                checks.sentence("label columns", named or typed, expected, "pass label_column")
-            )
+            remedy = "pass label_column (--label-column)"
+            raise ValueError(checks.sentence("label columns", named or typed, expected, remedy))
         found = next(iter(named or typed), None)
     elif asked is not None and asked not in features:
         expected = f"one of {list(features)}, 'auto' or None"
@@ -258,6 +257,12 @@ def check_dataset(dataset: Any) -> None:
         if isinstance(dataset, IterableDataset):
             remedy = "packpipe.PackedStream packs what comes as a stream"
         raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
+    if holds_rows(dataset.column_names):
+        expected, remedy = (
+            "images or sequences",
+            "pass packed rows to PackedLoader, or their source",
+        )
+        raise ValueError(checks.sentence("dataset", "packed rows", expected, remedy))
     checks.untransformed("dataset", dataset)
 
 

@@ -1,0 +1,182 @@
+"""Opens tables of paths and labels: CSV and TSV, and columns of paths in other tables, as images.
+
+A CSV's values are text as it is written: a class may be called 007 or NA; an empty value is none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packpipe import checks
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_IMAGE = "image"  # name of the column of images, beside that of their paths
+_LOOKED_AT = 100  # values that tell whether a column holds paths, and whether files are there
+
+
+class WrongTable(ValueError):
+    """A text table that cannot be read."""
+
+
+def is_text_table(source: str) -> bool:
+    """Return whether a file is a CSV or TSV, to judge by its name."""
+    return Path(source).suffix.lower() in _DELIMITERS
+
+
+def read_text_table(source: str) -> Dataset:
+    """Return the rows of a CSV or TSV, all its columns as text.
+
+    Raises:
+        WrongTable: a ValueError; its first line holds no names of columns, or it is not UTF-8, or a
+            line has too many values.
+    """
+    import datasets
+    import fsspec
+    import pyarrow as pa
+    from pyarrow import csv
+
+    delimiter = _DELIMITERS[Path(source).suffix.lower()]
+    parsing = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    with fsspec.open(source, "rb") as file:
+        content = file.read()
+    # Columns of text from the start: guessed types would make 7 of 007, and nothing of NA.
+    options = csv.ConvertOptions(null_values=[""], strings_can_be_null=True)
+    try:
+        lines = csv.open_csv(pa.BufferReader(content), parse_options=parsing)
+        names = lines.schema.names
+        options.column_types = dict.fromkeys(names, pa.string())
+        reader = pa.BufferReader(content)
+        table = csv.read_csv(reader, parse_options=parsing, convert_options=options)
+    except pa.ArrowInvalid as error:
+        expected, remedy = "a table of UTF-8 text with names of columns", str(error)
+        raise WrongTable(checks.sentence("SOURCE", source, expected, remedy)) from error
+    if any(_look_like_images(names)) or len(set(names)) < len(names):
+        expected = "different names of columns in the first line"
+        raise WrongTable(checks.sentence("columns", names, expected, "such as path,label"))
+    digest = hashlib.sha256(content).hexdigest()
+    return datasets.Dataset(table, fingerprint=digest[:16])
+
+
+def path_column_of(features: Features, rows: Dataset, asked: str) -> str | None:
+    """Return the column of paths of images: the one asked for, or the only one that looks so.
+
+    None if the table holds images themselves, or lists of tokens, or nothing that looks like paths.
+
+    Raises:
+        ValueError: several look so.
+    """
+    from packpipe.sources.columns import holds_images, holds_numbers, is_text
+
+    texts = [name for name, feature in features.items() if is_text(feature)]
+    if asked != "auto":
+        return asked if asked in texts else None
+    if any(holds_images(one) or holds_numbers(one) for one in features.values()):
+        return None
+    paths = [name for name in texts if _holds_paths(rows, name)]
+    if len(paths) > 1:
+        expected = "exactly one"
+        raise ValueError(
+            checks.sentence("columns of paths", paths, expected, "pass --image-column")
+        )
+    return paths[0] if paths else None
+
+
+def with_images(rows: Dataset, source: str, path_column: str, label_column: str) -> Dataset:
+    """Return a table with a column of the images at its paths, and its labels as classes.
+
+    Args:
+        rows: the table.
+        source: its file; paths that are relative start at its folder.
+        path_column: name of its column of paths.
+        label_column: name of its column of labels; ``"auto"`` takes label or labels, or the only
+            column beside the paths; ``"none"`` takes none.
+
+    Raises:
+        ValueError: none of the first files is there, or a column is not.
+    """
+    import datasets
+
+    from packpipe.images.remote import is_remote
+
+    there = is_remote(source)
+    folder = source.rpartition("/")[0] if there else str(Path(source).absolute().parent)
+    paths = [None if path is None else _joined(folder, path) for path in rows[path_column]]
+    _check_there(paths, rows[path_column], path_column, folder)
+    images = [None if path is None else {"bytes": None, "path": path} for path in paths]
+    label = _label_of(rows.column_names, path_column, label_column)
+    name = _IMAGE
+    if name in rows.column_names:  # that of the paths, or one that they would hide
+        name = path_column
+        rows = rows.remove_columns([path_column])
+    before = rows._fingerprint
+    found = rows.add_column(name, images, feature=datasets.Image())
+    if label is not None:
+        found = _encoded(found, label)
+    digest = hashlib.sha256(repr((before, folder, name, label)).encode(errors="surrogatepass"))
+    return datasets.Dataset(found.data, found.info, fingerprint=digest.hexdigest()[:16])
+
+
+def _label_of(names: list[str], path_column: str, asked: str) -> str | None:
+    if asked == "none":
+        return None
+    if asked != "auto":
+        if asked not in names:
+            expected, remedy = f"one of {names}", "pass --label-column"
+            raise ValueError(checks.sentence("--label-column", asked, expected, remedy))
+        return asked
+    named = [name for name in ("label", "labels") if name in names]
+    others = [name for name in names if name != path_column]
+    # Of both label and labels, and of several others, none is taken: the caller has to say.
+    return next((some[0] for some in (named, others) if len(some) == 1), None)
+
+
+def _encoded(rows: Dataset, column: str) -> Dataset:
+    """Return a table with a column of classes, named by its values and sorted by name."""
+    import datasets
+
+    values = rows[column][:]
+    names = sorted({str(value) for value in values if value is not None})
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = [None if value is None else numbers[str(value)] for value in values]
+    feature = datasets.ClassLabel(names=names)
+    return rows.remove_columns([column]).add_column(column, labels, feature=feature)
+
+
+def _check_there(paths: list[str | None], written: Any, column: str, folder: str) -> None:
+    """Raise ValueError if none of the first files is there: the column or the folder is wrong."""
+    from packpipe.images.remote import is_remote
+
+    local = [(path, text) for path, text in zip(paths, written, strict=True) if path is not None]
+    local = [pair for pair in islice(local, _LOOKED_AT) if not is_remote(pair[0])]
+    if local and not any(os.path.exists(path) for path, _ in local):
+        expected = f"files that are there; relative paths start at {folder}"
+        raise ValueError(
+            checks.sentence(f"column {column!r}", local[0][1], expected, "pass --image-column")
+        )
+
+
+def _joined(folder: str, path: str) -> str:
+    from packpipe.images.remote import is_remote
+
+    if is_remote(path):
+        return path
+    return f"{folder}/{path}" if is_remote(folder) else os.path.join(folder, path)
+
+
+def _holds_paths(rows: Dataset, column: str) -> bool:
+    first = [value for value in rows[:_LOOKED_AT][column] if value is not None]
+    return sum(_look_like_images(first)) * 2 > len(first)
+
+
+def _look_like_images(texts: list[str]) -> list[bool]:
+    from packpipe.cli.image_folder import image_suffixes
+
+    suffixes = image_suffixes()
+    return [os.path.splitext(text)[1].lower() in suffixes for text in texts]

@@ -1,0 +1,158 @@
+"""`TrainedRows`: what `packpipe train` takes from a folder of packed rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+
+from packpipe.cli.labels import classes_of, divided, labelled, num_outputs
+from packpipe.cli.measured import check_patches, num_images, segments_of, validation_packs
+from packpipe.loading.stored import StoredPacks
+from packpipe.philox import Key
+from packpipe.planning.decisions import decide
+from packpipe.planning.evaluation import evaluation_of
+from packpipe.planning.image_config import PackConfig
+from packpipe.rows.rejects import Reject
+from packpipe.training.run_folder import RunOptions
+
+# What a manifest says of the source and the options of its rows.
+_Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """Packed rows that are trained on, and what the training is validated on.
+
+    Attributes:
+        dataset: rows of images.
+        record: what their manifest says; None without one, as of rows that `save_to_disk` wrote.
+        patch_size: of the model.
+        num_workers: threads that read the headers of validation images.
+        seed: of which rows are held out.
+        val: what the training is validated on: a share of the rows, which are held out; a dataset
+            of other rows, or of images; None validates on none.
+        val_tokens: most tokens of a validation image, and of one that the model is asked for
+            later; None is what `evaluation` says.
+        loss: what the model is trained with, which says whether labels are classes.
+        max_bad_fraction: a larger share of validation images that cannot be read is an error.
+    """
+
+    dataset: Dataset
+    record: _Record | None
+    patch_size: int
+    num_workers: int
+    seed: int = 0
+    val: float | Dataset | None = None
+    val_tokens: int | None = None
+    loss: str = "sigmoid"
+    max_bad_fraction: float = 0.01
+
+    layout_name = "packed"
+
+    @cached_property
+    def _rows(self) -> Dataset:
+        """The rows, undivided, with their labels as classes."""
+        check_patches(self.dataset, self.patch_size, "of the model")
+        return labelled(self.dataset, self.loss)
+
+    @cached_property
+    def _parts(self) -> tuple[Dataset, Dataset | None]:
+        """The rows that are trained on, and those of them that are held out."""
+        if isinstance(self.val, float):
+            return divided(self._rows, self.val, self.seed)
+        return self._rows, None
+
+    @property
+    def labelled(self) -> Dataset:
+        """The rows that are trained on."""
+        return self._parts[0]
+
+    @property
+    def classes(self) -> ClassLabel | None:
+        """The classes, by number; None if labels are numbers of another kind."""
+        return classes_of(self._rows)
+
+    @property
+    def num_outputs(self) -> int:
+        """How many outputs the model needs."""
+        return num_outputs(self._rows)
+
+    @property
+    def label_column(self) -> str | None:
+        """Name of the column of labels in the source; None if nobody knows it."""
+        return None if self.record is None else self.record["label_column"]
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens a row."""
+        return int(self.dataset.features["segment_ids"].length)
+
+    @cached_property
+    def packs(self) -> StoredPacks:
+        """The rows as packs, in another order every epoch."""
+        return StoredPacks(self.labelled)
+
+    @property
+    def rejected(self) -> list[tuple[str, Reject]]:
+        """None: what is bad was left out when the rows were packed."""
+        return []
+
+    @cached_property
+    def evaluation(self) -> PackConfig:
+        """How images become rows when the model is evaluated.
+
+        By the options that the rows were packed with, where nothing is drawn or dropped. Rows that
+        do not tell them are taken for images at their own size, if all of them have it; else
+        images get as many tokens as the largest one in the rows.
+        """
+        if self.record is not None:
+            found = evaluation_of(PackConfig.from_dict(self.record["config"]))
+        else:
+            found = self._guessed()
+        if self.val_tokens is None:
+            return found
+        return RunOptions(packing=found).at(self.val_tokens).packing
+
+    def _guessed(self) -> PackConfig:
+        known = segments_of(self.dataset)
+        native = PackConfig(seq_len=self.seq_len, patch_size=self.patch_size)
+        own = decide(known.image_hw, native, Key(0, 0), index=known.example_index)
+        if np.array_equal(own.grid_hw, known.grid_hw):
+            return native
+        most = int(known.grid_hw.astype(np.int64).prod(axis=1).max(initial=1))
+        return RunOptions(packing=native).at(min(most, self.seq_len)).packing
+
+    @cached_property
+    def validated(self) -> Dataset | None:
+        """The rows, or images, that are validated on; None without any."""
+        return self.val if isinstance(self.val, Dataset) else self._parts[1]
+
+    @cached_property
+    def validation_packs(self) -> Any:
+        """What is validated on as packs; None without any."""
+        if self.validated is None:
+            return None
+        return validation_packs(
+            self.validated,
+            self.classes,
+            self.evaluation,
+            loss=self.loss,
+            num_workers=self.num_workers,
+            max_bad_fraction=self.max_bad_fraction,
+        )
+
+    def counts(self) -> dict[str, int]:
+        """Return how many images are trained on and validated on."""
+        counts = {"images": num_images(self.labelled)}
+        if self.validated is not None:
+            counts["validation images"] = num_images(self.validated)
+        return counts
+
+    def epoch(self, seed: int) -> dict[str, int]:  # noqa: ARG002  of all epochs alike
+        """Return the figures of an epoch."""
+        tokens = int(segments_of(self.labelled).seq_lens.sum(dtype=np.int64))
+        return {"rows an epoch": len(self.labelled), "tokens an epoch": tokens}

@@ -1,0 +1,275 @@
+"""`packpipe train` and `eval` on packed rows: as from images, and a model for images afterwards."""
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from datasets import Dataset
+from PIL import Image
+from typer.testing import CliRunner
+
+import packpipe
+from packpipe.cli.labels import classes_of, divided, labelled, with_classes_of
+from packpipe.cli.main import app
+from packpipe.cli.open_source import manifest_in
+from packpipe.cli.trained_rows import TrainedRows
+from packpipe.loading.stored import StoredPacks
+from packpipe.philox import Key
+from packpipe.training.checkpoints import checkpoints
+from packpipe.training.log import read_log
+
+NAMES = ("ant", "bee", "cat")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def told(*arguments):
+    """Return what a command that is fine has printed."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of 24 images of several sizes, of three classes."""
+    folder = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    for number in range(24):
+        path = folder / NAMES[number % 3] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        size = (*draw.integers(8, 40, 2).tolist(), 3)
+        Image.fromarray(draw.integers(0, 256, size).astype(np.uint8)).save(path)
+    return folder
+
+
+PACKING = ["--patch-size", 8, "--seq-len", 16, "--sides", 16, 24, "--num-workers", 0]
+
+
+@pytest.fixture(scope="module")
+def packed(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "rows"
+    told("pack", images, folder, *PACKING, "--profiles", "ignore")
+    return folder
+
+
+QUICK = ["--model", "Ti/8", "--batch-size", 2, "--num-workers", 0, "--log-every", 2]
+QUICK += ["--learning-rate", 1e-4, "--val", 0.3, "--val-every", 2]
+
+
+@pytest.fixture(scope="module")
+def trained(packed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    told("train", packed, folder, *QUICK, "--steps", 4)
+    return folder
+
+
+def test_rows_train_as_images_do_and_leave_a_model_for_images(images, packed, trained):
+    assert [record["step"] for record in read_log(trained)] == [2, 4]
+    assert all(record["val_loss"] > 0 for record in read_log(trained))
+    model, options = packpipe.load_model(trained)
+    assert options.class_names == NAMES
+    assert options.label_column == "label"
+    packing = options.packing
+    # A square of the largest side is 3 x 3 patches; what was stated of pixels stays.
+    assert (packing.resolution, packing.max_tokens, packing.seq_len) == ("budget", 9, 16)
+    assert (packing.profiles, packing.patch_size) == ("ignore", model.config.patch_size)
+    (found,) = json.loads(told("eval", trained, images, "--json"))["budgets"]
+    assert (found["max_tokens"], found["num_images"]) == (9, 24)
+    (found,) = json.loads(told("eval", trained, packed, "--json"))["budgets"]
+    assert (found["max_tokens"], found["num_images"]) == (None, 24)
+    assert "as packed  accuracy " in told("eval", trained, packed)
+    said = told("predict", trained, images / "bee", "--top", 1)
+    assert sum(said.count(f"{name} 0.") for name in NAMES) == 8
+
+
+def test_rows_that_are_trained_on_again_go_on_to_the_same_figures(packed, trained, tmp_path):
+    told("train", packed, tmp_path / "a", *QUICK, "--steps", 2)
+    told("train", packed, tmp_path / "a", *QUICK, "--steps", 4)
+    names = ("step", "loss", "val_loss", "val_accuracy", "val_ece")
+    logs = [[[one[n] for n in names] for one in read_log(f)] for f in (trained, tmp_path / "a")]
+    assert logs[0] == logs[1]
+    assert checkpoints(tmp_path / "a")[-1].name == "step-00000004"
+    result = run("train", packed, tmp_path / "a", *QUICK, "--steps", 6, "--val", 0.5)
+    assert result.exit_code == 2
+    assert "the validation images is '" in result.stderr
+
+
+def test_whole_rows_are_held_out_the_same_ones_each_time(packed):
+    rows = labelled(datasets.load_from_disk(str(packed)))
+    trained, held_out = divided(rows, 0.3, 5)
+    assert len(held_out) == round(0.3 * len(rows)) > 1
+    assert len(trained) + len(held_out) == len(rows)
+    examples = [np.concatenate(part["example_index"][:]) for part in (trained, held_out)]
+    assert sorted(np.concatenate(examples)) == list(range(24))
+    again = divided(rows, 0.3, 5)[1]
+    assert again["example_index"][:] == held_out["example_index"][:]
+    assert divided(rows, 0.3, 6)[1]["example_index"][:] != held_out["example_index"][:]
+
+
+def test_views_of_an_image_are_not_on_both_sides(images, tmp_path):
+    dataset = datasets.load_dataset("imagefolder", data_dir=str(images), split="train")
+    options = {"patch_size": 8, "seq_len": 16, "resolution": "budget", "progress": False}
+    apart = packpipe.pack(dataset, views=2, max_tokens=9, output=tmp_path / "apart", **options)
+    with pytest.raises(ValueError, match=r"--val is '0.5, with example \d+ in several rows', exp"):
+        divided(labelled(apart), 0.5, 0)
+    one = apart.select([0])
+    with pytest.raises(ValueError, match="packed rows is 1, expected 2 or more, to hold some out"):
+        divided(one, 0.5, 0)
+    together = {"views": 2, "max_tokens": 8, "views_together": True}
+    found = packpipe.pack(dataset, **together, output=tmp_path / "beside", **options)
+    assert len(divided(labelled(found), 0.5, 0)[1]) > 1
+
+
+def packed_with(labels, folder):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    dataset = Dataset.from_dict({"image": [Image.fromarray(pixels)] * len(labels), "kind": labels})
+    dataset = dataset.cast_column("image", datasets.Image())
+    return packpipe.pack(
+        dataset, 2, patch_size=8, label_column="kind", output=folder, progress=False
+    )
+
+
+@pytest.mark.parametrize("labels", [["b", "a", "10", "b", "c"], [7, -3, 10, 7, 200]])
+def test_labels_without_names_are_the_classes_that_images_with_them_have(labels, tmp_path):
+    rows = labelled(packed_with(labels, tmp_path / "a"))
+    plain = Dataset.from_dict({"label": labels}).class_encode_column("label")
+    assert classes_of(rows).names == plain.features["label"].names
+    by_example = dict(
+        zip(
+            np.concatenate(rows["example_index"][:]), np.concatenate(rows["labels"][:]), strict=True
+        )
+    )
+    assert [by_example[number] for number in range(5)] == plain["label"][:]
+    # With a digest of all bytes still, and with the labels that batches show.
+    assert {"labels", "files"} <= StoredPacks(rows).contents().keys()
+    batch = next(iter(packpipe.PackedLoader(rows, 2, shuffle=False)))
+    assert batch.labels[batch.present].tolist() == np.concatenate(rows["labels"][:2]).tolist()
+
+
+def test_rows_are_renumbered_by_the_names_of_their_classes(packed):
+    rows = labelled(datasets.load_from_disk(str(packed)))
+    trained = datasets.ClassLabel(names=["cat", "dog", "bee", "ant"])
+    found = with_classes_of(rows, trained)
+    assert classes_of(found).names == trained.names
+    numbers = {0: 3, 1: 2, 2: 0}
+    wanted = [[numbers[label] for label in row] for row in rows["labels"][:]]
+    assert found["labels"][:] == wanted
+    with pytest.raises(ValueError, match="a label is 'ant', expected one of 'cat', 'bee'; train"):
+        with_classes_of(rows, datasets.ClassLabel(names=["cat", "bee"]))
+
+
+def described(*arguments):
+    return json.loads(told("train", *arguments, "--dry-run", "--json"))
+
+
+def test_rows_and_images_validate_each_other(images, packed, tmp_path):
+    few = shutil.copytree(images / "bee", tmp_path / "few" / "bee").parent
+    shutil.copytree(images / "cat", few / "cat")
+    options = ["--model", "Ti/8", "--batch-size", 2, "--num-workers", 0]
+    found = described(packed, tmp_path / "a", *options, "--val", few, "--val-tokens", 4)
+    assert (found["images"], found["validation images"], found["classes"]) == (24, 16, 3)
+    assert found["rows an epoch"] == len(datasets.load_from_disk(str(packed)))
+    found = described(images, tmp_path / "a", *options, "--val", packed, "--sides", 16, 24)
+    assert (found["images"], found["validation images"]) == (24, 24)
+    said = told("train", packed, tmp_path / "b", *options, "--val", few, "--steps", 1)
+    assert "val accuracy" in said
+
+
+def test_what_save_to_disk_wrote_is_asked_as_its_rows_show(images, packed, tmp_path):
+    dataset = datasets.load_dataset("imagefolder", data_dir=str(images), split="train")
+    native = packpipe.pack(dataset, 64, patch_size=8, output=tmp_path / "a", progress=False)
+    native.save_to_disk(tmp_path / "native")
+    datasets.load_from_disk(str(packed)).save_to_disk(tmp_path / "drawn")
+    assert manifest_in(tmp_path / "native") is None
+    found = [
+        TrainedRows(datasets.load_from_disk(str(tmp_path / name)), None, 8, 0)
+        for name in ("native", "drawn")
+    ]
+    assert found[0].evaluation.resolution == "native"
+    most = max(np.prod(grid) for row in found[1].dataset["grid_hw"][:] for grid in row)
+    assert (found[1].evaluation.resolution, found[1].evaluation.max_tokens) == ("budget", most)
+    assert found[1].classes.names == list(NAMES)
+    assert found[1].packs.num_packs(Key(0, 0)) == len(found[1].dataset)
+
+
+@pytest.fixture(scope="module")
+def others(packed, tmp_path_factory):
+    """Folders that are no complete rows of labelled images."""
+    folder = tmp_path_factory.mktemp("others")
+    tokens = Dataset.from_dict({"input_ids": [[1, 2], [3]]})
+    packpipe.pack(tokens, 4, output=folder / "tokens", progress=False)
+    plain = Dataset.from_dict({"image": [Image.new("RGB", (8, 8))]}).cast_column(
+        "image", datasets.Image()
+    )
+    packpipe.pack(plain, 4, patch_size=8, output=folder / "plain", progress=False)
+    lazy = {"materialize": False, "output": folder / "lazy", "progress": False}
+    packpipe.pack(plain, 4, patch_size=8, **lazy)
+    shutil.copytree(packed, folder / "half")
+    manifest = folder / "half" / "manifest.json"
+    known = json.loads(manifest.read_text()) | {"complete": False}
+    manifest.write_text(json.dumps(known))
+    for part in ("images", "texts"):
+        shutil.copytree(packed, folder / "pairs" / part)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{p}", "--sides", 32, 64], "--sides is (32, 64), expected left out, since the rows in"),
+        (["{p}", "--seq-len", 16], "--seq-len is 16, expected left out, since the rows in"),
+        (["{p}", "--layout", "square"], "--layout is 'square', expected left out"),
+        (["{p}", "--crop-area", 0.5, 1], "--crop-area is (0.5, 1.0), expected left out"),
+        (["{p}", "--drop-rate", 0.5], "--drop-rate is 0.5, expected left out"),
+        (["{p}", "--profiles", "ignore"], "--profiles is 'ignore', expected left out"),
+        (["{p}", "--label-column", "x"], "--label-column is 'x', expected left out"),
+        (["{p}", "--max-bad-fraction", 0.5], "--max-bad-fraction is 0.5, expected left out"),
+        (
+            ["{p}", "--val", 0.3, "--val-tokens", 4],
+            "--val-tokens is 4, expected left out, since the rows in",
+        ),
+        (["{p}", "--model", "Ti/16"], "patch size of the rows is 8, expected 16 (of the model); p"),
+        (["{o}/tokens"], "rows is 'of token sequences', expected rows of images; pass what"),
+        (["{o}/plain"], "expected labels among them; pack a source with a label column"),
+        (["{o}/lazy"], "rows is 'packed with materialize=False', expected rows with patches"),
+        (["{o}/half"], "half', expected a complete build; call pack again, and it continues"),
+        (["{o}/pairs"], "pairs, of pairs', expected rows of images alone; pass "),
+    ],
+)
+def test_what_rows_cannot_be_asked_for_is_said(arguments, message, packed, others, tmp_path):
+    places = {"p": packed, "o": others}
+    source, *options = (str(argument).format(**places) for argument in arguments)
+    model = [] if "--model" in options else ["--model", "Ti/8"]
+    result = run("train", source, tmp_path / "a", *model, *options)
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert message in result.stderr
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "more"), [("pack", ["o"]), ("plan", []), ("bench", []), ("embed", ["v.parquet"])]
+)
+def test_rows_are_no_source_of_other_commands(command, more, packed, trained, tmp_path):
+    before = [trained] if command == "embed" else []
+    result = run(command, *before, packed, *(tmp_path / name for name in more))
+    assert result.exit_code == 2
+    assert "packed rows', expected images or sequences, not packed yet" in result.stderr
+    result = run("eval", trained, packed, "--budgets", "4")
+    assert "budgets is [4], expected left out for packed rows; measure on" in result.stderr
+
+
+def test_rows_are_not_packed_again(packed):
+    with pytest.raises(ValueError, match="dataset is 'packed rows', expected images or sequences"):
+        packpipe.pack(datasets.load_from_disk(str(packed)), 16)
+
+
+def test_a_manifest_of_somebody_else_is_none(tmp_path):
+    for text in ("{", "[]", '{"complete": true}'):
+        (tmp_path / "manifest.json").write_text(text)
+        assert manifest_in(Path(tmp_path)) is None
