@@ -34,6 +34,7 @@ class Setting:
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
     dim: int = 16
+    max_side: int = 65  # a table of two axes holds its square
 
     def model(self):
         model = packed.model_of(
@@ -42,7 +43,7 @@ class Setting:
             position=self.position,
             pooling=self.pooling,
             dim=self.dim,
-            max_side=512,
+            max_side=self.max_side,
         )
         return model.to(self.device)
 
