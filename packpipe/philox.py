@@ -207,14 +207,16 @@ def _sort_words(keys, starts, sorted_keys, fine_starts, spare, spare_keys, order
         # spare tables, which random keys do not give, is sorted by insertion alone.
         last = starts[bucket]
         if last - first <= spare.shape[0]:
-            # Every cell carries `first`, so the running sum takes it off once for each cell.
-            fine_starts[:] = first
+            # Every cell carries `first`, so the running sum takes it off once for each cell. Number
+            # by number: array slices made compiling this kernel four times as slow.
+            for cell in range(fine_starts.shape[0]):
+                fine_starts[cell] = first
             for i in range(first, last):
                 fine_starts[_leading(sorted_keys[i], bits, _FINE_BITS) + 1] += 1
             for cell in range(1, fine_starts.shape[0]):
                 fine_starts[cell] += fine_starts[cell - 1] - first
-            spare[: last - first] = order[first:last]
-            spare_keys[: last - first] = sorted_keys[first:last]
+            for i in range(last - first):
+                spare[i], spare_keys[i] = order[first + i], sorted_keys[first + i]
             for i in range(last - first):
                 cell = _leading(spare_keys[i], bits, _FINE_BITS)
                 order[fine_starts[cell]] = spare[i]

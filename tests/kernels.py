@@ -1,12 +1,16 @@
 """Compile the kernels and keep them on disk, before test processes need them.
 
 Test processes that start together would each compile the same kernels; and numba's cache is not
-made for several writers of one kernel, which may put one's code under the other's name.
+made for several writers of one kernel, which may put one's code under the other's name. So this
+may be run beside the tests: who comes second waits, and finds all of them compiled.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+from filelock import FileLock
 
 import packpipe
 from packpipe import philox
@@ -14,6 +18,8 @@ from packpipe.augmenting.turning import move_patches
 from packpipe.packing.packs import STRATEGIES
 from packpipe.philox import Key
 from packpipe.rows import copy as copying
+
+HOME = Path(__file__).resolve().parent.parent / ".pytest_tmp_home"  # as in conftest.py
 
 
 def compile_all() -> None:
@@ -49,4 +55,6 @@ def compile_all() -> None:
 
 
 if __name__ == "__main__":
-    compile_all()
+    HOME.mkdir(exist_ok=True)
+    with FileLock(HOME / "kernels.lock"):
+        compile_all()

@@ -35,9 +35,10 @@ class Setting:
     device: str = "cpu"
     dim: int = 16
     switch: str | None = None
+    max_side: int = 65  # a table of two axes holds its square
 
     def model(self):
-        options = {"position": self.position, "pooling": self.pooling, "max_side": 512}
+        options = {"position": self.position, "pooling": self.pooling, "max_side": self.max_side}
         options |= packed.SWITCHES[self.switch] if self.switch else {}
         model = packed.model_of(self.attention, self.dtype, dim=self.dim, **options)
         return model.to(self.device)

@@ -34,7 +34,7 @@ every_run = pytest.mark.parametrize(("backend", "dtype"), RUNS)
 
 
 def setting_of(backend, dtype, **options):
-    return Setting(backend, dtype=dtype, device="cuda", dim=64, **options)
+    return Setting(backend, dtype=dtype, device="cuda", dim=64, max_side=512, **options)
 
 
 @every_run

@@ -113,8 +113,10 @@ def _move(patches, ways, starts, lens, sources, pixels, spare):  # type: ignore[
             continue
         first = starts[picture]
         from_pixels = pixels[ways[picture]]
+        # Byte by byte: whole tokens made compiling this kernel five times as slow.
         for token in range(lens[picture]):
-            spare[token] = patches[first + token]
+            for byte in range(patches.shape[1]):
+                spare[token, byte] = patches[first + token, byte]
         for token in range(first, first + lens[picture]):
             source, out = spare[sources[token] - first], patches[token]
             for pixel in range(from_pixels.shape[0]):
