@@ -163,7 +163,7 @@ def _divided_rows(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, D
         raise ValueError(checks.sentence("packed rows", len(rows), expected, remedy))
     chosen = held_out(np.zeros(len(rows), np.int64), fraction, seed=seed)
     parts = rows.select(np.flatnonzero(~chosen)), rows.select(np.flatnonzero(chosen))
-    both = np.intersect1d(*map(_examples_in, parts))
+    both = np.intersect1d(_examples_in(parts[0]), _examples_in(parts[1]))
     if len(both):
         expected = "a source, since views of an image would be on both sides"
         what = f"{fraction}, with example {both[0]} in several rows"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 from datasets import ClassLabel, Dataset
@@ -112,7 +113,7 @@ def check_patches(rows: Dataset, patch_size: int, whose: str) -> None:
 def patch_size_of(rows: Dataset) -> int:
     """Return the side of the patches of packed rows of images in pixels."""
     patches = read_rows(rows, range(0)).patches
-    return round((patches.shape[-1] / 3) ** 0.5)
+    return isqrt(int(patches.shape[-1]) // 3)
 
 
 def num_images(dataset: Dataset) -> int:
