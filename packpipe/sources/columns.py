@@ -45,7 +45,7 @@ def image_column_of(features: Features, asked: str, *, beside_texts: bool = Fals
         asked: the name, or ``"auto"``.
         beside_texts: whether lists of tokens are expected beside it.
     """
-    remedy = "pass image_column"
+    remedy = "pass image_column (--image-column)"
     images = [name for name, feature in features.items() if holds_images(feature)]
     if asked == "auto":
         if not images:
