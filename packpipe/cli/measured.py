@@ -114,7 +114,7 @@ def check_patches(rows: Dataset, patch_size: int, whose: str) -> None:
 def patch_size_of(rows: Dataset) -> int:
     """Return the side of the patches of packed rows of images in pixels."""
     patches = read_rows(rows, range(0)).patches
-    return math.isqrt(patches.shape[-1] // 3)
+    return math.isqrt(int(patches.shape[-1]) // 3)
 
 
 def num_images(dataset: Dataset) -> int:

@@ -102,6 +102,9 @@ def open_source(
         paths = path_column_of(found.features, found, image_column)
         if paths is not None:
             return with_images(found, source, paths, label_column)
+        if is_text_table(source) and image_column != "auto":
+            expected, remedy = f"one of {found.column_names}", "check its spelling"
+            raise ValueError(checks.sentence("--image-column", image_column, expected, remedy))
         if is_text_table(source):
             expected, remedy = "paths of images among them", "pass --image-column"
             raise ValueError(checks.sentence("columns", found.column_names, expected, remedy))

@@ -49,7 +49,7 @@ def image_column_of(
         beside_texts: whether lists of tokens are expected beside it.
         mask: the column of masks, which is not that of images.
     """
-    remedy = "pass image_column"
+    remedy = "pass image_column (--image-column)"
     images = [n for n, feature in features.items() if n != mask and holds_images(feature)]
     if asked == "auto":
         if not images:

@@ -191,6 +191,8 @@ def test_of_several_columns_the_one_that_is_asked_for_is_taken(photos):
     assert with_one_image(two, "auto") is two
     with pytest.raises(ValueError, match="image_column is 'no', expected one of"):
         with_one_image(two, "no")
-    both = two.rename_column("kind", "labels")
+    with pytest.raises(ValueError, match=r"pass image_column \(--image-column\)"):
+        labelled(two)
+    both = two.remove_columns(["thumb"]).rename_column("kind", "labels")
     with pytest.raises(ValueError, match=r"pass label_column \(--label-column\)"):
         labelled(both)
