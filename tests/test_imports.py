@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ THIRD_PARTY = {
 }
 
 
+@cache
 def loaded_by(code: str) -> set[str]:
     """The modules of packpipe and the top-level packages that a fresh interpreter has loaded."""
     ask = "; import json, sys; print(json.dumps([n for n in sys.modules]))"
@@ -57,9 +59,13 @@ def test_packing_lengths_loads_no_arrow():
     assert found & {"pyarrow", "PIL", "datasets", "torch", "matplotlib"} == set()
 
 
+# A KeyError, were nothing there to hold a group, would end the process.
+HOLDER = "sys.modules['torch.distributed.nn.functional']"
+TRAINING = f"import packpipe, sys; packpipe.PackedLoader; {HOLDER}; packpipe.NaViT"
+
+
 def test_the_loader_leaves_nothing_to_hold_a_group_that_a_script_makes_later():
-    holder = "sys.modules['torch.distributed.nn.functional']"  # a KeyError ends the process
-    assert "torch" in loaded_by(f"import packpipe, sys; packpipe.PackedLoader; {holder}")
+    assert "torch" in loaded_by(TRAINING)
 
 
 def test_packing_and_reading_load_no_torch():
@@ -70,7 +76,7 @@ def test_packing_and_reading_load_no_torch():
 
 
 def test_the_model_loads_no_datasets():
-    found = loaded_by("import packpipe; packpipe.NaViT, packpipe.PackedLoader")
+    found = loaded_by(TRAINING)
     assert {"torch", "packpipe.model.navit", "packpipe.loading.loader"} <= found
     assert found & {"datasets", "matplotlib"} == set()
 

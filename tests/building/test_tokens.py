@@ -129,7 +129,7 @@ def expected(tokens: list[int], overflow: str, seq_len: int) -> list[list[int]]:
     }[overflow]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(
     forms(),
     st.integers(1, 24),
@@ -180,7 +180,6 @@ def test_every_token_in_is_a_token_out(
     assert counts["packs"] >= counts["bound"]
 
 
-@settings(max_examples=40, deadline=None)
 @given(forms(), st.integers(1, 24), st.integers(1, 40), st.booleans())
 def test_map_gives_the_same_tokens_batch_by_batch(form, seq_len, batch_size, ragged):
     dataset, rows = form

@@ -444,11 +444,12 @@ os.system("echo noise; echo noise >&2")
 @pytest.mark.parametrize("restarted", [False, True], ids=["as started", "started again"])
 @pytest.mark.usefixtures("trapped")
 def test_closed_decoders_leave_no_child_and_no_descriptor(num_workers, restarted):
-    row = [*sound(0), running(CRASHES["a fault"])] if restarted else sound(0)
+    crashing = [[*sound(0), running(CRASHES["a fault"])]] * num_workers if restarted else []
+    orders = [*crashing, *[sound(0)] * (NUM_ROWS - len(crashing))]
     with leaving_nothing():
         with decoding(num_workers) as found:
             assert len(children()) >= num_workers
-            tasks = [found.submit([RowTask(number, row)]) for number in range(NUM_ROWS)]
+            tasks = [found.submit([RowTask(number, row)]) for number, row in enumerate(orders)]
             assert all(task.result(300)[0][0] is None for task in tasks)
         rows = [row.tobytes() for row in found.rows]
         del found

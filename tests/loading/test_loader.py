@@ -75,8 +75,8 @@ def test_stored_rows_come_as_they_are_read(packs):
 @pytest.mark.parametrize(
     ("num_workers", "workers"),
     [
-        *[(num_workers, "threads") for num_workers in (1, 2, 3, 4)],
-        *[(num_workers, "processes") for num_workers in (1, 2, 4)],
+        *[(num_workers, "threads") for num_workers in (1, 2, 4)],
+        *[(num_workers, "processes") for num_workers in (1, 3)],
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking beside threads
@@ -182,7 +182,7 @@ def test_the_ranks_batches_end_to_end_are_the_same_at_any_world_size(packs, kind
 
 @pytest.mark.slow
 @given(st.data())
-@settings(max_examples=25)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_resumed_anywhere_the_batches_are_those_of_an_uninterrupted_run(packs, data):
     kind = data.draw(st.sampled_from(KINDS))
     options = {
@@ -215,7 +215,7 @@ def test_resumed_anywhere_the_batches_are_those_of_an_uninterrupted_run(packs, d
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_workers", range(5))
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
 def test_stopped_after_every_step_it_continues_with_the_next(packs, kind, num_workers):
     (whole,) = uninterrupted(packs[kind], 1, tail="pad")
     loader = PackedLoader(packs[kind], 8, tail="pad", num_workers=num_workers)

@@ -219,7 +219,6 @@ def some_options(draw):
     batch_size=st.integers(1, 5),
     num_workers=st.sampled_from([0, 2]),
 )
-@settings(max_examples=25)
 def test_the_packs_are_those_of_the_online_packer_window_by_window(
     sources, kind, options, seed, epoch, batch_size, num_workers
 ):
@@ -330,7 +329,7 @@ def uninterrupted(kind, opened) -> list[tuple[int, list[Any]]]:
     worlds=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4])),
     workers=st.tuples(st.sampled_from([0, 2]), st.sampled_from([0, 1, 3])),
 )
-@settings(max_examples=30)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_a_stream_goes_on_where_it_stopped(sources, kind, stop, epoch, worlds, workers):
     opened = sources[kind]
     whole = uninterrupted(kind, opened)
@@ -775,7 +774,6 @@ def until_it_stops(opened, options, state=None, most=None):
     at_first=st.integers(0, 6),
     data=st.data(),
 )
-@settings(max_examples=30)
 def test_a_stream_that_is_resumed_stops_where_it_would_have_stopped(
     outcomes, window, limit, in_a_row, at_first, data
 ):
