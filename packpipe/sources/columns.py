@@ -344,6 +344,11 @@ class AskedColumns:
         """
         features, sizes = dataset.features, self.size_columns
         label = label_column_of(features, self.label_column)
+        if beside_texts and self.label_column == "auto" and holds_numbers(features.get(label)):
+            # It may be of tokens, which are lists of numbers, too.
+            name, expected = f"features[{label!r}]", "a ClassLabel or a Value beside texts"
+            remedy = "pass label_column, or None"
+            raise ValueError(checks.sentence(name, features[label], expected, remedy))
         # A column that was named is stored whatever it holds, for `read_rows`: captions, say.
         if self.label_column == "auto":
             remedy = f"pass label_column=None, or {label!r} to store it for read_rows alone"

@@ -197,3 +197,11 @@ def test_a_folder_behind_a_scheme_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="output is 'hf://rows', expected a path without a scheme"):
         pack_pairs(pairs, output="hf://rows", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_list_of_numbers_beside_texts_is_no_label_unless_it_is_named(tmp_path):
+    dataset = source([(9, 9), (8, 8)], [[1, 2], [3, 4]])
+    dataset = dataset.add_column("labels", [[1, 2], [3, 4]])
+    message = r"^features\['labels'\] is List\(.*\), expected a ClassLabel or a Value beside texts"
+    with pytest.raises(ValueError, match=message):
+        pack_pairs(dataset, 16, 8, max_text=4, patch_size=8, output=tmp_path / "out")
