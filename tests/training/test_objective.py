@@ -222,7 +222,7 @@ def model_of(**options):
 @functools.cache
 def trained(name):
     model, validate = model_of(), loader_of(tail="pad")
-    config = learning.config_of(loss=name, steps=40, val_every=20)
+    config = learning.config_of(loss=name, steps=24, val_every=12)
     return list(train(model, loader_of(), config, validate=validate)), model
 
 
@@ -232,7 +232,7 @@ def test_models_learn_numbers(name):
     first, last = (sum(r.loss for r in some) / 5 for some in (records[:5], records[-5:]))
     assert last < first
     measured = [r for r in records if r.val_loss is not None]
-    assert [r.step for r in measured] == [20, 40]
+    assert [r.step for r in measured] == [12, 24]
     is_regression = name in ("mse", "l1")
     for figures in ((records[-1].accuracy, records[-1].error),
                     (measured[-1].val_accuracy, measured[-1].val_error)):  # fmt: skip
