@@ -60,7 +60,8 @@ def from_pretrained(
     Returns:
         The model, its weights in float32, and options for `predict`, `pack` and `EpochPacks`. Their
         pixels are those of the processor of Pillow, but for transparent images, whose alpha it
-        drops, and for sizes that are no multiple of a patch, which it cuts after resizing.
+        drops, and for sizes that are no multiple of a patch, such as 384 of 14: their edge, which
+        the original does not see, is cropped, to whole pixels of the picture.
 
     Raises:
         FileNotFoundError: there are no such files, and they cannot be downloaded.

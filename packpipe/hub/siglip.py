@@ -20,6 +20,7 @@ from packpipe.hub.encoder import Encoder, filters, seq_len_of
 from packpipe.hub.files import Weights
 from packpipe.hub.folding import channels_last, fold_pixels, fold_probe
 from packpipe.model.config import SIGLIP_FIXED, SIGLIP_NAFLEX, NaViTConfig
+from packpipe.planning.crops import FixedCrop
 from packpipe.planning.distributions import Constant
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.resolution import Square
@@ -107,14 +108,17 @@ def _packing(config: NaViTConfig, processing: dict[str, Any], *, naflex: bool) -
         tokens = processing["max_num_patches"]
         sizes: dict[str, Any] = {"resolution": "budget", "max_tokens": tokens}
     else:
-        # A side of whole patches: what a convolution leaves over at the edge is not seen.
         usual = config.side * config.patch_size
         size = processing.get("size", {"height": usual, "width": usual})
         if size.get("height") is None or size["height"] != size.get("width"):
             expected, remedy = "one height and width", "other processors are not known"
             raise ValueError(checks.sentence("size", size, expected, remedy))
         side = size["height"] // config.patch_size
-        tokens, sizes = side**2, {"resolution": Square(Constant(side * config.patch_size))}
+        pixels = side * config.patch_size
+        tokens, sizes = side**2, {"resolution": Square(Constant(pixels))}
+        # Their convolution leaves out what is no whole patch, at the right and below.
+        if (seen := pixels / size["height"]) < 1:
+            sizes["crop"] = FixedCrop(0.0, 0.0, seen, seen)
     return PackConfig(
         seq_len=seq_len_of(tokens), patch_size=config.patch_size, **sizes, **filters(processing)
     )

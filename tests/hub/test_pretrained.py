@@ -207,26 +207,46 @@ def test_images_are_packed_as_the_processor_makes_them(family, packing, tmp_path
     assert from_pretrained(tmp_path)[1] == expected
 
 
-@pytest.mark.parametrize("naflex", [True, False])
-def test_real_pictures_get_the_vectors_of_processor_and_model(naflex, tmp_path):
+def processed(folder, original, processor):
+    """Save a model with its processor; return two real pictures, and the vectors it gives them."""
     files = sorted(images_folder().rglob("*.jpg"))[:2]
     assert len(files) == 2
-    if naflex:
-        config = transformers.Siglip2VisionConfig(**SMALL, num_patches=64)
-        original = transformers.Siglip2VisionModel(config)
-        processor = transformers.Siglip2ImageProcessorPil(max_num_patches=64)
-    else:
-        config = transformers.SiglipVisionConfig(**SMALL, image_size=96)
-        original = transformers.SiglipVisionModel(config)
-        processor = transformers.SiglipImageProcessorPil(size={"height": 96, "width": 96})
-    shaken(original).save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    shaken(original).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    pictures = [Image.open(file).convert("RGB") for file in files]
     with torch.no_grad():
-        pictures = [Image.open(file).convert("RGB") for file in files]
-        wanted = original(**processor(images=pictures, return_tensors="pt")).pooler_output
+        return files, original(**processor(images=pictures, return_tensors="pt")).pooler_output
+
+
+def fixed_of(size):
+    """SigLIP with patches of 16 pixels, and its processor."""
+    config = transformers.SiglipVisionConfig(**SMALL, image_size=size)
+    processor = transformers.SiglipImageProcessorPil(size={"height": size, "width": size})
+    return transformers.SiglipVisionModel(config), processor
+
+
+def naflex_of(limit):
+    """SigLIP 2 with patches of 16 pixels, and its processor."""
+    config = transformers.Siglip2VisionConfig(**SMALL, num_patches=limit)
+    processor = transformers.Siglip2ImageProcessorPil(max_num_patches=limit)
+    return transformers.Siglip2VisionModel(config), processor
+
+
+@pytest.mark.parametrize(("make", "size"), [(naflex_of, 64), (fixed_of, 96)])
+def test_real_pictures_get_the_vectors_of_processor_and_model(make, size, tmp_path):
+    files, wanted = processed(tmp_path, *make(size))
     model, packing = from_pretrained(tmp_path)
     found = predict(model, files, **packing.to_options())
-    assert (found - wanted).abs().max() < 2e-6 * wanted.abs().max().clamp(min=1)
+    assert (found - wanted).abs().max() < 2e-6 * wanted.abs().max()
+    assert wanted.abs().max() > 1
+
+
+def test_the_edge_that_the_original_does_not_see_is_cropped(tmp_path):
+    files, wanted = processed(tmp_path, *fixed_of(91))  # 5 patches of 16 pixels, and 11 pixels
+    model, packing = from_pretrained(tmp_path)
+    found = predict(model, files, **packing.to_options())
+    whole = predict(model, files, **packing.to_options() | {"crop": None})
+    assert (found - wanted).abs().max() < (whole - wanted).abs().max() / 10
 
 
 @pytest.mark.parametrize(

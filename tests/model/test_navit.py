@@ -215,6 +215,17 @@ def test_a_batch_of_padding_alone_gives_every_parameter_a_gradient_of_zeros(back
     assert not any(gradient.any() for gradient in gradients.values())
 
 
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_batch_of_padding_alone_gives_every_switchs_parameters_zeros(switch):
+    setting = switched(switch)
+    batch = setting.batch(packed.RowSet(lens=[[], []], seq_len=6, max_segments=6))
+    model = setting.model()
+    laws.loss_of(setting, model(batch), batch).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
 def random_lens(draws, seq_len, most):
     """Return lengths of one row: at most `most` segments in at most seq_len tokens."""
     cuts = sorted(draws.choice(seq_len + 1, size=draws.integers(1, most + 1), replace=False))
