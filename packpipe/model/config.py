@@ -67,7 +67,8 @@ class NaViTConfig:
         head: ``"linear"``, or ``"unit"`` for outputs of length 1 (embeddings).
         attention: backend, one of `packpipe.model.attention.BACKENDS`; ``"auto"`` is the fastest on
             the model's device.
-        bias: whether linear maps and norms have biases. Keys have none, which softmax does not see.
+        bias: whether linear maps and norms have biases. Keys have none: without rotary positions
+            it would add the same to all logits of a query, which softmax does not see.
         qk_norm: whether queries and keys are normalised, also the keys of the pool: learning rates
             may be higher, but weights trained without it need it off.
         activation: of the MLPs, one of `packpipe.model.activation.ACTIVATIONS`.
