@@ -25,12 +25,11 @@ from torch import Tensor
 
 from packpipe import __version__, checks
 from packpipe.building.shards import alone_in
-from packpipe.cli.asking import ALL_MAY_BE_BAD, in_rejects_alone, loaded
+from packpipe.cli.asking import ALL_MAY_BE_BAD, in_rejects_alone
 from packpipe.cli.layouts import packs_of
+from packpipe.cli.starting import trained_model
 from packpipe.cli.training_run import device_of_this_rank
 from packpipe.durable import commit, partial_of, write_json
-from packpipe.hub.files import CONFIG
-from packpipe.hub.pretrained import from_pretrained
 from packpipe.loading.image_packs import check_whole
 from packpipe.model.navit import NaViT
 from packpipe.model.precision import is_half
@@ -47,7 +46,7 @@ _RECORD = "record.json"
 
 
 def embed(
-    run: Path,
+    run: Path | str,
     dataset: Dataset,
     output: Path,
     *,
@@ -72,7 +71,8 @@ def embed(
     ``tokens.reshape(*coords[-1] + 1, channels)``.
 
     Args:
-        run: a training's folder, or one that `packpipe.from_pretrained` reads.
+        run: a training's folder, one that `packpipe.from_pretrained` reads, or the name of a model
+            of the Hugging Face Hub.
         dataset: images; labels are not asked for.
         output: the file.
         columns: of the dataset, that are kept; None keeps all but images.
@@ -99,7 +99,8 @@ def embed(
             return _rejects(rejects_path(output))
         expected, remedy = "a file that is not there yet", "remove it, or give another name"
         raise FileExistsError(checks.sentence("OUTPUT", str(output), expected, remedy))
-    model, packing = _encoder(run)
+    model, packing = trained_model(str(run), "RUN")
+    model = model.to(device_of_this_rank()).eval()
     if tokens:
         check_whole(packing)  # all tokens of a grid are there
     trunk = _without_head(model, tokens=tokens)
@@ -149,15 +150,6 @@ def embed(
         _write(output, map(pq.read_table, names), schema)
     shutil.rmtree(parts)
     return rejects
-
-
-def _encoder(run: Path) -> tuple[NaViT, PackConfig]:
-    """Return a model, on this machine's device, and how images are packed for it."""
-    if not (run / CONFIG).exists():  # a training has model.json
-        model, options = loaded(run)
-        return model, options.packing
-    model, packing = from_pretrained(run)
-    return model.to(device_of_this_rank()).eval(), packing
 
 
 def rejects_path(output: Path) -> Path:

@@ -1,4 +1,7 @@
-"""`Layout`: images as packed rows or, for comparison, as padded, bucketed or square ones."""
+"""`Layout`: images as packed rows or, for comparison, as padded, bucketed or square ones.
+
+`EncoderLayout`: images as rows for a model that was trained before.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from datasets import Dataset
 from packpipe import checks
 from packpipe.loading.epochs import EpochPacks
 from packpipe.planning.crops import Crop
-from packpipe.planning.distributions import Constant, Uniform
+from packpipe.planning.distributions import Constant, Distribution, Uniform
+from packpipe.planning.evaluation import evaluation_of
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.resolution import Side, Square
 
@@ -47,9 +51,7 @@ class Layout:
     def packs(self, dataset: Dataset, patch_size: int, num_workers: int) -> EpochPacks:
         """Return the packs of a dataset in this layout, planned anew every epoch."""
         checks.choice("layout", self.name, LAYOUTS, "choose a layout")
-        low, high = self.sides
-        # `Uniform` refuses an empty range, so two equal sides are a constant.
-        drawn = Side(Uniform(low, high) if low < high else Constant(high))
+        drawn = Side(_between(self.sides))
         options: dict[str, Any] = {"resolution": drawn, "drop_rate": self.drop_rate}
         seq_len = self.seq_len
         if self.name != "packed":
@@ -57,10 +59,9 @@ class Layout:
             # The patches of the largest square; an image whose grid has more of them is shrunk.
             seq_len = self._most_tokens(patch_size)
         if self.name == "square":
-            options["resolution"] = Square(Constant(high))
+            options["resolution"] = Square(Constant(self.sides[1]))
         if self.crop is not None:
-            square = self.name == "square"
-            options["crop"] = replace(self.crop, shape="square") if square else self.crop
+            options["crop"] = _shaped(self.crop, square=self.name == "square")
         return EpochPacks(
             dataset,
             seq_len,
@@ -91,6 +92,61 @@ class Layout:
     def _most_tokens(self, patch_size: int) -> int:
         """Return the patches of the largest square."""
         return max(1, self.sides[1] // patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class EncoderLayout:
+    """How images become rows for a model that was trained before: as they did for it.
+
+    Attributes:
+        packing: its options.
+        seq_len: tokens a row; None is as many as it had.
+        sides: (low, high) in which sizes are drawn in training, of squares if its images were
+            squares; None trains on the sizes at which the model is evaluated.
+        drop_rate: share of tokens dropped in training.
+        max_bad_fraction: a larger share of images that cannot be read stops the training.
+        crop: the random box of each image that is trained on, in place of the whole image.
+    """
+
+    packing: PackConfig
+    seq_len: int | None = None
+    sides: tuple[int, int] | None = None
+    drop_rate: float = 0.0
+    max_bad_fraction: float = 0.01
+    crop: Crop | None = None
+
+    name = "packed"
+
+    def packs(self, dataset: Dataset, patch_size: int, num_workers: int) -> EpochPacks:
+        """Return the packs of a dataset, planned anew every epoch."""
+        packing = self.evaluation(patch_size)
+        square = isinstance(packing.resolution, Square)
+        changes: dict[str, Any] = {"drop_rate": self.drop_rate}
+        if self.sides is not None:
+            drawn = _between(self.sides)
+            changes["resolution"] = Square(drawn) if square else Side(drawn)
+            changes["max_tokens"] = None
+        if self.crop is not None:
+            changes["crop"] = _shaped(self.crop, square=square)
+        found = replace(packing, **changes)
+        return packs_of(dataset, found, num_workers, max_bad_fraction=self.max_bad_fraction)
+
+    def evaluation(self, patch_size: int, max_tokens: int | None = None) -> PackConfig:
+        """Return how images become rows when the model is evaluated: as the encoder expects."""
+        del patch_size, max_tokens  # the encoder's
+        seq_len = self.packing.seq_len if self.seq_len is None else self.seq_len
+        return evaluation_of(replace(self.packing, seq_len=seq_len))
+
+
+def _between(sides: tuple[int, int]) -> Distribution:
+    """Return the law of a side; `Uniform` refuses an empty range, so two equal ones are one."""
+    low, high = sides
+    return Uniform(low, high) if low < high else Constant(high)
+
+
+def _shaped(crop: Crop, *, square: bool) -> Crop:
+    """Return a crop that leaves images undistorted."""
+    return replace(crop, shape="square") if square else crop
 
 
 def packs_of(dataset: Dataset, config: PackConfig, num_workers: int, **options: Any) -> EpochPacks:

@@ -51,6 +51,7 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "packpipe train pictures.parquet runs/navit --steps 5000",
         "packpipe train pictures.parquet runs/cropped --crop-area 0.08 1",
         "packpipe train photos runs/navit --val 0.1 --val-every 200 --patience 5",
+        "packpipe train photos runs/tuned --init google/siglip2-base-patch16-naflex --freeze 6",
         "packpipe train pictures.parquet runs/vit --layout square",
         "torchrun --nproc-per-node 8 -m packpipe train pictures.parquet runs/navit",
     ),
@@ -64,6 +65,7 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     ),
     embed: (
         "packpipe embed runs/navit photos vectors.parquet",
+        "packpipe embed google/siglip2-base-patch16-naflex photos vectors.parquet",
         "packpipe embed runs/navit photos maps.parquet --tokens --dtype float16",
         "packpipe embed runs/navit big.parquet vectors.parquet --dtype float16 --columns label",
     ),

@@ -107,7 +107,7 @@ def check_patches(rows: Dataset, patch_size: int, whose: str) -> None:
     own = patch_size_of(rows)
     if own != patch_size:
         expected = f"{patch_size} ({whose})"
-        remedy = f"pass --model with /{own}, or pack with --patch-size {patch_size}"
+        remedy = f"take a model of patches of {own}, or pack with --patch-size {patch_size}"
         raise ValueError(checks.sentence("patch size of the rows", own, expected, remedy))
 
 

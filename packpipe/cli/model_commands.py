@@ -127,7 +127,10 @@ def predict(
 @one_line_errors
 def embed(
     run: Annotated[
-        Path, typer.Argument(help="A folder that train wrote, or of a pretrained encoder.")
+        str,
+        typer.Argument(
+            help="A folder that train wrote, or of a pretrained encoder, or its name on the Hub."
+        ),
     ],
     source: Source,
     output: Annotated[Path, typer.Argument(dir_okay=False, help="A Parquet file.")],

@@ -36,6 +36,9 @@ _OF_IMAGES = (
 )
 # Those that say how images are measured: where none are, there are rows to be measured, if any.
 _OF_MEASURED_IMAGES = ("val_tokens", "max_bad_fraction")
+# Those that a trained model brings: its shape, and how images become rows for it.
+_OF_SHAPE = ("model", "position", "pooling")
+_OF_ENCODER = ("layout", "profiles", "damaged_scans", "value_range", "val_tokens")
 _SHOWN_REJECTS = 5
 
 
@@ -86,6 +89,17 @@ def train(
     output: Annotated[Path, typer.Argument(file_okay=False, help="Checkpoints, log and plot.")],
     steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 1000,
     model: Annotated[str, typer.Option(help="Ti, S, B, L or So400m, and the patch size.")] = "S/16",
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="Begin with a trained model and a new head: a folder that train wrote, or of a "
+            "pretrained encoder, or its name on the Hub. Shape and sizes of images are its own."
+        ),
+    ] = None,
+    freeze: Annotated[
+        int,
+        typer.Option(min=0, help="First blocks of --init that keep their weights, with positions."),
+    ] = 0,
     layout: Annotated[
         str,
         typer.Option(
@@ -93,13 +107,16 @@ def train(
             "lengths. square: a plain ViT."
         ),
     ] = "packed",
-    seq_len: Annotated[int, typer.Option(help="Tokens a row, of packed.")] = 1024,
+    seq_len: Annotated[
+        int, typer.Option(help="Tokens a row, of packed; with --init as there, unless given.")
+    ] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step of each rank.")] = 8,
     sides: Annotated[
         tuple[int, int],
         typer.Option(
             help="Images are of as many pixels as "
-            "squares of a side drawn between these; square takes the second."
+            "squares of a side drawn between these; square takes the second. With --init none is "
+            "drawn, unless given."
         ),
     ] = (64, 256),
     crop_area: CropArea = None,
@@ -196,7 +213,8 @@ def train(
     from datasets import Dataset
 
     from packpipe.cli.labels import chosen
-    from packpipe.cli.layouts import Layout
+    from packpipe.cli.layouts import EncoderLayout, Layout
+    from packpipe.cli.starting import start_of
     from packpipe.cli.trained_images import TrainedImages
     from packpipe.cli.trained_rows import TrainedRows
     from packpipe.cli.training_run import Training
@@ -216,7 +234,17 @@ def train(
     )
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     dataset = chosen(open_source(source, split, **columns, rows=True), **columns)
-    patch_size = NaViTConfig.preset(model, num_classes=None).patch_size
+    are_rows = holds_rows(dataset.column_names)
+    if init is not None:
+        own = _OF_SHAPE if are_rows else (*_OF_SHAPE, *_OF_ENCODER)
+        expected = f"left out beside --init {init}, which has its own"
+        _refuse(context, own, expected, "drop it, or train without --init")
+    elif freeze:
+        expected, remedy = "0 without --init", "pass --init: weights that are drawn have to learn"
+        raise ValueError(checks.sentence("--freeze", freeze, expected, remedy))
+    start = start_of(init, output)
+    shape = NaViTConfig.preset(model, num_classes=None) if start is None else start.model.config
+    patch_size = shape.patch_size
     measured = (
         None
         if val is None
@@ -227,9 +255,12 @@ def train(
     where: dict[str, Any] = {"num_workers": num_workers, "seed": seed}
     where |= {"val": measured, "val_tokens": val_tokens, "loss": loss}
     data: TrainedImages | TrainedRows
-    if holds_rows(dataset.column_names):
+    if are_rows:
         measures_images = isinstance(measured, Dataset) and not holds_rows(measured.column_names)
-        _refuse_of_images(context, source, () if measures_images else _OF_MEASURED_IMAGES)
+        more = () if measures_images else _OF_MEASURED_IMAGES
+        expected = f"left out, since the rows in {source} are packed already"
+        remedy = "train on their images, or pack them with it"
+        _refuse(context, (*_OF_IMAGES, *more), expected, remedy)
         data = TrainedRows(
             dataset,
             manifest_in(Path(source)),
@@ -237,6 +268,16 @@ def train(
             max_bad_fraction=max_bad_fraction,
             **where,
         )
+    elif start is not None:
+        encoder_layout = EncoderLayout(
+            start.packing,
+            seq_len if _is_given(context, "seq_len") else None,
+            sides if _is_given(context, "sides") else None,
+            drop_rate,
+            max_bad_fraction,
+            crop_of(crop_area, crop_aspect),
+        )
+        data = TrainedImages(dataset, encoder_layout, patch_size, **where)
     else:
         pixels = {
             "profiles": profiles,
@@ -263,6 +304,7 @@ def train(
             "accumulate": accumulate,
             "learning_rate": learning_rate,
             "layer_decay": layer_decay,
+            "freeze": freeze,
             "clip": clip or None,
             "ema": ema,
             "drop_path": drop_path,
@@ -280,6 +322,7 @@ def train(
         seed=seed,
         augment=augment,
         mixing={"mixup": mixup, "cutmix": cutmix},
+        start=start,
     )
     with naming_files(data.labelled):
         if os.environ.get("RANK", "0") == "0":
@@ -297,14 +340,17 @@ def train(
         print_table(source, [(name, f"{value:,}") for name, value in found.items()])
 
 
-def _refuse_of_images(context: typer.Context, source: str, more: tuple[str, ...]) -> None:
-    """Raise ValueError if an option was given that decides how images become rows, or one more."""
-    for name in (*_OF_IMAGES, *more):
-        given = context.get_parameter_source(name)
-        if given is not None and given.name == "COMMANDLINE":
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Return whether an option was given, be it at its default."""
+    given = context.get_parameter_source(name)
+    return given is not None and given.name == "COMMANDLINE"
+
+
+def _refuse(context: typer.Context, names: tuple[str, ...], expected: str, remedy: str) -> None:
+    """Raise ValueError if one of these options was given."""
+    for name in names:
+        if _is_given(context, name):
             option, value = f"--{name.replace('_', '-')}", context.params[name]
-            expected = f"left out, since the rows in {source} are packed already"
-            remedy = "train on their images, or pack them with it"
             raise ValueError(checks.sentence(option, value, expected, remedy))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset
 
 from packpipe.cli.labels import classes_of, divided, labelled, num_outputs
-from packpipe.cli.layouts import Layout, packs_of
+from packpipe.cli.layouts import EncoderLayout, Layout, packs_of
 from packpipe.cli.measured import num_images, validation_packs
 from packpipe.cli.open_source import file_of, naming_files
 from packpipe.loading.epochs import EpochPacks
@@ -35,7 +35,7 @@ class TrainedImages:
     """
 
     dataset: Dataset
-    layout: Layout
+    layout: Layout | EncoderLayout
     patch_size: int
     num_workers: int
     seed: int = 0

@@ -19,6 +19,7 @@ from datasets.utils import tqdm
 
 from packpipe import checks
 from packpipe.augmenting.augment import Augment
+from packpipe.cli.starting import Start
 from packpipe.cli.trained_images import TrainedImages
 from packpipe.cli.trained_rows import TrainedRows
 from packpipe.durable import write_bytes
@@ -45,7 +46,7 @@ class Training:
 
     Attributes:
         data: what is trained on, and validated on.
-        model: a preset's name.
+        model: a preset's name, of a training that starts from drawn weights.
         shape: further options of `NaViTConfig`, ``attention`` among them.
         batch_size: rows a step of each rank.
         options: those of `TrainConfig`.
@@ -53,6 +54,7 @@ class Training:
         seed: of weights, order, resolutions and augmentation.
         augment: a preset of `Augment`; None for none.
         mixing: options of `Augment` besides.
+        start: the trained model that it begins with, whose shape it takes; None draws all weights.
     """
 
     data: TrainedImages | TrainedRows
@@ -64,11 +66,14 @@ class Training:
     seed: int = 0
     augment: str | None = None
     mixing: dict[str, Any] = field(default_factory=dict)
+    start: Start | None = None
 
     @cached_property
     def config(self) -> NaViTConfig:
         """The model's shape."""
         shape = self.shape
+        if self.start is not None:
+            return self.start.config(self.data.num_outputs, shape["attention"])
         if self.data.layout_name in ("padded", "bucketed") and shape["attention"] == "auto":
             # Other backends may skip padding, which a padded ViT computes.
             shape = {**shape, "attention": "reference"}
@@ -105,6 +110,7 @@ class Training:
             label_column=self.data.label_column,
             loss=self.train_config.loss,
             packing=self.data.evaluation,
+            init=None if self.start is None else self.start.init,
         )
 
     def _check_classes(self) -> None:
@@ -164,7 +170,10 @@ class Training:
         is_first = rank_of_world()[0] == 0
         options = self.train_config
         torch.manual_seed(self.seed)
-        navit = NaViT(self.config).to(device)
+        navit = NaViT(self.config)
+        if self.start is not None:
+            self.start.load_into(navit)
+        navit = navit.to(device)
         loader = PackedLoader(
             self.data.packs,
             self.batch_size,
@@ -191,7 +200,8 @@ class Training:
             if is_first and tensorboard:
                 trackers.append(stack.enter_context(to_tensorboard(output / "tensorboard")))
             if is_first and wandb:
-                asked = {"model": self.model, **asdict(options)}
+                name = self.model if self.start is None else self.start.init
+                asked = {"model": name, **asdict(options)}
                 trackers.append(stack.enter_context(to_wandb(output, wandb, config=asked)))
             # Signals reach ranks at different steps, and a rank that stops alone leaves the others
             # waiting. So ranks do not stop by themselves, and resume from the last checkpoint.

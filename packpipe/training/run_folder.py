@@ -36,12 +36,14 @@ class RunOptions:
         loss: ``"sigmoid"`` or ``"softmax"``, which turns outputs into probabilities; those of
             ``"mse"`` and ``"l1"`` are numbers as they are.
         packing: how images become rows when the model is evaluated, pixel rules included.
+        init: the trained model that the training began with, as it was called; None for none.
     """
 
     class_names: tuple[str, ...] | None = None
     label_column: str | None = None
     loss: str = "sigmoid"
     packing: PackConfig
+    init: str | None = None
 
     @property
     def max_tokens(self) -> int:
@@ -69,6 +71,7 @@ class RunOptions:
             "label_column": self.label_column,
             "loss": self.loss,
             "packing": self.packing.to_dict(),
+            **({} if self.init is None else {"init": self.init}),
         }
 
     @classmethod
@@ -80,6 +83,7 @@ class RunOptions:
             label_column=known["label_column"],
             loss=known["loss"],
             packing=PackConfig.from_dict(known["packing"]),
+            init=known.get("init"),
         )
 
 
@@ -145,7 +149,7 @@ def load_model(
     """
     if not Path(folder).is_dir():
         expected = "a folder that packpipe train wrote (packpipe train SOURCE RUN)"
-        remedy = "check its path; names of other models are not known"
+        remedy = "check its path; an encoder is trained first, with --init"
         raise FileNotFoundError(checks.sentence("run", str(folder), expected, remedy))
     known = read_options(folder)
     model = model_of(folder, best=True, num_classes=num_classes, attention=attention)

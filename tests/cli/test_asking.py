@@ -326,7 +326,10 @@ def test_too_many_broken_images_end_it_and_are_named(some_broken, trained, tmp_p
         (["eval", "RUN", "SHAPES", "--precision", "half"], "precision is 'half', expected one of"),
         (["predict", "RUN", "a.png", "--precision", "half"], "precision is 'half', expected one"),
         (["embed", "RUN", "SHAPES", "OUT", "--precision", "half"], "precision is 'half', expected"),
-        (["embed", "vit_b", "SHAPES", "OUT"], "run is 'vit_b', expected a folder that packpipe tr"),
+        (
+            ["embed", "./vit_b", "SHAPES", "OUT"],
+            "RUN is './vit_b', expected a folder that packpipe",
+        ),
         (["export", "vit_b", "OUT"], "run is 'vit_b', expected a folder that packpipe train wrote"),
         (["eval", "SHAPES", "SHAPES"], "holds no checkpoint; train with this folder first"),
         (["predict", "SHAPES", "a.png"], "holds no checkpoint; train with this folder first"),

@@ -234,7 +234,7 @@ def others(packed, tmp_path_factory):
             ["{p}", "--val", 0.3, "--val-tokens", 4],
             "--val-tokens is 4, expected left out, since the rows in",
         ),
-        (["{p}", "--model", "Ti/16"], "patch size of the rows is 8, expected 16 (of the model); p"),
+        (["{p}", "--model", "Ti/16"], "patch size of the rows is 8, expected 16 (of the model); t"),
         (["{o}/tokens"], "rows is 'of token sequences', expected rows of images; pass what"),
         (["{o}/plain"], "expected labels among them; pack a source with a label column"),
         (["{o}/lazy"], "rows is 'packed with materialize=False', expected rows with patches"),
