@@ -11,6 +11,7 @@ import typer
 from packpipe.cli.output import plain
 
 _Given = ParamSpec("_Given")
+_GOING_ON = ("pack", "train", "embed", "demo")  # commands that keep what they have done
 _debug = False  # set by --debug, which stands before the command and is parsed first
 
 
@@ -35,7 +36,9 @@ def one_line_errors(command: Callable[_Given, None]) -> Callable[_Given, None]:
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise  # typer's own ways to end a command
         except KeyboardInterrupt:
-            typer.echo("stopped; the same command goes on from here", err=True)
+            goes_on = "; the same command goes on from here"
+            said = goes_on if name_of(command) in _GOING_ON else ""
+            typer.echo(f"stopped{said}", err=True)
             raise typer.Exit(130) from None  # 128 + SIGINT, as shells have it
         except Exception as error:
             if _debug:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from datasets import Dataset
 from PIL import Image
 from processes import wait_until
@@ -25,7 +26,7 @@ import packpipe
 from packpipe import CenterCrop, Crop, Uniform
 from packpipe.cli import bench as bench_module
 from packpipe.cli.bench import Comparison, LayoutFigures
-from packpipe.cli.errors import in_a_line
+from packpipe.cli.errors import in_a_line, one_line_errors
 from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
 from packpipe.samples import images_folder
@@ -520,6 +521,21 @@ def test_a_training_that_is_stopped_saves_its_step_and_goes_on(few, tmp_path):
     assert f"step {done} " in stdout
     said = told("train", few, out, *QUICK, "--steps", done + 2)
     assert [line.split()[1] for line in said.splitlines()[:-1]] == [str(done + 1), str(done + 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("eval_", "stopped\n"), ("train", "stopped; the same command goes on from here\n")],
+)
+def test_commands_that_keep_what_they_have_done_say_so_when_stopped(name, said, capsys):
+    def command():
+        raise KeyboardInterrupt
+
+    command.__name__ = name
+    with pytest.raises(typer.Exit) as ended:
+        one_line_errors(command)()
+    assert ended.value.exit_code == 130
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.slow
