@@ -15,6 +15,7 @@ from packpipe.planning.image_config import MAX_IMAGE_SEQ_LEN, PackConfig
 # Pillow's numbers of its resampling filters, which image processors store.
 _RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 _ABOUT = 1024  # tokens a row
+_OWNER = "image processor's"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,26 +33,35 @@ class Encoder:
     packing: PackConfig
 
 
-def filters(processing: dict[str, Any]) -> dict[str, Any]:
+def filters(processing: dict[str, Any], patch_size: int) -> dict[str, Any]:
     """Return the options of `PackConfig` that give a Pillow image processor's pixels.
 
     Args:
         processing: its settings, ``resample`` among them.
+        patch_size: of the model.
 
     Raises:
-        ValueError: the filter is not known, or images are not resized, rescaled and normalised.
+        ValueError: the filter is not known, images are not resized, rescaled and normalised, they
+            are cropped or padded, or patches have another size than the model's.
     """
     remedy = "packed images are resized, and scaled by 1/255"
     for name in ("do_resize", "do_rescale", "do_normalize"):
         if processing.get(name, True) is not True:
-            raise ValueError(checks.sentence(name, processing[name], "True", remedy))
+            raise _wrong(name, processing[name], "True", remedy)
+    for name in ("do_center_crop", "do_pad"):
+        if processing.get(name, False) is not False:
+            remedy = "packed images are resized as a whole, so set it to false if that is meant"
+            raise _wrong(name, processing[name], "False", remedy)
     scale = processing.get("rescale_factor", 1 / 255)
-    if not math.isclose(scale, 1 / 255, rel_tol=1e-6):
-        raise ValueError(checks.sentence("rescale_factor", scale, "1/255", remedy))
+    if not isinstance(scale, float) or not math.isclose(scale, 1 / 255, rel_tol=1e-6):
+        raise _wrong("rescale_factor", scale, "1/255", remedy)
+    if (size := processing.get("patch_size", patch_size)) != patch_size:
+        remedy = "take the processor of this model"
+        raise _wrong("patch_size", size, f"{patch_size} (the model's)", remedy)
     number = processing["resample"]
     if number not in range(len(_RESAMPLING)):
         expected = f"a number of Pillow's filters, 0..{len(_RESAMPLING) - 1}"
-        raise ValueError(checks.sentence("resample", number, expected, "correct the processor's"))
+        raise _wrong("resample", number, expected, "correct the processor's")
     name = _RESAMPLING[number]
     # Processors resize in one step, and take numbers of any colour profile for sRGB.
     return {
@@ -60,6 +70,48 @@ def filters(processing: dict[str, Any]) -> dict[str, Any]:
         "reducing_gap": None,
         "profiles": "ignore",
     }
+
+
+def mean_and_std(processing: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Return what a processor normalises each of three colours by; one half, if it says nothing.
+
+    Raises:
+        TypeError, ValueError: they are no three numbers, or a deviation is not above 0.
+    """
+    found = []
+    for name, check in (("image_mean", checks.real_number), ("image_std", checks.positive_number)):
+        values, remedy = processing.get(name, [0.5] * 3), "write one for each colour"
+        if not isinstance(values, list) or len(values) != 3:
+            raise _wrong(name, values, "a list of three numbers", remedy)
+        found.append([check(f"{_OWNER} {name}", value, remedy) for value in values])
+    return found[0], found[1]
+
+
+def side_of(processing: dict[str, Any], usual: int, patch_size: int) -> int:
+    """Return the pixels a side of the squares that a processor makes of images.
+
+    Args:
+        processing: its settings.
+        usual: the side, if they do not say it.
+        patch_size: the smallest side.
+
+    Raises:
+        TypeError, ValueError: it makes no squares of one size. One number is none: it means an
+            image's shorter side.
+    """
+    size = processing.get("size", {"height": usual, "width": usual})
+    if (
+        not isinstance(size, dict)
+        or (side := size.get("height")) is None
+        or side != size.get("width")
+    ):
+        remedy = "write the one that the model was trained with, as height and as width"
+        raise _wrong("size", size, "one height and width", remedy)
+    return checks.whole_number(f"{_OWNER} size", side, patch_size, 2**15 - 1, "correct it")
+
+
+def _wrong(name: str, value: object, expected: str, remedy: str) -> ValueError:
+    return ValueError(checks.sentence(f"{_OWNER} {name}", value, expected, remedy))
 
 
 def seq_len_of(tokens: int) -> int:

@@ -19,6 +19,7 @@ WEIGHTS = "model.safetensors"
 _INDEX = f"{WEIGHTS}.index.json"
 # Of an image processor alone, and of one inside the settings of a processor of texts, too.
 _PROCESSOR, _PROCESSORS = "preprocessor_config.json", "processor_config.json"
+_AGAIN = "it is cut or damaged, so download or write it again"
 _WANTED = [CONFIG, WEIGHTS, _INDEX, "model-*.safetensors", _PROCESSOR, _PROCESSORS]
 
 
@@ -52,14 +53,14 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is no JSON.
     """
     if not (folder / CONFIG).exists():
         expected = f"a folder with {CONFIG} and {WEIGHTS}"
         raise FileNotFoundError(
             checks.sentence("source", str(folder), expected, "pass the folder of a model")
         )
-    found: dict[str, Any] = json.loads((folder / CONFIG).read_bytes())
-    return found
+    return _json(folder / CONFIG)
 
 
 def processing_of(folder: Path) -> dict[str, Any]:
@@ -69,9 +70,9 @@ def processing_of(folder: Path) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     if (folder / _PROCESSOR).exists():
-        found = json.loads((folder / _PROCESSOR).read_bytes())
+        found = _json(folder / _PROCESSOR)
     elif (folder / _PROCESSORS).exists():
-        found = json.loads((folder / _PROCESSORS).read_bytes()).get("image_processor", {})
+        found = _json(folder / _PROCESSORS).get("image_processor", {})
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -82,19 +83,24 @@ class Weights:
     """
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         names = [WEIGHTS]
         if (folder / _INDEX).exists():
-            index = json.loads((folder / _INDEX).read_bytes())
-            names = sorted(set(index["weight_map"].values()))
+            names = sorted(set(_json(folder / _INDEX)["weight_map"].values()))
         self.folder = folder
         self._files: dict[str, Any] = {}
         for name in names:
             if not (folder / name).exists():
                 expected, remedy = f"a folder with {name}", "convert its weights to safetensors"
                 raise FileNotFoundError(checks.sentence("source", str(folder), expected, remedy))
-            file: Any = safe_open(folder / name, "pt")
+            try:
+                file: Any = safe_open(folder / name, "pt")
+            except SafetensorError as error:
+                expected = f"a whole file of safetensors ({_first_line(error)})"
+                raise ValueError(
+                    checks.sentence("weights", str(folder / name), expected, _AGAIN)
+                ) from error
             self._files |= dict.fromkeys(file.keys(), file)
 
     def take(self, name: str) -> Tensor:
@@ -113,6 +119,22 @@ class Weights:
     def left(self) -> list[str]:
         """Return the names of the tensors that were not taken."""
         return sorted(self._files)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return what a file of JSON says.
+
+    Raises:
+        ValueError: it is no JSON, or no object.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict):
+            return found
+        what = type(found).__name__
+    except ValueError as error:  # no UTF-8, too
+        what = str(error)
+    raise ValueError(checks.sentence("settings", str(path), f"a JSON object ({what})", _AGAIN))
 
 
 def _first_line(error: Exception) -> str:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from packpipe import checks
-from packpipe.hub.encoder import Encoder, filters, seq_len_of
-from packpipe.hub.files import Weights
+from packpipe.hub.encoder import Encoder, filters, mean_and_std, seq_len_of, side_of
+from packpipe.hub.files import CONFIG, Weights
 from packpipe.hub.folding import channels_last, fold_pixels, fold_probe
 from packpipe.model.config import SIGLIP_FIXED, SIGLIP_NAFLEX, NaViTConfig
 from packpipe.planning.crops import FixedCrop
@@ -83,7 +83,13 @@ def read_siglip(
 def shape_of(own: dict[str, Any], *, naflex: bool) -> NaViTConfig:
     """Return the shape of an encoder, given all that transformers says of its image tower."""
     known, remedy = own["hidden_act"], "this activation is not supported"
-    checks.choice("hidden_act", known, _ACTIVATIONS, remedy)
+    checks.choice(f"hidden_act in {CONFIG}", known, _ACTIVATIONS, remedy)
+    own = {"num_channels": 3, **own}
+    for name in ("patch_size", "num_channels", "num_patches" if naflex else "image_size"):
+        checks.whole_number(f"{name} in {CONFIG}", own[name], 1, 2**15 - 1, "correct it")
+    if own["num_channels"] != 3:
+        name, remedy = f"num_channels in {CONFIG}", "packed images have three colours"
+        raise ValueError(checks.sentence(name, own["num_channels"], "3", remedy))
     side = isqrt(own["num_patches"]) if naflex else own["image_size"] // own["patch_size"]
     switches = {
         **(SIGLIP_NAFLEX if naflex else SIGLIP_FIXED),
@@ -108,20 +114,16 @@ def _packing(config: NaViTConfig, processing: dict[str, Any], *, naflex: bool) -
         tokens = processing["max_num_patches"]
         sizes: dict[str, Any] = {"resolution": "budget", "max_tokens": tokens}
     else:
-        usual = config.side * config.patch_size
-        size = processing.get("size", {"height": usual, "width": usual})
-        if size.get("height") is None or size["height"] != size.get("width"):
-            expected, remedy = "one height and width", "other processors are not known"
-            raise ValueError(checks.sentence("size", size, expected, remedy))
-        side = size["height"] // config.patch_size
+        size = side_of(processing, config.side * config.patch_size, config.patch_size)
+        side = size // config.patch_size
         pixels = side * config.patch_size
         tokens, sizes = side**2, {"resolution": Square(Constant(pixels))}
         # Their convolution leaves out what is no whole patch, at the right and below.
-        if (seen := pixels / size["height"]) < 1:
+        if (seen := pixels / size) < 1:
             sizes["crop"] = FixedCrop(0.0, 0.0, seen, seen)
-    return PackConfig(
-        seq_len=seq_len_of(tokens), patch_size=config.patch_size, **sizes, **filters(processing)
-    )
+    patch = config.patch_size
+    kept = filters(processing, patch)
+    return PackConfig(seq_len=seq_len_of(tokens), patch_size=patch, **sizes, **kept)
 
 
 def _weights(
@@ -142,12 +144,12 @@ def _weights(
     patches, bias = (take(f"embeddings.patch_embedding.{kind}") for kind in ("weight", "bias"))
     if patches.ndim == 4:  # a convolution
         patches = channels_last(patches)
-    half = [0.5, 0.5, 0.5]
-    mean, std = (processing.get(name, half) for name in ("image_mean", "image_std"))
-    found = dict(
-        zip(("embed.weight", "embed.bias"), fold_pixels(patches, bias, mean, std), strict=True)
-    )
-    found["position.table"] = take("embeddings.position_embedding.weight")
+    _check_size("hidden_size", config.dim, len(patches))
+    _check_size("patch_size", config.patch_size, isqrt(patches.shape[1] // 3))
+    folded = fold_pixels(patches, bias, *mean_and_std(processing))
+    found = dict(zip(("embed.weight", "embed.bias"), folded, strict=True))
+    found["position.table"] = table = take("embeddings.position_embedding.weight")
+    _check_size("image_size ÷ patch_size, or √num_patches,", config.side, isqrt(len(table)))
     for number in range(config.depth):
         ours, theirs = f"blocks.{number}.", f"encoder.layers.{number}."
         found |= pairs(_LAYER, ours, theirs)
@@ -169,3 +171,9 @@ def _weights(
         found["pool.keys_values.weight"] = torch.cat([to_keys, to_values])
         found["pool.bias_values"] = bias_values.unflatten(0, (config.heads, -1))
     return found
+
+
+def _check_size(name: str, said: int, stored: int) -> None:
+    if said != stored:
+        expected, remedy = f"{stored} as of the weights", "take both files of one model"
+        raise ValueError(checks.sentence(f"{name} in {CONFIG}", said, expected, remedy))

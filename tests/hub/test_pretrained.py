@@ -339,7 +339,11 @@ def test_weights_that_nobody_knows_or_that_are_missing_are_refused_by_name(tmp_p
     ("settings", "message"),
     [
         ({"model_type": "bert"}, "config.json is 'bert', expected one of 'packpipe', 'siglip2', "),
-        ({"hidden_act": "relu"}, "hidden_act is 'relu', expected one of 'gelu_pytorch_tanh', "),
+        ({"hidden_act": "relu"}, "hidden_act in config.json is 'relu', expected one of 'gelu_py"),
+        ({"num_channels": 1}, "num_channels in config.json is 1, expected 3; packed images have"),
+        ({"patch_size": 4}, "patch_size in config.json is 4, expected 2 as of the weights; take"),
+        ({"hidden_size": 16}, "hidden_size in config.json is 16, expected 32 as of the weights"),
+        ({"num_patches": 25}, "√num_patches, in config.json is 5, expected 4 as of the weights"),
     ],
 )
 def test_what_is_not_known_is_refused(settings, message, tmp_path):
@@ -358,6 +362,26 @@ def test_what_is_not_known_is_refused(settings, message, tmp_path):
         ({"rescale_factor": 1.0}, "rescale_factor is 1.0, expected 1/255; packed images are"),
         ({"size": {"shortest_edge": 8}}, "size is {'shortest_edge': 8}, expected one height and"),
         ({"size": {"height": 8, "width": 9}}, "size is {'height': 8, 'width': 9}, expected one h"),
+        ({"size": 8}, "image processor's size is 8, expected one height and width; write the one"),
+        (
+            {"size": {"height": 1, "width": 1}},
+            "size is 1, expected an integer in 2..32767; correct",
+        ),
+        (
+            {"do_center_crop": True, "crop_size": 4},
+            "do_center_crop is True, expected False; packed",
+        ),
+        ({"do_pad": True}, "image processor's do_pad is True, expected False; packed images are"),
+        ({"patch_size": 4}, "processor's patch_size is 4, expected 2 (the model's); take the proc"),
+        (
+            {"image_mean": 0.5},
+            "processor's image_mean is 0.5, expected a list of three numbers; wr",
+        ),
+        ({"image_std": [0.5]}, "processor's image_std is [0.5], expected a list of three numbers"),
+        (
+            {"image_std": [0.5, 0, 1]},
+            "processor's image_std is 0, expected a number above 0; write",
+        ),
     ],
 )
 def test_a_processor_that_is_not_known_is_refused(settings, message, tmp_path):
@@ -365,6 +389,25 @@ def test_a_processor_that_is_not_known_is_refused(settings, message, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=re.escape(message)):
         from_pretrained(tmp_path)
+
+
+def test_damaged_files_are_refused_by_name(tmp_path):
+    saved(tmp_path, FIXED)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8])
+    message = f"weights is {str(path)!r}, expected a whole file of safetensors ("
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_pretrained(tmp_path)
+    path.write_bytes(whole)
+    for name, text in (("preprocessor_config.json", "[]"), ("config.json", '{"model_type": ')):
+        path = tmp_path / name
+        path.write_text(text)
+        message = (
+            rf"settings is {re.escape(repr(str(path)))}, expected a JSON object \(.+\); it is c"
+        )
+        with pytest.raises(ValueError, match=message):
+            from_pretrained(tmp_path)
 
 
 def test_without_a_pool_each_token_has_its_own_output(tmp_path):
