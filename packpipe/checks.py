@@ -11,7 +11,7 @@ import numbers
 import operator
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,18 @@ def choice(name: str, value: Any, options: Collection[str], remedy: str) -> str:
     if not isinstance(value, str) or value not in options:
         raise ValueError(sentence(name, value, "one of " + ", ".join(map(repr, options)), remedy))
     return value
+
+
+def known_options(options: Iterable[str], known: Collection[str], source: object) -> None:
+    """Refuse names of options that were written to a file by a later version.
+
+    Args:
+        options: their names.
+        known: the names that are known here.
+        source: the file, or what else they were read of.
+    """
+    for name in options:
+        choice(f"an option in {source}", name, known, "use the packpipe that wrote it")
 
 
 def integer_array(name: str, values: ArrayLike, ndim: int, remedy: str) -> NDArray[Any]:

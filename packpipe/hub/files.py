@@ -16,11 +16,11 @@ from packpipe import checks
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-_INDEX = f"{WEIGHTS}.index.json"
+INDEX = f"{WEIGHTS}.index.json"
 # Of an image processor alone, and of one inside the settings of a processor of texts, too.
 _PROCESSOR, _PROCESSORS = "preprocessor_config.json", "processor_config.json"
 _AGAIN = "it is cut or damaged, so download or write it again"
-_WANTED = [CONFIG, WEIGHTS, _INDEX, "model-*.safetensors", _PROCESSOR, _PROCESSORS]
+_WANTED = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors", _PROCESSOR, _PROCESSORS]
 
 
 def folder_of(source: str | Path, revision: str | None = None) -> Path:
@@ -58,7 +58,12 @@ def settings_of(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).exists():
         expected = f"a folder with {CONFIG} and {WEIGHTS}"
         raise FileNotFoundError(
-            checks.sentence("source", str(folder), expected, "pass the folder of a model")
+            checks.sentence(
+                "source",
+                str(folder),
+                expected,
+                "pass the folder of a model; load_model reads a training's",
+            )
         )
     return _json(folder / CONFIG)
 
@@ -86,8 +91,8 @@ class Weights:
         from safetensors import SafetensorError, safe_open
 
         names = [WEIGHTS]
-        if (folder / _INDEX).exists():
-            names = sorted(set(_json(folder / _INDEX)["weight_map"].values()))
+        if (folder / INDEX).exists():
+            names = sorted(set(_json(folder / INDEX)["weight_map"].values()))
         self.folder = folder
         self._files: dict[str, Any] = {}
         for name in names:

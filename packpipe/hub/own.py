@@ -13,7 +13,7 @@ from typing import Any
 from packpipe import checks
 from packpipe.durable import commit, partial_of, write_json
 from packpipe.hub.encoder import Encoder
-from packpipe.hub.files import CONFIG, WEIGHTS, Weights
+from packpipe.hub.files import CONFIG, INDEX, WEIGHTS, Weights
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
 from packpipe.planning.image_config import PackConfig
@@ -26,7 +26,8 @@ def save_pretrained(model: NaViT, packing: PackConfig, folder: Path | str) -> No
     """Write a folder that `from_pretrained` reads: the weights, and how images become rows.
 
     Also of a training: ``save_pretrained(model, options.packing, "encoder")`` after `load_model`.
-    Each file is whole or not there, config.json is written last; files of these names are replaced.
+    Each file is whole or not there, config.json is written last; files of these names are replaced,
+    and an index of weights in several files, which would be read instead, is removed.
 
     Args:
         model: its weights are written as they are, in their dtype; they are read in float32.
@@ -44,7 +45,8 @@ def save_pretrained(model: NaViT, packing: PackConfig, folder: Path | str) -> No
     folder = checks.local_path("folder", folder)
     folder.mkdir(parents=True, exist_ok=True)
     # A configuration of other weights must not stand beside these, should this be cut short.
-    (folder / CONFIG).unlink(missing_ok=True)
+    for name in (CONFIG, INDEX):
+        (folder / name).unlink(missing_ok=True)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, partial_of(folder / WEIGHTS), {"format": "pt"})
     commit(folder / WEIGHTS)
@@ -55,11 +57,12 @@ def save_pretrained(model: NaViT, packing: PackConfig, folder: Path | str) -> No
 def read_own(settings: dict[str, Any], processing: dict[str, Any], weights: Weights) -> Encoder:
     """Return the model that `save_pretrained` wrote, with its head."""
     del processing  # its folders have none
+    path = weights.folder / CONFIG
     if settings.get("version") != _VERSION:
-        name, remedy = f"version in {weights.folder / CONFIG}", "use the packpipe that wrote it"
+        name, remedy = f"version in {path}", "use the packpipe that wrote it"
         raise ValueError(checks.sentence(name, settings.get("version"), str(_VERSION), remedy))
     return Encoder(
-        config=NaViTConfig(**settings["model"]),
+        config=NaViTConfig.from_dict(settings["model"], path),
         weights={name: weights.take(name) for name in weights.left()},
-        packing=PackConfig.from_dict(settings["packing"]),
+        packing=PackConfig.from_dict(settings["packing"], path),
     )

@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from packpipe import checks
 from packpipe.hub import own, siglip
 from packpipe.hub.encoder import Encoder
@@ -85,8 +87,18 @@ def from_pretrained(
     model = NaViT(config)
     if num_classes is not None:
         found |= {k: value for k, value in model.state_dict().items() if k.startswith("head.")}
+    _check_shapes(folder, found, model.state_dict())
     model.load_state_dict(found)
     return model, encoder.packing
+
+
+def _check_shapes(folder: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    for name in [*wanted, *(found.keys() - wanted.keys())]:
+        have, want = (tuple(of[name].shape) if name in of else None for of in (found, wanted))
+        if have != want:
+            expected = f"{want}, the shape that {CONFIG} says"
+            remedy = "take both files of one model"
+            raise ValueError(checks.sentence(f"{folder}: {name}", have, expected, remedy))
 
 
 def _tell_unused(source: str | Path, left: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from packpipe import checks
@@ -206,6 +206,20 @@ class NaViTConfig:
         return cls(
             patch_size=int(patch), dim=dim, depth=depth, heads=heads, mlp_dim=mlp_dim, **options
         )
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any], source: object) -> NaViTConfig:
+        """Return the configuration that was written as a dict, by this packpipe or an earlier one.
+
+        Args:
+            options: by name; those that came later are left out, and have their defaults.
+            source: where they were read, for errors.
+
+        Raises:
+            ValueError: an option is unknown here.
+        """
+        checks.known_options(options, [field.name for field in fields(cls)], source)
+        return cls(**options)
 
     @property
     def mlp_width(self) -> int:

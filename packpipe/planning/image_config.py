@@ -345,9 +345,18 @@ class PackConfig:
         return {name: _plain(getattr(self, name)) for name in self._told()}
 
     @classmethod
-    def from_dict(cls, options: dict[str, Any]) -> PackConfig:
-        """Return the configuration that `to_dict` described."""
-        return cls(**BEFORE | {name: _restored(value) for name, value in options.items()})
+    def from_dict(cls, options: dict[str, Any], source: object = "packing") -> PackConfig:
+        """Return the configuration that `to_dict` described.
+
+        Args:
+            options: by name.
+            source: where they were read, for errors.
+
+        Raises:
+            ValueError: an option, a law or an attribute of one is unknown here.
+        """
+        checks.known_options(options, [field.name for field in fields(cls)], source)
+        return cls(**BEFORE | {name: _restored(value, source) for name, value in options.items()})
 
     def to_options(self) -> dict[str, Any]:
         """Return the options by name, as `pack`, `EpochPacks` and `predict` take them."""
@@ -387,12 +396,14 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
-def _restored(value: Any) -> Any:
+def _restored(value: Any, source: object) -> Any:
     # JSON has no tuples and no laws: `_plain` made lists and dicts of one entry of them.
     if isinstance(value, dict):
         ((name, attributes),) = value.items()
-        return _LAWS[name](**{key: _restored(one) for key, one in attributes.items()})
-    return tuple(map(_restored, value)) if isinstance(value, list) else value
+        checks.known_options([name], _LAWS, source)
+        checks.known_options(attributes, [field.name for field in fields(_LAWS[name])], source)
+        return _LAWS[name](**{key: _restored(one, source) for key, one in attributes.items()})
+    return tuple(_restored(one, source) for one in value) if isinstance(value, list) else value
 
 
 def _positive(name: str, value: Any) -> float | None:

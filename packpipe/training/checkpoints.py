@@ -276,7 +276,7 @@ def load_checkpoint(
     # All that may be refused comes before weights are changed. The backend may be another one,
     # since a training may go on on another device.
     # With the defaults of options that are younger than the checkpoint.
-    for name, value in asdict(NaViTConfig(**state["model"])).items():
+    for name, value in asdict(NaViTConfig.from_dict(state["model"], found / _STATE)).items():
         if own.get(name) != value and name != "attention":
             remedy = "give the model of the checkpoint, or another folder"
             raise ValueError(checks.sentence(name, own.get(name), f"{value!r}", remedy))
@@ -323,11 +323,14 @@ def model_of(
 
     found = newest_whole(Path(folder))
     if found is None:
-        raise FileNotFoundError(f"{folder} holds no checkpoint; train with this folder first")
+        raise FileNotFoundError(
+            f"{folder} holds no checkpoint; train with this folder first, or read a model that is "
+            "pretrained with from_pretrained"
+        )
     state = _state(found)
+    config = replace(NaViTConfig.from_dict(state["model"], found / _STATE), **options)
     if best:
         found = _best_whole(Path(folder), state) or found
-    config = NaViTConfig(**{**state["model"], **options})
     if num_classes is not None:
         config = replace(config, num_classes=num_classes)
     model = NaViT(config)

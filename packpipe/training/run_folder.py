@@ -75,14 +75,14 @@ class RunOptions:
         }
 
     @classmethod
-    def from_dict(cls, known: dict[str, Any]) -> RunOptions:
-        """Return the options that `to_dict` described."""
+    def from_dict(cls, known: dict[str, Any], source: object = _NAME) -> RunOptions:
+        """Return the options that `to_dict` described; source is where, for errors."""
         names = known["class_names"]
         return cls(
             class_names=None if names is None else tuple(names),
             label_column=known["label_column"],
             loss=known["loss"],
-            packing=PackConfig.from_dict(known["packing"]),
+            packing=PackConfig.from_dict(known["packing"], source),
             init=known.get("init"),
         )
 
@@ -105,7 +105,7 @@ def read_options(folder: Path | str) -> RunOptions | None:
     if version != _VERSION:
         remedy = "use the packpipe that wrote it"
         raise ValueError(checks.sentence(f"{path} version", version, str(_VERSION), remedy))
-    return RunOptions.from_dict(known)
+    return RunOptions.from_dict(known, path)
 
 
 def check_options(folder: Path, options: RunOptions) -> None:

@@ -15,7 +15,7 @@ from laws import close
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from packpipe import NaViTConfig, PackConfig, from_pretrained, predict, save_pretrained
+from packpipe import NaViTConfig, PackConfig, from_pretrained, load_model, predict, save_pretrained
 from packpipe.hub import siglip
 from packpipe.planning.distributions import Constant
 from packpipe.planning.resolution import Square
@@ -307,6 +307,46 @@ def test_what_another_version_saved_or_cannot_be_saved_is_refused(tmp_path):
         from_pretrained(tmp_path)
 
 
+def test_shards_of_before_are_not_read_for_what_is_saved(tmp_path):
+    saved(tmp_path, NAFLEX, "in shards")
+    model, packing = from_pretrained(tmp_path)
+    torch.nn.init.ones_(model.norm.weight)
+    save_pretrained(model, packing, tmp_path)
+    again, _ = from_pretrained(tmp_path)
+    assert torch.equal(again.norm.weight, model.norm.weight)
+
+
+def test_what_a_later_packpipe_saved_is_refused_by_name(tmp_path):
+    model = packed.model_of()
+    save_pretrained(model, PackConfig(patch_size=2), tmp_path)
+    path = tmp_path / "config.json"
+    told = json.loads(path.read_text())
+    for part, known in (("model", "num_classes"), ("packing", "seq_len")):
+        path.write_text(json.dumps({**told, part: {**told[part], "later": 1}}))
+        message = f"an option in {path} is 'later', expected one of {known!r}, "
+        with pytest.raises(ValueError, match=re.escape(message)):
+            from_pretrained(tmp_path)
+    path.write_text(json.dumps(told))
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    for changed, message in (
+        ({"norm.weight": weights["norm.weight"][1:]}, "norm.weight is (15,), expected (16,), the"),
+        (
+            {"extra": torch.zeros(2)},
+            "extra is (2,), expected None, the shape that config.json says",
+        ),
+    ):
+        save_file({**weights, **changed}, path)
+        with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: {message}")):
+            from_pretrained(tmp_path)
+    save_file({name: one for name, one in weights.items() if name != "norm.weight"}, path)
+    message = f"{tmp_path}: norm.weight is None, expected (16,), the shape that config.json says"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint; .* with from_pretrained"):
+        load_model(tmp_path)
+
+
 def test_a_new_head_is_drawn_on_the_old_trunk(tmp_path):
     saved(tmp_path, NAFLEX)
     torch.manual_seed(3)
@@ -456,7 +496,10 @@ def test_without_a_network_it_is_said_what_is_missing(tmp_path, monkeypatch):
     )
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
         from_pretrained("someone/encoder")
-    message = f"source is {str(tmp_path)!r}, expected a folder with config.json and model.safetens"
+    message = (
+        f"source is {str(tmp_path)!r}, expected a folder with config.json and model.safetensors; "
+        "pass the folder of a model; load_model reads a training's"
+    )
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "siglip"}')

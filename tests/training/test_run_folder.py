@@ -125,6 +125,26 @@ def test_a_folder_from_before_is_a_model_with_a_warning(copy, caplog):
     assert f"{copy} has no model.json: classes have no names, images get 256 tokens" in caplog.text
 
 
+def test_what_a_later_packpipe_wrote_is_refused_by_name(copy):
+    path = copy / "model.json"
+    told = json.loads(path.read_text())
+    law = {"Square": {"pixels": {"Later": {}}}}
+    for options, name in (({"later": 1}, "later"), ({"resolution": law}, "Later")):
+        path.write_text(json.dumps({**told, "packing": {**told["packing"], **options}}))
+        message = f"an option in {path} is {name!r}, expected one of "
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_model(copy)
+    path.write_text(json.dumps(told))
+    checkpoint = checkpoints(copy)[-1]
+    (checkpoint / "checksums.xxh128").unlink()  # as the first version wrote it
+    path = checkpoint / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "version": 1, "model": {**state["model"], "later": 1}}))
+    message = f"an option in {path} is 'later', expected one of 'num_classes', "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_model(copy)
+
+
 def test_a_training_with_classes_of_other_names_does_not_go_on(copy):
     before = (copy / "model.json").read_bytes()
     other = RunOptions(class_names=NAMES[::-1], packing=PACKING)
