@@ -58,7 +58,8 @@ class NaViTConfig:
         mlp_dim: width of the MLPs; None is 4 · dim.
         position: one of `packpipe.model.positions.POSITIONS`. NaViT found the default best.
         max_side: places on each axis of the position table. With absolute tables an image may have
-            no more patches an axis; other tables are interpolated. None takes the kind's default.
+            no more patches an axis; other tables are interpolated. With ``"resized"`` a token needs
+            4 · max_side² bytes for its weights. None takes the kind's default.
         pooling: of a segment's tokens: ``"attention"`` (MAP), ``"mean"``, ``"max"``, ``"first"``,
             or ``"none"``: an output a token, for dense maps.
         target_stride: of a model without pooling: pixels a side of a cell, which divide patch_size;
