@@ -196,7 +196,11 @@ class NaViTConfig:
             size, patch, side = found.groups()
             switches = SIGLIP_NAFLEX if side == "naflex" else SIGLIP_FIXED
             if side != "naflex":
-                switches = switches | {"max_side": int(side) // max(int(patch), 1)}
+                if not 0 < int(patch) <= int(side):
+                    expected = "a patch size of 1 or more, and images no smaller than a patch"
+                    remedy = "the last number is pixels a side, as in 'siglip-base-patch16-224'"
+                    raise ValueError(checks.sentence("name", name, expected, remedy))
+                switches = switches | {"max_side": int(side) // int(patch)}
             return cls.preset(f"{_SIGLIP_SIZES[size]}/{patch}", **switches | options)
         size, _, patch = name.partition("/")
         if size not in PRESETS or not patch.isdecimal():

@@ -502,6 +502,13 @@ def test_an_unknown_preset_is_refused(name):
         NaViTConfig.preset(name, num_classes=3)
 
 
+@pytest.mark.parametrize("name", ["siglip-base-patch32-16", "siglip2-large-patch0-256"])
+def test_a_preset_without_a_whole_patch_is_refused(name):
+    message = f"name is {name!r}, expected a patch size of 1 or more, and images no smaller than a"
+    with pytest.raises(ValueError, match=message):
+        NaViTConfig.preset(name, num_classes=3)
+
+
 def test_patches_of_another_size_are_refused():
     batch, model = packed.batch_of(MANY), packed.model_of("segments")
     message = (
