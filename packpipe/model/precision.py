@@ -33,7 +33,12 @@ def is_half(precision: str, device: torch.device) -> bool:
 
 
 def has_instructions() -> bool:
-    """Return whether this machine's CPU has instructions for products in bfloat16."""
+    """Return whether this machine's CPU has instructions for products in bfloat16.
+
+    A torch from before `torch.cpu.get_capabilities` knows those of AVX-512 alone.
+    """
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu._is_avx512_bf16_supported())
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in _INSTRUCTIONS)
 

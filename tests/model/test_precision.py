@@ -41,6 +41,20 @@ def test_a_cpu_without_instructions_is_refused(name, capable):
     assert has_instructions()
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_a_torch_without_the_list_of_instructions_is_asked_for_one(has, monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    assert has_instructions() == has
+    if has:
+        assert is_half("bfloat16", CPU)
+    else:
+        with pytest.raises(
+            ValueError, match="precision is 'bfloat16', expected 'float32' on a CPU"
+        ):
+            is_half("bfloat16", CPU)
+
+
 def test_this_machine_is_asked():
     assert has_instructions() in (True, False)
 
