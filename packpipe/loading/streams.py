@@ -21,7 +21,7 @@ from typing import Any, Unpack
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Features, Image, IterableDataset, LargeList, List
+from datasets import ClassLabel, Features, Image, IterableDataset, LargeList, List, Value
 from datasets import iterable_dataset as sources
 
 from packpipe import checks
@@ -311,11 +311,14 @@ class PackedStream:
             try:
                 data = _image_data(example[self._image_column], self._pixels, self._root)
                 found = probe(data, max_pixels=self.config.max_pixels)
+                feature = self._features.get(self._label_column)
                 if self._length is not None:
                     _check_vector(label, self._length)
-                elif label is None and self._label_column is not None:
+                elif label is None and self._label_column is not None and not _is_float(feature):
                     raise BadImage("bad label", "the label is null")
-                feature = self._features.get(self._label_column)
+                elif isinstance(label, float) and _is_infinite(label):
+                    what = f"label is {label}, expected a finite number, or NaN"
+                    raise BadImage("bad label", what)
                 classes = range(feature.num_classes or 0) if isinstance(feature, ClassLabel) else []
                 if classes and label not in classes:
                     expected = f"0..{classes[-1]}"
@@ -414,9 +417,20 @@ def _check_vector(label: Any, length: int) -> None:
     if len(label) != length:
         raise BadImage("bad label", f"label has {len(label)} numbers, expected {length}")
     for place, number in enumerate(label):
-        if number is not None and math.isinf(number):
+        if number is not None and _is_infinite(number):
             what = f"label[{place}] is {number}, expected a finite number, or NaN"
             raise BadImage("bad label", what)
+
+
+def _is_infinite(number: float) -> bool:
+    """Return whether a number is infinite as float32, which batches hold."""
+    with np.errstate(over="ignore"):
+        return bool(np.isinf(np.float32(number)))
+
+
+def _is_float(feature: Any) -> bool:
+    """Return whether labels are floats, of which a missing one (null) is NaN."""
+    return isinstance(feature, Value) and pa.types.is_floating(feature.pa_type)
 
 
 def _vector(label: Any, length: int) -> list[float]:

@@ -95,7 +95,8 @@ def label_values(labels: pa.Array) -> NDArray[Any]:
             raise ValueError(checks.sentence(what, found, expected, "make them equally long"))
         return values
     if pa.types.is_floating(kind):
-        numbers = labels.to_numpy(zero_copy_only=False).astype(np.float32)
+        with np.errstate(over="ignore"):  # what float32 does not hold is infinite
+            numbers = labels.to_numpy(zero_copy_only=False).astype(np.float32)
         single: NDArray[np.float32] = numbers.reshape(-1, 1)
         return single
     if not len(labels):  # a rank without packs, where the type may be unknown

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, List, Value
 from numpy.typing import NDArray
 
-from packpipe.rows.labels import as_arrow, is_vector, vectors
+from packpipe.rows.labels import as_arrow, is_vector, label_values, vectors
 from packpipe.rows.rejects import Reject
 from packpipe.rows.text import joined
 
@@ -48,6 +48,7 @@ def labels_of(dataset: Any, label_column: str | None) -> Labels | None:
     """Return the labels of a dataset, or None without a label column.
 
     Lists of numbers become lists of K numbers each: K is the commonest length, and others are bad.
+    A float that is null becomes NaN.
     """
     if label_column is None:
         return None
@@ -55,6 +56,8 @@ def labels_of(dataset: Any, label_column: str | None) -> Labels | None:
     values = joined(rows[:].column(0))  # `take` searches every chunk of a column
     if is_vector(values.type):
         return _vector_labels(values)
+    if pa.types.is_floating(values.type):  # rows hold no nulls
+        values = pa.array(values.to_numpy(zero_copy_only=False), values.type)
     feature = dataset.features[label_column]
     return Labels(values, feature, _bad_labels(values, feature))
 
@@ -91,7 +94,17 @@ def _vector_labels(lists: pa.Array) -> Labels:
 
 
 def _bad_labels(labels: pa.Array, feature: Any) -> list[Reject]:
-    """Return the examples whose label is null, or no class of its ClassLabel."""
+    """Return the examples whose label is null, or no class of its ClassLabel; or infinite."""
+    if pa.types.is_floating(labels.type):  # NaN is a number that is missing, as in lists
+        return [
+            Reject(
+                row,
+                "label",
+                "bad label",
+                f"label is {labels[row].as_py()}, expected a finite number, or NaN{_REMEDY}",
+            )
+            for row in np.flatnonzero(np.isinf(label_values(labels))).tolist()
+        ]
     bad = pc.is_null(labels)
     expected = "a label"
     if isinstance(feature, ClassLabel):

@@ -1,5 +1,6 @@
 """Lists of numbers as labels: from the source into rows, batches, states and rejects."""
 
+import math
 import re
 
 import datasets
@@ -121,6 +122,26 @@ def test_single_floats_are_numbers_of_their_own():
     batches = list(PackedLoader(EpochPacks(source, 64), 1, tail="pad"))
     assert all(isinstance(batch, PackedBatch) for batch in batches)
     assert_are(labels_by_example(batches), np.array([[0.5], [1.5], [-2.0]], np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_single_float_may_be_missing_but_not_infinite(dtype, tmp_path):
+    # What float32, the type of batches, does not hold is infinite, too.
+    largest = -math.inf if dtype == "float32" else -1e300
+    source = source_of([0.5, None, NAN, math.inf, largest], Value(dtype), name="label")
+    packed = packed_in(tmp_path / "out", source, max_bad_fraction=0.5)
+    packs = EpochPacks(source, 64, max_bad_fraction=0.5)
+    stream = PackedStream(source.to_iterable_dataset(), 64, max_bad_fraction=0.5)
+    for rows in (packed, packs, stream):
+        batches = PackedLoader(rows, 1, tail="pad", max_segments=8)
+        assert_are(labels_by_example(batches), np.array([[0.5], [NAN], [NAN]], np.float32))
+    message = "label is {}, expected a finite number, or NaN; repair it, or pass label_column=None"
+    found = [(one.example_index, one.exception) for one in packs.rejects]
+    assert found == [(3, message.format("inf")), (4, message.format(largest))]
+    assert [one["exception"] for one in packpipe.rejects(packed)] == [what for _, what in found]
+    assert packpipe.verify(tmp_path / "out", source) == []
+    with pytest.raises(TooManyRejects, match="label is inf, expected a finite number, or NaN"):
+        list(PackedLoader(PackedStream(source.to_iterable_dataset(), 64), 1))
 
 
 def test_lists_of_classes_are_no_vectors():
