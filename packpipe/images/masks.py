@@ -1,7 +1,7 @@
 """Class maps of images: the class of every pixel, cut, resized and divided as the image is.
 
-A mask is an image of one channel, whose levels are classes: gray of 8 or 16 bits, the numbers of a
-palette, or black and white as 0 and 1. No rule of colours applies, and nothing is blended.
+A mask is an image of one channel, whose levels are classes: gray of 2, 4, 8 or 16 bits, the numbers
+of a palette, or black and white as 0 and 1. No rule of colours applies, and nothing is blended.
 
 A target is a class for a cell of stride x stride pixels of the planned image. Cell (i, j) of H x W
 cells takes the mask's pixel at its centre: row top + ⌊(2i + 1) · height ÷ 2H⌋ and column
@@ -23,7 +23,9 @@ from packpipe.images.opening import BadImage, ImageData, _opened, _reraise_fault
 from packpipe.images.orientation import TRANSPOSE, orientation_of
 
 _MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
-_LOSSY = ("JPEG", "MPO")
+_LOSSY = ("JPEG", "MPO", "JPEG2000")
+# How far apart Pillow lays the levels of gray of few bits, by what it says of them.
+_STEPS = {"L;2": 85, "L;4": 17}
 
 
 class TargetRules(NamedTuple):
@@ -171,13 +173,13 @@ def _upright(data: ImageData, max_pixels: int) -> NDArray[np.integer]:
             found = f"{image.format} of mode {image.mode}"
             raise BadImage("colours", f"{found}, expected PNG of one channel, or a palette")
         orientation, _ = orientation_of(image)
-        size = image.size
+        size, step = image.size, _step(image)
         try:
             image.load()
         except Exception as error:  # decoders raise whatever they like
             _reraise_faults(error)
             raise BadImage("undecodable", str(error)) from error
-        values = np.asarray(image)
+        values = np.asarray(image) // step if step > 1 else np.asarray(image)
         if image.size != size:
             raise BadImage(
                 "undecodable", f"{image.size} pixels, expected {size} as the header says"
@@ -186,6 +188,25 @@ def _upright(data: ImageData, max_pixels: int) -> NDArray[np.integer]:
             values = _turned(values, orientation)
         assert values.shape == upright_hw(*size, orientation)  # noqa: S101 (of `_turned`)
     return values.astype(np.uint8) if values.dtype == np.bool_ else values
+
+
+def _step(image: Image.Image) -> int:
+    """Return what 1 in the file is in Pillow's levels of an image that is not loaded yet.
+
+    Raises:
+        BadImage: Pillow turns levels about, or stretches them to another largest one.
+    """
+    tiles = getattr(image, "tile", None)
+    if not tiles or image.mode not in ("L", "I"):
+        return 1
+    codec, args = tiles[0].codec_name, tiles[0].args
+    raw = args if isinstance(args, str) else str(args[0])
+    if raw.startswith("L;") and "I" in raw:
+        raise BadImage("levels", f"{image.format} in which 0 is white, expected 0 as black")
+    if codec.startswith("ppm") and args[1] not in (255, 65535):  # binary or plain
+        expected = "expected a largest level of 255 or 65535"
+        raise BadImage("levels", f"{image.format} of levels up to {args[1]}, {expected}")
+    return _STEPS.get(raw[:3], 1)
 
 
 def _turned(values: NDArray[np.integer], orientation: int) -> NDArray[np.integer]:

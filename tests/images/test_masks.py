@@ -1,7 +1,9 @@
 """Class maps: which pixel a cell takes, and what is no class map."""
 
 import re
+import struct
 from io import BytesIO
+from zlib import compress, crc32
 
 import numpy as np
 import pytest
@@ -81,6 +83,36 @@ def test_cells_come_back_from_tokens_at_their_places(rows, columns, side, seed):
     assert np.array_equal(whole[kept], out)
 
 
+def bits_of(values, bits):
+    """Rows of levels of a few bits each, padded to whole bytes."""
+    per_byte = 8 // bits
+    wide = np.pad(values, [(0, 0), (0, -values.shape[1] % per_byte)]).astype(np.uint8)
+    places = 8 - bits * (1 + np.arange(per_byte))
+    return (wide.reshape(len(values), -1, per_byte) << places).sum(-1).astype(np.uint8)
+
+
+def png_of(values, bits):
+    """A gray PNG of 1, 2 or 4 bits, which Pillow does not write."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    lines = b"".join(b"\0" + row.tobytes() for row in bits_of(values, bits))
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + content
+
+
+def tiff_of(values, bits, zero_is_black=1):
+    height, width = values.shape
+    data = bits_of(values, bits).tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: zero_is_black, 273: 8, 277: 1}
+    tags |= {278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
+
+
 CLASSES = np.arange(30, dtype=np.uint8).reshape(5, 6) % 21
 FORMS = {
     "gray": encoded(CLASSES),
@@ -89,6 +121,7 @@ FORMS = {
     "array": CLASSES,
     "array of uint16": CLASSES.astype(np.uint16),
     "gif": encoded(CLASSES, "GIF"),
+    "pgm": encoded(CLASSES, "PPM"),
 }
 
 
@@ -98,6 +131,14 @@ def test_a_level_is_a_class_in_every_form(form, dtype):
     found = decoded(FORMS[form], (5, 6), rules=TargetRules(1, dtype))
     assert found.dtype == dtype
     assert np.array_equal(found, CLASSES)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("form", [png_of, tiff_of])
+def test_a_level_of_few_bits_is_a_class(form, bits):
+    values = CLASSES % 2**bits
+    assert values.max() == 2**bits - 1
+    assert np.array_equal(decoded(form(values, bits), (5, 6)), values)
 
 
 def test_black_and_white_are_two_classes():
@@ -141,6 +182,26 @@ def test_a_mask_is_turned_upright_by_its_own_exif(orientation):
             encoded(CLASSES.astype(np.uint16) + 250),
             "mask class",
             "the mask has class 256, expected 0..255; use arrays of uint16",
+        ),
+        (
+            tiff_of(CLASSES % 4, 2, zero_is_black=0),
+            "mask levels",
+            "mask: TIFF in which 0 is white, expected 0 as black",
+        ),
+        (
+            tiff_of(CLASSES, 8, zero_is_black=0),
+            "mask levels",
+            "mask: TIFF in which 0 is white, expected 0 as black",
+        ),
+        (
+            b"P5 6 5 20\n" + CLASSES.tobytes(),
+            "mask levels",
+            "mask: PPM of levels up to 20, expected a largest level of 255 or 65535",
+        ),
+        (
+            encoded(CLASSES, "JPEG2000"),
+            "mask colours",
+            "mask: JPEG2000 of mode L, expected PNG of one channel, or a palette",
         ),
         (encoded(CLASSES)[:60], "mask undecodable", "mask: "),
         (b"no image", "mask unreadable", "mask: "),
