@@ -16,6 +16,7 @@ _REMEDIES = {
     "weights": "the weights are others: use the data of the state",
     "values": "the labels or other numbers are others: use the data of the state",
     "rows": "the pixels or tokens are others: use the data of the state",
+    "targets": "the class maps are others: use the data of the state",
     "files": "the files hold others: use the folder of the state, or a copy of it",
     "masks": "the masks, or the target_stride, are others: use the data of the state",
     "images": "the images are others: use the data of the state",

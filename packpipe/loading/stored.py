@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -104,9 +105,10 @@ class StoredPacks:
         """Return digests of what the rows hold, by name.
 
         ``labels`` is of all labels of images, ``weights`` of their weights, ``values`` of all
-        numbers beside tokens; ``rows`` of 16 MB of tokens or pixels, evenly spread; ``files`` of
-        the checksums of the files, where `pack` has written them, so that no byte escapes it. Rows
-        that are computed when they are read have those of `LazyRows` instead.
+        numbers beside tokens; ``rows`` of 16 MB of tokens or pixels, evenly spread; ``targets`` of
+        as much of class maps; ``files`` of the checksums of the files, where `pack` has written
+        them, so that no byte escapes it. Rows that are computed when they are read have those of
+        `LazyRows` instead.
         """
         return dict(self._contents)
 
@@ -251,6 +253,8 @@ class StoredPacks:
             found |= transform.contents()
             return found
         found["rows"] = sample_digest(len(self._dataset), self._first_tokens)
+        if not none.of_tokens and self.has_targets:  # which come after all pixels of a stretch
+            found["targets"] = sample_digest(len(self._dataset), self._targets)
         if not isinstance(self._dataset, pa.Table):
             files = files_digest(file["filename"] for file in self._dataset.cache_files)
             if files is not None:
@@ -285,3 +289,12 @@ class StoredPacks:
         end = min(stop, start + -(-most // row_bytes))
         tokens = read_rows(self._dataset, slice(start, end)).tokens
         return [tokens[name] for name in sorted(tokens)]
+
+    def _targets(self, start: int, stop: int, most: int) -> Iterator[Any]:  # noqa: ARG002
+        """Yield the targets of rows, row by row: who asks takes as many as it needs."""
+        stored = self._stored_row(np.arange(start, stop))
+        batches = np.searchsorted(self._starts, stored, side="right") - 1
+        within = stored - self._starts[batches]
+        for batch, row in zip(batches.tolist(), within.tolist(), strict=True):
+            values = self._batches[batch].column("targets").slice(row, 1).flatten()
+            yield np.ascontiguousarray(values).data

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Array2D, Features, Image, List, Value
 from hypothesis import given
@@ -20,6 +21,7 @@ from packpipe.images.masks import TargetRules, cells_of
 from packpipe.loading.batch import PackedBatch
 from packpipe.philox import Key
 from packpipe.planning.plan import plan_epoch
+from packpipe.rows import digests
 from packpipe.rows.fill_images import Masks, fill_rows, planned_images
 
 FIRST = Key(0, 0)
@@ -212,6 +214,30 @@ def test_batches_show_targets_and_padding_has_none(packed):
     assert (batch.targets[~padding] < 200).all()
     trimmed = batch.trim(8)
     assert trimmed.targets.shape[1] == trimmed.patches.shape[1]
+
+
+def test_a_state_is_kept_from_rows_whose_targets_alone_are_others(packed, monkeypatch):
+    # A sample that the pixels fill; of files, whose checksums would tell, nothing is known.
+    monkeypatch.setattr(digests, "_SAMPLE_BYTES", 640)
+    rows = packed[0].data.table
+
+    def loader_of(change):
+        place = rows.schema.get_field_index("targets")
+        cells = np.asarray(rows.column(place).combine_chunks().flatten()) + np.uint8(change)
+        length = rows.schema.field(place).type.list_size
+        column = pa.FixedSizeListArray.from_arrays(pa.array(cells), length)
+        changed = rows.set_column(place, rows.schema.field(place), column)
+        return PackedLoader(changed, 1)
+
+    state = loader_of(0).state_dict()
+    loader_of(0).load_state_dict(state)
+    other = loader_of(1)
+    assert other.state_dict()["contents"]["rows"] == state["contents"]["rows"]
+    message = r"^state\['contents'\]\['targets'\] is '\w+', .*; the class maps are others: use the "
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+    del state["contents"]["targets"]  # as of earlier versions
+    other.load_state_dict(state)
 
 
 @pytest.mark.parametrize("feature", [Array2D((16, 24), "uint16"), List(List(Value("uint16")))])
