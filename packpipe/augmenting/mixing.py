@@ -83,9 +83,11 @@ def mixed(rows: Rows, augment: Augment, key: Key) -> Rows:
     one meets, 0 if it meets none. Segments gain ``mix_weight``, float32, the weight of their own
     pixels in tokens that meet another; ``partner_labels``, int64, -100 where nothing is mixed; and
     ``label_weights``, float32, what is an image's own: 1 - (1 - mix_weight) · tokens that meet ÷
-    tokens. Labels that are lists of numbers are mixed here instead, by those weights; a number
-    that one of the two lacks is missing in the mixture. A pair of which a label is missing is not
-    mixed, nor is the last of an odd number.
+    tokens. Where images have a ``weight``, that of a mixture is of both by these shares,
+    s · w + (1 - s) · w', of which its own label has s · w: an image of weight 0 teaches nothing,
+    not through its partner either. Labels that are lists of numbers are mixed here instead, by
+    those weights; a number that one of the two lacks is missing in the mixture. A pair of which a
+    label is missing is not mixed, nor is the last of an odd number.
 
     Args:
         rows: of images, flipped and turned already.
@@ -133,9 +135,16 @@ def mixed(rows: Rows, augment: Augment, key: Key) -> Rows:
     meeting = np.bincount(found >> 32, minlength=len(first))
     label_weights[pairs] = 1 - (1 - weight[pairs]) * meeting / lens[pairs]
     segments: dict[str, Any] = {"mix_weight": weight.astype(np.float32)}
+    changed = label_weights[pairs] < 1
+    if "weight" in rows.segments:
+        image_weights = rows.segments["weight"].astype(np.float64)
+        image_weights[pairs], label_weights[pairs] = _weighed(
+            image_weights[pairs], label_weights[pairs]
+        )
+        segments["weight"] = image_weights.astype(np.float32)
     if is_class:
         partner_labels = np.full(len(lens), NO_LABEL, np.int64)
-        partner_labels[pairs] = np.where(label_weights[pairs] < 1, labels[pairs[::-1]], NO_LABEL)
+        partner_labels[pairs] = np.where(changed, labels[pairs[::-1]], NO_LABEL)
         segments["partner_labels"] = partner_labels
         segments["label_weights"] = label_weights.astype(np.float32)
     else:
@@ -149,6 +158,20 @@ def mixed(rows: Rows, augment: Augment, key: Key) -> Rows:
         segments={**rows.segments, **segments},
         tokens={**rows.tokens, "mix_offset": offsets.reshape(shape)},
     )
+
+
+def _weighed(
+    weights: NDArray[np.float64], shares: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what mixtures weigh in the loss, and which share of that is of their own label.
+
+    Args:
+        weights: float64[2, n], of the images of pairs.
+        shares: float64[2, n], what each has of its own.
+    """
+    own, partner = shares * weights, (1 - shares) * weights[::-1]
+    total = own + partner
+    return total, np.divide(own, total, out=shares.copy(), where=total > 0)
 
 
 def _has_next(rows: Rows) -> NDArray[np.bool_]:

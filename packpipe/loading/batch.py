@@ -99,8 +99,8 @@ class PackedBatch(_Columns):
         targets: uint8[B, L, T], the classes of the T cells of each patch, by row and column, 255
             where there is none; of masks of uint16 int32, and 65535. None, and no part of the
             mapping, without masks.
-        weight: float32[B, S], what each image counts in the loss, 0 where absent; None, and no part
-            of the mapping, without weights.
+        weight: float32[B, S], what each image counts in the loss, a mixed one what the two do by
+            their shares; 0 where absent. None, and no part of the mapping, without weights.
         view: int32[B, S], which of its example's views each segment is, -1 where absent; None, and
             no part of the mapping, where there is one of each.
         colours: float32[B, S, 3, 4], of an augmentation: what takes (red, green, blue, 1), levels

@@ -26,7 +26,9 @@ from packpipe.augmenting.rows import augmented
 from packpipe.loading.columns import batch_columns
 from packpipe.loading.exports import to_naflex
 from packpipe.philox import Key
+from packpipe.rows.labels import as_arrow
 from packpipe.rows.rows import NO_LABEL
+from packpipe.training.losses import LOSSES, counted, global_count
 
 KEY = Key(2, 4)
 BOTH = Augment(flip=0, mixup=0.8, cutmix=1)
@@ -168,6 +170,34 @@ def test_both_images_of_a_pair_are_mixed_and_an_odd_last_one_is_not(augment):
     # The first and the second, the third and the fourth; and each of the other.
     assert torch.equal((ids[rows, places] - 1) ^ 1, ids[rows, there] - 1)
     assert torch.equal(batch.mix_offset[rows, there], -batch.mix_offset[rows, places])
+
+
+@pytest.mark.parametrize("weights", [[0.0, 3.0], [2.0, 0.0], [0.5, 7.0], [0.0, 0.0], [1.0, 1.0]])
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_each_half_of_a_mixed_loss_weighs_what_its_own_image_does(name, listed, weights):
+    rows = packed.rows_of(packed.RowSet(lens=[[6, 4]], seq_len=12, max_segments=2))
+    of_classes = [1.0, 1.0] if listed else [3.0, 0.5]
+    labels = as_arrow(np.eye(2, dtype=np.float32)) if listed else pa.array([0, 1])
+    plain = replace(rows, segments={**rows.segments, "labels": pa.array([0, 1])})
+    segments = {**rows.segments, "labels": labels, "weight": np.array(weights, np.float32)}
+    shares = mixed(plain, MIXUP, KEY).label_weights.tolist()
+    assert max(shares) < 1
+    batch = PackedBatch.from_rows(
+        mixed(replace(rows, segments=segments), MIXUP, KEY), max_segments=2
+    )
+    outputs = torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(0))
+    given = {"partners": batch.partners, "class_weights": torch.tensor(of_classes)}
+    given = {"weights": batch.weight, **({} if listed else given)}
+    found, whole, counts = LOSSES[name](outputs, batch.labels, **given), 0.0, 0.0
+    for image, share in enumerate(shares):
+        for label, part in ((image, share), (1 - image, 1 - share)):
+            part *= weights[label] * of_classes[label]
+            loss = LOSSES[name](outputs[:, image : image + 1], torch.tensor([[label]]))
+            whole, counts = whole + part * loss.item(), counts + part
+    assert found.item() == pytest.approx(whole / (counts or 1), rel=1e-5)
+    total = global_count(counted(LOSSES[name], batch.labels, **given)).item()
+    assert total == pytest.approx(counts or 1, rel=1e-5)
 
 
 def test_images_without_a_label_are_not_mixed():
