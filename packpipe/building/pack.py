@@ -73,9 +73,10 @@ def pack(
         weight_column: name of the column of what each image counts in the loss, numbers of 0 or
             more; None is 1 for all.
         mask_column: name of the column of class maps, of the size of their images: PNG of one
-            channel or with a palette, or arrays [height, width] of uint8 or uint16. They are
+            channel or with a palette, or arrays [height, width] of uint8 or uint16; PNG with
+            classes above 255 in a column of ``Image(mode="I;16")``. They are
             cropped, resized (`packpipe.images.masks` says which pixel is taken) and divided as
-            their images are, into a column ``targets``; 255 (of uint16 arrays 65535) is no class.
+            their images are, into a column ``targets``; 255 (of 16 bits 65535) is no class.
             An image whose mask is missing, of another size or broken is in `rejects`.
         target_stride: a target is the class of so many pixels squared of the planned image, which
             divide patch_size; None is one a patch.

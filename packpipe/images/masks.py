@@ -100,7 +100,9 @@ def decode_mask(
     most = np.iinfo(rules.dtype).max
     wrong = cells[(cells < 0) | (cells > most)]
     if len(wrong):
-        what = f"the mask has class {wrong[0]}, expected 0..{most}; use arrays of uint16"
+        what = f"the mask has class {wrong[0]}, expected 0..{most}"
+        if most == 255:
+            what += "; cast_column the masks to Image(mode='I;16')"
         raise BadImage("mask class", what)
     return cells.astype(rules.dtype)
 

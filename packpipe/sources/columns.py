@@ -36,6 +36,8 @@ from packpipe.sources.sizes import checked_columns
 _LABEL_NAMES = ("label", "labels")
 # Tokenizers' own name: 0 at tokens that only fill up a sequence, as with padding="max_length".
 _MASK = "attention_mask"
+# Of an Image column, what says that its masks have classes above 255.
+_WIDE_MODES = ("I;16", "I")
 
 
 def image_column_of(
@@ -182,8 +184,9 @@ def target_rules_of(
             expected, remedy = "None without mask_column", "pass mask_column, too"
             raise ValueError(checks.sentence("target_stride", stride, expected, remedy))
         return None
-    # PNG says only when it is read how many bits it has.
-    wide = pixel_type(features[mask]) == np.uint16
+    # PNG says only when it is read how many bits it has; its feature may say so before.
+    feature = features[mask]
+    wide = pixel_type(feature) == np.uint16 or getattr(feature, "mode", None) in _WIDE_MODES
     return checked_rules(stride, patch_size, "uint16" if wide else "uint8")
 
 

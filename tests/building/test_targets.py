@@ -23,6 +23,7 @@ from packpipe.philox import Key
 from packpipe.planning.plan import plan_epoch
 from packpipe.rows import digests
 from packpipe.rows.fill_images import Masks, fill_rows, planned_images
+from packpipe.rows.rejects import TooManyRejects
 
 FIRST = Key(0, 0)
 SIZES = [(40, 61), (16, 16), (33, 90), (64, 48), (8, 100), (57, 23)]
@@ -113,6 +114,10 @@ def png(values):
     buffer = BytesIO()
     PillowImage.fromarray(values).save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
+
+
+def packs_of(source):
+    return EpochPacks(source, 16, patch_size=P, mask_column="mask", target_stride=1)
 
 
 def picture_of(number, image_hw):
@@ -240,13 +245,22 @@ def test_a_state_is_kept_from_rows_whose_targets_alone_are_others(packed, monkey
     other.load_state_dict(state)
 
 
-@pytest.mark.parametrize("feature", [Array2D((16, 24), "uint16"), List(List(Value("uint16")))])
-def test_arrays_of_uint16_have_more_classes(feature):
+@pytest.mark.parametrize(
+    "feature", [Array2D((16, 24), "uint16"), List(List(Value("uint16"))), Image(), Value("binary")]
+)
+def test_masks_of_16_bits_have_more_classes(feature):
     masks = [np.arange(384, dtype=np.uint16).reshape(16, 24) + 300] * 2
+    if encoded := isinstance(feature, Image | Value):
+        masks = [png(mask) if isinstance(feature, Image) else png(mask)["bytes"] for mask in masks]
     columns = {"image": [png(np.zeros((16, 24, 3), np.uint8))] * 2, "mask": masks}
     features = Features({"image": Image(), "mask": feature})
     source = datasets.Dataset.from_dict(columns, features=features)
-    packs = EpochPacks(source, 16, patch_size=P, mask_column="mask", target_stride=1)
+    if encoded:
+        message = r"class 300, expected 0..255; cast_column the masks to Image\(mode='I;16'\)"
+        with pytest.raises(TooManyRejects, match=message):
+            list(PackedLoader(packs_of(source), 1))
+        source = source.cast_column("mask", Image(mode="I;16"))
+    packs = packs_of(source)
     (batch,) = PackedLoader(packs, 1)
     real = batch.segment_ids > 0
     assert batch.targets[real].min() == 300

@@ -181,7 +181,7 @@ def test_a_mask_is_turned_upright_by_its_own_exif(orientation):
         (
             encoded(CLASSES.astype(np.uint16) + 250),
             "mask class",
-            "the mask has class 256, expected 0..255; use arrays of uint16",
+            "the mask has class 256, expected 0..255; cast_column the masks to Image(mode='I;16')",
         ),
         (
             tiff_of(CLASSES % 4, 2, zero_is_black=0),
