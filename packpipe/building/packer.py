@@ -58,6 +58,8 @@ class Packer:
         seq_len: tokens a pack holds.
         image_column: name of the column of images; ``"auto"`` finds the only one.
         label_column: name of the column of labels; ``"auto"`` finds it, None leaves labels out.
+            Lists of numbers need a type that says how many, ``List(Value("float32"), length=K)``:
+            of others each batch takes the commonest number of its own.
         image_root: the only folder that paths may lead into; None follows every path, as in
             `pack`.
         token_columns: names of the columns of tokens; ``"auto"`` takes all lists of numbers of a

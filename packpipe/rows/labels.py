@@ -58,7 +58,8 @@ def vectors(lists: pa.Array, length: int | None = None) -> Vectors:
         found, times = np.unique(lens[there], return_counts=True)
         length = int(found[times.argmax()]) if len(found) else 0  # of equal ones the shortest
     if not length:
-        expected, remedy = "lists of numbers", "pass label_column=None, or cast_column them"
+        expected = "lists of numbers, or of a length that their type says"
+        remedy = "cast_column them to List(Value('float32'), length=K), or pass label_column=None"
         raise ValueError(checks.sentence("labels", "empty", expected, remedy))
     fits = there & (lens == length)
     values = np.full((len(lists), length), np.nan, np.float32)

@@ -91,6 +91,25 @@ def test_packs_that_are_planned_anew_have_them(feature):
     assert_are(labels_by_example(batches), WANTED)
 
 
+def test_a_batch_without_any_list_needs_a_type_that_says_their_length():
+    labels = [None, None, [1.0, 0.0], [0.0, 1.0]]
+
+    def mapped(feature):
+        source, packer = source_of(labels, feature), packpipe.Packer(64)
+        options = {"batched": True, "batch_size": 2, "remove_columns": source.column_names}
+        return source.map(packer, with_indices=True, **options)
+
+    rows = mapped(List(Value("float32"), length=2))
+    wanted = np.array([one or [NAN] * 2 for one in labels], np.float32)
+    assert_are(labels_by_example(PackedLoader(rows, 1, tail="pad", max_segments=8)), wanted)
+    message = (
+        "^labels is 'empty', expected lists of numbers, or of a length that their type says; "
+        r"cast_column them to List\(Value\('float32'\), length=K\), or pass label_column=None$"
+    )
+    with pytest.raises(ValueError, match=message):
+        mapped(List(Value("float32")))
+
+
 def test_a_state_of_other_numbers_is_refused():
     def loader_of(labels):
         return PackedLoader(EpochPacks(source_of(labels), 64), 1)
