@@ -382,6 +382,11 @@ def config_from(seq_len: int, options: dict[str, Any]) -> PackConfig:
             expected = "left out where rows are stored, which must be made again from their source"
             remedy = "pass it to EpochPacks or PackedStream, or apply the function with map before"
             raise TypeError(checks.sentence("option", name, expected, remedy))
+        if name in ("weight_column", "mask_column", "target_stride"):
+            expected = "left out here, where rows have neither weights nor targets"
+            raise TypeError(
+                checks.sentence("option", name, expected, "use packpipe.pack or EpochPacks")
+            )
         if name not in known:
             raise TypeError(
                 checks.sentence("option", name, "one of " + ", ".join(known), "check its spelling")

@@ -136,6 +136,18 @@ def test_options_that_do_not_draw_need_no_indices(source, options):
     assert len(rows.example_index) == len(source)
 
 
+@pytest.mark.parametrize("name", ["weight_column", "mask_column", "target_stride"])
+def test_options_of_pack_and_epoch_packs_alone_say_where_they_are_known(name, source):
+    message = (
+        f"^option is '{name}', expected left out here, where rows have neither weights nor "
+        "targets; use packpipe.pack or EpochPacks$"
+    )
+    with pytest.raises(TypeError, match=message):
+        packpipe.Packer(seq_len=48, **{name: "mask"})
+    with pytest.raises(TypeError, match=message):
+        packpipe.PackedStream(source.to_iterable_dataset(), 48, **{name: "mask"})
+
+
 def test_bad_images_leave_the_draws_of_the_others_alone():
     images = [b"junk", *pictures.encoded_images()]
     packer = packpipe.Packer(seq_len=48, on_error="drop", **DRAWS)
