@@ -29,6 +29,7 @@ from packpipe.rows.rows import NO_LABEL
 
 # Of mixed images, `PackedBatch.partners`: int64[B, S], the label of the image that each is mixed
 # with, -100 for none; and float[B, S], the weight of its own label, of no effect without a partner.
+# Where images have weights, those of a batch are of mixtures, so that each half weighs its own.
 Partners: TypeAlias = tuple[Tensor, Tensor]
 
 
