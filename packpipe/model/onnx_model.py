@@ -78,7 +78,8 @@ class OnnxModel:
                 or `PIL` images; or one of these alone, but for an array.
 
         Returns:
-            float32[images, classes]; without pooling a list of maps, [rows, columns, classes].
+            float32[images, classes]; without pooling a list of maps, [rows, columns, classes] or,
+            with ``target_stride``, [rows, columns, cells, classes].
 
         Raises:
             ValueError: an image cannot be read, and the message has its number; or it has more
@@ -99,10 +100,12 @@ class OnnxModel:
         Those of a sigmoid need not add up to 1. Arguments, order and errors are those of `predict`.
 
         Raises:
-            ValueError: the model was trained with a loss that gives no probabilities.
+            ValueError: the model was trained with a loss that gives no probabilities, such as that
+                of a regression.
         """
         if self._loss not in ("sigmoid", "softmax"):
-            expected, remedy = "'sigmoid' or 'softmax'", "ask for the outputs with predict"
+            expected = "'sigmoid' or 'softmax', for a regression has no probabilities"
+            remedy = "use predict"
             raise ValueError(checks.sentence("loss", self._loss, expected, remedy))
         found = self.predict(images)
         to_shares = _sigmoid if self._loss == "sigmoid" else _softmax
@@ -134,7 +137,8 @@ class OnnxModel:
                 if self.is_dense:
                     # All tokens of an image are there, row by row of its grid.
                     tokens = batch["segment_ids"][row] == number + 1
-                    one = values[row, tokens].reshape(*batch["grid_hw"][row, number], -1)
+                    grid = batch["grid_hw"][row, number]
+                    one = values[row, tokens].reshape(*grid, *values.shape[2:])
                 answers[int(batch["example_index"][row, number])] = one
         found = [answers[number] for number in range(len(answers))]
         if self.is_dense:

@@ -63,7 +63,8 @@ def predict(
             evaluation; what is drawn, such as a `Crop`, is drawn by the number of the image.
 
     Returns:
-        [images, K] on the CPU; of a model without pooling a list of maps, [rows, columns, K].
+        [images, K] on the CPU; of a model without pooling a list of maps, [rows, columns, K] or,
+        with ``target_stride``, [rows, columns, cells, K].
 
     Raises:
         ValueError: an image cannot be read, and the message has its number; an option is wrong, or

@@ -19,6 +19,7 @@ import packpipe
 from packpipe import OnnxModel, PackConfig, View
 from packpipe.cli.main import app
 from packpipe.loading.image_packs import image_packs
+from packpipe.model.maps import class_map
 from packpipe.model.pooling import POOLINGS
 from packpipe.model.positions import POSITIONS
 from packpipe.training import export
@@ -153,6 +154,22 @@ def test_without_pooling_each_answer_is_a_map(said, monkeypatch):
         assert np.array_equal(one, image[::2, ::2])
 
 
+def test_a_map_has_cells_where_the_model_has(tmp_path):
+    model = packed.model_of(
+        dtype=torch.float32, num_classes=3, pooling="none", target_stride=1, depth=1
+    )
+    packpipe.export_onnx(model, OPTIONS, tmp_path / "m.onnx")
+    exported = OnnxModel(tmp_path / "m.onnx")
+    wanted = packpipe.predict(model, IMAGES, **PACKING.to_options())
+    shares = exported.probabilities(IMAGES)
+    for one, share, answer in zip(exported.predict(IMAGES), shares, wanted, strict=True):
+        assert one.shape == answer.shape
+        assert one.shape[2:] == (4, 3)
+        assert np.abs(one - answer.numpy()).max() < 1e-5
+        assert np.abs(share - answer.softmax(-1).numpy()).max() < 1e-6
+        assert torch.equal(class_map(torch.from_numpy(one), 2), class_map(answer, 2))
+
+
 # Each kind takes seconds to trace.
 KINDS = []
 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly":
@@ -270,9 +287,11 @@ def test_what_the_file_cannot_answer_is_refused(said):
     message = "grid_hw is 12, expected at most 5 patches an axis (max_side); export with fewer"
     with pytest.raises(ValueError, match=re.escape(message)):
         short.predict([np.zeros((2, 90, 3), np.uint8)])
-    other = OnnxModel(changed(said[1], run={**OPTIONS.to_dict(), "loss": "squared"}))
-    with pytest.raises(ValueError, match="loss is 'squared', expected 'sigmoid' or 'softmax'; ask"):
-        other.probabilities(IMAGES)
+    for loss in ("mse", "l1"):
+        other = OnnxModel(changed(said[1], run={**OPTIONS.to_dict(), "loss": loss}))
+        message = f"loss is '{loss}', expected 'sigmoid' or 'softmax', for .*; use predict$"
+        with pytest.raises(ValueError, match=message):
+            other.probabilities(IMAGES)
     numbers = other.predict(IMAGES)
     sigmoid = OnnxModel(changed(said[1], run={**OPTIONS.to_dict(), "loss": "sigmoid"}))
     wanted = torch.from_numpy(numbers).sigmoid().numpy()
