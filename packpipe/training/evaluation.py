@@ -24,15 +24,17 @@ from packpipe import checks
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.ranks import has_group, together
 from packpipe.model.predict import Answers, Model
-from packpipe.rows.labels import label_values
 from packpipe.rows.rejects import TooManyRejects
 from packpipe.rows.rows import NO_LABEL
-from packpipe.training.losses import check_labels, counted
+from packpipe.training.losses import counted
 from packpipe.training.objective import (
     agreement,
     by_label,
+    check_batch,
+    check_comparable,
     is_dense,
     is_regression,
+    known_labels,
     labels_in,
     mean_iou,
     overlaps,
@@ -135,7 +137,7 @@ def measure(
         TypeError, ValueError: the loader leaves images out, changes them or makes no tensors, there
             is no label, or a label is no class.
     """
-    check_measurable(model, loader)
+    check_measurable(model, loader, loss)
     device = next(model.parameters()).device
 
     def summed() -> Tensor:
@@ -165,12 +167,13 @@ def measure(
     )
 
 
-def check_measurable(model: Model, loader: PackedLoader) -> None:
+def check_measurable(model: Model, loader: PackedLoader, loss: Callable[..., Tensor]) -> None:
     """Raise if a model cannot be measured on a loader, as far as is known before it is read.
 
     Raises:
         TypeError, ValueError: the model has no class an image; or the loader leaves images out,
-            changes them or makes no tensors; or there is no label, or one that is no class.
+            changes them or makes no tensors; or there is no label, or one that cannot be compared
+            with the outputs by the loss (`packpipe.training.objective.check_comparable`).
     """
     if loader.tail != "pad":
         expected = "'pad', which leaves no image out"
@@ -192,22 +195,18 @@ def check_measurable(model: Model, loader: PackedLoader) -> None:
         raise ValueError(checks.sentence("(num_classes, pooling)", found, expected, remedy))
     # A stream, or packs of a class of the caller's own, may not know their labels yet.
     if not dense and hasattr(loader.packs, "labels"):
-        _check_known_labels(loader.packs.labels, model.config.num_classes)
+        _check_known_labels(loader.packs.labels, model.config.num_classes, loss)
 
 
-def _check_known_labels(labels: pa.Array | None, num_classes: int) -> None:
+def _check_known_labels(
+    labels: pa.Array | None, num_classes: int, loss: Callable[..., Tensor]
+) -> None:
     name, remedy = "labels of the loader", "pack with label_column"
     if labels is None:
         raise ValueError(checks.sentence(name, None, "integer labels", remedy))
-    known = torch.from_numpy(label_values(labels.drop_null()).copy())
-    if known.is_floating_point():
-        if known.shape[1] != num_classes:
-            expected, remedy = f"{known.shape[1]}, as labels have numbers", "make it with as many"
-            raise ValueError(checks.sentence("num_classes", num_classes, expected, remedy))
-        _check_any(int((~known.isnan()).sum()))
-        return
-    check_labels(known, num_classes)
-    _check_any(int((known != NO_LABEL).sum()))
+    known = known_labels(labels)
+    _check_any(int(counted(loss, known).sum()))
+    check_comparable(known, num_classes, loss)
 
 
 def _check_any(number: int) -> None:
@@ -236,7 +235,7 @@ def _sums(
         # no_grad, not inference_mode: nothing made here may be of no use to the training after it.
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
             for batch in loader:
-                labels_in(batch, model.config)  # checked on the CPU, without waiting
+                check_batch(batch, model.config, loss)  # on the CPU, without waiting
                 moved = batch.to(device, non_blocking=True)
                 labels = labels_in(moved, model.config)
                 # Cells are many: their logits stay in half the memory.

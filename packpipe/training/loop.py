@@ -35,11 +35,12 @@ from packpipe.training.figures import Figures
 from packpipe.training.figures import Record as Record  # callers import these from here, too
 from packpipe.training.files import Files
 from packpipe.training.log import read_log as read_log
-from packpipe.training.losses import global_count
+from packpipe.training.losses import LOSSES, global_count
 from packpipe.training.objective import (
     Objective,
     agreement,
     by_label,
+    check_batch,
     is_regression,
     labels_in,
     objective_of,
@@ -86,11 +87,12 @@ def train(
     If a validation fails, its step is saved, and a training that goes on measures it first.
 
     Raises:
-        ValueError: the rows have no labels, or validate cannot be measured (`Validator`), or
-            options ask for validation without it; or the folder's checkpoint is of another model,
-            of other batches, of other validation images or of classes with other names, or all of
-            them are damaged; or an epoch has no batch; or, on every rank, the ranks do not agree
-            in the checkpoint, the options or the packs.
+        ValueError: the rows have no labels, or one that does not suit the model and the loss: told
+            to every rank before the first step, where packs know their labels; or validate cannot
+            be measured (`Validator`), or options ask for validation without it; or the folder's
+            checkpoint is of another model, of other batches, of other validation images or of
+            classes with other names, or all of them are damaged; or an epoch has no batch; or, on
+            every rank, the ranks do not agree in the checkpoint, the options or the packs.
         RuntimeError: the attention backend differs from reference attention on this device.
     """
     device = next(model.parameters()).device
@@ -163,6 +165,7 @@ def train(
         if compiled and config.trim and step == first:
             seq_len = taken[0][0].segment_ids.shape[1]
             _warn_of_lengths(seq_len, config.trim, validates=bool(validator))
+        # Not together: a rank that is given a wrong label by a stream, or in a mask, ends alone.
         parts = [_prepared(batch, key, model, config) for batch, key in taken]
         # A function of the step, so a resumed training needs no state of a scheduler.
         for group in optimizer.param_groups:
@@ -213,11 +216,11 @@ def _prepared(batch: PackedBatch, key: Key, model: NaViT, config: TrainConfig) -
     """Return a batch as it is trained on, still on the CPU, where it is looked at without waiting.
 
     Raises:
-        ValueError: it has no labels, or one that is no class.
+        ValueError: it has no labels, or one that does not suit the model and the loss.
     """
     if config.trim:
         batch = batch.trim(config.trim)
-    labels_in(batch, model.config)
+    check_batch(batch, model.config, LOSSES[config.loss])
     if not config.drop_path:
         return _Part(batch, None)
     return _Part(batch, drawn_paths(batch, key, config.drop_path, model.config.depth))

@@ -328,6 +328,14 @@ def _check_shares(
     _check_shape("labels", labels, logits)
     _refuse("partners", partners)
     _refuse("class_weights", class_weights)
+    check_shares(labels)
+
+
+def check_shares(labels: Tensor) -> None:
+    """Raise ValueError if a label is no share of a class, in [0, 1]; NaN is none that is known.
+
+    Labels on a GPU are not looked at, since reading one back stalls it.
+    """
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     wrong = labels[(labels < 0) | (labels > 1)]

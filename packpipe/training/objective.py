@@ -25,6 +25,7 @@ from packpipe.rows.rows import NO_LABEL
 from packpipe.training.losses import (
     LOSSES,
     check_labels,
+    check_shares,
     counted,
     segment_absolute_error,
     segment_cross_entropy,
@@ -46,23 +47,58 @@ def labels_in(batch: PackedBatch, config: NaViTConfig) -> Tensor:
     """Return what the outputs of a model are compared with: N is S, or L · T of a dense model.
 
     Args:
-        batch: with labels or, for a dense model, targets; on the CPU they are checked.
+        batch: with labels or, for a dense model, targets; `check_batch` looks at their values.
         config: of the model.
 
     Returns:
         int64[B, N], -100 for none; or float[B, N, K], NaN for none.
 
     Raises:
-        ValueError: there are no labels, or one is no class of the model; or there are no targets,
-            or not as many as the model has cells.
+        ValueError: there are no labels; or no targets, or not as many as the model has cells.
     """
     labels = _targets(batch, config) if is_dense(config) else batch.labels
     if labels is None:
         remedy = "pack with label_column"
         raise ValueError(checks.sentence("batch.labels", None, "integer labels", remedy))
-    if config.num_classes is not None and not labels.is_floating_point():
-        check_labels(labels, config.num_classes)
     return labels
+
+
+def check_batch(batch: PackedBatch, config: NaViTConfig, loss: Callable[..., Tensor]) -> None:
+    """Raise if what a batch, on the CPU, is compared with does not suit a model's outputs.
+
+    Args:
+        batch: with labels or, for a dense model, targets.
+        config: of the model.
+        loss: one of `LOSSES`.
+
+    Raises:
+        ValueError: of `labels_in` and `check_comparable`.
+    """
+    check_comparable(labels_in(batch, config), config.num_classes, loss)
+
+
+def check_comparable(labels: Tensor, num_classes: int | None, loss: Callable[..., Tensor]) -> None:
+    """Raise if labels cannot be compared with a model's outputs.
+
+    Args:
+        labels: int64[...], -100 for none; or float[..., K], NaN for none. On a CPU: on a GPU their
+            values are not looked at.
+        num_classes: outputs of the model; None of one without a head.
+        loss: one of `LOSSES`.
+
+    Raises:
+        ValueError: a label is no class of the model, or no share of one; or there are not as many
+            numbers a label as outputs.
+    """
+    if not labels.is_floating_point():
+        if num_classes is not None:
+            check_labels(labels, num_classes)
+        return
+    if num_classes is not None and labels.shape[-1] != num_classes:
+        expected, remedy = f"{labels.shape[-1]}, as labels have numbers", "make it with as many"
+        raise ValueError(checks.sentence("num_classes", num_classes, expected, remedy))
+    if not is_regression(loss):
+        check_shares(labels)
 
 
 def _targets(batch: PackedBatch, config: NaViTConfig) -> Tensor:
@@ -136,7 +172,11 @@ class Objective:
 def objective_of(
     config: TrainConfig, packs: Any, model: NaViTConfig, device: torch.device
 ) -> Objective:
-    """Return what a training lowers.
+    """Return what a training lowers, once the labels that packs know are found to suit it.
+
+    All ranks know those of all packs, so that none begins where another one would refuse a label.
+    What packs do not know before they are read, the labels of a stream and masks, is looked at in
+    each batch by `check_batch`, on the rank that has it.
 
     Args:
         config: which loss, and what classes weigh.
@@ -145,27 +185,40 @@ def objective_of(
         device: of the model.
 
     Raises:
-        ValueError: there is not a weight for each class, or classes cannot be counted.
+        ValueError: there is not a weight for each class, or classes cannot be counted; or labels
+            cannot be compared with the outputs (`check_comparable`).
     """
+    loss = LOSSES[config.loss]
+    labels = None if is_dense(model) else getattr(packs, "labels", None)
     weights: Any = config.class_weights
     num_classes = model.num_classes
     if weights == "balanced":
-        weights = _balanced(None if is_dense(model) else packs, int(num_classes or 0))
+        weights = _balanced(labels, int(num_classes or 0))
     elif weights is not None and len(weights) != num_classes:
         expected, remedy = f"{num_classes}, one a class", "give one for each output of the model"
         raise ValueError(checks.sentence("len(class_weights)", len(weights), expected, remedy))
     found = None if weights is None else torch.tensor(weights, device=device)
-    return Objective(LOSSES[config.loss], config.label_smoothing, found, is_dense(model))
+    if labels is not None and len(labels):
+        check_comparable(known_labels(labels), num_classes, loss)
+    return Objective(loss, config.label_smoothing, found, is_dense(model))
 
 
-def _balanced(packs: Any, num_classes: int) -> list[float]:
+def known_labels(labels: pa.Array) -> Tensor:
+    """Return labels that packs know as batches show them: int64[n] or float32[n, K], without nulls.
+
+    Raises:
+        TypeError, ValueError: of `packpipe.rows.labels.label_values`.
+    """
+    return torch.from_numpy(label_values(labels.drop_null()).copy())
+
+
+def _balanced(labels: pa.Array | None, num_classes: int) -> list[float]:
     """Return images ÷ (classes · images of the class), 1 for a class without any."""
-    labels = getattr(packs, "labels", None)
     if labels is None or not pa.types.is_integer(labels.type):
         expected = "a list of numbers, unless packs know the class of each image"
         remedy = "pass class_weights=[...]"
         raise ValueError(checks.sentence("class_weights", "balanced", expected, remedy))
-    known = torch.from_numpy(label_values(labels.drop_null()).copy())
+    known = known_labels(labels)
     check_labels(known, num_classes)
     known = known[known != NO_LABEL]
     counts = known.bincount(minlength=num_classes).tolist()

@@ -76,7 +76,7 @@ class Validator:
         keep_best: int,
         patience: int | None,
     ) -> None:
-        check_measurable(model, loader)
+        check_measurable(model, loader, loss)
         if hasattr(loader.packs, "stream_packs"):
             expected = "packs that are known before they are read"
             raise ValueError(checks.sentence("validate", "a stream", expected, "use EpochPacks"))

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packpipe import Augment, PackConfig, PackedLoader
+from packpipe.loading.stored import StoredPacks
 from packpipe.model.predict import predict_packs
 from packpipe.rows import schema
 from packpipe.rows.labels import as_arrow
@@ -28,7 +29,7 @@ from packpipe.training.losses import (
     segment_sigmoid_cross_entropy,
     segment_squared_error,
 )
-from packpipe.training.objective import agreement
+from packpipe.training.objective import agreement, check_batch, objective_of
 
 K = 3
 
@@ -256,6 +257,46 @@ def test_validation_is_that_of_the_answers_each_alone(name):
     assert found.loss == pytest.approx(losses / len(each), abs=1e-6)
     figure = found.error if name in ("mse", "l1") else found.accuracy
     assert figure == pytest.approx(agreed / compared, abs=1e-6)
+
+
+class Unread(StoredPacks):
+    """Packs whose labels are known, and whose rows nobody may ask for."""
+
+    def rows(self, key, packs):
+        raise AssertionError(f"{packs} of {key} are read")
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "message"),
+    [
+        ("softmax", [0.0, 1.5, 0.0], "a label is 1.5, expected in [0, 1], or NaN; choose"),
+        ("sigmoid", [0.0, -0.5, 0.0], "a label is -0.5, expected in [0, 1], or NaN; choose"),
+        ("mse", [0.5, 0.5], "num_classes is 3, expected 2, as labels have numbers; make"),
+        ("softmax", 7, "a label is 7, expected 0..2, or -100 for a segment that does"),
+    ],
+)
+def test_a_label_that_packs_know_is_refused_before_anything_is_read(name, label, message):
+    rows = table(2)
+    lens = [len(some) for some in rows["seq_lens"].to_pylist()]
+    labels = pa.array([label] * sum(lens))
+    kind = pa.list_(pa.float32(), len(label)) if isinstance(label, list) else pa.int64()
+    nested = pa.ListArray.from_arrays(np.cumsum([0, *lens], dtype=np.int32), labels.cast(kind))
+    rows = rows.set_column(rows.column_names.index("labels"), "labels", nested)
+    loader = PackedLoader(Unread(rows), 2, max_segments=4)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        objective_of(learning.config_of(loss=name), loader.packs, model_of().config, None)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        next(train(model_of(), loader, learning.config_of(loss=name)))
+
+
+def test_a_label_of_a_stream_is_looked_at_in_its_batch_before_it_is_moved():
+    batch, shape = next(iter(loader_of())), model_of().config
+    check_batch(batch, shape, LOSSES["sigmoid"])
+    batch.labels[0, 0, 1] = 1.5
+    check_batch(batch, shape, LOSSES["mse"])
+    for name in ("softmax", "sigmoid"):
+        with pytest.raises(ValueError, match=r"^a label is 1.5, expected in \[0, 1\], or NaN; ch"):
+            check_batch(batch, shape, LOSSES[name])
 
 
 def test_a_model_of_another_number_of_outputs_is_refused():
