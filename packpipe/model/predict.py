@@ -89,9 +89,11 @@ class Answers:
 
     Attributes:
         example_index: int64[n], ascending.
-        outputs: [n, K]; of a model without pooling a list of n maps, each [rows, columns, K].
+        outputs: [n, K]; of a model without pooling a list of n maps, each [rows, columns, K] or,
+            with ``target_stride``, [rows, columns, cells, K].
         seq_lens: int64[n], tokens of each image.
-        labels: int64[n]; None without labels.
+        labels: int64[n], -100 for none; or, of lists of K numbers and of floats (K = 1),
+            float32[n, K], NaN for none; None without labels.
     """
 
     example_index: Tensor

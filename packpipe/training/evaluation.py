@@ -47,7 +47,7 @@ def accuracy(answers: Answers) -> float:
     """Return the share of the labelled images whose largest output is that of their label.
 
     Raises:
-        ValueError: there are no labels.
+        ValueError: there are no labels, or they are no classes: `measure` takes others, too.
     """
     outputs, labels = _labelled(answers)
     return float((outputs.argmax(-1) == labels).double().mean())
@@ -64,7 +64,7 @@ def calibration_error(answers: Answers, *, bins: int = _BINS) -> float:
         bins: how many.
 
     Raises:
-        ValueError: there are no labels, or a logit is NaN.
+        ValueError: there are no labels, or they are no classes, or a logit is NaN.
     """
     bins = checks.whole_number("bins", bins, 1, 10**6, "30 is usual")
     outputs, labels = _labelled(answers)
@@ -278,7 +278,7 @@ def cascade(first: Answers, second: Answers, shares: Iterable[float]) -> list[Ca
         answered again, divided by all images.
 
     Raises:
-        ValueError: the two are not of the same images, or there are no labels.
+        ValueError: the two are not of the same images, or there are no labels, or no classes.
     """
     if not torch.equal(first.example_index, second.example_index):
         found = f"{len(second.example_index)} other images"
@@ -306,15 +306,21 @@ def cascade(first: Answers, second: Answers, shares: Iterable[float]) -> list[Ca
 
 
 def labels_known(answers: Answers) -> Tensor:
-    """Return bool[n], which images have a label; ValueError without any labels."""
+    """Return bool[n], which images have a label; ValueError without any, or if they are numbers."""
     if answers.labels is None:
         remedy = "pack with label_column"
         raise ValueError(checks.sentence("answers.labels", None, "integer labels", remedy))
+    if answers.labels.is_floating_point():
+        expected, remedy = "a class an image", "use measure, which takes numbers, too"
+        raise ValueError(checks.sentence("answers.labels", "numbers", expected, remedy))
     return answers.labels != NO_LABEL
 
 
 def _labelled(answers: Answers) -> tuple[Tensor, Tensor]:
     known = labels_known(answers)
     _check_any(int(known.sum()))
+    if isinstance(answers.outputs, list):
+        expected, remedy = "an output an image", "use measure, which takes maps, too"
+        raise ValueError(checks.sentence("answers.outputs", "maps", expected, remedy))
     assert answers.labels is not None  # noqa: S101 (for the type checker)
     return answers.outputs[known], answers.labels[known]

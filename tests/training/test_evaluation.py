@@ -1,6 +1,7 @@
 """Accuracy, calibration and cascades, against plain loops."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,3 +108,18 @@ def test_what_cannot_be_judged_is_refused():
     answers.outputs[3, 1] = torch.nan
     with pytest.raises(ValueError, match=re.escape("logits[3] is 'NaN', expected numbers; look")):
         calibration_error(answers)
+
+
+@pytest.mark.parametrize(
+    "judge", [accuracy, calibration_error, lambda answers: cascade(answers, answers, [0.5])]
+)
+def test_answers_that_are_no_class_an_image_are_refused(judge):
+    answers = answers_of(5, 0)
+    shape = answers.outputs.shape
+    for labels in (torch.rand(shape), torch.rand(5, 1)):
+        message = "answers.labels is 'numbers', expected a class an image; use measure, which tak"
+        with pytest.raises(ValueError, match=message):
+            judge(replace(answers, labels=labels))
+    message = "answers.outputs is 'maps', expected an output an image; use measure, which takes"
+    with pytest.raises(ValueError, match=message):
+        judge(replace(answers, outputs=[torch.rand(2, 3, 4)] * 5))
