@@ -56,7 +56,9 @@ def labels_in(batch: PackedBatch, config: NaViTConfig) -> Tensor:
     Raises:
         ValueError: there are no labels; or no targets, or not as many as the model has cells.
     """
-    labels = _targets(batch, config) if is_dense(config) else batch.labels
+    if is_dense(config):
+        return _classes(_targets(batch, config))
+    labels = batch.labels
     if labels is None:
         remedy = "pack with label_column"
         raise ValueError(checks.sentence("batch.labels", None, "integer labels", remedy))
@@ -74,7 +76,22 @@ def check_batch(batch: PackedBatch, config: NaViTConfig, loss: Callable[..., Ten
     Raises:
         ValueError: of `labels_in` and `check_comparable`.
     """
-    check_comparable(labels_in(batch, config), config.num_classes, loss)
+    if is_dense(config):
+        _check_cells(_targets(batch, config), config.num_classes)
+    else:
+        check_comparable(labels_in(batch, config), config.num_classes, loss)
+
+
+def _check_cells(targets: Tensor, num_classes: int | None) -> None:
+    """Raise ValueError if a cell has no class of the model; of uint8 or uint16, and as it is.
+
+    A batch has millions of cells.
+    """
+    cells = targets.numpy()
+    # One more is 0 where it was the largest number, that of a cell without a class.
+    most = int((cells + cells.dtype.type(1)).max(initial=0)) - 1
+    if num_classes is not None and most >= num_classes:
+        check_labels(torch.tensor([most]), num_classes)
 
 
 def check_comparable(labels: Tensor, num_classes: int | None, loss: Callable[..., Tensor]) -> None:
@@ -102,7 +119,7 @@ def check_comparable(labels: Tensor, num_classes: int | None, loss: Callable[...
 
 
 def _targets(batch: PackedBatch, config: NaViTConfig) -> Tensor:
-    """Return int64[B, L · T], the class of every cell, -100 for none."""
+    """Return uint8 or uint16[B, L, T], the class of every cell, the largest number for none."""
     targets = batch.targets
     if targets is None:
         expected, remedy = "targets, for a model without pooling", "pack with mask_column"
@@ -112,6 +129,11 @@ def _targets(batch: PackedBatch, config: NaViTConfig) -> Tensor:
         remedy = "give it the target_stride of the rows"
         found = targets.shape[-1]
         raise ValueError(checks.sentence("batch.targets.shape[-1]", found, expected, remedy))
+    return targets
+
+
+def _classes(targets: Tensor) -> Tensor:
+    """Return int64[B, L · T], the class of every cell, -100 for none."""
     ignored = 255 if targets.dtype == torch.uint8 else 65535
     classes = targets.long().flatten(1)
     return classes.masked_fill(classes == ignored, NO_LABEL)

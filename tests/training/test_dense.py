@@ -20,7 +20,13 @@ from packpipe.rows import schema
 from packpipe.training.evaluation import measure
 from packpipe.training.loop import train
 from packpipe.training.losses import LOSSES, global_count
-from packpipe.training.objective import Objective, labels_in, mean_iou, overlaps
+from packpipe.training.objective import (
+    Objective,
+    check_batch,
+    labels_in,
+    mean_iou,
+    overlaps,
+)
 
 K, CELLS = 3, 4
 SHAPES = [(6, 8), (4, 4)]
@@ -216,3 +222,29 @@ def test_every_token_has_its_cells_in_its_map():
     for number, (_, one) in enumerate(token_maps(batch, outputs)):
         assert one.shape[2:] == (CELLS, K)
         assert one.shape[:2] == (packed.grid_of([6, 1, 4][number]))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_masks_are_looked_at_as_they_are_and_once(dtype, monkeypatch):
+    batch, config = batch_of(packed.RowSet([[4]], 4, 1), dtype=dtype), model_of().config
+    none = int(np.iinfo(dtype).max)
+
+    def widened(_):
+        raise AssertionError("8 bytes a cell")
+
+    for cell in (0, K - 1, none, K, none - 1):
+        targets = np.full(batch.targets.shape, cell, dtype)
+        targets[0, 0, 1] = none
+        batch.targets = torch.from_numpy(targets)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "long", widened)
+            if cell in (K, none - 1):
+                with pytest.raises(
+                    ValueError, match=rf"^a label is {cell}, expected 0\.\.2, or -10"
+                ):
+                    check_batch(batch, config, LOSSES["softmax"])
+            else:
+                check_batch(batch, config, LOSSES["softmax"])
+        # Of what is compared nothing is looked at again.
+        classes = labels_in(batch, config)
+        assert set(classes.unique().tolist()) == {-100, cell if cell != none else -100}
