@@ -105,9 +105,13 @@ def check_comparable(labels: Tensor, num_classes: int | None, loss: Callable[...
 
     Raises:
         ValueError: a label is no class of the model, or no share of one; or there are not as many
-            numbers a label as outputs.
+            numbers a label as outputs; or labels are classes, and the loss is of a regression.
     """
     if not labels.is_floating_point():
+        if is_regression(loss):
+            expected = "'softmax' or 'sigmoid' with integers as labels, which are classes"
+            remedy = "if they are numbers, cast_column them to Value('float32')"
+            raise ValueError(checks.sentence("loss", _name_of(loss), expected, remedy))
         if num_classes is not None:
             check_labels(labels, num_classes)
         return
@@ -208,7 +212,7 @@ def objective_of(
 
     Raises:
         ValueError: there is not a weight for each class, or classes cannot be counted; or labels
-            cannot be compared with the outputs (`check_comparable`).
+            cannot be compared with the outputs (`check_comparable`), or masks by the loss.
     """
     loss = LOSSES[config.loss]
     labels = None if is_dense(model) else getattr(packs, "labels", None)
@@ -220,6 +224,9 @@ def objective_of(
         expected, remedy = f"{num_classes}, one a class", "give one for each output of the model"
         raise ValueError(checks.sentence("len(class_weights)", len(weights), expected, remedy))
     found = None if weights is None else torch.tensor(weights, device=device)
+    if is_dense(model) and is_regression(loss):
+        expected = "'softmax' or 'sigmoid' without pooling, as masks are of classes"
+        raise ValueError(checks.sentence("loss", config.loss, expected, "choose one of them"))
     if labels is not None and len(labels):
         check_comparable(known_labels(labels), num_classes, loss)
     return Objective(loss, config.label_smoothing, found, is_dense(model))
@@ -245,6 +252,10 @@ def _balanced(labels: pa.Array | None, num_classes: int) -> list[float]:
     known = known[known != NO_LABEL]
     counts = known.bincount(minlength=num_classes).tolist()
     return [len(known) / (num_classes * count) if count else 1.0 for count in counts]
+
+
+def _name_of(loss: Callable[..., Tensor]) -> str:
+    return next(name for name, one in LOSSES.items() if one is loss)
 
 
 def is_regression(loss: Callable[..., Tensor]) -> bool:

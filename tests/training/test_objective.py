@@ -18,7 +18,7 @@ from packpipe.loading.stored import StoredPacks
 from packpipe.model.predict import predict_packs
 from packpipe.rows import schema
 from packpipe.rows.labels import as_arrow
-from packpipe.training.evaluation import measure
+from packpipe.training.evaluation import check_measurable, measure
 from packpipe.training.loop import train
 from packpipe.training.losses import (
     LOSSES,
@@ -297,6 +297,26 @@ def test_a_label_of_a_stream_is_looked_at_in_its_batch_before_it_is_moved():
     for name in ("softmax", "sigmoid"):
         with pytest.raises(ValueError, match=r"^a label is 1.5, expected in \[0, 1\], or NaN; ch"):
             check_batch(batch, shape, LOSSES[name])
+
+
+@pytest.mark.parametrize("name", ["mse", "l1"])
+def test_a_regression_on_classes_is_refused(name):
+    config, shape = learning.config_of(loss=name), model_of().config
+    message = (
+        f"loss is '{name}', expected 'softmax' or 'sigmoid' with integers as labels, which are "
+        "classes; if they are numbers, cast_column them to Value('float32')"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        objective_of(config, learning.loader_of().packs, shape, None)
+    with pytest.raises(ValueError, match=re.escape(message)):  # of a stream
+        check_batch(next(iter(learning.loader_of())), shape, LOSSES[name])
+    loader = PackedLoader(learning.table(), 2, max_segments=4, tail="pad")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_measurable(model_of(), loader, LOSSES[name])
+    dense = model_of(pooling="none").config
+    message = f"loss is '{name}', expected 'softmax' or 'sigmoid' without pooling, as masks are of"
+    with pytest.raises(ValueError, match=message):
+        objective_of(config, object(), dense, None)
 
 
 def test_a_model_of_another_number_of_outputs_is_refused():
