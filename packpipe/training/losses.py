@@ -102,7 +102,7 @@ def segment_sigmoid_cross_entropy(
         logits: float[B, S, K].
         labels: int64[B, S], -100 for segments that do not count; or float[B, S, K], each class's
             share in [0, 1], for several labels an image: classes that are NaN are left out, and a
-            segment counts that knows one at least.
+            segment counts that knows one at least. Such may be integers or bools as well.
         present: bool[B, S], which segments count of those that have a label; None is all of them.
         count: what the sum is divided by; None is the sum of `counted`.
         partners: of mixed images, see `Partners`: a target is a share of each of the two labels.
@@ -119,7 +119,8 @@ def segment_sigmoid_cross_entropy(
     def each(logits: Tensor, targets: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
-    if labels.is_floating_point():
+    if labels.is_floating_point() or labels.ndim == logits.ndim:
+        labels = labels.to(torch.promote_types(labels.dtype, logits.dtype))
         _check_shares(labels, logits, partners, class_weights)
         known = ~labels.isnan() if present is None else ~labels.isnan() & present[..., None]
         found = each(logits.masked_fill(~known, 0), labels.masked_fill(~known, 0).to(logits.dtype))

@@ -293,3 +293,11 @@ def test_targets_that_would_be_broadcast_are_refused():
         segment_squared_error(
             torch.zeros(1, 2, 3), torch.zeros(1, 2, 1), present=torch.ones(1, 2).bool()
         )
+
+
+def test_several_labels_an_image_may_be_integers_or_bools():
+    logits, _, present = random_batch()
+    several = torch.rand(logits.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    wanted = segment_sigmoid_cross_entropy(logits, several.double(), present=present)
+    for labels in (several, several.long(), several.byte()):
+        assert segment_sigmoid_cross_entropy(logits, labels, present=present) == wanted
