@@ -296,6 +296,8 @@ def load_checkpoint(
         if moment == _TRAINED:
             trained[weight] = value
             continue
+        if not parameters[weight].requires_grad:  # frozen since then: it has no moments
+            continue
         # AdamW makes the moments of a parameter only if it has none. Those of a fused AdamW, the
         # step too, are on the parameter's device.
         optimizer.state[parameters[weight]][moment] = value.to(parameters[weight].device)

@@ -82,7 +82,8 @@ def train(
         run_options: what model.json in the folder says for `packpipe.load_model`: names of classes,
             and how images become rows. None writes none.
 
-    With ``freeze`` the model's first blocks have no gradients any more, after it as well.
+    With ``freeze`` the model's first blocks have no gradients any more, after it as well: a later
+    training of the same model leaves them as they are, and logs a warning.
 
     If a validation fails, its step is saved, and a training that goes on measures it first.
 

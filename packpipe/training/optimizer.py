@@ -6,12 +6,16 @@ fall from layer to layer).
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
 from packpipe import checks
 from packpipe.model.navit import NaViT
 from packpipe.training.train_config import TrainConfig
+
+log = logging.getLogger(__name__)
 
 
 def layers_of(model: NaViT) -> list[list[nn.Parameter]]:
@@ -29,15 +33,25 @@ def layers_of(model: NaViT) -> list[list[nn.Parameter]]:
 def freeze(model: NaViT, blocks: int) -> None:
     """Let the first blocks have no gradients, nor patch embedding and positions; 0 changes nothing.
 
+    What has no gradients already keeps having none, be it by hand or since an earlier training
+    froze it; a warning says so.
+
     Raises:
         ValueError: the model has fewer blocks.
     """
     if blocks > model.config.depth:
         expected = f"at most {model.config.depth} (depth)"
         raise ValueError(checks.sentence("freeze", blocks, expected, "freeze fewer blocks"))
-    for layer in layers_of(model)[: blocks + 1 if blocks else 0]:
-        for parameter in layer:
-            parameter.requires_grad_(False)
+    chosen = [one for layer in layers_of(model)[: blocks + 1 if blocks else 0] for one in layer]
+    for parameter in chosen:
+        parameter.requires_grad_(False)
+    known = {id(parameter) for parameter in chosen}
+    left = [n for n, p in model.named_parameters() if not p.requires_grad and id(p) not in known]
+    if left:
+        found = f"{len(left)} parameters, among them {left[0]}"
+        expected = f"what freeze={blocks} says"
+        remedy = "they stay frozen; call model.requires_grad_(True) before, to train them"
+        log.warning(checks.sentence("what is not trained", found, expected, remedy))
 
 
 def optimizer_of(model: NaViT, config: TrainConfig) -> torch.optim.AdamW:

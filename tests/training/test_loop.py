@@ -14,6 +14,7 @@ import learning
 import packed
 import pytest
 import torch
+from safetensors.torch import load_file
 from two_ranks import run_on_two_ranks
 
 from packpipe import Augment, PackConfig, PackedLoader, plan_epoch
@@ -124,6 +125,28 @@ def test_what_is_frozen_keeps_every_bit_and_has_no_gradient(blocks, frozen, tmp_
     records, model = trained(tmp_path, freeze=0, steps=14)
     assert len(records) == 2
     assert not torch.equal(model.embed.weight, start["embed.weight"])
+
+
+def test_what_stays_frozen_is_named(caplog):
+    model = learning.model_of()
+    list(train(model, learning.loader_of(), learning.config_of(steps=1, freeze=1)))
+    assert not caplog.records
+    list(train(model, learning.loader_of(), learning.config_of(steps=1)))
+    (record,) = caplog.records
+    assert re.match(
+        r"what is not trained is '\d+ parameters, among them embed.weight', expected what freeze=0 "
+        r"says; .*call model.requires_grad_\(True\) before",
+        record.getMessage(),
+    )
+
+
+def test_what_is_frozen_later_loses_its_moments(tmp_path):
+    trained(tmp_path, steps=2)
+    _, model = trained(tmp_path, steps=3, freeze=1)
+    moments = load_file(checkpoints(tmp_path)[-1] / "optimizer.safetensors")
+    learned = {name for name, one in model.named_parameters() if one.requires_grad}
+    assert 0 < len(learned) < len(list(model.parameters()))
+    assert {name.rpartition(".")[0] for name in moments} == learned
 
 
 def test_more_frozen_blocks_than_there_are_are_refused():
