@@ -169,8 +169,9 @@ def train(
         # Not together: a rank that is given a wrong label by a stream, or in a mask, ends alone.
         parts = [_prepared(batch, key, model, config) for batch, key in taken]
         # A function of the step, so a resumed training needs no state of a scheduler.
+        learning_rate = config.rate(step)
         for group in optimizer.param_groups:
-            group["lr"] = config.rate(step) * group["scale"]
+            group["lr"] = learning_rate * group["scale"]
         optimizer.zero_grad()
         for part, found in zip(
             parts, _backward(run, parts, objective, model.config, half), strict=True
@@ -186,7 +187,7 @@ def train(
         # Not where stop ends the training: it may go on, as if it had not been stopped.
         measures = validator is not None and config.validates(done)
         if done % config.log_every == 0 or ends or measures:
-            record = figures.record(done, config.rate(step))
+            record = figures.record(done, learning_rate)
             if validator and measures:
                 record = _measured(validator, record, files)
                 figures.began = time.perf_counter()  # what was measured is not trained on

@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from numpy.typing import NDArray
+from torch import Tensor
+
 from packpipe import checks
 from packpipe.training.checkpoints import KEPT
 from packpipe.training.drop_path import check_drop_path
@@ -55,7 +58,7 @@ class TrainConfig:
         class_weights: what the images of each class count in the loss, which is the weighted mean
             (Σ weight · loss ÷ Σ weight); ``"balanced"``: images ÷ (classes · images of the class).
             An image's own weight (``weight_column``) is multiplied by it. Validation is measured
-            without either. None is 1 for all.
+            without either. Arrays and tensors are taken as lists. None is 1 for all.
         precision: of matrix products; ``"auto"`` is bfloat16 on a GPU.
         compiled: whether `compile_parts` is used; None: on a GPU.
         trim: `PackedBatch.trim` cuts batches to a multiple of so many tokens; None does not. Every
@@ -89,7 +92,7 @@ class TrainConfig:
     drop_path: float = 0.0
     loss: str = "sigmoid"
     label_smoothing: float = 0.0
-    class_weights: str | Sequence[float] | None = None
+    class_weights: str | Sequence[float] | NDArray[Any] | Tensor | None = None
     precision: str = "auto"
     compiled: bool | None = None
     trim: int | None = None
@@ -149,7 +152,8 @@ class TrainConfig:
         checks.choice("precision", self.precision, PRECISIONS, "choose a precision")
 
     def _checked_class_weights(self) -> str | tuple[float, ...] | None:
-        weights, remedy = self.class_weights, "1 for all is None"
+        weights: Any = self.class_weights
+        remedy = "1 for all is None"
         if weights is None:
             return None
         if self.loss not in ("softmax", "sigmoid"):
@@ -157,6 +161,11 @@ class TrainConfig:
             raise ValueError(checks.sentence("class_weights", weights, expected, "it has none"))
         if isinstance(weights, str):
             return checks.choice("class_weights", weights, ("balanced",), remedy)
+        if hasattr(weights, "tolist"):
+            weights = weights.tolist()
+        if not isinstance(weights, Sequence):
+            expected = "'balanced' or a number for each class"
+            raise TypeError(checks.sentence("class_weights", weights, expected, remedy))
         found = []
         for number, weight in enumerate(weights):
             value = checks.real_number(f"class_weights[{number}]", weight, remedy)

@@ -134,6 +134,20 @@ def test_wrong_class_weights_are_refused(options, message):
         learning.config_of(**options)
 
 
+@pytest.mark.parametrize("make", [np.array, torch.tensor, pa.array, tuple])
+def test_class_weights_may_be_an_array(make):
+    assert learning.config_of(class_weights=make([1.0, 0.5])).class_weights == (1.0, 0.5)
+
+
+@pytest.mark.parametrize("wrong", [2.0, np.float32(2.0), torch.tensor(2.0), {0: 2.0}])
+def test_class_weights_that_are_no_list_are_refused(wrong):
+    message = (
+        r"^class_weights is .*2\.0.*, expected 'balanced' or a number for each class; 1 for al"
+    )
+    with pytest.raises(TypeError, match=message):
+        learning.config_of(class_weights=wrong)
+
+
 def test_class_weights_must_fit_the_model_and_the_labels():
     config, cpu = learning.config_of(class_weights=[1.0, 2.0]), torch.device("cpu")
     shape = packed.model_of("auto", torch.float32).config

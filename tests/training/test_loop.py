@@ -64,6 +64,10 @@ def test_a_schedule_says_the_rate_of_each_step_and_is_held_to_it():
     assert [config.rate(0), config.rate(9)] == [0.1, 0.01]
     (record,) = train(learning.model_of(), learning.loader_of(), learning.config_of(steps=1))
     assert record.learning_rate == learning.config_of(steps=1).rate(0)
+    asked = []
+    every = {"steps": 3, "layer_decay": 0.5, "schedule": lambda step: asked.append(step) or 1e-3}
+    list(train(learning.model_of(), learning.loader_of(), learning.config_of(**every)))
+    assert sorted(asked) == [0, 0, 1, 1, 2, 2]  # once a step; before the first one, for all ranks
     # Ranks compare what it says, since functions have no other value.
     same = TrainConfig(steps=10, schedule=lambda step: 0.1 / (step + 1))
     other = TrainConfig(steps=10, schedule=lambda step: 0.1 / (2 + step))
