@@ -332,4 +332,4 @@ def test_a_source_that_is_no_dataset_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     result = run(tmp_path / "empty", tmp_path / "out", *QUICK)
     assert result.exit_code == 2
-    assert "expected a dataset that datasets can load" in result.stderr
+    assert "empty, without any file', expected a folder of images" in result.stderr

@@ -363,7 +363,7 @@ def test_the_image_column_is_the_one_asked_for(source):
     two = source.add_column("bare", [IMAGES[1]] * len(source))
     message = (
         "image columns is ['image', 'bare'], expected exactly one, for image_column='auto'; "
-        "pass image_column"
+        "pass image_column (--image-column)"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         EpochPacks(two, 32)

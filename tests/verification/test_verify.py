@@ -583,7 +583,7 @@ def test_the_command_ends_with_2_if_the_call_is_wrong(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     result = ran(folder, "--source", tmp_path / "empty")
     assert result.exit_code == 2
-    assert "expected a dataset that datasets can load" in result.stderr
+    assert "empty, without any file', expected a folder of images" in result.stderr
 
 
 def test_a_root_of_images_that_is_no_absolute_path(folder):
