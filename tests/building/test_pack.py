@@ -421,7 +421,8 @@ def test_what_is_no_dataset_is_refused(source):
 
 def test_a_dataset_without_images_is_refused():
     message = (
-        "image columns is [], expected exactly one, for image_column='auto'; pass image_column"
+        "image columns is [], expected exactly one, for image_column='auto'; "
+        "pass image_column (--image-column)"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         packpipe.pack(Dataset.from_dict({"x": [1]}))

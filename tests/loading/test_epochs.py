@@ -466,7 +466,10 @@ WRONG_OPTIONS = [
     (
         {"image_column": "img"},
         ValueError,
-        "image_column is 'img', expected one of ['image', 'label', 'n']; pass image_column",
+        (
+            "image_column is 'img', expected one of ['image', 'label', 'n']; "
+            "pass image_column (--image-column)"
+        ),
     ),
     (
         {"image_column": "n"},

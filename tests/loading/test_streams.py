@@ -902,7 +902,7 @@ def test_a_column_that_is_not_there_is_named():
     message = "image_column is 'img', expected one of ['image', 'n']; pass image_column"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         list(loader_of(unfeatured(), 4, options))
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)} \\(--image-column\\)$"):
         list(loader_of(stored().to_iterable_dataset(), 4, options))
 
 
