@@ -29,14 +29,15 @@ def labelled(dataset: Dataset, loss: str = "softmax") -> Dataset:
     """Return images, or rows of them, with their labels as numbers of a ClassLabel.
 
     Classes that have no names are named by their value, and sorted by name. Lists of numbers stay
-    what they are; so do all numbers for the loss of a regression.
+    what they are; so do all numbers for the loss of a regression, which texts are parsed as.
 
     Args:
         dataset: with a label column.
         loss: what a model is trained with.
 
     Raises:
-        ValueError: there is no label column, or no image, or no such loss.
+        ValueError: there is no label column, or no image, or no such loss; or a text is no number,
+            for a regression.
     """
     checks.choice("loss", loss, LOSSES, "choose a loss")
     if not len(dataset):
@@ -50,9 +51,23 @@ def labelled(dataset: Dataset, loss: str = "softmax") -> Dataset:
         expected = "a label column among them"
         remedy = "pass --label-column, or put the images of each class into a folder of its own"
         raise ValueError(checks.sentence("columns", dataset.column_names, expected, remedy))
+    if is_text(dataset.features[column]) and is_regression(LOSSES[loss]):
+        return _parsed(dataset, column, loss)
     if _is_encoded(dataset.features[column], loss):
         return dataset
     return dataset.class_encode_column(column)
+
+
+def _parsed(dataset: Dataset, column: str, loss: str) -> Dataset:
+    """Return images whose labels, which are texts, are numbers."""
+    numbers = []
+    for text in dataset[column][:]:
+        try:
+            numbers.append(None if text is None else float(text))
+        except ValueError as error:
+            expected, remedy = f"a number for --loss {loss}", "train classes with --loss sigmoid"
+            raise ValueError(checks.sentence("a label", text, expected, remedy)) from error
+    return _with_labels(dataset, pa.array(numbers, pa.float64()), Value("float64"))
 
 
 def _is_encoded(feature: Any, loss: str) -> bool:
@@ -82,8 +97,6 @@ def chosen(dataset: Dataset, image_column: str = "auto", label_column: str = "au
     # So that it is found, whatever its name; what numbers mean, the loss says.
     if label is None or isinstance(found.features[label], ClassLabel):
         return found
-    if is_text(found.features[label]):
-        return found.class_encode_column(label)
     return found if label == "label" else found.rename_column(label, "label")
 
 
@@ -223,7 +236,7 @@ def _flat(dataset: Dataset) -> pa.Array:
     return found.flatten() if pa.types.is_list(found.type) else found.cast(pa.int64())
 
 
-def _with_labels(dataset: Dataset, labels: pa.Array, classes: ClassLabel) -> Dataset:
+def _with_labels(dataset: Dataset, labels: pa.Array, classes: ClassLabel | Value) -> Dataset:
     """Return images, or rows of them, with other labels; the other columns are not copied."""
     column = _column(dataset)
     if not holds_rows(dataset.column_names):

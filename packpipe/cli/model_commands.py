@@ -52,7 +52,8 @@ def eval_(
 
     asked = None if budgets is None else _numbers(budgets)
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
-    dataset = chosen(open_source(source, split, **columns, rows=True), **columns)
+    found = open_source(source, split, **columns, rows=True, texts=True)
+    dataset = chosen(found, **columns)
     with naming_files(dataset):
         found = evaluate(
             run,

@@ -40,6 +40,7 @@ def open_source(
     image_column: str = "auto",
     label_column: str = "auto",
     rows: bool = False,
+    texts: bool = False,
 ) -> Dataset:
     """Return one split of a dataset that is given as a file, a folder or a name.
 
@@ -52,6 +53,7 @@ def open_source(
         label_column: of a table of paths, the column of labels; ``"auto"`` finds it, ``"none"``
             takes none. Other datasets have the columns that they have.
         rows: whether packed rows will do.
+        texts: of a table of paths, whether labels that are texts stay so; else they become classes.
 
     Raises:
         ValueError: there is no such source or split, or `datasets` cannot load it; or it is one of
@@ -99,9 +101,9 @@ def open_source(
             raise ValueError(checks.sentence(options[0], what, expected, remedy))
         return found
     if path.is_file() or is_remote(source):
-        paths = path_column_of(found.features, found, image_column)
+        paths = path_column_of(found.features, found, image_column, label_column)
         if paths is not None:
-            return with_images(found, source, paths, label_column)
+            return with_images(found, source, paths, label_column, texts=texts)
         if is_text_table(source) and image_column != "auto":
             expected, remedy = f"one of {found.column_names}", "check its spelling"
             raise ValueError(checks.sentence("--image-column", image_column, expected, remedy))

@@ -50,13 +50,15 @@ def read_text_table(source: str) -> Dataset:
     options = csv.ConvertOptions(null_values=[""], strings_can_be_null=True)
     try:
         lines = csv.open_csv(pa.BufferReader(content), parse_options=parsing)
-        names = lines.schema.names
-        options.column_types = dict.fromkeys(names, pa.string())
+        written = lines.schema.names
+        options.column_types = dict.fromkeys(written, pa.string())
         reader = pa.BufferReader(content)
         table = csv.read_csv(reader, parse_options=parsing, convert_options=options)
     except pa.ArrowInvalid as error:
         expected, remedy = "a table of UTF-8 text with names of columns", str(error)
         raise WrongTable(checks.sentence("SOURCE", source, expected, remedy)) from error
+    names = [name.strip() for name in written]  # of "path, label"
+    table = table.rename_columns(names)
     if any(_look_like_images(names)) or len(set(names)) < len(names):
         expected = "different names of columns in the first line"
         raise WrongTable(checks.sentence("columns", names, expected, "such as path,label"))
@@ -64,10 +66,13 @@ def read_text_table(source: str) -> Dataset:
     return datasets.Dataset(table, fingerprint=digest[:16])
 
 
-def path_column_of(features: Features, rows: Dataset, asked: str) -> str | None:
+def path_column_of(
+    features: Features, rows: Dataset, asked: str, label_column: str = "auto"
+) -> str | None:
     """Return the column of paths of images: the one asked for, or the only one that looks so.
 
     None if the table holds images themselves, or lists of tokens, or nothing that looks like paths.
+    Labels, which may be lists of numbers, are no tokens.
 
     Raises:
         ValueError: several look so.
@@ -77,7 +82,9 @@ def path_column_of(features: Features, rows: Dataset, asked: str) -> str | None:
     texts = [name for name, feature in features.items() if is_text(feature)]
     if asked != "auto":
         return asked if asked in texts else None
-    if any(holds_images(one) or holds_numbers(one) for one in features.values()):
+    labels = ("label", "labels") if label_column == "auto" else (label_column,)
+    others = [feature for name, feature in features.items() if name not in labels]
+    if any(holds_images(one) or holds_numbers(one) for one in others):
         return None
     paths = [name for name in texts if _holds_paths(rows, name)]
     if len(paths) > 1:
@@ -88,8 +95,13 @@ def path_column_of(features: Features, rows: Dataset, asked: str) -> str | None:
     return paths[0] if paths else None
 
 
-def with_images(rows: Dataset, source: str, path_column: str, label_column: str) -> Dataset:
-    """Return a table with a column of the images at its paths, and its labels as classes.
+def with_images(
+    rows: Dataset, source: str, path_column: str, label_column: str, *, texts: bool = False
+) -> Dataset:
+    """Return a table with a column of the images at its paths, and labels that are found.
+
+    Texts become classes, named and sorted by their value. Classes, numbers and lists of them stay
+    what they are: what they mean, the loss says.
 
     Args:
         rows: the table.
@@ -97,6 +109,7 @@ def with_images(rows: Dataset, source: str, path_column: str, label_column: str)
         path_column: name of its column of paths.
         label_column: name of its column of labels; ``"auto"`` takes label or labels, or the only
             column beside the paths; ``"none"`` takes none.
+        texts: whether labels that are texts stay so, for who parses them as numbers.
 
     Raises:
         ValueError: none of the first files is there, or a column is not.
@@ -118,7 +131,9 @@ def with_images(rows: Dataset, source: str, path_column: str, label_column: str)
     before = rows._fingerprint
     found = rows.add_column(name, images, feature=datasets.Image())
     if label is not None:
-        found = _encoded(found, label)
+        found = _with_labels(found, label, stripped=is_text_table(source), texts=texts)
+        if label_column == "auto" and label in found.column_names:
+            found = _findable(found, label)
     digest = hashlib.sha256(repr((before, folder, name, label)).encode(errors="surrogatepass"))
     return datasets.Dataset(found.data, found.info, fingerprint=digest.hexdigest()[:16])
 
@@ -137,16 +152,37 @@ def _label_of(names: list[str], path_column: str, asked: str) -> str | None:
     return next((some[0] for some in (named, others) if len(some) == 1), None)
 
 
-def _encoded(rows: Dataset, column: str) -> Dataset:
-    """Return a table with a column of classes, named by its values and sorted by name."""
+def _findable(rows: Dataset, label: str) -> Dataset:
+    """Return a table whose labels are found without their name: classes, or a column label."""
     import datasets
 
+    named = label in ("label", "labels") or "label" in rows.column_names
+    if named or isinstance(rows.features[label], datasets.ClassLabel):
+        return rows
+    return rows.rename_column(label, "label")
+
+
+def _with_labels(rows: Dataset, column: str, *, stripped: bool, texts: bool) -> Dataset:
+    """Return a table whose labels are classes, numbers or lists of them, or texts if they may."""
+    import datasets
+    import pyarrow as pa
+
+    from packpipe.sources.columns import is_text
+
+    feature = rows.features[column]
+    dtype = feature.pa_type if isinstance(feature, datasets.Value) else None
+    if dtype is None or pa.types.is_integer(dtype) or pa.types.is_floating(dtype):
+        return rows
     values = rows[column][:]
+    if stripped:  # "path, label" is written with blanks that belong to no name
+        values = [None if value is None else value.strip() or None for value in values]
+    if texts and is_text(feature):
+        return rows.remove_columns([column]).add_column(column, values, feature=feature)
     names = sorted({str(value) for value in values if value is not None})
     numbers = {name: number for number, name in enumerate(names)}
     labels = [None if value is None else numbers[str(value)] for value in values]
-    feature = datasets.ClassLabel(names=names)
-    return rows.remove_columns([column]).add_column(column, labels, feature=feature)
+    classes = datasets.ClassLabel(names=names)
+    return rows.remove_columns([column]).add_column(column, labels, feature=classes)
 
 
 def _check_there(paths: list[str | None], written: Any, column: str, folder: str) -> None:

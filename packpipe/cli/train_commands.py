@@ -233,7 +233,8 @@ def train(
         val, {f"--{name.replace('_', '-')}": value for name, value in validation.items()}
     )
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
-    dataset = chosen(open_source(source, split, **columns, rows=True), **columns)
+    found = open_source(source, split, **columns, rows=True, texts=True)
+    dataset = chosen(found, **columns)
     are_rows = holds_rows(dataset.column_names)
     if init is not None:
         own = _OF_SHAPE if are_rows else (*_OF_SHAPE, *_OF_ENCODER)

@@ -62,7 +62,8 @@ def validation_of(
         there = splits_in(source) if is_same else []
         val_split = next((s for s in _HELD_OUT if s in there and s != split), "train")
     asked = columns or {}
-    found = open_source(val, val_split, ("--val", "--val-split"), rows=True, **asked)
+    names = ("--val", "--val-split")
+    found = open_source(val, val_split, names, rows=True, texts=True, **asked)
     # A folder beside a table, say, has no columns of these names.
     found = chosen(found, **{n: name for n, name in asked.items() if name in found.column_names})
     if (is_same and val_split == split) or found._fingerprint == dataset._fingerprint:

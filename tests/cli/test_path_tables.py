@@ -8,7 +8,7 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel
+from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import packpipe
-from packpipe.cli.labels import chosen, labelled, with_one_image
+from packpipe.cli.labels import chosen, labelled, num_outputs, with_one_image
 from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
 from packpipe.cli.path_tables import read_text_table
@@ -186,7 +186,7 @@ def test_of_several_columns_the_one_that_is_asked_for_is_taken(photos):
     found = chosen(two, "thumb", "kind")
     assert found.column_names == ["thumb", "kind"]
     assert labelled(found)["kind"][:] == [1, 0, 1, 0]
-    assert chosen(two, "thumb", "name").features["name"].num_classes == 4
+    assert labelled(chosen(two, "thumb", "name")).features["label"].num_classes == 4
     assert with_one_image(two, "thumb").column_names == ["name", "label", "thumb", "kind"]
     assert with_one_image(two, "auto") is two
     with pytest.raises(ValueError, match="image_column is 'no', expected one of"):
@@ -196,3 +196,52 @@ def test_of_several_columns_the_one_that_is_asked_for_is_taken(photos):
     both = two.remove_columns(["thumb"]).rename_column("kind", "labels")
     with pytest.raises(ValueError, match=r"pass label_column \(--label-column\)"):
         labelled(both)
+
+
+@pytest.mark.parametrize("name", ["label", "kind"])
+@pytest.mark.parametrize(
+    ("labels", "outputs"),
+    [
+        ([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]], 2),
+        ([0.5, -1.0, 2.0, 0.25], 1),
+        ([3, 7, 7, 40], 1),
+    ],
+)
+def test_labels_that_are_no_texts_stay_what_they_are(name, labels, outputs, photos):
+    rows = [(path, label) for (path, _), label in zip(ROWS, labels, strict=True)]
+    path = written(photos, "t.jsonl", rows, ("path", name))
+    asked = {"image_column": "path", "label_column": name}
+    columns = [asked] if name == "kind" and outputs == 2 else [{}, asked]
+    for some in columns:
+        found = labelled(chosen(opened(path, **some, texts=True), **some), "mse")
+        assert found["label"][:] == labels
+        assert num_outputs(found) == outputs
+
+
+def test_classes_of_a_table_keep_their_names(photos):
+    features = Features({"path": Value("string"), "label": ClassLabel(names=["yak", "ox"])})
+    columns = {"path": [path for path, _ in ROWS], "label": [1, 0, 1, 1]}
+    Dataset.from_dict(columns, features=features).to_parquet(photos / "t.parquet")
+    found = labelled(opened(str(photos / "t.parquet")))
+    assert found.features["label"].names == ["yak", "ox"]
+    assert found["label"][:] == [1, 0, 1, 1]
+
+
+def test_texts_are_parsed_as_numbers_for_a_regression_alone(photos):
+    written_as = ["007", "1.5", " -2e1", None]
+    rows = [(path, text) for (path, _), text in zip(ROWS, written_as, strict=True)]
+    path = written(photos, "t.csv", rows, ("path", "size"))
+    for columns in ({}, {"label_column": "size"}):
+        found = chosen(opened(path, **columns, texts=True), **columns)
+        assert labelled(found, "l1")["label"][:] == [7, 1.5, -20, None]
+        assert labelled(found).features["label"].names == ["-2e1", "007", "1.5"]
+    assert opened(path).features["size"].names == ["-2e1", "007", "1.5"]
+    with pytest.raises(ValueError, match="a label is 'ox', expected a number for --loss mse; "):
+        labelled(opened(written(photos, "t.csv", ROWS), texts=True), "mse")
+
+
+def test_blanks_after_commas_belong_to_no_name(photos):
+    rows = [(path, f" {label} ") for path, label in ROWS] + [("a/1.png", " ")]
+    found = opened(written(photos, "t.csv", rows, ("path", " label")))
+    assert found.features["label"].names == ["007", "NA", "ox"]
+    assert found["label"][:] == [2, 0, 1, 2, None]
