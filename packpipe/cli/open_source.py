@@ -244,7 +244,7 @@ def _loaded(path: Path, source: str, split: str) -> Any:
     from packpipe.images.remote import is_remote
 
     if path.is_file() or is_remote(source):
-        builder = _BUILDERS.get(path.suffix, "parquet")
+        builder = _BUILDERS.get(path.suffix.lower(), "parquet")
         return datasets.load_dataset(builder, data_files=source, split=split)
     # Files that save_to_disk writes for a Dataset and for a DatasetDict.
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):

@@ -1,8 +1,12 @@
 """Archives as sources: images in folders of classes, or beside files of classes."""
 
+import gzip
 import io
+import re
+import shutil
 import tarfile
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -74,7 +78,7 @@ def test_an_archive_is_unpacked_once_and_again_when_it_is_another(tmp_path, monk
     path = tar_of(tmp_path / "some.tar", IN_FOLDERS.items())
     first = open_source(str(path), "train")
     with monkeypatch.context() as no:
-        no.setattr(archives.shutil, "unpack_archive", lambda *_, **__: 1 / 0)
+        no.setattr(archives, "_unpack", lambda *_: 1 / 0)
         assert open_source(str(path), "train")._fingerprint == first._fingerprint
     tar_of(path, [*IN_FOLDERS.items(), ("photos/yak/4.png", png(4))])
     assert len(open_source(str(path), "train")) == 4
@@ -91,7 +95,15 @@ def test_splits_of_an_archive_are_found(tmp_path):
     ("files", "message"),
     [
         ([("a.png", b"1"), ("a.png", b"2")], "a.png in some.tar is 'there 2 times', expected one"),
-        ([("../../out.png", b"1")], "expected a whole archive; "),
+        (
+            [("cat/a.png", b"1"), ("./cat//a.png", b"2")],
+            "cat/a.png in some.tar is 'there 2 times', expected one",
+        ),
+        (
+            [("a", b"1"), ("a/b.png", b"2")],
+            "a in some.tar is 'a file and a folder', expected one file of each name; ",
+        ),
+        ([("../../out.png", b"1")], "a name in some.tar is '../../out.png', expected a path insi"),
     ],
 )
 def test_what_would_be_lost_or_lead_out_is_refused(files, message, cache, tmp_path):
@@ -108,3 +120,89 @@ def test_a_damaged_archive_leaves_nothing(name, cache, tmp_path):
     with pytest.raises(ValueError, match=r"archive is '.*', expected a whole archive; "):
         open_source(str(tmp_path / name), "train")
     assert [path for path in cache.rglob("*") if path.is_file()] == []
+
+
+def zip_of(path, files):
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in files:
+            file.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.png", "a/../../b.png", "/a.png", "C:/a.png", "a\\b.png", "a/.."]
+)
+def test_a_zip_that_leads_out_is_refused_by_name(name, tmp_path):
+    path = zip_of(tmp_path / "some.zip", [("b/1.png", b"1"), (name, b"1")])
+    with pytest.raises(ValueError, match=re.escape(f"a name in some.zip is {name!r}, expected a")):
+        unpacked(path)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("make", [zip_of, tar_of])
+def test_dots_in_names_lead_nowhere(make, tmp_path):
+    names = {"cat/a..png", "dog/v1..2/b.png", "dog/...png", "./dog/c.png", "..d/e.png"}
+    path = make(
+        tmp_path / f"some{'.zip' if make is zip_of else '.tar'}", [(n, b"1") for n in names]
+    )
+    there = {one.relative_to(unpacked(path)).as_posix() for one in unpacked(path).rglob("*.png")}
+    assert there == {name.removeprefix("./") for name in names}
+
+
+@pytest.mark.parametrize("name", ["some.tar", "some.tgz"])
+def test_a_tar_is_whole_or_refused(name, tmp_path):
+    members = [(f"{n}.png", bytes([n]) * 600) for n in range(1, 4)]  # of three blocks each
+    whole = tar_of(tmp_path / "whole.tar", members).read_bytes()
+    flipped = bytearray(whole)
+    flipped[3 * 512 + 3] ^= 255  # in the header of the second
+    damaged = [bytes(flipped), whole + whole, whole[: 9 * 512 + 512]]
+    damaged += [whole[:end] for end in (9 * 512, 6 * 512, 6 * 512 + 200, 8 * 512)]
+    write = gzip.compress if name == "some.tgz" else bytes
+    for content in damaged:
+        (tmp_path / name).write_bytes(write(content))
+        with pytest.raises(ValueError, match=f"{name}', expected a whole archive; "):
+            unpacked(tmp_path / name)
+    (tmp_path / name).write_bytes(write(whole + bytes(512)))
+    assert len(list(unpacked(tmp_path / name).iterdir())) == 3
+
+
+def test_a_compressed_tar_is_read_to_its_checksum(tmp_path):
+    path = tar_of(tmp_path / "some.tgz", [("1.png", b"1" * 600)])
+    path.write_bytes(path.read_bytes()[:-8] + b"12345678")
+    with pytest.raises(ValueError, match=r"some.tgz', expected a whole archive; .*CRC"):
+        unpacked(path)
+
+
+def test_an_archive_larger_than_the_disk_is_refused(cache, tmp_path, monkeypatch):
+    path = tmp_path / "some.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("1.png", bytes(3_000_000))
+    free = SimpleNamespace(free=2_000_000)
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: free)
+    message = r"some.zip, 3.0 MB unpacked', expected 2.0 MB at most, the free space of its cache; "
+    with pytest.raises(ValueError, match=message):
+        unpacked(path)
+    assert not list(cache.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [(".a9.tar", "a9"), ("A.TAR", "A"), ("X.ZIP", "X"), (".tar", "tar")]
+)
+def test_suffixes_have_any_case_and_folders_a_name(name, folder, tmp_path):
+    make = zip_of if name.endswith("ZIP") else tar_of
+    path = make(tmp_path / name, [("ox/1.png", png(1)), ("yak/2.png", png(2))])
+    assert archives.is_archive(path)
+    assert unpacked(path).name == folder
+    assert open_source(str(path), "train")["label"][:] == [0, 1]
+
+
+def test_of_two_that_unpack_at_once_one_is_taken(tmp_path, monkeypatch):
+    path = zip_of(tmp_path / "some.zip", [("a/1.png", b"1")])
+    unpack = archives._unpack
+
+    def with_another(archive, unfinished):
+        unpack(archive, unfinished)
+        shutil.copytree(unfinished, unfinished.parents[1] / unfinished.name)
+
+    monkeypatch.setattr(archives, "_unpack", with_another)
+    assert [one.name for one in unpacked(path).rglob("*.png")] == ["1.png"]
