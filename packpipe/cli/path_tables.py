@@ -34,8 +34,8 @@ def read_text_table(source: str) -> Dataset:
     """Return the rows of a CSV or TSV, all its columns as text.
 
     Raises:
-        WrongTable: a ValueError; its first line holds no names of columns, or it is not UTF-8, or a
-            line has too many values.
+        WrongTable: a ValueError; its first line holds no names of columns, or other delimiters, or
+            it is not UTF-8, or a line has too many values.
     """
     import datasets
     import fsspec
@@ -46,6 +46,7 @@ def read_text_table(source: str) -> Dataset:
     parsing = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     with fsspec.open(source, "rb") as file:
         content = file.read()
+    _check_delimited(content, source, delimiter)
     # Columns of text from the start: guessed types would make 7 of 007, and nothing of NA.
     options = csv.ConvertOptions(null_values=[""], strings_can_be_null=True)
     try:
@@ -64,6 +65,19 @@ def read_text_table(source: str) -> Dataset:
         raise WrongTable(checks.sentence("columns", names, expected, "such as path,label"))
     digest = hashlib.sha256(content).hexdigest()
     return datasets.Dataset(table, fingerprint=digest[:16])
+
+
+def _check_delimited(content: bytes, source: str, delimiter: str) -> None:
+    """Raise WrongTable if the first line is one name with delimiters of another table in it."""
+    first = content.partition(b"\n")[0].decode("utf-8-sig", "replace").rstrip("\r")
+    others = [other for other in (";", "\t", ",") if other in first]
+    if others and delimiter not in first:
+        named = {",": "commas", "\t": "tabs"}
+        remedy = f"write the table anew with {named[delimiter]}"
+        if others[0] in named:
+            remedy = f"name the file .{'tsv' if delimiter == ',' else 'csv'}"
+        expected = f"names with {named[delimiter]} between them in {Path(source).name}"
+        raise WrongTable(checks.sentence("columns", first, expected, remedy))
 
 
 def path_column_of(
@@ -193,9 +207,10 @@ def _check_there(paths: list[str | None], written: Any, column: str, folder: str
     local = [pair for pair in islice(local, _LOOKED_AT) if not is_remote(pair[0])]
     if local and not any(os.path.exists(path) for path, _ in local):
         expected = f"files that are there; relative paths start at {folder}"
-        raise ValueError(
-            checks.sentence(f"column {column!r}", local[0][1], expected, "pass --image-column")
-        )
+        what, remedy = local[0][1], "pass --image-column"
+        if "\\" in what and os.sep == "/":
+            remedy = "write / for the backslashes of Windows, or pass --image-column"
+        raise ValueError(checks.sentence(f"column {column!r}", what, expected, remedy))
 
 
 def _joined(folder: str, path: str) -> str:

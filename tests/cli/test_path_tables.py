@@ -155,6 +155,19 @@ def test_an_image_root_confines_the_paths_of_a_table(photos, tmp_path):
         (b"path,path\na/1.png,ox\n", "columns is ['path', 'path'], expected different names of"),
         (b"path,label\na/1.png,\xff\n", "expected a table of UTF-8 text with names of columns"),
         (b"path,label\na/1.png,ox,1\n", "expected a table of UTF-8 text with names of columns"),
+        (
+            b"path;label\na/1.png;ox\n",
+            "between them in t.csv; write the table anew with commas",
+        ),
+        (
+            b"path;label\na/1.png;a, b\n",
+            "columns is 'path;label', expected names with commas between them in t.csv; ",
+        ),
+        (b"path\tlabel\na/1.png\tox\n", "between them in t.csv; name the file .tsv"),
+        (
+            rb"path,label" + b"\n" + rb"a\1.png,ox" + b"\n",
+            "write / for the backslashes of Windows, or pass --image-column",
+        ),
         (b"", "expected a table of UTF-8 text with names of columns"),
     ],
 )
