@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -205,13 +206,14 @@ def export(
     asked = options if max_tokens is None else options.at(max_tokens)
     seq_len = asked.packing.seq_len if seq_len is None else seq_len
     difference = export_onnx(model, asked, output, batch_size=batch_size, seq_len=seq_len)
-    shape = {"seq_len": seq_len, "max_tokens": asked.max_tokens, "batch_size": batch_size}
+    written = replace(asked, packing=replace(asked.packing, seq_len=seq_len))
+    shape = {"seq_len": seq_len, "max_tokens": written.max_tokens, "batch_size": batch_size}
     if as_json:
         print_json({"run": str(run), "output": str(output), **shape, "difference": difference})
         return
     rows = [
         ("rows", f"{batch_size} of {seq_len} tokens a call"),
-        ("images", f"at most {asked.max_tokens} tokens each"),
+        ("images", f"at most {written.max_tokens} tokens each"),
         ("checked", f"onnxruntime's outputs are the model's to {difference:.0e} of the largest"),
     ]
     print_table(str(output), rows)

@@ -67,7 +67,8 @@ def export_onnx(
         options: how it is asked; ``options.at(128)`` for images of at most 128 tokens.
         output: the file.
         batch_size: rows a call.
-        seq_len: tokens a row; None is that of the options. Attention costs seq_len² a row.
+        seq_len: tokens a row, no fewer than those of an image; None is that of the options.
+            Attention costs seq_len² a row.
 
     Returns:
         the largest difference between onnxruntime and the model on some rows ÷ the largest output.
@@ -88,6 +89,7 @@ def export_onnx(
     packing = options.packing
     if seq_len is not None:
         packing = replace(packing, seq_len=seq_len)
+        _check_seq_len(packing.seq_len, options)
     _check_exportable(model, packing)
     plain = _plain(model)
     max_side = model.config.side if is_indexed(model.config.position) else None
@@ -200,6 +202,14 @@ def _difference(model: _OfArrays, batch: dict[str, Any], exported: OnnxModel) ->
     real = batch["segment_ids" if exported.is_dense else "seq_lens"] > 0
     pairs = [(a[real], b.numpy()[real]) for a, b in zip(found, wanted, strict=True)]
     return max(float(np.abs(a - b).max() / max(1e-30, np.abs(b).max())) for a, b in pairs)
+
+
+def _check_seq_len(seq_len: int, options: RunOptions) -> None:
+    """Raise ValueError if images would be made smaller to fit, and be answered otherwise."""
+    if seq_len < options.max_tokens:
+        expected = f"at least {options.max_tokens}, the tokens of an image"
+        remedy = "leave it out, or give images of fewer max_tokens"
+        raise ValueError(checks.sentence("seq_len", seq_len, expected, remedy))
 
 
 def _check_exportable(model: NaViT, packing: PackConfig) -> None:

@@ -109,12 +109,20 @@ def read_options(folder: Path | str) -> RunOptions | None:
 
 
 def check_options(folder: Path, options: RunOptions) -> None:
-    """Raise ValueError if a training would go on with classes of other names."""
+    """Raise ValueError if a training would go on with another loss, or classes of other names."""
     known = read_options(folder) if checkpoints(folder) else None
-    if known and known.class_names != options.class_names:
-        expected = f"{known.class_names} as in {_NAME}"
-        remedy = "train on the same classes, or give another folder"
-        raise ValueError(checks.sentence("class_names", options.class_names, expected, remedy))
+    if known is None:
+        return
+    # Validation losses of two kinds are not compared, and outputs have one meaning.
+    remedies = {
+        "loss": "pass it, or another folder",
+        "class_names": "train on the same classes, or give another folder",
+    }
+    for name, remedy in remedies.items():
+        before, value = getattr(known, name), getattr(options, name)
+        if before != value:
+            expected = f"{before!r} as in {_NAME}"
+            raise ValueError(checks.sentence(name, value, expected, remedy))
 
 
 def write_options(folder: Path, options: RunOptions) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import packpipe
-from packpipe import OnnxModel, PackConfig, View
+from packpipe import Constant, OnnxModel, PackConfig, Square, View
 from packpipe.cli.main import app
 from packpipe.loading.image_packs import image_packs
 from packpipe.model.maps import class_map
@@ -255,6 +255,12 @@ def test_what_cannot_be_exported_is_named(model, tmp_path, monkeypatch):
         packpipe.export_onnx(model, OPTIONS, file, batch_size=0)
     with pytest.raises(ValueError, match=r"max_tokens is 12, expected an integer in 1\.\.8; an im"):
         packpipe.export_onnx(model, OPTIONS, file, seq_len=8)
+    for options in ({"resolution": Square(Constant(6))}, {"resolution": "native"}):
+        whole = PackConfig(seq_len=9, patch_size=2, **options)
+        with pytest.raises(
+            ValueError, match="seq_len is 8, expected at least 9, the tokens of an image; leave"
+        ):
+            packpipe.export_onnx(model, RunOptions(packing=whole), file, seq_len=8)
     monkeypatch.setattr(export, "_MOST_WEIGHT_BYTES", 1000)
     message = r"bytes of the weights is \d+, expected at most 1000, since one ONNX file holds less"
     with pytest.raises(ValueError, match=message):

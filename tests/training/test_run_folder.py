@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import learning
 import pytest
@@ -145,9 +146,20 @@ def test_what_a_later_packpipe_wrote_is_refused_by_name(copy):
         load_model(copy)
 
 
+def test_a_training_goes_on_with_the_same_loss(copy):
+    before = (copy / "model.json").read_bytes()
+    message = "loss is 'sigmoid', expected 'softmax' as in model.json; pass it, or another folder"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trained(copy, replace(OPTIONS, loss="sigmoid"), steps=12)
+    assert (copy / "model.json").read_bytes() == before
+    # Of a run from before there was model.json nobody knows it.
+    (copy / "model.json").unlink()
+    run_folder.check_options(copy, replace(OPTIONS, loss="sigmoid"))
+
+
 def test_a_training_with_classes_of_other_names_does_not_go_on(copy):
     before = (copy / "model.json").read_bytes()
-    other = RunOptions(class_names=NAMES[::-1], packing=PACKING)
+    other = replace(OPTIONS, class_names=NAMES[::-1])
     message = "class_names is ('elk', 'dog', 'cat', 'bee', 'ant'), expected ('ant', 'bee', 'cat', "
     with pytest.raises(ValueError, match=re.escape(message)):
         trained(copy, other)
