@@ -2,14 +2,16 @@
 
 The examples are taken in parts of part_size, each planned alone and written to a file of its own in
 the folder OUTPUT.parts. A part is complete or not there, so a run that was killed goes on after the
-last one. When all are there they become OUTPUT, one row group each, and the folder is removed.
+last one, unless an image of a part has changed. When all are there they become OUTPUT, one row group
+each, and the folder is removed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import xxhash
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, Image, List, Value
 from torch import Tensor
 
 from packpipe import __version__, checks
@@ -30,6 +33,7 @@ from packpipe.cli.layouts import packs_of
 from packpipe.cli.starting import trained_model
 from packpipe.cli.training_run import device_of_this_rank
 from packpipe.durable import commit, partial_of, write_json
+from packpipe.images.remote import is_remote
 from packpipe.loading.image_packs import check_whole
 from packpipe.model.navit import NaViT
 from packpipe.model.precision import is_half
@@ -43,6 +47,8 @@ DTYPES = ("float32", "float16")
 # Examples a part. Vectors of all tokens take some hundred times the memory of one an image.
 _PART_SIZE, _PART_SIZE_OF_TOKENS = 4096, 256
 _RECORD = "record.json"
+_REJECTS = REJECTS.append(pa.field("path", pa.string()))
+_LOOKED_AT = 100  # first examples, by which a dataset is one of files
 
 
 def embed(
@@ -63,7 +69,9 @@ def embed(
 
     The file has a row for each image that can be read, in the order of the dataset: its
     example_index, the columns kept of the dataset, ``embedding``
-    (fixed_size_list<dtype>[channels]) and num_tokens. The rejects are in a table beside it.
+    (fixed_size_list<dtype>[channels]) and num_tokens. A dataset of files has one column more that
+    can be kept, their ``path``, unless it has one of that name. The rejects are in a table beside
+    it, each with the path of its file, if it has one.
 
     With tokens, in place of ``embedding``: ``tokens`` (list<fixed_size_list<dtype>[channels]>), all
     of the image's, before they are pooled, and ``coords`` (list<fixed_size_list<int16>[2]>), the
@@ -75,7 +83,8 @@ def embed(
             of the Hugging Face Hub.
         dataset: images; labels are not asked for.
         output: the file.
-        columns: of the dataset, that are kept; None keeps all but images.
+        columns: of the dataset, that are kept; None keeps all but images,
+            and the path.
         tokens: whether each image gets the vectors of its tokens, in place of one.
         dtype: ``"float32"`` or ``"float16"``.
         part_size: examples a part: what a kill may cost, and what is in memory at once; None is
@@ -86,17 +95,14 @@ def embed(
         precision: in which they are computed, see `packpipe.model.precision`.
 
     Raises:
-        FileExistsError: the file is there already, or other vectors are in its parts, or another
-            process is writing them.
+        FileExistsError: the file is there already, or other vectors are in its parts, or those of
+            images that have changed, or another process is writing them.
         TooManyRejects: too many images cannot be read.
     """
     output = checks.local_path("OUTPUT", output)
     checks.choice("dtype", dtype, DTYPES, "choose a type of the vectors")
     parts = output.with_name(f"{output.name}.parts")
-    if output.exists():
-        if parts.exists():  # killed when all else was done
-            shutil.rmtree(parts)
-            return _rejects(rejects_path(output))
+    if output.exists() and not (parts / _RECORD).exists():
         expected, remedy = "a file that is not there yet", "remove it, or give another name"
         raise FileExistsError(checks.sentence("OUTPUT", str(output), expected, remedy))
     model, packing = trained_model(str(run), "RUN")
@@ -133,21 +139,17 @@ def embed(
     output.parent.mkdir(parents=True, exist_ok=True)
     with alone_in(parts, wait=False):
         _begin(parts, record)
-        rejects: list[Reject] = []
-        names = []
-        for first in range(0, len(dataset), part_size):
-            name = parts / f"{first:012d}.parquet"
-            rejected = rejects_path(name)
-            if not name.exists():
-                last = min(first + part_size, len(dataset))
-                found = part((first, last))
-                _write(rejected, [found[1]], REJECTS)
-                _write(name, [found[0]], schema)
-            rejects += _rejects(rejected)
-            tolerance.check(rejects)
-            names.append(name)
-        _write(rejects_path(output), [rejects_table(rejects)], REJECTS)
-        _write(output, map(pq.read_table, names), schema)
+        if output.exists():  # killed when all else was done
+            rejects = _rejects(rejects_path(output))
+        else:
+            rejects, names = [], []
+            for first in range(0, len(dataset), part_size):
+                names.append(parts / f"{first:012d}.parquet")
+                _complete(names[-1], dataset, (first, min(first + part_size, len(dataset))), part)
+                rejects += _rejects(rejects_path(names[-1]))
+                tolerance.check(rejects)
+            _write(rejects_path(output), _one_table(map(rejects_path, names)), _REJECTS)
+            _write(output, map(pq.read_table, names), schema)
     shutil.rmtree(parts)
     return rejects
 
@@ -158,7 +160,61 @@ def rejects_path(output: Path) -> Path:
 
 
 def _rejects(path: Path) -> list[Reject]:
-    return [Reject(**row) for row in pq.read_table(path).to_pylist()]
+    return [Reject(**row) for row in pq.read_table(path, columns=REJECTS.names).to_pylist()]
+
+
+def _one_table(rejects: Iterable[Path]) -> list[pa.Table]:
+    return [pa.concat_tables([_REJECTS.empty_table(), *map(pq.read_table, rejects)])]
+
+
+def _complete(
+    name: Path,
+    dataset: Dataset,
+    span: tuple[int, int],
+    part: Callable[[tuple[int, int]], tuple[pa.Table, pa.Table]],
+) -> None:
+    """Write a part, unless it is there; then check that it is of the files as they are.
+
+    Raises:
+        FileExistsError: a file has changed since.
+    """
+    known, found = name.with_suffix(".files.json"), _states(dataset.select(range(*span)))
+    if name.exists() and known.exists():
+        before = json.loads(known.read_bytes())
+        for path, state in found.items():
+            if before.get(path) != state:
+                what, expected = f"{path}, changed", f"as it was when {name.parent.name} was begun"
+                remedy = "remove that folder to begin again"
+                raise FileExistsError(checks.sentence("image", what, expected, remedy))
+        return
+    # Their states are those of before they were read: what changes meanwhile is noticed.
+    write_json(known, found)
+    rows, rejects = part(span)
+    _write(rejects_path(name), [rejects], _REJECTS)
+    _write(name, [rows], rows.schema)
+
+
+def _states(examples: Dataset) -> dict[str, list[int] | None]:
+    """Return [bytes, time of change] of each local file; None of one that is not there."""
+    found: dict[str, list[int] | None] = {}
+    for path in _files(examples):
+        if path is not None and not is_remote(path):
+            try:
+                about = os.stat(path)
+                found[path] = [about.st_size, about.st_mtime_ns]
+            except OSError:
+                found[path] = None
+    return found
+
+
+def _files(examples: Dataset) -> list[str | None]:
+    """Return the path of each image; None where the dataset itself holds the image."""
+    names = [name for name, feature in examples.features.items() if isinstance(feature, Image)]
+    if not names:
+        return [None] * len(examples)
+    column = examples.select_columns(names[:1]).with_format("arrow")[:].column(0)
+    held = pc.is_valid(pc.struct_field(column, "bytes"))
+    return list(pc.if_else(held, None, pc.struct_field(column, "path")).to_pylist())
 
 
 def _part(
@@ -189,12 +245,16 @@ def _part(
         own |= _maps(answers.outputs, schema.field("tokens").type)
     else:
         own["embedding"] = _vectors(answers.outputs, schema.field("embedding").type)
-    kept = images.with_format("arrow")[:]
+    kept, paths = images.with_format("arrow")[:], pa.array(_files(images), pa.string())
+    if "path" not in kept.column_names:
+        own["path"] = paths.take(pa.array(index))
     every = [own[n] if n in own else kept.column(n).take(pa.array(index)) for n in schema.names]
     rows = pa.table(every, schema.names).cast(schema)
     rejects = [r._replace(example_index=first + r.example_index) for r in packs.rejects]
     rejects += [r._replace(example_index=first + r.example_index) for r in packs.undecodable]
-    return rows, rejects_table(rejects)
+    bad = rejects_table(rejects)
+    files = paths.take(pc.subtract(bad["example_index"], first).combine_chunks())
+    return rows, bad.append_column("path", files)
 
 
 def _vectors(values: Tensor, kind: pa.DataType) -> pa.Array:
@@ -228,7 +288,9 @@ def _features(dtype: str, dim: int, *, tokens: bool) -> dict[str, Any]:
 
 
 def _schema(dataset: Dataset, columns: list[str] | None, own: dict[str, Any]) -> pa.Schema:
-    features = dataset.features
+    features = dict(dataset.features)
+    if any(_files(dataset.select(range(min(_LOOKED_AT, len(dataset)))))):
+        features.setdefault("path", Value("string"))
     chosen = columns
     if chosen is None:
         chosen = [name for name, feature in features.items() if not holds_images(feature)]
@@ -265,6 +327,9 @@ def _begin(parts: Path, record: dict[str, Any]) -> None:
     """Write what the parts are of; if there are some, check that they are of the same."""
     path = parts / _RECORD
     if not path.exists():
+        # Left of a folder whose removal was cut short: nobody knows what these are of.
+        for part in parts.glob("[0-9]*.parquet"):
+            part.unlink()
         write_json(path, record)
         return
     # Versions before there was a choice of it did not write the precision.

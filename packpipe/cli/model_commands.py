@@ -138,7 +138,9 @@ def embed(
     output: Annotated[Path, typer.Argument(dir_okay=False, help="A Parquet file.")],
     columns: Annotated[
         str | None,
-        typer.Option(help="Kept of the source, such as label,path.  [all but images]"),
+        typer.Option(
+            help="Kept of the source, such as label,path.  [all but images; of files, their path]"
+        ),
     ] = None,
     tokens: Annotated[
         bool, typer.Option("--tokens", help="The vectors of each image's tokens, in place of one.")

@@ -152,7 +152,7 @@ def test_embed_writes_the_pooled_features_of_each_image(some_broken, trained, tm
         "vectors.rejects.parquet",
     ]
     table = pq.read_table(out)
-    assert table.schema.names == ["example_index", "label", "embedding", "num_tokens"]
+    assert table.schema.names == ["example_index", "label", "path", "embedding", "num_tokens"]
     assert table.schema.field("embedding").type == pa.list_(pa.float32(), 192)
     index = [number for number in range(16) if number not in (6, 8)]
     assert table["example_index"].to_pylist() == index
@@ -169,6 +169,9 @@ def test_embed_writes_the_pooled_features_of_each_image(some_broken, trained, tm
     images = open_source(str(some_broken), "train")
     paths = [images.data["image"][number].as_py()["path"] for number in index]
     wanted = packpipe.predict(model, paths, **asked.packing.to_options())
+    assert table["path"].to_pylist() == paths
+    bad = [str(some_broken / name) for name in ("dark/6.png", "light/0.png")]
+    assert [reject["path"] for reject in rejects] == bad
     vectors = torch.tensor(table["embedding"].to_pylist())
     assert (vectors - wanted).abs().max() < 1e-5
     assert all(16 >= tokens > 0 for tokens in table["num_tokens"].to_pylist())
@@ -184,7 +187,7 @@ def test_embed_writes_the_tokens_of_each_image(some_broken, trained, tmp_path):
     assert "14 images' tokens are in" in said
     told("embed", trained, some_broken, files[1], *options)
     maps, vectors = map(pq.read_table, files)
-    names = ["example_index", "label", "tokens", "coords", "num_tokens"]
+    names = ["example_index", "label", "path", "tokens", "coords", "num_tokens"]
     assert maps.schema.names == names
     assert maps.schema.field("tokens").type == pa.list_(pa.list_(pa.float32(), 192))
     assert maps.schema.field("coords").type == pa.list_(pa.list_(pa.int16(), 2))
@@ -302,10 +305,43 @@ def test_parts_of_other_vectors_are_not_gone_on_with(shapes, trained, tmp_path, 
     (tmp_path / "v.parquet.parts" / "record.json").write_text(json.dumps(record))
     with pytest.raises(ZeroDivisionError):
         embedding.embed(trained, dataset, out)
+    # Nor is a file of them taken for that of others, when the parts were not removed.
     out.write_bytes(b"")
+    with pytest.raises(FileExistsError, match="dtype is 'float16', expected 'float32' as in v.pa"):
+        embedding.embed(trained, dataset, out, dtype="float16")
+    assert (tmp_path / "v.parquet.parts").exists()
     shutil.rmtree(tmp_path / "v.parquet.parts")
     with pytest.raises(FileExistsError, match="expected a file that is not there yet; remove it"):
         embedding.embed(trained, dataset, out)
+
+
+def test_parts_of_images_that_have_changed_are_not_gone_on_with(
+    shapes, trained, tmp_path, monkeypatch
+):
+    folder, part = shutil.copytree(shapes, tmp_path / "shapes"), embedding._part
+    dataset, out = open_source(str(folder), "train"), tmp_path / "v.parquet"
+
+    def first_alone(*arguments, **options):
+        return part(*arguments, **options) if arguments[3][0] == 0 else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "_part", first_alone)
+        with pytest.raises(ZeroDivisionError):
+            embedding.embed(trained, dataset, out, part_size=8)
+    image = folder / "dark" / "3.png"
+    before = image.stat()
+    shutil.copyfile(folder / "light" / "3.png", image)
+    os.utime(image, ns=(0, before.st_mtime_ns + 10**9))
+    message = r"image is '.*/dark/3.png, changed', expected as it was when v.parquet.parts was beg"
+    with pytest.raises(FileExistsError, match=message):
+        embedding.embed(trained, dataset, out, part_size=8)
+    # A part that is not there yet is of the images as they are now.
+    shutil.copy2(shapes / "dark" / "3.png", image)
+    shutil.copy2(shapes / "dark" / "3.png", folder / "light" / "3.png")
+    assert embedding.embed(trained, dataset, out, part_size=8) == []
+    vectors = pq.read_table(out)["embedding"].to_pylist()
+    assert len(vectors) == 16
+    assert np.allclose(vectors[11], vectors[3], atol=1e-5)
 
 
 def test_too_many_broken_images_end_it_and_are_named(some_broken, trained, tmp_path):
