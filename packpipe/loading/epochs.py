@@ -244,7 +244,7 @@ class EpochPacks:
                 planned, self._source, self.config, key, self._transform, self._masks
             )
         self._flagged.add(flags)
-        self._undecodable.add(rejects, self._tolerance)
+        self._undecodable.add(rejects, self._tolerance, self._source.file_of)
         return rows
 
     # A lock cannot be pickled: each worker process makes its own. Plans can be made again.

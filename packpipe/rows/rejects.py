@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple
@@ -152,8 +152,18 @@ class ReadFailures:
         self._rejects: dict[int, Reject] = {}
         self._lock = Lock()
 
-    def add(self, rejects: list[Reject], tolerance: Tolerance) -> None:
+    def add(
+        self,
+        rejects: list[Reject],
+        tolerance: Tolerance,
+        file_of: Callable[[int], str | None] = lambda _: None,
+    ) -> None:
         """Log and count the rejects that are new.
+
+        Args:
+            rejects: some that were met.
+            tolerance: how many there may be.
+            file_of: returns the path of an example's file, which is logged; None if it has none.
 
         Raises:
             TooManyRejects: there are more than are tolerated.
@@ -163,7 +173,10 @@ class ReadFailures:
         with self._lock:
             for reject in rejects:
                 if reject.example_index not in self._rejects:
-                    log.warning("example %d left out: %s", reject.example_index, reject.exception)
+                    file = file_of(reject.example_index)
+                    where = "" if file is None else f" ({file})"
+                    text = "example %d left out: %s%s"
+                    log.warning(text, reject.example_index, reject.exception, where)
                     self._rejects[reject.example_index] = reject
             found = list(self._rejects.values())
         tolerance.check(found)

@@ -63,6 +63,14 @@ class ImageSource:
         where = example if self._indices is None else self._indices[example]
         return image_data(self._column[int(where)], self.root)
 
+    def file_of(self, example: int) -> str | None:
+        """Return the path of a row's image, as it is written; None if the row holds the image."""
+        where = example if self._indices is None else self._indices[example]
+        value = self._column[int(where)]
+        if pa.types.is_struct(value.type) and value.is_valid and not value["bytes"].is_valid:
+            value = value["path"]
+        return str(value) if pa.types.is_string(value.type) and value.is_valid else None
+
     # `datasets` takes some 100 µs to hand out a row; Arrow's own column, some 5.
     @cached_property
     def _column(self) -> pa.ChunkedArray:

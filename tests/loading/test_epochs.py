@@ -273,6 +273,24 @@ def test_images_with_a_broken_profile_are_kept_and_logged_the_first_as_a_warning
     assert [level for level, _ in found] == ["WARNING", "INFO"]
 
 
+def test_the_file_of_an_image_that_cannot_be_decoded_is_logged(tmp_path, caplog):
+    files = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for file in files:
+        PillowImage.fromarray(
+            np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+        ).save(file)
+    with open(files[1], "r+b") as file:
+        file.truncate(1000)
+    dataset = Dataset.from_dict({"image": files}).cast_column("image", Image())
+    # As of a share that is held out, whose numbers are its own.
+    packs = EpochPacks(dataset.select([1, 2]), 32, max_bad_fraction=0.5)
+    with caplog.at_level(logging.WARNING, logger="packpipe"):
+        all_rows(packs, 0, 0)
+    (line,) = caplog.messages
+    assert line.startswith("example 0 left out: OSError: ")
+    assert line.endswith(f" ({files[1]})")
+
+
 def test_an_image_that_cannot_be_decoded_leaves_padding_and_a_log_line(truncated, caplog):
     packs = EpochPacks(truncated, 32, max_bad_fraction=0.2)
     assert packs.rejects == []
