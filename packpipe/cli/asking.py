@@ -15,6 +15,7 @@ from packpipe.cli.layouts import packs_of
 from packpipe.cli.measured import measured_packs
 from packpipe.cli.training_run import device_of_this_rank
 from packpipe.loading.loader import PackedLoader
+from packpipe.loading.stored import StoredPacks
 from packpipe.model.navit import NaViT
 from packpipe.model.precision import is_half
 from packpipe.model.predict import predict_packs
@@ -38,10 +39,11 @@ def evaluate(
     num_workers: int,
     max_bad_fraction: float,
     precision: str = "auto",
-) -> list[tuple[int | None, Measures]]:
+) -> tuple[list[tuple[int | None, Measures]], list[Reject]]:
     """Return what a trained model is worth on labelled images, by the most tokens of an image.
 
-    Of packed rows, which are measured as they are, the most tokens are None.
+    And the images whose header or label is bad. Of packed rows, which are measured as they are, the
+    most tokens are None.
 
     Args:
         run: a training's folder.
@@ -60,7 +62,7 @@ def evaluate(
         expected, remedy = "left out for packed rows", "measure on their images"
         raise ValueError(checks.sentence("budgets", budgets, expected, remedy))
     half = is_half(precision, next(model.parameters()).device)
-    found = []
+    found, rejected = [], []
     for asked in [options] if budgets is None else [options.at(budget) for budget in budgets]:
         packs = measured_packs(
             dataset,
@@ -70,10 +72,11 @@ def evaluate(
             num_workers=num_workers,
             max_bad_fraction=max_bad_fraction,
         )
+        rejected = [] if isinstance(packs, StoredPacks) else packs.rejects
         loader = PackedLoader(packs, batch_size, tail="pad", num_workers=num_workers)
         measured = measure(model, loader, LOSSES[options.loss], half=half)
         found.append((None if are_rows else asked.max_tokens, measured))
-    return found
+    return found, rejected
 
 
 class Prediction(NamedTuple):

@@ -2,8 +2,8 @@
 
 The examples are taken in parts of part_size, each planned alone and written to a file of its own in
 the folder OUTPUT.parts. A part is complete or not there, so a run that was killed goes on after the
-last one, unless an image of a part has changed. When all are there they become OUTPUT, one row group
-each, and the folder is removed.
+last one, unless an image of a part has changed. When all are there they become OUTPUT, one row
+group each, and the folder is removed.
 """
 
 from __future__ import annotations

@@ -124,6 +124,12 @@ def num_images(dataset: Dataset) -> int:
     return len(segments_of(dataset).seq_lens)
 
 
+def num_measured(dataset: Dataset, packs: Any) -> int:
+    """Return how many images of a dataset are in its packs, as far as their headers tell."""
+    rejects = [] if isinstance(packs, StoredPacks) else packs.rejects
+    return num_images(dataset) - len(rejects)
+
+
 def segments_of(rows: Dataset) -> Rows:
     """Return what rows say of their images, without labels and pixels."""
     names = ["seq_lens", "grid_hw", "image_hw", "example_index"]

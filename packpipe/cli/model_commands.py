@@ -10,7 +10,7 @@ import typer
 
 from packpipe import checks
 from packpipe.cli.errors import one_line_errors
-from packpipe.cli.open_source import naming_files, open_source
+from packpipe.cli.open_source import naming_files, open_source, say_rejected, with_files
 from packpipe.cli.options import AsJson, ImageColumn, LabelColumn, MaxBadFraction, Source, Split
 from packpipe.cli.output import plain, print_json, print_table
 
@@ -56,7 +56,7 @@ def eval_(
     found = open_source(source, split, **columns, rows=True, texts=True)
     dataset = chosen(found, **columns)
     with naming_files(dataset):
-        found = evaluate(
+        found, rejected = evaluate(
             run,
             dataset,
             asked,
@@ -65,6 +65,7 @@ def eval_(
             precision=precision,
             max_bad_fraction=max_bad_fraction,
         )
+    say_rejected(with_files(dataset, rejected))
     if as_json:
         lines = [{"max_tokens": tokens, **measured._asdict()} for tokens, measured in found]
         print_json({"run": str(run), "source": source, "budgets": lines})

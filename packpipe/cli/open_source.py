@@ -26,9 +26,12 @@ from packpipe.cli.path_tables import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from packpipe.rows.rejects import Reject
+
 # A dataset's name on the Hub: NAME or OWNER/NAME.
 _HUB_NAME = re.compile(r"[\w-]+(/[\w.-]+)?")
 _NAMED = 3  # files that an error names
+_SHOWN_REJECTS = 5
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
 
 
@@ -162,6 +165,21 @@ def naming_files(dataset: Dataset) -> Iterator[None]:
         raise TooManyRejects(
             f"{error} ({files})" if files else str(error), error.rejects
         ) from error
+
+
+def with_files(dataset: Dataset, rejects: list[Reject]) -> list[tuple[str, Reject]]:
+    """Return rejects, each with its file, or its number where the dataset holds the image."""
+    numbers = [reject.example_index for reject in rejects]
+    names = [file_of(dataset, number) or f"example {number}" for number in numbers]
+    return list(zip(names, rejects, strict=True))
+
+
+def say_rejected(rejected: list[tuple[str, Reject]]) -> None:
+    """Print the first rejects, and how many more there are, on stderr."""
+    for name, reject in rejected[:_SHOWN_REJECTS]:
+        typer.echo(plain(f"rejected {name}: {reject.exception}"), err=True)
+    if (more := len(rejected) - _SHOWN_REJECTS) > 0:
+        typer.echo(f"and {more:,} more are rejected", err=True)
 
 
 def file_of(dataset: Dataset, example: int) -> str | None:

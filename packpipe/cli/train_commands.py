@@ -10,7 +10,7 @@ import typer
 
 from packpipe import checks
 from packpipe.cli.errors import one_line_errors
-from packpipe.cli.open_source import manifest_in, naming_files, open_source
+from packpipe.cli.open_source import manifest_in, naming_files, open_source, say_rejected
 from packpipe.cli.options import (
     AsJson,
     CropArea,
@@ -26,7 +26,7 @@ from packpipe.cli.options import (
     ValueRange,
     crop_of,
 )
-from packpipe.cli.output import plain, print_json, print_table
+from packpipe.cli.output import print_json, print_table
 from packpipe.cli.validation_source import check_validates, validation_of
 
 # Options of `train` that decide how images become rows: packed rows have their own.
@@ -39,7 +39,6 @@ _OF_MEASURED_IMAGES = ("val_tokens", "max_bad_fraction")
 # Those that a trained model brings: its shape, and how images become rows for it.
 _OF_SHAPE = ("model", "position", "pooling")
 _OF_ENCODER = ("layout", "profiles", "damaged_scans", "value_range", "val_tokens")
-_SHOWN_REJECTS = 5
 
 
 @one_line_errors
@@ -327,8 +326,7 @@ def train(
     )
     with naming_files(data.labelled):
         if os.environ.get("RANK", "0") == "0":
-            for name, reject in data.rejected[:_SHOWN_REJECTS]:
-                typer.echo(plain(f"rejected {name}: {reject.exception}"), err=True)
+            say_rejected(data.rejected)
         if not dry_run:
             # Ctrl-C, and a checkpoint is saved: `one_line_errors` says so, and exits with 130.
             if not training.run(output, tensorboard=tensorboard, wandb=wandb, as_json=as_json):

@@ -10,8 +10,8 @@ from datasets import ClassLabel, Dataset
 
 from packpipe.cli.labels import classes_of, divided, labelled, num_outputs
 from packpipe.cli.layouts import EncoderLayout, Layout, packs_of
-from packpipe.cli.measured import num_images, validation_packs
-from packpipe.cli.open_source import file_of, naming_files
+from packpipe.cli.measured import num_measured, validation_packs
+from packpipe.cli.open_source import naming_files, with_files
 from packpipe.loading.epochs import EpochPacks
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows.rejects import Reject, TooManyRejects
@@ -98,10 +98,7 @@ class TrainedImages:
         """Images that are left out since header or label is bad, each with its file or number."""
         # Of a share that is held out, the numbers of a part are not those of the images.
         found = self._undivided if isinstance(self.val, float) else self.packs
-        return [
-            (file_of(self._images, one.example_index) or f"example {one.example_index}", one)
-            for one in found.rejects
-        ]
+        return with_files(self._images, found.rejects)
 
     @cached_property
     def _undivided(self) -> EpochPacks:
@@ -153,11 +150,11 @@ class TrainedImages:
         )
 
     def counts(self) -> dict[str, int]:
-        """Return how many images are trained on and validated on."""
-        held_out = (
-            {} if self.validated is None else {"validation images": num_images(self.validated)}
-        )
-        return {"images": len(self.labelled), **held_out}
+        """Return how many images are trained on and validated on, and how many are rejected."""
+        counts = {"images": len(self.labelled) - len(self.packs.rejects)}
+        if self.validated is not None:
+            counts["validation images"] = num_measured(self.validated, self.validation_packs)
+        return {**counts, "rejected images": len(self.rejected)}
 
     def epoch(self, seed: int) -> dict[str, int]:
         """Return the figures of the first epoch's plan."""

@@ -10,7 +10,13 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 
 from packpipe.cli.labels import classes_of, divided, labelled, num_outputs
-from packpipe.cli.measured import check_patches, num_images, segments_of, validation_packs
+from packpipe.cli.measured import (
+    check_patches,
+    num_images,
+    num_measured,
+    segments_of,
+    validation_packs,
+)
 from packpipe.loading.stored import StoredPacks
 from packpipe.philox import Key
 from packpipe.planning.decisions import decide
@@ -149,7 +155,7 @@ class TrainedRows:
         """Return how many images are trained on and validated on."""
         counts = {"images": num_images(self.labelled)}
         if self.validated is not None:
-            counts["validation images"] = num_images(self.validated)
+            counts["validation images"] = num_measured(self.validated, self.validation_packs)
         return counts
 
     def epoch(self, seed: int) -> dict[str, int]:  # noqa: ARG002  of all epochs alike

@@ -19,6 +19,7 @@ from datasets.utils import tqdm
 
 from packpipe import checks
 from packpipe.augmenting.augment import Augment
+from packpipe.building.shards import alone_in
 from packpipe.cli.starting import Start
 from packpipe.cli.trained_images import TrainedImages
 from packpipe.cli.trained_rows import TrainedRows
@@ -113,18 +114,31 @@ class Training:
             init=None if self.start is None else self.start.init,
         )
 
-    def _check_classes(self) -> None:
-        """Raise ValueError if there is nothing to tell apart."""
+    def _check_outputs(self) -> None:
+        """Raise ValueError if there is nothing to tell apart, or the model gives no answers."""
         classes = self.data.classes
         if classes is not None and len(classes.names) < 2:
             remedy = "add images of another class, or pass another --label-column"
             raise ValueError(checks.sentence("classes", classes.names, "two or more", remedy))
+        if self.config.pooling == "none":
+            expected = "one that gives an output an image, since labels are of images"
+            remedy = "train on masks by packpipe.train"
+            raise ValueError(checks.sentence("--pooling", "none", expected, remedy))
+
+    def _check_rows(self, rows: int) -> None:
+        """Raise ValueError if the rows of an epoch do not fill a step."""
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        if rows < self.batch_size * ranks:
+            expected = f"at least {self.batch_size * ranks}, those of a step (--batch-size x ranks)"
+            remedy = "pass a smaller --batch-size, or more images"
+            raise ValueError(checks.sentence("rows an epoch", rows, expected, remedy))
 
     def described(self) -> dict[str, int]:
         """Return the figures of the training without running it; checks every option."""
-        self._check_classes()
+        self._check_outputs()
         _ = self.drawn, self.data.validation_packs
         counts, epoch = self.data.counts(), self.data.epoch(self.seed)
+        self._check_rows(epoch["rows an epoch"])
         with torch.device("meta"):  # counts weights without making them
             parameters = sum(p.numel() for p in NaViT(self.config).parameters())
         return {
@@ -153,12 +167,14 @@ class Training:
             as_json: whether records are printed as JSON.
 
         Raises:
+            FileExistsError: another process is training into the folder.
             TypeError, ValueError: an option is wrong.
         """
         # A wrong option is an error before there is a process group.
-        self._check_classes()
+        self._check_outputs()
         _ = self.config, self.train_config, self.drawn
         _ = self.data.packs, self.data.validation_packs
+        self._check_rows(self.data.epoch(self.seed)["rows an epoch"])
         if "RANK" not in os.environ:
             return self._run(output, tensorboard, wandb, as_json)
         # In a function of its own: its model and loader must be gone when the group ends.
@@ -196,6 +212,8 @@ class Training:
             )
         )
         with ExitStack() as stack, _interrupted() as stopped:
+            if is_first:
+                stack.enter_context(alone_in(output, wait=False))
             trackers: list[Track] = []
             if is_first and tensorboard:
                 trackers.append(stack.enter_context(to_tensorboard(output / "tensorboard")))

@@ -89,6 +89,14 @@ def test_eval_gives_the_figures_of_the_answers_at_each_budget(shapes, trained):
     assert "on 16 images of" in table
 
 
+def test_eval_names_the_images_that_are_left_out(some_broken, trained):
+    result = run("eval", trained, some_broken, "--max-bad-fraction", 0.2, "--num-workers", 0)
+    assert result.exit_code == 0, result.output
+    assert "on 14 images of" in result.stdout
+    bad = some_broken / "light" / "0.png"
+    assert result.stderr == f"rejected {bad}: UnidentifiedImageError: no known image format\n"
+
+
 def test_eval_goes_by_the_names_of_classes(shapes, trained, tmp_path):
     shutil.copytree(shapes / "light", tmp_path / "half" / "light")
     shutil.copytree(shapes / "light", tmp_path / "half" / "twilight")
@@ -307,7 +315,9 @@ def test_parts_of_other_vectors_are_not_gone_on_with(shapes, trained, tmp_path, 
         embedding.embed(trained, dataset, out)
     # Nor is a file of them taken for that of others, when the parts were not removed.
     out.write_bytes(b"")
-    with pytest.raises(FileExistsError, match="dtype is 'float16', expected 'float32' as in v.pa"):
+    with pytest.raises(
+        FileExistsError, match=r"dtype is 'float16', expected 'float32' as in v\.pa"
+    ):
         embedding.embed(trained, dataset, out, dtype="float16")
     assert (tmp_path / "v.parquet.parts").exists()
     shutil.rmtree(tmp_path / "v.parquet.parts")

@@ -1,5 +1,6 @@
 """What a newcomer meets on the way to a model: each wrong source is said in a sentence."""
 
+import json
 import shutil
 
 import pytest
@@ -101,6 +102,16 @@ def test_images_that_are_left_out_are_named(val, sources, tmp_path):
     assert result.exit_code == 0, result.output
     said = f"rejected {folder / 'b' / '9.png'}: UnidentifiedImageError: no known image format\n"
     assert result.stderr == said
+    # None of those is counted as an image, and of many some are named.
+    for number in range(6):
+        (folder / "b" / f"9{number}.png").write_text("no image")
+    result = run("train", folder, tmp_path / "run", *options, "--json", "--max-bad-fraction", 0.9)
+    found = json.loads(result.stdout)
+    good = sum(len(list(each.iterdir())) for each in (sources / "ok").iterdir())
+    assert found["images"] + found.get("validation images", 0) == good
+    assert found["rejected images"] == 7
+    assert len(result.stderr.splitlines()) == 6
+    assert result.stderr.endswith("and 2 more are rejected\n")
 
 
 def test_two_images_train_and_cannot_be_divided(sources, tmp_path):

@@ -175,7 +175,8 @@ def test_rows_and_images_validate_each_other(images, packed, tmp_path):
     found = described(packed, tmp_path / "a", *options, "--val", few, "--val-tokens", 4)
     assert (found["images"], found["validation images"], found["classes"]) == (24, 16, 3)
     assert found["rows an epoch"] == len(datasets.load_from_disk(str(packed)))
-    found = described(images, tmp_path / "a", *options, "--val", packed, "--sides", 16, 24)
+    more = ["--sides", 16, 24, "--batch-size", 1]
+    found = described(images, tmp_path / "a", *options, "--val", packed, *more)
     assert (found["images"], found["validation images"]) == (24, 24)
     said = told("train", packed, tmp_path / "b", *options, "--val", few, "--steps", 1)
     assert "val accuracy" in said

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from two_ranks import launch_two_ranks
 from typer.testing import CliRunner
 
+from packpipe.building.shards import alone_in
 from packpipe.cli import training_run
 from packpipe.cli.labels import with_classes_of
 from packpipe.cli.layouts import Layout
@@ -144,6 +145,16 @@ def test_images_are_held_out_and_measured(few, validated, tmp_path):
     again = run(few, tmp_path / "again", *VALIDATED, "--json")
     lines = [json.loads(line) for line in again.stdout.splitlines()]
     assert [line["val_loss"] for line in lines] == [record["val_loss"] for record in log]
+
+
+def test_one_training_at_a_time_writes_into_a_folder(few, validated):
+    before = {path.name: path.stat().st_mtime_ns for path in validated.iterdir()}
+    with alone_in(validated, wait=False):
+        result = run(few, validated, *VALIDATED, "--steps", "6")
+    assert result.exit_code == 2
+    message = f"output is '{validated} (being written by another process)', expected a folder of"
+    assert message in result.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in validated.iterdir()} == before
 
 
 def test_it_goes_on_with_the_same_images_held_out_and_with_no_others(few, validated, tmp_path):
@@ -302,6 +313,8 @@ def test_validation_images_that_cannot_be_decoded_are_named_by_their_files(few, 
             ["--cutmix", "1", "--layout", "padded"],
             "layout is 'padded', expected 'packed' with mixup and cutmix; others put one image",
         ),
+        (["--pooling", "none"], "--pooling is 'none', expected one that gives an output an image"),
+        (["--batch-size", "99"], "expected at least 99, those of a step (--batch-size x ranks);"),
         (["--ema", "1"], "ema is 1.0, expected in (0, 1); 0.999 is usual, None is none"),
         (["--drop-path", "1"], "drop_path is 1.0, expected in [0, 1); 0.1 is usual, 0 is none"),
         (["--label-smoothing", "0.1"], "label_smoothing is 0.1, expected 0 with loss='sigmoid'"),
@@ -311,6 +324,9 @@ def test_a_wrong_option_is_said_in_a_line(options, message, few, tmp_path):
     result = run(few, tmp_path / "out", *SMALL, *QUICK, *options)
     assert result.exit_code == 2
     assert message in result.stderr
+    if options[0] in ("--pooling", "--batch-size"):  # told before, too
+        result = run(few, tmp_path / "out", *SMALL, *QUICK, *options, "--dry-run")
+        assert (result.exit_code, message in result.stderr) == (2, True)
     assert "Traceback" not in result.output
 
 
