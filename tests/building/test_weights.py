@@ -125,7 +125,7 @@ def test_a_step_has_the_loss_of_a_plain_loop(weights, class_weights):
     ("options", "message"),
     [
         ({"class_weights": "equal"}, "class_weights is 'equal', expected one of 'balanced'; 1 for"),
-        ({"class_weights": [1, -1]}, "class_weights[1] is -1, expected a finite number, 0 or mor"),
+        ({"class_weights": [1, -1]}, "class_weights[1] is -1, expected a finite number, 0 or more"),
         ({"class_weights": [1], "loss": "l1"}, "class_weights is [1], expected None with loss='l1"),
     ],
 )

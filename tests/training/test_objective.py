@@ -180,7 +180,7 @@ def test_wrong_labels_are_refused():
     labels[0, 1, 2] = 1.5
     for loss in (segment_cross_entropy, segment_sigmoid_cross_entropy):
         with pytest.raises(
-            ValueError, match=r"^a label is 1.5, expected in \[0, 1\], or NaN; choos"
+            ValueError, match=r"^a label is 1.5, expected in \[0, 1\], or NaN; choose"
         ):
             loss(outputs, labels)
         message = "labels.shape is (1, 2, 1), expected (1, 2, 3) (outputs.shape); give one number a"
