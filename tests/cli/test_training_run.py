@@ -162,7 +162,7 @@ def test_it_goes_on_with_the_same_images_held_out_and_with_no_others(few, valida
     result = run(few, folder, *VALIDATED, "--steps", "6")
     assert result.exit_code == 0, result.output
     assert [record["step"] for record in read_log(folder)] == [2, 4, 6]
-    result = run(few, folder, *VALIDATED, "--steps", "8", "--val", "0.5")
+    result = run(few, folder, *VALIDATED, "--steps", "8", "--val", "0.2")
     assert result.exit_code == 2
     assert "fingerprint of the validation images is '" in result.stderr
 

@@ -169,7 +169,7 @@ def test_a_training_with_classes_of_other_names_does_not_go_on(copy):
 
 def test_a_training_that_is_refused_leaves_the_options_as_they_were(copy):
     before = (copy / "model.json").read_bytes()
-    other = RunOptions(class_names=NAMES, packing=PackConfig())
+    other = RunOptions(class_names=NAMES, loss="softmax", packing=PackConfig())
     loader = learning.loader_of(3)
     run = train(
         learning.model_of(),

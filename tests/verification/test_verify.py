@@ -289,7 +289,9 @@ MANIFEST_HARM = {
     "lacks config": without("config"),
     "lacks counts": without("counts"),
     "schema_version is 0, expected 1": lambda found: found.update(schema_version=0),
-    "cannot be read: TypeError: .*": lambda found: found["config"].update(colour=3),
+    "cannot be read: ValueError: an option in packing is 'colour', .*": (
+        lambda found: found["config"].update(colour=3)
+    ),
     "cannot be read: ValueError: seq_len is 0, .*": lambda found: found["config"].update(seq_len=0),
     r"files is \[\], expected dict": lambda found: found.update(files=[]),
     "counts is None, expected dict": lambda found: found.update(counts=None),
