@@ -29,6 +29,11 @@ def is_half(precision: str, device: torch.device) -> bool:
     if precision == "bfloat16" and device.type == "cpu" and not has_instructions():
         expected = f"'float32' on a CPU that has none of {', '.join(_INSTRUCTIONS)}"
         raise ValueError(checks.sentence("precision", precision, expected, "it would be slower"))
+    return asks_for_half(precision, device)
+
+
+def asks_for_half(precision: str, device: torch.device) -> bool:
+    """Return whether a precision means bfloat16 on a device, be it slow there."""
     return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
 
 

@@ -74,7 +74,7 @@ def planned_images(
         plan: the plan.
         packs: the numbers of its packs, in the order of the rows.
         labels: one value an image of the plan, in the order of its arrays, or None.
-        weight: likewise.
+        weight: what each image counts in the loss; None without weights.
     """
     numbers = np.asarray(packs, np.int64)
     held = plan.offsets[numbers + 1] - plan.offsets[numbers]

@@ -160,15 +160,19 @@ def weight_column_of(features: Features, asked: str | None) -> str | None:
     """
     if asked is None:
         return None
-    if asked not in features:
-        expected = f"one of {list(features)}, or None"
-        raise ValueError(checks.sentence("weight_column", asked, expected, "check its spelling"))
+    _check_named("weight_column", asked, features)
     feature = features[asked]
     kind = feature.pa_type if isinstance(feature, Value) else pa.null()
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         name, remedy = f"features[{asked!r}]", "cast_column it to Value('float32')"
         raise ValueError(checks.sentence(name, feature, "a number an image", remedy))
     return asked
+
+
+def _check_named(what: str, asked: str, features: Features) -> None:
+    if asked not in features:
+        expected = f"one of {list(features)}, or None"
+        raise ValueError(checks.sentence(what, asked, expected, "check its spelling"))
 
 
 def target_rules_of(
@@ -198,9 +202,7 @@ def mask_column_of(features: Features, asked: str | None) -> str | None:
     """
     if asked is None:
         return None
-    if asked not in features:
-        expected = f"one of {list(features)}, or None"
-        raise ValueError(checks.sentence("mask_column", asked, expected, "check its spelling"))
+    _check_named("mask_column", asked, features)
     if not holds_images(features[asked]):
         name = f"features[{asked!r}]"
         expected = "Image(), Value('binary') or arrays of bool, uint8 or uint16"

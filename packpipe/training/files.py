@@ -28,9 +28,9 @@ class Files:
         folder: a local one, or None.
         model: what is trained.
         optimizer: its state is saved, too.
-        loader: likewise.
+        loader: of the batches; its place is saved, too.
         config: says how many checkpoints are kept.
-        validator: likewise; None without validation.
+        validator: what it knows of the best steps is saved, too; None without validation.
         averaged: the averaged weights; None without any.
         run_options: what model.json says; None writes none.
     """

@@ -28,6 +28,7 @@ from packpipe.model.attention import check_backend
 from packpipe.model.config import NaViTConfig
 from packpipe.model.flops import matrix_rate
 from packpipe.model.navit import NaViT, compile_parts
+from packpipe.model.precision import asks_for_half
 from packpipe.philox import Key
 from packpipe.training.averages import average, copy_of, kept_share
 from packpipe.training.drop_path import drawn_paths
@@ -97,7 +98,7 @@ def train(
         RuntimeError: the attention backend differs from reference attention on this device.
     """
     device = next(model.parameters()).device
-    half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    half = asks_for_half(config.precision, device)
     folder = None if folder is None else checks.local_path("folder", folder)
     if has_group() and device.type == "cuda":
         torch.cuda.set_device(device)  # ranks compare what they have through the current GPU

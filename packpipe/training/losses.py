@@ -211,10 +211,10 @@ def counted(
 
     Args:
         loss: one of `LOSSES`.
-        labels: those of the loss.
-        partners: likewise.
-        weights: likewise.
-        class_weights: likewise.
+        labels: int64[B, S], -100 for none; or float[B, S, K], NaN for none.
+        partners: of mixed images, see `Partners`.
+        weights: float[B, S], of each image; None is 1 for all.
+        class_weights: float[K], of the images of each class; None is 1 for all.
     """
     if labels.is_floating_point():
         missing = labels.isnan()

@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from packpipe import checks
+from packpipe.model.precision import PRECISIONS
 from packpipe.training.checkpoints import KEPT
 from packpipe.training.drop_path import check_drop_path
 from packpipe.training.losses import LOSSES, check_label_smoothing
-
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
