@@ -35,8 +35,8 @@ from packpipe.rows import schema
 from packpipe.rows.fill_ahead import filled_ahead
 from packpipe.rows.fill_images import Masks, planned_images
 from packpipe.rows.rejects import Reject
-from packpipe.sources.columns import ImageColumns, target_rules_of
 from packpipe.sources.features import packed_features
+from packpipe.sources.image_columns import ImageColumns, target_rules_of
 from packpipe.sources.image_source import ImageSource
 from packpipe.sources.labels import Labels, Weights, labels_of, weights_of
 from packpipe.sources.lazy_rows import LazyRows

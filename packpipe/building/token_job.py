@@ -22,8 +22,8 @@ from packpipe.planning.token_config import TokenConfig
 from packpipe.planning.token_plan import TokenPlan, accompanying, plan_tokens
 from packpipe.rows.fill_tokens import Buffers, packed_table
 from packpipe.rows.rejects import ASKED, Reject
-from packpipe.sources.columns import TokenColumns, bools_of
 from packpipe.sources.features import token_features
+from packpipe.sources.token_columns import TokenColumns, bools_of
 from packpipe.sources.token_source import TokenSource, token_source, usable
 
 # Of the columns of token rows; the manifest names it.

@@ -27,7 +27,7 @@ from packpipe.model.config import NaViTConfig
 from packpipe.model.flops import matrix_rate
 from packpipe.model.navit import NaViT
 from packpipe.packing.quality import Quality
-from packpipe.sources.columns import label_column_of
+from packpipe.sources.image_columns import label_column_of
 from packpipe.training.figures import Record
 from packpipe.training.loop import train
 

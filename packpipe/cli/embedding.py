@@ -41,7 +41,7 @@ from packpipe.model.predict import predict_packs
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows.rejects import Reject, Tolerance
 from packpipe.rows.schema import REJECTS, rejects_table
-from packpipe.sources.columns import holds_images
+from packpipe.sources.kinds import holds_images
 
 DTYPES = ("float32", "float16")
 # Examples a part. Vectors of all tokens take some hundred times the memory of one an image.

@@ -17,7 +17,8 @@ from packpipe import checks
 from packpipe.planning.held_out import held_out
 from packpipe.rows.labels import label_values
 from packpipe.rows.schema import holds_rows
-from packpipe.sources.columns import holds_images, image_column_of, is_text, label_column_of
+from packpipe.sources.image_columns import image_column_of, label_column_of
+from packpipe.sources.kinds import holds_images, is_text
 from packpipe.sources.labels import labels_of
 from packpipe.training.losses import LOSSES
 from packpipe.training.objective import is_regression

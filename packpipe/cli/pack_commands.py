@@ -95,7 +95,7 @@ def pack(
     Every example is in exactly one row, or in the rejects with its reason.
     """
     import packpipe
-    from packpipe.sources.columns import is_text
+    from packpipe.sources.kinds import is_text
 
     checks.local_path("OUTPUT", output)
     options = _given(

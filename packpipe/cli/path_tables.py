@@ -91,7 +91,7 @@ def path_column_of(
     Raises:
         ValueError: several look so.
     """
-    from packpipe.sources.columns import holds_images, holds_numbers, is_text
+    from packpipe.sources.kinds import holds_images, holds_numbers, is_text
 
     texts = [name for name, feature in features.items() if is_text(feature)]
     if asked != "auto":
@@ -181,7 +181,7 @@ def _with_labels(rows: Dataset, column: str, *, stripped: bool, texts: bool) -> 
     import datasets
     import pyarrow as pa
 
-    from packpipe.sources.columns import is_text
+    from packpipe.sources.kinds import is_text
 
     feature = rows.features[column]
     dtype = feature.pa_type if isinstance(feature, datasets.Value) else None

@@ -33,7 +33,7 @@ from packpipe.plots import (
     plot_segments,
     plot_sizes,
 )
-from packpipe.sources.columns import image_column_of
+from packpipe.sources.image_columns import image_column_of
 from packpipe.sources.image_source import ImageSource
 
 _SHOWN_ROWS, _SHOWN_REJECTS = 4, 20

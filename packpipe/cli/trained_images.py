@@ -15,7 +15,7 @@ from packpipe.cli.open_source import naming_files, with_files
 from packpipe.loading.epochs import EpochPacks
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows.rejects import Reject, TooManyRejects
-from packpipe.sources.columns import label_column_of
+from packpipe.sources.image_columns import label_column_of
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from packpipe.rows.digests import hexdigest, labels_digest
 from packpipe.rows.fill_images import Masks, fill_rows, planned_images
 from packpipe.rows.rejects import Flagged, ReadFailures, Reject, tolerance_of
 from packpipe.rows.rows import Rows
-from packpipe.sources.columns import (
-    check_dataset,
+from packpipe.sources.columns import check_dataset
+from packpipe.sources.image_columns import (
     check_labels,
     image_column_of,
     label_column_of,

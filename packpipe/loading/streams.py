@@ -38,8 +38,9 @@ from packpipe.rows.fill_images import fill_rows, with_boxes
 from packpipe.rows.labels import as_arrow
 from packpipe.rows.rejects import NAMED, Flagged, Reject, StreamReadFailures, Tally, tolerance_of
 from packpipe.rows.rows import Rows
-from packpipe.sources.columns import check_labels, image_column_of, label_column_of, pixel_type
+from packpipe.sources.image_columns import check_labels, image_column_of, label_column_of
 from packpipe.sources.image_source import checked_root, image_at
+from packpipe.sources.kinds import pixel_type
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from packpipe.images.masks import TargetRules
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.token_config import TokenConfig
 from packpipe.rows import schema
-from packpipe.sources.columns import TokenColumns, value_type
+from packpipe.sources.token_columns import TokenColumns, value_type
 
 
 def packed_features(

@@ -21,7 +21,7 @@ from packpipe.rows.copy import copy_tokens, kept_runs
 from packpipe.rows.fill_tokens import TokenColumn
 from packpipe.rows.rejects import EMPTY, Reject
 from packpipe.rows.text import as_bytes, from_bytes, is_text, joined
-from packpipe.sources.columns import TokenColumns
+from packpipe.sources.token_columns import TokenColumns
 
 
 @dataclass(frozen=True, eq=False)

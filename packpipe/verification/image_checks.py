@@ -22,7 +22,8 @@ from packpipe.rows import schema
 from packpipe.rows.fill_images import planned_images, planned_tokens, token_columns
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
-from packpipe.sources.columns import TokenColumns, holds_numbers
+from packpipe.sources.kinds import holds_numbers
+from packpipe.sources.token_columns import TokenColumns
 from packpipe.sources.token_source import token_source
 from packpipe.verification.image_comparison import ImageComparison
 from packpipe.verification.problems import FoundRows, Problem

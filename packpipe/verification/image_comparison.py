@@ -28,11 +28,12 @@ from packpipe.rows.fill_images import Masks, planned_tokens, row_tasks, with_box
 from packpipe.rows.rejects import Reject, one_each
 from packpipe.rows.rows import Rows
 from packpipe.rows.text import wide
-from packpipe.sources.columns import TokenColumns, holds_images, holds_labels, holds_numbers
 from packpipe.sources.image_source import ImageSource
+from packpipe.sources.kinds import holds_images, holds_labels, holds_numbers
 from packpipe.sources.labels import labels_of, weights_of
 from packpipe.sources.sizes import column_sizes
 from packpipe.sources.survey import Sizes, probe_sizes, survey
+from packpipe.sources.token_columns import TokenColumns
 from packpipe.sources.token_source import token_source
 from packpipe.verification.problems import FoundRows, Problem, named
 from packpipe.verification.reject_checks import depth_of, reject_problems

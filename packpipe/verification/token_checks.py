@@ -19,7 +19,8 @@ from packpipe.rows.fill_tokens import fill_tokens, padding_of, planned_pieces, t
 from packpipe.rows.rejects import ASKED, Reject
 from packpipe.rows.rows import NO_LABEL, Rows
 from packpipe.rows.schema import table_segments, token_schema
-from packpipe.sources.columns import TokenColumns, bools_of, holds_numbers, value_type
+from packpipe.sources.kinds import holds_numbers
+from packpipe.sources.token_columns import TokenColumns, bools_of, value_type
 from packpipe.sources.token_source import TokenSource, token_source
 from packpipe.verification.problems import FoundRows, Problem, named
 from packpipe.verification.reject_checks import depth_of, reject_problems

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import packpipe
 from packpipe.rows.rejects import TooManyRejects
-from packpipe.sources.columns import TokenColumns
+from packpipe.sources.token_columns import TokenColumns
 from packpipe.sources.token_source import token_source
 
 KINDS = ("int8", "int64", "bool", "float64")
