@@ -118,7 +118,7 @@ def alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
     except Timeout:
         if not wait:
             expected = "a folder of its own"
-            remedy = "wait for it, or leave output out: processes that share the cache wait"
+            remedy = "wait for it, or write into another"
             value = f"{folder} (being written by another process)"
             raise FileExistsError(checks.sentence("output", value, expected, remedy)) from None
         log.warning("waiting for the process that is writing %s", folder)

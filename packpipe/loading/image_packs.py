@@ -110,10 +110,11 @@ def check_whole(config: PackConfig) -> None:
 def _given(images: Any) -> list[ImageData]:
     """Return images in the forms that they are decoded from."""
     if isinstance(images, np.ndarray):
-        # Rows of one image would pass for small grey ones.
-        if images.ndim == 3 and images.shape[2] in (3, 4):
-            found, expected = list(images.shape), "a list of arrays"
-            raise ValueError(checks.sentence("images.shape", found, expected, "pass [image]"))
+        # Rows, or channels, of one image would pass for grey ones.
+        if images.ndim == 3 and {images.shape[0], images.shape[2]} & {3, 4}:
+            found, expected = list(images.shape), "a list of arrays, channels last"
+            remedy = "pass [image], or list(images) if they are grey ones"
+            raise ValueError(checks.sentence("images.shape", found, expected, remedy))
     elif (alone := given(images)) is not None:
         return [alone]
     found = []

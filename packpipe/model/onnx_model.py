@@ -48,11 +48,17 @@ class OnnxModel:
         self, file: Path | str | bytes, *, providers: Sequence[str] = ("CPUExecutionProvider",)
     ) -> None:
         import onnxruntime
+        from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, InvalidProtobuf
 
         if not isinstance(file, bytes) and not Path(file).is_file():
             raise FileNotFoundError(f"{file} is no file; write one with packpipe export")
         source = file if isinstance(file, bytes) else str(file)
-        self._session = onnxruntime.InferenceSession(source, providers=list(providers))
+        try:
+            self._session = onnxruntime.InferenceSession(source, providers=list(providers))
+        except (InvalidArgument, InvalidProtobuf) as error:
+            what = f"{len(file)} bytes" if isinstance(file, bytes) else str(file)
+            expected, remedy = "an ONNX model", "write one with packpipe export"
+            raise ValueError(checks.sentence("file", what, expected, remedy)) from error
         told = self._session.get_modelmeta().custom_metadata_map.get(METADATA)
         about = json.loads(told) if told else {}
         if about.get("version") != VERSION:

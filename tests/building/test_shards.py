@@ -429,7 +429,7 @@ def test_a_second_build_is_refused_while_another_process_is_at_it(
     folder = tmp_path / "out"
     message = (
         f"output is '{folder} (being written by another process)', expected a folder of its own; "
-        "wait for it, or leave output out: processes that share the cache wait"
+        "wait for it, or write into another"
     )
     with under_way(saved, folder, step):
         assert bool(committed(folder)) == (step > 200)

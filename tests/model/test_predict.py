@@ -105,9 +105,10 @@ def test_what_is_no_image_is_named():
     message = "type(images[1]) is 'int', expected bytes, a path or pixels; pass one image after"
     with pytest.raises(ValueError, match=re.escape(message)):
         predict(model_of(), [FILES[0], 3])
-    message = "images.shape is [48, 16, 3], expected a list of arrays; pass [image]"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        predict(model_of(), np.zeros((48, 16, 3), np.uint8))
+    for shape in ([48, 16, 3], [3, 48, 16]):
+        message = f"images.shape is {shape}, expected a list of arrays, channels last; pass [image]"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            predict(model_of(), np.zeros(shape, np.uint8))
     assert predict(model_of(), np.zeros((2, 48, 16, 3), np.uint8)).shape == (2, 4)
 
 

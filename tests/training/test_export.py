@@ -286,6 +286,12 @@ def test_files_of_others_and_of_later_versions_are_refused(said, tmp_path):
         OnnxModel(changed(said[1], version=2))
     with pytest.raises(FileNotFoundError, match="is no file; write one with packpipe export"):
         OnnxModel(tmp_path / "missing.onnx")
+    (tmp_path / "junk.onnx").write_bytes(b"junk")
+    junk = re.escape(f"file is '{tmp_path / 'junk.onnx'}', expected an ONNX model; write one with")
+    with pytest.raises(ValueError, match=junk):
+        OnnxModel(tmp_path / "junk.onnx")
+    with pytest.raises(ValueError, match="file is '0 bytes', expected an ONNX model; write one"):
+        OnnxModel(b"")
 
 
 def test_what_the_file_cannot_answer_is_refused(said):
