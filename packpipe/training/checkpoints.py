@@ -286,7 +286,11 @@ def load_checkpoint(
         raise ValueError(checks.sentence("validate", None, expected, "pass them again"))
     if validation and validator:
         validator.load_state_dict(validation)
-    loader.load_state_dict(state["loader"])
+    try:
+        loader.load_state_dict(state["loader"])
+    except (TypeError, ValueError) as error:
+        said = f"{found.name} is of a training on other batches: {error}; or give another folder"
+        raise type(error)(said) from error
     weights, trained = load_file(found / _MODEL), {}
     if averaged is not None:
         averaged.load_state_dict(weights)

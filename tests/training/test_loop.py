@@ -483,8 +483,9 @@ TOLD = {
     "a later epoch": f"epoch is 1 (rank 0), 2 (rank 1), expected {SAME}",
     "no plan": "error is None (rank 0), 'OSError: the sizes of epoch 0 are gone' (rank 1), "
     f"expected {NONE}",
-    "a refused state": "error is None (rank 0), \"ValueError: state['fingerprint'] is '*', "
-    f"expected '*'; the packs are others: *\" (rank 1), expected {NONE}",
+    "a refused state": 'error is None (rank 0), "ValueError: step-* is of a training on '
+    "other batches: state['fingerprint'] is '*', "
+    f"expected '*'; the packs are others: *; or give another folder\" (rank 1), expected {NONE}",
     "a lacking checkpoint": f"step is 2 (rank 0), 0 (rank 1), expected {SAME}",
     "a damaged checkpoint": f"error is None (rank 0), * (rank 1), expected {NONE}",
     "validation": f"validates is True (rank 0), False (rank 1), expected {SAME}",
