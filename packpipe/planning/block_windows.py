@@ -13,6 +13,7 @@ is given once more (`packpipe.packing.windows`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -112,5 +113,5 @@ def joined(plans: Sequence[EpochPlan]) -> EpochPlan:
     )
 
 
-def _one(arrays: Iterable[NDArray[np.generic]]) -> NDArray[np.generic]:
+def _one(arrays: Iterable[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate(list(arrays))
