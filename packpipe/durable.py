@@ -57,7 +57,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return a value as JSON, as files have it."""
+    return json.dumps(value, indent=2) + "\n"
 
 
 def write_shared(path: Path, write: Callable[[BinaryIO], None]) -> None:
