@@ -54,7 +54,7 @@ class Build:
 
     def cache_folder(self) -> Path:
         """Return this build's own folder in the `datasets` cache."""
-        return Path(datasets.config.HF_DATASETS_CACHE) / "packpipe" / self._digest()[:32]
+        return cache_folder_of(self._digest())
 
     def is_at(self, folder: Path) -> bool:
         """Return whether this build is complete in folder; raise if it holds anything else."""
@@ -198,6 +198,11 @@ class Build:
         share = fill(counts["tokens"], len(planned.plan), planned.plan.config.seq_len)
         # The manifest comes last: complete means that all other files are written.
         shards.finish(record, counts=counts, fill=share, **planned.facts(rejects))
+
+
+def cache_folder_of(digest: str) -> Path:
+    """Return the folder in the `datasets` cache for the rows of a record, by its digest."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "packpipe" / digest[:32]
 
 
 def stored_rows(folder: Path) -> Dataset:

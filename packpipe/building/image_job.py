@@ -49,6 +49,13 @@ IMAGE_SECONDS = 60.0
 _CODECS = ("jpg", "libjpeg_turbo", "webp", "zlib", "zlib_ng", "libtiff", "jpg_2000", "avif")
 
 
+def checked_resources(num_workers: Any, image_seconds: Any) -> tuple[int, float]:
+    """Return how many processes decode, and the processor time of an image, checked."""
+    remedy = "0 decodes in this process"
+    number = checks.whole_number("num_workers", num_workers, 0, 1024, remedy)
+    return number, checks.positive_number("image_seconds", image_seconds, "60 is usual")
+
+
 @dataclass(frozen=True, eq=False)
 class PairedTexts:
     """The texts that `pack_pairs` packs beside the images, in rows of their own.

@@ -26,6 +26,8 @@ from packpipe.planning.plan import plan_epoch
 
 # Packs of a window have numbers of their own; no window has as many.
 _MOST_PACKS = 2**32
+# Of a manifest, which may come from anywhere: a gigabyte of numbers.
+_MOST_BLOCKS = 2**27
 
 
 def block_windows(block_rows: ArrayLike, window_rows: int, key: Key) -> list[NDArray[np.int64]]:
@@ -62,6 +64,50 @@ def block_windows(block_rows: ArrayLike, window_rows: int, key: Key) -> list[NDA
     by_window = np.argsort(window, kind="stable")
     starts = np.flatnonzero(np.diff(window[by_window])) + 1
     return [np.sort(blocks) for blocks in np.split(order[by_window], starts)]
+
+
+def runs_of(block_rows: ArrayLike) -> list[list[int]]:
+    """Return [rows, how many blocks in a row have as many] of blocks, as records have them.
+
+    >>> runs_of([64, 64, 64, 7])
+    [[64, 3], [7, 1]]
+    """
+    rows = np.asarray(block_rows, np.int64)
+    starts = np.flatnonzero(np.r_[len(rows) > 0, np.diff(rows) != 0]) if len(rows) else rows
+    times = np.diff(np.r_[starts, len(rows)])
+    return [list(run) for run in zip(rows[starts].tolist(), times.tolist(), strict=True)]
+
+
+def block_rows_of(runs: ArrayLike) -> NDArray[np.int64]:
+    """Return int64[blocks], the rows of the blocks that `runs_of` has counted.
+
+    Raises:
+        ValueError: they are no such counts, or of more than 2**27 blocks.
+
+    >>> block_rows_of([[64, 3], [7, 1]])
+    array([64, 64, 64,  7])
+    """
+    rows, times = np.asarray(runs, np.int64).reshape(-1, 2).T
+    if (rows < 0).any() or (times < 1).any() or float(times.astype(float).sum()) > _MOST_BLOCKS:
+        remedy = "they were changed since they were written"
+        raise ValueError(checks.sentence("blocks", runs, "pairs of (rows, times)", remedy))
+    return np.repeat(rows, times)
+
+
+def windows_of(
+    examples: NDArray[np.int64], block_rows: NDArray[np.int64], windows: list[NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """Return int64[examples], the window that each row of the source is in.
+
+    Args:
+        examples: int64[examples], numbers of rows.
+        block_rows: int64[blocks], rows of each block.
+        windows: the blocks of each window, as `block_windows` returns them.
+    """
+    window = np.empty(len(block_rows), np.int64)
+    for number, blocks in enumerate(windows):
+        window[blocks] = number
+    return window[np.searchsorted(np.cumsum(block_rows), examples, side="right")]
 
 
 def first_pack(window: int) -> int:

@@ -54,6 +54,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "bool_columns": (list,),
     "mask_column": (str,),
     "longest": (int,),
+    "windows": (dict,),
 }
 _NAMES = ("size_columns", "token_columns", "value_columns", "bool_columns")
 
