@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from packpipe.planning.token_config import TokenConfig as TokenConfig
     from packpipe.planning.token_plan import plan_tokens as plan_tokens
     from packpipe.planning.views import View as View
+    from packpipe.sources.image_files import ImageFiles as ImageFiles
     from packpipe.training.export import export_onnx as export_onnx
     from packpipe.training.run_folder import load_model as load_model
     from packpipe.verification.verify import verify as verify
@@ -80,6 +81,7 @@ _HOMES = {
     "EpochPlan": "planning.epoch_plan",
     "FixedCrop": "planning.crops",
     "HistogramPlan": "packing.histogram",
+    "ImageFiles": "sources.image_files",
     "NaViT": "model.navit",
     "NaViTConfig": "model.config",
     "OnlinePacker": "packing.online",

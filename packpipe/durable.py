@@ -26,7 +26,11 @@ def partial_of(path: Path) -> Path:
 
 def commit(path: Path) -> None:
     """Rename a finished file to its own name; its bytes and its name are then on the disk."""
-    partial = partial_of(path)
+    commit_as(partial_of(path), path)
+
+
+def commit_as(partial: Path, path: Path) -> None:
+    """Rename a finished file, in its folder; its bytes and its name are then on the disk."""
     # Synced before it is renamed: a power failure could otherwise keep the name and lose the bytes.
     # The writer has closed the file; fsync syncs a file through any of its descriptors.
     sync(partial)
@@ -53,7 +57,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return a value as JSON, as files have it."""
+    return json.dumps(value, indent=2) + "\n"
 
 
 def write_shared(path: Path, write: Callable[[BinaryIO], None]) -> None:

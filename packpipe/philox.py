@@ -58,6 +58,8 @@ MIX_CORNER = (59, 60)  # down, across
 TRANSFORM = 64
 # Of training.
 DROP_PATH = 72
+# Of sources in blocks.
+BLOCK_ORDER = 80
 
 
 class Key(NamedTuple):

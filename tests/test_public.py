@@ -20,6 +20,7 @@ PUBLIC = [
     "EpochPlan",
     "FixedCrop",
     "HistogramPlan",
+    "ImageFiles",
     "NaViT",
     "NaViTConfig",
     "OnlinePacker",

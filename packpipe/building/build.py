@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features
-from numpy.typing import NDArray
 
 from packpipe import durable
 from packpipe.building.job import FilledRows, Job, PlannedRows
@@ -44,8 +42,8 @@ from packpipe.rows.rejects import Reject, Tolerance, one_each
 
 log = logging.getLogger(__name__)
 
-# `datasets.load_from_disk` opens a folder by this file and dataset_info.json.
-STATE = "state.json"
+# `datasets.load_from_disk` opens a folder by these files.
+STATE, INFO = "state.json", "dataset_info.json"
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Build:
 
     def cache_folder(self) -> Path:
         """Return this build's own folder in the `datasets` cache."""
-        return Path(datasets.config.HF_DATASETS_CACHE) / "packpipe" / self._digest()[:32]
+        return cache_folder_of(self._digest())
 
     def is_at(self, folder: Path) -> bool:
         """Return whether this build is complete in folder; raise if it holds anything else."""
@@ -97,11 +95,7 @@ class Build:
 
     def open(self, folder: Path, on_error: str) -> Dataset:
         """Return the dataset in a complete folder; on_error is for rows computed when read."""
-        names = data_files(read_manifest(folder))
-        stored = datasets.concatenate_datasets(
-            [Dataset.from_file(str(folder / name)) for name in names]
-        )
-        return self.job.opened(stored, on_error)
+        return self.job.opened(stored_rows(folder), on_error)
 
     def _digest(self) -> str:
         return digest_of(self.job.record())
@@ -110,10 +104,8 @@ class Build:
         job = self.job
         planned = job.plan()
         num_packs = len(planned.plan)
-        # Shards depend on the plan and the size of rows alone, so that a build that is started
-        # again has the same ones. At least one, so that an empty dataset has its columns too.
-        sizes = planned.cut_size + planned.text_sizes
-        packs = _cut(range(num_packs), sizes, files.FILE_BYTES) or [range(0)]
+        # At least one, so that an empty dataset has its columns too.
+        packs = planned.cut(range(num_packs), files.FILE_BYTES) or [range(0)]
         with naming_full_disks(folder):
             rows = [len(some) for some in packs]
             shards = Shards(folder, job.record(), planned.plan.fingerprint, rows)
@@ -150,7 +142,7 @@ class Build:
 
         with bar, naming_full_disks(folder):
             batches = {
-                number: _cut(some, sizes, files.BATCH_BYTES) for number, some in missing.items()
+                number: planned.cut(some, files.BATCH_BYTES) for number, some in missing.items()
             }
             # One generator fills all shards: worker processes go on past the end of a shard.
             # Closed also after an error, which ends those processes.
@@ -197,22 +189,26 @@ class Build:
         flags: Counter[str],
         shards: Shards,
     ) -> None:
-        durable.write_text(folder / "dataset_info.json", json.dumps(_info(self.job.features)))
+        durable.write_text(folder / INFO, info_of(self.job.features))
         durable.write_json(folder / STATE, state_of(shards.names, self._digest()))
         # Sorted, so that the bytes do not depend on the order in which images failed.
         absent = one_each(rejects)
         record = files.write_table(folder / REJECTS, schema.REJECTS, [schema.rejects_table(absent)])
-        num_examples = self.job.num_examples
-        counts: dict[str, Any] = {
-            "read": num_examples,
-            "packed": num_examples - len(absent),
-            "rejected": len(absent),
-            "rejected_by_reason": dict(sorted(Counter(r.reason for r in absent).items())),
-            **planned.counts(rejects, flags),
-        }
+        counts = counts_of(self.job.num_examples, absent, planned.counts(rejects, flags))
         share = fill(counts["tokens"], len(planned.plan), planned.plan.config.seq_len)
         # The manifest comes last: complete means that all other files are written.
         shards.finish(record, counts=counts, fill=share, **planned.facts(rejects))
+
+
+def cache_folder_of(digest: str) -> Path:
+    """Return the folder in the `datasets` cache for the rows of a record, by its digest."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "packpipe" / digest[:32]
+
+
+def stored_rows(folder: Path) -> Dataset:
+    """Return the rows in the files of a complete folder, mapped into memory."""
+    names = data_files(read_manifest(folder))
+    return datasets.concatenate_datasets([Dataset.from_file(str(folder / name)) for name in names])
 
 
 def read_rejects(folder: Path) -> list[Reject]:
@@ -221,23 +217,28 @@ def read_rejects(folder: Path) -> list[Reject]:
     return [Reject(**row) for row in stored]
 
 
-def _cut(packs: range, sizes: NDArray[np.int64], most: int) -> list[range]:
-    """Return consecutive ranges of at most so many bytes, or of one pack; none without packs."""
-    ends = np.cumsum(sizes[packs.start : packs.stop])
-    cut: list[range] = []
-    start, before = 0, 0
-    while start < len(packs):
-        stop = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
-        cut.append(packs[start:stop])
-        start, before = stop, int(ends[stop - 1])
-    return cut
+def counts_of(num_examples: int, absent: list[Reject], of_plan: dict[str, int]) -> dict[str, Any]:
+    """Return the counts of a manifest.
+
+    Args:
+        num_examples: of the source.
+        absent: one reject of each example that is in no row.
+        of_plan: what `PlannedRows.counts` says.
+    """
+    return {
+        "read": num_examples,
+        "packed": num_examples - len(absent),
+        "rejected": len(absent),
+        "rejected_by_reason": dict(sorted(Counter(r.reason for r in absent).items())),
+        **of_plan,
+    }
 
 
-def _info(features: Features) -> dict[str, Any]:
+def info_of(features: Features) -> str:
     """Return what `datasets` keeps in the dataset_info.json of a saved dataset."""
     # `DatasetInfo` writes these, too, but in place: a power failure would leave an empty file.
     texts = dict.fromkeys(("description", "citation", "homepage", "license"), "")
-    return {**texts, "features": features.to_dict()}
+    return json.dumps({**texts, "features": features.to_dict()})
 
 
 def state_of(names: list[str], digest: str) -> dict[str, Any]:

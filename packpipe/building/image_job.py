@@ -49,6 +49,13 @@ IMAGE_SECONDS = 60.0
 _CODECS = ("jpg", "libjpeg_turbo", "webp", "zlib", "zlib_ng", "libtiff", "jpg_2000", "avif")
 
 
+def checked_resources(num_workers: Any, image_seconds: Any) -> tuple[int, float]:
+    """Return how many processes decode, and the processor time of an image, checked."""
+    remedy = "0 decodes in this process"
+    number = checks.whole_number("num_workers", num_workers, 0, 1024, remedy)
+    return number, checks.positive_number("image_seconds", image_seconds, "60 is usual")
+
+
 @dataclass(frozen=True, eq=False)
 class PairedTexts:
     """The texts that `pack_pairs` packs beside the images, in rows of their own.
@@ -120,6 +127,13 @@ class Images:
         rows = self.dataset.select_columns([self.columns.mask]).with_format("arrow")
         return Masks(ImageSource(rows, self.columns.root), rules)
 
+    def check_pillow(self) -> None:
+        """Raise if Pillow, as it is set here, would take other images than a build does."""
+        check_limit(self.config.max_pixels)
+        # Worker processes do not inherit what a script has set in Pillow.
+        if self.materialize and self.num_workers == 0:
+            check_settings()
+
     @property
     def label(self) -> Any:
         """Feature of the stored labels, or None."""
@@ -146,10 +160,7 @@ def image_job(images: Images) -> Job:
     @cache
     def plan() -> PlannedRows:
         config = images.config
-        check_limit(config.max_pixels)
-        # Worker processes do not inherit what a script has set in Pillow.
-        if images.materialize and images.num_workers == 0:
-            check_settings()
+        images.check_pillow()
         with ThreadPoolExecutor(max(1, images.num_workers)) as executor:
             sizes = sizes_of(
                 images.dataset,
@@ -170,7 +181,7 @@ def image_job(images: Images) -> Job:
         return rows.with_transform(lazily)
 
     return Job(
-        record=cache(partial(_record, images)),
+        record=cache(partial(record_of_images, images)),
         features=images.features,
         num_examples=len(images.dataset),
         plan=plan,
@@ -179,7 +190,10 @@ def image_job(images: Images) -> Job:
 
 
 def plan_images(
-    images: Images, sizes: Sizes, numbers: NDArray[np.int64] | None = None
+    images: Images,
+    sizes: Sizes,
+    numbers: NDArray[np.int64] | None = None,
+    first_pack: int = 0,
 ) -> PlannedRows:
     """Return the planned rows of images, not filled yet.
 
@@ -188,6 +202,7 @@ def plan_images(
         sizes: the sizes of all its images.
         numbers: int64[examples], the ``example_index`` of each, by which its random choices are
             drawn, for a dataset that is a part of another one; None numbers from 0.
+        first_pack: number of the first pack, by which the order of packs is drawn.
     """
     config, texts = images.config, images.texts
     values = [values for values in (images.labels, images.weights) if values is not None]
@@ -205,7 +220,14 @@ def plan_images(
         read = _by_number(images.source, index, found.index)
         if masks is not None:
             masks = masks._replace(read=_by_number(masks.read, index, found.index))
-    plan = plan_epoch(found.image_hw, config, **images.key._asdict(), index=index, also=also)
+    plan = plan_epoch(
+        found.image_hw,
+        config,
+        **images.key._asdict(),
+        index=index,
+        also=also,
+        first_pack=first_pack,
+    )
     labels = None if images.labels is None else images.labels.values.take(pa.array(found.index))
     weight = None if images.weights is None else images.weights.values[found.index]
     # Beside the patches, 8 bytes a token: an int32 of segment_ids and two int16 of coords.
@@ -322,7 +344,7 @@ def _mask_record(images: Images) -> dict[str, Any]:
     }
 
 
-def _record(images: Images) -> dict[str, Any]:
+def record_of_images(images: Images) -> dict[str, Any]:
     """Return everything the bytes of the folder depend on."""
     # Not num_workers, which changes no row; nor the limits on rejects, which every call checks for
     # itself.

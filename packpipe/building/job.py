@@ -65,6 +65,14 @@ class PlannedRows:
         """Return how many examples, or pieces of them, are in some packs."""
         return int(self.plan.offsets[packs.stop] - self.plan.offsets[packs.start])
 
+    def cut(self, packs: range, most: int) -> list[range]:
+        """Return consecutive ranges of packs of at most so many bytes, or of one pack.
+
+        They depend on the plan and the size of rows alone, so that a build that is started again
+        has the same ones. None without packs.
+        """
+        return cut_packs(packs, self.cut_size + self.text_sizes, most)
+
     def stored_bytes(self, packs: list[range]) -> int:
         """Return about how many bytes some packs take on the disk."""
         # An estimate to ask for room before a row is made: what Arrow adds to a batch is left out.
@@ -91,3 +99,21 @@ class Job:
     # A function: a folder that is complete is opened without a plan.
     plan: Callable[[], PlannedRows]
     opened: Callable[[Dataset, str], Dataset]
+
+
+def cut_packs(packs: range, sizes: NDArray[np.int64], most: int) -> list[range]:
+    """Return consecutive ranges of at most so many bytes, or of one pack; none without packs.
+
+    Args:
+        packs: the numbers of the packs.
+        sizes: int64[all packs], bytes of each.
+        most: bytes of a range.
+    """
+    ends = np.cumsum(sizes[packs.start : packs.stop])
+    cut: list[range] = []
+    start, before = 0, 0
+    while start < len(packs):
+        stop = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
+        cut.append(packs[start:stop])
+        start, before = stop, int(ends[stop - 1])
+    return cut

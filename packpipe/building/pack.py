@@ -1,17 +1,18 @@
-"""`pack`: a dataset of images or token sequences in, a dataset of packed rows out."""
+"""`pack`: images or token sequences in, a dataset of packed rows out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from datasets import Dataset
 
 from packpipe import checks
 from packpipe.building.build import Build, read_rejects
-from packpipe.building.image_job import IMAGE_SECONDS, Images, image_job
+from packpipe.building.image_job import IMAGE_SECONDS, Images, checked_resources, image_job
 from packpipe.building.job import Job
+from packpipe.building.pack_files import pack_files
 from packpipe.building.shards import MANIFEST, REJECTS, read_manifest, tidy
 from packpipe.building.token_job import Sequences, token_job
 from packpipe.philox import checked_key
@@ -19,10 +20,11 @@ from packpipe.planning.image_config import config_from
 from packpipe.planning.token_config import token_config_from
 from packpipe.rows.rejects import Tolerance, tolerance_of
 from packpipe.sources.columns import AskedColumns, Options, check_dataset
+from packpipe.sources.image_files import ImageFiles
 
 
 def pack(
-    dataset: Dataset,
+    dataset: Dataset | ImageFiles,
     seq_len: int = 1024,
     *,
     image_column: str = "auto",
@@ -44,6 +46,8 @@ def pack(
     max_bad_fraction: float = 0.01,
     max_consecutive_bad: int = 100,
     progress: bool = True,
+    window_rows: int | None = None,
+    executor: Any = None,
     **options: Unpack[Options],
 ) -> Dataset:
     """Pack images, or token sequences, into rows of exactly seq_len tokens: memory-mapped Arrow.
@@ -60,9 +64,16 @@ def pack(
     is left is the sequence; the mask itself is packed only if token_columns names it. A sequence
     without any token is in the rejects as "empty", but never bad.
 
+    `ImageFiles` are packed by windows of whole blocks, each read once and packed by itself, on one
+    machine or on many: see ``executor``. The rows depend on window_rows, too, and never on where
+    they are made. A window that was written stays, whatever is stopped or killed; called again, by
+    one driver or several at once, the job continues and ends in the same bytes. Labels are one
+    value an image, rows have their pixels, and files that images lie in by path are taken to stay
+    as they are.
+
     Args:
         dataset: a Dataset with an image column, whose encoded images are read undecoded; or with
-            columns of tokens. It may have no transform, which would be ignored.
+            columns of tokens. It may have no transform, which would be ignored. Or `ImageFiles`.
         seq_len: tokens a row holds, 1..32767; for token sequences 1..2**24.
         image_column: name of the column of images; ``"auto"`` finds the only one, but for columns
             of bytes beside ``input_ids``, which may be anything.
@@ -98,7 +109,8 @@ def pack(
         output: local folder to write; None is a folder of the `datasets` cache. It is written
             shard by shard, each whole or not at all. A build that was stopped, in whatever way,
             continues when called again and ends in the same bytes. One process at a time may write
-            a folder.
+            a folder. For ImageFiles also a URL, such as ``"s3://bucket/rows"``, which is opened
+            with their storage_options.
         materialize: False writes the plan only and computes the same rows, byte for byte, each
             time they are read, from the images in ``dataset``. An image whose header is sound but
             whose pixels are not is then found when read, not listed in `rejects`.
@@ -112,6 +124,12 @@ def pack(
         max_bad_fraction: a larger share of rejects stops the build.
         max_consecutive_bad: this many rejects in a row stop the build.
         progress: show a progress bar (where `datasets` shows its own).
+        window_rows: of ImageFiles, about how many images are planned together; None is 16,384. A
+            machine holds the encoded images of each window that it builds.
+        executor: of ImageFiles, what builds the windows: any ``concurrent.futures.Executor``, such
+            as `RayExecutor` or a pool of processes, or a Dask client. Its machines must see the
+            files and the output, and have the same versions of packpipe, Pillow and its codecs.
+            None builds them here, one after the other.
         **options: the options of `PackConfig`: ``patch_size``, ``crop``, ``resolution``,
             ``max_tokens``, ``max_upscale``, ``drop_rate``, ``epochs``, ``fit_last``,
             ``fit_limit``, ``max_segments``, ``strategy``, ``window``, ``background``,
@@ -125,10 +143,10 @@ def pack(
         Dataset: one row a pack, with the columns of `packpipe.rows.schema`; with
         ``materialize=False`` only the segment columns are stored. The plan is not made again for
         an image that cannot be decoded: it leaves padding at the end of its row, and a row of such
-        images is all padding.
+        images is all padding. None if output is a URL: the rows lie elsewhere.
 
     Raises:
-        TypeError: dataset is no Dataset, or an argument has the wrong type.
+        TypeError: dataset is no Dataset and no ImageFiles, or an argument has the wrong type.
         ValueError: an argument or column is wrong; a bad image with ``on_error="raise"``; an
             image whose size changed while it was packed; with num_workers=0, a setting of Pillow
             by which cut images would become rows (``LOAD_TRUNCATED_IMAGES``, ``MAX_TEXT_CHUNK``).
@@ -141,28 +159,44 @@ def pack(
 
     Source: NaViT 2.2, A.3; Ding 3.
     """
+    asked: dict[str, Any] = {
+        "image_column": image_column,
+        "label_column": label_column,
+        "weight_column": weight_column,
+        "mask_column": mask_column,
+        "target_stride": target_stride,
+        "size_columns": size_columns,
+        "image_root": image_root,
+        "token_columns": token_columns,
+        "value_columns": value_columns,
+        "seed": seed,
+        "epoch": epoch,
+        "materialize": materialize,
+        "num_workers": num_workers,
+        "image_seconds": image_seconds,
+    }
+    limits = on_error, max_bad_fraction, max_consecutive_bad
+    if isinstance(dataset, ImageFiles):
+        found = pack_files(
+            dataset,
+            seq_len,
+            dict(options),
+            tolerance_of(len(dataset), *limits),
+            output=output,
+            window_rows=window_rows,
+            executor=executor,
+            progress=progress,
+            **asked,
+        )
+        return cast(Dataset, found)  # None of a URL alone: every other caller has rows
     check_dataset(dataset)
+    for name, value in (("window_rows", window_rows), ("executor", executor)):
+        if value is not None:
+            expected, remedy = "None for a Dataset", "pass packpipe.ImageFiles"
+            raise ValueError(checks.sentence(name, value, expected, remedy))
     folder = None if output is None else checks.local_path("output", output)
-    tolerance = tolerance_of(len(dataset), on_error, max_bad_fraction, max_consecutive_bad)
-    job = job_of(
-        dataset,
-        seq_len,
-        dict(options),
-        image_column=image_column,
-        label_column=label_column,
-        weight_column=weight_column,
-        mask_column=mask_column,
-        target_stride=target_stride,
-        size_columns=size_columns,
-        image_root=image_root,
-        token_columns=token_columns,
-        value_columns=value_columns,
-        seed=seed,
-        epoch=epoch,
-        materialize=materialize,
-        num_workers=num_workers,
-        image_seconds=image_seconds,
-    )
+    tolerance = tolerance_of(len(dataset), *limits)
+    job = job_of(dataset, seq_len, dict(options), **asked)
     return build_or_open(job, folder, tolerance, on_error=on_error, progress=progress)
 
 
@@ -194,9 +228,7 @@ def job_of(
         **asked_columns: the fields of `AskedColumns`.
     """
     columns, key = AskedColumns(**asked_columns), checked_key(seed, epoch)
-    remedy = "0 decodes in this process"
-    num_workers = checks.whole_number("num_workers", num_workers, 0, 1024, remedy)
-    image_seconds = checks.positive_number("image_seconds", image_seconds, "60 is usual")
+    num_workers, image_seconds = checked_resources(num_workers, image_seconds)
     materialize = checks.boolean("materialize", materialize)
     if columns.hold_tokens(dataset.features):
         if not materialize:

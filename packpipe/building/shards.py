@@ -92,7 +92,7 @@ def is_complete(folder: Path, record: dict[str, Any]) -> bool:
     if not isinstance(found, dict) or not {"complete", "files"} <= found.keys():
         expected = f"{MANIFEST} written by packpipe, or none"
         raise FileExistsError(checks.sentence("output", str(folder), expected, remedy))
-    differing = [name for name in _differing(record, found) if name not in FACTS]
+    differing = [name for name in differing_in(record, found) if name not in FACTS]
     # A build of other rows may be replaced if it committed no file.
     if differing and (found["complete"] or found["files"]):
         expected = f"rows made with the same {', '.join(differing)}"
@@ -315,13 +315,13 @@ def _acquire(lock: FileLock, folder: Path, *, timeout: float) -> None:
             continue
 
 
-def _differing(record: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
+def differing_in(record: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
     """Yield the names of what differs between two records; of a configuration, its options."""
     # What only the folder names differs, too: texts packed beside the images, for example.
     for name in [*record, *(found.keys() - record.keys())]:
         ours, theirs = record.get(name), found.get(name)
         if name == "config" and isinstance(ours, dict) and isinstance(theirs, dict):
-            yield from _differing(ours, theirs)
+            yield from differing_in(ours, theirs)
         elif name == "codecs" and isinstance(ours, dict) and isinstance(theirs, dict):
             # A codec that only one of the two had made no pixel of the other.
             if any(ours[codec] != theirs[codec] for codec in ours.keys() & theirs.keys()):

@@ -41,6 +41,7 @@ def pack_windows(
     also: tuple[ArrayLike, int] | None = None,
     views: int = 1,
     together: bool = False,
+    first_pack: int = 0,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return (order, offsets) of the packs of every window, one window after the other.
 
@@ -53,6 +54,7 @@ def pack_windows(
             are then found by "ffd".
         views: segments of each example.
         together: whether those of an example share a pack.
+        first_pack: number of the first pack. By its number a pack finds its place in its window.
 
     Returns:
         int64[segments], positions in num_keep, pack by pack; and int64[packs + 1], where the packs
@@ -64,7 +66,7 @@ def pack_windows(
     most = config.max_segments
     packed = np.empty(len(num_keep), np.int64)
     ends = [np.zeros(1, np.int64)]
-    num_packs = 0
+    num_packs = first_pack
     num_windows = -(-len(order) // config.window)
     for window in range(num_windows):
         # Sizes of windows differ by one at most, so that none is a small remainder, which would pad

@@ -42,6 +42,7 @@ def plan_epoch(
     epoch: int = 0,
     index: ArrayLike | None = None,
     also: tuple[ArrayLike, int] | None = None,
+    first_pack: int = 0,
 ) -> EpochPlan:
     """Return the plan of an epoch: every image in exactly one pack of at most seq_len tokens.
 
@@ -59,6 +60,8 @@ def plan_epoch(
         also: (cost, limit), a second limit of a pack: the costs of its images, int[images], for
             example the tokens of their captions, sum to at most limit. Packs are then found by
             "ffd", whatever the strategy. Not with views.
+        first_pack: number of the first pack, 0..2**63-1, by which the order of packs is drawn: so
+            that parts of a source which are planned by themselves draw different orders.
 
     Raises:
         TypeError: config is no PackConfig, or image_hw or index hold no integers.
@@ -101,7 +104,14 @@ def plan_epoch(
             order = order_later.result()
     grid_hw, num_keep, num_shrunk = decided
     order, offsets = pack_windows(
-        num_keep, order, config, key, also=also, views=views, together=config.views_together
+        num_keep,
+        order,
+        config,
+        key,
+        also=also,
+        views=views,
+        together=config.views_together,
+        first_pack=first_pack,
     )
     num_fitted = 0
     if config.fit_last is not None:

@@ -31,6 +31,11 @@ class TooManyRejects(ValueError):
         super().__init__(message)
         self.rejects = rejects
 
+    def __reduce__(self) -> tuple[type[TooManyRejects], tuple[str, list[Reject]]]:
+        # An exception is pickled with its message alone, and could not be made again: a pool of
+        # processes would wait for it for ever.
+        return TooManyRejects, (str(self), self.rejects)
+
 
 class Tally(NamedTuple):
     """What was read of a stream so far.

@@ -14,7 +14,15 @@ from packpipe import checks
 from packpipe.building.shards import MANIFEST
 from packpipe.images.masks import TargetRules
 from packpipe.philox import Key
+from packpipe.planning.block_windows import (
+    block_rows_of,
+    block_windows,
+    joined,
+    plan_window,
+    windows_of,
+)
 from packpipe.planning.decisions import boxes, decide, decide_all
+from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import MAX_SIDE, plan_epoch
 from packpipe.planning.token_config import TokenConfig
@@ -55,6 +63,7 @@ class ImageChecks:
         self.targets = None if targets is None else TargetRules(**targets)
         self.texts = None if "beside" not in manifest else _texts(manifest["beside"])
         self.undecoded = _undecoded(manifest.get("undecoded"))
+        self.windows: dict[str, Any] | None = manifest.get("windows")
 
     def counted(self) -> set[str]:
         """Return the names of the manifest's counts that rows of any kind do not have."""
@@ -209,16 +218,35 @@ class ImageChecks:
             if index.max(initial=-1) >= len(beside):
                 raise ValueError(f"example {index.max()} has no text")
             also = np.minimum(beside[index[by_row]], self.texts.longest), self.texts.seq_len
-        plan = plan_epoch(
-            image_hw[by_row], self.config, **self.key._asdict(), index=index[by_row], also=also
-        )
+        plans = self._plans(image_hw[by_row], index[by_row], also)
+        plan = joined(plans)
         rows = planned_images(plan, range(len(plan)), None)
         # Images that could not be decoded were planned, and left out of their rows.
         gone = np.isin(rows.example_index, lost[:, 0])
         if self.config.num_views > 1:
             gone &= ~np.isin(self._numbers(rows), self._numbers(held))
         rows = rows.keep(~gone)
-        return Again(plan, rows, {"shrunk": plan.num_shrunk, "bound": plan.quality.bound})
+        bound = sum(one.quality.bound for one in plans)
+        return Again(plan, rows, {"shrunk": plan.num_shrunk, "bound": bound})
+
+    def _plans(
+        self, image_hw: NDArray[np.int32], index: NDArray[np.int64], also: Any
+    ) -> list[EpochPlan]:
+        """Return the plan of all images; of a source in blocks, that of each window."""
+        if self.windows is None:
+            return [plan_epoch(image_hw, self.config, **self.key._asdict(), index=index, also=also)]
+        block_rows, read = block_rows_of(self.windows["blocks"]), self.manifest["counts"]["read"]
+        if block_rows.sum() != read:
+            raise ValueError(f"windows are of {block_rows.sum()} examples, expected {read}")
+        windows = block_windows(block_rows, self.windows["rows"], self.key)
+        window = windows_of(index, block_rows, windows)
+        ends = np.cumsum(np.bincount(window, minlength=len(windows)))
+        of_window = np.split(np.argsort(window, kind="stable"), ends[:-1])
+        named = self.key._asdict()
+        return [
+            plan_window(image_hw[some], self.config, **named, index=index[some], window=number)
+            for number, some in enumerate(of_window)
+        ]
 
     def _numbers(self, rows: Rows) -> NDArray[np.int64]:
         """Return int64[segments], a number for each view of each example."""

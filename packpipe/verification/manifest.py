@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetInfo, Features
 
-from packpipe.building.build import STATE, state_of
+from packpipe.building.build import INFO, STATE, state_of
 from packpipe.building.shards import (
     MANIFEST,
     NOTES,
@@ -28,7 +28,6 @@ from packpipe.verification.problems import FoundRows, Problem
 from packpipe.verification.row_checks import RowChecks
 from packpipe.verification.token_checks import TokenChecks
 
-INFO = "dataset_info.json"
 _KEYS = ("config", "seed", "epoch", "complete", "files")
 _COMPLETE = ("counts", "fill")
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -55,6 +54,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "bool_columns": (list,),
     "mask_column": (str,),
     "longest": (int,),
+    "windows": (dict,),
 }
 _NAMES = ("size_columns", "token_columns", "value_columns", "bool_columns")
 

@@ -30,7 +30,7 @@ from packpipe import (
     verify,
 )
 from packpipe.building import build
-from packpipe.building.build import _cut
+from packpipe.building.job import cut_packs
 from packpipe.planning.token_config import OVERFLOWS, TokenConfig
 from packpipe.planning.token_plan import plan_tokens
 from packpipe.rows import files
@@ -400,7 +400,7 @@ def test_texts_beside_tokens_take_a_batch_of_memory_not_all(form, tmp_path, monk
 @given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 60), st.integers(0, 5))
 def test_rows_are_cut_by_their_bytes(sizes, most, start):
     packs = range(start, start + len(sizes))
-    cut = _cut(packs, np.array([7] * start + sizes, np.int64), most)
+    cut = cut_packs(packs, np.array([7] * start + sizes, np.int64), most)
     assert [pack for some in cut for pack in some] == list(packs)
     held = [[sizes[pack - start] for pack in some] for some in cut]
     assert all(sum(some) <= most or len(some) == 1 for some in held)

@@ -1,0 +1,253 @@
+"""Packs `ImageFiles` into a folder, window by window, on any executor.
+
+The driver hands out windows and adds up their commits. It holds no plan and no image: its memory
+grows with the windows, not with the images. In the folder lie ``job.json``, which says what is
+packed and is put by the first driver; the files of rows; ``_commits``, one for each window; and at
+the end the manifest. Drivers that are stopped, or work at once, end in the same bytes: a window
+that has a commit is not built again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from queue import SimpleQueue
+from typing import Any
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+
+from packpipe import checks, durable
+from packpipe.building.build import INFO, STATE, counts_of, info_of, state_of
+from packpipe.building.shards import MANIFEST, REJECTS, differing_in
+from packpipe.building.window_job import (
+    COMMITS,
+    Window,
+    WindowJob,
+    build_window,
+    commit_name,
+    read_commit,
+    rejects_in,
+)
+from packpipe.packing.quality import fill
+from packpipe.rows import files as table_files
+from packpipe.rows import schema
+from packpipe.rows.rejects import Reject, one_each
+from packpipe.sources.image_files import ImageFiles
+
+log = logging.getLogger(__name__)
+
+JOB = "job.json"
+# Commits that are read at once.
+_AT_ONCE = 16
+# More than work on one job at once.
+_DRIVERS = 64
+_REMEDY = "choose another output, or remove it"
+
+
+@dataclass(frozen=True, eq=False)
+class FilesBuild:
+    """The windows of a source, and the folder they are packed into.
+
+    Attributes:
+        source: the files.
+        windows: the numbers of the blocks of each window.
+        job: what builds a window.
+        record: everything the bytes of the folder depend on.
+    """
+
+    source: ImageFiles
+    windows: list[NDArray[np.int64]]
+    job: WindowJob
+    record: dict[str, Any]
+
+    def claim(self) -> bool:
+        """Say in the folder what is packed there; return whether it is complete.
+
+        Raises:
+            FileExistsError: the folder holds something else.
+        """
+        storage, own = self.job.storage, durable.json_text(self.record).encode()
+        found = storage.get(JOB)
+        if found is None:
+            names = [name for name in storage.listed() if not name.endswith(".partial")]
+            # Asked again: another driver of this job may have come first.
+            if names and storage.get(JOB) is None:
+                expected = "an absent or empty folder"
+                raise FileExistsError(checks.sentence("output", storage.url, expected, _REMEDY))
+            found = storage.put_if_absent(JOB, own)
+        if found != own:
+            differing = _differing(self.record, found)
+            expected = f"rows made with the same {', '.join(differing)}"
+            raise FileExistsError(checks.sentence("output", storage.url, expected, _REMEDY))
+        manifest = storage.get(MANIFEST)
+        return manifest is not None and bool(json.loads(manifest)["complete"])
+
+    def committed(self) -> dict[int, dict[str, Any]]:
+        """Return the commits in the folder, by window; one whose files are gone is removed."""
+        storage = self.job.storage
+        # In this order: a file that a commit names was there before it.
+        names = sorted(name for name in storage.listed(COMMITS) if name.endswith(".json"))
+        with ThreadPoolExecutor(_AT_ONCE) as executor:
+            found = executor.map(lambda name: read_commit(self.job, name), names)
+            commits = dict(zip(names, found, strict=True))
+        sizes = storage.listed()
+        known = {}
+        for name, commit in commits.items():
+            if commit is not None and all(
+                sizes.get(file) == record["bytes"] for file, record in commit["files"].items()
+            ):
+                known[commit["window"]] = commit
+            else:
+                storage.remove(f"{COMMITS}/{name}")
+        return known
+
+    def run(
+        self, executor: Executor | None, *, part: tuple[int, int] = (1, 1), progress: bool = True
+    ) -> dict[int, dict[str, Any]]:
+        """Build the windows that have no commit; return the commits of all that have one.
+
+        Args:
+            executor: builds them; None builds them here, one after the other.
+            part: (k, n) builds every n-th window, from the k-th on; each part may be built by a
+                process of its own.
+            progress: whether to show a progress bar.
+
+        Raises:
+            TooManyRejects: of all windows together.
+        """
+        number, parts = part
+        known = self.committed()
+        rejects = [one for commit in known.values() for one in rejects_in(commit)]
+        self.job.tolerance.check(rejects)
+        wanted = range(number - 1, len(self.windows), parts)
+        missing = [window for window in wanted if window not in known]
+        done = sum(known[window]["read"] for window in wanted if window in known)
+        bar = datasets.utils.tqdm(
+            desc=f"Packing {len(missing):,} windows",
+            total=done + sum(int(self.source.block_rows[self.windows[w]].sum()) for w in missing),
+            initial=done,
+            unit=" images",
+            disable=not progress,
+        )
+        with bar:
+            for commit in _built(executor, self.job, map(self._window, missing)):
+                known[commit["window"]] = commit
+                if commit["rejects"]:
+                    rejects += rejects_in(commit)
+                    self.job.tolerance.check(rejects)
+                bar.update(commit["read"])
+        return known
+
+    def finish(self, known: dict[int, dict[str, Any]] | None = None) -> None:
+        """Complete the folder: put what `datasets` opens it by, and the manifest last.
+
+        Args:
+            known: the commits of all windows; None reads them.
+
+        Raises:
+            ValueError: a window has no commit.
+        """
+        known = self.committed() if known is None else known
+        missing = [window for window in range(len(self.windows)) if window not in known]
+        if missing:
+            what = f"{len(missing)} of {len(self.windows)}, the first is {missing[0]}"
+            remedy = "pack the parts that they belong to first"
+            raise ValueError(checks.sentence("windows without a commit", what, "none", remedy))
+        commits = [known[window] for window in range(len(self.windows))]
+        rejects = [one for commit in commits for one in rejects_in(commit)]
+        self.job.tolerance.check(rejects)
+        absent = one_each(rejects)
+        written = {name: record for one in commits for name, record in one["files"].items()}
+        self._remove_strays(written.keys())
+        for attempt in range(_DRIVERS):
+            try:
+                self._put_sidecars(commits, absent, written)
+                break
+            except FileNotFoundError:
+                # Another driver took it for a stray, which each of them does once.
+                if attempt == _DRIVERS - 1:
+                    raise
+        if absent:
+            text = "%d of %d examples rejected; packpipe.rejects(packed) says which and why"
+            log.warning(text, len(absent), len(self.source))
+
+    def _put_sidecars(
+        self, commits: list[dict[str, Any]], absent: list[Reject], written: dict[str, Any]
+    ) -> None:
+        """Put what `datasets` opens the folder by, the rejects, and the manifest last."""
+        storage = self.job.storage
+        storage.put(INFO, info_of(self.job.images.features).encode())
+        storage.put(STATE, durable.json_text(state_of([*written], self.job.digest)).encode())
+        with storage.writing(REJECTS) as path:
+            tables = [schema.rejects_table(absent)]
+            rejects = table_files.write_stream(path, schema.REJECTS, tables)
+        totals = sum((Counter(commit["counts"]) for commit in commits), Counter())
+        # A Counter drops what is zero: the names are those of a window, and its order.
+        of_plan = {name: totals[name] for name in commits[0]["counts"]}
+        counts = counts_of(len(self.source), absent, of_plan)
+        facts = {
+            "counts": counts,
+            "fill": fill(counts["tokens"], counts["packs"], self.job.images.config.seq_len),
+            "undecoded": sorted(one for commit in commits for one in commit["undecoded"]),
+        }
+        files = {**written, REJECTS: rejects}
+        manifest = {**self.record, **facts, "complete": True, "files": files}
+        storage.put(MANIFEST, durable.json_text(manifest).encode())
+
+    def _window(self, number: int) -> Window:
+        return Window(number, tuple(map(self.source.block, self.windows[number].tolist())))
+
+    def _remove_strays(self, kept: Any) -> None:
+        """Remove what was being written by who was killed."""
+        storage = self.job.storage
+        for name in storage.listed():
+            stray = fnmatch(name, "data-*.arrow") and name not in kept
+            if stray or name.endswith(".partial"):
+                storage.remove(name)
+        commits = {commit_name(window) for window in range(len(self.windows))}
+        for name in storage.listed(COMMITS).keys() - commits:
+            storage.remove(f"{COMMITS}/{name}")
+
+
+def _built(
+    executor: Executor | None, job: WindowJob, windows: Iterator[Window]
+) -> Iterator[dict[str, Any]]:
+    """Yield the commits of windows as they are built, in whatever order."""
+    if executor is None:
+        yield from (build_window(job, window) for window in windows)
+        return
+    done: SimpleQueue[Future[dict[str, Any]]] = SimpleQueue()
+    waiting = set()
+    try:
+        for window in windows:
+            future = executor.submit(build_window, job, window)
+            waiting.add(future)
+            future.add_done_callback(done.put)
+        while waiting:
+            future = done.get()
+            waiting.remove(future)
+            yield future.result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _differing(record: dict[str, Any], found: bytes) -> list[str]:
+    """Return the names of what differs between this job and the one of a folder."""
+    try:
+        theirs = json.loads(found)
+    except ValueError:
+        theirs = None
+    if not isinstance(theirs, dict):  # somebody else's file of that name
+        theirs = {}
+    ours = json.loads(json.dumps(record))
+    return list(differing_in(ours, theirs)) or [
+        name for name in ours if ours[name] != theirs.get(name)
+    ]

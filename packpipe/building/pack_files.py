@@ -1,0 +1,144 @@
+"""`pack` of `ImageFiles`: its arguments checked, its windows built on an executor."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, List
+
+from packpipe import checks
+from packpipe.building.build import cache_folder_of, stored_rows
+from packpipe.building.files_build import FilesBuild
+from packpipe.building.image_job import (
+    IMAGE_SECONDS,
+    Images,
+    checked_resources,
+    record_of_images,
+)
+from packpipe.building.shards import digest_of
+from packpipe.building.window_job import WindowJob
+from packpipe.philox import checked_key
+from packpipe.planning.block_windows import block_windows, runs_of
+from packpipe.planning.image_config import config_from
+from packpipe.rows import files
+from packpipe.rows.rejects import Tolerance
+from packpipe.sources.columns import AskedColumns
+from packpipe.sources.image_files import ImageFiles
+from packpipe.storage.storage import LocalFolder, storage_at
+
+# Images that are planned together: enough that a window pads as little as all images would, few
+# enough that a machine holds their encoded bytes (2 GB at 120 kB an image).
+WINDOW_ROWS = 16_384
+
+
+def pack_files(
+    source: ImageFiles,
+    seq_len: int,
+    options: dict[str, Any],
+    tolerance: Tolerance,
+    *,
+    output: str | Path | None,
+    executor: Any = None,
+    progress: bool = True,
+    **asked: Any,
+) -> Dataset | None:
+    """Pack files into a folder; return its rows, None if they lie on other machines."""
+    run_on = checked_executor(executor)
+    build = files_build(source, seq_len, options, tolerance, output=output, **asked)
+    if not build.claim():
+        build.finish(build.run(run_on, progress=progress))
+    storage = build.job.storage
+    return stored_rows(Path(storage.url)) if isinstance(storage, LocalFolder) else None
+
+
+def files_build(
+    source: ImageFiles,
+    seq_len: int,
+    options: dict[str, Any],
+    tolerance: Tolerance,
+    *,
+    output: str | Path | None,
+    window_rows: int | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    materialize: bool = True,
+    num_workers: int = 1,
+    image_seconds: float = IMAGE_SECONDS,
+    **asked_columns: Any,
+) -> FilesBuild:
+    """Return the build that `pack` is asked for, its arguments checked; nothing is written yet.
+
+    Args:
+        source: the images.
+        seq_len: tokens a row holds.
+        options: of `PackConfig`.
+        tolerance: how many rejects there may be.
+        output: a folder or a URL; None is a folder of the `datasets` cache.
+        window_rows: about how many rows are planned together; None is `WINDOW_ROWS`.
+        seed: which permutation.
+        epoch: which of the seed's permutations.
+        materialize: must be True.
+        num_workers: processes that decode, of each window that is being built.
+        image_seconds: processor time that an image may take.
+        **asked_columns: the fields of `AskedColumns`.
+    """
+    asked, key = AskedColumns(**asked_columns), checked_key(seed, epoch)
+    resources = checked_resources(num_workers, image_seconds)
+    if not checks.boolean("materialize", materialize):
+        expected, remedy = "True for ImageFiles", "pass a Dataset to compute rows when read"
+        raise ValueError(checks.sentence("materialize", materialize, expected, remedy))
+    if asked.hold_tokens(source.features):
+        expected, remedy = "a column of images", "pass a Dataset to pack tokens"
+        raise ValueError(checks.sentence("columns", list(source.features), expected, remedy))
+    config = config_from(seq_len, options)
+    window_rows = WINDOW_ROWS if window_rows is None else window_rows
+    windows = block_windows(source.block_rows, window_rows, key)
+    # A source without rows has the columns, and its digest is that of the files.
+    none = source.reader.dataset(())
+    columns = asked.of_images(none)
+    _check_label(source, columns.label)
+    images = Images(none, columns, config, key, True, *resources)
+    of_images = record_of_images(images)
+    blocks = {"rows": window_rows, "blocks": runs_of(source.block_rows)}
+    record = {**of_images, "windows": blocks}
+    digest = digest_of(record)
+    where = cache_folder_of(digest) if output is None else output
+    job = WindowJob(
+        reader=source.reader,
+        images=images,
+        storage=storage_at(where, source.storage_options),
+        record=of_images,
+        digest=digest,
+        tolerance=tolerance,
+        file_bytes=files.FILE_BYTES,
+        batch_bytes=files.BATCH_BYTES,
+    )
+    return FilesBuild(source, windows, job, record)
+
+
+def checked_executor(executor: Any) -> Executor | None:
+    """Return what runs windows: an Executor as it is, that of a Dask client, or None.
+
+    Raises:
+        TypeError: it is none of them.
+    """
+    if hasattr(executor, "get_executor"):
+        # Dask would give the result of an earlier call of the same arguments, whose files may be
+        # gone.
+        executor = executor.get_executor(pure=False)
+    if executor is None or isinstance(executor, Executor):
+        return executor
+    expected = "a concurrent.futures.Executor, a Dask client or None"
+    remedy = "pass an instance, such as packpipe.RayExecutor()"
+    raise TypeError(checks.sentence("executor", executor, expected, remedy))
+
+
+def _check_label(source: ImageFiles, label: str | None) -> None:
+    """Raise for labels whose length is the commonest of all rows: no window knows it."""
+    if label is not None and isinstance(source.features[label], List):
+        expected = "one value an image"
+        remedy = "pass label_column=None, or pack a Dataset, whose labels may be lists"
+        name = f"features[{label!r}]"
+        raise ValueError(checks.sentence(name, source.features[label], expected, remedy))

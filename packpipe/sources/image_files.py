@@ -1,0 +1,240 @@
+"""`ImageFiles`: images in Parquet files, read block by block, where they lie.
+
+A block is a row group. Which blocks there are is known from the ends of the files alone, so that a
+source of any size is opened without reading it, and every machine reads its own blocks only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, Image
+from datasets.table import InMemoryTable
+from numpy.typing import NDArray
+
+from packpipe import checks
+
+# Ends of files that are read at once: waiting for an object store takes no processor.
+_AT_ONCE = 16
+_REMEDY = "pass Parquet files, or a pattern such as 'train/*.parquet'"
+
+
+class Block(NamedTuple):
+    """A row group.
+
+    Attributes:
+        file: path or URL of its file.
+        group: its number in the file.
+        first: number of its first row in the whole source.
+        num_rows: its rows.
+    """
+
+    file: str
+    group: int
+    first: int
+    num_rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class BlockReader:
+    """Reads blocks, on any machine: what it must know of their source, in a few kilobytes.
+
+    Attributes:
+        features: of `datasets`, of all columns.
+        fingerprint: of the source.
+        storage_options: for fsspec.
+    """
+
+    features: Features
+    fingerprint: str
+    storage_options: dict[str, Any] = field(repr=False)
+
+    def dataset(self, blocks: Sequence[Block], columns: Sequence[str] | None = None) -> Dataset:
+        """Return the rows of some blocks as a Dataset in memory.
+
+        Args:
+            blocks: each is read once; a file is opened once for its blocks that stand together.
+            columns: names of those to read; None reads all.
+
+        Raises:
+            ValueError: a block has another number of rows by now.
+        """
+        names = list(self.features) if columns is None else list(columns)
+        features = Features({name: self.features[name] for name in names})
+        schema = features.arrow_schema
+        tables = [schema.empty_table(), *(t.cast(schema) for t in self._tables(blocks, names))]
+        # A fingerprint of its own, for which `datasets` would read all rows, is not needed.
+        return Dataset(InMemoryTable(pa.concat_tables(tables)), fingerprint=self.fingerprint)
+
+    def _tables(self, blocks: Sequence[Block], names: list[str]) -> Iterator[pa.Table]:
+        for file, some in groupby(blocks, lambda block: block.file):
+            with _opened(file, self.storage_options) as parquet:
+                for block in some:
+                    table = parquet.read_row_group(block.group, columns=names).select(names)
+                    if table.num_rows != block.num_rows:
+                        what = f"rows of row group {block.group} of {file}"
+                        remedy = "the file was changed: pack the files anew, to another output"
+                        expected = str(block.num_rows)
+                        raise ValueError(checks.sentence(what, table.num_rows, expected, remedy))
+                    yield table
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """Images and labels in Parquet files, for `pack`: nothing is converted, copied or downloaded.
+
+    Rows are numbered file by file. Paths are local or of any scheme that fsspec knows (``s3://``,
+    ``gs://``, ``https://``), and must lead to the same files on every machine that packs.
+
+    Args:
+        paths: a file, a pattern with ``*``, or several of them. The files of a pattern are in the
+            order of their names.
+        storage_options: passed to fsspec, for example credentials; they are sent to the machines
+            that pack, and written nowhere.
+
+    Raises:
+        TypeError: paths are no texts or paths.
+        ValueError: there are no such files, one is no Parquet file, or one has other columns.
+
+    >>> packpipe.ImageFiles("s3://bucket/train/*.parquet")  # doctest: +SKIP
+    ImageFiles(2 files, 20 blocks, 18,431 rows)
+    """
+
+    paths: str | Path | Sequence[str | Path]
+    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.files_blocks  # noqa: B018 a path that leads nowhere is found at once
+
+    @cached_property
+    def files(self) -> tuple[str, ...]:
+        """The paths or URLs of the files, in the order of their rows."""
+        paths = [self.paths] if isinstance(self.paths, str | Path) else self.paths
+        if not isinstance(paths, Sequence) or not all(isinstance(p, str | Path) for p in paths):
+            raise TypeError(checks.sentence("paths", paths, "paths of files", _REMEDY))
+        found = tuple(file for path in paths for file in self._found(str(path)))
+        if not found:
+            raise ValueError(checks.sentence("paths", paths, "one file at least", _REMEDY))
+        return found
+
+    @cached_property
+    def files_blocks(self) -> list[tuple[int, list[int]]]:
+        """Of each file its size in bytes, and the rows of each of its blocks."""
+        with ThreadPoolExecutor(_AT_ONCE) as executor:
+            ends = list(executor.map(self._end, self.files))
+        for file, (_, schema, _) in zip(self.files, ends, strict=True):
+            if not schema.equals(self._schema):
+                expected = f"those of {self.files[0]}, of the same types"
+                remedy = "pack files of other columns by themselves"
+                raise ValueError(
+                    checks.sentence(f"columns of {file}", schema.names, expected, remedy)
+                )
+        return [(size, rows) for size, _, rows in ends]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits, of the files' names, their sizes and the rows of their blocks.
+
+        The folders that files lie in are left out: machines may see them in different places.
+        """
+        names = [file.rsplit("/", 1)[-1] for file in self.files]
+        known = json.dumps([names, self.files_blocks])
+        return hashlib.sha256(known.encode()).hexdigest()[:32]
+
+    @cached_property
+    def block_rows(self) -> NDArray[np.int64]:
+        """int64[blocks], the rows of each block."""
+        return np.array([n for _, rows in self.files_blocks for n in rows], np.int64)
+
+    @cached_property
+    def features(self) -> Features:
+        """The features of `datasets` that the files name, or that their types give.
+
+        A column of ``bytes`` and ``path`` holds images, as `datasets` stores them.
+        """
+        found = Features.from_arrow_schema(self._schema)
+        images = [name for name, kind in found.items() if _is_image(kind)]
+        return Features({**found, **dict.fromkeys(images, Image())})
+
+    @property
+    def reader(self) -> BlockReader:
+        """What reads the blocks."""
+        return BlockReader(self.features, self.fingerprint, self.storage_options)
+
+    def block(self, number: int) -> Block:
+        """Return a block by its number, 0 or more."""
+        file = int(np.searchsorted(self._first_block, number, side="right")) - 1
+        group = number - int(self._first_block[file])
+        rows = int(self.block_rows[number])
+        return Block(self.files[file], group, int(self._first_row[number]), rows)
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    def __repr__(self) -> str:
+        blocks = len(self.block_rows)
+        return f"ImageFiles({len(self.files)} files, {blocks} blocks, {len(self):,} rows)"
+
+    @cached_property
+    def _first_block(self) -> NDArray[np.int64]:
+        return np.cumsum([0, *(len(rows) for _, rows in self.files_blocks)])
+
+    @cached_property
+    def _first_row(self) -> NDArray[np.int64]:
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.block_rows)])
+
+    @cached_property
+    def _schema(self) -> pa.Schema:
+        with _opened(self.files[0], self.storage_options) as parquet:
+            return parquet.schema_arrow
+
+    def _end(self, file: str) -> tuple[int, pa.Schema, list[int]]:
+        """Return the bytes of a file, its columns, and the rows of its blocks."""
+        with _opened(file, self.storage_options) as parquet:
+            found = parquet.metadata
+            rows = [found.row_group(group).num_rows for group in range(found.num_row_groups)]
+            schema = parquet.schema_arrow
+        return int(_filesystem(file, self.storage_options).size(file)), schema, rows
+
+    def _found(self, path: str) -> list[str]:
+        """Return the files of a path or pattern, sorted; local ones as absolute paths."""
+        filesystem = _filesystem(path, self.storage_options)
+        names = sorted(filesystem.glob(path)) if "*" in path else [path]
+        remote = checks.has_scheme(path)
+        files = [filesystem.unstrip_protocol(n) if remote else os.path.abspath(n) for n in names]
+        if not files or not all(filesystem.isfile(file) for file in files):
+            raise ValueError(checks.sentence("paths", path, "files that there are", _REMEDY))
+        return files
+
+
+@contextmanager
+def _opened(file: str, options: dict[str, Any]) -> Iterator[pq.ParquetFile]:
+    with _filesystem(file, options).open(file, "rb") as source:
+        try:
+            parquet = pq.ParquetFile(source, pre_buffer=True)
+        except pa.ArrowInvalid as error:
+            raise ValueError(checks.sentence("paths", file, "Parquet files", str(error))) from error
+        yield parquet
+
+
+def _filesystem(path: str, options: dict[str, Any]) -> Any:
+    import fsspec  # loads on first use
+
+    return fsspec.url_to_fs(path, **options)[0]
+
+
+def _is_image(kind: Any) -> bool:
+    return isinstance(kind, dict) and kind.keys() == {"bytes", "path"}

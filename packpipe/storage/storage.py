@@ -1,0 +1,197 @@
+"""A folder that many machines write at once, on a file system or in an object store.
+
+Four things are asked of it: put a file, put it if there is none of that name, list a folder, get a
+file. A file that was put is there whole or not at all. On a file system it is written under a name
+of its own, synced and renamed (`packpipe.durable`). In an object store, where a rename is a copy,
+it is one upload, which nobody sees before it is complete; nothing is renamed, copied or locked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+from uuid import uuid4
+
+from packpipe import checks, durable
+
+_LOCAL = "file://"
+
+
+class Storage(Protocol):
+    """A folder, by `storage_at`. Names may lead into folders of it: ``"_commits/000003.json"``."""
+
+    @property
+    def url(self) -> str:
+        """Where it is: a path, or a URL."""
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a file, whole or not at all; one of that name is replaced."""
+
+    def put_if_absent(self, name: str, content: bytes) -> bytes:
+        """Write a file if there is none of that name; return the one that is there then."""
+
+    def writing(self, name: str) -> Any:
+        """Return a context: a path whose `partial_of` the block writes; it is put at the end."""
+
+    def get(self, name: str) -> bytes | None:
+        """Return a file, None if there is none."""
+
+    def listed(self, folder: str = "") -> dict[str, int]:
+        """Return the names of the files that lie in a folder, and how many bytes each has."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if there is one."""
+
+
+def storage_at(where: str | Path, options: dict[str, Any] | None = None) -> Storage:
+    """Return the folder at a path or a URL; it need not be there yet.
+
+    Args:
+        where: a path, or a URL of any scheme that fsspec knows.
+        options: for fsspec.
+    """
+    text = os.fspath(where)
+    if checks.has_scheme(text) and not text.startswith(_LOCAL):
+        return RemoteFolder(text.rstrip("/"), options or {})
+    return LocalFolder(os.path.abspath(text.removeprefix(_LOCAL)))
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A `Storage` on a file system, which may be one that many machines share."""
+
+    url: str
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a file, whole or not at all."""
+        with self.writing(name) as path:
+            durable.partial_of(path).write_bytes(content)
+
+    def put_if_absent(self, name: str, content: bytes) -> bytes:
+        """Write a file if there is none of that name; return the one that is there then."""
+        path, own = self._path(name), self._own(name)
+        partial = durable.partial_of(own)
+        try:
+            partial.write_bytes(content)
+            durable.sync(partial)
+            # A second name of the file: of several processes one gets it, and it is whole.
+            with suppress(FileExistsError):
+                os.link(partial, path)
+                durable.sync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path.read_bytes()
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Put the file that the block writes to the temporary name of a path."""
+        own = self._own(name)
+        try:
+            yield own
+            durable.commit_as(durable.partial_of(own), self._path(name))
+        finally:
+            durable.partial_of(own).unlink(missing_ok=True)
+
+    def get(self, name: str) -> bytes | None:
+        """Return a file, None if there is none."""
+        try:
+            return self._path(name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def listed(self, folder: str = "") -> dict[str, int]:
+        """Return the files in a folder, with their sizes."""
+        found = {}
+        with suppress(FileNotFoundError), os.scandir(self._path(folder)) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # temporary files come and go
+                    if entry.is_file():
+                        found[entry.name] = entry.stat().st_size
+        return found
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if there is one."""
+        self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return Path(self.url, name)
+
+    def _own(self, name: str) -> Path:
+        """Return a path that no other process writes, in the folder of a file."""
+        path = self._path(name)
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            durable.sync(path.parent.parent)
+        return path.with_name(f"{path.name}.{uuid4().hex}")
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """A `Storage` behind a scheme that fsspec knows."""
+
+    url: str
+    options: dict[str, Any] = field(repr=False)
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a file, whole or not at all."""
+        self._filesystem.pipe_file(self._path(name), content)
+
+    def put_if_absent(self, name: str, content: bytes) -> bytes:
+        """Write a file if there is none of that name; return the one that is there then."""
+        # Stores that know a condition check it themselves (S3, GCS). The others leave a moment in
+        # which two may write; both then read what the later one has written.
+        try:
+            self._filesystem.pipe_file(self._path(name), content, mode="create")
+        except OSError:  # each store says in its own words that there is one
+            found = self.get(name)
+            if found is None:
+                raise
+            return found
+        found = self.get(name)
+        return content if found is None else found
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Upload the file that the block writes to the temporary name of a path."""
+        with TemporaryDirectory(prefix="packpipe-") as folder:
+            path = Path(folder, Path(name).name)
+            yield path
+            self._filesystem.put_file(str(durable.partial_of(path)), self._path(name))
+
+    def get(self, name: str) -> bytes | None:
+        """Return a file, None if there is none."""
+        self._filesystem.invalidate_cache()
+        try:
+            return bytes(self._filesystem.cat_file(self._path(name)))
+        except FileNotFoundError:
+            return None
+
+    def listed(self, folder: str = "") -> dict[str, int]:
+        """Return the files in a folder, with their sizes."""
+        self._filesystem.invalidate_cache()
+        try:
+            found = self._filesystem.ls(self._path(folder).rstrip("/"), detail=True)
+        except FileNotFoundError:
+            return {}
+        files = (one for one in found if one["type"] == "file")
+        return {one["name"].rsplit("/", 1)[-1]: one["size"] for one in files}
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if there is one."""
+        with suppress(FileNotFoundError):
+            self._filesystem.rm_file(self._path(name))
+
+    @property
+    def _filesystem(self) -> Any:
+        import fsspec  # loads on first use
+
+        # fsspec keeps what it makes, one for each process.
+        return fsspec.url_to_fs(self.url, **self.options)[0]
+
+    def _path(self, name: str) -> str:
+        return f"{self.url}/{name}"

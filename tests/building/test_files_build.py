@@ -1,0 +1,397 @@
+"""Files packed by windows: one folder, whoever builds it, whatever is stopped, killed or fails."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import signal
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+
+import crashing
+import datasets
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import windowed
+from crashing import contents
+from forked import CONTEXT, Forked
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from windowed import NUM_ROWS, TOLERANCE, Memory, Watched, build_of, built, watched
+
+import packpipe
+from packpipe import ImageFiles
+from packpipe.building import window_job
+from packpipe.building.pack_files import checked_executor, files_build
+from packpipe.rows.rejects import Tolerance, TooManyRejects
+
+NUM_WINDOWS = 4
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    windowed.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(source, tmp_path_factory):
+    """What one process builds, one window after the other."""
+    found = tmp_path_factory.mktemp("built") / "out"
+    assert not built(build_of(source, found))
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    return contents(folder)
+
+
+def test_a_source_is_packed_once_and_verify_finds_nothing_amiss(folder, whole):
+    commits = [name for name in whole if name.startswith("_commits")]
+    data = [name for name in whole if name.startswith("data-")]
+    assert len(commits) == NUM_WINDOWS
+    assert len(data) == 2 * NUM_WINDOWS
+    assert len({name.split("-")[1] for name in data}) == NUM_WINDOWS
+    assert packpipe.verify(folder) == []
+    assert packpipe.verify(folder, crashing.source(NUM_ROWS)) == []
+    packed = datasets.load_from_disk(folder)
+    rejected = packpipe.rejects(packed)["example_index"][:]
+    assert len(rejected) == 7
+    held = sorted(np.concatenate(packed["example_index"][:]).tolist() + rejected)
+    assert held == list(range(NUM_ROWS))
+    found = packpipe.summarize(folder)
+    assert found.manifest["counts"]["packed"] == NUM_ROWS - 7
+    assert sum(len(batch.seq_lens) for batch in packpipe.PackedLoader(packed, 2)) > 0
+
+
+def test_rows_that_changed_places_or_windows_that_were_changed_are_found(folder, tmp_path):
+    for name, content in contents(folder).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for change, what in (
+        ({"rows": 20}, "not what the plan puts there"),
+        ({"blocks": [[5, 11]]}, "windows are of 55 examples, expected 60"),
+        ({"blocks": [[5, -12]]}, "pairs of (rows, times)"),
+        ({"rows": "20"}, "window_rows is '20'"),
+        ({"blocks": None}, "gives no plan"),
+    ):
+        changed = {**manifest, "windows": {**manifest["windows"], **change}}
+        (tmp_path / "manifest.json").write_text(json.dumps(changed))
+        assert any(what in problem.what for problem in packpipe.verify(tmp_path)), change
+
+
+def test_each_block_is_read_once(source, tmp_path, monkeypatch):
+    read = Counter()
+    real = pq.ParquetFile.read_row_group
+
+    def counting(self, group, **options):
+        found = real(self, group, **options)
+        read[tuple(found["image"].to_pylist()[0]["bytes"])] += 1
+        return found
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
+    built(build_of(source, tmp_path / "out"))
+    assert len(read) == NUM_ROWS // 5
+    assert set(read.values()) == {1}
+
+
+def test_two_parts_in_any_order_and_then_the_end_give_the_same_folder(source, tmp_path, whole):
+    build = build_of(source, tmp_path / "out")
+    assert not build.claim()
+    build.run(None, part=(2, 2), progress=False)
+    expected = r"windows without a commit is '2 of 4, the first is 0', expected none; pack the"
+    with pytest.raises(ValueError, match=expected):
+        build.finish()
+    again = build_of(source, tmp_path / "out")
+    assert not again.claim()
+    again.run(None, part=(1, 2), progress=False)
+    again.finish()
+    assert contents(tmp_path / "out") == whole
+    assert build_of(source, tmp_path / "out").claim()
+
+
+def test_processes_give_the_same_folder_and_one_that_is_killed_stops_nothing(
+    source, tmp_path, whole
+):
+    class Mortal(ProcessPoolExecutor):
+        """Its third task dies when it has put the first file of its window."""
+
+        def submit(self, function, job, window):
+            if window.number == 2:
+                return super().submit(windowed.build_and_die, job, window, 5)
+            return super().submit(function, job, window)
+
+    build = build_of(source, tmp_path / "out")
+    with Mortal(1, mp_context=CONTEXT) as executor, pytest.raises(BrokenProcessPool):
+        built(build, executor)
+    left = contents(tmp_path / "out")
+    assert {name for name in left if name.startswith("_commits")} == {
+        f"_commits/{number:06}.json" for number in (0, 1)
+    }
+    assert any(name.startswith("data-000002") for name in left)
+    assert "manifest.json" not in left
+    before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in left}
+    with ProcessPoolExecutor(1, mp_context=CONTEXT) as executor:
+        built(build, executor)
+    assert contents(tmp_path / "out") == whole
+    kept = [name for name in left if "000000" in name or "000001" in name]
+    assert len(kept) > 4
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == before[name] for name in kept)
+
+
+def test_a_driver_that_is_killed_anywhere_is_continued_to_the_same_bytes(source, tmp_path, whole):
+    for number, kill_at in enumerate((18, 47, 60)):
+        output = tmp_path / str(number)
+        asked = {"source": str(source), "output": str(output), "kill_at": kill_at}
+        run = Forked(windowed.__file__, json.dumps(asked))
+        assert run.wait() == -signal.SIGKILL, run.complaint + run.said
+        assert "manifest.json" not in contents(output)
+        built(build_of(source, output))
+        assert contents(output) == whole, kill_at
+
+
+class Failed(OSError):
+    """What a store raises that fails."""
+
+
+class Failing:
+    """A step that fails at some of the times that it is called."""
+
+    def __init__(self, failures):
+        self.failures, self.steps = failures, 0
+
+    def __call__(self, _):
+        self.steps += 1
+        if self.steps - 1 in self.failures:
+            raise Failed(f"at step {self.steps - 1}")
+
+
+@pytest.fixture(scope="module")
+def steps(source):
+    """How many steps a build of two windows takes, and the files it ends in."""
+    memory, step = Memory(), Failing(())
+    built(in_store(source, memory, step))
+    assert step.steps > 50
+    return step.steps, memory.files
+
+
+def in_store(source, memory, step):
+    build = build_of(source, "memory://unused", window_rows=30)
+    return replace(build, job=replace(build.job, storage=Watched(memory, step)))
+
+
+def test_a_store_may_fail_at_every_step_in_turn(source, steps):
+    number, files = steps
+    for at in range(number):
+        memory = Memory()
+        with pytest.raises(Failed):
+            built(in_store(source, memory, Failing({at})))
+        built(in_store(source, memory, Failing(())))
+        assert memory.files == files, at
+
+
+@settings(max_examples=10)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=6))
+def test_a_store_may_fail_again_and_again(source, steps, failures):
+    memory = Memory()
+    for at in failures:
+        try:
+            built(in_store(source, memory, Failing({at})))
+        except Failed:
+            continue
+    built(in_store(source, memory, Failing(())))
+    assert memory.files == steps[1]
+
+
+def test_fsspec_holds_them_too_and_pack_returns_nothing_that_lies_elsewhere(source, whole):
+    url = f"memory://rows-{os.getpid()}"
+    build = build_of(source, url)
+    built(build)
+    memory = fsspec.filesystem("memory")
+    root = url.removeprefix("memory://")
+    found = {path.removeprefix(f"/{root}/"): memory.cat_file(path) for path in memory.find(root)}
+    assert found == whole
+
+
+def test_drivers_of_one_job_at_once_do_no_harm(source, tmp_path, whole):
+    builds = [build_of(source, tmp_path / "out") for _ in range(3)]
+    with ThreadPoolExecutor(3) as executor:
+        list(executor.map(built, builds))
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_window_whose_file_was_taken_away_by_who_finished_is_done(source, tmp_path, whole):
+    other = build_of(source, tmp_path / "out")
+
+    def step(what):
+        if what == "before put data-000002-00001.arrow":
+            built(other)
+
+    built(watched(build_of(source, tmp_path / "out"), step))
+    assert contents(tmp_path / "out") == whole
+
+
+def test_strays_are_removed_and_what_is_not_ours_stays(source, tmp_path, whole):
+    output = tmp_path / "out"
+    built(build_of(source, output))
+    (output / "manifest.json").unlink()
+    strays = ("data-000009-00000.arrow", "data-000000-00000.arrow.ab.partial")
+    for name in (*strays, "_commits/000009.json", "_commits/000000.json.cd.partial", "NOTES"):
+        (output / name).write_text(json.dumps({"job": "another"}))
+    built(build_of(source, output))
+    found = contents(output)
+    assert found.pop("NOTES")
+    assert found == whole
+
+
+def test_a_commit_whose_file_is_gone_is_built_again(source, tmp_path, whole):
+    output = tmp_path / "out"
+    built(build_of(source, output))
+    (output / "manifest.json").unlink()
+    (output / "data-000001-00000.arrow").write_bytes(b"cut")
+    (output / "data-000003-00001.arrow").unlink()
+    known = build_of(source, output).committed()
+    assert sorted(known) == [0, 2]
+    built(build_of(source, output))
+    assert contents(output) == whole
+
+
+@pytest.mark.parametrize(
+    ("asked", "differing"),
+    [({"seed": 1}, "seed"), ({"window_rows": 20}, "windows"), ({"label_column": None}, "label_c")],
+)
+def test_another_job_is_refused_by_name(source, folder, asked, differing):
+    expected = rf"output is '{folder}', expected rows made with the same {differing}"
+    with pytest.raises(FileExistsError, match=expected):
+        build_of(source, folder, **asked).claim()
+
+
+def test_a_folder_of_something_else_is_refused(source, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="expected an absent or empty folder"):
+        build_of(source, tmp_path).claim()
+    (tmp_path / "job.json").write_text("[1]")
+    with pytest.raises(FileExistsError, match="expected rows made with the same schema_version"):
+        build_of(source, tmp_path).claim()
+    assert sorted(contents(tmp_path)) == ["job.json", "mine.txt"]
+
+
+def test_too_many_rejects_stop_the_build_wherever_they_are_found(source, tmp_path):
+    build = build_of(source, tmp_path / "out")
+    few = replace(build, job=replace(build.job, tolerance=Tolerance(NUM_ROWS, 0.1, 100)))
+    with pytest.raises(TooManyRejects, match=r"rejected is 7 of 60 examples \(11\.67%\)"):
+        built(few)
+    none = replace(build, job=replace(build.job, tolerance=Tolerance(NUM_ROWS, 0.0, 1)))
+    with pytest.raises(TooManyRejects, match="is bad") as error:
+        built(none)
+    # Pools of processes send an error by pickling it.
+    again = pickle.loads(pickle.dumps(error.value))  # noqa: S301
+    assert (str(again), again.rejects) == (str(error.value), error.value.rejects)
+
+
+def test_a_machine_with_other_versions_is_named(source, tmp_path, monkeypatch):
+    build = build_of(source, tmp_path / "out")
+    monkeypatch.setattr(window_job, "record_of_images", lambda _: {"packpipe": "0.0.9"})
+    expected = (
+        r"packpipe here is '0\.0\.9', expected '.*', as where the job began; install the same"
+    )
+    with pytest.raises(ValueError, match=expected):
+        built(build)
+
+
+def test_pack_takes_files_and_opens_what_is_complete(source, tmp_path, caplog):
+    files = ImageFiles(f"{source}/*.parquet")
+    options = {"patch_size": 4, "num_workers": 0, "progress": False, "max_bad_fraction": 1.0}
+    with caplog.at_level(logging.WARNING):
+        packed = packpipe.pack(files, 6, output=tmp_path / "out", window_rows=20, **options)
+    assert "7 of 60 examples rejected" in caplog.text
+    with ThreadPoolExecutor(2) as executor:
+        again = packpipe.pack(
+            files, 6, output=tmp_path / "out", window_rows=20, executor=executor, **options
+        )
+    assert again["example_index"][:] == packed["example_index"][:]
+    assert packpipe.manifest(packed)["windows"] == {"rows": 20, "blocks": [[5, 12]]}
+    assert packpipe.verify(tmp_path / "out") == []
+    assert packed.features["labels"].feature.names == ["cat", "dog", "owl"]
+
+
+def test_options_that_draw_sizes_in_columns_and_weights_go_by_windows_too(tmp_path):
+    dataset = crashing.source(NUM_ROWS)
+    sides = [(4, 4), (4, 8), (8, 4), (8, 8), (4, 12)]
+    dataset = dataset.add_column("h", [sides[i % 5][0] for i in range(NUM_ROWS)])
+    dataset = dataset.add_column("w", [sides[i % 5][1] for i in range(NUM_ROWS)])
+    dataset = dataset.add_column("weight", [1.0 + i for i in range(NUM_ROWS)])
+    rows = dataset.data.table.cast(dataset.features.arrow_schema)
+    pq.write_table(rows, tmp_path / "one.parquet", row_group_size=7)
+    packpipe.pack(
+        ImageFiles(tmp_path / "one.parquet"),
+        6,
+        output=tmp_path / "out",
+        window_rows=20,
+        size_columns=("h", "w"),
+        weight_column="weight",
+        views=2,
+        drop_rate=0.3,
+        patch_size=4,
+        num_workers=0,
+        progress=False,
+        max_bad_fraction=1.0,
+    )
+    assert packpipe.verify(tmp_path / "out", dataset) == []
+
+
+def test_a_window_of_rejects_alone_and_a_source_without_rows_have_their_columns(tmp_path):
+    dataset = crashing.source(NUM_ROWS)
+    rows = dataset.data.table.cast(dataset.features.arrow_schema)
+    options = {"patch_size": 4, "num_workers": 0, "progress": False, "max_bad_fraction": 1.0}
+    for name, some, counts in (
+        ("bad", rows.slice(4, 1), (1, 1)),
+        ("none", rows.slice(0, 0), (0, 0)),
+    ):
+        pq.write_table(some, tmp_path / f"{name}.parquet")
+        files = ImageFiles(tmp_path / f"{name}.parquet")
+        packed = packpipe.pack(files, 6, output=tmp_path / name, **options)
+        found = packpipe.manifest(packed)["counts"]
+        assert (found["read"], found["rejected"]) == counts
+        assert packpipe.verify(tmp_path / name) == []
+
+
+def test_what_files_cannot_do_is_refused_at_the_front_door(source, tmp_path):
+    files = ImageFiles(f"{source}/*.parquet")
+    with pytest.raises(ValueError, match="materialize is False, expected True for ImageFiles"):
+        packpipe.pack(files, 6, output=tmp_path / "out", materialize=False)
+    with pytest.raises(TypeError, match=r"executor is 4, expected a concurrent\.futures\.Executor"):
+        packpipe.pack(files, 6, output=tmp_path / "out", executor=4)
+    with pytest.raises(ValueError, match="window_rows is 8, expected None for a Dataset"):
+        packpipe.pack(crashing.source(9), 6, window_rows=8)
+    with pytest.raises(ValueError, match=r"window_rows is 0, expected an integer in 1\.\."):
+        files_build(files, 6, {}, TOLERANCE, output=tmp_path / "out", window_rows=0)
+    tokens = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3]]}).data.table
+    pq.write_table(tokens, tmp_path / "tokens.parquet")
+    with pytest.raises(ValueError, match=r"columns is .*, expected a column of images"):
+        packpipe.pack(ImageFiles(tmp_path / "tokens.parquet"), 6, output=tmp_path / "out")
+    lists = crashing.source(3).remove_columns("label").add_column("label", [[1.0, 2.0]] * 3)
+    pq.write_table(lists.data.table.cast(lists.features.arrow_schema), tmp_path / "lists.parquet")
+    with pytest.raises(ValueError, match=r"features\['label'\] is .*, expected one value an image"):
+        packpipe.pack(ImageFiles(tmp_path / "lists.parquet"), 6, output=tmp_path / "out")
+    assert not Path(tmp_path / "out").exists()
+
+
+def test_a_dask_client_gives_its_executor():
+    class Client:
+        def get_executor(self, **options):
+            assert options == {"pure": False}
+            return ThreadPoolExecutor(1)
+
+    assert isinstance(checked_executor(Client()), ThreadPoolExecutor)
+    assert checked_executor(None) is None

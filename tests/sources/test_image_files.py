@@ -1,0 +1,124 @@
+"""Images in Parquet files: which blocks there are, and that each is what it was."""
+
+from __future__ import annotations
+
+import fsspec
+import numpy as np
+import pictures
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, Value
+
+from packpipe.sources.image_files import ImageFiles
+
+NUM_ROWS, PER_FILE, PER_BLOCK = 23, 10, 4
+
+
+def source() -> Dataset:
+    images = [pictures.encoded_image(4, 4 + 4 * (i % 3), i) for i in range(NUM_ROWS)]
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    labels = [i % 2 for i in range(NUM_ROWS)]
+    images = [{"bytes": image, "path": None} for image in images]
+    return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def write(folder, dataset: Dataset) -> None:
+    for first in range(0, len(dataset), PER_FILE):
+        rows = dataset.data.table.slice(first, PER_FILE)
+        schema = dataset.features.arrow_schema
+        with pq.ParquetWriter(f"{folder}/part-{first:03}.parquet", schema) as writer:
+            for start in range(0, rows.num_rows, PER_BLOCK):
+                writer.write_table(rows.slice(start, PER_BLOCK).cast(schema))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("files")
+    write(found, source())
+    return found
+
+
+def test_the_blocks_are_the_row_groups_of_the_files_in_order(folder):
+    files = ImageFiles(f"{folder}/*.parquet")
+    assert files.block_rows.tolist() == [4, 4, 2, 4, 4, 2, 3]
+    blocks = [files.block(number) for number in range(7)]
+    assert [block.first for block in blocks] == [0, 4, 8, 10, 14, 18, 20]
+    assert [block.group for block in blocks] == [0, 1, 2, 0, 1, 2, 0]
+    assert len({block.file for block in blocks}) == 3
+    assert len(files) == NUM_ROWS
+    assert repr(files) == "ImageFiles(3 files, 7 blocks, 23 rows)"
+
+
+def test_a_block_has_the_rows_of_its_numbers_and_the_features_of_the_source(folder):
+    files, whole = ImageFiles(f"{folder}/*.parquet"), source()
+    assert files.features == whole.features
+    for number in (6, 1, 3):
+        block = files.block(number)
+        found = files.reader.dataset([block])
+        rows = range(block.first, block.first + block.num_rows)
+        assert found.features == whole.features
+        assert found.data.table.to_pylist() == whole.data.table.take(pa.array(rows)).to_pylist()
+
+
+def test_only_the_columns_that_are_named_are_read(folder):
+    files = ImageFiles(f"{folder}/*.parquet")
+    found = files.reader.dataset([files.block(2), files.block(3)], ["label"])
+    assert found.column_names == ["label"]
+    assert found["label"][:] == [0, 1, 0, 1, 0, 1]
+
+
+def test_bytes_and_path_are_an_image_without_a_word_of_datasets(tmp_path):
+    rows = [{"image": {"bytes": b"\0", "path": None}, "label": 3}]
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image", image), ("label", pa.int64())])
+    pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "one.parquet")
+    found = ImageFiles(tmp_path / "one.parquet").features
+    assert found == Features({"image": Image(), "label": Value("int64")})
+
+
+def test_the_fingerprint_is_of_names_sizes_and_rows_wherever_the_files_lie(folder, tmp_path):
+    known = ImageFiles(f"{folder}/*.parquet").fingerprint
+    write(tmp_path, source())
+    assert ImageFiles(f"{tmp_path}/*.parquet").fingerprint == known
+    names = [f"{tmp_path}/part-{first:03}.parquet" for first in (0, 10, 20)]
+    assert ImageFiles(names).fingerprint == known
+    assert ImageFiles(names[::-1]).fingerprint != known
+    assert ImageFiles(names[:2]).fingerprint != known
+    (tmp_path / "part-000.parquet").rename(tmp_path / "part-001.parquet")
+    assert ImageFiles(f"{tmp_path}/*.parquet").fingerprint != known
+
+
+def test_files_behind_a_scheme_have_the_same_blocks(folder):
+    memory = fsspec.filesystem("memory")
+    for path in sorted(folder.iterdir()):
+        memory.pipe_file(f"/blocks/{path.name}", path.read_bytes())
+    files = ImageFiles("memory://blocks/*.parquet")
+    assert files.files[0] == "memory:///blocks/part-000.parquet"
+    assert files.fingerprint == ImageFiles(f"{folder}/*.parquet").fingerprint
+    assert files.reader.dataset([files.block(6)])["label"][:] == [0, 1, 0]
+
+
+def test_what_are_no_such_files_is_refused_by_name(folder, tmp_path):
+    (tmp_path / "text.parquet").write_text("no table at all, though it is called so")
+    pq.write_table(pa.table({"n": np.arange(3)}), tmp_path / "other.parquet")
+    first = f"{folder}/part-000.parquet"
+    with pytest.raises(ValueError, match=r"paths is '.*none-\*', expected files that there are"):
+        ImageFiles(f"{folder}/none-*")
+    with pytest.raises(ValueError, match=r"paths is \[\], expected one file at least"):
+        ImageFiles([])
+    with pytest.raises(TypeError, match=r"paths is \[3\], expected paths of files"):
+        ImageFiles([3])
+    with pytest.raises(ValueError, match=r"text\.parquet', expected Parquet files"):
+        ImageFiles([first, tmp_path / "text.parquet"])
+    with pytest.raises(ValueError, match=r"other\.parquet is \['n'\], expected those of .*part-0"):
+        ImageFiles([first, tmp_path / "other.parquet"])
+
+
+def test_a_file_that_was_changed_since_is_named(tmp_path):
+    write(tmp_path, source())
+    files = ImageFiles(f"{tmp_path}/*.parquet")
+    block = files.block(0)._replace(num_rows=5)
+    expected = r"row group 0 of .*part-000\.parquet is 4, expected 5; the file was changed"
+    with pytest.raises(ValueError, match=expected):
+        files.reader.dataset([block])

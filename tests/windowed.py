@@ -1,0 +1,164 @@
+"""Builds of files by windows that are watched, stopped or killed; as a script, it builds once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import crashing
+import pyarrow.parquet as pq
+from traps import say
+
+from packpipe.building.files_build import FilesBuild
+from packpipe.building.pack_files import files_build
+from packpipe.building.window_job import WindowJob, build_window
+from packpipe.rows.rejects import Tolerance
+from packpipe.sources.image_files import ImageFiles
+from packpipe.storage.storage import Storage, storage_at
+
+NUM_ROWS = 60
+OPTIONS = {"seq_len": 6, "patch_size": 4}
+TOLERANCE = Tolerance(NUM_ROWS, 1.0, 100)
+
+
+def write(folder: Path, *, per_file: int = 25, per_block: int = 5) -> None:
+    """Write images of one to four patches, some of which cannot be decoded, as Parquet files."""
+    dataset = crashing.source(NUM_ROWS)
+    schema = dataset.features.arrow_schema
+    rows = dataset.data.table.cast(schema)
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in range(0, NUM_ROWS, per_file):
+        path = folder / f"part-{first:03}.parquet"
+        pq.write_table(rows.slice(first, per_file), path, row_group_size=per_block)
+
+
+def build_of(source: Path, output: Any, **asked: Any) -> FilesBuild:
+    """A build of small files: three windows or four, several files each."""
+    options = {key: OPTIONS[key] for key in ("patch_size",)}
+    asked = {"num_workers": 0, "window_rows": 15, **asked}
+    files = ImageFiles(f"{source}/*.parquet")
+    build = files_build(files, OPTIONS["seq_len"], options, TOLERANCE, output=output, **asked)
+    small = {name.lower(): size for name, size in crashing.SMALL.items()}
+    return replace(build, job=replace(build.job, **small))
+
+
+def built(build: FilesBuild, executor: Any = None) -> bool:
+    """Build; return whether it was complete already."""
+    complete = build.claim()
+    if not complete:
+        build.finish(build.run(executor, progress=False))
+    return complete
+
+
+def watched(build: FilesBuild, step: Callable[[str], None]) -> FilesBuild:
+    """The build with a storage that calls step before and after all that is asked of it."""
+    return replace(build, job=replace(build.job, storage=Watched(build.job.storage, step)))
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A storage that is watched."""
+
+    storage: Storage
+    step: Callable[[str], None]
+
+    @property
+    def url(self) -> str:
+        return self.storage.url
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        real = getattr(self.storage, name)
+
+        def asked(*args: Any) -> Any:
+            what = f"{name} {args[0] if args else ''}"
+            self.step(f"before {what}")
+            found = real(*args)
+            self.step(f"after {what}")
+            return found
+
+        return self._writing if name == "writing" else asked
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        self.step(f"before write {name}")
+        with self.storage.writing(name) as path:
+            yield path
+            self.step(f"before put {name}")
+        self.step(f"after put {name}")
+
+
+@dataclass
+class Memory:
+    """A storage in memory: an object store that knows a condition, and that may fail."""
+
+    url: str = "store://rows"
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def put(self, name: str, content: bytes) -> None:
+        self.files[name] = content
+
+    def put_if_absent(self, name: str, content: bytes) -> bytes:
+        return self.files.setdefault(name, content)
+
+    def writing(self, name: str) -> Any:
+        return storage_at("memory://unused").__class__.writing(_Uploads(self), name)
+
+    def get(self, name: str) -> bytes | None:
+        return self.files.get(name)
+
+    def listed(self, folder: str = "") -> dict[str, int]:
+        parts = {name: name.rpartition("/") for name in self.files}
+        return {part[2]: len(self.files[n]) for n, part in parts.items() if part[0] == folder}
+
+    def remove(self, name: str) -> None:
+        self.files.pop(name, None)
+
+
+@dataclass
+class _Uploads:
+    """What `RemoteFolder.writing` asks of its file system."""
+
+    memory: Memory
+
+    @property
+    def _filesystem(self) -> Any:
+        return self
+
+    def _path(self, name: str) -> str:
+        return name
+
+    def put_file(self, local: str, name: str) -> None:
+        self.memory.put(name, Path(local).read_bytes())
+
+
+class Killing:
+    """A step that kills its process at the nth time it is called."""
+
+    def __init__(self, nth: int) -> None:
+        self.nth, self.steps = nth, count()
+
+    def __call__(self, _: str) -> None:
+        if next(self.steps) == self.nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def build_and_die(job: WindowJob, window: Any, nth: int) -> dict[str, Any]:
+    """Build a window on a machine that dies at a step of the storage."""
+    return build_window(replace(job, storage=Watched(job.storage, Killing(nth))), window)
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    step = Killing(asked["kill_at"])
+    built(watched(build_of(Path(asked["source"]), asked["output"]), step))
+    say(next(step.steps))
