@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from packpipe.planning.plan import plan_epoch as plan_epoch
     from packpipe.planning.resolution import Area as Area
     from packpipe.planning.resolution import Budget as Budget
+    from packpipe.planning.resolution import PixelRange as PixelRange
     from packpipe.planning.resolution import Side as Side
     from packpipe.planning.resolution import Square as Square
     from packpipe.planning.token_config import TokenConfig as TokenConfig
@@ -92,6 +93,7 @@ _HOMES = {
     "Packer": "building.packer",
     "Packs": "packing.packs",
     "PairBatch": "loading.batch",
+    "PixelRange": "planning.resolution",
     "Side": "planning.resolution",
     "Square": "planning.resolution",
     "TokenBatch": "loading.batch",

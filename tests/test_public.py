@@ -32,6 +32,7 @@ PUBLIC = [
     "Packer",
     "Packs",
     "PairBatch",
+    "PixelRange",
     "Side",
     "Square",
     "TokenBatch",
