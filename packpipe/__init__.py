@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from packpipe.building.summary import summarize as summarize
     from packpipe.hub.own import save_pretrained as save_pretrained
     from packpipe.hub.pretrained import from_pretrained as from_pretrained
+    from packpipe.hub.push import push_to_hub as push_to_hub
     from packpipe.loading.batch import PackedBatch as PackedBatch
     from packpipe.loading.batch import PairBatch as PairBatch
     from packpipe.loading.batch import TokenBatch as TokenBatch
@@ -115,6 +116,7 @@ _HOMES = {
     "plan_histogram": "packing.histogram",
     "plan_tokens": "planning.token_plan",
     "predict": "model.predict",
+    "push_to_hub": "hub.push",
     "read_rows": "loading.read",
     "read_tokens": "loading.read",
     "rejects": "building.pack",

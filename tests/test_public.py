@@ -55,6 +55,7 @@ PUBLIC = [
     "plan_histogram",
     "plan_tokens",
     "predict",
+    "push_to_hub",
     "read_rows",
     "read_tokens",
     "rejects",
