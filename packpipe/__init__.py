@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from packpipe.building.summary import summarize as summarize
     from packpipe.hub.own import save_pretrained as save_pretrained
     from packpipe.hub.pretrained import from_pretrained as from_pretrained
+    from packpipe.hub.push import push_to_hub as push_to_hub
     from packpipe.loading.batch import PackedBatch as PackedBatch
     from packpipe.loading.batch import PairBatch as PairBatch
     from packpipe.loading.batch import TokenBatch as TokenBatch
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from packpipe.planning.plan import plan_epoch as plan_epoch
     from packpipe.planning.resolution import Area as Area
     from packpipe.planning.resolution import Budget as Budget
+    from packpipe.planning.resolution import PixelRange as PixelRange
     from packpipe.planning.resolution import Side as Side
     from packpipe.planning.resolution import Square as Square
     from packpipe.planning.token_config import TokenConfig as TokenConfig
@@ -94,6 +96,7 @@ _HOMES = {
     "Packer": "building.packer",
     "Packs": "packing.packs",
     "PairBatch": "loading.batch",
+    "PixelRange": "planning.resolution",
     "Side": "planning.resolution",
     "Square": "planning.resolution",
     "TokenBatch": "loading.batch",
@@ -115,6 +118,7 @@ _HOMES = {
     "plan_histogram": "packing.histogram",
     "plan_tokens": "planning.token_plan",
     "predict": "model.predict",
+    "push_to_hub": "hub.push",
     "read_rows": "loading.read",
     "read_tokens": "loading.read",
     "rejects": "building.pack",

@@ -9,7 +9,7 @@ segment_ids          ``inputs_segment_ids`` (seqio, grain); document ids (FlexAt
                      a 4-D ``attention_mask`` (transformers without flash-attention)
 position_ids         ``position_ids`` (transformers); ``inputs_positions`` (seqio, grain)
 coords               ``patch_coord`` (timm's NaFlexViT)
-grid_hw              ``spatial_shapes`` (SigLIP 2)
+grid_hw              ``spatial_shapes`` (SigLIP 2); ``image_grid_thw`` (Qwen-VL)
 ===================  ==========================================================================
 
 Shape letters: B rows, L tokens a row, T tokens without padding, N images, M tokens of the longest.
@@ -17,6 +17,7 @@ Shape letters: B rows, L tokens a row, T tokens without padding, N images, M tok
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from packpipe.loading.batch import PackedBatch, TokenBatch
 from packpipe.rows.rows import NO_LABEL
 
 MASKS = ("completion_mask", "assistant_masks")  # of tokens that are trained on, in TRL
+# Qwen2-VL's and Qwen2.5-VL's, which are CLIP's.
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")  # of attention in transformers, with a mask
 
 
@@ -279,6 +282,84 @@ def to_siglip2(batch: PackedBatch) -> dict[str, Tensor]:
     Raises:
         ValueError: tokens were dropped; SigLIP 2 computes positions of whole grids only.
     """
+    shapes = _whole_grids(batch)
+    found = to_naflex(batch)
+    return {
+        "pixel_values": found["patches"],
+        "pixel_attention_mask": found["patch_valid"].to(torch.int32),
+        "spatial_shapes": shapes,
+    }
+
+
+def to_qwen_vl(
+    batch: PackedBatch,
+    *,
+    mean: Sequence[float] = _MEAN,
+    std: Sequence[float] = _STD,
+    merge_size: int = 2,
+    temporal_patch_size: int = 2,
+) -> dict[str, Tensor]:
+    """Return the images of a batch as the models of Qwen2-VL, 2.5 and 3 take them, unpadded.
+
+    They are to the byte what transformers' processor of Pillow makes of the same pictures, of rows
+    packed with its patch_size (14; Qwen3-VL 16), ``resolution=PixelRange(min_pixels, max_pixels)``,
+    ``max_tokens`` of at least max_pixels ÷ patch_size², ``reducing_gap=None`` and
+    ``profiles="ignore"``. A placeholder of the prompt stands for merge_size² tokens: image n has
+    ``image_grid_thw[n].prod() // merge_size**2`` of them.
+
+    Args:
+        batch: the batch; rows and columns of its grids are multiples of merge_size.
+        mean: the processor's ``image_mean``; (0.5, 0.5, 0.5) for Qwen3-VL.
+        std: the processor's ``image_std``; (0.5, 0.5, 0.5) for Qwen3-VL.
+        merge_size: patches a side of a block that the model merges; blocks stand row by row, the
+            patches of each one after the other.
+        temporal_patch_size: frames of a patch; an image is repeated in all of them.
+
+    Returns:
+        ``pixel_values`` float32[T, 3·frames·P·P], channel first, then frame, row, column;
+        ``image_grid_thw`` int64[N, 3], (1, rows, columns); N in the order of
+        ``batch.example_index[batch.present]``.
+
+    Raises:
+        ValueError: tokens were dropped, or a grid cannot be merged.
+    """
+    merge = checks.whole_number("merge_size", merge_size, 1, 128, "2 is usual")
+    frames = checks.whole_number("temporal_patch_size", temporal_patch_size, 1, 128, "2 is usual")
+    shapes = _whole_grids(batch)
+    apart = (shapes % merge).any(1).nonzero()[:, 0]
+    if len(apart):
+        first = int(apart[0])
+        name, expected = f"grid_hw[{first}]", f"multiples of {merge} (merge_size)"
+        remedy = "pack with resolution=PixelRange(...)"
+        raise ValueError(checks.sentence(name, shapes[first].tolist(), expected, remedy))
+    real = batch.segment_ids > 0
+    lens = batch.seq_lens[batch.present].long()
+    columns = shapes[:, 1].repeat_interleave(lens)
+    y, x = batch.coords[real].long().unbind(-1)
+    block = (y // merge) * (columns // merge) + x // merge
+    place = (block * merge + y % merge) * merge + x % merge
+    # Tokens of an image stand together, and may stand in any order; here in that of their blocks.
+    start = (lens.cumsum(0) - lens).repeat_interleave(lens)
+    shown = batch.pixels()[real]
+    levels = torch.empty_like(shown)
+    levels[start + place] = shown
+    side = int((levels.shape[1] // 3) ** 0.5)
+    pixels = levels.view(-1, side, side, 3) / 255
+    means, stds = (torch.tensor(values, device=levels.device) for values in (mean, std))
+    pixels = ((pixels - means) / stds).permute(0, 3, 1, 2)
+    values = pixels[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1)
+    return {
+        "pixel_values": values,
+        "image_grid_thw": torch.nn.functional.pad(shapes, (1, 0), value=1),
+    }
+
+
+def _whole_grids(batch: PackedBatch) -> Tensor:
+    """Return int64[N, 2], the grids of a batch's images.
+
+    Raises:
+        ValueError: tokens were dropped.
+    """
     shapes = batch.grid_hw[batch.present].long()
     lens = batch.seq_lens[batch.present].long()
     dropped = (shapes.prod(1) != lens).nonzero()[:, 0]
@@ -288,12 +369,7 @@ def to_siglip2(batch: PackedBatch) -> dict[str, Tensor]:
         raise ValueError(
             checks.sentence(name, int(lens[first]), expected, "pack without a drop rate")
         )
-    found = to_naflex(batch)
-    return {
-        "pixel_values": found["patches"],
-        "pixel_attention_mask": found["patch_valid"].to(torch.int32),
-        "spatial_shapes": shapes,
-    }
+    return shapes
 
 
 def _bounds(batch: TokenBatch | PackedBatch) -> tuple[Tensor, int]:

@@ -5,7 +5,7 @@ view) only, so it can be made again for one image alone. In this order:
 
 1. The crop gives a box (`crops`). From here on its size is the image's.
 2. The resolution law gives a grid (`resolution`). A grid above the configuration's token limit is
-   shrunk, a square to a smaller square.
+   shrunk, a square to a smaller square, whole blocks to fewer blocks.
 3. The drop law gives the share of its tokens that is dropped (`dropping`). For a law that changes
    over training, progress is (epoch + p) ÷ epochs, where p in [0, 1) is the image's place in the
    epoch's order: the uniform number that images are sorted by, one for all views of an image.
@@ -27,6 +27,7 @@ from packpipe import checks, philox
 from packpipe.philox import Key
 from packpipe.planning import crops, dropping, resolution
 from packpipe.planning.image_config import PackConfig
+from packpipe.planning.resolution import Resolution
 
 _AT_ONCE = 2**15  # images, so that the arrays computed for them stay in the cache
 
@@ -86,15 +87,14 @@ def decide(
     if box is not None:
         image_hw = box[:, 2:]
     law, limit = config.resolution, config.token_limit
-    u = None if isinstance(law, str) else uniform(philox.RESOLUTION)
+    u = uniform(philox.RESOLUTION) if resolution.is_drawn(law) else None
     grids, drawn = resolution.patch_grids(
         law, image_hw, config.patch_size, limit, u=u, max_upscale=config.max_upscale
     )
     # int64 until the end: a native grid may have far more patches than int16 or int32 hold.
     num_tokens = grids[:, 0] * grids[:, 1]
-    shape_hw = resolution.shape_hw(law, image_hw)
     shrunk = num_tokens > limit
-    _shrink(grids, num_tokens, shrunk, shape_hw, limit)
+    _shrink(grids, num_tokens, shrunk, law, image_hw, limit)
     if not config.drops:
         all_kept = num_tokens.astype(np.int32)
         return Decisions(grids.astype(np.int16), all_kept, shrunk, drawn, None, box)
@@ -112,7 +112,7 @@ def decide(
         # The most tokens of which, at this rate, at most seq_len are kept; rounding the product may
         # still give one more, hence the minimum below.
         most = np.minimum(limit, np.floor(config.seq_len / (1 - rates))).astype(np.int64)
-        _shrink(grids, num_tokens, over, shape_hw, most)
+        _shrink(grids, num_tokens, over, law, image_hw, most)
         num_keep = np.minimum(dropping.num_kept(num_tokens, rates), config.seq_len)
     kept, shrunk = num_keep.astype(np.int32), shrunk | over
     return Decisions(grids.astype(np.int16), kept, shrunk, drawn, rates, box)
@@ -197,11 +197,12 @@ def _shrink(
     grids: NDArray[np.int64],
     num_tokens: NDArray[np.int64],
     where: NDArray[np.bool_],
-    shape_hw: NDArray[np.integer],
+    law: Resolution,
+    image_hw: NDArray[np.integer],
     limit: NDArray[np.int64] | int,
 ) -> None:
-    """Replace the grids of images in `where` by the largest of their shape within the limit."""
+    """Replace the grids of images in `where` by the largest of their law within the limit."""
     if where.any():
         limits = np.broadcast_to(limit, len(grids))[where]
-        grids[where] = resolution.budget_grids(shape_hw[where], limits)
+        grids[where] = resolution.shrunk_grids(law, image_hw[where], limits)
         num_tokens[where] = grids[where, 0] * grids[where, 1]

@@ -31,7 +31,7 @@ def evaluation_of(config: PackConfig) -> PackConfig:
         side = round(distribution("pixels", law.pixels).support[1] / config.patch_size)
         side = min(max(1, side), isqrt(most)) * config.patch_size
         changes["resolution"] = Square(Constant(side))
-    elif not isinstance(law, str):
+    elif isinstance(law, Side | Area | Budget):
         changes["resolution"] = "budget"
         changes["max_tokens"] = max(1, min(most, _most_tokens(law, config.patch_size)))
     return replace(

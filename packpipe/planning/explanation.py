@@ -49,7 +49,7 @@ class Explanation:
     def __str__(self) -> str:
         (height, width), (rows, columns) = self.image_hw, self.decided_grid_hw
         law = self.config.law_of(self.view).resolution
-        why = law if isinstance(law, str) else f"{law} drew {self.drawn:.6g}"
+        why = str(law) if self.drawn is None else f"{law} drew {self.drawn:.6g}"
         tokens = rows * columns
         view = f", view {self.view}" if self.config.num_views > 1 else ""
         lines = [

@@ -12,7 +12,7 @@ from packpipe.planning import crops, dropping, resolution, views
 from packpipe.planning.crops import CenterCrop, Crop, CropLaw, FixedCrop
 from packpipe.planning.distributions import DISTRIBUTIONS
 from packpipe.planning.dropping import ByResolution, DropLaw, OverTraining
-from packpipe.planning.resolution import Area, Budget, Resolution, Side, Square
+from packpipe.planning.resolution import Area, Budget, PixelRange, Resolution, Side, Square
 from packpipe.planning.views import View
 
 # A plan must not depend on the machine, but "optimal" depends on how much is done in its budget;
@@ -45,7 +45,7 @@ BEFORE: dict[str, Any] = {
 _LAWS = {
     law.__name__: law
     for law in (
-        *(*DISTRIBUTIONS, Crop, CenterCrop, FixedCrop, Side, Area, Budget, Square),
+        *(*DISTRIBUTIONS, Crop, CenterCrop, FixedCrop, Side, Area, Budget, Square, PixelRange),
         *(ByResolution, OverTraining, View),
     )
 }
@@ -91,11 +91,12 @@ class PackConfig:
             that follow, the box is the image.
         resolution: ``"native"`` (own size), ``"budget"`` (the largest size within max_tokens, as
             NaFlex), or a size that is drawn: `Side`, `Area`, `Budget` or `Square` (which does not
-            keep the aspect ratio) of a distribution.
+            keep the aspect ratio) of a distribution; or `PixelRange`, the own size in whole blocks
+            of patches, as Qwen-VL's models take it.
         max_tokens: most tokens of one image before dropping, 1..32767; a larger one is shrunk.
             None: at most seq_len tokens are kept; with "budget", seq_len before dropping.
         max_upscale: most an image's sides may be enlarged by; None for no limit. "native" never
-            enlarges, and `Square` does not allow this option.
+            enlarges, and `Square` and `PixelRange` do not allow this option.
         drop_rate: share of an image's tokens that is dropped, in [0, 1): a number, a distribution,
             `ByResolution` or `OverTraining`.
         epochs: length of the training, for a drop rate that changes over it.
@@ -204,6 +205,8 @@ class PackConfig:
             raise ValueError(
                 checks.sentence("max_upscale", self.max_upscale, "None, for Square", remedy)
             )
+        if isinstance(self.resolution, PixelRange):
+            self._check_range()
         checks.choice("strategy", self.strategy, PLAN_STRATEGIES, "choose a packing rule")
         object.__setattr__(self, "background", _checked_colour(self.background))
         if self.reducing_gap is not None:
@@ -227,6 +230,20 @@ class PackConfig:
             self._check_laws()
         if self.views_together:
             self._check_together()
+
+    def _check_range(self) -> None:
+        """Raise ValueError if an option does not go with a range of pixels."""
+        if self.max_upscale is not None:
+            expected, remedy = "None, for PixelRange", "min_pixels says what is enlarged"
+            raise ValueError(checks.sentence("max_upscale", self.max_upscale, expected, remedy))
+        if self.fit_last == "resolution":
+            expected, remedy = "None or 'drop_rate', for PixelRange", "sizes are the law's"
+            raise ValueError(checks.sentence("fit_last", self.fit_last, expected, remedy))
+        block = resolution.grid_multiple(self.resolution) ** 2
+        for name, limit in (("seq_len", self.seq_len), ("max_tokens", self.token_limit)):
+            if limit < block:
+                expected, remedy = f"at least {block} (grid_multiple²)", "an image has a block"
+                raise ValueError(checks.sentence(name, limit, expected, remedy))
 
     def _check_laws(self) -> None:
         """Raise ValueError if an option is given that is one of each view's law."""
@@ -285,7 +302,7 @@ class PackConfig:
     def draws(self) -> bool:
         """Whether an image's decision depends on (seed, epoch, index), besides its size."""
         return self.drops or any(
-            isinstance(law.crop, Crop) or not isinstance(law.resolution, str)
+            isinstance(law.crop, Crop) or resolution.is_drawn(law.resolution)
             for _, law in self.laws()
         )
 

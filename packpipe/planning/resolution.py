@@ -1,7 +1,7 @@
 """Decides the patch grid that an image is resized to, from its size and perhaps a draw.
 
-Six laws. A grid covers the image at some scale s; all laws but the last keep the aspect ratio as
-far as whole patches allow:
+Seven laws. A grid covers the image at some scale s; all laws but `Square` keep the aspect ratio
+as far as whole patches allow:
 
 * ``"native"``: the image's own size, each axis rounded to the nearest whole number of patches
   (half to even, at least one).
@@ -10,14 +10,17 @@ far as whole patches allow:
 * ``"budget"``, `Budget`: an axis covers max(1, ⌈side·s/P⌉) patches; the largest s whose grid
   stays within max_tokens (or within the budget drawn) is taken; small images are enlarged too.
 * `Square`: every image becomes a square of r pixels a side, r drawn, rounded to whole patches.
+* `PixelRange`: the image's own size, or the nearest one within a range of pixels, in whole blocks
+  of patches. It draws nothing.
 
 An image above the token limit is shrunk by the budget law, and so is one that would keep more than
-seq_len tokens after dropping (`decisions`). A shrunk square stays a square (`shape_hw`).
+seq_len tokens after dropping (`decisions`). A shrunk square stays a square (`shape_hw`), and blocks
+of patches stay whole (`shrunk_grids`).
 
 The largest s is found exactly, in integers. The official NaFlex search bisects s in [1e-6, 100] to
 1e-5, so it can stop one step too early, and never enlarges by more than 100.
 
-Source: NaViT 2.2, 3.2; SigLIP2 (NaFlex).
+Source: NaViT 2.2, 3.2; SigLIP2 (NaFlex); Qwen2-VL (arXiv 2409.12191), 2.1.
 """
 
 from __future__ import annotations
@@ -113,15 +116,58 @@ class Square:
         checks.choice("rounding", self.rounding, _ROUNDINGS, "choose how axes become patches")
 
 
-Resolution: TypeAlias = str | Side | Area | Budget | Square
+@dataclass(frozen=True)
+class PixelRange:
+    """Keep the own size of images within a range of pixels, in whole blocks of patches.
+
+    The rule of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, whose models merge each block of patches into one
+    token: sides are rounded to the nearest block, half to even; above max_pixels they are shrunk at
+    one scale and rounded down, to one block at least, below min_pixels enlarged and rounded up. An
+    image more than 200 times as long as wide is sized like the others; their processor refuses it.
+
+    Attributes:
+        min_pixels: fewest pixels of an image, 1 or more.
+        max_pixels: most pixels of an image, min_pixels or more; only very long images have more, of
+            which a side is one block. The usual ones are Qwen2-VL's.
+        grid_multiple: patches a side of a block: rows and columns of grids are multiples of it.
+
+    Source: the image processor of Qwen2-VL, ``smart_resize``.
+    """
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    grid_multiple: int = 2
+
+    def __post_init__(self) -> None:
+        limits = (
+            ("min_pixels", 1, 2**31 - 1, "56 · 56 is usual"),
+            ("max_pixels", self.min_pixels, 2**31 - 1, "no less than min_pixels"),
+            ("grid_multiple", 1, 128, "2 is usual"),
+        )
+        for name, low, high, remedy in limits:
+            number = checks.whole_number(name, getattr(self, name), low, high, remedy)
+            object.__setattr__(self, name, number)
+
+
+Resolution: TypeAlias = str | Side | Area | Budget | Square | PixelRange
 
 
 def checked(value: Any) -> Resolution:
     """Return value if it is a resolution law; the error names all laws."""
-    if isinstance(value, Side | Area | Budget | Square):
+    if isinstance(value, Side | Area | Budget | Square | PixelRange):
         return value
-    remedy = "or pass Side(...), Area(...), Budget(...) or Square(...)"
+    remedy = "or pass Side(...), Area(...), Budget(...), Square(...) or PixelRange(...)"
     return checks.choice("resolution", value, LAWS, remedy)
+
+
+def is_drawn(law: Resolution) -> bool:
+    """Return whether the size of an image by a law depends on a draw."""
+    return not isinstance(law, str | PixelRange)
+
+
+def grid_multiple(law: Resolution) -> int:
+    """Return what rows and columns of all grids of a law are multiples of."""
+    return law.grid_multiple if isinstance(law, PixelRange) else 1
 
 
 def shape_hw(law: Resolution, image_hw: NDArray[np.integer]) -> NDArray[np.integer]:
@@ -193,6 +239,23 @@ def budget_grids(
     return grids
 
 
+def shrunk_grids(
+    law: Resolution, image_hw: NDArray[np.integer], max_tokens: NDArray[np.integer]
+) -> NDArray[np.int64]:
+    """Return int64[images, 2], the largest grids within limits that a law allows.
+
+    Args:
+        law: how images are sized.
+        image_hw: int[images, 2], (height, width) in pixels.
+        max_tokens: int[images], the limits, each a block of the law or more, and below 2**15.
+
+    >>> shrunk_grids(PixelRange(), np.array([[300, 400]]), np.array([50])).tolist()
+    [[6, 8]]
+    """
+    multiple = grid_multiple(law)
+    return multiple * budget_grids(shape_hw(law, image_hw), max_tokens // multiple**2)
+
+
 def patch_grids(
     law: Resolution,
     image_hw: NDArray[np.integer],
@@ -211,7 +274,7 @@ def patch_grids(
         max_tokens: most tokens of a grid by the budget laws, below 2**15.
         u: float64[images], uniform in [0, 1); for laws that draw.
         max_upscale: most an image's sides may be enlarged by, before rounding to patches;
-            None for no limit. With `Square` it must be None.
+            None for no limit. With `Square` and `PixelRange` it must be None.
 
     Returns:
         int64[images, 2], (rows, columns), each 1..2**31 (only the budget laws keep to max_tokens);
@@ -227,6 +290,8 @@ def patch_grids(
         # "native" never enlarges; a max_upscale below 1 makes every image smaller.
         scale = 1.0 if max_upscale is None else min(1.0, max_upscale)
         return _rounded(image_hw, scale, patch_size, "nearest"), None
+    if isinstance(law, PixelRange):
+        return _ranged(law, image_hw, patch_size), None
     if isinstance(law, Side | Area | Square):
         assert u is not None  # noqa: S101
         pixels = distribution("pixels", law.pixels).quantile(u)
@@ -246,6 +311,21 @@ def patch_grids(
         # Clipped first: a number beyond int64 would become a negative one.
         budgets = np.clip(np.floor(drawn), 1, max_tokens).astype(np.int64)
     return budget_grids(image_hw, budgets, patch_size=patch_size, max_upscale=max_upscale), drawn
+
+
+def _ranged(law: PixelRange, image_hw: NDArray[np.integer], patch_size: int) -> NDArray[np.int64]:
+    """Return the patch grids of images within a range of pixels."""
+    # Every operation in the order of ``smart_resize``, in float64, so that each rounds as there.
+    block = law.grid_multiple * patch_size
+    sides = image_hw.astype(np.int64)
+    blocks = np.rint(sides / block).astype(np.int64)  # a small side may have none
+    pixels, own = blocks.prod(1) * block**2, sides.prod(1)
+    large, small = pixels > law.max_pixels, pixels < law.min_pixels
+    shrink = np.sqrt(own[large] / law.max_pixels)[:, None]
+    blocks[large] = np.maximum(1, np.floor(sides[large] / shrink / block))
+    enlarge = np.sqrt(law.min_pixels / own[small])[:, None]
+    blocks[small] = np.ceil(sides[small] * enlarge / block)
+    return law.grid_multiple * blocks
 
 
 def _rounded(

@@ -348,6 +348,13 @@ def model_of(
     return model
 
 
+def best_step(folder: Path | str) -> int | None:
+    """Return the step whose weights ``model_of(folder, best=True)`` has, if it was validated."""
+    newest = newest_whole(Path(folder))
+    found = None if newest is None else _best_whole(Path(folder), _state(newest))
+    return None if found is None else _step_of(found)
+
+
 def _best_whole(folder: Path, state: dict[str, Any]) -> Path | None:
     """Return the best checkpoint by a state, of those that are there and whole; None without."""
     by_step = {_step_of(path): path for path in checkpoints(folder)}

@@ -39,6 +39,7 @@ class Record:
         error: of a regression, the mean absolute error of all numbers; else None.
         val_error: of the validation images.
         val_iou: of a model without pooling, the mean intersection ÷ union of its classes on them.
+        val_images: how many validation images there were.
     """
 
     step: int
@@ -57,6 +58,7 @@ class Record:
     error: float | None = None
     val_error: float | None = None
     val_iou: float | None = None
+    val_images: int | None = None
 
 
 class Figures:

@@ -19,7 +19,8 @@ from packpipe.model.navit import NaViT
 from packpipe.planning.distributions import Constant
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.resolution import Square
-from packpipe.training.checkpoints import checkpoints, model_of
+from packpipe.training.checkpoints import best_step, checkpoints, model_of
+from packpipe.training.log import read_log
 
 log = logging.getLogger(__name__)
 
@@ -169,3 +170,20 @@ def load_model(
     if num_classes is not None:
         known = replace(known, class_names=None, label_column=None)
     return model, known
+
+
+def validation_figures(folder: Path | str) -> dict[str, float] | None:
+    """Return what was measured of the model that `load_model` returns, on its validation images.
+
+    Returns:
+        ``step``, ``images`` (how many), ``loss`` and, where there are, ``accuracy``, ``ece``,
+        ``error`` and ``iou`` (`packpipe.training.figures.Record`). None where nothing was
+        validated, or by a version that did not write how many images there were.
+    """
+    step = best_step(folder)
+    for record in read_log(folder) if step is not None else ():
+        if record["step"] == step and record.get("val_images"):
+            names = ("images", "loss", "accuracy", "ece", "error", "iou")
+            found = {name: record.get(f"val_{name}") for name in names}
+            return {"step": step} | {k: value for k, value in found.items() if value is not None}
+    return None

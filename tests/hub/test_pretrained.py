@@ -288,6 +288,7 @@ def test_what_is_saved_is_what_comes_back(num_classes, tmp_path):
     assert other.head.weight.shape == (5, 32)
     assert torch.equal(other.embed.weight, model.embed.weight)
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
     ]

@@ -9,22 +9,25 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from packed import PATCH_SIZE, RowSet, batch_of
 
-from packpipe import PackedLoader, pack
+from packpipe import PackedLoader, PixelRange, pack
 from packpipe.loading.batch import TokenBatch
 from packpipe.loading.exports import (
     to_attention_mask,
     to_document_ids,
     to_flash_attention,
     to_naflex,
+    to_qwen_vl,
     to_seqio,
     to_siglip2,
     to_transformers,
     to_trl,
 )
+from packpipe.planning.resolution import patch_grids
+from packpipe.samples import images_folder
 
 sequences = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=9)
 
@@ -304,3 +307,86 @@ def test_dropped_tokens_are_refused_where_positions_know_nothing_of_them():
     batch.grid_hw[0, 1] = 3
     with pytest.raises(ValueError, match=r"seq_lens\[1\] is 4, expected 9 \(all of its grid\)"):
         to_siglip2(batch)
+    with pytest.raises(ValueError, match=r"seq_lens\[1\] is 4, expected 9 \(all of its grid\)"):
+        to_qwen_vl(batch)
+
+
+SIDES = st.integers(1, 60) | st.integers(1, 6000)
+
+
+@settings(deadline=None)
+@given(SIDES, SIDES, st.sampled_from([14, 16]), st.integers(1, 3), st.integers(1, 10**7), st.data())
+@example(28 * 10, 28 * 20, 14, 2, 3136, None)
+@example(1, 200, 14, 2, 3136, None)
+def test_grids_are_those_of_qwen_vl_s_processor(height, width, patch, merge, fewest, data):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    assume(max(height, width) / min(height, width) <= 200)
+    most = 1003520 if data is None else data.draw(st.integers(fewest, 2 * 10**7))
+    law = PixelRange(fewest, most, merge)
+    found, drawn = patch_grids(law, np.array([[height, width]]), patch, 1)
+    wanted = smart_resize(height, width, patch * merge, fewest, most)
+    assert (patch * found[0]).tolist() == list(wanted)
+    assert drawn is None
+
+
+@pytest.mark.parametrize(
+    ("patch", "law", "colours"),
+    [
+        (14, PixelRange(56 * 56, 112 * 112), {}),  # Qwen2-VL, Qwen2.5-VL
+        (16, PixelRange(64 * 64, 96 * 96), {"mean": (0.5,) * 3, "std": (0.5,) * 3}),  # Qwen3-VL
+        (14, PixelRange(300 * 300, 320 * 320, 3), {"merge_size": 3, "temporal_patch_size": 1}),
+    ],
+)
+def test_real_pictures_are_to_the_byte_what_qwen_vl_s_processor_makes_of_them(
+    patch, law, colours, tmp_path
+):
+    from PIL import Image
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    files = [*sorted(images_folder().rglob("*.jpg"))[:4], *images_folder().rglob("eraser.png")]
+    pictures = [Image.open(file).convert("RGB") for file in files]
+    # All levels of each colour, in a picture that is not resized.
+    every = np.arange(256, dtype=np.uint8).repeat(patch**2 * law.grid_multiple**2 // 32)
+    every = np.resize(every, (law.grid_multiple * patch * 8, law.grid_multiple * patch, 3))
+    pictures.append(Image.fromarray(np.ascontiguousarray(every)))
+    names = {"mean": "image_mean", "std": "image_std"}
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=patch,
+        min_pixels=law.min_pixels,
+        max_pixels=law.max_pixels,
+        **{names.get(name, name): value for name, value in colours.items()},
+    )
+    packed = pack(
+        Dataset.from_dict({"image": pictures}),
+        2 * law.max_pixels // patch**2 + 40,
+        patch_size=patch,
+        resolution=law,
+        reducing_gap=None,
+        profiles="ignore",
+        output=tmp_path / "packed",
+        num_workers=0,
+        progress=False,
+    )
+    (batch,) = PackedLoader(packed, len(packed), rank=0, world_size=1)
+    assert batch.present.sum() == len(pictures) == 6
+    assert batch.present.shape[1] > 1
+    order = batch.example_index[batch.present].tolist()
+    wanted = processor([pictures[number] for number in order], return_tensors="pt")
+    found = to_qwen_vl(batch, **colours)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert value.dtype == found[name].dtype
+        assert torch.equal(value, found[name]), name
+
+
+def test_grids_that_cannot_be_merged_are_refused():
+    batch = batch_of(RowSet([[4, 6]], 15, 3))
+    message = (
+        r"^grid_hw\[1\] is \[2, 3\], expected multiples of 2 \(merge_size\); pack with resolut"
+    )
+    with pytest.raises(ValueError, match=message):
+        to_qwen_vl(batch)
+    assert to_qwen_vl(batch, merge_size=1)["image_grid_thw"].tolist() == [[1, 2, 2], [1, 2, 3]]
+    with pytest.raises(ValueError, match=r"^temporal_patch_size is 0, expected an integer in 1"):
+        to_qwen_vl(batch, temporal_patch_size=0)

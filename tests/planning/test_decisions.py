@@ -15,7 +15,7 @@ from packpipe.planning.distributions import Beta, Choice, Uniform
 from packpipe.planning.dropping import ByResolution, OverTraining
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import plan_epoch
-from packpipe.planning.resolution import Area, Budget, Side, Square
+from packpipe.planning.resolution import Area, Budget, PixelRange, Side, Square
 
 MANY = np.random.default_rng(7).integers(1, 400, (300, 2))
 PAPERS = PackConfig(
@@ -179,6 +179,15 @@ def test_no_images_need_no_decisions():
             PackConfig(seq_len=50, resolution=Square(224), drop_rate=0.5),
             (9, 999),
             ((10, 10), 50, True),
+        ),
+        # Blocks stay whole: of 18 x 24 patches, 6 x 8 are within 50 tokens, in blocks of 2 x 2.
+        (PackConfig(seq_len=432, resolution=PixelRange()), (300, 400), ((18, 24), 432, False)),
+        (PackConfig(seq_len=50, resolution=PixelRange()), (300, 400), ((6, 8), 48, True)),
+        (PackConfig(seq_len=4, resolution=PixelRange()), (300, 400), ((2, 2), 4, True)),
+        (
+            PackConfig(seq_len=50, resolution=PixelRange(), drop_rate=0.5),
+            (300, 400),
+            ((8, 12), 48, True),
         ),
         (PackConfig(seq_len=400), (320, 320), ((20, 20), 400, False)),
         (PackConfig(seq_len=399), (320, 320), ((19, 19), 361, True)),

@@ -13,6 +13,7 @@ from packpipe import (
     Crop,
     OverTraining,
     PackConfig,
+    PixelRange,
     Side,
     Square,
     Uniform,
@@ -90,6 +91,12 @@ def test_squares_stay_squares(side, seq_len, found):
     law = Square(Uniform(32, side))
     asked = evaluation_of(PackConfig(seq_len=seq_len, resolution=law))
     assert asked.resolution.pixels.value == found
+
+
+def test_a_range_of_pixels_stays_one():
+    config = PackConfig(seq_len=64, resolution=PixelRange(), drop_rate=0.5, max_tokens=100)
+    asked = evaluation_of(config)
+    assert asked == PackConfig(seq_len=64, resolution=PixelRange(), max_tokens=64)
 
 
 def test_of_several_laws_it_is_the_first_view_s():

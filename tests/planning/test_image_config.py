@@ -20,12 +20,13 @@ from packpipe.planning.image_config import (
     PackOptions,
     config_from,
 )
-from packpipe.planning.resolution import Area, Budget, Side, Square
+from packpipe.planning.resolution import Area, Budget, PixelRange, Side, Square
 
 FIELDS = [field.name for field in fields(PackConfig)]
 COLOUR = "white is (255, 255, 255)"
 LAWS = (
-    "expected one of 'native', 'budget'; or pass Side(...), Area(...), Budget(...) or Square(...)"
+    "expected one of 'native', 'budget'; or pass Side(...), Area(...), Budget(...), Square(...) or "
+    "PixelRange(...)"
 )
 RATES = "expected rates in [0, 1); it is the share that is dropped, and one token has to stay"
 SCALE = "1.0 is the size, or the share, itself"
@@ -157,6 +158,29 @@ BAD = [
         {"max_upscale": float("inf")},
         ValueError,
         f"max_upscale is inf, expected a finite number; {SCALE}",
+    ),
+    (
+        {"max_upscale": 1.5, "resolution": PixelRange()},
+        ValueError,
+        "max_upscale is 1.5, expected None, for PixelRange; min_pixels says what is enlarged",
+    ),
+    (
+        {"fit_last": "resolution", "resolution": PixelRange()},
+        ValueError,
+        (
+            "fit_last is 'resolution', expected None or 'drop_rate', for PixelRange; sizes are "
+            "the law's"
+        ),
+    ),
+    (
+        {"max_tokens": 8, "resolution": PixelRange(grid_multiple=3)},
+        ValueError,
+        "max_tokens is 8, expected at least 9 (grid_multiple²); an image has a block",
+    ),
+    (
+        {"seq_len": 3, "resolution": PixelRange()},
+        ValueError,
+        "seq_len is 3, expected at least 4 (grid_multiple²); an image has a block",
     ),
     (
         {"max_upscale": 1.5, "resolution": Square(224)},
@@ -428,6 +452,7 @@ def test_derived_figures():
         ({"drop_rate": 0.5}, True, True, False),
         ({"drop_rate": Uniform(0, 0.5)}, True, True, False),
         ({"resolution": Side(224)}, False, True, False),
+        ({"resolution": PixelRange()}, False, False, False),
         ({"resolution": Budget([64, 256])}, False, True, False),
         ({"resolution": Square(224), "fit_last": "resolution"}, False, True, False),
         ({"drop_rate": FALLING, "epochs": 3}, True, True, True),
@@ -470,6 +495,8 @@ EVERY_RESOLUTION = [
     Budget([128, 256, 576]),
     Square(224),
     Square(Choice((160, 224)), "floor"),
+    PixelRange(),
+    PixelRange(100, 5000, 4),
 ]
 EVERY_CROP = [
     None,

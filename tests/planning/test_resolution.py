@@ -17,11 +17,14 @@ from packpipe.planning.resolution import (
     LAWS,
     Area,
     Budget,
+    PixelRange,
     Side,
     Square,
     budget_grids,
     checked,
+    is_drawn,
     patch_grids,
+    shrunk_grids,
 )
 
 PATCHES = st.sampled_from([1, 7, 14, 16, 32])
@@ -184,6 +187,14 @@ def test_an_image_asked_for_a_whole_multiple_of_itself_becomes_just_that(scale, 
         (Square(229), (300, 400), (14, 14)),  # 14.31 patches
         (Square(229, "ceil"), (300, 400), (15, 15)),
         (Square(8, "floor"), (300, 400), (1, 1)),
+        (PixelRange(), (300, 400), (18, 24)),  # 9.4 x 12.5 blocks of 32: half to even
+        (PixelRange(), (16, 400), (2, 18)),  # half a block is none, too little: 0.7 x as large
+        (PixelRange(), (1080, 1920), (46, 82)),  # 2.1 million pixels: 23.5 x 41.7 blocks
+        (PixelRange(), (30, 40), (4, 6)),  # 1.9 x 2.4 blocks, rounded up
+        (PixelRange(64**2, 128**2), (500, 500), (8, 8)),
+        (PixelRange(64**2, 128**2), (40, 7000), (2, 104)),  # a block at least: over the limit
+        (PixelRange(64**2, 128**2, 1), (70, 90), (4, 6)),
+        (PixelRange(64**2, 128**2, 4), (70, 90), (4, 4)),
     ],
 )
 def test_worked_sizes(law, size, expected):
@@ -286,7 +297,8 @@ def test_worked_upscales():
 SIDES = st.integers(1, 2**31 - 1) | st.integers(1, 5000)
 SCALED = [*LAWS, Side(224), Side(Uniform(64, 256), "ceil"), Area(50_000), Budget([16, 256])]
 SQUARES = [Square(224), Square(Uniform(64, 256), "ceil")]
-EVERY_LAW = [*SCALED, *SQUARES]
+RANGE = PixelRange(4096, 65536)
+EVERY_LAW = [*SCALED, *SQUARES, RANGE]
 
 
 @given(
@@ -306,7 +318,7 @@ def test_a_budget_gives_one_token_at_least_and_the_limit_at_most(size, patch, ma
 
 @pytest.mark.parametrize(
     ("law", "max_upscale"),
-    [*itertools.product(SCALED, [None, 0.5, 1, 1000]), *((law, None) for law in SQUARES)],
+    [*itertools.product(SCALED, [None, 0.5, 1, 1000]), *((law, None) for law in [*SQUARES, RANGE])],
     ids=str,
 )
 @given(size=st.tuples(SIDES, SIDES), patch=st.integers(1, 128), u=UNITS)
@@ -322,7 +334,7 @@ def test_a_turned_image_has_the_turned_grid(law, max_upscale, size, patch, u):
 
 @pytest.mark.parametrize(
     ("law", "max_upscale"),
-    [*((law, 1.5) for law in SCALED), *((law, None) for law in SQUARES)],
+    [*((law, 1.5) for law in SCALED), *((law, None) for law in [*SQUARES, RANGE])],
     ids=str,
 )
 @given(sizes=strategies.size_lists(min_size=2), max_tokens=st.integers(1, 200), data=st.data())
@@ -346,7 +358,7 @@ def test_an_images_grid_depends_on_its_own_size_and_number_only(
 def test_no_images_have_no_grids(law):
     found, drawn = patch_grids(law, np.empty((0, 2), np.int32), 16, 256, u=np.empty(0))
     assert found.shape == (0, 2)
-    assert drawn is None if isinstance(law, str) else drawn.shape == (0,)
+    assert drawn.shape == (0,) if is_drawn(law) else drawn is None
 
 
 def test_a_number_is_a_constant_and_a_list_a_choice():
@@ -366,6 +378,21 @@ def test_a_law_is_returned_as_it_is(law):
     assert checked(law) is law
 
 
+@given(
+    strategies.image_sizes(), st.integers(1, 4), st.integers(0, 300), st.sampled_from([None, 64])
+)
+@example((9, 999), 2, 0, None)
+@example((999, 9), 4, 9, None)
+def test_a_grid_that_is_shrunk_keeps_whole_blocks(size, multiple, more, side):
+    limit = multiple**2 + more
+    law = PixelRange(1, 10**6, multiple) if side is None else Square(side)
+    blocks, shape = (multiple, size) if side is None else (1, (1, 1))
+    wanted = naive.budget_grid(*shape, 1, limit // blocks**2)
+    found = shrunk_grids(law, np.array([size]), np.array([limit]))[0].tolist()
+    assert found == [blocks * axis for axis in wanted]
+    assert found[0] * found[1] <= limit
+
+
 CHOOSE = "expected one of 'nearest', 'floor', 'ceil'; choose how axes become patches"
 POSITIVE = "expected numbers above 0; an image has at least one"
 A_NUMBER = "expected a number; or pass a distribution, such as Uniform(64, 256)"
@@ -383,7 +410,8 @@ def test_numbers_beyond_all_grids_give_the_largest_one(law, value):
 
 
 A_LAW = (
-    "expected one of 'native', 'budget'; or pass Side(...), Area(...), Budget(...) or Square(...)"
+    "expected one of 'native', 'budget'; or pass Side(...), Area(...), Budget(...), Square(...) or "
+    "PixelRange(...)"
 )
 
 
@@ -409,6 +437,21 @@ A_LAW = (
             lambda: Budget([128, "256"]),
             TypeError,
             "values[1] is '256', expected a number; pass a number",
+        ),
+        (
+            lambda: PixelRange(0),
+            ValueError,
+            "min_pixels is 0, expected an integer in 1..2147483647; 56 · 56 is usual",
+        ),
+        (
+            lambda: PixelRange(500, 499),
+            ValueError,
+            "max_pixels is 499, expected an integer in 500..2147483647; no less than min_pixels",
+        ),
+        (
+            lambda: PixelRange(grid_multiple=1.5),
+            TypeError,
+            "grid_multiple is 1.5, expected an integer in 1..128; 2 is usual",
         ),
         (lambda: checked("naflex"), ValueError, f"resolution is 'naflex', {A_LAW}"),
         (lambda: checked(Side), ValueError, f"resolution is {Side!r}, {A_LAW}"),

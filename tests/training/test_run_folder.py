@@ -18,7 +18,13 @@ from packpipe.training import run_folder
 from packpipe.training.checkpoints import checkpoints, model_of
 from packpipe.training.log import read_log
 from packpipe.training.loop import train
-from packpipe.training.run_folder import RunOptions, load_model, read_options, write_options
+from packpipe.training.run_folder import (
+    RunOptions,
+    load_model,
+    read_options,
+    validation_figures,
+    write_options,
+)
 
 PACKING = PackConfig(seq_len=16, patch_size=2, resolution="budget", max_tokens=9)
 NAMES = ("ant", "bee", "cat", "dog", "elk")
@@ -93,6 +99,23 @@ def test_if_the_best_is_damaged_the_last_is_loaded_with_a_warning(copy, caplog):
     model, _ = load_model(copy)
     assert same(model, weights_of(checkpoints(copy)[-1]))
     assert f"step-{best:08d} is damaged (model.safetensors does not match" in caplog.text
+
+
+def test_a_run_knows_what_its_best_weights_were_measured_as(run, copy):
+    best = min((line["val_loss"], line["step"]) for line in read_log(run) if line["val_loss"])
+    found = validation_figures(run)
+    (line,) = (line for line in read_log(run) if line["step"] == best[1])
+    assert found == {
+        "step": best[1],
+        "images": sum(int(batch.present.sum()) for batch in learning.validation_of()),
+        "loss": best[0],
+        "accuracy": line["val_accuracy"],
+        "ece": line["val_ece"],
+    }
+    # Measured on the very weights that are loaded; without those there is nothing to tell.
+    shutil.rmtree(copy / f"step-{best[1]:08d}")
+    assert validation_figures(copy) is None
+    assert validation_figures(copy / "nowhere") is None
 
 
 def test_a_new_head_is_on_the_old_trunk(run):

@@ -1,0 +1,109 @@
+"""The model card: README.md of a model's folder, what a reader of the Hub sees of it.
+
+It says what is known of the model here: its shape, how images are packed for it, and the figures it
+was given. Nothing is claimed that was not measured or told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from packpipe import checks
+from packpipe.model.navit import NaViT
+from packpipe.planning.image_config import PackConfig
+
+CARD = "README.md"
+_USE = """\
+```python
+import packpipe
+
+model, packing = packpipe.from_pretrained({name!r})
+outputs = packpipe.predict(model, ["a.jpg", "b.png"], **packing.to_options())
+```"""
+
+
+def card_of(
+    model: NaViT,
+    packing: PackConfig,
+    name: str,
+    *,
+    figures: Mapping[str, float] | None = None,
+    license: str | None = None,  # noqa: A002
+    source: str | None = None,
+) -> str:
+    """Return the text of a card, its metadata first.
+
+    Args:
+        model: the one that is described.
+        packing: as which images are packed for it.
+        name: what `from_pretrained` is given to read it.
+        figures: what was measured, such as `packpipe.training.run_folder.validation_figures`
+            returns; ``images`` says of how many images. None for nothing.
+        license: of the weights, as the Hub knows it, such as "apache-2.0"; None leaves it out.
+        source: where the weights come from, and what they were trained on, in Markdown; None says
+            that nobody told.
+
+    Raises:
+        TypeError, ValueError: a figure is no finite number, or there are some without ``images``.
+    """
+    from huggingface_hub import ModelCardData
+
+    _check_figures(figures)
+    config = model.config
+    features = config.num_classes is None
+    data = ModelCardData(
+        license=license,
+        library_name="packpipe",
+        pipeline_tag="image-feature-extraction" if features else None,
+        tags=["navit", "vision-transformer"],
+    )
+    outputs = f"features of {config.dim} channels" if features else f"{config.num_classes} outputs"
+    of_one = "token" if config.pooling == "none" else "image"
+    weights = sum(weight.numel() for weight in model.parameters())
+    packed = {name: value for name, value in packing.to_dict().items() if name != "patch_size"}
+    summary = (
+        f"A vision transformer for packed images: {weights:,} weights, patches of "
+        f"{config.patch_size} pixels, {config.depth} blocks of width {config.dim}; {outputs} of "
+        f"each {of_one}."
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        summary,
+        _USE.format(name=name),
+        "## Measured",
+        "Nothing was measured." if not figures else _table(("figure", "value"), _told(figures)),
+        "## Source",
+        "Nothing was said of where the weights come from." if source is None else source.strip(),
+        "## Packing",
+        _table(("option", "value"), {key: f"`{value!r}`" for key, value in packed.items()}),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _check_figures(figures: Mapping[str, float] | None) -> None:
+    if not figures:
+        return
+    remedy = "give what was measured"
+    for name, value in figures.items():
+        found = checks.real_number(f"figures[{name!r}]", value, remedy)
+        if not math.isfinite(found):
+            raise ValueError(checks.sentence(f"figures[{name!r}]", value, "finite", remedy))
+    if "images" not in figures:
+        expected, remedy = "'images' among them", "say on how many images they were measured"
+        raise ValueError(checks.sentence("figures", list(figures), expected, remedy))
+
+
+def _told(figures: Mapping[str, float]) -> dict[str, str]:
+    # Counts as they are; six digits of all others.
+    return {
+        name: str(value) if isinstance(value, int) else f"{value:.6g}"
+        for name, value in figures.items()
+    }
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
+    lines = [head, ("---", "---"), *rows.items()]
+    return "\n".join(f"| {first} | {second} |" for first, second in lines)

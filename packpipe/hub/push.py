@@ -1,0 +1,79 @@
+"""`push_to_hub`: a model becomes a repository of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from packpipe import checks
+from packpipe.hub.files import INDEX
+from packpipe.hub.own import save_pretrained
+from packpipe.model.navit import NaViT
+from packpipe.planning.image_config import PackConfig
+
+
+def push_to_hub(
+    model: NaViT,
+    packing: PackConfig,
+    repo: str,
+    *,
+    figures: Mapping[str, float] | None = None,
+    license: str | None = None,  # noqa: A002
+    source: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+) -> str:
+    """Upload a model with its card; `from_pretrained` reads it by the same name.
+
+    huggingface_hub logs in as it always does (``hf auth login``), and its errors are raised as they
+    are. The repository is made if it is missing; other files there stay, but for an index of
+    weights in several files, which would be read instead. After a training::
+
+        model, options = packpipe.load_model("run")
+        figures = packpipe.training.run_folder.validation_figures("run")
+        packpipe.push_to_hub(model, options.packing, "me/pets", figures=figures)
+
+    Args:
+        model: its weights are written as they are, in their dtype.
+        packing: as which images are packed for it.
+        repo: such as "me/pets".
+        figures: what was measured, for the card; see `packpipe.hub.card.card_of`.
+        license: of the weights, for the card.
+        source: where the weights come from, for the card.
+        private: whether others see a repository that is made; None for the account's usual.
+        revision: branch; None for the main one.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ValueError: repo is no name of one, or packing or figures are wrong; nothing is uploaded.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    api = HfApi()
+    with TemporaryDirectory() as folder:
+        save_pretrained(
+            model,
+            packing,
+            Path(folder),
+            name=repo,
+            figures=figures,
+            license=license,
+            source=source,
+        )
+        try:
+            url = api.create_repo(repo, private=private, exist_ok=True)
+        except HFValidationError as error:
+            expected, remedy = "the name of a repository", "names are such as 'me/pets'"
+            raise ValueError(checks.sentence("repo", repo, expected, remedy)) from error
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message="Upload a model of packpipe",
+            delete_patterns=[INDEX],
+        )
+    return str(url)

@@ -1,0 +1,132 @@
+"""A model becomes a repository: what the Hub's own client sends, and the card a reader sees."""
+
+import base64
+import json
+import re
+from importlib import import_module
+
+import huggingface_hub
+import packed
+import pytest
+import torch
+
+from packpipe import PackConfig, from_pretrained, push_to_hub, save_pretrained
+from packpipe.hub.card import card_of
+
+# The client's library has one name or another, by the version of huggingface_hub.
+httpx = import_module(type(huggingface_hub.get_session()).__module__.split(".")[0])
+PACKING = PackConfig(patch_size=packed.PATCH_SIZE, resolution="budget", max_tokens=9)
+FIGURES = {"step": 40, "images": 1234, "loss": 0.69314718, "accuracy": 0.75}
+
+
+class Hub:
+    """Answers the client as the Hub does, and keeps what is committed, by repository and path."""
+
+    def __init__(self):
+        self.files, self.made, self.commits = {}, [], []
+
+    def __call__(self, request):
+        path, asked = request.url.path, request.content
+        if path == "/api/repos/create":
+            self.made.append(json.loads(asked))
+            return httpx.Response(200, json={"url": f"{request.url.copy_with(path='/me/pets')}"})
+        if "/preupload/" in path:
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            named = [{"path": one["path"], **modes} for one in json.loads(asked)["files"]]
+            return httpx.Response(200, json={"files": named})
+        if "/commit/" in path:
+            self.commit(path, [json.loads(line) for line in asked.splitlines()])
+            found = {"commitUrl": str(request.url.copy_with(path="/me/pets/commit/1"))}
+            return httpx.Response(200, json={**found, "commitOid": "1"})
+        if path == "/api/validate-yaml":
+            return httpx.Response(200, json={"errors": [], "warnings": []})
+        if "/tree/" in path:
+            listed = [{"type": "file", "path": n, "size": 1, "oid": "0"} for n in self.files]
+            return httpx.Response(200, json=listed)
+        return httpx.Response(404, json={"error": path})
+
+    def commit(self, path, lines):
+        self.commits.append((path, lines[0]["value"]["summary"]))
+        for line in lines[1:]:
+            name = line["value"]["path"]
+            if line["key"] == "deletedFile":
+                del self.files[name]
+            else:
+                self.files[name] = base64.b64decode(line["value"]["content"])
+
+
+@pytest.fixture
+def hub():
+    """A Hub without a network; the client's code is its own."""
+    hub = Hub()
+    transport = httpx.MockTransport(hub)
+    huggingface_hub.set_client_factory(lambda: httpx.Client(transport=transport))
+    yield hub
+    huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
+
+
+def test_what_is_pushed_is_what_comes_back(hub, tmp_path):
+    model = packed.model_of(dtype=torch.float32)
+    hub.files = {"model.safetensors.index.json": b"{}", "notes.txt": b"mine"}
+    told = {"figures": FIGURES, "license": "cc-by-4.0", "source": "Trained on *pets*."}
+    url = push_to_hub(model, PACKING, "me/pets", private=True, **told)
+    assert url.endswith("/me/pets")
+    (created,) = hub.made
+    assert (created["organization"], created["name"]) == ("me", "pets")
+    assert created["visibility"] == "private"
+    ((path, summary),) = hub.commits
+    assert path == "/api/models/me/pets/commit/main"
+    assert summary == "Upload a model of packpipe"
+    kept = ["README.md", "config.json", "model.safetensors", "notes.txt"]
+    assert sorted(hub.files) == kept
+    for name, content in hub.files.items():
+        (tmp_path / name).write_bytes(content)
+    again, packing = from_pretrained(tmp_path)
+    assert packing == PACKING
+    assert again.config == model.config
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "cc-by-4.0"
+    assert "| images | 1234 |\n| loss | 0.693147 |\n| accuracy | 0.75 |" in card.text
+    assert 'from_pretrained("me/pets")' in card.text.replace("'", '"')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"repo": "me/pets/cats"}, "repo is 'me/pets/cats', expected the name of a repository; na"),
+        ({"repo": "no blanks"}, "repo is 'no blanks', expected the name of a repository; names ar"),
+        ({"packing": PackConfig()}, "patch_size is 16, expected 2 (the model's); pass the model's"),
+        (
+            {"figures": {"loss": 1.0}},
+            "figures is ['loss'], expected 'images' among them; say on how many images they were",
+        ),
+        (
+            {"figures": {"images": 2, "loss": float("nan")}},
+            "figures['loss'] is nan, expected a finite number; give what was measured",
+        ),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anything_is_sent(arguments, message, hub):
+    given = {"packing": PACKING, "repo": "me/pets", **arguments}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        push_to_hub(packed.model_of(), **given)
+    assert hub.made == hub.commits == []
+
+
+def test_a_card_claims_nothing_that_was_not_told(tmp_path):
+    model = packed.model_of(num_classes=None, pooling="none")
+    save_pretrained(model, PACKING, tmp_path / "mine")
+    text = (tmp_path / "mine" / "README.md").read_text()
+    assert text == card_of(model, PACKING, "mine")
+    assert "Nothing was measured." in text
+    assert "Nothing was said of where the weights come from." in text
+    assert "license" not in text
+    weights = sum(weight.numel() for weight in model.parameters())
+    assert f"{weights:,} weights, patches of 2 pixels, 2 blocks of width 16; features" in text
+    assert "of each token." in text
+    assert "| max_tokens | `9` |" in text
+    data = huggingface_hub.ModelCard(text).data
+    assert (data.library_name, data.pipeline_tag) == ("packpipe", "image-feature-extraction")
+    labelled = huggingface_hub.ModelCard(card_of(packed.model_of(), PACKING, "a: b # c")).data
+    assert labelled.pipeline_tag is None
