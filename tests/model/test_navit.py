@@ -1,6 +1,6 @@
 """Laws 4, 5 and 8: every attention backend × position × pooling × loss, and plain twins of all.
 
-The kernels of the two backends that need a GPU are replaced by plain ones; everything around them
+The kernels of the three backends that need a GPU are replaced by plain ones; everything around them
 is what runs there. on_gpu.py runs the laws with the real ones.
 """
 
@@ -48,6 +48,7 @@ def plain_kernels():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "varlen_kernel", naive_attention.varlen_kernel)
         patch.setattr(attention, "flex_kernel", naive_attention.flex_kernel)
+        patch.setattr(attention, "fused_kernel", naive_attention.fused_kernel)
         yield
 
 
@@ -171,7 +172,7 @@ def is_its_plain_twin(model):
 def test_the_backends_agree(case):
     batch = packed.batch_of(case)
     first, *others = (packed.model_of(name)(batch)[batch.present] for name in BACKENDS)
-    assert len(others) == 3
+    assert len(others) == 4
     assert all(close(found, first, 1e-10) for found in others)
 
 
@@ -205,7 +206,7 @@ def test_a_batch_of_padding_alone_is_finite(backend, pooling):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_batch_of_padding_alone_gives_every_parameter_a_gradient_of_zeros(backend, pooling, loss):
     # DDP waits for ever, or raises, where a parameter of one rank has none. Each position in turn.
-    turn = BACKENDS.index(backend) + 4 * (POOLINGS.index(pooling) + 5 * list(LOSSES).index(loss))
+    turn = BACKENDS.index(backend) + 5 * (POOLINGS.index(pooling) + 5 * list(LOSSES).index(loss))
     setting = Setting(backend, POSITIONS[turn % len(POSITIONS)], pooling, loss)
     batch = setting.batch(packed.RowSet(lens=[[], []], seq_len=6, max_segments=6))
     model = setting.model()
