@@ -7,9 +7,10 @@ from packpipe.model.positions import rotate
 
 
 def varlen_kernel(q, k, v, bounds, longest):
-    """Attention within bounds, by a mask of all tokens."""
-    del longest
+    """Attention within bounds, by a mask of all tokens; beyond longest there is nothing right."""
     number = torch.searchsorted(bounds[1:].contiguous(), torch.arange(len(q)), right=True)
+    beyond = torch.arange(len(q)) - bounds[number] >= longest
+    v = v.masked_fill(beyond[:, None, None], torch.nan)
     mask = number[:, None] == number[None, :]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)

@@ -38,7 +38,7 @@ from packpipe.loading.colouring import segment_numbers
 
 BACKENDS = ("reference", "segments", "varlen", "flex", "fused")
 QK_NORM_EPS = 1e-6  # torch's default is that of the dtype, which is coarse in half precision
-BLOCK = 128  # tokens a side of a block of FlexAttention's mask
+BLOCK = 128  # tokens a side of a block of FlexAttention's mask, and of a block of varlen's
 QUERIES = 64  # of a block of "fused"
 
 # (queries, keys, values) -> outputs, each [T, H, E].
@@ -114,7 +114,9 @@ def backends_of(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     return ("reference", "segments", *(("varlen",) if half else ()), *flex)
 
 
-def flatten(batch: PackedBatch, backend: str, *, keep_padding: bool = False) -> FlatTokens:
+def flatten(
+    batch: PackedBatch, backend: str, *, keep_padding: bool = False, longest: int | None = None
+) -> FlatTokens:
     """Return the tokens of a batch with their attention, prepared once for all layers.
 
     Args:
@@ -122,6 +124,8 @@ def flatten(batch: PackedBatch, backend: str, *, keep_padding: bool = False) -> 
         backend: one of `BACKENDS`.
         keep_padding: keep padding among the tokens, so that all batches have one shape, as compiled
             code needs it. In torch.compile it is always kept.
+        longest: most tokens of a segment, for ``"varlen"``: a number that does not depend on the
+            batch, so that graphs do not. None is seq_len.
     """
     rows, seq_len = batch.segment_ids.shape
     max_segments = batch.seq_lens.shape[1]
@@ -129,14 +133,17 @@ def flatten(batch: PackedBatch, backend: str, *, keep_padding: bool = False) -> 
     # Padding has a number of its own, B · S: one more bucket for sums over segments.
     segments = segment_numbers(batch.segment_ids, max_segments)
     lens = batch.seq_lens.long()
+    bound = seq_len if longest is None else min(seq_len, -(-longest // BLOCK) * BLOCK)
     attend: Attention | Fused
     if keep_padding or backend in ("reference", "flex", "fused"):
         row = torch.arange(rows, device=lens.device)[:, None]
         starts = (row * seq_len + lens.cumsum(1) - lens).flatten()  # [B·S]
         if backend == "varlen":
-            # Each row's padding is one more segment: the bounds must cover all tokens.
-            padding = seq_len - lens.sum(1, keepdim=True)
-            attend = _varlen(torch.cat([lens, padding], 1).flatten(), seq_len)
+            # The bounds must cover all tokens: each row's padding is more segments, as many as it
+            # could take, none of them longer than an image may be.
+            pieces = torch.arange(-(-seq_len // bound), device=lens.device) * bound
+            padding = (seq_len - lens.sum(1, keepdim=True) - pieces).clamp(0, bound)
+            attend = _varlen(torch.cat([lens, padding], 1).flatten(), bound)
         elif backend == "fused":
             attend = Fused(blocks_of(lens, seq_len))
         else:
@@ -147,7 +154,7 @@ def flatten(batch: PackedBatch, backend: str, *, keep_padding: bool = False) -> 
     places = batch.segment_ids.flatten().nonzero()[:, 0]
     flat_lens = lens.flatten()
     starts = (flat_lens.cumsum(0) - flat_lens).clamp(max=max(len(places) - 1, 0))
-    attend = _varlen(flat_lens, seq_len) if backend == "varlen" else _by_runs(flat_lens.tolist())
+    attend = _varlen(flat_lens, bound) if backend == "varlen" else _by_runs(flat_lens.tolist())
     return FlatTokens(places, segments[places], starts, attend)
 
 
@@ -194,8 +201,8 @@ def _by_runs(lens: list[int]) -> Attention:
 
 
 def _varlen(lens: Tensor, longest: int) -> Attention:
-    # The kernel takes int32. `longest` is seq_len, which need not be read back from a GPU; the true
-    # one would save at most 5 of 55 ms a step (B/16, H100: benchmarks/results/gpu_profile.md).
+    # The kernel takes int32. It launches blocks of 128 queries for `longest` tokens of every
+    # segment, and reads no token beyond them.
     bounds = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).to(torch.int32)
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

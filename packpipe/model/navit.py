@@ -60,8 +60,8 @@ class NaViT(nn.Module):
             shape; `compile_parts` sets it.
 
     Raises:
-        ValueError: (on call) the patches are not of patch_size, or an image has more patches on
-            an axis than the position table has places.
+        ValueError: (on call) the patches are not of patch_size; or, on a CPU, an image has more
+            patches on an axis than the position table has places, or more tokens than longest.
     """
 
     def __init__(self, config: NaViTConfig) -> None:
@@ -92,7 +92,9 @@ class NaViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, batch: PackedBatch, paths: Tensor | None = None) -> Tensor:
+    def forward(
+        self, batch: PackedBatch, paths: Tensor | None = None, longest: int | None = None
+    ) -> Tensor:
         """Return logits [B, S, K]; [B, L, K], 0 or meaningless in padding, if pooling is "none".
 
         With ``target_stride`` they are [B, L, T, K], of the T cells of each token, row by row.
@@ -102,8 +104,10 @@ class NaViT(nn.Module):
             batch: packed rows.
             paths: float[B, S, depth, 2], what attention and MLP of each block are multiplied by
                 for each image, of `packpipe.training.drop_path`; None leaves them as they are.
+            longest: most tokens of an image in any batch, such as `PackedLoader.longest`: with
+                ``attention="varlen"`` less is computed then. None is seq_len.
         """
-        x, tokens = self._encode(batch, paths)
+        x, tokens = self._encode(batch, paths, longest)
         return self.answer(x, batch, tokens)
 
     def pool_weights(self, batch: PackedBatch) -> Tensor:
@@ -122,10 +126,12 @@ class NaViT(nn.Module):
         ids = batch.segment_ids
         return tokens.put_back(weights, *ids.shape) * (ids > 0)[..., None]
 
-    def _encode(self, batch: PackedBatch, paths: Tensor | None = None) -> tuple[Tensor, FlatTokens]:
+    def _encode(
+        self, batch: PackedBatch, paths: Tensor | None = None, longest: int | None = None
+    ) -> tuple[Tensor, FlatTokens]:
         """Return the tokens [T, C] after all blocks, and where they lie in the batch."""
-        self._check(batch)
-        tokens = flatten(batch, self.backend(), keep_padding=self.keep_padding)
+        self._check(batch, longest)
+        tokens = flatten(batch, self.backend(), keep_padding=self.keep_padding, longest=longest)
         x, turn = self.read(batch, tokens)
         for block, path in zip(self.blocks, self._paths(paths, tokens), strict=True):
             x = block(x, tokens.attend, turn, path)
@@ -196,7 +202,7 @@ class NaViT(nn.Module):
         """Return `packpipe.predict` of this model: logits [images, K], in the images' order."""
         return predict(self, images, **options)
 
-    def _check(self, batch: PackedBatch) -> None:
+    def _check(self, batch: PackedBatch, longest: int | None) -> None:
         patch_bytes = self.config.patch_size**2 * 3
         if batch.patches.shape[-1] != patch_bytes:
             found, expected = batch.patches.shape[-1], f"{patch_bytes} (patch_size² × 3)"
@@ -209,6 +215,10 @@ class NaViT(nn.Module):
                 expected = f"at most {self.config.side} patches an axis (max_side)"
                 remedy = "raise max_side, or pack with fewer max_tokens"
                 raise ValueError(checks.sentence("batch.grid_hw", side, expected, remedy))
+            most = int(batch.seq_lens.max()) if batch.seq_lens.numel() else 0
+            if longest is not None and longest < most:
+                expected, remedy = f"{most} or more (tokens of an image)", "pass None"
+                raise ValueError(checks.sentence("longest", longest, expected, remedy))
 
 
 class Block(nn.Module):
