@@ -14,7 +14,7 @@ Changes of a training step:
 
 * ``bound``: the attention kernel is told the longest segment, not the row's length;
 * ``bf16``: the residual stream stays in bf16 under autocast;
-* ``own``: attention and query-key normalisation by segment_attention.py;
+* ``own``: attention and query-key normalisation by ``attention="fused"``;
 * a graph: the whole step captured once and replayed.
 """
 
@@ -316,16 +316,18 @@ def attentions(lab: Lab) -> None:
 def own_kernels(
     lab: Lab, measure: Callable[..., None], qkv: Tensor, gains: list[Tensor], lens: Tensor
 ) -> None:
-    """Attention by segment_attention.py, in blocks of several sizes, each tried by itself."""
-    import segment_attention as own
+    """Attention by `packpipe.model.fused`, in blocks of several sizes, each tried by itself."""
+    from packpipe.model.fused import attend as fused
 
     for block in (64, 128):
-        blocks = own.blocks_of(lens.flatten(), are_real(lens), len(qkv), block)
+        blocks = attention.blocks_of(lens[:, :-1], len(qkv) // len(lens), block)
         for shape in ((64, 4, 1), (64, 4, 2), (32, 4, 2), (64, 8, 1)):
             name = "own, {} x {}, {} warps, {} stages".format(block, *shape)
 
-            def attend(x: Tensor, blocks: Tensor = blocks, shape: Any = (block, *shape)) -> Tensor:
-                return own.attend(x, *gains, blocks, *shape)[0]
+            def attend(
+                x: Tensor, blocks: Tensor = blocks, how: Any = (block, block, *shape)
+            ) -> Any:
+                return fused(x, *gains, None, None, blocks, *how)[0]
 
             lab.attempt(
                 "own", lambda name=name, attend=attend: measure(name, attend, normalises=True)
@@ -362,13 +364,6 @@ def segments_and_padding(batch: PackedBatch) -> Tensor:
     return torch.cat([lens, padding], 1)
 
 
-def are_real(lens: Tensor) -> Tensor:
-    """Return bool[B · (S + 1)]: all but the padding that ends each row."""
-    real = torch.ones_like(lens, dtype=torch.bool)
-    real[:, -1] = False
-    return real.flatten()
-
-
 def bound_of(images: arms.Images) -> int:
     """Return the tokens of the largest image, rounded up."""
     return -(-int(images.lens.max()) // MULTIPLE) * MULTIPLE
@@ -395,41 +390,24 @@ def bf16_read(self: navit.NaViT, batch: PackedBatch, tokens: FlatTokens) -> tupl
     return x, None
 
 
-def own_block(self: navit.Block, x: Tensor, blocks: Tensor, _: None) -> Tensor:
-    """`Block.forward` by segment_attention.py, which normalises, too."""
-    qkv = self.queries_keys_values(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
-    gains = (self.norm_queries.weight, self.norm_keys.weight)
-    seen, _ = torch.ops.packpipe_lab.attend(qkv, *gains, blocks)
-    x = x + self.project(seen.flatten(-2))
-    return x + self.narrow(F.gelu(self.widen(self.norm_mlp(x))))
-
-
 @contextmanager
 def changed(changes: tuple[str, ...], rows: int, longest: int) -> Iterator[None]:
     """Train with some changes; afterwards everything is as before."""
-    before = navit.NaViT.read, navit.Block.forward, attention._varlen
+    before = navit.NaViT.read, attention._varlen
     varlen = attention._varlen
 
     def bounded(flat: Tensor, seq_len: int) -> attention.Attention:
         cut = cut_padding(flat.unflatten(0, (rows, -1)), longest, seq_len)
         return varlen(cut, longest)
 
-    def blocks(flat: Tensor, seq_len: int) -> Tensor:
-        import segment_attention as own
-
-        lens = flat.unflatten(0, (rows, -1))
-        return own.blocks_of(flat, are_real(lens), rows * seq_len)
-
     try:
         if "bf16" in changes:
             navit.NaViT.read = bf16_read
         if "bound" in changes:
             attention._varlen = bounded
-        if "own" in changes:
-            navit.Block.forward, attention._varlen = own_block, blocks
         yield
     finally:
-        navit.NaViT.read, navit.Block.forward, attention._varlen = before
+        navit.NaViT.read, attention._varlen = before
 
 
 class Captured:
@@ -469,7 +447,7 @@ def train(lab: Lab, part: str, how: Trained) -> None:
 
 
 def _train(lab: Lab, part: str, how: Trained, images: arms.Images) -> None:
-    backend = "varlen" if lab.on_gpu else "reference"
+    backend = ("fused" if "own" in how.changes else "varlen") if lab.on_gpu else "reference"
     shape: dict[str, Any] = {"num_classes": 1000, "max_side": 1024, "attention": backend}
     config = (
         NaViTConfig(dim=64, depth=2, heads=1, **shape)

@@ -3,14 +3,36 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from packpipe.model.positions import rotate
+
 
 def varlen_kernel(q, k, v, bounds, longest):
-    """Attention within bounds, by a mask of all tokens."""
-    del longest
+    """Attention within bounds, by a mask of all tokens; beyond longest there is nothing right."""
     number = torch.searchsorted(bounds[1:].contiguous(), torch.arange(len(q)), right=True)
+    beyond = torch.arange(len(q)) - bounds[number] >= longest
+    v = v.masked_fill(beyond[:, None, None], torch.nan)
     mask = number[:, None] == number[None, :]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
+
+
+def fused_kernel(projected, gains, turn, blocks):
+    """Attention of each block's queries to its segment, by a mask of all tokens."""
+    q, k, v = projected.unbind(1)
+    if gains is not None:
+        q, k = (
+            x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+            for x, gain in zip((q, k), gains, strict=True)
+        )
+    if turn is not None:
+        q, k = rotate(q, turn), rotate(k, turn)
+    first, start, stop = blocks.unbind(1)
+    token = torch.arange(len(q))[:, None]
+    own = (token >= first) & (token < torch.minimum(first + 64, stop.abs()))  # [T, N]
+    seen = (token >= start) & (token < stop)
+    mask = own.to(q.dtype) @ seen.to(q.dtype).T
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask > 0)[0].transpose(0, 1)
 
 
 def flex_kernel(q, k, v, mask):

@@ -174,6 +174,11 @@ class EpochPacks:
         return self.config.max_segments
 
     @property
+    def longest(self) -> int:
+        """Most tokens that an image may keep."""
+        return self.config.longest
+
+    @property
     def labels(self) -> pa.Array | None:
         """Labels of all images in the plans; None without any."""
         return self._labels

@@ -37,6 +37,11 @@ class ImagePacks:
         """Most images a row may hold."""
         return self.config.max_segments
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that an image may keep."""
+        return self.config.longest
+
     def num_packs(self, key: Key) -> int:
         """Return how many packs there are."""
         del key

@@ -241,6 +241,12 @@ class PackedLoader:
         """Packs of a step, over all ranks."""
         return self._share.global_batch
 
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of an image in any batch, which `NaViT` may be told; None if unknown."""
+        found: int | None = getattr(self.packs, "longest", None)
+        return found
+
     def __len__(self) -> int:
         """Steps of the pass under way, from the epoch's beginning to its end.
 

@@ -72,6 +72,12 @@ class StoredPacks:
         most = (int(some.num_segments.max()) for some in self._segments)
         return max(1, max(most, default=1))
 
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest segment of any row, at least 1."""
+        most = (int(some.seq_lens.max(initial=1)) for some in self._segments)
+        return max(most, default=1)
+
     @property
     def of_tokens(self) -> bool:
         """Whether these are rows of token sequences, not of images."""

@@ -171,6 +171,11 @@ class PackedStream:
         return self.config.max_segments
 
     @property
+    def longest(self) -> int:
+        """Most tokens that an image may keep."""
+        return self.config.longest
+
+    @property
     def transform_name(self) -> str | None:
         """Qualified name of the transform; None without any. Says nothing of what it does."""
         return None if self._transform is None else name_of(self._transform)

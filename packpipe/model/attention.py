@@ -1,6 +1,6 @@
 """Attention within segments: a token sees its own image and nothing else.
 
-Four backends compute the same function:
+Five backends compute the same function:
 
 * ``"reference"``: one SDPA call with a boolean mask. Runs anywhere, compiles, costs O(L²) a
   row whatever the segments; the others are checked against it.
@@ -12,6 +12,8 @@ Four backends compute the same function:
   row's padding as one more segment.
 * ``"flex"``: FlexAttention with a block mask made from segment bounds, on a GPU in any
   precision. Costs whole blocks of 128 × 128.
+* ``"fused"``: kernels of `packpipe.model.fused`, on a GPU in any precision but float64. Normalises
+  and turns queries and keys, too. Not chosen by itself: it has not been timed on a card.
 
 Inside the model the tokens of all rows lie one after the other, T of them; `flatten` chooses them.
 
@@ -34,11 +36,32 @@ from packpipe import checks
 from packpipe.loading.batch import PackedBatch
 from packpipe.loading.colouring import segment_numbers
 
-BACKENDS = ("reference", "segments", "varlen", "flex")
-BLOCK = 128  # tokens a side of a block of FlexAttention's mask
+BACKENDS = ("reference", "segments", "varlen", "flex", "fused")
+QK_NORM_EPS = 1e-6  # torch's default is that of the dtype, which is coarse in half precision
+BLOCK = 128  # tokens a side of a block of FlexAttention's mask, and of a block of varlen's
+QUERIES = 64  # of a block of "fused"
 
 # (queries, keys, values) -> outputs, each [T, H, E].
 Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (cos, sin) that turn queries and keys with rotary positions; None with other ones.
+Turn: TypeAlias = tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Fused:
+    """Attention of ``"fused"``, which normalises and turns queries and keys itself.
+
+    Attributes:
+        blocks: int32[N, 3], of `blocks_of`.
+    """
+
+    blocks: Tensor
+
+    def __call__(
+        self, projected: Tensor, gains: tuple[Tensor, Tensor] | None, turn: Turn
+    ) -> Tensor:
+        """Return [T, H, E]; for the arguments see `packpipe.model.fused.fused_kernel`."""
+        return fused_kernel(projected, gains, turn, self.blocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +78,7 @@ class FlatTokens:
     places: Tensor | None
     segments: Tensor
     starts: Tensor
-    attend: Attention
+    attend: Attention | Fused
 
     def take(self, values: Tensor) -> Tensor:
         """Return [T, ...] of [B, L, ...]."""
@@ -87,11 +110,13 @@ def backends_of(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     if device.type != "cuda":
         return ("reference", "segments")
     half = dtype in (torch.bfloat16, torch.float16)
-    flex = ("flex",) if dtype != torch.float64 else ()
+    flex = ("flex", "fused") if dtype != torch.float64 else ()
     return ("reference", "segments", *(("varlen",) if half else ()), *flex)
 
 
-def flatten(batch: PackedBatch, backend: str, *, keep_padding: bool = False) -> FlatTokens:
+def flatten(
+    batch: PackedBatch, backend: str, *, keep_padding: bool = False, longest: int | None = None
+) -> FlatTokens:
     """Return the tokens of a batch with their attention, prepared once for all layers.
 
     Args:
@@ -99,6 +124,8 @@ def flatten(batch: PackedBatch, backend: str, *, keep_padding: bool = False) -> 
         backend: one of `BACKENDS`.
         keep_padding: keep padding among the tokens, so that all batches have one shape, as compiled
             code needs it. In torch.compile it is always kept.
+        longest: most tokens of a segment, for ``"varlen"``: a number that does not depend on the
+            batch, so that graphs do not. None is seq_len.
     """
     rows, seq_len = batch.segment_ids.shape
     max_segments = batch.seq_lens.shape[1]
@@ -106,13 +133,19 @@ def flatten(batch: PackedBatch, backend: str, *, keep_padding: bool = False) -> 
     # Padding has a number of its own, B · S: one more bucket for sums over segments.
     segments = segment_numbers(batch.segment_ids, max_segments)
     lens = batch.seq_lens.long()
-    if keep_padding or backend in ("reference", "flex"):
+    bound = seq_len if longest is None else min(seq_len, -(-longest // BLOCK) * BLOCK)
+    attend: Attention | Fused
+    if keep_padding or backend in ("reference", "flex", "fused"):
         row = torch.arange(rows, device=lens.device)[:, None]
         starts = (row * seq_len + lens.cumsum(1) - lens).flatten()  # [B·S]
         if backend == "varlen":
-            # Each row's padding is one more segment: the bounds must cover all tokens.
-            padding = seq_len - lens.sum(1, keepdim=True)
-            attend = _varlen(torch.cat([lens, padding], 1).flatten(), seq_len)
+            # The bounds must cover all tokens: each row's padding is more segments, as many as it
+            # could take, none of them longer than an image may be.
+            pieces = torch.arange(-(-seq_len // bound), device=lens.device) * bound
+            padding = (seq_len - lens.sum(1, keepdim=True) - pieces).clamp(0, bound)
+            attend = _varlen(torch.cat([lens, padding], 1).flatten(), bound)
+        elif backend == "fused":
+            attend = Fused(blocks_of(lens, seq_len))
         else:
             attend = _flex(batch) if backend == "flex" else _masked(batch)
         # Clamped, since an absent segment behind a full last row would start past the last token.
@@ -121,7 +154,7 @@ def flatten(batch: PackedBatch, backend: str, *, keep_padding: bool = False) -> 
     places = batch.segment_ids.flatten().nonzero()[:, 0]
     flat_lens = lens.flatten()
     starts = (flat_lens.cumsum(0) - flat_lens).clamp(max=max(len(places) - 1, 0))
-    attend = _varlen(flat_lens, seq_len) if backend == "varlen" else _by_runs(flat_lens.tolist())
+    attend = _varlen(flat_lens, bound) if backend == "varlen" else _by_runs(flat_lens.tolist())
     return FlatTokens(places, segments[places], starts, attend)
 
 
@@ -168,8 +201,8 @@ def _by_runs(lens: list[int]) -> Attention:
 
 
 def _varlen(lens: Tensor, longest: int) -> Attention:
-    # The kernel takes int32. `longest` is seq_len, which need not be read back from a GPU; the true
-    # one would save at most 5 of 55 ms a step (B/16, H100: benchmarks/results/gpu_profile.md).
+    # The kernel takes int32. It launches blocks of 128 queries for `longest` tokens of every
+    # segment, and reads no token beyond them.
     bounds = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).to(torch.int32)
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -185,6 +218,45 @@ def varlen_kernel(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int)
     # By keyword: the order of what follows the tensors has changed between releases.
     seen: Any = varlen_attn(q, k, v, cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest)
     return cast(Tensor, seen)
+
+
+def blocks_of(seq_lens: Tensor, seq_len: int, block: int = QUERIES) -> Tensor:
+    """Return int32[N, 3]: each block's first query, its segment's first token and its end.
+
+    Padding is one more segment of each row, whose end is negative. What no block takes is 0.
+
+    Args:
+        seq_lens: int[B, S], of the segments of each row.
+        seq_len: tokens of a row.
+        block: queries of a block.
+
+    >>> blocks_of(torch.tensor([[70, 20]]), 100).tolist()
+    [[0, 0, 70], [64, 0, 70], [70, 70, 90], [90, 90, -100]]
+    """
+    lens = seq_lens.long()
+    lens = torch.cat([lens, seq_len - lens.sum(1, keepdim=True)], 1)
+    real = torch.ones_like(lens, dtype=torch.bool)
+    real[:, -1] = False
+    lens, real = lens.flatten(), real.flatten()
+    starts = lens.cumsum(0) - lens
+    count = (lens + block - 1) // block
+    ends = count.cumsum(0)
+    number = torch.arange(len(seq_lens) * seq_len // block + len(lens), device=lens.device)
+    segment = torch.searchsorted(ends, number, right=True).clamp(max=len(lens) - 1)
+    first = starts[segment] + (number - ends[segment] + count[segment]) * block
+    stop = starts[segment] + lens[segment]
+    stop = torch.where(real[segment], stop, -stop)
+    found = torch.stack([first, starts[segment], stop], 1)
+    return torch.where((number < ends[-1])[:, None], found, 0).to(torch.int32).contiguous()
+
+
+def fused_kernel(
+    projected: Tensor, gains: tuple[Tensor, Tensor] | None, turn: Turn, blocks: Tensor
+) -> Tensor:
+    """Return `packpipe.model.fused.fused_kernel`."""
+    from packpipe.model.fused import fused_kernel as kernel
+
+    return kernel(projected, gains, turn, blocks)
 
 
 def _flex(batch: PackedBatch) -> Attention:
@@ -317,11 +389,16 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype, head_d
     for name, exact in ((backend, dtype), ("reference", torch.promote_types(dtype, torch.float32))):
         tokens = flatten(batch, name)
         q, k, v = (x.to(exact).detach().requires_grad_() for x in drawn[:3])
-        seen = tokens.put_back(tokens.attend(*(tokens.take(x) for x in (q, k, v))), 3, 257) * real
+        taken = [tokens.take(x) for x in (q, k, v)]
+        if isinstance(tokens.attend, Fused):
+            found = tokens.attend(torch.stack(taken, 1), None, None)
+        else:
+            found = tokens.attend(*taken)
+        seen = tokens.put_back(found, 3, 257) * real
         grads = torch.autograd.grad((seen * drawn[3].to(exact)).sum(), (q, k, v))
         results.append(torch.stack([seen, *(grad * real for grad in grads)]).double())
-    found, wanted = results
-    difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    own, wanted = results
+    difference = ((own - wanted).abs().max() / wanted.abs().max()).item()
     limit = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 2e-2)
     if not difference <= limit:  # so that NaN fails, too
         expected = f"at most {limit} from reference attention"

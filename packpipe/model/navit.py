@@ -13,7 +13,7 @@ Source: NaViT 2.1, 3.4, B.1.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,19 @@ from packpipe import checks
 from packpipe.loading.batch import PackedBatch
 from packpipe.loading.colouring import drawn_pixels
 from packpipe.model.activation import activate
-from packpipe.model.attention import Attention, FlatTokens, choose_backend, flatten
+from packpipe.model.attention import (
+    QK_NORM_EPS,
+    Attention,
+    FlatTokens,
+    Fused,
+    Turn,
+    choose_backend,
+    flatten,
+)
 from packpipe.model.config import NaViTConfig
 from packpipe.model.pooling import AttentionPool, pool_plainly
 from packpipe.model.positions import is_indexed, position_embedding, rotate, rotation
 from packpipe.model.predict import predict
-
-# (cos, sin) that turn queries and keys with rotary positions; None with other ones.
-Turn: TypeAlias = tuple[Tensor, Tensor] | None
 
 
 class NaViT(nn.Module):
@@ -46,8 +51,8 @@ class NaViT(nn.Module):
         program = torch.export.export(model.eval(), (batch,))
         logits = program.module()(batch)
 
-    With ``attention="varlen"`` or ``"flex"`` the program needs their kernel where it runs; others
-    become plain masked attention.
+    With ``attention="varlen"``, ``"flex"`` or ``"fused"`` the program needs their kernel where it
+    runs; others become plain masked attention.
 
     Attributes:
         config: the shape.
@@ -55,8 +60,8 @@ class NaViT(nn.Module):
             shape; `compile_parts` sets it.
 
     Raises:
-        ValueError: (on call) the patches are not of patch_size, or an image has more patches on
-            an axis than the position table has places.
+        ValueError: (on call) the patches are not of patch_size; or, on a CPU, an image has more
+            patches on an axis than the position table has places, or more tokens than longest.
     """
 
     def __init__(self, config: NaViTConfig) -> None:
@@ -87,7 +92,9 @@ class NaViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, batch: PackedBatch, paths: Tensor | None = None) -> Tensor:
+    def forward(
+        self, batch: PackedBatch, paths: Tensor | None = None, longest: int | None = None
+    ) -> Tensor:
         """Return logits [B, S, K]; [B, L, K], 0 or meaningless in padding, if pooling is "none".
 
         With ``target_stride`` they are [B, L, T, K], of the T cells of each token, row by row.
@@ -97,8 +104,10 @@ class NaViT(nn.Module):
             batch: packed rows.
             paths: float[B, S, depth, 2], what attention and MLP of each block are multiplied by
                 for each image, of `packpipe.training.drop_path`; None leaves them as they are.
+            longest: most tokens of an image in any batch, such as `PackedLoader.longest`: with
+                ``attention="varlen"`` less is computed then. None is seq_len.
         """
-        x, tokens = self._encode(batch, paths)
+        x, tokens = self._encode(batch, paths, longest)
         return self.answer(x, batch, tokens)
 
     def pool_weights(self, batch: PackedBatch) -> Tensor:
@@ -117,10 +126,12 @@ class NaViT(nn.Module):
         ids = batch.segment_ids
         return tokens.put_back(weights, *ids.shape) * (ids > 0)[..., None]
 
-    def _encode(self, batch: PackedBatch, paths: Tensor | None = None) -> tuple[Tensor, FlatTokens]:
+    def _encode(
+        self, batch: PackedBatch, paths: Tensor | None = None, longest: int | None = None
+    ) -> tuple[Tensor, FlatTokens]:
         """Return the tokens [T, C] after all blocks, and where they lie in the batch."""
-        self._check(batch)
-        tokens = flatten(batch, self.backend(), keep_padding=self.keep_padding)
+        self._check(batch, longest)
+        tokens = flatten(batch, self.backend(), keep_padding=self.keep_padding, longest=longest)
         x, turn = self.read(batch, tokens)
         for block, path in zip(self.blocks, self._paths(paths, tokens), strict=True):
             x = block(x, tokens.attend, turn, path)
@@ -191,7 +202,7 @@ class NaViT(nn.Module):
         """Return `packpipe.predict` of this model: logits [images, K], in the images' order."""
         return predict(self, images, **options)
 
-    def _check(self, batch: PackedBatch) -> None:
+    def _check(self, batch: PackedBatch, longest: int | None) -> None:
         patch_bytes = self.config.patch_size**2 * 3
         if batch.patches.shape[-1] != patch_bytes:
             found, expected = batch.patches.shape[-1], f"{patch_bytes} (patch_size² × 3)"
@@ -204,6 +215,10 @@ class NaViT(nn.Module):
                 expected = f"at most {self.config.side} patches an axis (max_side)"
                 remedy = "raise max_side, or pack with fewer max_tokens"
                 raise ValueError(checks.sentence("batch.grid_hw", side, expected, remedy))
+            most = int(batch.seq_lens.max()) if batch.seq_lens.numel() else 0
+            if longest is not None and longest < most:
+                expected, remedy = f"{most} or more (tokens of an image)", "pass None"
+                raise ValueError(checks.sentence("longest", longest, expected, remedy))
 
 
 class Block(nn.Module):
@@ -219,9 +234,8 @@ class Block(nn.Module):
         # Keys have none: it would move all logits of a query alike, which softmax does not see.
         biases = nn.Parameter(torch.zeros(2, heads, head_dim)) if config.bias else None
         self.bias_queries_values = biases
-        # torch's default epsilon is that of the dtype, which is coarse in half precision.
-        self.norm_queries = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.norm_keys = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.norm_queries = nn.RMSNorm(head_dim, QK_NORM_EPS) if config.qk_norm else nn.Identity()
+        self.norm_keys = nn.RMSNorm(head_dim, QK_NORM_EPS) if config.qk_norm else nn.Identity()
         self.project = nn.Linear(dim, dim, bias=config.bias)
         self.scale_attention = _scale(config)
         self.norm_mlp = _norm(config)
@@ -231,13 +245,23 @@ class Block(nn.Module):
         self.scale_mlp = _scale(config)
 
     def forward(
-        self, x: Tensor, attend: Attention, turn: Turn, path: Tensor | None = None
+        self, x: Tensor, attend: Attention | Fused, turn: Turn, path: Tensor | None = None
     ) -> Tensor:
         """Return tokens [T, C]; path [T, 2] is what attention and MLP are multiplied by."""
         projected = self.queries_keys_values(self.norm_attention(x))  # [T, 3C]
-        queries, keys, values = (
-            part.unflatten(-1, (self.heads, -1)) for part in projected.chunk(3, dim=-1)
-        )  # [T, H, E]
+        projected = projected.unflatten(-1, (3, self.heads, -1))  # [T, 3, H, E]
+        if isinstance(attend, Fused):
+            seen = attend(self._biased(projected), self._gains(), turn)  # [T, H, E]
+        else:
+            seen = attend(*self._prepared(projected, turn))
+        attended = self.scale_attention(self.project(seen.flatten(-2)))
+        x = x + _scaled(attended, path, 0)  # [T, C]
+        widened = activate(self.widen(self.norm_mlp(x)), self.activation, gated=self.gated)
+        return x + _scaled(self.scale_mlp(self.narrow(widened)), path, 1)
+
+    def _prepared(self, projected: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values [T, H, E], normalised and turned."""
+        queries, keys, values = projected.unbind(1)
         if self.bias_queries_values is not None:
             bias_queries, bias_values = self.bias_queries_values.to(values.dtype)
             queries, values = queries + bias_queries, values + bias_values
@@ -246,11 +270,20 @@ class Block(nn.Module):
         queries, keys = self.norm_queries(queries.to(exact)), self.norm_keys(keys.to(exact))
         if turn is not None:
             queries, keys = rotate(queries, turn), rotate(keys, turn)
-        seen = attend(queries.to(values.dtype), keys.to(values.dtype), values)  # [T, H, E]
-        attended = self.scale_attention(self.project(seen.flatten(-2)))
-        x = x + _scaled(attended, path, 0)  # [T, C]
-        widened = activate(self.widen(self.norm_mlp(x)), self.activation, gated=self.gated)
-        return x + _scaled(self.scale_mlp(self.narrow(widened)), path, 1)
+        return queries.to(values.dtype), keys.to(values.dtype), values
+
+    def _biased(self, projected: Tensor) -> Tensor:
+        """Return the projection [T, 3, H, E] with biases of queries and values."""
+        if self.bias_queries_values is None:
+            return projected
+        of_queries, of_values = self.bias_queries_values.to(projected.dtype)
+        return projected + torch.stack([of_queries, torch.zeros_like(of_queries), of_values])
+
+    def _gains(self) -> tuple[Tensor, Tensor] | None:
+        """Return the factors of normalised queries and keys; None if they are not normalised."""
+        if isinstance(self.norm_queries, nn.RMSNorm) and isinstance(self.norm_keys, nn.RMSNorm):
+            return self.norm_queries.weight, self.norm_keys.weight
+        return None
 
 
 def _scaled(x: Tensor, path: Tensor | None, part: int) -> Tensor:

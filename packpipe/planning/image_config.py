@@ -348,6 +348,11 @@ class PackConfig:
         return MAX_IMAGE_SEQ_LEN if unlimited else self.seq_len
 
     @property
+    def longest(self) -> int:
+        """Most tokens that an image may keep, of any view."""
+        return max(min(law.token_limit, law.seq_len) for _, law in self.laws())
+
+    @property
     def patch_bytes(self) -> int:
         """Bytes of one patch: patch_size² × 3."""
         return self.patch_size**2 * 3

@@ -158,6 +158,7 @@ def train(
     )
     figures = Figures(model.config, rate, first, regression=is_regression(objective.loss))
 
+    longest = loader.longest
     batches = _passes(loader)
     for step in range(first, config.steps):
         asked = time.perf_counter()
@@ -175,7 +176,9 @@ def train(
             group["lr"] = learning_rate * group["scale"]
         optimizer.zero_grad()
         for part, found in zip(
-            parts, _backward(run, parts, objective, model.config, half), strict=True
+            parts,
+            _backward(run, parts, objective, model.config, half, longest),
+            strict=True,
         ):
             figures.add(part.batch, *found)
         if config.clip is not None:
@@ -230,7 +233,12 @@ def _prepared(batch: PackedBatch, key: Key, model: NaViT, config: TrainConfig) -
 
 
 def _backward(
-    run: nn.Module, parts: list[_Part], objective: Objective, shape: NaViTConfig, half: bool
+    run: nn.Module,
+    parts: list[_Part],
+    objective: Objective,
+    shape: NaViTConfig,
+    half: bool,
+    longest: int | None,
 ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
     """Add up the gradients of a step; yield `agreement` and loss of each of its batches.
 
@@ -245,7 +253,7 @@ def _backward(
     for number, (part, own) in enumerate(zip(moved, labels, strict=True), 1):
         with _apart(run) if number < len(moved) else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                outputs = run(*part)
+                outputs = run(*part, longest)
             loss = objective.of(outputs, part.batch, own, count=count)
             loss.backward()
         yield agreement(objective.loss, by_label(outputs.detach()), own), loss.detach()

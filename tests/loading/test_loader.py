@@ -46,6 +46,16 @@ def uninterrupted(packs: Any, num_epochs: int, **options) -> list[list[str]]:
     return [[loading.digest(batch) for batch in loader] for _ in range(num_epochs)]
 
 
+def test_the_longest_image_is_known_before_any_batch(packs):
+    loaders = {kind: PackedLoader(packs[kind], 4, tail="pad") for kind in KINDS}
+    found = {
+        kind: max(int(batch.seq_lens.max()) for batch in loader) for kind, loader in loaders.items()
+    }
+    assert loaders["stored"].longest == found["stored"] > 1
+    # Of what is planned anew each epoch the options say it, not the epoch.
+    assert found["planned"] <= loaders["planned"].longest == 24
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_epoch_is_every_pack_once_and_the_next_takes_another_order(packs, kind):
     loader = PackedLoader(packs[kind], 4, tail="pad")

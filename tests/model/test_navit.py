@@ -1,6 +1,6 @@
 """Laws 4, 5 and 8: every attention backend × position × pooling × loss, and plain twins of all.
 
-The kernels of the two backends that need a GPU are replaced by plain ones; everything around them
+The kernels of the three backends that need a GPU are replaced by plain ones; everything around them
 is what runs there. on_gpu.py runs the laws with the real ones.
 """
 
@@ -48,6 +48,7 @@ def plain_kernels():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "varlen_kernel", naive_attention.varlen_kernel)
         patch.setattr(attention, "flex_kernel", naive_attention.flex_kernel)
+        patch.setattr(attention, "fused_kernel", naive_attention.fused_kernel)
         yield
 
 
@@ -165,13 +166,42 @@ def is_its_plain_twin(model):
         assert close(outputs[row][own], wanted.reshape(int(own.sum()), -1), 1e-10)
 
 
+@pytest.mark.parametrize("keeps_padding", [False, True])
+def test_the_kernel_is_told_the_longest_image_and_padding_is_no_longer(monkeypatch, keeps_padding):
+    told = []
+
+    def kernel(q, k, v, bounds, longest):
+        assert bounds[-1] == len(q)
+        told.append((longest, int(bounds.diff().max()), len(bounds)))
+        return naive_attention.varlen_kernel(q, k, v, bounds, longest)
+
+    monkeypatch.setattr(attention, "varlen_kernel", kernel)
+    model = packed.model_of("varlen", torch.float64, depth=1, max_side=150)
+    model.keep_padding = keeps_padding
+    for lens in ([[100, 1, 129], [40]], [[], [3, 2]]):
+        batch = packed.batch_of(packed.RowSet(lens, seq_len=600, max_segments=3))
+        found, wanted = (model(batch, longest=some)[batch.present] for some in (130, None))
+        assert close(found, wanted, 1e-12)
+    assert [longest for longest, _, _ in told] == [256, 600] * 2
+    assert all(most <= longest for longest, most, _ in told)
+    # As many segments, whatever the batch: three images, and padding in three pieces or in one.
+    if keeps_padding:
+        assert [count for _, _, count in told] == [13, 9] * 2
+
+
+def test_an_image_longer_than_said_is_refused():
+    message = "longest is 32, expected 33 or more (tokens of an image); pass None"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        packed.model_of("varlen")(packed.batch_of(MANY), longest=32)
+
+
 @given(case=packed.row_sets())
 @example(case=MANY)
 @example(case=LONG)
 def test_the_backends_agree(case):
     batch = packed.batch_of(case)
     first, *others = (packed.model_of(name)(batch)[batch.present] for name in BACKENDS)
-    assert len(others) == 3
+    assert len(others) == 4
     assert all(close(found, first, 1e-10) for found in others)
 
 
@@ -205,7 +235,7 @@ def test_a_batch_of_padding_alone_is_finite(backend, pooling):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_batch_of_padding_alone_gives_every_parameter_a_gradient_of_zeros(backend, pooling, loss):
     # DDP waits for ever, or raises, where a parameter of one rank has none. Each position in turn.
-    turn = BACKENDS.index(backend) + 4 * (POOLINGS.index(pooling) + 5 * list(LOSSES).index(loss))
+    turn = BACKENDS.index(backend) + 5 * (POOLINGS.index(pooling) + 5 * list(LOSSES).index(loss))
     setting = Setting(backend, POSITIONS[turn % len(POSITIONS)], pooling, loss)
     batch = setting.batch(packed.RowSet(lens=[[], []], seq_len=6, max_segments=6))
     model = setting.model()

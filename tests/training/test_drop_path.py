@@ -30,6 +30,7 @@ def plain_kernels():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "varlen_kernel", naive_attention.varlen_kernel)
         patch.setattr(attention, "flex_kernel", naive_attention.flex_kernel)
+        patch.setattr(attention, "fused_kernel", naive_attention.fused_kernel)
         yield
 
 
