@@ -1,5 +1,6 @@
 """The README's code, and that of the pages, runs as it stands; its commands are those CI calls."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -17,11 +18,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from packpipe import PackConfig
 from packpipe.cli.main import app
 from packpipe.samples import images_folder
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
+DOCS = ROOT / "docs" / "pages"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+RECIPES = [DOCS / "guide.md", DOCS / "images.md"]  # whose blocks have a test each
 
 
 def blocks(language, page=PAGES[0]):
@@ -38,15 +42,17 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def ran(about):
-    """Run the README's one block of Python that names something, and return what it defined."""
-    (code,) = (code for code in blocks("python") if about in code)
+    """Run the one block of Python that names something, and return what it defined."""
+    (code,) = (
+        code for page in [PAGES[0], *RECIPES] for code in blocks("python", page) if about in code
+    )
     found = {}
     exec(code, found)  # noqa: S102  what a reader would type
     return found
 
 
 def test_every_block_is_run_by_a_test_of_its_own():
-    assert len(blocks("python")) == 8
+    assert [len(blocks("python", page)) for page in [PAGES[0], *RECIPES]] == [1, 6, 1]
     assert {len(blocks("sh")), len(blocks("sh", PAGES[-1]))} == {3, 0}
 
 
@@ -148,7 +154,9 @@ def code_and_output(page):
     return found
 
 
-@pytest.mark.parametrize("page", PAGES[1:-1], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES[1:-1] if page not in RECIPES], ids=lambda page: page.stem
+)
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # of TRL's own option
 def test_a_page_s_code_prints_what_stands_below_it(page, capsys, monkeypatch):
@@ -221,6 +229,26 @@ def test_the_page_of_the_first_model_has_six_commands():
 
 
 def test_links_within_the_repository_lead_somewhere():
-    for page in [PAGES[0], ROOT / "CHANGELOG.md"]:
+    for page in [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
         for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
             assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_the_readme_is_read_in_minutes():
+    assert len(PAGES[0].read_text(encoding="utf-8").split()) <= 1500
+
+
+def test_the_map_names_every_folder_of_the_package_and_no_other():
+    rows = re.findall(r"^\| (`.*?`) \|", (DOCS / "folders.md").read_text(encoding="utf-8"), re.M)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    package = ROOT / "packpipe"
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert folders
+    assert folders <= named
+    assert all((package / name).is_dir() or (package / f"{name}.py").is_file() for name in named)
+
+
+def test_every_option_of_a_configuration_is_listed_once():
+    text = (DOCS / "reference.md").read_text(encoding="utf-8")
+    listed = re.findall(r"`(\w+)`", text.split("and `PackConfig`:")[1])
+    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(PackConfig))
