@@ -33,6 +33,7 @@ PUBLIC = [
     "Packer",
     "Packs",
     "PairBatch",
+    "RayExecutor",
     "Side",
     "Square",
     "TokenBatch",

@@ -40,6 +40,7 @@ from packpipe.rows import files as table_files
 from packpipe.rows import schema
 from packpipe.rows.rejects import Reject, one_each
 from packpipe.sources.image_files import ImageFiles
+from packpipe.storage.storage import Storage
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +87,7 @@ class FilesBuild:
             differing = _differing(self.record, found)
             expected = f"rows made with the same {', '.join(differing)}"
             raise FileExistsError(checks.sentence("output", storage.url, expected, _REMEDY))
-        manifest = storage.get(MANIFEST)
-        return manifest is not None and bool(json.loads(manifest)["complete"])
+        return finished(storage) is not None
 
     def committed(self) -> dict[int, dict[str, Any]]:
         """Return the commits in the folder, by window; one whose files are gone is removed."""
@@ -214,6 +214,13 @@ class FilesBuild:
         commits = {commit_name(window) for window in range(len(self.windows))}
         for name in storage.listed(COMMITS).keys() - commits:
             storage.remove(f"{COMMITS}/{name}")
+
+
+def finished(storage: Storage) -> dict[str, Any] | None:
+    """Return the manifest of a folder that is complete; None of any other."""
+    content = storage.get(MANIFEST)
+    found: dict[str, Any] | None = None if content is None else json.loads(content)
+    return found if found is not None and found["complete"] else None
 
 
 def _built(

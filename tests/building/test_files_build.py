@@ -24,7 +24,17 @@ from crashing import contents
 from forked import CONTEXT, Forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from windowed import NUM_ROWS, TOLERANCE, Memory, Watched, build_of, built, watched
+from windowed import (
+    NUM_ROWS,
+    TOLERANCE,
+    Failed,
+    Failing,
+    Memory,
+    Watched,
+    build_of,
+    built,
+    watched,
+)
 
 import packpipe
 from packpipe import ImageFiles
@@ -149,31 +159,51 @@ def test_processes_give_the_same_folder_and_one_that_is_killed_stops_nothing(
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == before[name] for name in kept)
 
 
+def forked(what, source, output, **asked):
+    asked = {"what": what, "source": str(source), "output": str(output), **asked}
+    ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+    return Forked(windowed.__file__, json.dumps(asked), **ray)
+
+
+def test_ray_gives_the_same_folder_and_its_errors_are_those_of_the_task(source, tmp_path, whole):
+    pytest.importorskip("ray")
+    run = forked("ray", source, tmp_path / "out")
+    assert run.wait() == 0, run.complaint
+    found = json.loads(run.said.splitlines()[-1])
+    assert found["error"][0]
+    assert "invalid literal for int() with base 10: 'three'" in found["error"][1]
+    assert found["cancelled"] == [True] * 4
+    assert contents(tmp_path / "out") == whole
+
+
+def test_an_object_store_holds_the_same_and_is_asked_for_no_copy_and_few_lists(source, whole):
+    for name in ("moto", "flask", "s3fs"):
+        pytest.importorskip(name)
+    run = forked("s3", source, "")
+    assert run.wait() == 0, run.complaint
+    left, refused, calls, held = map(json.loads, run.said.splitlines())
+    assert "manifest.json" not in left
+    assert any(name.startswith("data-") for name in left)
+    assert "expected rows made with the same seed" in refused
+    methods = Counter(method for method, _ in calls)
+    assert set(methods) <= {
+        *("put_object", "get_object", "head_object", "list_objects_v2", "delete_object"),
+        *("delete_objects", "get_bucket_location", "head_bucket"),
+    }
+    assert methods["put_object"] >= len(whole)
+    # Of two drivers: files, commits and rows at the beginning, strays at the end.
+    assert sum(call == ["list_objects_v2", "rows/"] for call in calls) <= 8
+    assert held == {name: content.hex() for name, content in whole.items()}
+
+
 def test_a_driver_that_is_killed_anywhere_is_continued_to_the_same_bytes(source, tmp_path, whole):
     for number, kill_at in enumerate((18, 47, 60)):
         output = tmp_path / str(number)
-        asked = {"source": str(source), "output": str(output), "kill_at": kill_at}
-        run = Forked(windowed.__file__, json.dumps(asked))
+        run = forked("die", source, output, kill_at=kill_at)
         assert run.wait() == -signal.SIGKILL, run.complaint + run.said
         assert "manifest.json" not in contents(output)
         built(build_of(source, output))
         assert contents(output) == whole, kill_at
-
-
-class Failed(OSError):
-    """What a store raises that fails."""
-
-
-class Failing:
-    """A step that fails at some of the times that it is called."""
-
-    def __init__(self, failures):
-        self.failures, self.steps = failures, 0
-
-    def __call__(self, _):
-        self.steps += 1
-        if self.steps - 1 in self.failures:
-            raise Failed(f"at step {self.steps - 1}")
 
 
 @pytest.fixture(scope="module")
