@@ -230,7 +230,7 @@ def test_a_store_may_fail_at_every_step_in_turn(source, steps):
         assert memory.files == files, at
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6))
 def test_a_store_may_fail_again_and_again(source, steps, failures):
     memory = Memory()
@@ -350,6 +350,9 @@ def test_pack_takes_files_and_opens_what_is_complete(source, tmp_path, caplog):
             files, 6, output=tmp_path / "out", window_rows=20, executor=executor, **options
         )
     assert again["example_index"][:] == packed["example_index"][:]
+    strict = {**options, "max_bad_fraction": 0.1}
+    with pytest.raises(TooManyRejects, match="rejected is 7 of 60 examples"):
+        packpipe.pack(files, 6, output=tmp_path / "out", window_rows=20, **strict)
     assert packpipe.manifest(packed)["windows"] == {"rows": 20, "blocks": [[5, 12]]}
     assert packpipe.verify(tmp_path / "out") == []
     assert packed.features["labels"].feature.names == ["cat", "dog", "owl"]
