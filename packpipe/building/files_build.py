@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import islice
 from queue import SimpleQueue
 from typing import Any
 
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 JOB = "job.json"
 # Commits that are read at once.
 _AT_ONCE = 16
+# Windows that an executor has at once: work for a thousand machines, in some tens of megabytes.
+_WAITING = 4096
 # More than work on one job at once.
 _DRIVERS = 64
 _REMEDY = "choose another output, or remove it"
@@ -232,14 +235,19 @@ def _built(
         return
     done: SimpleQueue[Future[dict[str, Any]]] = SimpleQueue()
     waiting = set()
-    try:
-        for window in windows:
+
+    def submit(some: Iterator[Window]) -> None:
+        for window in some:
             future = executor.submit(build_window, job, window)
             waiting.add(future)
             future.add_done_callback(done.put)
+
+    try:
+        submit(islice(windows, _WAITING))
         while waiting:
             future = done.get()
             waiting.remove(future)
+            submit(islice(windows, 1))
             yield future.result()
     finally:
         for future in waiting:

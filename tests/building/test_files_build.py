@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from windowed import (
 
 import packpipe
 from packpipe import ImageFiles
+from packpipe.building import files_build as files_build_module
 from packpipe.building import window_job
 from packpipe.building.pack_files import checked_executor, files_build
 from packpipe.rows.rejects import Tolerance, TooManyRejects
@@ -418,6 +419,36 @@ def test_what_files_cannot_do_is_refused_at_the_front_door(source, tmp_path):
     with pytest.raises(ValueError, match=r"features\['label'\] is .*, expected one value an image"):
         packpipe.pack(ImageFiles(tmp_path / "lists.parquet"), 6, output=tmp_path / "out")
     assert not Path(tmp_path / "out").exists()
+
+
+def test_an_executor_is_given_a_few_windows_at_once_and_the_rest_is_cancelled(
+    source, tmp_path, whole, monkeypatch
+):
+    monkeypatch.setattr(files_build_module, "_WAITING", 2)
+    given = []
+
+    class Few(ThreadPoolExecutor):
+        def submit(self, function, job, window):
+            given.append(super().submit(function, job, window))
+            assert sum(not future.done() for future in given) <= 2
+            return given[-1]
+
+    with Few(1) as executor:
+        built(build_of(source, tmp_path / "out"), executor)
+    assert len(given) == NUM_WINDOWS
+    assert contents(tmp_path / "out") == whole
+
+    class Broken(ThreadPoolExecutor):
+        def submit(self, function, job, window):  # noqa: ARG002
+            given.append(Future())
+            if window.number == 0:
+                given[-1].set_exception(Failed("lost"))
+            return given[-1]
+
+    given.clear()
+    with Broken(1) as executor, pytest.raises(Failed, match="lost"):
+        built(build_of(source, tmp_path / "other"), executor)
+    assert [future.cancelled() for future in given] == [False, True, True]
 
 
 def test_a_dask_client_gives_its_executor():
