@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from packpipe.building.pack import rejects as rejects
     from packpipe.building.packer import Packer as Packer
     from packpipe.building.pairs import pack_pairs as pack_pairs
+    from packpipe.building.ray_executor import RayExecutor as RayExecutor
     from packpipe.building.summary import summarize as summarize
     from packpipe.hub.own import save_pretrained as save_pretrained
     from packpipe.hub.pretrained import from_pretrained as from_pretrained
@@ -97,6 +98,7 @@ _HOMES = {
     "Packs": "packing.packs",
     "PairBatch": "loading.batch",
     "PixelRange": "planning.resolution",
+    "RayExecutor": "building.ray_executor",
     "Side": "planning.resolution",
     "Square": "planning.resolution",
     "TokenBatch": "loading.batch",

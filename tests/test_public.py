@@ -34,6 +34,7 @@ PUBLIC = [
     "Packs",
     "PairBatch",
     "PixelRange",
+    "RayExecutor",
     "Side",
     "Square",
     "TokenBatch",

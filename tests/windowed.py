@@ -6,7 +6,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -40,7 +41,7 @@ def write(folder: Path, *, per_file: int = 25, per_block: int = 5) -> None:
         pq.write_table(rows.slice(first, per_file), path, row_group_size=per_block)
 
 
-def build_of(source: Path, output: Any, **asked: Any) -> FilesBuild:
+def build_of(source: str | Path, output: Any, **asked: Any) -> FilesBuild:
     """A build of small files: three windows or four, several files each."""
     options = {key: OPTIONS[key] for key in ("patch_size",)}
     asked = {"num_workers": 0, "window_rows": 15, **asked}
@@ -157,8 +158,92 @@ def build_and_die(job: WindowJob, window: Any, nth: int) -> dict[str, Any]:
     return build_window(replace(job, storage=Watched(job.storage, Killing(nth))), window)
 
 
-if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
+def on_ray(asked: dict[str, Any]) -> None:
+    """Build on a cluster of one machine; say what an error and a cancelled task come to."""
+    import packpipe
+
+    options = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+    found: dict[str, Any] = {}
+    with packpipe.RayExecutor(_node_ip_address="127.0.0.1", **options) as executor:
+        built(build_of(Path(asked["source"]), asked["output"]), executor)
+        error = executor.submit(int, "three").exception()
+        found["error"] = [isinstance(error, ValueError), str(error).splitlines()[-1]]
+        waiting = [executor.submit(time.sleep, 3600) for _ in range(4)]
+        executor.shutdown(cancel_futures=True)
+        found["cancelled"] = [future.cancelled() for future in waiting]
+    say(json.dumps(found))
+
+
+def in_s3(asked: dict[str, Any]) -> None:
+    """Build from a stand-in of S3 to the same; say what was asked of it, and what it holds."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ.update(
+        AWS_ENDPOINT_URL=f"http://{host}:{port}",
+        AWS_ACCESS_KEY_ID="none",
+        AWS_SECRET_ACCESS_KEY="none",
+        AWS_DEFAULT_REGION="us-east-1",
+    )
+    store = s3fs.S3FileSystem()
+    store.mkdir("bucket")
+    for path in sorted(Path(asked["source"]).iterdir()):
+        store.put_file(str(path), f"bucket/train/{path.name}")
+    calls = []
+    real = s3fs.S3FileSystem._call_s3
+
+    async def call(self: Any, method: str, *args: Any, **options: Any) -> Any:
+        calls.append((method, options.get("Prefix", options.get("Key", "")), options))
+        return await real(self, method, *args, **options)
+
+    s3fs.S3FileSystem._call_s3 = call
+    build = build_of("s3://bucket/train", "s3://bucket/rows")
+    try:
+        built(watched(build, Failing({40})))
+    except Failed:
+        names = [name.removeprefix("bucket/rows/") for name in store.find("bucket/rows")]
+        say(json.dumps(names))
+    built(build_of("s3://bucket/train", "s3://bucket/rows"))
+    another = build_of("s3://bucket/train", "s3://bucket/rows", seed=1)
+    try:
+        another.claim()
+    except FileExistsError as error:
+        say(json.dumps(str(error)))
+    say(json.dumps([[method, key] for method, key, _ in calls]))
+    store.invalidate_cache()
+    held = {
+        name.removeprefix("bucket/rows/"): store.cat_file(name)
+        for name in store.find("bucket/rows")
+    }
+    say(json.dumps({name: content.hex() for name, content in held.items()}))
+    server.stop()
+
+
+class Failed(OSError):
+    """What a store raises that fails."""
+
+
+class Failing:
+    """A step that fails at some of the times that it is called."""
+
+    def __init__(self, failures: Collection[int]) -> None:
+        self.failures, self.steps = failures, 0
+
+    def __call__(self, _: str) -> None:
+        self.steps += 1
+        if self.steps - 1 in self.failures:
+            raise Failed(f"at step {self.steps - 1}")
+
+
+def until_killed(asked: dict[str, Any]) -> None:
+    """Build as far as a step, and die."""
     step = Killing(asked["kill_at"])
     built(watched(build_of(Path(asked["source"]), asked["output"]), step))
-    say(next(step.steps))
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    {"ray": on_ray, "s3": in_s3, "die": until_killed}[asked["what"]](asked)

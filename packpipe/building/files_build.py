@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import islice
 from queue import SimpleQueue
 from typing import Any
 
@@ -40,12 +41,15 @@ from packpipe.rows import files as table_files
 from packpipe.rows import schema
 from packpipe.rows.rejects import Reject, one_each
 from packpipe.sources.image_files import ImageFiles
+from packpipe.storage.storage import Storage
 
 log = logging.getLogger(__name__)
 
 JOB = "job.json"
 # Commits that are read at once.
 _AT_ONCE = 16
+# Windows that an executor has at once: work for a thousand machines, in some tens of megabytes.
+_WAITING = 4096
 # More than work on one job at once.
 _DRIVERS = 64
 _REMEDY = "choose another output, or remove it"
@@ -86,8 +90,7 @@ class FilesBuild:
             differing = _differing(self.record, found)
             expected = f"rows made with the same {', '.join(differing)}"
             raise FileExistsError(checks.sentence("output", storage.url, expected, _REMEDY))
-        manifest = storage.get(MANIFEST)
-        return manifest is not None and bool(json.loads(manifest)["complete"])
+        return finished(storage) is not None
 
     def committed(self) -> dict[int, dict[str, Any]]:
         """Return the commits in the folder, by window; one whose files are gone is removed."""
@@ -216,6 +219,13 @@ class FilesBuild:
             storage.remove(f"{COMMITS}/{name}")
 
 
+def finished(storage: Storage) -> dict[str, Any] | None:
+    """Return the manifest of a folder that is complete; None of any other."""
+    content = storage.get(MANIFEST)
+    found: dict[str, Any] | None = None if content is None else json.loads(content)
+    return found if found is not None and found["complete"] else None
+
+
 def _built(
     executor: Executor | None, job: WindowJob, windows: Iterator[Window]
 ) -> Iterator[dict[str, Any]]:
@@ -225,14 +235,19 @@ def _built(
         return
     done: SimpleQueue[Future[dict[str, Any]]] = SimpleQueue()
     waiting = set()
-    try:
-        for window in windows:
+
+    def submit(some: Iterator[Window]) -> None:
+        for window in some:
             future = executor.submit(build_window, job, window)
             waiting.add(future)
             future.add_done_callback(done.put)
+
+    try:
+        submit(islice(windows, _WAITING))
         while waiting:
             future = done.get()
             waiting.remove(future)
+            submit(islice(windows, 1))
             yield future.result()
     finally:
         for future in waiting:

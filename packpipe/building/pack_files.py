@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, List
 
 from packpipe import checks
-from packpipe.building.build import cache_folder_of, stored_rows
+from packpipe.building.build import cache_folder_of, read_rejects, stored_rows
 from packpipe.building.files_build import FilesBuild
 from packpipe.building.image_job import (
     IMAGE_SECONDS,
@@ -47,10 +47,14 @@ def pack_files(
     """Pack files into a folder; return its rows, None if they lie on other machines."""
     run_on = checked_executor(executor)
     build = files_build(source, seq_len, options, tolerance, output=output, **asked)
-    if not build.claim():
+    storage, complete = build.job.storage, build.claim()
+    if not complete:
         build.finish(build.run(run_on, progress=progress))
-    storage = build.job.storage
-    return stored_rows(Path(storage.url)) if isinstance(storage, LocalFolder) else None
+    if not isinstance(storage, LocalFolder):
+        return None
+    if complete:  # an earlier call may have allowed more rejects than this one
+        tolerance.check(read_rejects(Path(storage.url)))
+    return stored_rows(Path(storage.url))
 
 
 def files_build(

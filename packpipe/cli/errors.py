@@ -52,7 +52,8 @@ def one_line_errors(command: Callable[_Given, None]) -> Callable[_Given, None]:
 def in_a_line(error: BaseException) -> str:
     """Return the message of an error as one line."""
     if isinstance(error, ModuleNotFoundError):
-        extra = "onnx" if (error.name or "").startswith("onnx") else "demo"
+        name = error.name or ""
+        extra = "onnx" if name.startswith("onnx") else "ray" if name == "ray" else "demo"
         return f"{error.name} is not installed; pip install 'packpipe[{extra}]'"
     said = " ".join(str(error).split())
     # Messages of these read as a sentence; others, such as a KeyError's, need the class beside it.

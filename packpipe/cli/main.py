@@ -25,6 +25,8 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "packpipe pack photos packed --num-workers 4",
         "packpipe pack train.parquet packed --seq-len 256 --resolution budget --max-tokens 128",
         "packpipe pack tokenized packed --seq-len 4096 --overflow split",
+        "packpipe pack 's3://bucket/train/*.parquet' s3://bucket/rows --ray auto",
+        "packpipe pack 'train/*.parquet' rows --part 3/100",
     ),
     plan: (
         "packpipe plan photos --seq-len 1024",

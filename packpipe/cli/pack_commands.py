@@ -39,14 +39,16 @@ from packpipe.cli.options import (
     crop_of,
 )
 from packpipe.cli.output import plain, print_json, print_table
+from packpipe.cli.pack_windows import pack_windows
 
 _SHOWN_REJECTS = 5
+_MOST_IN_A_ROW = 100  # bad examples, as `packpipe.pack` has it
 
 
 @one_line_errors
 def pack(
     source: Source,
-    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    output: Annotated[str, typer.Argument(help="Folder to write; of windows also a URL.")],
     seq_len: SeqLen = 1024,
     patch_size: PatchSize = None,
     resolution: Sizes = None,
@@ -88,6 +90,22 @@ def pack(
     ),
     max_bad_fraction: MaxBadFraction = 0.01,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, and write nothing.")] = False,
+    window_rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Pack Parquet files (a folder or a pattern, also s3://) by windows of so many "
+            "images, each by itself.  [16384 with --ray, --part, --finish]"
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Windows on a Ray cluster: auto, local, or its address.")
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option(help="Windows of one of N parts, such as 3/100, here.")
+    ] = None,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Complete the folder after all parts.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Pack a dataset into a folder; if stopped or killed, the same command resumes.
@@ -97,7 +115,9 @@ def pack(
     import packpipe
     from packpipe.sources.kinds import is_text
 
-    checks.local_path("OUTPUT", output)
+    by_windows = finish or any(given is not None for given in (window_rows, ray, part))
+    if not by_windows:
+        checks.local_path("OUTPUT", output)
     options = _given(
         patch_size=patch_size,
         resolution=_resolution(resolution, sides),
@@ -126,6 +146,30 @@ def pack(
         "epoch": epoch,
         "num_workers": num_workers,
     }
+    if by_windows:
+        if dry_run:
+            expected, remedy = "none with windows", "plan a Parquet file of them by itself"
+            raise ValueError(checks.sentence("--dry-run", dry_run, expected, remedy))
+        manifest = pack_windows(
+            source,
+            output,
+            seq_len,
+            options,
+            (on_error, max_bad_fraction, _MOST_IN_A_ROW),
+            window_rows=window_rows,
+            ray=ray,
+            part=part,
+            finish=finish,
+            progress=sys.stderr.isatty(),
+            **where,
+        )
+        if manifest is None:
+            typer.echo(f"part {part} is packed; after all parts: --finish")
+        elif as_json:
+            print_json(manifest["counts"])
+        else:
+            print_table(output, [(n, f"{value}") for n, value in manifest["counts"].items()])
+        return
     dataset = open_source(source, split, image_column=image_column, label_column=label_column)
     if is_text(dataset.features.get(image_column)):  # of paths: the images are beside it
         where["image_column"] = "auto"
@@ -147,7 +191,7 @@ def pack(
     if as_json:
         print_json(found.to_dict())
         return
-    print_table(str(output), found.rows())
+    print_table(output, found.rows())
     # To stderr: stdout holds the figures alone.
     for reject in found.rejects[:_SHOWN_REJECTS]:
         name = file_of(dataset, reject.example_index) or f"example {reject.example_index}"

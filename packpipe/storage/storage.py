@@ -167,7 +167,9 @@ class RemoteFolder:
         """Return a file, None if there is none."""
         self._filesystem.invalidate_cache()
         try:
-            return bytes(self._filesystem.cat_file(self._path(name)))
+            # From its beginning: s3fs would first ask for the size of a whole file, and list a
+            # folder of that name if there is none.
+            return bytes(self._filesystem.cat_file(self._path(name), start=0))
         except FileNotFoundError:
             return None
 

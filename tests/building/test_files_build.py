@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +24,21 @@ from crashing import contents
 from forked import CONTEXT, Forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from windowed import NUM_ROWS, TOLERANCE, Memory, Watched, build_of, built, watched
+from windowed import (
+    NUM_ROWS,
+    TOLERANCE,
+    Failed,
+    Failing,
+    Memory,
+    Watched,
+    build_of,
+    built,
+    watched,
+)
 
 import packpipe
 from packpipe import ImageFiles
+from packpipe.building import files_build as files_build_module
 from packpipe.building import window_job
 from packpipe.building.pack_files import checked_executor, files_build
 from packpipe.rows.rejects import Tolerance, TooManyRejects
@@ -149,31 +160,51 @@ def test_processes_give_the_same_folder_and_one_that_is_killed_stops_nothing(
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == before[name] for name in kept)
 
 
+def forked(what, source, output, **asked):
+    asked = {"what": what, "source": str(source), "output": str(output), **asked}
+    ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+    return Forked(windowed.__file__, json.dumps(asked), **ray)
+
+
+def test_ray_gives_the_same_folder_and_its_errors_are_those_of_the_task(source, tmp_path, whole):
+    pytest.importorskip("ray")
+    run = forked("ray", source, tmp_path / "out")
+    assert run.wait() == 0, run.complaint
+    found = json.loads(run.said.splitlines()[-1])
+    assert found["error"][0]
+    assert "invalid literal for int() with base 10: 'three'" in found["error"][1]
+    assert found["cancelled"] == [True] * 4
+    assert contents(tmp_path / "out") == whole
+
+
+def test_an_object_store_holds_the_same_and_is_asked_for_no_copy_and_few_lists(source, whole):
+    for name in ("moto", "flask", "s3fs"):
+        pytest.importorskip(name)
+    run = forked("s3", source, "")
+    assert run.wait() == 0, run.complaint
+    left, refused, calls, held = map(json.loads, run.said.splitlines())
+    assert "manifest.json" not in left
+    assert any(name.startswith("data-") for name in left)
+    assert "expected rows made with the same seed" in refused
+    methods = Counter(method for method, _ in calls)
+    assert set(methods) <= {
+        *("put_object", "get_object", "head_object", "list_objects_v2", "delete_object"),
+        *("delete_objects", "get_bucket_location", "head_bucket"),
+    }
+    assert methods["put_object"] >= len(whole)
+    # Of two drivers: files, commits and rows at the beginning, strays at the end.
+    assert sum(call == ["list_objects_v2", "rows/"] for call in calls) <= 8
+    assert held == {name: content.hex() for name, content in whole.items()}
+
+
 def test_a_driver_that_is_killed_anywhere_is_continued_to_the_same_bytes(source, tmp_path, whole):
     for number, kill_at in enumerate((18, 47, 60)):
         output = tmp_path / str(number)
-        asked = {"source": str(source), "output": str(output), "kill_at": kill_at}
-        run = Forked(windowed.__file__, json.dumps(asked))
+        run = forked("die", source, output, kill_at=kill_at)
         assert run.wait() == -signal.SIGKILL, run.complaint + run.said
         assert "manifest.json" not in contents(output)
         built(build_of(source, output))
         assert contents(output) == whole, kill_at
-
-
-class Failed(OSError):
-    """What a store raises that fails."""
-
-
-class Failing:
-    """A step that fails at some of the times that it is called."""
-
-    def __init__(self, failures):
-        self.failures, self.steps = failures, 0
-
-    def __call__(self, _):
-        self.steps += 1
-        if self.steps - 1 in self.failures:
-            raise Failed(f"at step {self.steps - 1}")
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +231,7 @@ def test_a_store_may_fail_at_every_step_in_turn(source, steps):
         assert memory.files == files, at
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6))
 def test_a_store_may_fail_again_and_again(source, steps, failures):
     memory = Memory()
@@ -320,6 +351,9 @@ def test_pack_takes_files_and_opens_what_is_complete(source, tmp_path, caplog):
             files, 6, output=tmp_path / "out", window_rows=20, executor=executor, **options
         )
     assert again["example_index"][:] == packed["example_index"][:]
+    strict = {**options, "max_bad_fraction": 0.1}
+    with pytest.raises(TooManyRejects, match="rejected is 7 of 60 examples"):
+        packpipe.pack(files, 6, output=tmp_path / "out", window_rows=20, **strict)
     assert packpipe.manifest(packed)["windows"] == {"rows": 20, "blocks": [[5, 12]]}
     assert packpipe.verify(tmp_path / "out") == []
     assert packed.features["labels"].feature.names == ["cat", "dog", "owl"]
@@ -385,6 +419,36 @@ def test_what_files_cannot_do_is_refused_at_the_front_door(source, tmp_path):
     with pytest.raises(ValueError, match=r"features\['label'\] is .*, expected one value an image"):
         packpipe.pack(ImageFiles(tmp_path / "lists.parquet"), 6, output=tmp_path / "out")
     assert not Path(tmp_path / "out").exists()
+
+
+def test_an_executor_is_given_a_few_windows_at_once_and_the_rest_is_cancelled(
+    source, tmp_path, whole, monkeypatch
+):
+    monkeypatch.setattr(files_build_module, "_WAITING", 2)
+    given = []
+
+    class Few(ThreadPoolExecutor):
+        def submit(self, function, job, window):
+            given.append(super().submit(function, job, window))
+            assert sum(not future.done() for future in given) <= 2
+            return given[-1]
+
+    with Few(1) as executor:
+        built(build_of(source, tmp_path / "out"), executor)
+    assert len(given) == NUM_WINDOWS
+    assert contents(tmp_path / "out") == whole
+
+    class Broken(ThreadPoolExecutor):
+        def submit(self, function, job, window):  # noqa: ARG002
+            given.append(Future())
+            if window.number == 0:
+                given[-1].set_exception(Failed("lost"))
+            return given[-1]
+
+    given.clear()
+    with Broken(1) as executor, pytest.raises(Failed, match="lost"):
+        built(build_of(source, tmp_path / "other"), executor)
+    assert [future.cancelled() for future in given] == [False, True, True]
 
 
 def test_a_dask_client_gives_its_executor():

@@ -1,0 +1,24 @@
+"""What `RayExecutor` refuses; what it runs is in test_files_build.py."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+import packpipe
+from packpipe.cli.errors import in_a_line
+
+
+@pytest.mark.parametrize("options", [{"task_cpus": 0}, {"max_retries": -2}])
+def test_numbers_out_of_range_are_named(options):
+    (name, value), *_ = options.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}, expected"):
+        packpipe.RayExecutor(**options)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError) as error:
+        packpipe.RayExecutor()
+    assert in_a_line(error.value) == "ray is not installed; pip install 'packpipe[ray]'"
