@@ -88,7 +88,6 @@ def test_logits_loss_and_gradients_of_packed_pairs_are_the_originals(saved, tmp_
     assert [text for name, _, text in caplog.record_tuples if name.startswith("packpipe")] == []
     assert model.texts.length == LENGTH
     options = packing.to_options() | {"seq_len": 80}
-    del options["views"]
     pairs = pack_pairs(
         Dataset.from_dict(
             {
