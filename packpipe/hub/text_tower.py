@@ -22,6 +22,7 @@ from packpipe.hub.files import CONFIG, Weights
 from packpipe.loading.batch import TokenBatch
 
 PREFIX = "text_model."
+_AT_ONCE = 256  # texts
 
 
 class TextTower(nn.Module):
@@ -151,11 +152,9 @@ def class_vectors(
         if "{}" not in template:
             remedy = "such as 'This is a photo of {}.'"
             raise ValueError(checks.sentence("a template", template, "a text with {}", remedy))
+    texts = [template.replace("{}", name) for name in names for template in templates]
     device = next(tower.parameters()).device
-    vectors = []
+    input_ids = torch.tensor(input_ids_of(tokenizer, texts, tower.length), device=device)
     with torch.inference_mode():
-        for name in names:
-            texts = [template.replace("{}", name) for template in templates]
-            input_ids = torch.tensor(input_ids_of(tokenizer, texts, tower.length), device=device)
-            vectors.append(F.normalize(tower.encode(input_ids).mean(0), dim=0))
-    return torch.stack(vectors)
+        vectors = torch.cat([tower.encode(some) for some in input_ids.split(_AT_ONCE)])
+        return F.normalize(vectors.unflatten(0, (len(names), -1)).mean(1), dim=-1)
