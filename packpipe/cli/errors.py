@@ -23,7 +23,7 @@ def debug(asked: bool) -> None:
 
 def name_of(command: Callable[..., None]) -> str:
     """Return a command's name; ``eval_`` is eval, which is a function of Python's."""
-    return command.__name__.removesuffix("_")
+    return command.__name__.removesuffix("_").replace("_", "-")
 
 
 def one_line_errors(command: Callable[_Given, None]) -> Callable[_Given, None]:
@@ -52,8 +52,8 @@ def one_line_errors(command: Callable[_Given, None]) -> Callable[_Given, None]:
 def in_a_line(error: BaseException) -> str:
     """Return the message of an error as one line."""
     if isinstance(error, ModuleNotFoundError):
-        name = error.name or ""
-        extra = "onnx" if name.startswith("onnx") else "ray" if name == "ray" else "demo"
+        names = {"onnx": "onnx", "ray": "ray", "transformers": "texts"}
+        extra = next((e for n, e in names.items() if (error.name or "").startswith(n)), "demo")
         return f"{error.name} is not installed; pip install 'packpipe[{extra}]'"
     said = " ".join(str(error).split())
     # Messages of these read as a sentence; others, such as a KeyError's, need the class beside it.

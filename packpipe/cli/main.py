@@ -16,7 +16,7 @@ except ModuleNotFoundError:
 
 from packpipe.cli import errors
 from packpipe.cli.errors import name_of
-from packpipe.cli.model_commands import embed, eval_, export, predict
+from packpipe.cli.model_commands import embed, eval_, export, predict, zero_shot
 from packpipe.cli.pack_commands import pack, plan, show, stats, verify
 from packpipe.cli.train_commands import bench, demo, train
 
@@ -70,6 +70,10 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "packpipe embed google/siglip2-base-patch16-naflex photos vectors.parquet",
         "packpipe embed runs/navit photos maps.parquet --tokens --dtype float16",
         "packpipe embed runs/navit big.parquet vectors.parquet --dtype float16 --columns label",
+    ),
+    zero_shot: (
+        "packpipe zero-shot google/siglip2-base-patch16-naflex photos",
+        "packpipe zero-shot google/siglip2-base-patch16-naflex photos --classes names.txt --json",
     ),
     export: (
         "packpipe export runs/navit model.onnx",

@@ -1,4 +1,4 @@
-"""The commands eval, predict, embed and export: what is done with a trained model."""
+"""The commands eval, predict, embed, zero-shot and export: what is done with a trained model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from packpipe import checks
 from packpipe.cli.errors import one_line_errors
-from packpipe.cli.open_source import naming_files, open_source, say_rejected, with_files
+from packpipe.cli.open_source import file_of, naming_files, open_source, say_rejected, with_files
 from packpipe.cli.options import AsJson, ImageColumn, LabelColumn, MaxBadFraction, Source, Split
 from packpipe.cli.output import plain, print_json, print_table
 
@@ -186,6 +186,77 @@ def embed(
         what = "images' tokens" if tokens else "vectors"
         typer.echo(f"{number:,} {what} are in {plain(output)}")
         typer.echo(f"{len(rejects):,} rejects are in {plain(rejects_path(output))}")
+
+
+@one_line_errors
+def zero_shot(
+    model: Annotated[
+        str, typer.Argument(help="A folder of a SigLIP with both towers, or its name on the Hub.")
+    ],
+    source: Source,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="A file of the classes' names, a line each.  [the labels' own]"),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A text with {} for the name; of several the mean.  [This is a photo of {}.]"
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes an image, without labels.")] = 1,
+    batch_size: BatchSize = 8,
+    num_workers: NumWorkers = 4,
+    precision: Precision = "auto",
+    max_bad_fraction: MaxBadFraction = 0.01,
+    image_column: ImageColumn = "auto",
+    label_column: LabelColumn = "auto",
+    split: Split = "train",
+    as_json: AsJson = False,
+) -> None:
+    """Classify images by the names of classes alone: accuracy, or without labels their classes.
+
+    The classes are in the order of the labels' numbers: of folders, by name.
+    """
+    from packpipe.cli.labels import chosen
+    from packpipe.cli.zero_shot import TEMPLATE, names_in
+    from packpipe.cli.zero_shot import zero_shot as ask
+
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    dataset = chosen(open_source(source, split, **columns), **columns)
+    with naming_files(dataset):
+        found = ask(
+            model,
+            dataset,
+            None if classes is None else names_in(classes),
+            template or [TEMPLATE],
+            batch_size=batch_size,
+            num_workers=num_workers,
+            precision=precision,
+            max_bad_fraction=max_bad_fraction,
+        )
+    say_rejected(with_files(dataset, found.rejects))
+    title, said = f"{model} on {source}, zero-shot", {"model": model, "source": source}
+    if found.accuracy is not None:
+        counts = {"images": found.num_labelled, "classes": len(found.names)}
+        if as_json:
+            print_json({**said, "accuracy": found.accuracy, **counts})
+        else:
+            rows = [(name, f"{number:,}") for name, number in counts.items()]
+            print_table(title, [("accuracy", f"{found.accuracy:.4f}"), *rows])
+        return
+    indices = found.example_index.tolist()
+    images = [file_of(dataset, number) or f"example {number}" for number in indices]
+    best = list(zip(images, found.best(top), strict=True))
+    if as_json:
+        lines = [
+            {"image": image, "classes": [{"name": name, "share": share} for name, share in ranked]}
+            for image, ranked in best
+        ]
+        print_json({**said, "images": lines})
+    else:
+        texts = ["  ".join(f"{name} {share:.3f}" for name, share in ranked) for _, ranked in best]
+        print_table(title, list(zip(map(plain, images), texts, strict=True)))
 
 
 @one_line_errors

@@ -62,7 +62,8 @@ def card_of(
     outputs = f"features of {config.dim} channels" if features else f"{config.num_classes} outputs"
     of_one = "token" if config.pooling == "none" else "image"
     weights = sum(weight.numel() for weight in model.parameters())
-    packed = {name: value for name, value in packing.to_dict().items() if name != "patch_size"}
+    usual = PackConfig(patch_size=packing.patch_size).to_options()
+    packed = {k: v for k, v in packing.to_options().items() if k == "seq_len" or v != usual[k]}
     summary = (
         f"A vision transformer for packed images: {weights:,} weights, patches of "
         f"{config.patch_size} pixels, {config.depth} blocks of width {config.dim}; {outputs} of "
@@ -78,6 +79,7 @@ def card_of(
         "## Source",
         "Nothing was said of where the weights come from." if source is None else source.strip(),
         "## Packing",
+        "What is not as packpipe has it by default:",
         _table(("option", "value"), {key: f"`{value!r}`" for key, value in packed.items()}),
     ]
     return "\n\n".join(parts) + "\n"

@@ -79,8 +79,23 @@ def from_pretrained(
         raise ValueError(checks.sentence(name, kind, expected, "other encoders are not known"))
     weights = Weights(folder)
     encoder = _FAMILIES[kind](settings, processing_of(folder), weights)
-    _tell_unused(source, weights.left())
-    config, found = replace(encoder.config, attention=attention), encoder.weights
+    tell_unused(source, weights.left())
+    encoder = replace(encoder, config=replace(encoder.config, attention=attention))
+    return model_of(folder, encoder, num_classes), encoder.packing
+
+
+def model_of(folder: Path, encoder: Encoder, num_classes: int | None = None) -> NaViT:
+    """Return the model of an encoder, in float32.
+
+    Args:
+        folder: where it was read, for errors.
+        encoder: its shape and weights.
+        num_classes: gives the model a new head of so many classes; None keeps the head.
+
+    Raises:
+        ValueError: weights have other shapes than the model, or there are others.
+    """
+    config, found = encoder.config, encoder.weights
     if num_classes is not None:
         config = replace(config, num_classes=num_classes)
         found = {name: value for name, value in found.items() if not name.startswith("head.")}
@@ -89,7 +104,7 @@ def from_pretrained(
         found |= {k: value for k, value in model.state_dict().items() if k.startswith("head.")}
     _check_shapes(folder, found, model.state_dict())
     model.load_state_dict(found)
-    return model, encoder.packing
+    return model
 
 
 def _check_shapes(folder: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -101,7 +116,7 @@ def _check_shapes(folder: Path, found: dict[str, Tensor], wanted: dict[str, Tens
             raise ValueError(checks.sentence(f"{folder}: {name}", have, expected, remedy))
 
 
-def _tell_unused(source: str | Path, left: list[str]) -> None:
+def tell_unused(source: str | Path, left: list[str]) -> None:
     """Log the tensors of other towers; refuse those that nobody knows."""
     # Older versions stored the numbers of positions, which hold nothing.
     unknown = [k for k in left if not k.startswith(_OTHERS) and not k.endswith("position_ids")]

@@ -489,6 +489,8 @@ def test_what_is_not_installed_is_named(packed, monkeypatch):
     assert "is not installed; pip install 'packpipe[demo]'" in result.stderr
     missing = in_a_line(ModuleNotFoundError("", name="onnxruntime"))
     assert missing == "onnxruntime is not installed; pip install 'packpipe[onnx]'"
+    missing = in_a_line(ModuleNotFoundError("", name="transformers"))
+    assert missing == "transformers is not installed; pip install 'packpipe[texts]'"
 
 
 @contextmanager
