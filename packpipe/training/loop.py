@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
 from packpipe import checks
 from packpipe.loading.batch import PackedBatch
@@ -173,7 +174,8 @@ def train(
         return found
 
     updated = CapturedStep(update, device) if captured else update
-    batches = _passes(loader)
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    batches = loader.passes()
     for step in range(first, config.steps):
         asked = time.perf_counter()
         # Before the first backward, whose loss is divided by the images of all.
@@ -187,7 +189,7 @@ def train(
         # A function of the step, so a resumed training needs no state of a scheduler.
         learning_rate = config.rate(step)
         set_rate(optimizer, learning_rate)
-        for part, found in zip(parts, updated(parts), strict=True):
+        for part, found in zip(parts, updated(_moved(parts, device, copies)), strict=True):
             figures.add(part.batch, *found)
         if averaged is not None and config.ema:
             average(averaged, model, kept_share(config.ema, step))
@@ -256,6 +258,25 @@ def _prepared(batch: PackedBatch, key: Key, model: NaViT, config: TrainConfig) -
     return _Part(batch, drawn_paths(batch, key, config.drop_path, model.config.depth))
 
 
+def _moved(
+    parts: list[_Part], device: torch.device, copies: torch.cuda.Stream | None
+) -> list[_Part]:
+    """Return parts on a device; with a stream for copies, while the step before is computed.
+
+    A training runs ahead of its GPU, so that the copy begins early, if the loader pins memory.
+    """
+    if copies is None:
+        return [part.to(device) for part in parts]
+    with torch.cuda.stream(copies):
+        moved = [part.to(device) for part in parts]
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(copies)
+    for tensor in pytree.tree_leaves(moved):
+        if tensor is not None:
+            tensor.record_stream(current)  # or its memory might be given away too early
+    return moved
+
+
 def _backward(
     run: nn.Module,
     parts: list[_Part],
@@ -271,13 +292,12 @@ def _backward(
     The losses add up to that of one batch that holds all of them.
     """
     device = next(run.parameters()).device
-    moved = [part.to(device) for part in parts]
-    labels = [labels_in(part.batch, shape) for part in moved]
+    labels = [labels_in(part.batch, shape) for part in parts]
     count = global_count(
-        *(objective.counts(part.batch, own) for part, own in zip(moved, labels, strict=True))
+        *(objective.counts(part.batch, own) for part, own in zip(parts, labels, strict=True))
     )
-    for number, (part, own) in enumerate(zip(moved, labels, strict=True), 1):
-        with _apart(run) if number < len(moved) else nullcontext():
+    for number, (part, own) in enumerate(zip(parts, labels, strict=True), 1):
+        with _apart(run) if number < len(parts) else nullcontext():
             # A graph must cast weights anew each time, since they change.
             with torch.autocast(
                 device.type, torch.bfloat16, enabled=half, cache_enabled=not captured
@@ -342,25 +362,6 @@ def _warn_of_lengths(seq_len: int, trim: int, *, validates: bool) -> None:
         expected = f"{-(-seq_len // limit)} or more, for {limit} lengths of {seq_len} tokens"
         remedy = "raise it, or torch._dynamo.config.recompile_limit: further lengths have no graph"
         log.warning(checks.sentence("trim", trim, expected, remedy))
-
-
-def _passes(loader: PackedLoader) -> Iterator[tuple[PackedBatch, Key]]:
-    """Yield the batches of the loader, epoch after epoch, each with its seed and epoch.
-
-    Raises:
-        ValueError: an epoch has no batch.
-    """
-    was_empty = False
-    while True:
-        is_empty = True
-        for batch in loader:
-            is_empty = False
-            yield batch, Key(loader.seed, loader.epoch)
-        # One alone may be the rest of an epoch that was resumed at its end.
-        if is_empty and was_empty:
-            expected, remedy = "one or more an epoch", "look for what filters or rejects all images"
-            raise ValueError(checks.sentence("batches of the loader", 0, expected, remedy))
-        was_empty = is_empty
 
 
 def _state_backend(model: NaViT, device: torch.device, half: bool) -> None:
