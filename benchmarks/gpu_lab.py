@@ -6,16 +6,16 @@
 
 Parts, the most telling first: ``ceilings`` (the card's matrix and copy rates, the rates of the
 models' own shapes), ``attention`` (each kernel against float32, forward and backward), ``norms``,
-``train`` (a step at Ti, S, B and L: as it is, and with each change), ``whole``, ``clip``,
-``autotune``. Each is tried by itself; what fails is said, and the next goes on. Writes one JSON
-object a line to gpu_lab.jsonl, heading first, and prints a table.
+``loader`` (rows a second, by threads), ``train`` (a step at Ti, S, B and L: as it is, and with each
+change), ``whole``, ``clip``, ``autotune``. Each is tried by itself; what fails is said, and the
+next goes on. Writes one JSON object a line to gpu_lab.jsonl, heading first, and prints a table.
 
 Changes of a training step:
 
 * ``bound``: the attention kernel is told the longest segment, not the row's length;
-* ``bf16``: the residual stream stays in bf16 under autocast;
+* ``bf16``: the residual stream stays in bf16 under autocast, as the model has it; without, float32;
 * ``own``: attention and query-key normalisation by ``attention="fused"``;
-* a graph: the whole step captured once and replayed.
+* a graph: the whole step captured once and replayed (`packpipe.training.captured`).
 """
 
 from __future__ import annotations
@@ -28,32 +28,40 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import arms
+import gpu
+import numpy as np
+import pyarrow as pa
 import torch
 import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from packpipe import PackedLoader
 from packpipe.loading.batch import PackedBatch
 from packpipe.model import attention, navit
 from packpipe.model.attention import FlatTokens
 from packpipe.model.config import NaViTConfig
 from packpipe.model.flops import TRAINING, matrix_rate
+from packpipe.training.captured import EAGER, CapturedStep
 from packpipe.training.losses import segment_cross_entropy
 
 HALF = torch.bfloat16
 MULTIPLE = 128  # the flash kernel's block: bounds are rounded up to it
-PARTS = ("ceilings", "attention", "norms", "train", "whole", "clip", "autotune")
+PARTS = ("ceilings", "attention", "norms", "loader", "train", "whole", "clip", "autotune")
 # Shapes of each model's matrix products: tokens of a step, channels.
 MATRICES = (("Ti", 65536, 192), ("S", 65536, 384), ("B", 32768, 768), ("L", 16384, 1024))
 
@@ -204,7 +212,8 @@ def main() -> None:
         command=" ".join(sys.argv),
         machine=machine_of(lab.device),
     )
-    for part, run in (("ceilings", ceilings), ("attention", attentions), ("norms", norms)):
+    alone = {"ceilings": ceilings, "attention": attentions, "norms": norms, "loader": loader}
+    for part, run in alone.items():
         if part in chosen:
             # Compiled code may else give buffers away that timing a backward pass twice needs.
             with torch._functorch.config.patch(donated_buffer=False):
@@ -216,11 +225,11 @@ def main() -> None:
 
 
 def steps_here(lab: Lab, steps: list[Trained]) -> list[Trained]:
-    """Return the steps that the device can do: a CPU has no flash kernel, no Triton, no graph."""
+    """Return the steps that the device can do: a CPU has no flash kernel and no Triton."""
     if lab.on_gpu:
         return steps
     plain = [
-        replace(step, rows=2, changes=tuple(c for c in step.changes if c == "bf16"), graph=False)
+        replace(step, rows=2, changes=tuple(c for c in step.changes if c != "own"))
         for step in steps
     ]
     return list({(step.changes, step.clip, step.whole, step.mode): step for step in plain}.values())
@@ -357,6 +366,47 @@ def norms(lab: Lab) -> None:
     )
 
 
+def loader(lab: Lab) -> None:
+    """How many rows of S the loader hands out a second, beside what memory can be copied."""
+    rows, batches = (2, 2) if lab.tiny else (64, 4)
+    images = images_of(rows, lab.tiny)
+    most = max(map(len, images.packs))
+    steps = list(arms.packed_steps(images, rows, batches, most))
+    patches = steps[0].inputs.patches.numpy()
+    copy = patches.copy()
+    copied = statistics.median(seconds_of(lambda: np.copyto(copy, patches)) for _ in range(5))
+    with tempfile.TemporaryDirectory() as folder:
+        table = gpu.stored(steps, images.seq_len, Path(folder) / "rows.arrow")
+        table = pa.concat_tables([table] * (2 if lab.tiny else 8))  # of one file
+        for workers in (1, 2) if lab.tiny else (1, 2, 4, 8, 16):
+            packed = PackedLoader(
+                table, rows, rank=0, world_size=1, num_workers=workers, max_segments=most
+            )
+            passes = packed.passes()
+            timed = 2 * len(packed)
+            for _ in range(len(packed)):  # the pages of the file are in memory then
+                next(passes)
+            took = seconds_of(functools.partial(deque, islice(passes, timed), maxlen=0))
+            passes.close()
+            handed = timed * rows / took
+            row_bytes = patches[0].nbytes
+            lab.say(
+                part="loader",
+                workers=workers,
+                rows_s=round(handed),
+                images_s=round(handed * len(images.lens) / len(images.packs)),
+                gb_s=round(handed * row_bytes / 1e9, 2),
+                copied_gb_s=round(patches.nbytes / copied / 1e9, 2),
+            )
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Return how long a call takes."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
 def segments_and_padding(batch: PackedBatch) -> Tensor:
     """Return int64[B, S + 1]: the lengths of each row's segments, and of its padding."""
     lens = batch.seq_lens.long()
@@ -369,80 +419,34 @@ def bound_of(images: arms.Images) -> int:
     return -(-int(images.lens.max()) // MULTIPLE) * MULTIPLE
 
 
-def cut_padding(lens: Tensor, most: int, seq_len: int = 1024) -> Tensor:
+def cut_padding(lens: Tensor, most: int) -> Tensor:
     """Return the lengths, flat, with each row's padding in pieces of at most `most` tokens."""
-    pieces = torch.arange(-(-seq_len // most), device=lens.device)  # of one number for any batch
+    pieces = torch.arange(-(-int(lens[0].sum()) // most), device=lens.device)
     cut = (lens[:, -1:] - most * pieces).clamp(0, most)
     return torch.cat([lens[:, :-1], cut], 1).flatten()
 
 
-# The model's changes, each a method put in place of the one that is there.
-
-
-def bf16_read(self: navit.NaViT, batch: PackedBatch, tokens: FlatTokens) -> tuple[Tensor, None]:
-    """`NaViT.read` with one cast more: the stream is then what the embedding's product gives."""
-    dtype = self.embed.weight.dtype
-    x = self.embed(tokens.take(batch.patches).to(dtype) / 127.5 - 1)
-    coords = tokens.take(batch.coords).long()
-    if self.position is not None:
-        grids = F.pad(batch.grid_hw.flatten(0, 1).long(), (0, 0, 0, 1))
-        x = x + self.position(coords, grids[tokens.segments], dtype).to(x.dtype)
-    return x, None
-
-
 @contextmanager
-def changed(changes: tuple[str, ...], rows: int, longest: int) -> Iterator[None]:
-    """Train with some changes; afterwards everything is as before."""
-    before = navit.NaViT.read, attention._varlen
-    varlen = attention._varlen
+def stream_of(dtype: torch.dtype | None) -> Iterator[None]:
+    """Let blocks add up in a precision, afterwards as before; None leaves it to the model."""
+    read = navit.NaViT.read
 
-    def bounded(flat: Tensor, seq_len: int) -> attention.Attention:
-        cut = cut_padding(flat.unflatten(0, (rows, -1)), longest, seq_len)
-        return varlen(cut, longest)
+    def read_as(self: navit.NaViT, batch: PackedBatch, tokens: FlatTokens) -> tuple[Tensor, Any]:
+        x, turn = read(self, batch, tokens)
+        return x.to(dtype), turn
 
     try:
-        if "bf16" in changes:
-            navit.NaViT.read = bf16_read
-        if "bound" in changes:
-            attention._varlen = bounded
+        if dtype is not None:
+            navit.NaViT.read = read_as
         yield
     finally:
-        navit.NaViT.read, attention._varlen = before
-
-
-class Captured:
-    """A training step as one CUDA graph: fixed buffers in, the loss out."""
-
-    def __init__(self, step: Callable[[arms.Step], Tensor], batch: arms.Step) -> None:
-        self.batch, side = batch, torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            warm_up(step, batch)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss = step(batch)
-
-    def __call__(self, other: arms.Step) -> Tensor:
-        """Return the loss of a batch; the next call overwrites it."""
-        for name, value in vars(self.batch.inputs).items():
-            if value is not None:
-                value.copy_(getattr(other.inputs, name), non_blocking=True)
-        self.batch.labels.copy_(other.labels, non_blocking=True)
-        self.graph.replay()
-        return self.loss
-
-
-def warm_up(step: Callable[[arms.Step], Tensor], batch: arms.Step) -> None:
-    """Take the steps that a capture needs before it; without one, too, so that losses agree."""
-    for _ in range(3):
-        step(batch)
+        navit.NaViT.read = read
 
 
 def train(lab: Lab, part: str, how: Trained) -> None:
     """Say what a step takes: milliseconds, useful MFU, memory; and its loss, which must agree."""
     images = images_of(how.rows, lab.tiny)
-    with changed(how.changes, how.rows, bound_of(images)):
+    with stream_of(None if "bf16" in how.changes else torch.float32):
         _train(lab, part, how, images)
 
 
@@ -450,7 +454,7 @@ def _train(lab: Lab, part: str, how: Trained, images: arms.Images) -> None:
     backend = ("fused" if "own" in how.changes else "varlen") if lab.on_gpu else "reference"
     shape: dict[str, Any] = {"num_classes": 1000, "max_side": 1024, "attention": backend}
     config = (
-        NaViTConfig(dim=64, depth=2, heads=1, **shape)
+        NaViTConfig(dim=32, depth=1, heads=1, **shape)
         if lab.tiny
         else NaViTConfig.preset(f"{how.size}/16", **shape)
     )
@@ -466,19 +470,26 @@ def _train(lab: Lab, part: str, how: Trained, images: arms.Images) -> None:
         model.compile(dynamic=False, **options)
     else:
         navit.compile_parts(model, **options)
-    rate = torch.tensor(1e-4, device=lab.device) if how.graph else 1e-4
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True, capturable=how.graph)
+    graph = how.graph and lab.on_gpu
+    rate = torch.tensor(1e-4, device=lab.device) if graph else 1e-4
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True, capturable=graph)
+    longest = int(images.lens.max()) if "bound" in how.changes else None
 
-    def step(batch: arms.Step) -> Tensor:
+    def update(taken: tuple[PackedBatch, Tensor]) -> Tensor:
+        batch, labels = taken
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(lab.device.type, HALF, enabled=lab.on_gpu, cache_enabled=not how.graph):
-            loss = segment_cross_entropy(model(batch.inputs).float(), batch.labels)
+            loss = segment_cross_entropy(model(batch, longest=longest).float(), labels)
         loss.backward()
         if how.clip:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return loss.detach()
 
+    def step(batch: arms.Step) -> Tensor:
+        return run((batch.inputs, batch.labels))
+
+    run: Callable[[Any], Tensor] = update
     began = time.perf_counter()
     first = float(step(batches[0]))
     for batch in batches[1:]:
@@ -487,17 +498,15 @@ def _train(lab: Lab, part: str, how: Trained, images: arms.Images) -> None:
     start = time.perf_counter() - began
     if lab.on_gpu:
         torch.cuda.reset_peak_memory_stats()  # before the capture, which takes a graph's memory
-    run: Callable[[arms.Step], Tensor] = step
     if how.graph:
-        buffers = arms.moved(arms.moved(batches[0], "cpu"), lab.device)
-        run = Captured(step, buffers)
-    else:
-        warm_up(step, batches[0])
+        run = CapturedStep(update, lab.device)
+    for _ in range(EAGER + 1):  # the last one is the first of a graph; without one, losses agree
+        step(batches[0])
     times = []
     for _ in range(1 if lab.tiny else 5):
         lab.wait()
         began = time.perf_counter()
-        losses = [run(batch).clone() for batch in batches]
+        losses = [step(batch).clone() for batch in batches]
         lab.wait()
         times.append((time.perf_counter() - began) / len(batches))
     seconds = statistics.median(times)
@@ -520,7 +529,7 @@ def _train(lab: Lab, part: str, how: Trained, images: arms.Images) -> None:
         losses=[round(float(loss), 4) for loss in losses],
     )
     if how.profile and lab.on_gpu:
-        profile(lab, how, lambda: [run(batch) for batch in batches], len(batches))
+        profile(lab, how, lambda: [step(batch) for batch in batches], len(batches))
 
 
 def profile(lab: Lab, how: Trained, run: Callable[[], Any], steps: int) -> None:

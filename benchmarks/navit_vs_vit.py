@@ -2,6 +2,7 @@
 
     pip install -e '.[torch,plots]'
     python benchmarks/navit_vs_vit.py --data FOLDER    # a GPU, 16 processors: half an hour
+    python benchmarks/navit_vs_vit.py --data FOLDER --epochs 10 --seconds 420 --num-workers 16
     python benchmarks/navit_vs_vit.py --data FOLDER --device cpu --tiny
 
 FOLDER holds pictures.parquet (columns image, label, split, source). Same trunk, optimiser, rate,
@@ -20,10 +21,11 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,9 @@ RESULTS = Path(__file__).parent / "results"
 SIDE = 224
 IMAGES_A_STEP = 128
 ONE_SOURCE = "openclipart-png"
+COMPARED = ("accuracy", "PFLOPs", "seconds")
+# A square model, and what is compared with it.
+PAIRS = {"square": ("NaViT", "NaViT, one area"), "square, one source": ("NaViT, one source",)}
 
 
 @dataclass(frozen=True)
@@ -113,15 +118,18 @@ def main() -> None:
     )
     device = torch.device(options.device)
     records: list[dict[str, Any]] = []
-    for run in RUNS:
-        chosen = where(pictures, "source", run.source) if run.source else pictures
-        trial = Trial(chosen, run, scale, epochs, device, options.num_workers)
-        for seed in range(options.seeds):
-            if time.perf_counter() - started > options.seconds:
-                break
-            records.append(trial.result(seed))
-            print(records[-1], flush=True)
-            write(records, options, scale, epochs, device)
+    torch._dynamo.config.recompile_limit = 64  # all trials of a seed, each of its own shape
+    trials: dict[Run, Trial] = {}
+    # Seed by seed, so that all controls are there when the time is over.
+    for seed, run in product(range(options.seeds), RUNS):
+        if time.perf_counter() - started > options.seconds:
+            break
+        if run not in trials:
+            chosen = where(pictures, "source", run.source) if run.source else pictures
+            trials[run] = Trial(chosen, run, scale, epochs, device, options.num_workers)
+        records.append(trials[run].result(seed))
+        print(records[-1], flush=True)
+        write(records, options, scale, epochs, device)
     print(written(options, ".md").read_text())
 
 
@@ -205,7 +213,6 @@ class Trial:
         self.shape = NaViTConfig(
             num_classes=num_classes, patch_size=scale.patch, max_side=256, **scale.model
         )
-        torch._dynamo.reset()
         self.model = NaViT(self.shape).to(device)
         square = self.packs(training, "square", 1)
         budget = run.share * epochs * self.flops(square, [0])
@@ -348,8 +355,33 @@ def write(
             f"| {mean['accuracy']:.1%} ± {spread:.1%} ({len(group)}) "
             f"| {mean['calibration error']:.3f} | {mean['seconds']:.0f} |"
         )
+    lines += ["", *verdicts(records)]
     written(options, ".md").write_text("\n".join(lines) + "\n")
     draw(written(options, ".png"), records)
+
+
+def verdicts(records: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield what each NaViT needs to be as good as the square model: FLOPs, and seconds."""
+    means = {
+        key: {name: statistics.mean(one[name] for one in group) for name in COMPARED}
+        for key, group in grouped(records).items()
+    }
+    for square, others in PAIRS.items():
+        wanted = means.get((square, 1.0))
+        for other in others if wanted else ():
+            good = [
+                found
+                for (name, _), found in sorted(means.items(), key=lambda one: one[0])
+                if name == other and found["accuracy"] >= wanted["accuracy"]
+            ]
+            if not good:
+                yield f"{other}: no length that was tried is as good as {square} of full length."
+                continue
+            flops, seconds = (good[0][name] / wanted[name] for name in ("PFLOPs", "seconds"))
+            yield (
+                f"{other}: as good as {square} of full length at {flops:.0%} of its FLOPs and "
+                f"{seconds:.0%} of its seconds."
+            )
 
 
 def grouped(records: list[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:

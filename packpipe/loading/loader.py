@@ -37,7 +37,7 @@ from packpipe.loading.ranks import agree, import_before_groups, rank_of_world, t
 from packpipe.loading.states import FORM, check_agrees, check_form, packs_taken
 from packpipe.loading.steps import TAILS
 from packpipe.loading.stored import StoredPacks
-from packpipe.loading.workers import Fill, Processes, as_it_is, in_threads
+from packpipe.loading.workers import Fill, Part, Pass, Processes, Threads, as_it_is
 from packpipe.philox import Key, checked_key
 from packpipe.planning.image_config import BEFORE
 
@@ -192,6 +192,7 @@ class PackedLoader:
         self._finished = False  # whether the pass has ended
         self._pass: object | None = None  # the loop that the above speak of
         self._processes: Processes | None = None  # that wait for the next pass
+        self._threads: Threads | None = None  # of `passes`
 
     @property
     def epoch(self) -> int:
@@ -315,6 +316,37 @@ class PackedLoader:
                     )
                 )
         self._finished = True
+
+    def passes(self) -> Iterator[tuple[Any, Key]]:
+        """Yield the batches of epoch after epoch without end, each with its seed and epoch.
+
+        They are those of one loop after the other. But threads fill the first batches of the next
+        epoch while one ends, where the epochs are known: none but the first begins with a wait.
+
+        Raises:
+            ValueError: an epoch has no batch.
+            RuntimeError: as of a loop.
+        """
+        is_threaded = self._num_workers and self.workers == "threads"
+        threads = Threads(self._num_workers, self.prefetch) if is_threaded else None
+        self._threads = threads
+        was_empty = False
+        try:
+            while True:
+                is_empty = True
+                for batch in self:
+                    is_empty = False
+                    yield batch, self._key
+                # One alone may be the rest of an epoch that was resumed at its end.
+                if is_empty and was_empty:
+                    expected = "one or more an epoch"
+                    remedy = "look for what filters or rejects all images"
+                    raise ValueError(checks.sentence("batches of the loader", 0, expected, remedy))
+                was_empty = is_empty
+        finally:
+            self._threads = None
+            if threads is not None:
+                threads.close()
 
     def from_step(self, step: int) -> Iterator[Any]:
         """Return the batches of the epoch from a step on, 0 being its first."""
@@ -462,8 +494,27 @@ class PackedLoader:
         if not self._num_workers:
             return map(fill, parts)
         if self.workers == "threads":
-            return in_threads(fill, parts, self._num_workers, self.prefetch)
+            return self._threaded(fill, parts)
         return self._processes_for(fill).batches(parts)
+
+    def _threaded(self, fill: Fill, parts: Iterator[Part]) -> Iterator[Batch]:
+        """Yield a pass's batches, by threads of its own or by those of `passes`, which go on."""
+        key, share, threads = self._key, self._share, self._threads
+
+        def following() -> Pass:
+            after = checked_key(key.seed, key.epoch + 1)
+            return Pass((after, share, 0), self._cursor.parts(after, share, 0))
+
+        # A stream is known no further than it is read.
+        goes_on = threads is not None and self._cursor.steps(key, share) is not None
+        some = threads or Threads(self._num_workers, self.prefetch)
+        own = Pass((key, share, self._start), parts)
+        try:
+            yield from some.batches(fill, own, following if goes_on else None)
+        finally:
+            # Reached, too, when the caller leaves its loop, which closes this generator.
+            if threads is None:
+                some.close()
 
     def _processes_for(self, fill: Fill) -> Processes:
         """Return the processes of the last pass if they can go on, others if not."""
@@ -477,7 +528,7 @@ class PackedLoader:
 
     # A copy, or a loader that is sent to another process, starts processes of its own.
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_processes": None}
+        return {**vars(self), "_processes": None, "_threads": None}
 
 
 def _check_augment(augment: Any, packs: Any) -> None:

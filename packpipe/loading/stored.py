@@ -55,7 +55,7 @@ class StoredPacks:
         read_rows(dataset, range(0))  # raises if these are no packed rows
         has_labels(self._table)  # raises if somebody has put others there
         self._shuffle = shuffle
-        self._order: tuple[Key, NDArray[np.int64]] | None = None
+        self._orders: dict[Key, NDArray[np.int64]] = {}
         self._views: dict[int, Rows] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -140,12 +140,13 @@ class StoredPacks:
         """Return int64[packs], rows of the dataset in the order of an epoch."""
         if not self._shuffle:
             return np.arange(len(self._dataset))
-        known = self._order  # read once: another thread may replace it, for another epoch
-        if known is None or known[0] != key:
+        known = self._orders  # read once: another thread may replace it
+        if key not in known:
             numbers = np.arange(len(self._dataset))
             order = philox.permutation(key, index=numbers, stream=philox.ROW_ORDER)
-            known = self._order = key, order
-        return known[1]
+            # The last two: while an epoch ends, the next one is begun.
+            known = self._orders = dict([*list(known.items())[-1:], (key, order)])
+        return known[key]
 
     @property
     def _is_computed(self) -> bool:

@@ -97,24 +97,75 @@ class Fill:
         return batch.pin_memory() if self.pin_memory else batch
 
 
-def in_threads(
-    fill: Fill, parts: Iterator[Part], num_workers: int, prefetch: int
-) -> Iterator[Batch]:
-    """Yield the batches in order. Threads fill them ahead, and end when the loop is left."""
-    waiting: deque[Future[Batch]] = deque()
-    executor = ThreadPoolExecutor(num_workers, thread_name_prefix="packpipe")
-    try:
-        # This thread alone takes parts, so that a stream is read in order. A limited number is
-        # begun ahead, since every batch takes memory.
+class Threads:
+    """Threads that fill batches ahead, those of the next pass, too, while a pass ends.
+
+    Args:
+        num_workers: threads.
+        prefetch: batches that each fills ahead.
+    """
+
+    def __init__(self, num_workers: int, prefetch: int) -> None:
+        self._executor = ThreadPoolExecutor(num_workers, thread_name_prefix="packpipe")
+        self._most = num_workers * prefetch
+        self._begun: Pass | None = None  # the pass that is begun ahead
+        self._ahead: deque[Future[Batch]] = deque()  # its first batches
+
+    def batches(
+        self, fill: Fill, own: Pass, following: Callable[[], Pass] | None = None
+    ) -> Iterator[Batch]:
+        """Yield the batches of a pass in order.
+
+        Args:
+            fill: makes a batch.
+            own: the pass.
+            following: returns the pass that will probably come next; None begins none.
+        """
+        waiting, parts = self._taken_up(own), own.parts
+        # The caller's thread alone takes parts, so that a stream is read in order. A limited number
+        # is begun ahead, since every batch takes memory.
         for part in parts:
-            waiting.append(executor.submit(fill, part))
-            if len(waiting) > num_workers * prefetch:
+            waiting.append(self._executor.submit(fill, part))
+            if len(waiting) > self._most:
                 yield waiting.popleft().result()
         while waiting:
+            if following is not None:
+                self._begin(fill, following)
             yield waiting.popleft().result()
-    finally:
-        # Reached, too, when the caller leaves its loop, which closes this generator.
-        executor.shutdown(wait=True, cancel_futures=True)
+
+    def _taken_up(self, own: Pass) -> deque[Future[Batch]]:
+        """Return the batches of a pass that are begun; others that are begun are given up."""
+        begun, ahead = self._begun, self._ahead
+        self._begun, self._ahead = None, deque()
+        if begun is not None and begun.name == own.name:
+            own.parts = begun.parts
+            return ahead
+        for future in ahead:
+            future.cancel()
+        return deque()
+
+    def _begin(self, fill: Fill, following: Callable[[], Pass]) -> None:
+        """Begin one batch more of the next pass."""
+        if self._begun is None:
+            self._begun = following()
+        try:
+            part = next(self._begun.parts, None)
+        except Exception:  # noqa: BLE001  the next pass raises it itself, once this one is over
+            self._begun, part = Pass(None, iter(())), None
+        if part is not None:
+            self._ahead.append(self._executor.submit(fill, part))
+
+    def close(self) -> None:
+        """End the threads; batches that are not begun are given up."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass
+class Pass:
+    """A pass: what it is known by, and the parts that are left of it."""
+
+    name: Any
+    parts: Iterator[Part]
 
 
 _LIVING: WeakSet[Processes] = WeakSet()

@@ -153,12 +153,14 @@ class NaViT(nn.Module):
         pixels = drawn_pixels(pixels, tokens.segments, offsets, batch)
         pixels = pixels / 127.5 - 1
         x = self.embed(pixels)  # [T, D] in -1..1 -> [T, C]
+        stream = x.dtype
         coords = tokens.take(batch.coords).long()
         if self.position is not None:
             # [B·S + 1, 2]: padding's segment is B·S, and its grid 0 × 0.
             grids = F.pad(batch.grid_hw.flatten(0, 1).long(), (0, 0, 0, 1))
             x = x + self.position(coords, grids[tokens.segments], dtype)
-        x = self.norm_embed(x)
+        # Under autocast the blocks add up in half precision: half the bytes of every sum.
+        x = self.norm_embed(x).to(stream)
         if self.config.position == "rotary":
             return x, rotation(coords, self.config.dim // self.config.heads, dtype)
         return x, None
@@ -303,7 +305,7 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [T, C] of [T, C]."""
-        return x * self.weight
+        return (x * self.weight).to(x.dtype)
 
 
 def _norm(config: NaViTConfig) -> nn.LayerNorm:

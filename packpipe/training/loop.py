@@ -14,11 +14,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
 from packpipe import checks
 from packpipe.loading.batch import PackedBatch
@@ -31,6 +32,7 @@ from packpipe.model.navit import NaViT, compile_parts
 from packpipe.model.precision import asks_for_half
 from packpipe.philox import Key
 from packpipe.training.averages import average, copy_of, kept_share
+from packpipe.training.captured import CapturedStep
 from packpipe.training.drop_path import drawn_paths
 from packpipe.training.figures import Figures
 from packpipe.training.figures import Record as Record  # callers import these from here, too
@@ -46,7 +48,7 @@ from packpipe.training.objective import (
     labels_in,
     objective_of,
 )
-from packpipe.training.optimizer import freeze, optimizer_of
+from packpipe.training.optimizer import freeze, optimizer_of, set_rate
 from packpipe.training.run_folder import RunOptions
 from packpipe.training.train_config import TrainConfig as TrainConfig
 from packpipe.training.validation import Validator
@@ -105,7 +107,9 @@ def train(
     # Together: none is left waiting for one that refuses its options, or its images.
     objective = together(lambda: objective_of(config, loader.packs, model.config, device))
     together(lambda: freeze(model, config.freeze))
-    optimizer = optimizer_of(model, config)
+    compiled = device.type == "cuda" if config.compiled is None else config.compiled
+    captured = together(lambda: _is_captured(config, device, compiled))
+    optimizer = optimizer_of(model, config, captured=captured and device.type == "cuda")
     averaged = None if config.ema is None else copy_of(model)
     judged = model if averaged is None else averaged
     validator = together(lambda: _validator_of(judged, validate, config, objective, half))
@@ -143,7 +147,6 @@ def train(
         if validator.is_exhausted:
             return
     run: nn.Module = model.train()
-    compiled = device.type == "cuda" if config.compiled is None else config.compiled
     for one in (model, averaged):
         if compiled and one is not None and not one.keep_padding:  # or it is compiled already
             compile_parts(one)
@@ -159,7 +162,20 @@ def train(
     figures = Figures(model.config, rate, first, regression=is_regression(objective.loss))
 
     longest = loader.longest
-    batches = _passes(loader)
+
+    def update(parts: list[_Part]) -> list[_Found]:
+        optimizer.zero_grad()
+        found = list(
+            _backward(run, parts, objective, model.config, half, longest, captured=captured)
+        )
+        if config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        return found
+
+    updated = CapturedStep(update, device) if captured else update
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    batches = loader.passes()
     for step in range(first, config.steps):
         asked = time.perf_counter()
         # Before the first backward, whose loss is divided by the images of all.
@@ -172,18 +188,9 @@ def train(
         parts = [_prepared(batch, key, model, config) for batch, key in taken]
         # A function of the step, so a resumed training needs no state of a scheduler.
         learning_rate = config.rate(step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * group["scale"]
-        optimizer.zero_grad()
-        for part, found in zip(
-            parts,
-            _backward(run, parts, objective, model.config, half, longest),
-            strict=True,
-        ):
+        set_rate(optimizer, learning_rate)
+        for part, found in zip(parts, updated(_moved(parts, device, copies)), strict=True):
             figures.add(part.batch, *found)
-        if config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
         if averaged is not None and config.ema:
             average(averaged, model, kept_share(config.ema, step))
         done = step + 1
@@ -218,6 +225,25 @@ class _Part(NamedTuple):
         return _Part(batch, None if paths is None else paths.to(device, non_blocking=True))
 
 
+# `agreement` and loss of a batch.
+_Found: TypeAlias = tuple[tuple[Tensor, Tensor], Tensor]
+
+
+def _is_captured(config: TrainConfig, device: torch.device, compiled: bool) -> bool:
+    """Return whether steps read from tensors of their own, on a GPU as one graph.
+
+    Raises:
+        ValueError: it is asked for, and cannot be.
+    """
+    whole = not (has_group() or config.trim)
+    if config.captured and not whole:
+        expected = "None or False under torchrun, or with trim"
+        raise ValueError(checks.sentence("captured", True, expected, "leave it out"))
+    if config.captured is None:
+        return device.type == "cuda" and compiled and whole
+    return config.captured
+
+
 def _prepared(batch: PackedBatch, key: Key, model: NaViT, config: TrainConfig) -> _Part:
     """Return a batch as it is trained on, still on the CPU, where it is looked at without waiting.
 
@@ -232,6 +258,25 @@ def _prepared(batch: PackedBatch, key: Key, model: NaViT, config: TrainConfig) -
     return _Part(batch, drawn_paths(batch, key, config.drop_path, model.config.depth))
 
 
+def _moved(
+    parts: list[_Part], device: torch.device, copies: torch.cuda.Stream | None
+) -> list[_Part]:
+    """Return parts on a device; with a stream for copies, while the step before is computed.
+
+    A training runs ahead of its GPU, so that the copy begins early, if the loader pins memory.
+    """
+    if copies is None:
+        return [part.to(device) for part in parts]
+    with torch.cuda.stream(copies):
+        moved = [part.to(device) for part in parts]
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(copies)
+    for tensor in pytree.tree_leaves(moved):
+        if tensor is not None:
+            tensor.record_stream(current)  # or its memory might be given away too early
+    return moved
+
+
 def _backward(
     run: nn.Module,
     parts: list[_Part],
@@ -239,20 +284,24 @@ def _backward(
     shape: NaViTConfig,
     half: bool,
     longest: int | None,
-) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+    *,
+    captured: bool,
+) -> Iterator[_Found]:
     """Add up the gradients of a step; yield `agreement` and loss of each of its batches.
 
     The losses add up to that of one batch that holds all of them.
     """
     device = next(run.parameters()).device
-    moved = [part.to(device) for part in parts]
-    labels = [labels_in(part.batch, shape) for part in moved]
+    labels = [labels_in(part.batch, shape) for part in parts]
     count = global_count(
-        *(objective.counts(part.batch, own) for part, own in zip(moved, labels, strict=True))
+        *(objective.counts(part.batch, own) for part, own in zip(parts, labels, strict=True))
     )
-    for number, (part, own) in enumerate(zip(moved, labels, strict=True), 1):
-        with _apart(run) if number < len(moved) else nullcontext():
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+    for number, (part, own) in enumerate(zip(parts, labels, strict=True), 1):
+        with _apart(run) if number < len(parts) else nullcontext():
+            # A graph must cast weights anew each time, since they change.
+            with torch.autocast(
+                device.type, torch.bfloat16, enabled=half, cache_enabled=not captured
+            ):
                 outputs = run(*part, longest)
             loss = objective.of(outputs, part.batch, own, count=count)
             loss.backward()
@@ -314,25 +363,6 @@ def _warn_of_lengths(seq_len: int, trim: int, *, validates: bool) -> None:
         expected = f"{-(-seq_len // limit)} or more, for {limit} lengths of {seq_len} tokens"
         remedy = "raise it, or torch._dynamo.config.recompile_limit: further lengths have no graph"
         log.warning(checks.sentence("trim", trim, expected, remedy))
-
-
-def _passes(loader: PackedLoader) -> Iterator[tuple[PackedBatch, Key]]:
-    """Yield the batches of the loader, epoch after epoch, each with its seed and epoch.
-
-    Raises:
-        ValueError: an epoch has no batch.
-    """
-    was_empty = False
-    while True:
-        is_empty = True
-        for batch in loader:
-            is_empty = False
-            yield batch, Key(loader.seed, loader.epoch)
-        # One alone may be the rest of an epoch that was resumed at its end.
-        if is_empty and was_empty:
-            expected, remedy = "one or more an epoch", "look for what filters or rejects all images"
-            raise ValueError(checks.sentence("batches of the loader", 0, expected, remedy))
-        was_empty = is_empty
 
 
 def _state_backend(model: NaViT, device: torch.device, half: bool) -> None:

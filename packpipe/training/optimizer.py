@@ -54,12 +54,13 @@ def freeze(model: NaViT, blocks: int) -> None:
         log.warning(checks.sentence("what is not trained", found, expected, remedy))
 
 
-def optimizer_of(model: NaViT, config: TrainConfig) -> torch.optim.AdamW:
+def optimizer_of(model: NaViT, config: TrainConfig, *, captured: bool = False) -> torch.optim.AdamW:
     """Return AdamW over all that has gradients.
 
     Weight decay is of the matrices of linear layers, another of the head's, of all else 0. The
     rate of a group is that of the step times its ``scale``: layer_decay to the power of how many
-    layers come after the parameter's, of `layers_of`.
+    layers come after the parameter's, of `layers_of`. Captured, it is for a CUDA graph, which reads
+    the rate from a tensor; `set_rate` sets it.
     """
     head = set() if model.head is None else {id(model.head.weight)}
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
@@ -70,11 +71,25 @@ def optimizer_of(model: NaViT, config: TrainConfig) -> torch.optim.AdamW:
             decay = config.head_weight_decay if id(parameter) in head else decay
             if parameter.requires_grad:
                 groups.setdefault((config.layer_decay**after, decay), []).append(parameter)
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": decay, "scale": scale}
             for (scale, decay), parameters in groups.items()
         ],
         lr=config.learning_rate,
         fused=True,
+        capturable=captured,
     )
+    for group in optimizer.param_groups if captured else []:
+        group["lr"] = torch.tensor(config.learning_rate, device=group["params"][0].device)
+    return optimizer
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of a step, for each group times its ``scale``."""
+    for group in optimizer.param_groups:
+        scaled = rate * group["scale"]
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(scaled)
+        else:
+            group["lr"] = scaled

@@ -46,6 +46,68 @@ def uninterrupted(packs: Any, num_epochs: int, **options) -> list[list[str]]:
     return [[loading.digest(batch) for batch in loader] for _ in range(num_epochs)]
 
 
+@pytest.mark.parametrize(("kind", "num_workers"), [("stored", 0), ("stored", 2), ("planned", 2)])
+def test_passes_are_one_loop_after_the_other_and_resume_anywhere(packs, kind, num_workers):
+    wanted = uninterrupted(packs[kind], 3)
+    flat = [(digest, epoch) for epoch, digests in enumerate(wanted) for digest in digests]
+    loader = PackedLoader(packs[kind], 8, num_workers=num_workers, prefetch=3)
+    states, found = [], []
+    for batch, key in islice(loader.passes(), len(flat)):
+        found.append((loading.digest(batch), key.epoch))
+        states.append(deepcopy(loader.state_dict()))
+    assert found == flat
+    assert len(wanted[0]) > 2
+    # Also at the last batches of an epoch, when those of the next one are filled already.
+    for place in (0, len(wanted[0]) - 2, len(wanted[0]) - 1, len(wanted[0])):
+        loader = PackedLoader(packs[kind], 8, num_workers=num_workers)
+        loader.load_state_dict(states[place])
+        rest = [loading.digest(batch) for batch, _ in islice(loader.passes(), 3)]
+        assert rest == [digest for digest, _ in flat[place + 1 : place + 4]]
+
+
+class Asked:
+    """Packs that note of which epochs rows are asked for; from some epoch on there are none."""
+
+    max_segments = 6
+
+    def __init__(self, packs: Any, last: int = 2**32) -> None:
+        self.packs, self.last, self.epochs = packs, last, []
+
+    def num_packs(self, key: Key) -> int:
+        return self.packs.num_packs(key) if key.epoch <= self.last else 1
+
+    def fingerprint(self, key: Key) -> str:
+        return self.packs.fingerprint(key)
+
+    def rows(self, key: Key, numbers: Any) -> Any:
+        self.epochs.append(key.epoch)
+        return self.packs.rows(key, numbers)
+
+
+def test_the_next_pass_is_filled_while_one_ends_but_not_in_a_loop_of_one_pass(packs):
+    stored = StoredPacks(packs["stored"])
+    asked = Asked(stored)
+    steps = stored.num_packs(Key(0, 0)) // 8
+    passes = PackedLoader(asked, 8, num_workers=1, prefetch=2).passes()
+    for _ in range(steps):
+        next(passes)
+    wait_until(lambda: asked.epochs.count(1) == 2)
+    assert asked.epochs.count(0) == steps
+    passes.close()
+    once = Asked(stored)
+    assert len(list(PackedLoader(once, 8, num_workers=1))) == steps
+    assert set(once.epochs) == {0}
+
+
+def test_what_is_wrong_with_the_next_pass_is_raised_when_this_one_is_over(packs):
+    asked = Asked(StoredPacks(packs["stored"]), last=0)
+    passes = PackedLoader(asked, 8, num_workers=1).passes()
+    for _ in range(StoredPacks(packs["stored"]).num_packs(Key(0, 0)) // 8):
+        next(passes)
+    with pytest.raises(ValueError, match="num_packs is 1, expected 8"):
+        next(passes)
+
+
 def test_the_longest_image_is_known_before_any_batch(packs):
     loaders = {kind: PackedLoader(packs[kind], 4, tail="pad") for kind in KINDS}
     found = {

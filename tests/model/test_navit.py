@@ -8,6 +8,7 @@ import io
 import itertools
 import re
 import warnings
+from copy import deepcopy
 from dataclasses import replace
 
 import laws
@@ -193,6 +194,27 @@ def test_an_image_longer_than_said_is_refused():
     message = "longest is 32, expected 33 or more (tokens of an image); pass None"
     with pytest.raises(ValueError, match=re.escape(message)):
         packed.model_of("varlen")(packed.batch_of(MANY), longest=32)
+
+
+@pytest.mark.parametrize("switch", [None, *SWITCHES])
+def test_blocks_add_up_in_half_precision_under_autocast_alone(switch):
+    pooling = SWITCHES[switch or "all"].get("pooling", "attention")
+    setting = Setting("segments", pooling=pooling, switch=switch, dtype=torch.float32, dim=32)
+    model = setting.model()
+    exact = deepcopy(model).double()
+    entering = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, given: entering.append(given[0].dtype))
+    batch = setting.batch(MANY)
+    outputs = [model(batch)]
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs.append(model(batch))
+    depth = len(model.blocks)
+    assert entering == [torch.float32] * depth + [torch.bfloat16] * depth
+    real = laws.present(model, batch)
+    wanted = exact(batch)[real]
+    for found, tolerance in zip(outputs, (1e-5, 3e-2), strict=True):
+        assert close(found[real].double(), wanted, tolerance)
 
 
 @given(case=packed.row_sets())
