@@ -38,7 +38,7 @@ from packpipe.cli.options import (
     ViewsTogether,
     crop_of,
 )
-from packpipe.cli.output import plain, print_json, print_table
+from packpipe.cli.output import plain, print_json, print_table, say_if_kernels_compile
 
 _SHOWN_REJECTS = 5
 
@@ -97,6 +97,7 @@ def pack(
     import packpipe
     from packpipe.sources.columns import is_text
 
+    say_if_kernels_compile()
     checks.local_path("OUTPUT", output)
     options = _given(
         patch_size=patch_size,
@@ -191,6 +192,7 @@ def plan(
     )
     # From sizes alone, so labels of any type will do.
     where: dict[str, Any] = {"label_column": None, "seed": seed, "epoch": epoch}
+    say_if_kernels_compile()
     _print_plan(open_source(source, split), seq_len, where, options, as_json)
 
 
