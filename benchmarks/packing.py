@@ -343,17 +343,17 @@ def draw(
     axes[0, 1].set(title="Plan of 1 million lengths (ffd)", xlabel="seq_len (L)", ylabel="seconds")
     axes[0, 1].legend(fontsize=8)
     names = ["8", "12", "16", "32", "64", "none"]
-    for name, style in (("NaViT-like, 1024", "-"), ("chat-like, 4096", "--")):
+    for name, style, marker in (("NaViT-like, 1024", "-", "o"), ("chat-like, 4096", "--", "s")):
         for colour, strategy in zip(["C0", "C3"], ("ffd", "balanced"), strict=True):
             reached = [100 * share for share in limits[name][strategy]]
             label = f"{strategy}, {name}"
-            axes[1, 0].plot(names, reached, style, color=colour, marker="o", label=label)
+            axes[1, 0].plot(names, reached, style, color=colour, marker=marker, label=label)
     axes[1, 0].set(
         title="Fill with a limit on segments",
         xlabel="max_segments",
         ylabel="% of the fill at the bound",
     )
-    axes[1, 0].legend(fontsize=8)
+    axes[1, 0].legend(fontsize=8, handlelength=4)
     for name, curve in stream.items():
         padding = [100 * (1 - fill) for fill in curve.values()]
         axes[1, 1].loglog(list(curve), padding, "o-", label=name)

@@ -72,7 +72,8 @@ def run(folder: Path, seq_len: int, steps: int, num_workers: int) -> None:
     # Rows with the most segments, and three towards fewer.
     chosen = by_segments[np.array([0, 1, 3, 6]) * len(by_segments) // 32]
     picture = folder / "rows.png"
-    plot_rows(packpipe.read_rows(packed, chosen)).savefig(picture, dpi=100)
+    names = images.features["label"].names
+    plot_rows(packpipe.read_rows(packed, chosen), class_names=names).savefig(picture, dpi=100)
     console.print(f"rows     {output}\npicture  {picture}")
     if steps:
         _train(packed, images.features["label"].num_classes, steps, folder, console)

@@ -174,7 +174,12 @@ def lines_of(path: Path) -> list[Any]:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has the bytes of a file, or the names in a folder."""
+    """Wait until the disk has the bytes of a file, or the names in a folder.
+
+    A system without `os.O_DIRECTORY` (Windows) opens no folders; its names are left to it.
+    """
+    if not hasattr(os, "O_DIRECTORY") and path.is_dir():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

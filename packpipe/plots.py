@@ -19,26 +19,30 @@ from packpipe.rows.rows import Rows
 _EPOCHS_A_LINE = 8
 
 
-def plot_rows(rows: Rows, *, max_thumbnails: int = 8) -> Figure:
+def plot_rows(
+    rows: Rows, *, max_thumbnails: int = 8, class_names: Sequence[str] | None = None
+) -> Figure:
     """Return a figure of packed rows: the tokens as they are stored, and the images they hold.
 
-    Left, a row's tokens in reading order, 64 a line, each segment tinted in a colour of its own,
-    padding hatched. Right, its images, put together again from tokens and coordinates, framed in
-    the same colours and drawn to one scale.
+    Left, a row's tokens in reading order, 64 a line, each segment tinted and edged in a colour of
+    its own, padding hatched. Right, its images, put together again from tokens and coordinates,
+    framed in the same colours, drawn to one scale and named by their classes.
 
     Args:
         rows: what `read_rows` returned; a few.
         max_thumbnails: how many images of each row are drawn, the first ones.
+        class_names: of the labels 0, 1, ...; None draws no names.
     """
     # Figure, not pyplot, which would keep every figure open and choose a window's backend.
-    figure = Figure(figsize=(13, 0.5 + 1.9 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(13, 0.6 + 2.2 * len(rows)), layout="constrained")
     grid = figure.add_gridspec(len(rows), 2, width_ratios=[1.0, 1.35])
     for row in range(len(rows)):
         _draw_tokens(figure.add_subplot(grid[row, 0]), rows, row)
-        _draw_images(figure.add_subplot(grid[row, 1]), rows, row, max_thumbnails)
+        images = figure.add_subplot(grid[row, 1])
+        _draw_images(images, rows, row, max_thumbnails, class_names)
     figure.suptitle(
-        "packed rows: the tokens as stored (left, padding hatched), the images they hold (right)",
-        fontsize=10,
+        "Left: rows as stored, each image in its colour, padding hatched. Right: the images.",
+        fontsize=15,
     )
     return figure
 
@@ -114,7 +118,8 @@ def plot_fill(tokens: NDArray[np.integer], quality: Quality) -> Figure:
     shares = np.sort(tokens)[::-1] / quality.seq_len
     axes.stairs(shares, np.linspace(0, 1, len(shares) + 1), fill=True)
     axes.axhline(1, color="0.4", lw=0.8)
-    axes.set(xlabel="rows, fullest first", ylabel="tokens ÷ seq_len", xlim=(0, 1), ylim=(0, 1.05))
+    axes.set(xlabel="share of all rows, fullest first", ylabel="fill: 1 − padding")
+    axes.set(xlim=(0, 1), ylim=(0, 1.05))
     gap = f"{quality.num_packs:,} rows, {quality.gap:,} above the proven least"
     axes.set_title(f"padding {quality.padding:.3%}; {gap}", fontsize=9)
     return figure
@@ -238,10 +243,14 @@ def _draw_tokens(axes: Any, rows: Rows, row: int) -> None:
     axes.set_yticks([])
     num_segments = int(ids.max())
     images = "1 image" if num_segments == 1 else f"{num_segments} images"
-    axes.set_title(f"{images}, {int((ids > 0).sum())} of {len(ids)} tokens", fontsize=8, loc="left")
+    axes.set_title(
+        f"{images}, {int((ids > 0).sum())} of {len(ids)} tokens", fontsize=14, loc="left"
+    )
 
 
-def _draw_images(axes: Any, rows: Rows, row: int, max_thumbnails: int) -> None:
+def _draw_images(
+    axes: Any, rows: Rows, row: int, max_thumbnails: int, class_names: Sequence[str] | None
+) -> None:
     first, last = rows.offsets[row : row + 2]
     shown = range(int(first), int(min(last, first + max_thumbnails)))
     found = colours(int(last - first))
@@ -255,13 +264,20 @@ def _draw_images(axes: Any, rows: Rows, row: int, max_thumbnails: int) -> None:
         axes.imshow(picture, extent=(left, left + width, height, 0))
         frame = Rectangle((left, 0), width, height, fill=False, ec=found[number], lw=2.5)
         axes.add_patch(frame)
+        if class_names is not None:
+            name = class_names[int(rows.segments["labels"][segment])]
+            room = max(
+                3, int(width / 1.6)
+            )  # characters above an image; more would run into the next
+            name = name if len(name) <= room else name[: room - 1] + "…"
+            axes.text(left, -0.6, name, fontsize=11, va="bottom")
         left += width + 1.5
         tallest = max(tallest, height)
     if last - first > len(shown):
-        axes.text(left, tallest / 2, f"+ {last - first - len(shown)}", va="center", fontsize=9)
-        left += 6
+        axes.text(left, tallest / 2, f"+ {last - first - len(shown)}", va="center", fontsize=14)
+        left += 8
     # A row of one narrow image would be blown up to the width of the axes.
     axes.set_xlim(-0.5, max(left, 3.2 * tallest))
-    axes.set_ylim(tallest + 0.5, -0.5)
+    axes.set_ylim(tallest + 0.5, -0.5 if class_names is None else -4.5)
     axes.set_aspect("equal", anchor="W")
     axes.axis("off")

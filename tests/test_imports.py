@@ -53,6 +53,32 @@ def test_importing_packpipe_loads_no_third_party_package():
     assert {name for name in found if name.startswith("packpipe.")} == {"packpipe._version"}
 
 
+# Of other systems: Windows has neither these signals nor timers, locks or polls of POSIX.
+LACKING = """
+import importlib, pkgutil, signal, os, select, sys
+import datasets, numba, torch, matplotlib, typer, rich.console
+for module, names in {
+    signal: ("SIGKILL", "SIGHUP", "SIGPROF", "SIGCONT", "setitimer", "ITIMER_PROF"),
+    os: ("O_DIRECTORY", "fork", "register_at_fork", "sched_getaffinity", "killpg"),
+    select: ("poll",),
+}.items():
+    for name in names:
+        delattr(module, name)
+sys.modules |= dict.fromkeys(["fcntl", "resource", "termios"])
+import packpipe
+for found in pkgutil.walk_packages(packpipe.__path__, "packpipe."):
+    if not found.name.endswith("__main__"):
+        importlib.import_module(found.name)
+from pathlib import Path
+packpipe.durable.sync(Path(".")) # a folder, which such a system does not open
+"""
+
+
+def test_nothing_at_import_needs_what_other_systems_lack():
+    found = loaded_by(LACKING + "packpipe")
+    assert {"packpipe.images.pool", "packpipe.images.worker", "packpipe.loading.workers"} <= found
+
+
 def test_packing_lengths_loads_no_arrow():
     found = loaded_by("import packpipe; packpipe.pack_lengths")
     assert {"numba", "packpipe.packing.packs"} <= found

@@ -8,7 +8,7 @@ from typing import ParamSpec
 
 import typer
 
-from packpipe.cli.output import plain
+from packpipe.cli.output import nobody_reads, plain
 
 _Given = ParamSpec("_Given")
 _GOING_ON = ("pack", "train", "embed", "demo")  # commands that keep what they have done
@@ -41,6 +41,8 @@ def one_line_errors(command: Callable[_Given, None]) -> Callable[_Given, None]:
             typer.echo(f"stopped{said}", err=True)
             raise typer.Exit(130) from None  # 128 + SIGINT, as shells have it
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and nobody_reads():
+                raise typer.Exit(141) from None  # 128 + SIGPIPE, as shells have it; all is well
             if _debug:
                 raise
             typer.echo(f"packpipe {name_of(command)}: {plain(in_a_line(error))}", err=True)

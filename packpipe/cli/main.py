@@ -1,7 +1,8 @@
 """`packpipe`, the command line: its commands, with examples for their ``--help``.
 
 Exit status: 0 if all is well, 1 if something is wrong with the data, 2 with the call, 130 after
-Ctrl-C. An error is one line, unless ``--debug`` asks for its traceback.
+Ctrl-C, 141 if nobody reads the output any more. An error is one line, unless ``--debug`` asks for
+its traceback.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import sys
 from typing import Any
 
@@ -33,3 +35,37 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
 def print_json(value: Any) -> None:
     """Print a value as JSON, one line."""
     sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()  # if nobody reads it, the command is told, not Python at its end
+
+
+def nobody_reads() -> bool:
+    """Return whether who read the output has gone, as ``head`` does; the rest goes nowhere then."""
+    try:
+        poll, out = select.poll(), sys.stdout.fileno()
+    except (AttributeError, OSError):  # Windows has no poll, and not every output a descriptor
+        return False
+    poll.register(out, select.POLLOUT)
+    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if gone:  # Python writes what is left when it ends, and would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return gone
+
+
+def say_if_kernels_compile() -> None:
+    """Let a person who waits know once that kernels compile, which they do at the first start."""
+    if not sys.stderr.isatty():
+        return
+    from numba.core import event
+
+    class Once(event.Listener):
+        said = False
+
+        def on_start(self, _: event.Event) -> None:
+            if not self.said:
+                sys.stderr.write("compiling kernels, at the first start alone ...\n")
+            self.said = True
+
+        def on_end(self, _: event.Event) -> None:
+            pass
+
+    event.register("numba:compile", Once())

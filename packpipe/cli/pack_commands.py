@@ -38,7 +38,7 @@ from packpipe.cli.options import (
     ViewsTogether,
     crop_of,
 )
-from packpipe.cli.output import plain, print_json, print_table
+from packpipe.cli.output import plain, print_json, print_table, say_if_kernels_compile
 from packpipe.cli.pack_windows import pack_windows
 
 _SHOWN_REJECTS = 5
@@ -115,6 +115,7 @@ def pack(
     import packpipe
     from packpipe.sources.kinds import is_text
 
+    say_if_kernels_compile()
     by_windows = finish or any(given is not None for given in (window_rows, ray, part))
     if not by_windows:
         checks.local_path("OUTPUT", output)
@@ -235,6 +236,7 @@ def plan(
     )
     # From sizes alone, so labels of any type will do.
     where: dict[str, Any] = {"label_column": None, "seed": seed, "epoch": epoch}
+    say_if_kernels_compile()
     _print_plan(open_source(source, split), seq_len, where, options, as_json)
 
 

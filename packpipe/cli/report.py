@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import ClassLabel, Features
 from matplotlib.figure import Figure
 
 from packpipe import checks
@@ -52,6 +53,7 @@ p.note { color: #555; margin: .2rem 0; overflow-wrap: anywhere; }
   gap: .5rem; }
 img, svg { width: 100%; height: auto; display: block; }
 .wide { overflow-x: auto; }
+.photo img { min-width: 48rem; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0;
   border-bottom: 1px solid #e4e4e4; overflow-wrap: anywhere; }
@@ -77,7 +79,15 @@ def draw_rows(folder: str | Path, rows: Sequence[int], *, mask: bool = False) ->
         raise ValueError(checks.sentence("folder", str(folder), expected, remedy))
     found = read_rows(packed, list(rows))
     as_mask = mask or found.of_tokens
-    return plot_mask(found.segment_ids[0]) if as_mask else plot_rows(found)
+    if as_mask:
+        return plot_mask(found.segment_ids[0])
+    return plot_rows(found, class_names=_class_names(packed.features))
+
+
+def _class_names(features: Features) -> list[str] | None:
+    """Return the names of the one class that each image of packed rows has, if it has one."""
+    label = getattr(features.get("labels"), "feature", None)
+    return label.names if isinstance(label, ClassLabel) else None
 
 
 def draw_epochs(
@@ -146,6 +156,7 @@ def report(summary: Summary) -> str:
         "</div>",
         _table(summary.rows()),
         "<h2>Some rows, and what they hold</h2>",
+        f'<p class="note">A bar a row; colours tell {summary.unit}s apart, grey is padding.</p>',
         bars(summary.seq_lens, summary.offsets, quality.seq_len),
     ]
     if len(summary.seq_lens):
@@ -162,7 +173,9 @@ def report(summary: Summary) -> str:
             chosen = _chosen(summary)
             picture = draw_rows(summary.folder, chosen)
             named = ", ".join(map(str, chosen))
-            parts += [f"<h2>Rows {named}</h2>", _image(picture, "packed rows", as_photo=True)]
+            image = _image(picture, "packed rows", as_photo=True)
+            # On a telephone it is scrolled, since its words could not be read so narrow.
+            parts += [f"<h2>Rows {named}</h2>", f'<div class="wide photo">{image}</div>']
     if summary.rejects:
         shown = summary.rejects[:_SHOWN_REJECTS]
         more = f", the first {len(shown)}" if len(shown) < len(summary.rejects) else ""

@@ -26,7 +26,7 @@ from packpipe.cli.options import (
     ValueRange,
     crop_of,
 )
-from packpipe.cli.output import print_json, print_table
+from packpipe.cli.output import print_json, print_table, say_if_kernels_compile
 from packpipe.cli.validation_source import check_validates, validation_of
 
 # Options of `train` that decide how images become rows: packed rows have their own.
@@ -63,6 +63,7 @@ def bench(
     """Train on your own images, packed and padded by turns, and say what an epoch takes."""
     from packpipe.cli.bench import compare_layouts  # torch is imported by commands that need it
 
+    say_if_kernels_compile()
     dataset = open_source(source, split)
     with naming_files(dataset):
         found = compare_layouts(
@@ -220,6 +221,7 @@ def train(
     from packpipe.model.config import NaViTConfig
     from packpipe.rows.schema import holds_rows
 
+    say_if_kernels_compile()
     checks.local_path("OUTPUT", output)
     validation = {
         "val_split": val_split,
@@ -365,5 +367,6 @@ def demo(
     """Pack the bundled images, draw some rows and train a small NaViT, in about a minute."""
     from packpipe.demo import prepare, run
 
+    say_if_kernels_compile()
     prepare(folder)  # before `run` imports the packages whose caches it moves
     run(folder.absolute(), seq_len, steps, num_workers)

@@ -48,7 +48,11 @@ _MEMORY = {"MALLOC_MMAP_THRESHOLD_": f"{2**26}", "MALLOC_TRIM_THRESHOLD_": f"{2*
 _NO_ANSWER = (OSError, ValueError)
 _STOPPED = "the decoding processes were stopped"
 # Signals that come from outside, for example from a system that has run out of memory.
-_KILLED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+_KILLED = {
+    -number
+    for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
+    if (number := getattr(signal, name, None)) is not None  # Windows has half of them
+}
 # Reasons of images that ended the process that decoded them, kept it busy or took more memory than
 # it had; another machine may decode them.
 ENDED = ("too slow", "crashed", "standstill", "too much memory")

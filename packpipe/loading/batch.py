@@ -77,10 +77,21 @@ class _Columns(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._columns)
 
+    def __repr__(self) -> str:
+        """Return the columns with their types and shapes, not their values."""
+        shown = ", ".join(f"{name}={_brief(value)}" for name, value in self._columns.items())
+        return f"{type(self).__name__}({shown})"
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return repr(value) if isinstance(value, _Columns) else f"{type(value).__name__}[{len(value)}]"
+
 
 @_made_of_columns(dict)
 # Not frozen: Lightning's precisions set the fields of a copy, and refuse a dataclass that is.
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class PackedBatch(_Columns):
     """A batch of packed rows; absent segments have seq_lens 0.
 
@@ -287,7 +298,7 @@ _OF_ALL_TOKENS = ("segment_ids", "position_ids", "seq_lens", "fragment", "exampl
 
 
 @_made_of_columns(_token_fields)
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class TokenBatch(_Columns):
     """A batch of packed rows of token sequences; absent segments have seq_lens 0.
 
@@ -361,7 +372,7 @@ def _tensors(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 @_made_of_columns(dict)
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class PairBatch(_Columns):
     """A batch of images and their texts: segment s of row b is the same example in both.
 

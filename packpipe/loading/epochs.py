@@ -150,6 +150,11 @@ class EpochPacks:
         self._plans: OrderedDict[Key, EpochPlan] = OrderedDict()
         self._lock = Lock()
 
+    def __repr__(self) -> str:
+        held, rejected = len(self._index), len(self.rejects)
+        what = f"{held} images in rows of {self.config.seq_len} tokens, {rejected} rejects"
+        return f"{type(self).__name__}({what})"
+
     def plan(self, seed: int, epoch: int) -> EpochPlan:
         """Return the plan of an epoch; the last two are kept."""
         key = checked_key(seed, epoch)

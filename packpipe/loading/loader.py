@@ -194,6 +194,10 @@ class PackedLoader:
         self._processes: Processes | None = None  # that wait for the next pass
         self._threads: Threads | None = None  # of `passes`
 
+    def __repr__(self) -> str:
+        where = f"seed={self.seed}, epoch={self._epoch}"
+        return f"{type(self).__name__}({self.packs!r}, batch_size={self.batch_size}, {where})"
+
     @property
     def epoch(self) -> int:
         """The epoch of the pass under way, or of the one that has just ended."""

@@ -58,6 +58,9 @@ class StoredPacks:
         self._orders: dict[Key, NDArray[np.int64]] = {}
         self._views: dict[int, Rows] = {}
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self._dataset)} rows)"
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Without views: where this is unpickled, the files are mapped again.
         return partial(StoredPacks, shuffle=self._shuffle), (self._dataset,)

@@ -177,7 +177,8 @@ def _leave_to_the_parent() -> None:
         processes._batches._shutdown = True
 
 
-os.register_at_fork(after_in_child=_leave_to_the_parent)
+if hasattr(os, "register_at_fork"):  # where there is no fork, nothing is left to a parent
+    os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 class Processes:

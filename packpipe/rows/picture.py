@@ -1,6 +1,6 @@
 """Draws packed rows: their tokens as pixels, in the order of the row.
 
-Each segment is tinted in a colour of its own; padding is hatched.
+Each segment is tinted and edged in a colour of its own; padding is hatched.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from packpipe.images.patches import unpatchify
 
 TOKENS_A_LINE = 64
 _MOST_ROWS, _GAP = 8, 6
+_TINT, _EDGE = 0.2, 2  # the colour's share within a segment; pixels of it along its outline
 
 
 def colours(num_segments: int) -> NDArray[np.float64]:
@@ -50,13 +51,25 @@ def row_picture(patches: NDArray[np.uint8], segment_ids: NDArray[np.int32]) -> N
 
     # ids - 1 is -1 in padding and -2 in missing slots, which index the two whites at the end.
     tint = np.concatenate([colours(int(ids.max(initial=0))), [(1.0, 1.0, 1.0)] * 2])
-    picture = 0.5 * picture + 0.5 * by_pixel(tint[ids - 1])
+    number = by_pixel(ids)
+    share = np.where(_outline(number), 1.0, _TINT)[..., None]
+    picture = (1 - share) * picture + share * by_pixel(tint[ids - 1])
     y, x = np.indices(picture.shape[:2])
     hatched = np.where((x + y) % 8 < 2, 0.6, 1.0)[..., None]
-    held = by_pixel(ids)[..., None]
+    held = number[..., None]
     picture = np.where(held > 0, picture, np.where(held == 0, hatched, 1.0))
     drawn: NDArray[np.uint8] = np.rint(picture * 255).astype(np.uint8)
     return drawn
+
+
+def _outline(number: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Return which pixels have one of another segment, or the picture's end, _EDGE beside them."""
+    height, width = number.shape
+    around = np.pad(number, _EDGE, constant_values=-2)
+    found = np.zeros(number.shape, bool)
+    for down, right in ((0, _EDGE), (2 * _EDGE, _EDGE), (_EDGE, 0), (_EDGE, 2 * _EDGE)):
+        found |= around[down : down + height, right : right + width] != number
+    return found
 
 
 def png(patches: NDArray[np.uint8], segment_ids: NDArray[np.int32]) -> bytes:

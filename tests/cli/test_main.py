@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import typer
 from datasets import Dataset
+from numba.core import event
 from PIL import Image
 from processes import wait_until
 from typer.testing import CliRunner
@@ -29,6 +31,7 @@ from packpipe.cli.bench import Comparison, LayoutFigures
 from packpipe.cli.errors import in_a_line, one_line_errors
 from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
+from packpipe.cli.output import print_json, say_if_kernels_compile
 from packpipe.samples import images_folder
 from packpipe.training.loop import Record, read_log
 
@@ -539,6 +542,51 @@ def test_commands_that_keep_what_they_have_done_say_so_when_stopped(name, said, 
         one_line_errors(command)()
     assert ended.value.exit_code == 130
     assert capsys.readouterr().err == said
+
+
+def test_an_output_that_nobody_reads_any_more_is_no_error(capsys, monkeypatch):
+    def stats():
+        print_json(list(range(100)))
+
+    read, written = os.pipe()
+    os.close(read)
+    with open(written, "w", encoding="utf-8") as gone, monkeypatch.context() as meanwhile:
+        meanwhile.setattr("sys.stdout", gone)
+        with pytest.raises(typer.Exit) as ended:
+            one_line_errors(stats)()
+        assert ended.value.exit_code == 141
+        gone.write("goes nowhere")
+        gone.flush()
+    assert capsys.readouterr().err == ""
+
+
+def test_another_broken_pipe_is_an_error(capsys):
+    def stats():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(typer.Exit) as ended:
+        one_line_errors(stats)()
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == "packpipe stats: [Errno 32] Broken pipe\n"
+
+
+def test_who_waits_is_told_once_that_kernels_compile(monkeypatch):
+    from numba import njit
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", shown := Terminal())
+    listeners = []
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr("numba.core.event.register", lambda *told: listeners.append(told))
+        say_if_kernels_compile()
+    ((kind, listener),) = listeners
+    with event.install_listener(kind, listener):
+        for add in (1, 2):
+            njit(lambda x, add=add: x + add)(1)
+    assert shown.getvalue() == "compiling kernels, at the first start alone ...\n"
 
 
 @pytest.mark.slow

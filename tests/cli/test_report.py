@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -79,15 +80,21 @@ def test_a_summary_of_a_build_that_is_not_complete_is_refused(folder, tmp_path):
 
 
 def test_a_row_s_picture_has_each_segment_in_its_place():
-    side, seq_len = 4, 130
+    side, seq_len = 8, 130
     patches = np.full((seq_len, side * side * 3), 255, np.uint8)
     ids = np.repeat([1, 2, 0], [70, 50, 10]).astype(np.int32)
     picture = row_picture(patches, ids)
     assert picture.shape == (3 * side, 64 * side, 3)
-    expected = np.rint((0.5 + 0.5 * colours(2)) * 255).astype(np.uint8)
+    within = np.rint((0.8 + 0.2 * colours(2)) * 255).astype(np.uint8)
+    edge = np.rint(colours(2) * 255).astype(np.uint8)
     cells = picture.reshape(3, side, 64, side, 3).transpose(0, 2, 1, 3, 4).reshape(192, -1, 3)
-    assert (cells[:70] == expected[0]).all()
-    assert (cells[70:120] == expected[1]).all()
+    for number, tokens in enumerate((slice(70), slice(70, 120))):
+        found = {tuple(pixel) for pixel in cells[tokens].reshape(-1, 3)}
+        assert found == {tuple(within[number]), tuple(edge[number])}
+    # Token 10 lies at the picture's top, and below it a token of the next segment.
+    lines = cells[10].reshape(side, side, 3)
+    assert (lines[2:-2] == within[0]).all()
+    assert (lines[[0, 1, -2, -1]] == edge[0]).all()
     assert len(np.unique(cells[120:130])) == 2  # hatched
     assert (cells[130:] == 255).all()
 
@@ -125,6 +132,19 @@ def test_a_figure_shows_something(folder, draw):
     out = io.BytesIO()
     draw(found, rows).savefig(out, format="png")
     assert len(Image.open(out).convert("RGB").getcolors(2**24)) > 20
+
+
+def test_images_are_named_by_their_classes_and_shortened_where_they_are_narrow(folder):
+    packed = datasets.load_from_disk(folder)
+    rows = packpipe.read_rows(packed, [int(packpipe.read_rows(packed).num_segments.argmax())])
+    labels = np.arange(int(rows.offsets[1])) % 2
+    rows = dataclasses.replace(rows, segments={**rows.segments, "labels": labels})
+    texts = plots.plot_rows(rows, class_names=["a", 40 * "long"]).axes[1].texts
+    shown = [text.get_text() for text in texts]
+    assert shown[0] == "a"
+    assert shown[1].startswith("lo")
+    assert shown[1].endswith("…")
+    assert len(texts) - len(plots.plot_rows(rows).axes[1].texts) == min(len(labels), 8) > 1
 
 
 def test_a_mask_says_who_sees_whom():

@@ -133,6 +133,20 @@ def test_an_epoch_is_every_pack_once_and_the_next_takes_another_order(packs, kin
     assert batch.seq_lens.shape[1] == loader.packs.max_segments
 
 
+def test_what_is_printed_of_a_loader_and_a_batch_is_a_line(packs):
+    for kind in packs:
+        loader = PackedLoader(packs[kind], 2, seed=3)
+        said = repr(loader)
+        assert said.startswith("PackedLoader(")
+        assert said.endswith(", batch_size=2, seed=3, epoch=0)")
+        assert "tokens" in said or "rows" in said
+        assert len(said) < 200
+        batch = repr(next(iter(loader)))
+        assert len(batch) < 400
+        assert "seq_lens=int32[2, " in batch
+        assert "\n" not in said + batch
+
+
 def test_stored_rows_come_as_they_are_read(packs):
     dataset = packs["stored"]
     loader = PackedLoader(dataset, 3, shuffle=False)

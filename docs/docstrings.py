@@ -1,0 +1,54 @@
+"""Docstrings as the site shows them: examples as blocks of code, simple tables as tables."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+BORDER = re.compile(r"=+( +=+)+")
+
+
+class Blocks(griffe.Extension):
+    """Rewrites what Markdown would take for quotations and running text."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite an object's docstring, paragraph by paragraph."""
+        if obj.docstring:
+            paragraphs = obj.docstring.value.split("\n\n")
+            obj.docstring.value = "\n\n".join(map(rendered, paragraphs))
+
+
+def rendered(paragraph: str) -> str:
+    """Return a paragraph, an example as a fenced block and a table of reST as one of Markdown.
+
+    >>> rendered(">>> 1 + 1").splitlines()
+    ['```pycon', '>>> 1 + 1', '```']
+    >>> table(["=== ==", "a   is", "    b", "=== =="]).splitlines()[2:]
+    ['| a | is b |']
+    """
+    lines = paragraph.strip("\n").splitlines()
+    if paragraph.startswith(">>> "):
+        return "\n".join(["```pycon", *lines, "```"])
+    if lines and BORDER.fullmatch(lines[0]) and BORDER.fullmatch(lines[-1]):
+        return table(lines)
+    return paragraph
+
+
+def table(lines: list[str]) -> str:
+    """Return a simple table of reST, borders first and last, in Markdown."""
+    starts = [found.start() for found in re.finditer("=+", lines[0])]
+    rows: list[list[str]] = []
+    for line in lines[1:-1]:
+        cells = [
+            line[start:end].strip() for start, end in zip(starts, [*starts[1:], None], strict=True)
+        ]
+        if cells[0]:
+            rows.append(cells)
+        else:  # what goes on below
+            rows[-1] = [
+                f"{above} {cell}".strip() for above, cell in zip(rows[-1], cells, strict=True)
+            ]
+    blank, rule = [""] * len(starts), ["---"] * len(starts)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [blank, rule, *rows])
