@@ -20,7 +20,7 @@ from packpipe.model.predict import predict_packs
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import NO_LABEL
 from packpipe.rows.schema import holds_rows
-from packpipe.sources.columns import label_column_of
+from packpipe.sources.image_columns import label_column_of
 
 TEMPLATE = "This is a photo of {}."  # SigLIP's
 
