@@ -35,13 +35,14 @@ def save_pretrained(model: NaViT, packing: PackConfig, folder: Path | str) -> No
         folder: made if it is missing.
 
     Raises:
-        ValueError: packing has patches of another size than the model.
+        ValueError: packing has patches of another size than the model, or other prefix tokens.
     """
     from safetensors.torch import save_file
 
-    if packing.patch_size != model.config.patch_size:
-        expected, remedy = f"{model.config.patch_size} (the model's)", "pass the model's packing"
-        raise ValueError(checks.sentence("patch_size", packing.patch_size, expected, remedy))
+    for name in ("patch_size", "prefix_tokens"):
+        own, expected = getattr(packing, name), f"{getattr(model.config, name)} (the model's)"
+        if own != getattr(model.config, name):
+            raise ValueError(checks.sentence(name, own, expected, "pass the model's packing"))
     folder = checks.local_path("folder", folder)
     folder.mkdir(parents=True, exist_ok=True)
     # A configuration of other weights must not stand beside these, should this be cut short.

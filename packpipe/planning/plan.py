@@ -101,7 +101,13 @@ def plan_epoch(
             order = order_later.result()
     grid_hw, num_keep, num_shrunk = decided
     order, offsets = pack_windows(
-        num_keep, order, config, key, also=also, views=views, together=config.views_together
+        num_keep + np.int32(config.prefix_tokens),
+        order,
+        config,
+        key,
+        also=also,
+        views=views,
+        together=config.views_together,
     )
     num_fitted = 0
     if config.fit_last is not None:
