@@ -17,7 +17,7 @@ from packpipe.planning.image_config import MAX_IMAGE_SEQ_LEN, PackConfig
 from packpipe.planning.resolution import Square
 
 # Pillow's numbers of its resampling filters, which image processors store.
-_RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 _ABOUT = 1024  # tokens a row
 _OWNER = "image processor's"
 
@@ -63,10 +63,10 @@ def filters(processing: dict[str, Any], patch_size: int) -> dict[str, Any]:
         remedy = "take the processor of this model"
         raise _wrong("patch_size", size, f"{patch_size} (the model's)", remedy)
     number = processing["resample"]
-    if number not in range(len(_RESAMPLING)):
-        expected = f"a number of Pillow's filters, 0..{len(_RESAMPLING) - 1}"
+    if number not in range(len(RESAMPLING)):
+        expected = f"a number of Pillow's filters, 0..{len(RESAMPLING) - 1}"
         raise _wrong("resample", number, expected, "correct the processor's")
-    name = _RESAMPLING[number]
+    name = RESAMPLING[number]
     # Processors resize in one step, and take numbers of any colour profile for sRGB.
     return {
         "downscale_filter": name,

@@ -20,6 +20,8 @@ PRESETS = {
     "L": (1024, 24, 16, 4096),
     "So400m": (1152, 27, 16, 4304),
 }
+# Of encoders alone.
+_OTHER_SIZES = {"So150m2": (832, 21, 13, 2176)}
 # Encoders of SigLIP and SigLIP 2 (of a fixed size, and NaFlex): sizes, and switches of all.
 _SIGLIP_SIZES = {"base": "B", "large": "L", "so400m": "So400m"}
 _SIGLIP = re.compile(
@@ -73,6 +75,29 @@ _NAMED = {
     "clip-vit-base-patch16": ("B/16", CLIP | {"max_side": 14}),
     "clip-vit-large-patch14": ("L/14", CLIP | {"max_side": 16}),
 }
+# timm's NaFlexViT: registers, and a pool of the patches.
+_NAFLEXVIT: dict[str, Any] = {
+    "position": "resized",
+    "bias": True,
+    "qk_norm": False,
+    "norm_eps": 1e-6,
+    "max_side": 16,
+    "norm_out": False,
+}
+_SCALED = _NAFLEXVIT | {"resize": "bicubic", "layer_scale": 1e-5}
+_MEAN = {"pooling": "mean", "norm_pooled": True, "norm_out": True}
+_REGISTERS = _SCALED | {"prefix_tokens": 4, **_MEAN}
+_TANH = _NAFLEXVIT | {"activation": "gelu_tanh", "resize": "bilinear"}
+NAFLEXVIT = {
+    "naflexvit_base_patch16_gap": ("B/16", _REGISTERS),
+    "naflexvit_base_patch16_par_gap": ("B/16", _REGISTERS | {"keep_aspect": True}),
+    "naflexvit_base_patch16_map": ("B/16", _SCALED | {"prefix_tokens": 1}),
+    "naflexvit_so150m2_patch16_reg1_gap": ("So150m2/16", _SCALED | {"prefix_tokens": 1, **_MEAN}),
+    "naflexvit_so150m2_patch16_reg1_map": ("So150m2/16", _SCALED | {"prefix_tokens": 1}),
+    "naflexvit_base_patch16_siglip": ("B/16", _TANH),
+    "naflexvit_so400m_patch16_siglip": ("So400m/16", _TANH),
+}
+_NAMED |= NAFLEXVIT
 HEADS = ("linear", "unit")
 _FLAGS = (
     *("bias", "qk_norm", "gated", "norm_embed", "norm_pooled", "norm_out"),
@@ -232,8 +257,9 @@ class NaViTConfig:
                 encoder: of SigLIP or SigLIP 2, such as "siglip2-base-patch16-naflex" or
                 "siglip-so400m-patch14-384"; "dinov2-base" (small, large),
                 "dinov2-with-registers-base", "dinov3-vitb16" (s, l), "vit-base-patch16-224",
-                "clip-vit-base-patch32" (16, or large 14). It is its shape, with weights that are to
-                be trained; `packpipe.from_pretrained` has the trained ones.
+                "clip-vit-base-patch32" (16, or large 14), or of timm, such as
+                "naflexvit_base_patch16_gap": its shape, with weights that are to be trained;
+                `packpipe.from_pretrained` has the trained ones.
             **options: other attributes; patch_size, dim, depth, heads and mlp_dim are the name's,
                 of an encoder also the switches, which may be given otherwise.
 
@@ -254,11 +280,11 @@ class NaViTConfig:
             size, switches = _NAMED[name]
             return cls.preset(size, **switches | options)
         size, _, patch = name.partition("/")
-        if size not in PRESETS or not patch.isdecimal():
+        if size not in PRESETS | _OTHER_SIZES or not patch.isdecimal():
             known = ", ".join(PRESETS)
             expected = f"one of {known} and a patch size, such as 'B/16', or an encoder's name"
             raise ValueError(checks.sentence("name", name, expected, "or pass dim, depth, heads"))
-        dim, depth, heads, mlp_dim = PRESETS[size]
+        dim, depth, heads, mlp_dim = (PRESETS | _OTHER_SIZES)[size]
         return cls(
             patch_size=int(patch), dim=dim, depth=depth, heads=heads, mlp_dim=mlp_dim, **options
         )

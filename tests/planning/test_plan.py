@@ -313,7 +313,7 @@ def test_the_arrays_have_the_widths_they_are_stored_in(plan):
 def test_attention_work_is_the_sum_of_squared_lengths(sizes, config, key):
     plan = plan_epoch(sizes, config, seed=key[0], epoch=key[1])
     wanted = [
-        sum(int(plan.num_keep[i]) ** 2 for i in plan.packs[pack]) for pack in range(len(plan))
+        sum(int(plan.seq_lens[i]) ** 2 for i in plan.packs[pack]) for pack in range(len(plan))
     ]
     assert plan.packs.attention_work.tolist() == wanted
     assert plan.packs.attention_work.dtype == np.int64
