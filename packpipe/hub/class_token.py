@@ -77,7 +77,7 @@ class Family:
 
 
 _OF_BERT = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
-_DINOV2 = {
+_DINOV2: dict[str, Any] = {
     "usual": _SIZES | {"mlp_ratio": 4, "patch_size": 14, "layer_norm_eps": 1e-6},
     "processing": _CROPPED | _IMAGENET | {"size": {"shortest_edge": 256}},
     "first": "embeddings.cls_token",
@@ -294,4 +294,5 @@ def _biases(config: NaViTConfig, weights: Weights, layer: str, family: Family) -
     if config.position == "resized":
         weights.take(keys)
     biases = torch.stack([weights.take(queries), weights.take(values)])
-    return biases.unflatten(1, (config.heads, -1))
+    by_head: Tensor = biases.unflatten(1, (config.heads, -1))
+    return by_head

@@ -214,8 +214,8 @@ def _middle(processing: dict[str, Any]) -> tuple[int, int]:
         ValueError: no square is cropped, or not of an image whose shorter side was resized.
     """
     size, crop = processing.get("size"), processing.get("crop_size")
-    shorter = size.get("shortest_edge") if isinstance(size, dict) else size
-    side = crop.get("height") if isinstance(crop, dict) else crop
+    shorter: Any = size.get("shortest_edge") if isinstance(size, dict) else size
+    side: Any = crop.get("height") if isinstance(crop, dict) else crop
     if isinstance(crop, dict) and side != crop.get("width"):
         side = None
     for name, value, found in (("size", size, shorter), ("crop_size", crop, side)):

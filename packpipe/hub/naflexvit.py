@@ -152,8 +152,8 @@ def _weights(
     if config.pooling == "attention":
         found |= pairs(_POOL, "pool.", "attn_pool.")
         latent = take("attn_pool.latent").flatten()
-        query = (take(f"attn_pool.q.{kind}") for kind in ("weight", "bias"))
-        found["pool.query"] = fold_probe(latent, *query, config.heads)
+        to_query, bias_query = (take(f"attn_pool.q.{kind}") for kind in ("weight", "bias"))
+        found["pool.query"] = fold_probe(latent, to_query, bias_query, config.heads)
         found["pool.keys_values.weight"] = take("attn_pool.kv.weight")
         values = take("attn_pool.kv.bias").chunk(2)[1]
         found["pool.bias_values"] = values.unflatten(0, (config.heads, -1))

@@ -126,7 +126,7 @@ def fill_row(
             pixels = transform(pixels, image.example, image.view)
         kept = image.kept
         if kept is not None and kept[0] < 0:
-            first = start + np.count_nonzero(kept < 0)
+            first = start + int(np.count_nonzero(kept < 0))
             out[start:first] = 0
             if targets is not None:
                 targets[start:first] = np.iinfo(targets.dtype).max

@@ -29,6 +29,7 @@ from packpipe.model.config import NaViTConfig
 from packpipe.model.pooling import AttentionPool, pool_plainly
 from packpipe.model.positions import ROTARY, is_indexed, position_embedding, rotate, rotation
 from packpipe.model.predict import predict
+from packpipe.model.prefix import check_prefix
 
 # (cos, sin) that turn queries and keys with rotary positions; None with other ones.
 Turn: TypeAlias = tuple[Tensor, Tensor] | None
@@ -219,12 +220,7 @@ class NaViT(nn.Module):
             raise ValueError(checks.sentence("batch.patches.shape[-1]", found, expected, remedy))
         # On the CPU alone: reading a value back would stall a GPU and break a compiled graph.
         if batch.coords.device.type == "cpu" and not torch.compiler.is_compiling():
-            found, images = int((batch.coords[..., 0] < 0).sum()), int(batch.present.sum())
-            if found != self.config.prefix_tokens * images:
-                name, found = "prefix tokens of the batch", found // max(images, 1)
-                expected = f"{self.config.prefix_tokens} an image (the model's)"
-                remedy = f"pack with prefix_tokens={self.config.prefix_tokens}"
-                raise ValueError(checks.sentence(name, found, expected, remedy))
+            check_prefix(batch, self.config.prefix_tokens)
             side = int(batch.grid_hw.max()) if batch.grid_hw.numel() else 0
             if is_indexed(self.config.position) and side > self.config.side:
                 expected = f"at most {self.config.side} patches an axis (max_side)"

@@ -16,6 +16,7 @@ from packpipe.loading.loader import PackedLoader
 from packpipe.model.config import NaViTConfig
 from packpipe.model.maps import token_maps
 from packpipe.model.precision import in_precision
+from packpipe.model.prefix import check_prefix
 from packpipe.planning.image_config import config_from
 
 
@@ -147,6 +148,7 @@ def predict_packs(
     try:
         with torch.inference_mode(), autocast:
             for batch in loader:
+                check_prefix(batch, model.config.prefix_tokens)
                 values = model(batch.to(device, non_blocking=True)).cpu()
                 if model.config.pooling == "none":
                     maps += [one for _, one in token_maps(batch, values)]

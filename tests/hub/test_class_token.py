@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import packed
 import pytest
 import torch
@@ -13,13 +14,27 @@ import transformers
 from laws import close
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from packpipe import NaViTConfig, PackConfig, from_pretrained, predict, save_pretrained
+from packpipe import (
+    NaViT,
+    NaViTConfig,
+    OnnxModel,
+    PackConfig,
+    export_onnx,
+    from_pretrained,
+    load_model,
+    predict,
+    save_pretrained,
+)
+from packpipe.cli.main import app
 from packpipe.hub import class_token
 from packpipe.planning.crops import CenterCrop
 from packpipe.planning.distributions import Constant
 from packpipe.planning.resolution import Square
 from packpipe.samples import images_folder
+from packpipe.training.loop import read_log
+from packpipe.training.run_folder import RunOptions
 
 CASE = packed.RowSet(lens=[[1] * 4, [20, 1, 7, 3], [30]], seq_len=33, max_segments=4)
 SMALL = {
@@ -337,3 +352,44 @@ def test_a_table_is_evaluated_on_grids_larger_than_it_was_trained_on(tmp_path):
     batch = packed.batch_of(large, prefix_tokens=1)
     assert batch.grid_hw.max() > 2 * model.config.side
     assert close(model(batch)[batch.present], theirs(family, original, batch), 1e-5)
+
+
+def test_a_training_begins_with_its_weights_and_packs(tmp_path):
+    family = FAMILIES["dinov2 with registers"]
+    saved(tmp_path / "encoder", family)
+    draw = np.random.default_rng(0)
+    for name, level in (("dark", 60), ("light", 190)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(4):
+            size = (int(draw.integers(12, 40)), int(draw.integers(12, 40)), 3)
+            pixels = np.clip(draw.normal(level, 20, size), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
+    command = ["train", tmp_path / "images", tmp_path / "run", "--init", tmp_path / "encoder"]
+    command += ["--freeze", 1, "--loss", "softmax", "--steps", 20, "--log-every", 5]
+    command += ["--batch-size", 1, "--num-workers", 0, "--seq-len", 90, "--learning-rate", 4e-3]
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 0, result.output
+    losses = [record["loss"] for record in read_log(tmp_path / "run")]
+    assert losses[-1] < losses[0] / 2
+    before, _ = from_pretrained(tmp_path / "encoder")
+    model, options = load_model(tmp_path / "run")
+    assert options.packing.prefix_tokens == model.config.prefix_tokens == 4
+    assert torch.equal(model.prefix, before.prefix)  # frozen with the patch embedding
+    assert torch.equal(model.blocks[0].widen.weight, before.blocks[0].widen.weight)
+    assert not torch.equal(model.blocks[1].widen.weight, before.blocks[1].widen.weight)
+
+
+def test_a_model_with_prefix_tokens_is_exported(tmp_path):
+    config = NaViTConfig.preset("dinov2-with-registers-small", num_classes=5, max_side=4)
+    small = replace(config, patch_size=2, dim=16, depth=1, heads=2, mlp_dim=24)
+    torch.manual_seed(0)
+    model = NaViT(small).eval()
+    packing = PackConfig(patch_size=2, prefix_tokens=5, seq_len=40, max_tokens=16)
+    file = tmp_path / "model.onnx"
+    assert export_onnx(model, RunOptions(packing=packing), file) < 1e-5
+    draw = np.random.default_rng(0)
+    images = [draw.integers(0, 256, (*size, 3), np.uint8) for size in ((8, 6), (4, 4), (2, 9))]
+    wanted = predict(model, images, **packing.to_options())
+    assert close(torch.from_numpy(OnnxModel(file).predict(images)), wanted, 1e-5)
+    with pytest.raises(ValueError, match=r"prefix_tokens of the options is 0, expected 5 \(the"):
+        export_onnx(model, RunOptions(packing=PackConfig(patch_size=2)), tmp_path / "other.onnx")

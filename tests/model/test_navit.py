@@ -428,8 +428,8 @@ def test_an_exported_program_answers_other_rows_as_the_model():
         replace(MANY, lens=[[33], [5, 4], [2] * 6], seed=1),
         replace(MANY, lens=[[1, 32], [], [9, 9, 9]], seed=2),
     ]
-    batches = [packed.batch_of(case, labels=None) for case in cases]
-    model = packed.model_of("auto", torch.float32, depth=1).eval()
+    batches = [packed.batch_of(case, labels=None, prefix_tokens=2) for case in cases]
+    model = packed.model_of("auto", torch.float32, depth=1, prefix_tokens=2).eval()
     saved = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own
