@@ -48,7 +48,12 @@ class Setting:
         return replace(self, attention="reference").model()
 
     def batch(self, case):
-        return packed.batch_of(case).to(self.device)
+        return packed.batch_of(case, prefix_tokens=self.prefix_tokens).to(self.device)
+
+    @property
+    def prefix_tokens(self):
+        switches = packed.SWITCHES[self.switch] if self.switch else {}
+        return switches.get("prefix_tokens", 0)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class Augmented(Setting):
     augment: Augment = EVERYTHING
 
     def batch(self, case):
-        return packed.batch_of(case, augment=self.augment).to(self.device)
+        options = {"augment": self.augment, "prefix_tokens": self.prefix_tokens}
+        return packed.batch_of(case, **options).to(self.device)
 
 
 def targets(outputs, batch):
@@ -204,6 +210,7 @@ def no_gradient_crosses(setting, case):
     outputs = model(replace_patches(batch, pixels))
     outputs = outputs[own] if setting.pooling == "none" else outputs[row, last - 1]
     (outputs * torch.arange(1, packed.NUM_CLASSES + 1, device=outputs.device)).sum().backward()
+    own &= batch.coords[..., 0] >= 0  # the model looks at no pixels of prefix tokens
     assert torch.equal(pixels.grad.abs().sum(-1) > 0, own)
 
 

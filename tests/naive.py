@@ -474,7 +474,7 @@ def token_limit(config: Any) -> int:
     if config.max_tokens is not None:
         return config.max_tokens
     unlimited = config.drop_rate != 0 and config.resolution != "budget"
-    return 2**15 - 1 if unlimited else config.seq_len
+    return 2**15 - 1 if unlimited else config.seq_len - config.prefix_tokens
 
 
 def crop_box(
@@ -560,11 +560,12 @@ def decide(
     u = uniform(seed, epoch, index, 7, view)
     rate = drop_rate(config.drop_rate, u, grid[0] * grid[1], progress)
     keep = num_kept(grid[0] * grid[1], rate)
-    if keep > config.seq_len:
+    room = config.seq_len - config.prefix_tokens
+    if keep > room:
         shrunk = True
-        most = min(limit, math.floor(config.seq_len / (1 - rate)))
+        most = min(limit, math.floor(room / (1 - rate)))
         grid = largest_grid(height, width, config, most)
-        keep = min(config.seq_len, num_kept(grid[0] * grid[1], rate))
+        keep = min(room, num_kept(grid[0] * grid[1], rate))
     return grid, keep, shrunk
 
 
@@ -612,7 +613,7 @@ def fit_last(
     packs, grids, keeps = [list(pack) for pack in packs], list(grids), list(keeps)
     grown = 0
     for pack in packs:
-        room = config.seq_len - sum(keeps[i] for i in pack)
+        room = config.seq_len - sum(keeps[i] + config.prefix_tokens for i in pack)
         best, best_place, best_grid = 0, 0, (0, 0)
         for place, i in enumerate(pack):
             target = keeps[i] + min(room, math.floor(keeps[i] * config.fit_limit))

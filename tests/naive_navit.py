@@ -13,9 +13,14 @@ def forward(model, image, path=None):
     """
     config, weights = model.config, dict(model.named_parameters())
     x = linear(weights, "embed", image["patches"].to(weights["embed.weight"].dtype) / 127.5 - 1)
-    places = [position(config, weights, y, x_, image["grid_hw"]) for y, x_ in image["coords"]]
-    if places[0] is not None:
-        x = x + torch.stack(places)
+    inputs = []
+    for patch, (y, column) in zip(x, image["coords"], strict=True):
+        if y < 0:
+            inputs.append(weights["prefix"][column])
+        else:
+            place = position(config, weights, y, column, image["grid_hw"])
+            inputs.append(patch if place is None else patch + place)
+    x = torch.stack(inputs)
     if config.norm_embed:
         x = layer_norm(config, weights, "norm_embed", x)
     for number in range(config.depth):
@@ -27,15 +32,16 @@ def forward(model, image, path=None):
         a, b = (1, 1) if path is None else path[number]
         scale = own.get("scale_attention.weight", 1), own.get("scale_mlp.weight", 1)
         normed = layer_norm(config, own, "norm_attention", x)
-        x = x + a * attended(config, own, normed, image["coords"]) * scale[0]
+        x = x + a * attended(config, own, normed, image) * scale[0]
         normed = layer_norm(config, own, "norm_mlp", x)
         x = x + b * mlp(config, own, normed, gated=config.gated) * scale[1]
     if not config.norm_pooled:
         x = layer_norm(config, weights, "norm", x)
+    body = x[config.prefix_tokens :]
     pooled = {
-        "attention": lambda: attention_pool(config, weights, x),
-        "mean": lambda: x.sum(0) / len(x),
-        "max": lambda: x.max(0).values,
+        "attention": lambda: attention_pool(config, weights, body),
+        "mean": lambda: body.sum(0) / len(body),
+        "max": lambda: body.max(0).values,
         "first": lambda: x[0],
         "none": lambda: x,
     }[config.pooling]()
@@ -48,7 +54,8 @@ def forward(model, image, path=None):
     return pooled
 
 
-def attended(config, weights, x, coords):
+def attended(config, weights, x, image):
+    places = [turn(config, place, image["grid_hw"]) for place in image["coords"]]
     size = config.dim // config.heads
     parts = x @ weights["queries_keys_values.weight"].T
     heads = []
@@ -61,11 +68,21 @@ def attended(config, weights, x, coords):
         if config.qk_norm:
             q = rms_norm(q, weights["norm_queries.weight"])
             k = rms_norm(k, weights["norm_keys.weight"])
-        if config.position == "rotary":
-            q = torch.stack([turned(t, place) for t, place in zip(q, coords, strict=True)])
-            k = torch.stack([turned(t, place) for t, place in zip(k, coords, strict=True)])
+        if config.position.startswith("rotary"):
+            q = torch.stack([turned(t, place) for t, place in zip(q, places, strict=True)])
+            k = torch.stack([turned(t, place) for t, place in zip(k, places, strict=True)])
         heads.append((q @ k.T / math.sqrt(size)).softmax(-1) @ v)
     return linear(weights, "project", torch.cat(heads, -1))
+
+
+def turn(config, place, grid_hw):
+    """Return what of y and of x a token turns by; prefix tokens do not turn."""
+    if place[0] < 0:
+        return (0, 0)
+    if config.position == "rotary":
+        return place
+    middles = [2 * (index + 0.5) / size - 1 for index, size in zip(place, grid_hw, strict=True)]
+    return [2 * math.pi * middle for middle in middles]
 
 
 def turned(vector, place):
@@ -135,7 +152,7 @@ def position(config, weights, y, x, grid_hw):
     kind, (h, w) = config.position, grid_hw
     side = config.side
     fy, fx = (y / (h - 1) if h > 1 else 0.0), (x / (w - 1) if w > 1 else 0.0)
-    if kind in ("none", "rotary"):
+    if kind in ("none", "rotary", "rotary_fractional"):
         return None
     if kind.startswith("factorised"):
         rows, columns = weights["position.rows"], weights["position.columns"]

@@ -47,11 +47,15 @@ def grid_of(length):
     return rows, length // rows
 
 
-def rows_of(case, *, example_index=None, labels="random", augment=None):
-    """Return Rows of random pixels for a case, augmented if so asked for."""
+def rows_of(case, *, example_index=None, labels="random", augment=None, prefix_tokens=0):
+    """Return Rows of random pixels for a case, augmented if so asked for.
+
+    Rows are longer by the prefix tokens, which the lengths of a case do not count.
+    """
     rng = np.random.default_rng(case.seed)
     flat = [length for lens in case.lens for length in lens]
-    shape = (len(case.lens), case.seq_len)
+    more = prefix_tokens * case.max_segments
+    shape = (len(case.lens), case.seq_len + more)
     patches = np.zeros((*shape, PATCH_BYTES), np.uint8)
     segment_ids = np.zeros(shape, np.int32)
     coords = np.zeros((*shape, 2), np.int16)
@@ -59,6 +63,10 @@ def rows_of(case, *, example_index=None, labels="random", augment=None):
         place = 0
         for number, length in enumerate(lens):
             _, columns = grid_of(length)
+            for slot in range(prefix_tokens):
+                segment_ids[row, place] = number + 1
+                coords[row, place] = (-1, slot)
+                place += 1
             for token in range(length):
                 segment_ids[row, place] = number + 1
                 coords[row, place] = divmod(token, columns)
@@ -70,7 +78,7 @@ def rows_of(case, *, example_index=None, labels="random", augment=None):
     index = np.arange(len(flat)) if example_index is None else np.array(example_index)
     segments = planned(
         offsets=np.cumsum([0, *map(len, case.lens)]),
-        seq_lens=np.array(flat, np.int32),
+        seq_lens=np.array(flat, np.int32) + np.int32(prefix_tokens),
         grid_hw=grids,
         image_hw=(grids * PATCH_SIZE).astype(np.int32),
         example_index=index,
@@ -132,6 +140,10 @@ SWITCHES = {
     "swiglu": {"activation": "silu", "gated": True},
     "norm_eps": {"norm_eps": 0.1},
     "layer_scale": {"layer_scale": 0.3},
+    "class token": {"prefix_tokens": 1, "pooling": "first"},
+    "registers": {"prefix_tokens": 3, "position": "resized", "resize": "bicubic", "max_side": 5},
+    "mean beside registers": {"prefix_tokens": 2, "pooling": "mean"},
+    "rotary beside registers": {"prefix_tokens": 2, "position": "rotary_fractional"},
     "norm_embed": {"norm_embed": True, "bias": True},
     "no norm_out": {"norm_out": False},
     "norm_pooled": {"norm_pooled": True, "pooling": "mean"},
@@ -151,6 +163,7 @@ SWITCHES = {
         "gated": True,
         "norm_eps": 1e-6,
         "layer_scale": 0.3,
+        "prefix_tokens": 2,
         "norm_embed": True,
         "norm_out": False,
         "position": "resized",

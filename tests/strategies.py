@@ -161,6 +161,7 @@ def configs(
 ) -> PackConfig:
     """Small configurations, each option varied; with drops, all or none drop tokens."""
     seq_len = draw(st.integers(1, max_seq_len))
+    prefix_tokens = draw(st.sampled_from([n for n in (0, 0, 1, 5) if n < seq_len]))
     none = st.just(0.0)
     some = st.floats(0.01, 0.9) | drop_laws() | schedules()
     drop_rate = draw({None: none | some, True: some, False: none}[drops])
@@ -171,7 +172,7 @@ def configs(
         patch_size=draw(st.sampled_from([1, 8, 14, 16, 32])),
         crop=draw(st.none() | crops()),
         resolution=resolution,
-        max_tokens=draw(st.none() | st.integers(1, seq_len)),
+        max_tokens=draw(st.none() | st.integers(1, seq_len - prefix_tokens)),
         max_upscale=None if isinstance(resolution, Square) else draw(upscales),
         drop_rate=drop_rate,
         # Keys may have any epoch, so the training is longer than any.
@@ -181,6 +182,7 @@ def configs(
         max_segments=draw(st.sampled_from([1, 2, 3, 64])),
         strategy=draw(st.sampled_from(["balanced", "ffd", "next_fit", "best_fit"])),
         window=draw(st.integers(1, max_window)),
+        prefix_tokens=prefix_tokens,
     )
 
 

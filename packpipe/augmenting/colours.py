@@ -74,4 +74,5 @@ def coloured(batch: Mapping[str, Any]) -> NDArray[np.uint8]:
             weight = batch["mix_weight"][row, own][:, None]
             levels[meeting] = weight * levels[meeting] + (1 - weight) * others
         out[row] = np.rint(levels)
+    out[batch["coords"][..., 0] < 0] = 0  # prefix tokens have no pixels
     return out

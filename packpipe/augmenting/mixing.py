@@ -105,7 +105,7 @@ def mixed(rows: Rows, augment: Augment, key: Key) -> Rows:
     is_class = labels.ndim == 1
     known = labels != NO_LABEL if is_class else ~np.isnan(labels).all(axis=1)
     shape = rows.segment_ids.shape
-    lens, starts = rows.seq_lens.astype(np.int64), rows.first_places(shape[1])
+    starts, lens = rows.patch_places(shape[1])
     first = np.flatnonzero((rows.numbers % 2 == 0) & _has_next(rows))
     views = np.broadcast_to(rows.views, rows.example_index.shape)
     drawn = mixtures(augment, key, rows.example_index[first], views[first])

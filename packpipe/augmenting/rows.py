@@ -94,7 +94,7 @@ def augmented(rows: Rows | PairRows, augment: Augment, key: Key) -> Any:
 def _moved(rows: Rows, augment: Augment, draws: Draws) -> Rows:
     """Return the rows with their pictures flipped, turned and erased."""
     shape = rows.segment_ids.shape
-    lens, starts = rows.seq_lens.astype(np.int64), rows.first_places(shape[1])
+    starts, lens = rows.patch_places(shape[1])
     patches, coords = (
         values if values.flags.writeable and values.flags.c_contiguous else values.copy()
         for values in (rows.patches, rows.coords)

@@ -318,7 +318,7 @@ def _counts(
         **({} if found is None else {"broken_profile": found["broken profile"]}),
         "packs": len(plan),
         "bound": plan.quality.bound,
-        "tokens": plan.quality.num_tokens - int(plan.num_keep[segments].sum()),
+        "tokens": plan.quality.num_tokens - int(plan.seq_lens[segments].sum()),
         **({} if views == 1 else {"segments": len(plan.order) - len(lost)}),
     }
 

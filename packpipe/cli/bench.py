@@ -170,9 +170,11 @@ def compare_layouts(
     epochs: dict[str, tuple[Quality, int]] = {}
     runs: dict[str, Iterator[Record]] = {}
     for name in ("packed", "padded"):
-        layout = Layout(name, seq_len, sides, 0.0, max_bad_fraction)
-        patch_size = NaViTConfig.preset(model, num_classes=None).patch_size
-        data = TrainedImages(dataset, layout, patch_size, num_workers)
+        shape = NaViTConfig.preset(model, num_classes=None)
+        layout = Layout(
+            name, seq_len, sides, 0.0, max_bad_fraction, prefix_tokens=shape.prefix_tokens
+        )
+        data = TrainedImages(dataset, layout, shape.patch_size, num_workers)
         training = Training(
             data,
             model=model,

@@ -38,6 +38,7 @@ class Layout:
         pixels: options of `PackConfig` that decide how pixels are made, by name.
         crop: the random box of each image that is shown, another one every epoch; of ``"square"``
             it has the shapes of squares, so that images stay undistorted.
+        prefix_tokens: of the model; rows of the other layouts are longer by them.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Layout:
     max_bad_fraction: float = 0.01
     pixels: dict[str, Any] = field(default_factory=dict)
     crop: Crop | None = None
+    prefix_tokens: int = 0
 
     def packs(self, dataset: Dataset, patch_size: int, num_workers: int) -> EpochPacks:
         """Return the packs of a dataset in this layout, planned anew every epoch."""
@@ -57,7 +59,7 @@ class Layout:
         if self.name != "packed":
             options = {"resolution": drawn, "max_segments": 1}
             # The patches of the largest square; an image whose grid has more of them is shrunk.
-            seq_len = self._most_tokens(patch_size)
+            seq_len = self._most_tokens(patch_size) + self.prefix_tokens
         if self.name == "square":
             options["resolution"] = Square(Constant(self.sides[1]))
         if self.crop is not None:
@@ -68,6 +70,7 @@ class Layout:
             patch_size=patch_size,
             num_workers=max(1, num_workers),
             max_bad_fraction=self.max_bad_fraction,
+            prefix_tokens=self.prefix_tokens,
             **options | self.pixels,
         )
 
@@ -80,14 +83,17 @@ class Layout:
                 of the largest square that is trained on.
         """
         packed, most = self.name == "packed", self._most_tokens(patch_size)
-        tokens = (min(most, self.seq_len) if packed else most) if max_tokens is None else max_tokens
+        slots = self.prefix_tokens
+        fit = min(most, self.seq_len - slots) if packed else most
+        tokens = fit if max_tokens is None else max_tokens
         options: dict[str, Any] = {"resolution": "budget", "max_tokens": tokens}
         if self.name == "square":
             options = {"resolution": Square(Constant(isqrt(tokens) * patch_size))}
         if not packed:
             options["max_segments"] = 1
-        seq_len = self.seq_len if packed else tokens
-        return PackConfig(seq_len=seq_len, patch_size=patch_size, **options | self.pixels)
+        seq_len = self.seq_len if packed else tokens + slots
+        options |= {"patch_size": patch_size, "prefix_tokens": slots}
+        return PackConfig(seq_len=seq_len, **options | self.pixels)
 
     def _most_tokens(self, patch_size: int) -> int:
         """Return the patches of the largest square."""

@@ -18,6 +18,10 @@ Source = Annotated[
 ]
 Folder = Annotated[Path, typer.Argument(help="What pack wrote.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens a row.")]
+PrefixTokens = Annotated[
+    int | None,
+    typer.Option(help="Slots before each image's patches, for class token and registers.  [0]"),
+]
 PatchSize = Annotated[int | None, typer.Option(help="Pixels a side of a patch.  [16]")]
 Sizes = Annotated[
     str | None,

@@ -25,6 +25,7 @@ from packpipe.cli.options import (
     MaxTokens,
     Overflow,
     PatchSize,
+    PrefixTokens,
     Profiles,
     Seed,
     SeqLen,
@@ -51,6 +52,7 @@ def pack(
     output: Annotated[str, typer.Argument(help="Folder to write; of windows also a URL.")],
     seq_len: SeqLen = 1024,
     patch_size: PatchSize = None,
+    prefix_tokens: PrefixTokens = None,
     resolution: Sizes = None,
     sides: Sides = None,
     crop_area: CropArea = None,
@@ -121,6 +123,7 @@ def pack(
         checks.local_path("OUTPUT", output)
     options = _given(
         patch_size=patch_size,
+        prefix_tokens=prefix_tokens,
         resolution=_resolution(resolution, sides),
         crop=crop_of(crop_area, crop_aspect, center_crop),
         max_tokens=max_tokens,
@@ -204,6 +207,7 @@ def plan(
     source: Source,
     seq_len: SeqLen = 1024,
     patch_size: PatchSize = None,
+    prefix_tokens: PrefixTokens = None,
     resolution: Sizes = None,
     sides: Sides = None,
     crop_area: CropArea = None,
@@ -224,6 +228,7 @@ def plan(
     """Say how a dataset would be packed, from its sizes alone, and which seq_len suits it."""
     options = _given(
         patch_size=patch_size,
+        prefix_tokens=prefix_tokens,
         resolution=_resolution(resolution, sides),
         crop=crop_of(crop_area, crop_aspect, center_crop),
         max_tokens=max_tokens,

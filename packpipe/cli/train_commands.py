@@ -294,6 +294,7 @@ def train(
             max_bad_fraction,
             pixels={name: value for name, value in pixels.items() if value is not None},
             crop=crop_of(crop_area, crop_aspect),
+            prefix_tokens=shape.prefix_tokens,
         )
         data = TrainedImages(dataset, layout_of_images, patch_size, **where)
     training = Training(

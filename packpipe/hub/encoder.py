@@ -9,11 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from packpipe import checks
+from packpipe.hub.files import CONFIG
 from packpipe.model.config import NaViTConfig
+from packpipe.planning.crops import CenterCrop, CropLaw, FixedCrop
+from packpipe.planning.distributions import Constant
 from packpipe.planning.image_config import MAX_IMAGE_SEQ_LEN, PackConfig
+from packpipe.planning.resolution import Square
 
 # Pillow's numbers of its resampling filters, which image processors store.
-_RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 _ABOUT = 1024  # tokens a row
 _OWNER = "image processor's"
 
@@ -59,10 +63,10 @@ def filters(processing: dict[str, Any], patch_size: int) -> dict[str, Any]:
         remedy = "take the processor of this model"
         raise _wrong("patch_size", size, f"{patch_size} (the model's)", remedy)
     number = processing["resample"]
-    if number not in range(len(_RESAMPLING)):
-        expected = f"a number of Pillow's filters, 0..{len(_RESAMPLING) - 1}"
+    if number not in range(len(RESAMPLING)):
+        expected = f"a number of Pillow's filters, 0..{len(RESAMPLING) - 1}"
         raise _wrong("resample", number, expected, "correct the processor's")
-    name = _RESAMPLING[number]
+    name = RESAMPLING[number]
     # Processors resize in one step, and take numbers of any colour profile for sRGB.
     return {
         "downscale_filter": name,
@@ -112,6 +116,116 @@ def side_of(processing: dict[str, Any], usual: int, patch_size: int) -> int:
 
 def _wrong(name: str, value: object, expected: str, remedy: str) -> ValueError:
     return ValueError(checks.sentence(f"{_OWNER} {name}", value, expected, remedy))
+
+
+ACTIVATIONS = {
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+}
+
+
+def shape_settings(own: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes of `NaViTConfig` that transformers names alike in its families.
+
+    Args:
+        own: what config.json says of the image tower.
+
+    Raises:
+        TypeError, ValueError: the activation is not known, patches are no squares, or there are
+            not three channels.
+    """
+    checks.choice(
+        f"hidden_act in {CONFIG}",
+        own["hidden_act"],
+        ACTIVATIONS,
+        "this activation is not supported",
+    )
+    channels = own.get("num_channels", 3)
+    for name, value in (("patch_size", own["patch_size"]), ("num_channels", channels)):
+        checks.whole_number(f"{name} in {CONFIG}", value, 1, 2**15 - 1, "correct it")
+    if channels != 3:
+        name, remedy = f"num_channels in {CONFIG}", "packed images have three colours"
+        raise ValueError(checks.sentence(name, channels, "3", remedy))
+    return {
+        "patch_size": own["patch_size"],
+        "dim": own["hidden_size"],
+        "depth": own["num_hidden_layers"],
+        "heads": own["num_attention_heads"],
+        "activation": ACTIVATIONS[own["hidden_act"]],
+        "norm_eps": own["layer_norm_eps"],
+    }
+
+
+def check_size(name: str, said: int, stored: int) -> None:
+    """Raise ValueError if config.json says another size than the weights have."""
+    if said != stored:
+        expected, remedy = f"{stored} as of the weights", "take both files of one model"
+        raise ValueError(checks.sentence(f"{name} in {CONFIG}", said, expected, remedy))
+
+
+def squares(config: NaViTConfig, processing: dict[str, Any], usual: int) -> PackConfig:
+    """Return the options that make the squares of an image processor.
+
+    A processor that resizes the shorter side and crops the middle makes the pixels of a crop that
+    is resized, but for the rounding of the box to whole pixels of the picture, and for what the
+    filter sees beyond it.
+
+    Args:
+        config: the model's shape.
+        processing: the processor's settings.
+        usual: pixels a side, if they do not say it.
+
+    Raises:
+        TypeError, ValueError: of `filters` and `side_of`; or a cropped square is not of whole
+            patches.
+    """
+    crop: CropLaw | None = None
+    patch = config.patch_size
+    if processing.get("do_center_crop"):
+        size, shorter = _middle(processing)
+        if size % patch:
+            expected = f"a multiple of {patch} (patch_size) of an encoder"
+            raise _wrong("crop_size", size, expected, "set it to whole patches")
+        crop = CenterCrop(min(1.0, (size / shorter) ** 2), shape="square")
+        processing = {**processing, "do_center_crop": False}
+    else:
+        size = side_of(processing, usual, patch)
+    pixels = size // patch * patch
+    # Their convolution leaves out what is no whole patch, at the right and below.
+    if pixels < size:
+        crop = FixedCrop(0.0, 0.0, pixels / size, pixels / size)
+    slots = config.prefix_tokens
+    return PackConfig(
+        seq_len=seq_len_of((pixels // patch) ** 2 + slots),
+        patch_size=patch,
+        prefix_tokens=slots,
+        crop=crop,
+        resolution=Square(Constant(pixels)),
+        **filters(processing, patch),
+    )
+
+
+def _middle(processing: dict[str, Any]) -> tuple[int, int]:
+    """Return pixels a side of the square that is cropped, and of the shorter side before.
+
+    Raises:
+        ValueError: no square is cropped, or not of an image whose shorter side was resized.
+    """
+    size, crop = processing.get("size"), processing.get("crop_size")
+    shorter: Any = size.get("shortest_edge") if isinstance(size, dict) else size
+    side: Any = crop.get("height") if isinstance(crop, dict) else crop
+    if isinstance(crop, dict) and side != crop.get("width"):
+        side = None
+    for name, value, found in (("size", size, shorter), ("crop_size", crop, side)):
+        if not isinstance(found, int) or found < 1:
+            expected = "one number of pixels" if name == "crop_size" else "a shortest_edge"
+            raise _wrong(name, value, expected, "write the one that the model was trained with")
+    if side > shorter:
+        remedy = "images are not padded"
+        raise _wrong("crop_size", side, f"at most {shorter} (the shorter side)", remedy)
+    return side, shorter
 
 
 def seq_len_of(tokens: int) -> int:

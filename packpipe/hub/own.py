@@ -50,13 +50,15 @@ def save_pretrained(
         source: where the weights come from, for the card.
 
     Raises:
-        ValueError: packing has patches of another size than the model, or figures are wrong.
+        ValueError: packing has patches of another size than the model, or other prefix tokens; or
+            figures are wrong.
     """
     from safetensors.torch import save_file
 
-    if packing.patch_size != model.config.patch_size:
-        expected, remedy = f"{model.config.patch_size} (the model's)", "pass the model's packing"
-        raise ValueError(checks.sentence("patch_size", packing.patch_size, expected, remedy))
+    for option in ("patch_size", "prefix_tokens"):
+        own, expected = getattr(packing, option), f"{getattr(model.config, option)} (the model's)"
+        if own != getattr(model.config, option):
+            raise ValueError(checks.sentence(option, own, expected, "pass the model's packing"))
     folder = checks.local_path("folder", folder)
     called = folder.name if name is None else name
     card = card_of(model, packing, called, figures=figures, license=license, source=source)

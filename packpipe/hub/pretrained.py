@@ -12,22 +12,26 @@ from pathlib import Path
 from torch import Tensor
 
 from packpipe import checks
-from packpipe.hub import own, siglip
+from packpipe.hub import class_token, naflexvit, own, siglip
 from packpipe.hub.encoder import Encoder
 from packpipe.hub.files import CONFIG, Weights, folder_of, processing_of, settings_of
+from packpipe.model.config import NAFLEXVIT
 from packpipe.model.navit import NaViT
 from packpipe.planning.image_config import PackConfig
 
 log = logging.getLogger(__name__)
 
-# model_type of config.json: who reads it.
+# model_type of config.json, or timm's architecture: who reads it.
 _FAMILIES: dict[str, Callable[..., Encoder]] = {
     own.KIND: own.read_own,
     **dict.fromkeys(("siglip2", "siglip2_vision_model"), partial(siglip.read_siglip, naflex=True)),
     **dict.fromkeys(("siglip", "siglip_vision_model"), partial(siglip.read_siglip, naflex=False)),
+    **{name: partial(class_token.read_class_token, name=name) for name in class_token.FAMILIES},
+    "clip_vision_model": partial(class_token.read_class_token, name="clip"),
+    **dict.fromkeys(NAFLEXVIT, naflexvit.read_naflexvit),
 }
 # Beginnings of names that a model of images alone does not use.
-_OTHERS = siglip.OTHERS
+_OTHERS = (*siglip.OTHERS, *class_token.OTHERS)
 
 
 def from_pretrained(
@@ -45,9 +49,12 @@ def from_pretrained(
         model, packing = packpipe.from_pretrained("google/siglip2-base-patch16-naflex")
         vectors = packpipe.predict(model, files, **packing.to_options())
 
-    Known are SigLIP and SigLIP 2, NaFlex and of fixed sizes, as transformers 4 or 5 stores them,
-    with or without their tower of texts; and what `save_pretrained` wrote. The model returns what
-    the original calls ``pooler_output``; without a pool, ``last_hidden_state``.
+    Known are SigLIP and SigLIP 2, NaFlex and of fixed sizes, DINOv2 with and without registers,
+    DINOv3's ViTs, ViT and CLIP, as transformers 4 or 5 stores them, with or without their tower of
+    texts or a head, which is left; timm's NaFlexViTs, with their head; and what
+    `save_pretrained` wrote. The model returns what the
+    original calls ``pooler_output``; without a pool, ``last_hidden_state``; of ViT, whose pooler is
+    left, the class token of it.
 
     Args:
         source: a folder with config.json and model.safetensors, or the name of a model of the
@@ -62,8 +69,10 @@ def from_pretrained(
     Returns:
         The model, its weights in float32, and options for `predict`, `pack` and `EpochPacks`. Their
         pixels are those of the processor of Pillow, but for transparent images, whose alpha it
-        drops, and for sizes that are no multiple of a patch, such as 384 of 14: their edge, which
-        the original does not see, is cropped, to whole pixels of the picture.
+        drops; for sizes that are no multiple of a patch, such as 384 of 14: their edge, which
+        the original does not see, is cropped, to whole pixels of the picture; and for processors
+        that crop the middle (DINOv2, CLIP), of which the crop comes before the resize, to whole
+        pixels, too.
 
     Raises:
         FileNotFoundError: there are no such files, and they cannot be downloaded.
@@ -72,7 +81,7 @@ def from_pretrained(
     """
     folder = folder_of(source, revision)
     settings = settings_of(folder)
-    kind = settings.get("model_type")
+    kind = settings.get("model_type", settings.get("architecture"))
     if kind not in _FAMILIES:
         expected = "one of " + ", ".join(map(repr, _FAMILIES))
         name = f"model_type in {folder / CONFIG}"

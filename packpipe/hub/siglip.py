@@ -16,14 +16,19 @@ import torch
 from torch import Tensor
 
 from packpipe import checks
-from packpipe.hub.encoder import Encoder, filters, mean_and_std, seq_len_of, side_of
+from packpipe.hub.encoder import (
+    Encoder,
+    check_size,
+    filters,
+    mean_and_std,
+    seq_len_of,
+    shape_settings,
+    squares,
+)
 from packpipe.hub.files import CONFIG, Weights
 from packpipe.hub.folding import channels_last, fold_pixels, fold_probe
 from packpipe.model.config import SIGLIP_FIXED, SIGLIP_NAFLEX, NaViTConfig
-from packpipe.planning.crops import FixedCrop
-from packpipe.planning.distributions import Constant
 from packpipe.planning.image_config import PackConfig
-from packpipe.planning.resolution import Square
 
 # Ours: theirs, each with a weight and a bias.
 _LAYER = {
@@ -54,7 +59,6 @@ _USUAL = {
     "num_patches": 256,
     "image_size": 224,
 }
-_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}
 _BILINEAR, _BICUBIC = 2, 3
 
 
@@ -82,27 +86,13 @@ def read_siglip(
 
 def shape_of(own: dict[str, Any], *, naflex: bool) -> NaViTConfig:
     """Return the shape of an encoder, given all that transformers says of its image tower."""
-    known, remedy = own["hidden_act"], "this activation is not supported"
-    checks.choice(f"hidden_act in {CONFIG}", known, _ACTIVATIONS, remedy)
-    own = {"num_channels": 3, **own}
-    for name in ("patch_size", "num_channels", "num_patches" if naflex else "image_size"):
-        checks.whole_number(f"{name} in {CONFIG}", own[name], 1, 2**15 - 1, "correct it")
-    if own["num_channels"] != 3:
-        name, remedy = f"num_channels in {CONFIG}", "packed images have three colours"
-        raise ValueError(checks.sentence(name, own["num_channels"], "3", remedy))
+    shape = shape_settings(own)
+    name = "num_patches" if naflex else "image_size"
+    checks.whole_number(f"{name} in {CONFIG}", own[name], 1, 2**15 - 1, "correct it")
     side = isqrt(own["num_patches"]) if naflex else own["image_size"] // own["patch_size"]
-    switches = {
-        **(SIGLIP_NAFLEX if naflex else SIGLIP_FIXED),
-        "max_side": side,
-        "activation": _ACTIVATIONS[known],
-        "norm_eps": own["layer_norm_eps"],
-    }
+    switches = {**(SIGLIP_NAFLEX if naflex else SIGLIP_FIXED), "max_side": side, **shape}
     return NaViTConfig(
         num_classes=None,
-        patch_size=own["patch_size"],
-        dim=own["hidden_size"],
-        depth=own["num_hidden_layers"],
-        heads=own["num_attention_heads"],
         mlp_dim=own["intermediate_size"],
         pooling="attention" if own["vision_use_head"] else "none",
         **switches,
@@ -110,20 +100,17 @@ def shape_of(own: dict[str, Any], *, naflex: bool) -> NaViTConfig:
 
 
 def _packing(config: NaViTConfig, processing: dict[str, Any], *, naflex: bool) -> PackConfig:
-    if naflex:
-        tokens = processing["max_num_patches"]
-        sizes: dict[str, Any] = {"resolution": "budget", "max_tokens": tokens}
-    else:
-        size = side_of(processing, config.side * config.patch_size, config.patch_size)
-        side = size // config.patch_size
-        pixels = side * config.patch_size
-        tokens, sizes = side**2, {"resolution": Square(Constant(pixels))}
-        # Their convolution leaves out what is no whole patch, at the right and below.
-        if (seen := pixels / size) < 1:
-            sizes["crop"] = FixedCrop(0.0, 0.0, seen, seen)
     patch = config.patch_size
-    kept = filters(processing, patch)
-    return PackConfig(seq_len=seq_len_of(tokens), patch_size=patch, **sizes, **kept)
+    if not naflex:
+        return squares(config, processing, config.side * patch)
+    tokens = processing["max_num_patches"]
+    return PackConfig(
+        seq_len=seq_len_of(tokens),
+        patch_size=patch,
+        resolution="budget",
+        max_tokens=tokens,
+        **filters(processing, patch),
+    )
 
 
 def _weights(
@@ -144,12 +131,12 @@ def _weights(
     patches, bias = (take(f"embeddings.patch_embedding.{kind}") for kind in ("weight", "bias"))
     if patches.ndim == 4:  # a convolution
         patches = channels_last(patches)
-    _check_size("hidden_size", config.dim, len(patches))
-    _check_size("patch_size", config.patch_size, isqrt(patches.shape[1] // 3))
+    check_size("hidden_size", config.dim, len(patches))
+    check_size("patch_size", config.patch_size, isqrt(patches.shape[1] // 3))
     folded = fold_pixels(patches, bias, *mean_and_std(processing))
     found = dict(zip(("embed.weight", "embed.bias"), folded, strict=True))
     found["position.table"] = table = take("embeddings.position_embedding.weight")
-    _check_size("image_size ÷ patch_size, or √num_patches,", config.side, isqrt(len(table)))
+    check_size("image_size ÷ patch_size, or √num_patches,", config.side, isqrt(len(table)))
     for number in range(config.depth):
         ours, theirs = f"blocks.{number}.", f"encoder.layers.{number}."
         found |= pairs(_LAYER, ours, theirs)
@@ -171,9 +158,3 @@ def _weights(
         found["pool.keys_values.weight"] = torch.cat([to_keys, to_values])
         found["pool.bias_values"] = bias_values.unflatten(0, (config.heads, -1))
     return found
-
-
-def _check_size(name: str, said: int, stored: int) -> None:
-    if said != stored:
-        expected, remedy = f"{stored} as of the weights", "take both files of one model"
-        raise ValueError(checks.sentence(f"{name} in {CONFIG}", said, expected, remedy))

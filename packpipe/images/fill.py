@@ -38,7 +38,8 @@ class ImageTask(NamedTuple):
             a function is called when the image is decoded, so that memory does not hold all images.
         image_hw: upright source size in pixels, as planned.
         grid_hw: (rows, columns) of patches of the full grid.
-        kept: int32[tokens], which patches in raster order; None for all of the grid.
+        kept: int32[tokens], which patches in raster order; None for all of the grid. Numbers below
+            0, which come first, are prefix tokens: slots without a patch.
         box: (top, left, height, width) in pixels of the upright image; None for all of it.
         view: which of its example's views it is.
         mask: its class of every pixel, as data is; None without targets.
@@ -123,9 +124,17 @@ def fill_row(
         pixels = found.pixels
         if transform is not None:
             pixels = transform(pixels, image.example, image.view)
-        patchify(pixels, out[start:end], image.kept)
+        kept = image.kept
+        if kept is not None and kept[0] < 0:
+            first = start + int(np.count_nonzero(kept < 0))
+            out[start:first] = 0
+            if targets is not None:
+                targets[start:first] = np.iinfo(targets.dtype).max
+            start, kept = first, kept[first - start :]
+            kept = None if len(kept) == rows * columns else kept
+        patchify(pixels, out[start:end], kept)
         if targets is not None and cells is not None:
-            write_targets(cells, targets[start:end], image.grid_hw, image.kept)
+            write_targets(cells, targets[start:end], image.grid_hw, kept)
         outcomes.append(found.flag)
     # Rows are used again, so what another row left behind must go.
     out[end:] = 0

@@ -159,8 +159,9 @@ def cells_of(
     """
     (rows, columns), side = grid_hw, round(targets.shape[1] ** 0.5)
     grid = np.full((rows, side, columns, side), ignore, targets.dtype)
-    tokens = targets.reshape(-1, side, side)
-    grid.transpose(0, 2, 1, 3)[coords[:, 0], coords[:, 1]] = tokens
+    real = coords[:, 0] >= 0  # prefix tokens have no place
+    tokens = targets[real].reshape(-1, side, side)
+    grid.transpose(0, 2, 1, 3)[tuple(coords[real].T)] = tokens
     return grid.reshape(rows * side, columns * side)
 
 

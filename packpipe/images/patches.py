@@ -39,6 +39,8 @@ def unpatchify(
 ) -> NDArray[np.uint8]:
     """Return uint8[rows·P, columns·P, 3]: every patch at its coordinates, black elsewhere.
 
+    Prefix tokens, whose y is -1, are no patches of it.
+
     Args:
         patches: uint8[tokens, P·P·3], in any order.
         coords: int[tokens, 2], each token's (y, x) in the patch grid.
@@ -47,8 +49,9 @@ def unpatchify(
     patch_size = side_of(patches.shape[1])
     rows, columns = grid_hw
     pixels = np.zeros((rows, patch_size, columns, patch_size, 3), np.uint8)
-    tokens = patches.reshape(-1, patch_size, patch_size, 3)
-    pixels.transpose(0, 2, 1, 3, 4)[coords[:, 0], coords[:, 1]] = tokens
+    real = coords[:, 0] >= 0
+    tokens = patches[real].reshape(-1, patch_size, patch_size, 3)
+    pixels.transpose(0, 2, 1, 3, 4)[tuple(coords[real].T)] = tokens
     return pixels.reshape(rows * patch_size, columns * patch_size, 3)
 
 

@@ -100,7 +100,8 @@ class PackedBatch(_Columns):
     Attributes:
         patches: uint8[B, L, D], zeros in padding.
         segment_ids: int32[B, L]: 1, 2, ... in row order; 0 is padding.
-        coords: int16[B, L, 2], (y, x) in the image's patch grid; 0 in padding.
+        coords: int16[B, L, 2], (y, x) in the image's patch grid; (-1, k) of the k-th prefix token,
+            whose patch is zeros; 0 in padding.
         seq_lens: int32[B, S], tokens of each segment.
         grid_hw: int16[B, S, 2], patches of each full grid; 0 where absent.
         example_index: int64[B, S], row in the source; -1 where absent.
@@ -207,7 +208,8 @@ class PackedBatch(_Columns):
         levels = self.patches.to(torch.float32)
         segments = segment_numbers(self.segment_ids, self.seq_lens.shape[1])
         offsets = None if self.mix_offset is None else self.mix_offset.flatten()
-        return drawn_pixels(levels.flatten(0, 1), segments, offsets, self).view_as(levels)
+        drawn = drawn_pixels(levels.flatten(0, 1), segments, offsets, self).view_as(levels)
+        return drawn.masked_fill((self.coords[..., :1] < 0), 0)  # colours may shift zeros
 
     def coloured(self) -> PackedBatch:
         """Return the batch with its patches as augmentation shows them, rounded to uint8.

@@ -84,7 +84,7 @@ def draws_of_source(
     for key in keys:
         decided = decide(image_hw, config, key, index=index)
         segments = {
-            "seq_lens": decided.num_keep,
+            "seq_lens": decided.num_keep + np.int32(config.prefix_tokens),
             "grid_hw": decided.grid_hw,
             "image_hw": image_hw,
             "example_index": index,
@@ -141,4 +141,5 @@ def _draw(rows: Rows, number: int, augment: Augment, key: Key) -> Draw:
     pixels = np.where(there, unpatchify(patches, coords, grid), np.uint8(DROPPED))
     box = None if boxes is None else tuple(boxes[number].tolist())
     drawn = augment.draws(*key, int(columns["example_index"][0, number]))
-    return Draw(key.epoch, pixels, grid, int(own.sum()), box, drawn)
+    num_keep = int((coords[:, 0] >= 0).sum())
+    return Draw(key.epoch, pixels, grid, num_keep, box, drawn)

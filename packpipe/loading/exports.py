@@ -25,6 +25,7 @@ from torch import Tensor
 
 from packpipe import checks
 from packpipe.loading.batch import PackedBatch, TokenBatch
+from packpipe.loading.colouring import segment_numbers
 from packpipe.rows.rows import NO_LABEL
 
 MASKS = ("completion_mask", "assistant_masks")  # of tokens that are trained on, in TRL
@@ -257,12 +258,14 @@ def _check_sft_config(config: Any, masks: list[str]) -> None:
 def to_naflex(batch: PackedBatch) -> dict[str, Tensor]:
     """Return the images of a batch as timm's NaFlexViT takes them: one a row, padded.
 
+    Without prefix tokens, which that model adds itself.
+
     Returns:
         ``patches`` float32[N, M, P·P·3] in -1..1, ``patch_coord`` int64[N, M, 2] (y, x),
         ``patch_valid`` bool[N, M]; N in the order of ``batch.example_index[batch.present]``.
     """
-    real = batch.segment_ids > 0
-    lens = batch.seq_lens[batch.present].long()
+    real = (batch.segment_ids > 0) & (batch.coords[..., 0] >= 0)
+    lens = _patch_lens(batch)
     valid = torch.arange(int(lens.max()) if len(lens) else 0, device=lens.device) < lens[:, None]
     patches = batch.patches.new_zeros(*valid.shape, batch.patches.shape[-1], dtype=torch.float32)
     # 0..255 to -1..1: mean and standard deviation 0.5, which SigLIP 2's processor uses, too.
@@ -274,6 +277,8 @@ def to_naflex(batch: PackedBatch) -> dict[str, Tensor]:
 
 def to_siglip2(batch: PackedBatch) -> dict[str, Tensor]:
     """Return the images of a batch as transformers' SigLIP 2 takes them: one a row, padded.
+
+    Without prefix tokens, which that model has none of.
 
     Returns:
         ``pixel_values`` float32[N, M, P·P·3] in -1..1, ``pixel_attention_mask`` int32[N, M],
@@ -361,15 +366,24 @@ def _whole_grids(batch: PackedBatch) -> Tensor:
         ValueError: tokens were dropped.
     """
     shapes = batch.grid_hw[batch.present].long()
-    lens = batch.seq_lens[batch.present].long()
+    lens = _patch_lens(batch)
     dropped = (shapes.prod(1) != lens).nonzero()[:, 0]
     if len(dropped):
         first = int(dropped[0])
-        name, expected = f"seq_lens[{first}]", f"{int(shapes[first].prod())} (all of its grid)"
+        name = f"seq_lens[{first}]" if (batch.coords >= 0).all() else f"patches of image {first}"
+        expected = f"{int(shapes[first].prod())} (all of its grid)"
         raise ValueError(
             checks.sentence(name, int(lens[first]), expected, "pack without a drop rate")
         )
     return shapes
+
+
+def _patch_lens(batch: PackedBatch) -> Tensor:
+    """Return int64[N], the tokens of each image that are patches."""
+    numbers = segment_numbers(batch.segment_ids, batch.seq_lens.shape[1])
+    prefix = numbers[(batch.coords[..., 0] < 0).flatten()]
+    lens = batch.seq_lens.flatten().long() - prefix.bincount(minlength=batch.seq_lens.numel())
+    return lens[batch.present.flatten()]
 
 
 def _bounds(batch: TokenBatch | PackedBatch) -> tuple[Tensor, int]:

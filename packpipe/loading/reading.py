@@ -16,7 +16,7 @@ class Held(NamedTuple):
     data: ImageData
     image_hw: tuple[int, int]
     grid_hw: tuple[int, int]
-    num_keep: int
+    seq_len: int
     label: Any
 
 

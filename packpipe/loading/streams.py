@@ -289,7 +289,7 @@ class PackedStream:
             held, tally = self._decided(some, tally, key, latest)
             waiting.update(enumerate(held, pushed))
             pushed += len(held)
-            lengths = np.array([one.num_keep for one in held], np.int64)
+            lengths = np.array([one.seq_len for one in held], np.int64)
             yield from _taken(waiting, *packer.push(lengths))
         if tally.num_examples < end:
             self._tolerance.check_so_far(tally, latest, ended=True)
@@ -352,10 +352,12 @@ class PackedStream:
             index=index,
             progress=progress,
         )
-        grids, keeps = decisions.grid_hw.tolist(), decisions.num_keep.tolist()
+        lens = (decisions.num_keep + self.config.prefix_tokens).tolist()
         held = [
-            Held(number, data, image_hw, tuple(grid), keep, label)
-            for (number, data, image_hw, label), grid, keep in zip(good, grids, keeps, strict=True)
+            Held(number, data, image_hw, tuple(grid), length, label)
+            for (number, data, image_hw, label), grid, length in zip(
+                good, decisions.grid_hw.tolist(), lens, strict=True
+            )
         ]
         return held, tally
 
@@ -363,7 +365,7 @@ class PackedStream:
         """Return packs as rows without tokens."""
         held = [one for pack in packs for one in pack]
         segments: dict[str, Any] = {
-            "seq_lens": np.array([one.num_keep for one in held], np.int32),
+            "seq_lens": np.array([one.seq_len for one in held], np.int32),
             "grid_hw": np.array([one.grid_hw for one in held], np.int16).reshape(-1, 2),
             "image_hw": np.array([one.image_hw for one in held], np.int32).reshape(-1, 2),
             "example_index": np.array([one.number for one in held], np.int64),

@@ -10,7 +10,7 @@ from packpipe import checks
 from packpipe.model.activation import ACTIVATIONS
 from packpipe.model.attention import BACKENDS
 from packpipe.model.pooling import POOLINGS
-from packpipe.model.positions import POSITIONS, RESIZES, default_side
+from packpipe.model.positions import POSITIONS, RESIZES, ROTARY, default_side
 
 # dim, depth, heads, MLP width (ViT; DeiT for Ti; SigLIP for So400m).
 PRESETS = {
@@ -20,11 +20,14 @@ PRESETS = {
     "L": (1024, 24, 16, 4096),
     "So400m": (1152, 27, 16, 4304),
 }
+# Of encoders alone.
+_OTHER_SIZES = {"So150m2": (832, 21, 13, 2176)}
 # Encoders of SigLIP and SigLIP 2 (of a fixed size, and NaFlex): sizes, and switches of all.
 _SIGLIP_SIZES = {"base": "B", "large": "L", "so400m": "So400m"}
 _SIGLIP = re.compile(
     rf"(?!siglip-.*naflex)siglip2?-({'|'.join(_SIGLIP_SIZES)})-patch([0-9]+)-(naflex|[0-9]+)"
 )
+_SIZES = {"small": "S", "base": "B", "large": "L"}
 SIGLIP: dict[str, Any] = {
     "position": "resized",
     "bias": True,
@@ -36,6 +39,65 @@ SIGLIP: dict[str, Any] = {
 # NaFlex's table is resized as it was in training; a fixed one as transformers does for other grids.
 SIGLIP_NAFLEX = SIGLIP | {"resize": "bilinear", "antialias": True, "max_side": 16}
 SIGLIP_FIXED = SIGLIP | {"resize": "bicubic", "antialias": False}
+# Encoders with a class token, which is what they return.
+_CLASS_TOKEN: dict[str, Any] = {
+    "bias": True,
+    "qk_norm": False,
+    "prefix_tokens": 1,
+    "pooling": "first",
+}
+_RESIZED = _CLASS_TOKEN | {"position": "resized", "resize": "bicubic"}
+DINOV2 = _RESIZED | {"antialias": False, "norm_eps": 1e-6, "layer_scale": 1.0, "max_side": 37}
+DINOV2_REGISTERS = DINOV2 | {"antialias": True, "prefix_tokens": 5}
+DINOV3 = _CLASS_TOKEN | {
+    "position": "rotary_fractional",
+    "norm_eps": 1e-5,
+    "layer_scale": 1.0,
+    "prefix_tokens": 5,
+}
+VIT = _RESIZED | {"antialias": False, "norm_eps": 1e-12}
+CLIP = _RESIZED | {
+    "antialias": False,
+    "activation": "quick_gelu",
+    "norm_embed": True,
+    "norm_pooled": True,
+}
+_NAMED = {
+    **{f"dinov2-{name}": (f"{size}/14", DINOV2) for name, size in _SIZES.items()},
+    **{
+        f"dinov2-with-registers-{name}": (f"{size}/14", DINOV2_REGISTERS)
+        for name, size in _SIZES.items()
+    },
+    **{f"dinov3-vit{size.lower()}16": (f"{size}/16", DINOV3) for size in ("S", "B", "L")},
+    "vit-base-patch16-224": ("B/16", VIT | {"max_side": 14}),
+    "vit-large-patch16-224": ("L/16", VIT | {"max_side": 14}),
+    "clip-vit-base-patch32": ("B/32", CLIP | {"max_side": 7}),
+    "clip-vit-base-patch16": ("B/16", CLIP | {"max_side": 14}),
+    "clip-vit-large-patch14": ("L/14", CLIP | {"max_side": 16}),
+}
+# timm's NaFlexViT: registers, and a pool of the patches.
+_NAFLEXVIT: dict[str, Any] = {
+    "position": "resized",
+    "bias": True,
+    "qk_norm": False,
+    "norm_eps": 1e-6,
+    "max_side": 16,
+    "norm_out": False,
+}
+_SCALED = _NAFLEXVIT | {"resize": "bicubic", "layer_scale": 1e-5}
+_MEAN = {"pooling": "mean", "norm_pooled": True, "norm_out": True}
+_REGISTERS = _SCALED | {"prefix_tokens": 4, **_MEAN}
+_TANH = _NAFLEXVIT | {"activation": "gelu_tanh", "resize": "bilinear"}
+NAFLEXVIT = {
+    "naflexvit_base_patch16_gap": ("B/16", _REGISTERS),
+    "naflexvit_base_patch16_par_gap": ("B/16", _REGISTERS | {"keep_aspect": True}),
+    "naflexvit_base_patch16_map": ("B/16", _SCALED | {"prefix_tokens": 1}),
+    "naflexvit_so150m2_patch16_reg1_gap": ("So150m2/16", _SCALED | {"prefix_tokens": 1, **_MEAN}),
+    "naflexvit_so150m2_patch16_reg1_map": ("So150m2/16", _SCALED | {"prefix_tokens": 1}),
+    "naflexvit_base_patch16_siglip": ("B/16", _TANH),
+    "naflexvit_so400m_patch16_siglip": ("So400m/16", _TANH),
+}
+_NAMED |= NAFLEXVIT
 HEADS = ("linear", "unit")
 _FLAGS = (
     *("bias", "qk_norm", "gated", "norm_embed", "norm_pooled", "norm_out"),
@@ -78,6 +140,9 @@ class NaViTConfig:
         norm_eps: what layer norms add to the variance: flat images tell 1e-5 from 1e-6.
         layer_scale: at first, the factor of each channel that a block adds, learned (CaiT); None
             adds blocks as they are. Deep models start near the identity with 1e-5.
+        prefix_tokens: learned tokens before the patches of each image, such as a class token and
+            registers, which find room in rows packed with as many. Pooling leaves them out, but for
+            ``"first"``, which takes the first of them.
         norm_embed: whether embedded patches are normalised before the blocks, as in CLIP.
         norm_pooled: whether the last norm comes after the pooling ``"mean"``, ``"max"`` or
             ``"first"`` instead of before it, as in CLIP and for means in timm.
@@ -109,6 +174,7 @@ class NaViTConfig:
     gated: bool = False
     norm_eps: float = 1e-5
     layer_scale: float | None = None
+    prefix_tokens: int = 0
     norm_embed: bool = False
     norm_pooled: bool = False
     norm_out: bool = True
@@ -127,6 +193,10 @@ class NaViTConfig:
             most = limits.get(name, 2**31 - 1)
             number = checks.whole_number(name, value, 1, most, "choose a usual size")
             object.__setattr__(self, name, number)  # the class is frozen
+        slots = checks.whole_number(
+            "prefix_tokens", self.prefix_tokens, 0, 2**15 - 2, "a class token and 4 registers are 5"
+        )
+        object.__setattr__(self, "prefix_tokens", slots)
         if self.dim % self.heads:
             expected = f"a multiple of {self.heads} (heads)"
             raise ValueError(checks.sentence("dim", self.dim, expected, "change dim or heads"))
@@ -154,8 +224,9 @@ class NaViTConfig:
             expected = f"a multiple of {parts} with position={self.position!r}"
             raise ValueError(checks.sentence("dim", self.dim, expected, "change dim or position"))
         # A head's channels turn in pairs, half of the pairs by y and half by x.
-        if self.position == "rotary" and self.dim // self.heads % 4:
-            found, expected = self.dim // self.heads, "a multiple of 4 with position='rotary'"
+        if self.position in ROTARY and self.dim // self.heads % 4:
+            found = self.dim // self.heads
+            expected = f"a multiple of 4 with position={self.position!r}"
             raise ValueError(checks.sentence("dim ÷ heads", found, expected, "change dim or heads"))
 
     def _check_stride(self) -> None:
@@ -183,11 +254,14 @@ class NaViTConfig:
 
         Args:
             name: "Ti", "S", "B", "L" or "So400m", a slash and the patch size. Or the name of an
-                encoder of SigLIP or SigLIP 2, such as "siglip2-base-patch16-naflex" or
-                "siglip-so400m-patch14-384": its shape, with weights that are to be trained;
+                encoder: of SigLIP or SigLIP 2, such as "siglip2-base-patch16-naflex" or
+                "siglip-so400m-patch14-384"; "dinov2-base" (small, large),
+                "dinov2-with-registers-base", "dinov3-vitb16" (s, l), "vit-base-patch16-224",
+                "clip-vit-base-patch32" (16, or large 14), or of timm, such as
+                "naflexvit_base_patch16_gap": its shape, with weights that are to be trained;
                 `packpipe.from_pretrained` has the trained ones.
             **options: other attributes; patch_size, dim, depth, heads and mlp_dim are the name's,
-                of SigLIP also the switches, which may be given otherwise.
+                of an encoder also the switches, which may be given otherwise.
 
         >>> NaViTConfig.preset("S/14", num_classes=10).dim
         384
@@ -202,12 +276,15 @@ class NaViTConfig:
                     raise ValueError(checks.sentence("name", name, expected, remedy))
                 switches = switches | {"max_side": int(side) // int(patch)}
             return cls.preset(f"{_SIGLIP_SIZES[size]}/{patch}", **switches | options)
+        if name in _NAMED:
+            size, switches = _NAMED[name]
+            return cls.preset(size, **switches | options)
         size, _, patch = name.partition("/")
-        if size not in PRESETS or not patch.isdecimal():
+        if size not in PRESETS | _OTHER_SIZES or not patch.isdecimal():
             known = ", ".join(PRESETS)
-            expected = f"one of {known} and a patch size, such as 'B/16', or a SigLIP's name"
+            expected = f"one of {known} and a patch size, such as 'B/16', or an encoder's name"
             raise ValueError(checks.sentence("name", name, expected, "or pass dim, depth, heads"))
-        dim, depth, heads, mlp_dim = PRESETS[size]
+        dim, depth, heads, mlp_dim = (PRESETS | _OTHER_SIZES)[size]
         return cls(
             patch_size=int(patch), dim=dim, depth=depth, heads=heads, mlp_dim=mlp_dim, **options
         )

@@ -11,6 +11,8 @@ from packpipe.loading.batch import PackedBatch
 def token_maps(batch: PackedBatch, values: Tensor) -> list[tuple[int, Tensor]]:
     """Return (example_index, map) of every segment: its tokens' values in their image's grid.
 
+    Prefix tokens have no place in it, and are left out.
+
     Args:
         batch: which tokens lie where.
         values: [B, L, ...], one entry a token, such as logits of a model without pooling.
@@ -28,9 +30,10 @@ def token_maps(batch: PackedBatch, values: Tensor) -> list[tuple[int, Tensor]]:
             start += length
             height, width = batch.grid_hw[row, number].tolist()
             grid = values.new_zeros(height, width, *values.shape[2:])
-            y, x = batch.coords[row, place].long().unbind(-1)
+            coords = batch.coords[row, place].long()
+            real = coords[:, 0] >= 0
             # By coordinates, since tokens may be dropped, and in any order.
-            filled = grid.index_put((y, x), values[row, place])
+            filled = grid.index_put(coords[real].unbind(-1), values[row, place][real])
             maps.append((int(batch.example_index[row, number]), filled))
     return maps
 

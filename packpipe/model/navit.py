@@ -13,7 +13,8 @@ Source: NaViT 2.1, 3.4, B.1.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,9 @@ from packpipe.model.attention import (
 )
 from packpipe.model.config import NaViTConfig
 from packpipe.model.pooling import AttentionPool, pool_plainly
-from packpipe.model.positions import is_indexed, position_embedding, rotate, rotation
+from packpipe.model.positions import ROTARY, is_indexed, position_embedding, rotate, rotation
 from packpipe.model.predict import predict
+from packpipe.model.prefix import check_prefix
 
 
 class NaViT(nn.Module):
@@ -61,7 +63,8 @@ class NaViT(nn.Module):
 
     Raises:
         ValueError: (on call) the patches are not of patch_size; or, on a CPU, an image has more
-            patches on an axis than the position table has places, or more tokens than longest.
+            patches on an axis than the position table has places, or more tokens than longest, or
+            the rows have not as many prefix tokens as the model.
     """
 
     def __init__(self, config: NaViTConfig) -> None:
@@ -78,6 +81,10 @@ class NaViT(nn.Module):
             antialias=config.antialias,
             keep_aspect=config.keep_aspect,
         )
+        self.prefix: nn.Parameter | None = None
+        if config.prefix_tokens:
+            self.prefix = nn.Parameter(torch.empty(config.prefix_tokens, dim))
+            nn.init.trunc_normal_(self.prefix, std=0.02)
         self.norm_embed = _norm(config) if config.norm_embed else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = _norm(config)
@@ -113,7 +120,7 @@ class NaViT(nn.Module):
     def pool_weights(self, batch: PackedBatch) -> Tensor:
         """Return how much each head of the pool looks at each token: [B, L, heads].
 
-        An image's weights sum to 1 in every head; padding has 0.
+        An image's weights sum to 1 in every head; padding and prefix tokens have 0.
 
         Raises:
             ValueError: the model does not pool by attention.
@@ -122,9 +129,9 @@ class NaViT(nn.Module):
             remedy = "make the model with pooling='attention'"
             raise ValueError(checks.sentence("pooling", self.config.pooling, "attention", remedy))
         x, tokens = self._encode(batch)
-        weights, _ = self.pool.weigh(self.norm(x), tokens)
-        ids = batch.segment_ids
-        return tokens.put_back(weights, *ids.shape) * (ids > 0)[..., None]
+        weights, _ = self.pool.weigh(self.norm(x), self._pooled(batch, tokens))
+        seen = (batch.segment_ids > 0) & (batch.coords[..., 0] >= 0)
+        return tokens.put_back(weights, *seen.shape) * seen[..., None]
 
     def _encode(
         self, batch: PackedBatch, paths: Tensor | None = None, longest: int | None = None
@@ -136,6 +143,13 @@ class NaViT(nn.Module):
         for block, path in zip(self.blocks, self._paths(paths, tokens), strict=True):
             x = block(x, tokens.attend, turn, path)
         return x, tokens
+
+    def _pooled(self, batch: PackedBatch, tokens: FlatTokens) -> FlatTokens:
+        """Return the tokens as they are pooled: prefix tokens count as padding."""
+        if self.prefix is None:
+            return tokens
+        is_prefix = tokens.take(batch.coords)[:, 0] < 0
+        return replace(tokens, segments=tokens.segments.masked_fill(is_prefix, len(tokens.starts)))
 
     def _paths(self, paths: Tensor | None, tokens: FlatTokens) -> Iterable[Tensor | None]:
         """Return for each block [T, 2], its two numbers for every token; None without paths."""
@@ -155,20 +169,27 @@ class NaViT(nn.Module):
         x = self.embed(pixels)  # [T, D] in -1..1 -> [T, C]
         stream = x.dtype
         coords = tokens.take(batch.coords).long()
+        # [B·S + 1, 2]: padding's segment is B·S, and its grid 0 × 0.
+        grids = F.pad(batch.grid_hw.flatten(0, 1).long(), (0, 0, 0, 1))[tokens.segments]
         if self.position is not None:
-            # [B·S + 1, 2]: padding's segment is B·S, and its grid 0 × 0.
-            grids = F.pad(batch.grid_hw.flatten(0, 1).long(), (0, 0, 0, 1))
-            x = x + self.position(coords, grids[tokens.segments], dtype)
+            # A place of the grid for prefix tokens, too: outside of it, weights may be 0 ÷ 0.
+            places = coords.masked_fill(coords[:, :1] < 0, 0)
+            x = x + self.position(places, grids, dtype)
+        if self.prefix is not None:
+            slots = coords[:, 1].clamp(max=len(self.prefix) - 1)  # of patches any
+            x = torch.where(coords[:, :1] < 0, F.embedding(slots, self.prefix), x)
         # Under autocast the blocks add up in half precision: half the bytes of every sum.
         x = self.norm_embed(x).to(stream)
-        if self.config.position == "rotary":
-            return x, rotation(coords, self.config.dim // self.config.heads, dtype)
-        return x, None
+        if self.config.position not in ROTARY:
+            return x, None
+        of = grids if self.config.position == "rotary_fractional" else None
+        return x, rotation(coords, of, self.config.dim // self.config.heads, dtype)
 
     def answer(self, x: Tensor, batch: PackedBatch, tokens: FlatTokens) -> Tensor:
         """Return the model's output, given the tokens [T, C] after all blocks."""
         if not self.config.norm_pooled:
             x = self.norm(x)
+        tokens = self._pooled(batch, tokens)
         if self.pool is not None:
             x = self.pool(x, tokens)  # [B·S, C]
         elif self.config.pooling != "none":
@@ -212,6 +233,7 @@ class NaViT(nn.Module):
             raise ValueError(checks.sentence("batch.patches.shape[-1]", found, expected, remedy))
         # On the CPU alone: reading a value back would stall a GPU and break a compiled graph.
         if batch.coords.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_prefix(batch, self.config.prefix_tokens)
             side = int(batch.grid_hw.max()) if batch.grid_hw.numel() else 0
             if is_indexed(self.config.position) and side > self.config.side:
                 expected = f"at most {self.config.side} patches an axis (max_side)"

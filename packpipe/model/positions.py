@@ -34,8 +34,10 @@ POSITIONS = (
     "learned_2d_fractional",
     "resized",
     "rotary",
+    "rotary_fractional",
     "none",
 )
+ROTARY = ("rotary", "rotary_fractional")
 # Places on each axis of a table if max_side is None; _SIDE for the other kinds.
 _SIDES = {"factorised_absolute": 1024, "learned_2d": 64, "learned_1d": 16, "resized": 16}
 _SIDE = 64
@@ -59,7 +61,7 @@ def position_embedding(position: str, dim: int, side: int, **resizing: Any) -> n
     """Return the module that maps (coords, grid_hw, dtype), the first two int[T, 2], to [T, C].
 
     Args:
-        position: one of `POSITIONS`; ``"rotary"`` and ``"none"`` add nothing and return None.
+        position: one of `POSITIONS`; rotary ones and ``"none"`` add nothing and return None.
         dim: C.
         side: places on each axis of a table; see each kind.
         **resizing: of `Resized`, for ``"resized"``.
@@ -264,17 +266,28 @@ class Sinusoidal(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1).to(dtype)
 
 
-def rotation(coords: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotation(
+    coords: Tensor, grid_hw: Tensor | None, head_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Return (cos, sin), each [T, 1, E/2], of 2-D rotary positions: half are of y, half of x.
+
+    Prefix tokens, whose y is -1, are not turned.
 
     Args:
         coords: int[T, 2].
+        grid_hw: int[T, 2], the grid of each token's image, for fractional ones: a grid's sides are
+            -1 and 1, and its patches' centres count, times 2π. None for the patch indices.
         head_dim: E, a multiple of 4.
         dtype: of the model; the angles are float32 at least.
 
-    Source: Heo et al., arXiv 2403.13298, axial frequencies.
+    Source: Heo et al., arXiv 2403.13298, axial frequencies; DINOv3, arXiv 2508.10104.
     """
     places = coords.to(_exact(dtype))
+    if grid_hw is not None:
+        # Padding's grid is 0 × 0, and NaN there would be everywhere after masked attention.
+        places = (2 * places + 1) / grid_hw.clamp(min=1) - 1
+        places = 2 * torch.pi * places
+    places = places.masked_fill(coords[:, :1] < 0, 0)
     angles = places[:, :, None] * _waves(_ROTARY_BASE, head_dim // 4, places)  # [T, 2, E/4]
     angles = angles.flatten(1)[:, None]  # [T, 1, E/2]: the same for all heads
     return angles.cos(), angles.sin()

@@ -16,6 +16,7 @@ from packpipe.loading.loader import PackedLoader
 from packpipe.model.config import NaViTConfig
 from packpipe.model.maps import token_maps
 from packpipe.model.precision import in_precision
+from packpipe.model.prefix import check_prefix
 from packpipe.planning.image_config import config_from
 
 
@@ -58,9 +59,10 @@ def predict(
         num_workers: threads that decode ahead.
         precision: of matrix products: ``"float32"``, ``"bfloat16"``, or ``"auto"``, which is
             bfloat16 on a GPU alone; None leaves it to a ``torch.autocast`` around the call.
-        **options: of `PackConfig`, such as ``resolution="budget", max_tokens=128``; patch_size is
-            the model's. A crop leaves the model its box of each image: ``CenterCrop()`` as usual in
-            evaluation; what is drawn, such as a `Crop`, is drawn by the number of the image.
+        **options: of `PackConfig`, such as ``resolution="budget", max_tokens=128``; patch_size and
+            prefix_tokens are the model's. A crop leaves the model its box of each image:
+            ``CenterCrop()`` as usual in evaluation; what is drawn, such as a `Crop`, is drawn by
+            the number of the image.
 
     Returns:
         [images, K] on the CPU; of a model without pooling a list of maps, [rows, columns, K] or,
@@ -70,10 +72,12 @@ def predict(
         ValueError: an image cannot be read, and the message has its number; an option is wrong, or
             would drop tokens; or the CPU has no instructions for bfloat16.
     """
-    config = config_from(seq_len, {"patch_size": model.config.patch_size, **options})
-    if config.patch_size != model.config.patch_size:
-        name, expected = "patch_size", f"{model.config.patch_size} (the model's)"
-        raise ValueError(checks.sentence(name, config.patch_size, expected, "leave it out"))
+    of_model = {name: getattr(model.config, name) for name in ("patch_size", "prefix_tokens")}
+    config = config_from(seq_len, of_model | options)
+    for name, own in of_model.items():
+        if (given := getattr(config, name)) != own:
+            expected = f"{own} (the model's)"
+            raise ValueError(checks.sentence(name, given, expected, "leave it out"))
     packs = image_packs(images, config)
     answers = predict_packs(
         model, packs, batch_size=batch_size, num_workers=num_workers, precision=precision
@@ -144,6 +148,7 @@ def predict_packs(
     try:
         with torch.inference_mode(), autocast:
             for batch in loader:
+                check_prefix(batch, model.config.prefix_tokens)
                 values = model(batch.to(device, non_blocking=True)).cpu()
                 if model.config.pooling == "none":
                     maps += [one for _, one in token_maps(batch, values)]

@@ -33,7 +33,7 @@ class Packing(Protocol):
 
 
 def pack_windows(
-    num_keep: NDArray[np.int32],
+    lens: NDArray[np.int32],
     order: NDArray[np.int64],
     config: Packing,
     key: Key,
@@ -46,7 +46,7 @@ def pack_windows(
     """Return (order, offsets) of the packs of every window, one window after the other.
 
     Args:
-        num_keep: int32[segments], tokens of each; segment s is a view of example s // views.
+        lens: int32[segments], tokens of each; segment s is a view of example s // views.
         order: int64[examples], positions of the examples in plan order.
         config: limits, strategy and window.
         key: (seed, epoch) of the order of the packs within a window.
@@ -57,14 +57,14 @@ def pack_windows(
         first_pack: number of the first pack. By its number a pack finds its place in its window.
 
     Returns:
-        int64[segments], positions in num_keep, pack by pack; and int64[packs + 1], where the packs
+        int64[segments], positions in lens, pack by pack; and int64[packs + 1], where the packs
         begin in it.
     """
     # What is packed is a segment, or all segments of an example as one.
     parts = views if together else 1
-    lengths = num_keep if parts == 1 else num_keep.reshape(-1, views).sum(1, dtype=np.int32)
+    lengths = lens if parts == 1 else lens.reshape(-1, views).sum(1, dtype=np.int32)
     most = config.max_segments
-    packed = np.empty(len(num_keep), np.int64)
+    packed = np.empty(len(lens), np.int64)
     ends = [np.zeros(1, np.int64)]
     num_packs = first_pack
     num_windows = -(-len(order) // config.window)

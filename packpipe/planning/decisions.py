@@ -9,7 +9,8 @@ view) only, so it can be made again for one image alone. In this order:
 3. The drop law gives the share of its tokens that is dropped (`dropping`). For a law that changes
    over training, progress is (epoch + p) ÷ epochs, where p in [0, 1) is the image's place in the
    epoch's order: the uniform number that images are sorted by, one for all views of an image.
-4. An image that would keep more than seq_len tokens is shrunk until it does not, at the same rate.
+4. An image that would keep more tokens than a pack has room for is shrunk until it does not, at the
+   same rate.
 
 Cost: about 0.1 µs per image, in pieces that stay in the cache.
 """
@@ -107,13 +108,13 @@ def decide(
         dropping.law("drop_rate", config.drop_rate), uniform(philox.DROP_RATE), num_tokens, progress
     )
     num_keep = dropping.num_kept(num_tokens, rates)
-    over = num_keep > config.seq_len
+    over = num_keep > config.room
     if over.any():
-        # The most tokens of which, at this rate, at most seq_len are kept; rounding the product may
+        # The most tokens of which, at this rate, a pack has room for; rounding the product may
         # still give one more, hence the minimum below.
-        most = np.minimum(limit, np.floor(config.seq_len / (1 - rates))).astype(np.int64)
+        most = np.minimum(limit, np.floor(config.room / (1 - rates))).astype(np.int64)
         _shrink(grids, num_tokens, over, law, image_hw, most)
-        num_keep = np.minimum(dropping.num_kept(num_tokens, rates), config.seq_len)
+        num_keep = np.minimum(dropping.num_kept(num_tokens, rates), config.room)
     kept, shrunk = num_keep.astype(np.int32), shrunk | over
     return Decisions(grids.astype(np.int16), kept, shrunk, drawn, rates, box)
 

@@ -75,11 +75,16 @@ class EpochPlan:
         """(seed, epoch), the key of all draws."""
         return Key(self.seed, self.epoch)
 
+    @property
+    def seq_lens(self) -> NDArray[np.int32]:
+        """int32[segments], what each takes of its pack: the tokens kept, and prefix tokens."""
+        return self.num_keep + np.int32(self.config.prefix_tokens)
+
     @cached_property
     def packs(self) -> Packs:
         """The packs, of numbers of segments."""
         limits = Limits(self.config.seq_len, self.config.max_segments)
-        return Packs(self.order, self.offsets, limits, None, chunks=[self.num_keep])
+        return Packs(self.order, self.offsets, limits, None, chunks=[self.seq_lens])
 
     @property
     def quality(self) -> Quality:

@@ -24,7 +24,7 @@ def evaluation_of(config: PackConfig) -> PackConfig:
     ('budget', 64, 0.0)
     """
     first, law = config.law_of(0), config.law_of(0).resolution
-    most = config.seq_len if first.max_tokens is None else min(first.max_tokens, config.seq_len)
+    most = config.room if first.max_tokens is None else min(first.max_tokens, config.room)
     changes: dict[str, Any] = {"max_tokens": None if first.max_tokens is None else most}
     if isinstance(law, Square):
         # Whole patches, no more than fit.

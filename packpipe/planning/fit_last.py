@@ -74,7 +74,8 @@ def _fit_some(
     # np.add.reduceat sums pack by pack; it would be wrong for an empty pack, and there is none.
     num_segments = np.diff(offsets)
     held = num_keep[order].astype(np.int64)
-    room = np.repeat(config.seq_len - np.add.reduceat(held, offsets[:-1]), num_segments)
+    taken = np.add.reduceat(held, offsets[:-1]) + num_segments * config.prefix_tokens
+    room = np.repeat(config.seq_len - taken, num_segments)
     # Capped in floats: a fit_limit may be larger than any integer.
     wanted = held + np.floor(np.minimum(room, held * config.fit_limit)).astype(np.int64)
     grids = grid_hw[order].astype(np.int64)

@@ -40,6 +40,7 @@ BEFORE: dict[str, Any] = {
     "views": 1,
     "views_together": False,
     "jpeg_edges": "padded",
+    "prefix_tokens": 0,
 }
 # By name, so that `from_dict` can make again what `to_dict` wrote.
 _LAWS = {
@@ -77,6 +78,7 @@ class PackOptions(TypedDict, total=False):
     views: int | tuple[View, ...]
     views_together: bool
     jpeg_edges: str
+    prefix_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,8 @@ class PackConfig:
             keep the aspect ratio) of a distribution; or `PixelRange`, the own size in whole blocks
             of patches, as Qwen-VL's models take it.
         max_tokens: most tokens of one image before dropping, 1..32767; a larger one is shrunk.
-            None: at most seq_len tokens are kept; with "budget", seq_len before dropping.
+            None: at most seq_len tokens are kept, less prefix_tokens; with "budget", as many before
+            dropping.
         max_upscale: most an image's sides may be enlarged by; None for no limit. "native" never
             enlarges, and `Square` and `PixelRange` do not allow this option.
         drop_rate: share of an image's tokens that is dropped, in [0, 1): a number, a distribution,
@@ -139,6 +142,9 @@ class PackConfig:
         jpeg_edges: a JPEG that is decoded at a fraction of its size may end in what its encoder
             padded it with. "clean" decodes such images at a finer fraction where the padding shows;
             "padded" takes them as they come, as versions without this option did.
+        prefix_tokens: slots before the patches of each segment, for a model that learns what stands
+            in them, such as a class token and registers (`NaViTConfig.prefix_tokens`). They count
+            in seq_len and ``seq_lens``; max_tokens, budgets and drop rates are of patches alone.
 
     Raises:
         TypeError: an option is of a wrong type.
@@ -169,6 +175,7 @@ class PackConfig:
     views: int | tuple[View, ...] = 1
     views_together: bool = False
     jpeg_edges: str = "clean"
+    prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
         limits = {
@@ -183,11 +190,16 @@ class PackConfig:
             # JSON.
             number = checks.whole_number(name, getattr(self, name), low, high, remedy)
             object.__setattr__(self, name, number)
+        remedy = "an image needs a token of its own"
+        slots = checks.whole_number(
+            "prefix_tokens", self.prefix_tokens, 0, self.seq_len - 1, remedy
+        )
+        object.__setattr__(self, "prefix_tokens", slots)
         drop_rate = dropping.canonical("drop_rate", self.drop_rate)
         object.__setattr__(self, "drop_rate", drop_rate)
         if self.max_tokens is not None:
             # An image that drops tokens may have more than a pack before dropping.
-            most = MAX_IMAGE_SEQ_LEN if self.drops else self.seq_len
+            most = MAX_IMAGE_SEQ_LEN if self.drops else self.room
             remedy = "an image must fit into a pack, so raise seq_len or lower max_tokens"
             limit = checks.whole_number("max_tokens", self.max_tokens, 1, most, remedy)
             object.__setattr__(self, "max_tokens", limit)
@@ -263,7 +275,7 @@ class PackConfig:
         if self.num_views == 1:
             expected = "False with one view"
             raise ValueError(checks.sentence("views_together", True, expected, "pass views=2"))
-        most = self.seq_len // self.num_views
+        most = self.seq_len // self.num_views - self.prefix_tokens
         remedy = "lower it, or raise seq_len"
         if isinstance(self.views, tuple):
             each = [(view.count, view.max_tokens) for view in self.views]
@@ -271,18 +283,23 @@ class PackConfig:
                 expected = "a number in every View, for views_together"
                 raise ValueError(checks.sentence("max_tokens", None, expected, remedy))
             total = sum(count * limit for count, limit in each if limit is not None)
-            if total > self.seq_len:
-                expected = f"at most {self.seq_len} (seq_len), for views_together"
+            room = self.seq_len - self.num_views * self.prefix_tokens
+            if total > room:
+                expected = f"at most {room} (seq_len{self._less()}), for views_together"
                 raise ValueError(
                     checks.sentence("max_tokens of all views", total, expected, remedy)
                 )
         elif self.max_tokens is None or self.max_tokens > most:
-            expected = f"at most {most} (seq_len ÷ {self.views} views), for views_together"
+            of = f"seq_len ÷ {self.views} views{self._less()}"
+            expected = f"at most {most} ({of}), for views_together"
             raise ValueError(checks.sentence("max_tokens", self.max_tokens, expected, remedy))
         if self.max_segments < self.num_views:
             expected = f"at least {self.num_views} (views), for views_together"
             remedy = "a row holds all views of an image"
             raise ValueError(checks.sentence("max_segments", self.max_segments, expected, remedy))
+
+    def _less(self) -> str:
+        return ", less prefix_tokens" if self.prefix_tokens else ""
 
     def __repr__(self) -> str:
         told = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._told())
@@ -345,7 +362,12 @@ class PackConfig:
             return self.max_tokens
         # "budget" enlarges every image to its budget, so there it cannot be unlimited.
         unlimited = self.drops and self.resolution != "budget"
-        return MAX_IMAGE_SEQ_LEN if unlimited else self.seq_len
+        return MAX_IMAGE_SEQ_LEN if unlimited else self.room
+
+    @property
+    def room(self) -> int:
+        """Most patches that one image may keep: seq_len less prefix_tokens."""
+        return self.seq_len - self.prefix_tokens
 
     @property
     def longest(self) -> int:

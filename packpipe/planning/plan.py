@@ -104,7 +104,7 @@ def plan_epoch(
             order = order_later.result()
     grid_hw, num_keep, num_shrunk = decided
     order, offsets = pack_windows(
-        num_keep,
+        num_keep + np.int32(config.prefix_tokens),
         order,
         config,
         key,

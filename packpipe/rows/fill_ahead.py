@@ -79,7 +79,7 @@ def filled_ahead(
         waiting: deque[_Batch] = deque()
         for number, packs in enumerate(batches):
             planned = planned_images(plan, packs, labels, weight)
-            tokens = planned_tokens(planned, key)
+            tokens = planned_tokens(planned, config, key)
             # Three parts of the shared memory, used in turn. This batch overwrites the one three
             # before it, which the caller no longer uses: it has asked for another one since.
             first = number % _BATCHES * most

@@ -84,7 +84,7 @@ def planned_images(
     members, views = plan.order[places], plan.config.num_views
     images = members if views == 1 else members // views
     segments: dict[str, Any] = {
-        "seq_lens": plan.num_keep[members],
+        "seq_lens": plan.seq_lens[members],
         "grid_hw": plan.grid_hw[members],
         "image_hw": plan.image_hw[images],
         "example_index": plan.index[images],
@@ -134,7 +134,7 @@ def fill_rows(
         ValueError: an image's size is not the planned one; names the example and both sizes.
         RuntimeError, TypeError, ValueError: transform raised an error, or returned no such pixels.
     """
-    tokens = planned_tokens(planned, key)
+    tokens = planned_tokens(planned, config, key)
     # `fill_row` writes every byte of a row, zeros in padding, so nothing is cleared here.
     patches = np.empty((len(planned), config.seq_len, config.patch_bytes), np.uint8)
     rules, target_rules = pixel_rules(config), None if masks is None else masks.rules
@@ -150,17 +150,26 @@ def fill_rows(
     return filled_rows(planned, tokens, patches, outcomes, targets)
 
 
-def planned_tokens(planned: Rows, key: Key) -> NDArray[np.int32]:
-    """Return int32[tokens], which patches of its grid each segment keeps, segment by segment."""
+def planned_tokens(planned: Rows, config: PackConfig, key: Key) -> NDArray[np.int32]:
+    """Return int32[tokens], which patches of its grid each segment keeps, segment by segment.
+
+    Prefix tokens come first: ~k, which is below 0, for the k-th of a segment.
+    """
     # Drawn again from the key and example_index instead of stored: a plan takes about 50 bytes an
     # image, whatever it keeps.
-    return kept_tokens(
+    num_keep, slots = planned.seq_lens - config.prefix_tokens, config.prefix_tokens
+    kept = kept_tokens(
         key,
         index=planned.example_index,
         num_tokens=planned.grid_hw.astype(np.int64).prod(axis=1),
-        num_keep=planned.seq_lens,
+        num_keep=num_keep,
         view=planned.views,
     )
+    if not slots:
+        return kept
+    firsts = np.cumsum(num_keep, dtype=np.int64) - num_keep
+    prefixes = np.tile(~np.arange(slots, dtype=np.int32), len(firsts))
+    return np.insert(kept, np.repeat(firsts, slots), prefixes)
 
 
 def row_tasks(
@@ -185,8 +194,9 @@ def row_tasks(
 
     def task(at: int) -> ImageTask:
         rows, columns = grids[at]
+        own = tokens[ends[at] - lens[at] : ends[at]]
         # None for a whole grid, which `patchify` writes in one pass.
-        kept = None if lens[at] == rows * columns else tokens[ends[at] - lens[at] : ends[at]]
+        kept = None if len(own) == rows * columns and own[0] >= 0 else own
         # Read when its turn comes, so memory does not hold all the images of a batch.
         data = partial(_read, read_image, examples[at])
         box = None if boxes is None else tuple(boxes[at])
@@ -268,4 +278,8 @@ def token_columns(
     coords = np.zeros((len(planned) * seq_len, 2), np.int16)
     coords[places, 0] = tokens // columns
     coords[places, 1] = tokens % columns
+    if (tokens < 0).any():
+        prefix = np.flatnonzero(tokens < 0)
+        coords[places[prefix], 0] = -1
+        coords[places[prefix], 1] = ~tokens[prefix]
     return segment_ids.reshape(-1, seq_len), coords.reshape(-1, seq_len, 2)

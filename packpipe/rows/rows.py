@@ -33,12 +33,13 @@ class Rows:
     """Packed rows: columns of tokens and of segments, also as attributes: ``rows.patches``.
 
     Of images: ``patches`` uint8[rows, seq_len, P·P·3], ``coords`` int16[rows, seq_len, 2], (y, x)
-    in the image's patch grid; ``grid_hw`` int16[segments, 2], patches of the full grid,
-    ``image_hw`` int32[segments, 2], upright source size in pixels; ``box`` int32[segments, 4], what
-    it was cropped to in pixels (top, left, height, width), if it was; ``view`` int32[segments],
-    which of the image's views, if there are several of each; ``weight`` float32[segments], what
-    each counts in the loss, and ``labels``, if there are. ``targets`` uint8 or uint16[rows,
-    seq_len, T], if there are: the classes of the T cells of each patch (`packpipe.images.masks`).
+    in the image's patch grid or, of a segment's k-th prefix token, (-1, k); ``grid_hw``
+    int16[segments, 2], patches of the full grid, ``image_hw`` int32[segments, 2], upright source
+    size in pixels; ``box`` int32[segments, 4], what it was cropped to in pixels (top, left, height,
+    width), if it was; ``view`` int32[segments], which of the image's views, if there are several of
+    each; ``weight`` float32[segments], what each counts in the loss, and ``labels``, if there are.
+    ``targets`` uint8 or uint16[rows, seq_len, T], if there are: the classes of the T cells of each
+    patch (`packpipe.images.masks`).
     Of token sequences: the source's columns of tokens, ``position_ids`` int32[rows, seq_len], 0, 1,
     ... within the segment; ``fragment`` int32[segments], which piece of its sequence, and the
     source's other columns.
@@ -96,6 +97,16 @@ class Rows:
         row_starts = np.arange(len(self)) * seq_len - before[self.offsets[:-1]]
         places: NDArray[np.int64] = before[:-1] + np.repeat(row_starts, self.num_segments)
         return places
+
+    def patch_places(self, seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return int64[segments] twice, where each one's patches begin, and how many there are.
+
+        Prefix tokens, as many in each segment, come before them.
+        """
+        slots = int((self.tokens["coords"][..., 0] < 0).sum()) // max(1, len(self.numbers))
+        return self.first_places(seq_len) + slots, self.segments["seq_lens"].astype(
+            np.int64
+        ) - slots
 
     def keep(self, kept: NDArray[np.bool_]) -> Rows:
         """Return these rows of the segments for which kept: bool[segments] is true.

@@ -7,7 +7,8 @@ buffers and read as views of Arrow's.
 =================  ===============================  =========================================
 patches            fixed_size_list<uint8>[L·D]      row, column, channel within a patch
 segment_ids        fixed_size_list<int32>[L]        1, 2, ... in row order; 0 is padding
-coords             fixed_size_list<int16>[2L]       (y, x) of the token in its patch grid
+coords             fixed_size_list<int16>[2L]       (y, x) of the token in its patch grid;
+                                                    (-1, k) of prefix token k
 targets            fixed_size_list<uint8>[L·T]      classes of the T cells of each patch, by row and
                    or uint16                        column; the largest number (255, 65535) where
                                                     there is none; absent without a mask column

@@ -206,8 +206,9 @@ def _difference(model: _OfArrays, batch: dict[str, Any], exported: OnnxModel) ->
 
 def _check_seq_len(seq_len: int, options: RunOptions) -> None:
     """Raise ValueError if images would be made smaller to fit, and be answered otherwise."""
-    if seq_len < options.max_tokens:
-        expected = f"at least {options.max_tokens}, the tokens of an image"
+    least = options.max_tokens + options.packing.prefix_tokens
+    if seq_len < least:
+        expected = f"at least {least}, the tokens of an image"
         remedy = "leave it out, or give images of fewer max_tokens"
         raise ValueError(checks.sentence("seq_len", seq_len, expected, remedy))
 
@@ -217,9 +218,11 @@ def _check_exportable(model: NaViT, packing: PackConfig) -> None:
         expected, remedy = "'NaViT'", "export other models with torch.onnx.export"
         raise TypeError(checks.sentence("type(model)", type(model).__name__, expected, remedy))
     check_whole(packing)
-    if packing.patch_size != model.config.patch_size:
-        name, expected = "patch_size of the options", f"{model.config.patch_size} (the model's)"
-        raise ValueError(checks.sentence(name, packing.patch_size, expected, "give its own"))
+    for name in ("patch_size", "prefix_tokens"):
+        own, expected = getattr(packing, name), f"{getattr(model.config, name)} (the model's)"
+        if own != getattr(model.config, name):
+            what = f"{name} of the options"
+            raise ValueError(checks.sentence(what, own, expected, "give its own"))
     size = sum(4 * weight.numel() for weight in model.parameters())
     if size > _MOST_WEIGHT_BYTES:
         expected = f"at most {_MOST_WEIGHT_BYTES}, since one ONNX file holds less than 2 GiB"

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from packpipe import checks
 from packpipe.loading.batch import PackedBatch
 from packpipe.model.config import NaViTConfig
+from packpipe.model.prefix import check_prefix
 from packpipe.rows.labels import label_values
 from packpipe.rows.rows import NO_LABEL
 from packpipe.training.losses import (
@@ -74,8 +75,10 @@ def check_batch(batch: PackedBatch, config: NaViTConfig, loss: Callable[..., Ten
         loss: one of `LOSSES`.
 
     Raises:
-        ValueError: of `labels_in` and `check_comparable`.
+        ValueError: of `labels_in` and `check_comparable`; or the rows have other prefix tokens than
+            the model.
     """
+    check_prefix(batch, config.prefix_tokens)
     if is_dense(config):
         _check_cells(_targets(batch, config), config.num_classes)
     else:

@@ -21,10 +21,11 @@ log = logging.getLogger(__name__)
 def layers_of(model: NaViT) -> list[list[nn.Parameter]]:
     """Return a model's parameters from its input to its output.
 
-    Patch embedding and positions, then each block, then what comes after the blocks.
+    Patch embedding, prefix tokens and positions, then each block, then what comes after the blocks.
     """
     first = [model.embed, model.norm_embed, *([] if model.position is None else [model.position])]
     layers = [[p for part in first for p in part.parameters()]]
+    layers[0] += [] if model.prefix is None else [model.prefix]
     layers += [list(block.parameters()) for block in model.blocks]
     known = {id(p) for layer in layers for p in layer}
     return [*layers, [p for p in model.parameters() if id(p) not in known]]

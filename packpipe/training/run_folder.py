@@ -61,7 +61,7 @@ class RunOptions:
         if isinstance(self.packing.resolution, Square):
             side = isqrt(tokens) * self.packing.patch_size
             changes = {"resolution": Square(Constant(side))}
-        seq_len = max(self.packing.seq_len, tokens)
+        seq_len = max(self.packing.seq_len, tokens + self.packing.prefix_tokens)
         return replace(self, packing=replace(self.packing, seq_len=seq_len, **changes))
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,8 +164,8 @@ def load_model(
     model = model_of(folder, best=True, num_classes=num_classes, attention=attention)
     if known is None:
         log.warning("%s has no %s: classes have no names, images get 256 tokens", folder, _NAME)
-        patch_size = model.config.patch_size
-        packing = PackConfig(patch_size=patch_size, resolution="budget", max_tokens=256)
+        own = {name: getattr(model.config, name) for name in ("patch_size", "prefix_tokens")}
+        packing = PackConfig(resolution="budget", max_tokens=256, **own)
         known = RunOptions(packing=packing)
     if num_classes is not None:
         known = replace(known, class_names=None, label_column=None)

@@ -99,7 +99,8 @@ class ImageChecks:
         yield f"a view that is none of {config.num_views}", rows_with(segments, no_view)
         no_grid = np.minimum(grids, segments.image_hw).min(axis=1, initial=1) < 1
         yield "a size or a grid below 1", rows_with(segments, no_grid)
-        outside = (lens < 1) | (lens > grids.astype(np.int64).prod(axis=1))
+        kept = lens - config.prefix_tokens
+        outside = (kept < 1) | (kept > grids.astype(np.int64).prod(axis=1))
         what = "a segment with no token, or with more than its grid has"
         yield what, rows_with(segments, outside)
         # Sizes below 1 cannot be planned again.
@@ -114,10 +115,10 @@ class ImageChecks:
             index=segments.example_index,
             view=segments.views,
         )
-        differs = (grids != grid_hw).any(axis=1) | (lens != num_keep)
+        differs = (grids != grid_hw).any(axis=1) | (kept != num_keep)
         if config.fit_last is not None:  # may have enlarged the last segment of a row
             last = segments.offsets[1:][segments.num_segments > 0] - 1
-            differs[last] = lens[last] < num_keep[last]
+            differs[last] = kept[last] < num_keep[last]
         what = "a grid or a number of tokens that its size does not give"
         yield what, rows_with(segments, differs)
 
@@ -139,7 +140,7 @@ class ImageChecks:
         if "patches" not in rows.column_names:
             return
         found = schema.table_rows(rows)
-        tokens = planned_tokens(segments, self.key)
+        tokens = planned_tokens(segments, self.config, self.key)
         segment_ids, coords = token_columns(segments, tokens, self.config.seq_len)
         differing = (found.segment_ids != segment_ids).any(axis=1)
         yield "segment_ids are not those of seq_lens", differing

@@ -166,11 +166,12 @@ class ImageComparison:
         index = np.repeat(index, views)
         image_hw = sizes.image_hw[index]
         grid_hw, num_keep, _ = decide_all(image_hw, self.config, self.key, index=index, view=view)
-        segments = {"seq_lens": num_keep, "grid_hw": grid_hw, "image_hw": image_hw}
+        lens = num_keep + np.int32(self.config.prefix_tokens)
+        segments = {"seq_lens": lens, "grid_hw": grid_hw, "image_hw": image_hw}
         segments |= {"example_index": index, "view": view}
         segments = with_boxes(segments, self.config, self.key)
         alone = Rows(np.arange(len(index) + 1), segments)
-        tokens = planned_tokens(alone, self.key)
+        tokens = planned_tokens(alone, self.config, self.key)
         tasks = row_tasks(alone, tokens, self._source, self._masks)
         out = np.empty((self.config.seq_len, self.config.patch_bytes), np.uint8)
         lost = []
@@ -290,7 +291,8 @@ def _pixel_difference(
     start = int(rows.seq_lens[:number].sum())
     span = slice(start, start + int(rows.seq_lens[number]))
     # y · columns + x is the number of a token in raster order.
-    kept = (rows.coords[0, span] @ np.array([grid_hw[1], 1])).astype(np.int32)
+    places = rows.coords[0, span].astype(np.int32)
+    kept = np.where(places[:, 0] < 0, ~places[:, 1], places @ np.array([grid_hw[1], 1], np.int32))
     size = tuple(rows.image_hw[number].tolist())
     box = tuple(rows.box[number].tolist()) if "box" in rows.segments else None
     found = rows.patches[0, span]

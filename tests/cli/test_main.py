@@ -114,13 +114,14 @@ def test_what_is_packed_is_said_and_packed_again_in_no_time(few, tmp_path):
 def test_options_reach_the_configuration(few, tmp_path):
     options = ["--patch-size", 32, "--sides", 64, 128, "--drop-rate", 0.5, "--max-segments", 3]
     options += ["--strategy", "bfd", "--seed", 3, "--epoch", 2, "--label-column", "none"]
-    options += ["--value-range", "-1", "2.5"]
+    options += ["--value-range", "-1", "2.5", "--prefix-tokens", 5]
     told("pack", few, tmp_path / "a", "--seq-len", 64, *options)
     found = json.loads((tmp_path / "a" / "manifest.json").read_text())
     assert (found["seed"], found["epoch"], found["label_column"]) == (3, 2, None)
     config = found["config"]
     assert (config["patch_size"], config["drop_rate"], config["max_segments"]) == (32, 0.5, 3)
     assert (config["strategy"], config["value_range"]) == ("bfd", [-1.0, 2.5])
+    assert config["prefix_tokens"] == 5
     assert "Side" in str(config["resolution"])
     # The values by which rows were made before there were these options are not told.
     assert (config["profiles"], config["damaged_scans"]) == ("srgb", "reject")

@@ -410,7 +410,7 @@ def test_what_is_not_known_is_refused(settings, message, tmp_path):
         ),
         (
             {"do_center_crop": True, "crop_size": 4},
-            "do_center_crop is True, expected False; packed",
+            "size is None, expected a shortest_edge; write the one",
         ),
         ({"do_pad": True}, "image processor's do_pad is True, expected False; packed images are"),
         ({"patch_size": 4}, "processor's patch_size is 4, expected 2 (the model's); take the proc"),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from packpipe.model.positions import POSITIONS, position_embedding
+from packpipe.model.positions import POSITIONS, ROTARY, position_embedding
 
-ADDED = [name for name in POSITIONS if name not in ("rotary", "none")]
+ADDED = [name for name in POSITIONS if name not in (*ROTARY, "none")]
 RESIZING = {"resize": "bicubic", "antialias": True, "keep_aspect": False}
 
 

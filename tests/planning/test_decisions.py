@@ -73,7 +73,7 @@ def test_every_image_keeps_a_token_and_fits_into_a_pack(case):
     tokens = grids[:, 0] * grids[:, 1]
     assert (grids >= 1).all()
     assert (found.num_keep >= 1).all()
-    assert (found.num_keep <= config.seq_len).all()
+    assert (found.num_keep <= config.room).all()
     assert (found.num_keep <= tokens).all()
     assert (tokens <= config.token_limit).all()
     if not config.drops:
@@ -95,7 +95,7 @@ def test_squares_are_square_however_far_they_are_shrunk_and_much_is_dropped(case
     sides = found.grid_hw[:, 0].astype(int)
     assert (found.grid_hw[:, 1] == sides).all()
     assert (sides**2 <= config.token_limit).all()
-    assert (found.num_keep <= config.seq_len).all()
+    assert (found.num_keep <= config.room).all()
     rounded = np.maximum(np.rint(found.drawn / config.patch_size), 1)
     assert (sides[~found.shrunk] == rounded[~found.shrunk]).all()
     assert (sides[found.shrunk] < rounded[found.shrunk]).all()
@@ -209,13 +209,13 @@ def test_an_image_over_seq_len_is_shrunk_at_the_same_rate_and_only_as_far_as_nee
     found = decided(sizes, config, key)
     room = replace(config, seq_len=2**15 - 1, max_tokens=config.token_limit)
     free = decided(sizes, room, key)
-    over = free.num_keep > config.seq_len
+    over = free.num_keep > config.room
     assume(over.any())
     assert found.shrunk[over].all()
     for i in np.flatnonzero(over):
         # A larger scale's grid would keep too many, at this rate.
         assert found.drop_rate[i] == free.drop_rate[i]
-        most = int(np.floor(config.seq_len / (1 - found.drop_rate[i])))
+        most = int(np.floor(config.room / (1 - found.drop_rate[i])))
         shown = naive.shown_hw(sizes[i], config, *key, i)
         wanted = naive.largest_grid(*shown, config, min(most, config.token_limit))
         assert tuple(found.grid_hw[i].tolist()) == wanted

@@ -108,7 +108,7 @@ def test_only_the_last_image_of_a_pack_grows_and_nobody_changes_packs(case):
 def test_growth_stays_within_the_pack_the_limits_and_the_grid(case):
     _, config, _ = case
     plan, plain, grid_hw, num_keep = planned(case)
-    assert all(plan.num_keep[pack].sum() <= config.seq_len for pack in plan)
+    assert all(plan.seq_lens[pack].sum() <= config.seq_len for pack in plan)
     growth = plan.num_keep - num_keep
     assert (growth <= num_keep * config.fit_limit).all()
     assert (plan.num_keep <= tokens_of(plan.grid_hw)).all()
@@ -140,9 +140,9 @@ def test_no_padding_is_left_where_one_image_may_keep_enough(case):
     config = replace(config, fit_last="drop_rate")
     plan, _, grid_hw, num_keep = planned((sizes, config, key))
     may_grow = np.minimum(np.floor(num_keep * config.fit_limit), tokens_of(grid_hw) - num_keep)
-    room = [config.seq_len - num_keep[pack].sum() for pack in plan]
+    room = [config.seq_len - (num_keep[pack] + config.prefix_tokens).sum() for pack in plan]
     largest = [may_grow[pack].max() for pack in plan]
-    left = [config.seq_len - plan.num_keep[pack].sum() for pack in plan]
+    left = [config.seq_len - plan.seq_lens[pack].sum() for pack in plan]
     assert left == [max(0, a - b) for a, b in zip(room, largest, strict=True)]
 
 

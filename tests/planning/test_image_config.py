@@ -356,6 +356,27 @@ BAD = [
         ),
     ),
     (
+        {"prefix_tokens": 1024},
+        ValueError,
+        "prefix_tokens is 1024, expected an integer in 0..1023; an image needs a token of its own",
+    ),
+    (
+        {"prefix_tokens": 5, "max_tokens": 1020},
+        ValueError,
+        (
+            "max_tokens is 1020, expected an integer in 1..1019; an image must fit into a pack, so "
+            "raise seq_len or lower max_tokens"
+        ),
+    ),
+    (
+        {"prefix_tokens": 5, "max_tokens": 508, "views": 2, "views_together": True},
+        ValueError,
+        (
+            "max_tokens is 508, expected at most 507 (seq_len ÷ 2 views, less prefix_tokens), for "
+            "views_together; lower it, or raise seq_len"
+        ),
+    ),
+    (
         {"jpeg_edges": "soft"},
         ValueError,
         "jpeg_edges is 'soft', expected one of 'clean', 'padded'; choose what becomes of them",
@@ -402,7 +423,8 @@ def test_an_unknown_option_is_refused():
         "option is 'patchsize', expected one of seq_len, patch_size, crop, resolution, max_tokens, "
         "max_upscale, drop_rate, epochs, fit_last, fit_limit, max_segments, strategy, window, "
         "background, reducing_gap, downscale_filter, upscale_filter, max_pixels, profiles, "
-        "damaged_scans, value_range, views, views_together, jpeg_edges; check its spelling"
+        "damaged_scans, value_range, views, views_together, jpeg_edges, "
+        "prefix_tokens; check its spelling"
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         config_from(64, {"patch_size": 8, "patchsize": 8})
@@ -474,6 +496,7 @@ def test_every_field_is_written_and_read_back():
         views=2,
         views_together=True,
         value_range=(0, 1),
+        prefix_tokens=5,
     )
     assert list(config.to_dict()) == FIELDS
     assert PackConfig.from_dict(config.to_dict()) == config

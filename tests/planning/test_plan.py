@@ -35,7 +35,7 @@ def test_every_image_lands_in_exactly_one_pack_within_the_limits(sizes, config, 
     packs = packs_of(plan)
     assert sorted(image for pack in packs for image in pack) == list(range(len(sizes)))
     assert all(1 <= len(pack) <= config.max_segments for pack in packs)
-    assert all(plan.num_keep[pack].sum() <= config.seq_len for pack in packs)
+    assert all(plan.seq_lens[pack].sum() <= config.seq_len for pack in packs)
     tokens = plan.grid_hw.astype(int).prod(axis=1)
     assert plan.num_keep.min() >= 1
     assert tokens.max() <= config.token_limit
@@ -97,7 +97,7 @@ def test_a_plan_is_the_naive_one(sizes, config, key, data):
     ]
     grids, keeps, shrunk = zip(*decided, strict=True)
     packs = naive.plan(
-        keeps,
+        [keep + config.prefix_tokens for keep in keeps],
         index,
         config.seq_len,
         rule=RULES[config.strategy],
@@ -313,7 +313,7 @@ def test_the_arrays_have_the_widths_they_are_stored_in(plan):
 def test_attention_work_is_the_sum_of_squared_lengths(sizes, config, key):
     plan = plan_epoch(sizes, config, seed=key[0], epoch=key[1])
     wanted = [
-        sum(int(plan.num_keep[i]) ** 2 for i in plan.packs[pack]) for pack in range(len(plan))
+        sum(int(plan.seq_lens[i]) ** 2 for i in plan.packs[pack]) for pack in range(len(plan))
     ]
     assert plan.packs.attention_work.tolist() == wanted
     assert plan.packs.attention_work.dtype == np.int64
@@ -626,6 +626,7 @@ OPTIONS = {
     "value_range": (0, 1),
     "views": 2,
     "jpeg_edges": "padded",
+    "prefix_tokens": 2,
 }
 TWO = {"views": 2, "max_tokens": 9}
 
@@ -644,7 +645,7 @@ def test_any_change_gives_another_fingerprint():
         ([*sizes[:-2], sizes[-1], sizes[-2]], config, (seed, epoch)),
     ]
     found = {of(case).fingerprint for case in [DROPPED, *changed]}
-    assert len(found) == 1 + len(changed) == 31
+    assert len(found) == 1 + len(changed) == 32
     moved = plan_epoch(sizes, config, seed=seed, epoch=epoch, index=range(1, 61))
     assert moved.fingerprint not in found
 

@@ -1,0 +1,168 @@
+"""timm's NaFlexViT: its files become models with its outputs and gradients."""
+
+import json
+import re
+from dataclasses import replace
+
+import packed
+import pytest
+import torch
+from laws import close
+
+from packpipe import NaViTConfig, PackConfig, from_pretrained
+from packpipe.model.config import NAFLEXVIT
+
+CASE = packed.RowSet(lens=[[1] * 4, [20, 1, 7, 3], [30]], seq_len=33, max_segments=4)
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": packed.PATCH_SIZE}
+MEAN, STD = [0.48, 0.45, 0.4], [0.23, 0.25, 0.28]
+SLOTS = {
+    "naflexvit_base_patch16_siglip": 0,
+    "naflexvit_base_patch16_map": 1,
+    "naflexvit_base_patch16_par_gap": 4,
+    "naflexvit_so150m2_patch16_reg1_gap": 1,
+}
+
+
+NAMES = []  # of operators, for as long as they are read
+
+
+@pytest.fixture(scope="module")
+def timm():
+    """The package; it imports torchvision, whose operators may not load beside this torch."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pytest.skip("timm needs torchvision")
+    except RuntimeError:  # operator torchvision::nms does not exist; its name is all that is read
+        NAMES.append(torch.library.Library("torchvision", "DEF"))
+        NAMES[0].define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return pytest.importorskip("timm")
+
+
+def saved(timm, folder, name, num_classes=0, **options):
+    """Save a model of random weights as timm does; return it."""
+    torch.manual_seed(1)
+    model = timm.create_model(name, num_classes=num_classes, **SMALL | options)
+    with torch.no_grad():
+        for of, weight in model.named_parameters():
+            weight.copy_(torch.randn_like(weight) * (0.15 if weight.ndim > 1 else 0.3))
+            if "norm" in of and of.endswith("weight"):
+                weight.add_(1)
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": MEAN, "std": STD}
+    model.pretrained_cfg["input_size"] = (3, 8, 8)
+    timm.models.save_for_hf(
+        model.eval(), folder, model_args=SMALL | options, safe_serialization=True
+    )
+    return model
+
+
+def theirs(model, batch):
+    """The outputs of each image alone, in the order of the images."""
+    found = []
+    mean, std = (torch.tensor(v).repeat(packed.PATCH_SIZE**2) for v in (MEAN, STD))
+    for _, _, one in packed.alone(batch):
+        real = one.coords[0, :, 0] >= 0
+        patches = (one.patches[:, real].float() / 255 - mean) / std
+        given = {"patches": patches, "patch_coord": one.coords[:, real].long()}
+        valid = torch.ones(1, patches.shape[1], dtype=torch.bool)
+        found.append(model({**given, "patch_valid": valid}))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_outputs_and_gradients_are_the_originals(name, timm, tmp_path):
+    original = saved(timm, tmp_path, name)
+    model, packing = from_pretrained(tmp_path)
+    slots = SLOTS[name]
+    assert model.config.prefix_tokens == packing.prefix_tokens == slots
+    batch = packed.batch_of(CASE, prefix_tokens=slots)
+    outputs, wanted = model(batch)[batch.present], theirs(original, batch)
+    assert outputs.shape == (9, 32)
+    assert close(outputs, wanted, 1e-5)
+    assert wanted.std(0).min() > 0.01
+    slope = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
+    for values in (outputs, wanted):
+        (values * slope).sum().backward()
+    own, other = dict(model.named_parameters()), dict(original.named_parameters())
+    for ours, of in {
+        "position.table": "embeds.pos_embed",
+        "blocks.0.widen.weight": "blocks.0.mlp.fc1.weight",
+        "blocks.1.project.weight": "blocks.1.attn.proj.weight",
+        **({"prefix": "embeds.reg_token"} if slots else {}),
+    }.items():
+        assert close(own[ours].grad, other[of].grad.view_as(own[ours]), 1e-5), ours
+    assert all(one.grad.abs().sum() > 0 for one in own.values())
+
+
+def test_an_image_does_not_see_its_neighbours(timm, tmp_path):
+    saved(timm, tmp_path, "naflexvit_base_patch16_map")
+    model, _ = from_pretrained(tmp_path)
+    batch = packed.batch_of(CASE, prefix_tokens=1)
+    pixels = batch.patches.clone()
+    own = (batch.segment_ids[1] == 1) & (batch.coords[1, :, 0] >= 0)
+    pixels[1, own] = 255 - pixels[1, own]
+    with torch.no_grad():
+        before, after = model(batch), model(replace(batch, patches=pixels))
+    others = batch.present.clone()
+    others[1, 0] = False
+    assert others.sum() == 8
+    assert torch.equal(before[others], after[others])
+    assert not close(before[1, 0], after[1, 0], 1e-3)
+    turned = type(batch)(**{name: value.flip(0) for name, value in batch.items()})
+    with torch.no_grad():
+        assert close(model(turned).flip(0)[batch.present], before[batch.present], 1e-6)
+
+
+def test_its_head_and_its_packs_come_along(timm, tmp_path):
+    original = saved(timm, tmp_path, "naflexvit_base_patch16_gap", 7, mlp_ratio=2.0, reg_tokens=2)
+    model, packing = from_pretrained(tmp_path)
+    batch = packed.batch_of(CASE, prefix_tokens=2)
+    outputs = model(batch)[batch.present]
+    assert outputs.shape == (9, 7)
+    assert close(outputs, theirs(original, batch), 1e-5)
+    assert packing == PackConfig(
+        seq_len=1026,  # 57 images of 16 patches and two registers
+        patch_size=2,
+        prefix_tokens=2,
+        resolution="budget",
+        max_tokens=16,
+        reducing_gap=None,
+        profiles="ignore",
+    )
+    other, _ = from_pretrained(tmp_path, num_classes=3)
+    assert other.head.weight.shape == (3, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architecture": "naflexvit_base_patch16_parfac_gap"},
+            "patch16_parfac_gap', expected one",
+        ),
+        ({"model_args": {"class_token": True}}, "an option in model_args in config.json is 'class"),
+        ({"model_args": {"in_chans": 1}}, "in_chans in config.json is 1, expected 3; packed image"),
+        ({"global_pool": "map"}, "global_pool in config.json is 'map', expected that of the arch"),
+        ({"model_args": {"depth": 0}}, "depth is 0, expected an integer in 1..2147483647; choose"),
+    ],
+)
+def test_what_is_not_known_is_refused(change, message, tmp_path):
+    settings = {"architecture": "naflexvit_base_patch16_gap", "num_classes": 0, **change}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "model.safetensors").write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", NAFLEXVIT)
+def test_presets_have_the_shapes_of_the_encoders(name, timm):
+    with torch.device("meta"):
+        original = timm.create_model(name, num_classes=0, depth=1)
+    shape = NaViTConfig.preset(name, num_classes=None)
+    (block,) = original.blocks
+    assert (shape.dim, shape.heads) == (original.embed_dim, block.attn.num_heads)
+    assert shape.mlp_width == block.mlp.fc1.out_features
+    assert shape.prefix_tokens == original.num_prefix_tokens
+    assert shape.norm_pooled == isinstance(original.fc_norm, torch.nn.LayerNorm)
+    assert shape.keep_aspect == original.embeds.pos_embed_ar_preserving
+    assert shape.resize == original.embeds.pos_embed_interp_mode
