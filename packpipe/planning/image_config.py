@@ -371,8 +371,8 @@ class PackConfig:
 
     @property
     def longest(self) -> int:
-        """Most tokens that an image may keep, of any view."""
-        return max(min(law.token_limit, law.seq_len) for _, law in self.laws())
+        """Most tokens of an image, of any view: those it may keep, and its prefix tokens."""
+        return max(min(law.token_limit, law.room) + law.prefix_tokens for _, law in self.laws())
 
     @property
     def patch_bytes(self) -> int:
