@@ -33,6 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
@@ -191,15 +192,17 @@ def left_in(folder: Path) -> tuple[int, int]:
 def killed_drivers(source: str, work: Path, kills: int, seconds: float) -> Counter[str]:
     """Kill drivers at random moments, continue, and count what came of it."""
     found: Counter[str] = Counter()
-    for number in range(kills):
-        output = work / f"driver-{number}"
+    while found["killed"] < kills:
+        output = work / f"driver-{found.total()}"
         process = driver(source, output)
         # From when it has begun to write: before that there is nothing to lose.
         while process.poll() is None and not (output / "job.json").exists():
             time.sleep(0.01)
         time.sleep(DRAWN.uniform(0, seconds))
-        found["had ended before"] += process.poll() is not None
-        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+        ended = process.poll() is not None
+        found["had ended before" if ended else "killed"] += 1
+        if not ended:
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         commits, partial = left_in(output)
         found["commits kept"] += commits
@@ -215,8 +218,8 @@ def killed_workers(source: str, work: Path, kills: int, seconds: float) -> Count
     found: Counter[str] = Counter()
     with packpipe.RayExecutor(**RAY) as executor:
         executor.submit(packpipe.PackConfig).result()
-        for number in range(kills):
-            output = work / f"worker-{number}"
+        while found["killed"] < kills:
+            output = work / f"worker-{found.total()}"
 
             def kill(output: Path = output) -> None:
                 while not list(output.glob("_commits/*.json")):
@@ -227,7 +230,7 @@ def killed_workers(source: str, work: Path, kills: int, seconds: float) -> Count
                     chosen = DRAWN.choice(busy)
                     decoders = chosen.children(recursive=True)
                     chosen.kill()
-                    found["killed while busy"] += 1
+                    found["killed"] += 1
                     _, alive = psutil.wait_procs(decoders, timeout=10)
                     found["decoders alive after 10 s"] += len(alive)
 
@@ -325,7 +328,7 @@ def billion(data: Path, work: Path, seconds: float) -> dict[str, Any]:
         some = sizes_like(data, 10**7).astype(np.uint16).tobytes()
         for _ in range(BILLION // 10**7):
             file.write(some)
-    sizes = np.memmap(path, np.uint16, "r", shape=(BILLION, 2))
+    read = partial(np.fromfile, path, np.uint16, BLOCK * 2)  # not mapped: its pages would count
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
     windows = block_windows(np.full(BILLION // BLOCK, BLOCK), 16_384, Key(0, 0))
@@ -335,7 +338,9 @@ def billion(data: Path, work: Path, seconds: float) -> dict[str, Any]:
     for window, blocks in enumerate(windows):
         began = time.process_time()
         index = np.add.outer(blocks * BLOCK, np.arange(BLOCK)).ravel()
-        plan = plan_window(sizes[index].astype(np.int32), config, index=index, window=window)
+        sizes = np.concatenate([read(offset=block * BLOCK * 4) for block in blocks.tolist()])
+        image_hw = sizes.reshape(-1, 2).astype(np.int32)
+        plan = plan_window(image_hw, config, index=index, window=window)
         times.append(time.process_time() - began)
         packs, images = packs + len(plan), images + len(index)
         if time.perf_counter() > end:
@@ -414,11 +419,11 @@ hold the starts of processes and their imports.
 | --- | ---: | --- |
 {engines}
 
-A driver killed with SIGKILL, with all that it had started, at {arguments.kills} moments drawn
-from its build, then continued: {told(found["drivers"], reference)}.
+Drivers killed with SIGKILL, with all that they had started, at moments drawn from their builds,
+then continued: {told(found["drivers"], reference)}.
 
-A Ray worker killed with SIGKILL at {arguments.kills} moments, one a build, which goes on by
-itself: {told(found["workers"], reference)}.
+Ray workers killed with SIGKILL at such moments, one a build, which goes on by itself:
+{told(found["workers"], reference)}.
 
 From a stand-in of S3 (moto) to the same, by a pool of 2 processes: folder
 {"same" if digest == reference else "DIFFERS"}; all requests: {asked}.
@@ -438,7 +443,7 @@ cut in {b["cut"]:.2f} s. In {arguments.seconds:g} s one core planned {b["planned
 {b["images"]:,} images, {b["packs"]:,} packs. A window takes {b["median"] * 1e3:.1f} ms of
 processor time (median), so all of them {b["windows"] * b["median"] / 60:.0f} minutes of one core:
 that is windows × time, and was not run. The process held {b["peak"]:.2f} GiB at most, of which
-{b["before"]:.2f} GiB before the first window; pages of the mapped file are among it.
+{b["before"]:.2f} GiB before the first window.
 
 Handing out a window of 16 blocks takes a driver {micro:.0f} µs and {sent:,} bytes, beside what
 the scheduler of a cluster takes.
