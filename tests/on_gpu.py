@@ -6,6 +6,7 @@ Skipped where there is none. By hand: ``python -m pytest tests/on_gpu.py``.
 import os
 
 import laws
+import learning
 import numpy as np
 import packed
 import pytest
@@ -16,6 +17,8 @@ from packpipe.model.attention import BACKENDS, backends_of, check_backend, choos
 from packpipe.model.navit import compile_parts
 from packpipe.model.pooling import POOLINGS
 from packpipe.model.positions import POSITIONS
+from packpipe.training.captured import EAGER, CapturedStep
+from packpipe.training.loop import train
 from packpipe.training.losses import segment_cross_entropy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -109,6 +112,31 @@ def test_a_hundred_batches_of_training_need_no_new_graph(backend):
                     wanted = segment_cross_entropy(plain(batch).float(), batch.labels)
                 assert close(loss.detach(), wanted, 2e-2)
     assert all(parameter.grad.isfinite().all() for parameter in compiled.parameters())
+
+
+def test_a_captured_training_is_that_of_a_loop():
+    losses = {}
+    for captured in (False, True):
+        torch._dynamo.reset()
+        model = learning.model_of().cuda()
+        config = learning.config_of(steps=12, captured=captured, precision="float32", ema=0.9)
+        losses[captured] = [record.loss for record in train(model, learning.loader_of(), config)]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    assert losses[True][-1] < losses[True][0]
+
+
+def test_a_step_is_captured_as_one_graph():
+    weight, seen = torch.ones(4, device="cuda"), []
+
+    def step(batch):
+        seen.append(None)
+        weight.mul_(0.5)
+        return (weight * batch).sum()
+
+    captured = CapturedStep(step, torch.device("cuda"))
+    found = [float(captured(torch.full((4,), float(n)).pin_memory())) for n in range(8)]
+    assert found == [4 * n * 0.5 ** (n + 1) for n in range(8)]
+    assert len(seen) == EAGER + 1
 
 
 def test_the_fastest_backend_is_chosen():
