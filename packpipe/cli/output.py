@@ -68,4 +68,4 @@ def say_if_kernels_compile() -> None:
         def on_end(self, _: event.Event) -> None:
             pass
 
-    event.register("numba:compile", Once())
+    event.register("numba:compile", Once())  # type: ignore[no-untyped-call]

@@ -48,7 +48,7 @@ _MEMORY = {"MALLOC_MMAP_THRESHOLD_": f"{2**26}", "MALLOC_TRIM_THRESHOLD_": f"{2*
 _NO_ANSWER = (OSError, ValueError)
 _STOPPED = "the decoding processes were stopped"
 # Signals that come from outside, for example from a system that has run out of memory.
-_KILLED = {
+_KILLED: set[int] = {
     -number
     for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
     if (number := getattr(signal, name, None)) is not None  # Windows has half of them
