@@ -101,6 +101,10 @@ def fill_row(
             outcomes.append(data)
             continue
         rows, columns = image.grid_hw
+        tiles = None
+        if transform is None and image.kept is None:  # its pixels are the row's, in one pass
+            tokens = out[end : end + image.num_tokens]
+            tiles = tokens.reshape(rows, columns, patch_size, patch_size, 3)
         try:
             found = decode(
                 data,
@@ -108,6 +112,7 @@ def fill_row(
                 target_hw=(rows * patch_size, columns * patch_size),
                 rules=rules,
                 box=image.box,
+                tiles=tiles,
             )
             cells = None if target_rules is None else _cells(image, target_rules, rules, patch_size)
         except BadImage as error:  # first, since a BadImage is a ValueError, too
@@ -120,10 +125,11 @@ def fill_row(
             outcomes.append(cells)
             continue
         start, end = end, end + image.num_tokens
-        pixels = found.pixels
-        if transform is not None:
-            pixels = transform(pixels, image.example, image.view)
-        patchify(pixels, out[start:end], image.kept)
+        if tiles is None:
+            pixels = found.pixels
+            if transform is not None:
+                pixels = transform(pixels, image.example, image.view)
+            patchify(pixels, out[start:end], image.kept)
         if targets is not None and cells is not None:
             write_targets(cells, targets[start:end], image.grid_hw, image.kept)
         outcomes.append(found.flag)

@@ -626,6 +626,7 @@ OPTIONS = {
     "value_range": (0, 1),
     "views": 2,
     "jpeg_edges": "padded",
+    "pixels": "turbo",
 }
 TWO = {"views": 2, "max_tokens": 9}
 
@@ -644,7 +645,7 @@ def test_any_change_gives_another_fingerprint():
         ([*sizes[:-2], sizes[-1], sizes[-2]], config, (seed, epoch)),
     ]
     found = {of(case).fingerprint for case in [DROPPED, *changed]}
-    assert len(found) == 1 + len(changed) == 31
+    assert len(found) == 1 + len(changed) == 32
     moved = plan_epoch(sizes, config, seed=seed, epoch=epoch, index=range(1, 61))
     assert moved.fingerprint not in found
 
