@@ -15,6 +15,7 @@ from filelock import FileLock
 import packpipe
 from packpipe import philox
 from packpipe.augmenting.turning import move_patches
+from packpipe.images.resize import resize
 from packpipe.packing.packs import STRATEGIES
 from packpipe.philox import Key
 from packpipe.rows import copy as copying
@@ -51,6 +52,8 @@ def compile_all() -> None:
         copying.copy_tokens(tokens, places, lens, places, tokens.copy())
         copying.kept_runs(tokens, places, lens.astype(np.int64))
     copying.kept_runs(np.ones(5, np.int8), places, lens.astype(np.int64))
+    square, tiles = np.zeros((1, 1), np.uint8), np.empty((1, 1, 1, 1, 3), np.uint8)
+    resize(square, (0, 0, 1, 1), tiles, downscale_filter="bicubic", upscale_filter="bicubic")
     copying.number_tokens(lens, lens, places, *np.zeros((2, 5), np.int32))
 
 

@@ -13,6 +13,7 @@ from numba.core.dispatcher import Dispatcher
 import packpipe
 from packpipe import philox
 from packpipe.augmenting import turning
+from packpipe.images import resize
 from packpipe.packing import cutting_stock, decreasing, in_order, online, placement, two_limits
 from packpipe.planning import resolution
 from packpipe.rows import copy as gathering
@@ -28,6 +29,7 @@ KERNEL_MODULES = [
     philox,
     resolution,
     turning,
+    resize,
 ]
 
 COMMAND = """

@@ -20,6 +20,7 @@ from PIL import features as codecs
 from packpipe import checks
 from packpipe._version import __version__
 from packpipe.building.job import FilledRows, Job, PlannedRows
+from packpipe.images.decode import engine_versions
 from packpipe.images.extras import extra_versions
 from packpipe.images.opening import (
     ImageData,
@@ -359,7 +360,8 @@ def record_of_images(images: Images) -> dict[str, Any]:
         "codecs": {
             name: codecs.version(name) for name in (*_CODECS, *converter) if name in supported
         }
-        | extra_versions(),
+        | extra_versions()
+        | engine_versions(images.config.pixels),
         "source_fingerprint": images.dataset._fingerprint,
         # A dataset's fingerprint knows the paths of files, not what they hold.
         "source_files": images.source.files_digest(),

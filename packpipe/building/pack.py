@@ -135,7 +135,7 @@ def pack(
             ``fit_limit``, ``max_segments``, ``strategy``, ``window``, ``background``,
             ``reducing_gap``, ``downscale_filter``, ``upscale_filter``, ``max_pixels``,
             ``profiles``, ``damaged_scans``, ``value_range``, ``views``, ``views_together``,
-            ``jpeg_edges``, ``prefix_tokens``.
+            ``jpeg_edges``, ``prefix_tokens``, ``pixels``.
             For token sequences, those of `TokenConfig`: ``overflow``, ``layout``,
             ``pad_token_id``, ``mask_first_label``, ``max_segments``, ``strategy``, ``window``.
 

@@ -73,6 +73,10 @@ DamagedScans = Annotated[
         help="Of JPEGs: reject, unless given; strict, by a second decode, with simplejpeg; keep."
     ),
 ]
+Pixels = Annotated[
+    str | None,
+    typer.Option(help="What decodes: pillow, unless given; turbo, faster, with packpipe[turbo]."),
+]
 ValueRange = Annotated[
     tuple[float, float] | None,
     typer.Option(help="Black and white of images in floating point or 32-bit integers."),

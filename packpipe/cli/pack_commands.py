@@ -25,6 +25,7 @@ from packpipe.cli.options import (
     MaxTokens,
     Overflow,
     PatchSize,
+    Pixels,
     PrefixTokens,
     Profiles,
     Seed,
@@ -66,6 +67,7 @@ def pack(
     strategy: Strategy = None,
     profiles: Profiles = None,
     damaged_scans: DamagedScans = None,
+    pixels: Pixels = None,
     value_range: ValueRange = None,
     image_column: Annotated[str, typer.Option(help="Its name; auto finds the only one.")] = "auto",
     label_column: Annotated[str, typer.Option(help="Its name; auto finds it, none is none.")] = (
@@ -134,6 +136,7 @@ def pack(
         strategy=strategy,
         profiles=profiles,
         damaged_scans=damaged_scans,
+        pixels=pixels,
         value_range=value_range,
         overflow=overflow,
         layout=layout,

@@ -19,6 +19,7 @@ from packpipe.cli.options import (
     ImageColumn,
     LabelColumn,
     MaxBadFraction,
+    Pixels,
     Profiles,
     SeqLen,
     Source,
@@ -32,13 +33,13 @@ from packpipe.cli.validation_source import check_validates, validation_of
 # Options of `train` that decide how images become rows: packed rows have their own.
 _OF_IMAGES = (
     *("layout", "seq_len", "sides", "crop_area", "crop_aspect", "drop_rate"),
-    *("profiles", "damaged_scans", "value_range", "image_column", "label_column"),
+    *("profiles", "damaged_scans", "pixels", "value_range", "image_column", "label_column"),
 )
 # Those that say how images are measured: where none are, there are rows to be measured, if any.
 _OF_MEASURED_IMAGES = ("val_tokens", "max_bad_fraction")
 # Those that a trained model brings: its shape, and how images become rows for it.
 _OF_SHAPE = ("model", "position", "pooling")
-_OF_ENCODER = ("layout", "profiles", "damaged_scans", "value_range", "val_tokens")
+_OF_ENCODER = ("layout", "profiles", "damaged_scans", "pixels", "value_range", "val_tokens")
 
 
 @one_line_errors
@@ -124,6 +125,7 @@ def train(
     drop_rate: Annotated[float, typer.Option(help="Share of tokens dropped, of packed.")] = 0.0,
     profiles: Profiles = None,
     damaged_scans: DamagedScans = None,
+    pixels: Pixels = None,
     value_range: ValueRange = None,
     accumulate: Annotated[
         int, typer.Option(min=1, help="Batches whose gradients a step adds up.")
@@ -281,9 +283,10 @@ def train(
         )
         data = TrainedImages(dataset, encoder_layout, patch_size, **where)
     else:
-        pixels = {
+        of_pixels = {
             "profiles": profiles,
             "damaged_scans": damaged_scans,
+            "pixels": pixels,
             "value_range": value_range,
         }
         layout_of_images = Layout(
@@ -292,7 +295,7 @@ def train(
             sides,
             drop_rate,
             max_bad_fraction,
-            pixels={name: value for name, value in pixels.items() if value is not None},
+            pixels={name: value for name, value in of_pixels.items() if value is not None},
             crop=crop_of(crop_area, crop_aspect),
             prefix_tokens=shape.prefix_tokens,
         )

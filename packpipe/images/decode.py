@@ -18,9 +18,15 @@ The planned size is known before any pixel is decoded, so the work is done in th
    on the background.
 
 Compared with decoding in full and resizing in one step, the gap changes pixels a little: tests
-bound the difference and ``benchmarks/pixels.py`` shows it; ``reducing_gap=None`` gives none. If the
-orientation cannot be read, the image counts as upright and is flagged. In PNG files EXIF counts
-behind the pixels, too, but not XMP.
+bound the difference and ``benchmarks/pixels.py`` shows it; ``reducing_gap=None`` gives none.
+
+With ``pixels="turbo"`` JPEGs are decoded by `turbo`, to the same bytes; `resize` does steps 3 to 5
+at once: one antialiased resize from what is decoded, without averaging before, straight into the
+tiles. Other formats are decoded by Pillow; pixels that are still CMYK or transparent when they are
+resized, since their colours are converted afterwards, are resized by Pillow, too.
+
+If the orientation cannot be read, the image counts as upright and is flagged. In PNG files EXIF
+counts behind the pixels, too, but not XMP.
 """
 
 from __future__ import annotations
@@ -28,6 +34,7 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import ExitStack
+from importlib.metadata import version
 from importlib.util import find_spec
 from io import FileIO
 from typing import Any, NamedTuple
@@ -63,6 +70,7 @@ from packpipe.images.opening import (
     _reraise_faults,
     _said,
     check_settings,
+    known_formats,
     rejecting,
     rejecting_giants,
 )
@@ -96,13 +104,14 @@ class PixelRules(NamedTuple):
     damaged_scans: str = "reject"
     value_range: tuple[float, float] | None = None
     jpeg_edges: str = "clean"
+    pixels: str = "pillow"
 
 
 class Decoded(NamedTuple):
     """Result of `decode`.
 
     Attributes:
-        pixels: uint8[height, width, 3].
+        pixels: uint8[height, width, 3]; or the tiles that were given.
         flag: what is amiss with the image, though it has pixels: ``"broken profile"``; or None.
     """
 
@@ -120,7 +129,26 @@ def pixel_rules(options: Any) -> PixelRules:
     if rules.damaged_scans == "strict" and find_spec("simplejpeg") is None:
         expected, remedy = "simplejpeg to be installed", 'pip install simplejpeg, or use "reject"'
         raise ValueError(checks.sentence("damaged_scans", "strict", expected, remedy))
+    if rules.pixels == "turbo" and find_spec("simplejpeg") is None:
+        expected = "simplejpeg to be installed"
+        remedy = "pip install 'packpipe[turbo]'; rows made with it need it wherever they are made"
+        raise ValueError(checks.sentence("pixels", "turbo", expected, remedy))
     return rules
+
+
+def prepare(rules: PixelRules) -> None:
+    """Load now what rules decode with, so that no image's time limit pays for it."""
+    known_formats()
+    if rules.pixels == "turbo":
+        from packpipe.images import turbo  # noqa: F401
+
+        square = np.zeros((1, 1), np.uint8)
+        _resize_into(np.empty((1, 1, 1, 1, 3), np.uint8), square, (0, 0, 1, 1), 1, rules)
+
+
+def engine_versions(pixels: str) -> dict[str, str]:
+    """Return the versions of what decodes besides Pillow, by the name of the engine."""
+    return {"simplejpeg": version("simplejpeg")} if pixels == "turbo" else {}
 
 
 @rejecting_giants()
@@ -166,6 +194,7 @@ def decode(
     target_hw: tuple[int, int],
     rules: PixelRules,
     box: tuple[int, int, int, int] | None = None,
+    tiles: NDArray[np.uint8] | None = None,
 ) -> Decoded:
     """Return the upright image, or a box of it, resized to target_hw, its colours in sRGB.
 
@@ -175,6 +204,8 @@ def decode(
         target_hw: (height, width) of the result in pixels.
         rules: how pixels are made.
         box: (top, left, height, width) in pixels of the upright image, within it; None for all.
+        tiles: uint8[rows, columns, height, width, 3], contiguous: where the result is written, cut
+            into as many tiles of that size; None for an array of its own.
 
     Raises:
         BadImage: the image cannot be decoded, its mode has no rule, or it has a high dynamic range;
@@ -199,23 +230,43 @@ def decode(
             _reraise_faults(error)
             reason = _REASONS.get(type(error), "undecodable")
             raise BadImage(reason, _said(error, data)) from error
-    if box is not None:
-        pixels, area = cut(pixels, area)
-    if orientation in TRANSPOSE:
-        area = turned(area, pixels.size, orientation)
-        pixels = pixels.transpose(TRANSPOSE[orientation])
-    # Turned before, so that width and height are those of the target.
-    pixels = _resized(pixels, area, target_hw[::-1], rules)
-    if conversion.transform is not None:
-        pixels = to_srgb(pixels, conversion.transform, rules.background)
     flag = "broken profile" if conversion.broken else None
-    return Decoded(np.asarray(pixels if pixels.mode == "RGB" else pixels.convert("RGB")), flag)
+    whole = tiles if tiles is not None else np.empty((1, 1, *target_hw, 3), np.uint8)
+    answer = Decoded(whole[0, 0] if tiles is None else whole, flag)
+    if rules.pixels == "turbo" and not isinstance(pixels, np.ndarray):
+        if box is not None:
+            pixels, area = cut(pixels, area)
+        if pixels.mode in ("L", "RGB"):
+            pixels = np.asarray(pixels)
+    if isinstance(pixels, np.ndarray):
+        if conversion.transform is None:
+            _resize_into(whole, pixels, area, orientation, rules)
+            return answer
+        upright = np.empty((1, 1, *target_hw, 3), np.uint8)
+        _resize_into(upright, pixels, area, orientation, rules)
+        result = Image.fromarray(upright[0, 0])
+    else:
+        if box is not None:
+            pixels, area = cut(pixels, area)
+        if orientation in TRANSPOSE:
+            area = turned(area, pixels.size, orientation)
+            pixels = pixels.transpose(TRANSPOSE[orientation])
+        # Turned before, so that width and height are those of the target.
+        result = _resized(pixels, area, target_hw[::-1], rules)
+    if conversion.transform is not None:
+        result = to_srgb(result, conversion.transform, rules.background)
+    rows, columns, height, width, _ = whole.shape
+    levels = np.asarray(result if result.mode == "RGB" else result.convert("RGB"))
+    whole.transpose(0, 2, 1, 3, 4)[...] = levels.reshape(rows, height, columns, width, 3)
+    return answer
 
 
 def _loaded(
     image: Image.Image, box: Box, target: tuple[int, int], rules: PixelRules, of_file: bool
-) -> tuple[Image.Image, Box, Conversion]:
+) -> tuple[Image.Image | NDArray[np.uint8], Box, Conversion]:
     """Return pixels as stored, grey or RGB; where a box is in them; what colours they have.
+
+    Pixels of `turbo` are arrays.
 
     Args:
         image: opened, perhaps not loaded.
@@ -233,6 +284,10 @@ def _loaded(
     # A JPEG alone is decoded smaller: other formats would give a thumbnail that their file holds.
     # And not an image of the caller's, which draft would change.
     scans = _watched(image) if of_file else None
+    if rules.pixels == "turbo" and scans is not None:
+        quick = _of_turbo(image, scans, box, target, rules)
+        if quick is not None:
+            return quick[0], scaled(box, size, quick[1]), conversion
     drafted = _drafted(image, scans, box, target, rules)
     expected = size if drafted is None else image.size
     pixels = plain(mended, background, rules.value_range)
@@ -249,6 +304,29 @@ def _loaded(
     return pixels, scaled(box, size, decoded_size), conversion
 
 
+def _of_turbo(
+    image: Any, scans: Watched, box: Box, target: tuple[int, int], rules: PixelRules
+) -> tuple[NDArray[np.uint8], tuple[float, float]] | None:
+    """Return a JPEG's pixels by `turbo`, and the (width, height) they stand for; None: by Pillow.
+
+    So is one with a damage, which is then told as ever.
+    """
+    from packpipe.images import turbo
+
+    content, size = scans.content, image.size
+    if not turbo.is_taken(image, scans.scans):
+        return None
+    parts = 1
+    if rules.reducing_gap is not None:
+        parts = turbo.parts_of(size, _least(box, size, target, rules.reducing_gap))
+    pixels = turbo.decoded(content, image.mode, size, parts)
+    if pixels is not None and parts > 1 and rules.jpeg_edges == "clean":
+        finer = whole_parts(pixels, size, parts)
+        if finer != parts and size[0] * size[1] <= _PILLOWS_LIMIT * finer**2:
+            parts, pixels = finer, turbo.decoded(content, image.mode, size, finer)
+    return None if pixels is None else (pixels, (size[0] / parts, size[1] / parts))
+
+
 def _drafted(
     image: Image.Image,
     scans: Watched | None,
@@ -259,9 +337,13 @@ def _drafted(
     """Have a JPEG decoded smaller, if it can be; return its (width, height) then, else None."""
     if scans is None or scans.scans.is_lossless or rules.reducing_gap is None:
         return None
-    least = (int(target[0] * rules.reducing_gap), int(target[1] * rules.reducing_gap))
-    drafted = image.draft(None, least_size(least, box, image.size))
+    drafted = image.draft(None, _least(box, image.size, target, rules.reducing_gap))
     return None if drafted is None else drafted[1][2:]
+
+
+def _least(box: Box, size: tuple[int, int], target: tuple[int, int], gap: float) -> tuple[int, int]:
+    """Return the (width, height) that an image is to be decoded at, at least."""
+    return least_size((int(target[0] * gap), int(target[1] * gap)), box, size)
 
 
 def _watched(image: Image.Image) -> Watched | None:
@@ -287,6 +369,19 @@ def _whole(
     if parts == drafted or size[0] * size[1] > _PILLOWS_LIMIT * parts**2:
         return pixels, decoded_size
     return plain(decoded_at(scans.content, parts), background), (size[0] / parts, size[1] / parts)
+
+
+def _resize_into(
+    tiles: NDArray[np.uint8],
+    pixels: NDArray[np.uint8],
+    box: Box,
+    orientation: int,
+    rules: PixelRules,
+) -> None:
+    from packpipe.images.resize import resize  # Numba takes a second to load
+
+    down, up = rules.downscale_filter, rules.upscale_filter
+    resize(pixels, box, tiles, downscale_filter=down, upscale_filter=up, orientation=orientation)
 
 
 def _resized(image: Image.Image, box: Box, size: tuple[int, int], rules: PixelRules) -> Image.Image:

@@ -16,17 +16,18 @@ from __future__ import annotations
 from io import BytesIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 _LEVELS = 8
 
 
-def whole_parts(pixels: Image.Image, size: tuple[int, int], parts: int) -> int:
+def whole_parts(pixels: Image.Image | NDArray[np.uint8], size: tuple[int, int], parts: int) -> int:
     """Return n of the 1/n at which a JPEG is to be decoded so that its edges are free of padding.
 
     Args:
-        pixels: decoded at 1/parts, in any mode of bytes.
+        pixels: decoded at 1/parts, in any mode of bytes, or as an array.
         size: (width, height) of the whole image.
         parts: 1, 2, 4 or 8.
     """
@@ -45,14 +46,18 @@ def decoded_at(content: bytes, parts: int) -> Image.Image:
     return image
 
 
-def _ends_with_a_step(pixels: Image.Image, axis: int) -> bool:
+def _ends_with_a_step(pixels: Image.Image | NDArray[np.uint8], axis: int) -> bool:
     """Return whether the last column (axis 0) or row (1) is unlike the one before it."""
-    width, height = pixels.size
-    if pixels.size[axis] < 3:
+    if isinstance(pixels, np.ndarray):
+        lines = pixels[:, -3:] if axis == 0 else pixels[-3:]
+    else:
+        width, height = pixels.size
+        last = (max(width - 3, 0), 0) if axis == 0 else (0, max(height - 3, 0))
+        lines = np.asarray(pixels.crop((*last, width, height)))
+    if lines.shape[1 - axis] < 3:
         return True  # nothing to compare it with, and little to decode
-    last = (width - 3, 0, width, height) if axis == 0 else (0, height - 3, width, height)
-    lines = np.asarray(pixels.crop(last)).astype(np.int16)
-    first, second, third = (lines[:, at] if axis == 0 else lines[at] for at in range(3))
+    levels = lines.astype(np.int16)
+    first, second, third = (levels[:, at] if axis == 0 else levels[at] for at in range(3))
     # Sums: np.diff and means would take twice as long.
     steps = int(np.abs(third - second).sum()) - int(np.abs(second - first).sum())
     return steps > _LEVELS * third.size

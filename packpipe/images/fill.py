@@ -102,6 +102,10 @@ def fill_row(
             outcomes.append(data)
             continue
         rows, columns = image.grid_hw
+        tiles = None
+        if transform is None and image.kept is None:  # its pixels are the row's, in one pass
+            tokens = out[end : end + image.num_tokens]
+            tiles = tokens.reshape(rows, columns, patch_size, patch_size, 3)
         try:
             found = decode(
                 data,
@@ -109,6 +113,7 @@ def fill_row(
                 target_hw=(rows * patch_size, columns * patch_size),
                 rules=rules,
                 box=image.box,
+                tiles=tiles,
             )
             cells = None if target_rules is None else _cells(image, target_rules, rules, patch_size)
         except BadImage as error:  # first, since a BadImage is a ValueError, too
@@ -121,18 +126,19 @@ def fill_row(
             outcomes.append(cells)
             continue
         start, end = end, end + image.num_tokens
-        pixels = found.pixels
-        if transform is not None:
-            pixels = transform(pixels, image.example, image.view)
         kept = image.kept
-        if kept is not None and kept[0] < 0:
-            first = start + int(np.count_nonzero(kept < 0))
-            out[start:first] = 0
-            if targets is not None:
-                targets[start:first] = np.iinfo(targets.dtype).max
-            start, kept = first, kept[first - start :]
-            kept = None if len(kept) == rows * columns else kept
-        patchify(pixels, out[start:end], kept)
+        if tiles is None:
+            pixels = found.pixels
+            if transform is not None:
+                pixels = transform(pixels, image.example, image.view)
+            if kept is not None and kept[0] < 0:
+                first = start + int(np.count_nonzero(kept < 0))
+                out[start:first] = 0
+                if targets is not None:
+                    targets[start:first] = np.iinfo(targets.dtype).max
+                start, kept = first, kept[first - start :]
+                kept = None if len(kept) == rows * columns else kept
+            patchify(pixels, out[start:end], kept)
         if targets is not None and cells is not None:
             write_targets(cells, targets[start:end], image.grid_hw, kept)
         outcomes.append(found.flag)

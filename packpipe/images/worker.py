@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from packpipe.images.decode import PixelRules
+from packpipe.images.decode import PixelRules, prepare
 from packpipe.images.fill import Failure, ImageTask, fill_row
 from packpipe.images.masks import TargetRules
-from packpipe.images.opening import Confined, ImageData, SizeChanged, known_formats
+from packpipe.images.opening import Confined, ImageData, SizeChanged
 from packpipe.images.patches import side_of
 
 # Bytes that each process has at the front of the shared memory, for the place of its image.
@@ -130,7 +130,7 @@ def serve(setup: dict[str, Any]) -> None:
     memory = np.frombuffer(mmap.mmap(setup["memory"], 0), np.uint8)
     rows, targets = parts_of(memory[setup["first_row"] :], setup)
     place = memory[: setup["first_row"]].view(np.int64)[setup["worker"] :][:1]
-    known_formats()  # loads Pillow's formats now, so that no image's time limit pays for it
+    prepare(rules)
     with socket.socket(fileno=setup["socket"]) as channel, channel.makefile("rwb") as stream:
         while line := stream.readline():
             task = json.loads(line)

@@ -319,12 +319,13 @@ def _failure_of(
 ) -> tuple[Failure | None, NDArray[np.integer] | None]:
     """Decode an image, and return why it cannot be, and its targets, if it has any."""
     targets, rules = None, None
+    how = pixel_rules(config)  # raises if it needs a package that is not here
     if masks is not None:
         rules = masks.rules
         targets = np.empty((len(out), rules.cells(config.patch_size)), rules.dtype)
     try:
         with _silent():
-            (outcome,) = fill_row([task], out, pixel_rules(config), None, targets, rules)
+            (outcome,) = fill_row([task], out, how, None, targets, rules)
     except ValueError as error:  # its pixels have another size than its header or column
         return Failure("unreadable", str(error)), None
     return (outcome, None) if isinstance(outcome, Failure) else (None, targets)

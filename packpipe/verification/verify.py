@@ -63,7 +63,8 @@ def verify(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: folder is not a folder, or sample is negative.
+        ValueError: folder is not a folder, sample is negative, or the images of dataset are decoded
+            with a package that is not installed.
     """
     remedy = "pass the folder that pack was given as output"
     if not isinstance(folder, str | Path):

@@ -445,7 +445,7 @@ WRONG_OPTIONS = [
             "max_upscale, drop_rate, epochs, fit_last, fit_limit, max_segments, strategy, "
             "window, background, reducing_gap, downscale_filter, upscale_filter, max_pixels, "
             "profiles, damaged_scans, value_range, views, views_together, jpeg_edges, "
-            "prefix_tokens; "
+            "prefix_tokens, pixels; "
             "check its spelling"
         ),
     ),

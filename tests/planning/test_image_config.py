@@ -382,6 +382,11 @@ BAD = [
         "jpeg_edges is 'soft', expected one of 'clean', 'padded'; choose what becomes of them",
     ),
     (
+        {"pixels": "opencv"},
+        ValueError,
+        "pixels is 'opencv', expected one of 'pillow', 'turbo'; choose what decodes and resizes",
+    ),
+    (
         {"profiles": "icc"},
         ValueError,
         "profiles is 'icc', expected one of 'srgb', 'ignore'; choose what colour profiles do",
@@ -424,7 +429,7 @@ def test_an_unknown_option_is_refused():
         "max_upscale, drop_rate, epochs, fit_last, fit_limit, max_segments, strategy, window, "
         "background, reducing_gap, downscale_filter, upscale_filter, max_pixels, profiles, "
         "damaged_scans, value_range, views, views_together, jpeg_edges, "
-        "prefix_tokens; check its spelling"
+        "prefix_tokens, pixels; check its spelling"
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         config_from(64, {"patch_size": 8, "patchsize": 8})
@@ -497,6 +502,7 @@ def test_every_field_is_written_and_read_back():
         views_together=True,
         value_range=(0, 1),
         prefix_tokens=5,
+        pixels="turbo",
     )
     assert list(config.to_dict()) == FIELDS
     assert PackConfig.from_dict(config.to_dict()) == config

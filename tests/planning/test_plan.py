@@ -627,6 +627,7 @@ OPTIONS = {
     "views": 2,
     "jpeg_edges": "padded",
     "prefix_tokens": 2,
+    "pixels": "turbo",
 }
 TWO = {"views": 2, "max_tokens": 9}
 
@@ -645,7 +646,7 @@ def test_any_change_gives_another_fingerprint():
         ([*sizes[:-2], sizes[-1], sizes[-2]], config, (seed, epoch)),
     ]
     found = {of(case).fingerprint for case in [DROPPED, *changed]}
-    assert len(found) == 1 + len(changed) == 32
+    assert len(found) == 1 + len(changed) == 33
     moved = plan_epoch(sizes, config, seed=seed, epoch=epoch, index=range(1, 61))
     assert moved.fingerprint not in found
 

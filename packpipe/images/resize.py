@@ -1,0 +1,252 @@
+"""Resizes pixels of 8 bits: antialiased, turned upright, and cut into tiles, without Pillow.
+
+One filter an axis, down the columns and then across the rows, as Pillow does it; across first only
+where down first would leave more than `_WIDE` times as much between them. Both passes read whole
+rows, one after the other, so they run at the speed of vectors: between them the pixels are turned,
+and the last step turns them back, or not, while it cuts them into tiles. So an EXIF orientation
+costs nothing: a mirrored axis has its weights in reverse, and a quarter turn saves a turn.
+
+Sums are of integers: a weight is a whole number of 2**-bits, 14 to 22 bits by the largest weight of
+the axis, so that it fits into 16 bits, and the weights of a pixel sum to 1. So one colour stays
+that colour, and the bytes are the same on every machine, whatever its vectors (the sines of
+"lanczos" and "hamming" are the C library's, and their last bit is far below a weight's). Floats are
+not faster: .134 ms where integers take .128, for 300 x 400 pixels down to 176 rows of 8 weights.
+
+Pillow's weights have 22 bits, so that a result may differ from its by one level, in each pass.
+Weights are made anew for each image: 5 to 10 microseconds, below what a cache of them would save.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from packpipe.images.geometry import Box
+
+FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+_SUPPORT = (0.0, 0.5, 1.0, 1.0, 2.0, 3.0)  # source pixels on either side, of each filter
+_NEAREST, _BOX, _BILINEAR, _HAMMING, _BICUBIC, _LANCZOS = range(len(FILTERS))
+_MOST_BITS = 22  # with them a sum of 255s, some of them negative, is below 2**31
+_LARGEST = 32000.0  # of a weight of 16 bits, leaving room for what makes the sum right
+_WIDE = 2
+_BLOCK = 16  # rows that are turned together, so that what is written stays in the cache
+
+_FLIPPED_ACROSS, _FLIPPED_DOWN, _FIRST_TURNED = (2, 3, 7, 8), (3, 4, 6, 7), 5
+
+
+def resize(
+    pixels: NDArray[np.uint8],
+    box: Box,
+    tiles: NDArray[np.uint8],
+    *,
+    downscale_filter: str,
+    upscale_filter: str,
+    orientation: int = 1,
+) -> None:
+    """Write a part of an image, resized and turned upright, into tiles.
+
+    Args:
+        pixels: uint8[height, width] of grey or uint8[height, width, 3], as stored. Those outside of
+            the box, but for parts of pixels, do not matter.
+        box: (left, top, right, bottom) of the part in pixels, also in parts of one.
+        tiles: uint8[rows, columns, tile height, tile width, 3], contiguous: the result, cut into
+            rows x columns tiles of one size. ``[1, 1, height, width, 3]`` is the result whole.
+        downscale_filter: of an axis that shrinks or keeps its size, one of `FILTERS`.
+        upscale_filter: of an axis that grows.
+        orientation: EXIF orientation of the pixels, 1..8.
+    """
+    rows, columns, tile_height, tile_width, _ = tiles.shape
+    height, width = rows * tile_height, columns * tile_width
+    is_turned = orientation >= _FIRST_TURNED
+    if is_turned:
+        height, width = width, height
+    left, top, right, bottom = box
+    first, last = math.floor(left), math.ceil(right)
+    source = pixels[math.floor(top) : math.ceil(bottom)].reshape(-1, *pixels.shape[1:])
+    source = source if source.ndim == 3 else source[..., None]
+    down = (float(top - math.floor(top)), float(bottom - math.floor(top)), height)
+    across = (float(left - first), float(right - first), width)
+    flips = orientation in _FLIPPED_DOWN, orientation in _FLIPPED_ACROSS
+    if height * (last - first) > _WIDE * width * len(source):
+        source = source[:, first:last].swapaxes(0, 1)
+        first, last = 0, source.shape[1]
+        down, across, flips, is_turned = across, down, flips[::-1], not is_turned
+    filters = [
+        FILTERS.index(upscale_filter if size > end - start else downscale_filter)
+        for start, end, size in (down, across)
+    ]
+    source = np.ascontiguousarray(source).view()
+    source.setflags(write=False)  # as some are, so that Numba compiles for one type alone
+    _resized(
+        source,
+        first,
+        last,
+        _weights(len(source), *down, filters[0], flips[0]),
+        _weights(last - first, *across, filters[1], flips[1]),
+        is_turned,
+        tiles,
+    )
+
+
+@njit(cache=True, nogil=True)
+def _weights(n_in, low, high, n_out, kind, is_flipped):  # type: ignore[no-untyped-def]
+    """Return (starts, weights, bits): int64[n_out], int16[n_out, taps] in units of 2**-bits.
+
+    Pixel o of n_out is the sum over k of weight [o, k] times pixel starts[o] + k of n_in.
+
+    Source: Pillow's ``precompute_coeffs``, from which weights differ by their rounding.
+    """
+    scale = (high - low) / n_out
+    stretch = max(scale, 1.0)
+    support = _SUPPORT[kind] * stretch
+    is_moved = scale == 1.0 and low == math.floor(low)  # every filter then takes each pixel itself
+    single = kind == _NEAREST or is_moved
+    taps = 1
+    if not single:
+        for place in range(n_out):
+            centre = low + (place + 0.5) * scale
+            begin, end = int(centre - support + 0.5), int(centre + support + 0.5)
+            taps = max(taps, min(end, n_in) - max(begin, 0))
+    starts = np.zeros(n_out, np.int64)
+    shares = np.zeros((n_out, taps), np.float64)
+    largest = 0.0
+    for place in range(n_out):
+        o = n_out - 1 - place if is_flipped else place
+        centre = low + (place + 0.5) * scale
+        if single:
+            starts[o] = min(max(math.floor(centre), 0), n_in - 1)
+            shares[o, 0] = largest = 1.0
+            continue
+        begin = max(int(centre - support + 0.5), 0)
+        end = min(int(centre + support + 0.5), n_in)
+        starts[o] = min(begin, n_in - taps)
+        total = 0.0
+        for at in range(begin, end):
+            share = _filter(kind, (at + 0.5 - centre) / stretch)
+            shares[o, at - starts[o]] = share
+            total += share
+        for k in range(taps):
+            shares[o, k] /= total
+            largest = max(largest, abs(shares[o, k]))
+    bits = _MOST_BITS
+    while largest * (1 << bits) > _LARGEST:
+        bits -= 1
+    weights = np.zeros((n_out, taps), np.int16)
+    for o in range(n_out):
+        rest, best = 1 << bits, 0
+        for k in range(taps):
+            weight = math.floor(shares[o, k] * (1 << bits) + 0.5)
+            weights[o, k] = weight
+            rest -= weight
+            if weights[o, k] > weights[o, best]:
+                best = k
+        weights[o, best] += rest
+    return starts, weights, bits
+
+
+@njit(cache=True, nogil=True)
+def _filter(kind, x):  # type: ignore[no-untyped-def]
+    """Return a filter's height at a distance from its middle."""
+    if kind == _BOX:
+        return 1.0 if -0.5 < x <= 0.5 else 0.0
+    x = abs(x)
+    if x >= _SUPPORT[kind]:
+        return 0.0
+    if kind == _BILINEAR:
+        return 1.0 - x
+    if kind == _BICUBIC:  # a = -1/2
+        if x < 1.0:
+            return (1.5 * x - 2.5) * x * x + 1.0
+        return ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    if x == 0.0:
+        return 1.0
+    angle = x * math.pi
+    if kind == _HAMMING:
+        return math.sin(angle) / angle * (0.54 + 0.46 * math.cos(angle))
+    third = angle / 3.0
+    return math.sin(angle) / angle * math.sin(third) / third
+
+
+@njit(cache=True, nogil=True)
+def _resized(source, first, last, down, across, is_turned, tiles):  # type: ignore[no-untyped-def]
+    """Write source[:, first:last], resized by the weights of both axes, into tiles.
+
+    Args:
+        source: uint8[height, width, channels], contiguous.
+        first: column that is read first.
+        last: column behind the last one.
+        down: `_weights` of the rows.
+        across: `_weights` of the columns.
+        is_turned: whether columns of the result are rows of the tiles.
+        tiles: as in `resize`.
+    """
+    height, width, channels = source.shape
+    few = last - first
+    low = np.empty((len(down[0]), few * channels), np.uint8)
+    _blend(
+        source.reshape(height, width * channels), first * channels, down[0], down[1], down[2], low
+    )
+    standing = np.empty((few, len(low) * channels), np.uint8)
+    for top in range(0, len(low), _BLOCK):
+        for x in range(few):
+            for y in range(top, min(top + _BLOCK, len(low))):
+                if channels == 3:  # written out, which takes half as long
+                    standing[x, 3 * y] = low[y, 3 * x]
+                    standing[x, 3 * y + 1] = low[y, 3 * x + 1]
+                    standing[x, 3 * y + 2] = low[y, 3 * x + 2]
+                else:
+                    standing[x, y] = low[y, x]
+    narrow = np.empty((len(across[0]), len(low) * channels), np.uint8)
+    _blend(standing, 0, across[0], across[1], across[2], narrow)
+    rows, columns, tile_height, tile_width, _ = tiles.shape
+    second, third = (1, 2) if channels == 3 else (0, 0)
+    for row in range(rows):
+        for column in range(columns):
+            for y in range(tile_height):
+                for x in range(tile_width):
+                    down_at, across_at = row * tile_height + y, column * tile_width + x
+                    if is_turned:
+                        down_at, across_at = across_at, down_at
+                    at = down_at * channels
+                    tile, line = tiles[row, column, y, x], narrow[across_at]
+                    tile[0], tile[1], tile[2] = line[at], line[at + second], line[at + third]
+
+
+@njit(cache=True, nogil=True)
+def _blend(source, first, starts, weights, bits, out):  # type: ignore[no-untyped-def]
+    """Write rows that are weighted sums of source's, from byte `first` of each on.
+
+    Four rows are added at a time, in 32 bits, so that the sums are read and written less often.
+    """
+    size, taps = out.shape[1], weights.shape[1]
+    sums = np.empty(size, np.int32)
+    whole = taps - taps % 4
+    for o in range(len(starts)):
+        if taps == 1:
+            out[o] = source[starts[o], first : first + size]
+            continue
+        for i in range(size):
+            sums[i] = 1 << (bits - 1)  # a half, since the shift below rounds down
+        for k in range(0, whole, 4):
+            start = starts[o] + k
+            a, b = source[start, first : first + size], source[start + 1, first : first + size]
+            c, d = source[start + 2, first : first + size], source[start + 3, first : first + size]
+            wa, wb = np.int32(weights[o, k]), np.int32(weights[o, k + 1])
+            wc, wd = np.int32(weights[o, k + 2]), np.int32(weights[o, k + 3])
+            for i in range(size):
+                sums[i] += (
+                    wa * np.int32(a[i])
+                    + wb * np.int32(b[i])
+                    + (wc * np.int32(c[i]) + wd * np.int32(d[i]))
+                )
+        for k in range(whole, taps):
+            a, weight = source[starts[o] + k, first : first + size], np.int32(weights[o, k])
+            if weight == 0:  # most pixels have less than the most weights
+                continue
+            for i in range(size):
+                sums[i] += weight * np.int32(a[i])
+        for i in range(size):
+            out[o, i] = min(max(sums[i] >> bits, 0), 255)

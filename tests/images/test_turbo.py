@@ -1,0 +1,159 @@
+"""The engine "turbo": Pillow's bytes when it decodes, Pillow's verdicts, and its own resize."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+from io import BytesIO
+
+import naive_profiles
+import numpy as np
+import pictures
+import pytest
+import simplejpeg
+import strategies
+from hypothesis import given
+from PIL import Image, ImageFilter
+from strategies import encode
+from test_decode import decoded
+from test_edges import INSIDE, framed
+from test_scans import WRITTEN, reason, scan_of, written
+
+import packpipe
+from packpipe.images import decode as decoding
+from packpipe.images import turbo
+from packpipe.images.decode import pixel_rules
+from packpipe.images.fill import ImageTask, fill_row
+from packpipe.images.scans import scans_of
+from packpipe.planning.image_config import PackConfig
+
+TURBO = {"pixels": "turbo"}
+RULES = pixel_rules(PackConfig(pixels="turbo"))
+SIZES = [(45, 70), (1, 33), (50, 1), (16, 16)]
+
+
+def soft(height, width, mode="RGB"):
+    """Pixels that change slowly, as those of photographs do."""
+    image = strategies.random_image("RGB", height, width)
+    return image.filter(ImageFilter.GaussianBlur(3)).convert(mode)
+
+
+def files_of(height, width):
+    image = soft(height, width)
+    yield from (encode(image, "JPEG", subsampling=n, progressive=n == 1) for n in (0, 1, 2))
+    yield encode(image.convert("L"), "JPEG")
+    yield encode(image, "JPEG", keep_rgb=True)
+    yield simplejpeg.encode_jpeg(np.array(image), colorsubsampling="411")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_its_decoded_bytes_are_pillows_at_every_fraction(size):
+    height, width = size
+    for content in files_of(*size):
+        for parts in (1, 2, 4, 8):
+            image = Image.open(BytesIO(content))
+            assert turbo.is_taken(image, scans_of(content))
+            if parts > 1:
+                image.draft(None, (max(1, width // parts), max(1, height // parts)))
+            if image.size != (-(-width // parts), -(-height // parts)):
+                continue  # a side is too short for this fraction
+            found = turbo.decoded(content, image.mode, (width, height), parts)
+            assert np.array_equal(found, np.asarray(image))
+
+
+@given(strategies.image_sizes(900), strategies.image_sizes(900))
+def test_it_decodes_at_the_fraction_that_pillows_draft_takes(size, least):
+    image = Image.open(BytesIO(encode(Image.new("L", size), "JPEG")))
+    drafted = image.draft(None, least)
+    parts = turbo.parts_of(size, least)
+    assert parts == (1 if drafted is None else round(size[0] / drafted[1][2]))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("box", [None, (3, 5, 30, 29)])
+def test_it_is_close_to_pillow_however_an_image_is_turned_or_cut(orientation, box):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    hw = (90, 70) if orientation > 4 else (70, 90)
+    for form, mode in [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB")]:
+        file = encode(soft(70, 90, mode), form, exif=exif)
+        for target_hw in [(32, 16), (64, 96)]:
+            ours, theirs = (
+                decoded(file, hw, target_hw, box, reducing_gap=1.0, pixels=pixels).astype(int)
+                for pixels in ("turbo", "pillow")
+            )
+            assert ours.std() > 3
+            assert np.abs(ours - theirs).mean() < 0.7
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_it_calls_those_files_damaged_that_pillows_engine_does(name):
+    file = written(name)
+    start, end = scan_of(file)
+    random = np.random.default_rng(0)
+    damaged = [file, file[:-2], file + b"tail"]
+    for place in random.integers(start, end - 1, 12).tolist():
+        damaged += [file[:place] + b"\xff\xd9", file[:place]]
+        damaged += [file[:place] + bytes([file[place] ^ 64]) + file[place + 1 :]]
+    rules = [{"damaged_scans": way} for way in ("reject", "strict", "keep")]
+    found = [[reason(one, **rule, pixels="pillow") for rule in rules] for one in damaged]
+    assert sum(one[0] is not None for one in found) >= 12
+    assert [[reason(one, **rule, **TURBO) for rule in rules] for one in damaged] == found
+
+
+def test_edges_are_as_clean():
+    file = framed(431, 601, 2)
+    found = decoded(file, (431, 601), (53, 75), reducing_gap=1.0, **TURBO).astype(int)
+    assert np.abs(found - INSIDE).max() <= 1
+
+
+def test_colours_are_converted_after_its_resize():
+    wide = naive_profiles.rgb_profile(naive_profiles.ADOBE, 2.2)
+    for form, mode in [("JPEG", "RGB"), ("PNG", "RGBA")]:
+        file = encode(soft(64, 64, mode), form, icc_profile=wide)
+        ours, theirs = (
+            decoded(file, (64, 64), (32, 32), pixels=one) for one in ("turbo", "pillow")
+        )
+        assert np.abs(ours.astype(int) - theirs).max() <= 2
+        assert not np.array_equal(
+            ours, decoded(file, (64, 64), (32, 32), profiles="ignore", **TURBO)
+        )
+
+
+@pytest.mark.parametrize("kept", [None, [0, 2, 5]])
+def test_a_row_has_the_patches_of_the_image(kept):
+    file = encode(soft(45, 70), "JPEG")
+    tokens = None if kept is None else np.array(kept, np.int32)
+    task = ImageTask(0, file, (45, 70), (2, 3), tokens)
+    out = np.full((7, 16 * 16 * 3), 77, np.uint8)
+    assert fill_row([task], out, RULES) == [None]
+    whole = decoded(file, (45, 70), (32, 48), reducing_gap=1.0, **TURBO)
+    patches = whole.reshape(2, 16, 3, 16, 3).transpose(0, 2, 1, 3, 4).reshape(6, -1)
+    wanted = patches if kept is None else patches[kept]
+    assert np.array_equal(out[: len(wanted)], wanted)
+    assert not out[len(wanted) :].any()
+
+
+def test_a_folder_names_its_engine_and_is_made_and_verified_by_it_alone(tmp_path, monkeypatch):
+    files = [encode(soft(40 + n, 60), "JPEG") for n in range(5)]
+    dataset = pictures.dataset_of(files, [0] * 5)
+    options = {"seq_len": 64, "patch_size": 8, "progress": False, **TURBO}
+    rows = packpipe.pack(dataset, output=tmp_path / "own", num_workers=0, **options)
+    record = packpipe.manifest(rows)
+    assert record["config"]["pixels"] == "turbo"
+    assert record["codecs"]["simplejpeg"] == version("simplejpeg")
+    other = packpipe.pack(dataset, output=tmp_path / "two", num_workers=1, **options)
+    assert rows.to_dict() == other.to_dict()
+    assert packpipe.verify(tmp_path / "own", dataset) == []
+    plain = packpipe.pack(dataset, output=tmp_path / "plain", **options | {"pixels": "pillow"})
+    assert "simplejpeg" not in packpipe.manifest(plain)["codecs"]
+    assert plain.to_dict() != rows.to_dict()
+    monkeypatch.setattr(decoding, "find_spec", lambda _: None)
+    message = (
+        "pixels is 'turbo', expected simplejpeg to be installed; pip install 'packpipe[turbo]'; "
+        "rows made with it need it wherever they are made"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        packpipe.verify(tmp_path / "own", dataset)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        packpipe.pack(dataset, output=tmp_path / "no", num_workers=0, **options)
