@@ -102,9 +102,10 @@ def _floor_processes(job: Job, num_processes: int, stack: ExitStack) -> Way:
     return work
 
 
-def pack(job: Job, num_workers: int, folder: Path) -> datasets.Dataset:
+def pack(job: Job, num_workers: int, folder: Path, *, pixels: str = "pillow") -> datasets.Dataset:
     """Return the rows that packpipe writes."""
-    options = {} if job.max_tokens is None else {"max_tokens": job.max_tokens}
+    options: dict[str, Any] = {} if job.max_tokens is None else {"max_tokens": job.max_tokens}
+    options["pixels"] = pixels
     written = {"output": folder / "rows", "num_workers": num_workers, "progress": False}
     return packpipe.pack(job.dataset, SEQ_LEN, **written, **options)
 

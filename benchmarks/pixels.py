@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,9 +45,11 @@ from PIL import Image, features
 from pixel_peers import PATCH, PATCH_BYTES, SEQ_LEN, Job, Way, resized
 
 import packpipe
+from packpipe.images.decode import pixel_rules, probe
+from packpipe.images.fill import ImageTask, fill_row
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("floor", "build", "moved", "curve", "memory", "compression")
+PARTS = ("engines", "floor", "build", "moved", "curve", "memory", "compression")
 TARGETS = {"cap 128²": 64, "cap 224²": 196, "native": None}
 CURVE = {64: 16, 96: 36, 128: 64, 224: 196, 320: 400, 416: 676, 512: None}
 ONE_WORKER = "`packpipe.pack`, 1 worker"
@@ -66,16 +68,18 @@ class Made(NamedTuple):
     num_bytes: int
 
 
-def take_turns(ways: dict[str, Way], rounds: int) -> tuple[dict[str, float], dict[str, Made]]:
+def take_turns(
+    ways: dict[str, Way], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[dict[str, float], dict[str, Made]]:
     """Return the median time of each, all taking turns, and what each made in a round before."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     made = {}
     for turn in range(rounds + 1):
         for name, work in ways.items():
             with tempfile.TemporaryDirectory() as folder:
-                started = time.perf_counter()
+                started = clock()
                 result = work(Path(folder))
-                taken = time.perf_counter() - started
+                taken = clock() - started
                 if turn:
                     times[name].append(taken)
                 else:
@@ -167,6 +171,70 @@ def floor(sets: dict[str, Dataset], rounds: int) -> Iterator[Row]:
 def _each(job: Job, work: Callable[[bytes, tuple[int, int]], object], _: Path) -> None:
     for encoded, (rows, columns) in zip(job.encoded, job.grid_hw, strict=True):
         work(encoded, (columns * PATCH, rows * PATCH))
+
+
+def _then_torch(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
+    import torch
+
+    planes = torch.from_numpy(_at_scale(encoded, size)).permute(2, 0, 1)[None]
+    how = {"size": size[::-1], "mode": "bicubic", "antialias": True}
+    return torch.nn.functional.interpolate(planes, **how)[0].permute(1, 2, 0).numpy()
+
+
+def _then_opencv(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
+    import cv2
+
+    return cv2.resize(_at_scale(encoded, size), size, interpolation=cv2.INTER_AREA)
+
+
+def _then_pillow(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(_at_scale(encoded, size)).resize(size, pixel_peers.BICUBIC))
+
+
+def _at_scale(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
+    import simplejpeg
+
+    if encoded[:2] != b"\xff\xd8":
+        return np.array(Image.open(BytesIO(encoded)).convert("RGB"))
+    return simplejpeg.decode_jpeg(encoded, "RGB", min_width=size[0], min_height=size[1])
+
+
+def engines(sets: dict[str, Dataset], rounds: int) -> Iterator[Row]:
+    """Processor time an image of both engines, beside loops that throw their pixels away."""
+    import cv2
+    import torch
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    peers = {
+        "loop, Pillow": resized,
+        "loop, simplejpeg + Pillow": _then_pillow,
+        "loop, simplejpeg + torch": _then_torch,
+        "loop, simplejpeg + OpenCV": _then_opencv,
+    }
+    for name, dataset in sets.items():
+        for target, max_tokens in TARGETS.items():
+            job = planned(dataset, max_tokens)
+            ways: dict[str, Way] = {way: partial(_each, job, work) for way, work in peers.items()}
+            for engine in ("pillow", "turbo"):
+                ways[f"rows in memory, {engine}"] = partial(_rows, job, engine)
+                ways[f"`pack`, no worker, {engine}"] = partial(
+                    pixel_peers.pack, job, 0, pixels=engine
+                )
+            times, _ = take_turns(ways, rounds, time.process_time)
+            best = min(times[way] for way in peers)
+            for way, taken in times.items():
+                row = [f"{name}, {target}: {way}", f"{1e3 * taken / len(job.encoded):.2f}"]
+                yield [*row, f"{times['loop, Pillow'] / taken:.2f}", f"{best / taken:.2f}"]
+
+
+def _rows(job: Job, engine: str, _: Path) -> None:
+    rules = pixel_rules(packpipe.PackConfig(pixels=engine))
+    out = np.empty((SEQ_LEN, PATCH_BYTES), np.uint8)
+    for encoded, grid_hw in zip(job.encoded, job.grid_hw, strict=True):
+        image_hw = probe(encoded, max_pixels=rules.max_pixels).image_hw
+        task = ImageTask(0, encoded, image_hw, grid_hw, None)
+        fill_row([task], out[: task.num_tokens], rules)
 
 
 def _drafted(encoded: bytes, size: tuple[int, int]) -> None:
@@ -414,7 +482,8 @@ def draw(path: Path, means: Means, rates: Rates) -> None:
 
 def _versions() -> str:
     names = ["packpipe", "numpy", "pillow", "pyarrow", "datasets", "torch", "torchvision", "timm"]
-    found = [f"{name} {version(name)}" for name in (*names, "vit-pytorch", "simplejpeg")]
+    names += ["vit-pytorch", "simplejpeg", "opencv-python-headless", "numba"]
+    found = [f"{name} {version(name)}" for name in names if any(distributions(name=name))]
     found += [f"{name} {features.version(name)}" for name in ("libjpeg_turbo", "webp")]
     return ", ".join([f"CPython {platform.python_version()}", *found])
 
@@ -470,6 +539,15 @@ def main() -> None:
         datasets.config.HF_DATASETS_CACHE = Path(cache)
         load = partial(_load, options.data, cache)
         sets = {"jpegs": load("jpegs", photos), "pictures": load("pictures", options.pictures)}
+        add(
+            "engines",
+            "Engines",
+            "ms of processor time an image, one process, ways taking turns. A *loop* throws its "
+            "pixels away; *rows in memory* are headers, decoding and patches; `pack` plans and "
+            "writes rows to the disk besides.",
+            engines(sets, rounds),
+            "way | ms an image | × Pillow's loop | × the best loop",
+        )
         add(
             "floor",
             "Bare Pillow, step by step",

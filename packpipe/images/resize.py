@@ -13,7 +13,8 @@ that colour, and the bytes are the same on every machine, whatever its vectors (
 not faster: .134 ms where integers take .128, for 300 x 400 pixels down to 176 rows of 8 weights.
 
 Pillow's weights have 22 bits, so that a result may differ from its by one level, in each pass.
-Weights are made anew for each image: 5 to 10 microseconds, below what a cache of them would save.
+Weights are made anew for each image, in .016 to .027 ms for both axes: a seventh of a resize at
+most, and nothing is kept, whatever the sizes.
 """
 
 from __future__ import annotations
