@@ -43,10 +43,11 @@ def cases(draw):
     sizes = draw(strategies.size_lists())
     config = draw(strategies.configs())
     views = draw(st.integers(1, 4))
-    if views > 1 and config.seq_len >= views and draw(st.booleans()):
+    most = config.seq_len // views - config.prefix_tokens
+    if views > 1 and most >= 1 and draw(st.booleans()):
         config = replace(
             config,
-            max_tokens=draw(st.integers(1, config.seq_len // views)),
+            max_tokens=draw(st.integers(1, most)),
             max_segments=max(views, config.max_segments),
             views=views,
             views_together=True,
