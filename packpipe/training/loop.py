@@ -108,7 +108,8 @@ def train(
     objective = together(lambda: objective_of(config, loader.packs, model.config, device))
     together(lambda: freeze(model, config.freeze))
     compiled = device.type == "cuda" if config.compiled is None else config.compiled
-    captured = together(lambda: _is_captured(config, device, compiled))
+    together(lambda: _check_captured(config))
+    captured = config.captured
     optimizer = optimizer_of(model, config, captured=captured and device.type == "cuda")
     averaged = None if config.ema is None else copy_of(model)
     judged = model if averaged is None else averaged
@@ -229,19 +230,11 @@ class _Part(NamedTuple):
 _Found: TypeAlias = tuple[tuple[Tensor, Tensor], Tensor]
 
 
-def _is_captured(config: TrainConfig, device: torch.device, compiled: bool) -> bool:
-    """Return whether steps read from tensors of their own, on a GPU as one graph.
-
-    Raises:
-        ValueError: it is asked for, and cannot be.
-    """
-    whole = not (has_group() or config.trim)
-    if config.captured and not whole:
-        expected = "None or False under torchrun, or with trim"
+def _check_captured(config: TrainConfig) -> None:
+    """Raise ValueError if the whole step is to be captured as one graph, and cannot be."""
+    if config.captured and (has_group() or config.trim):
+        expected = "False under torchrun, or with trim"
         raise ValueError(checks.sentence("captured", True, expected, "leave it out"))
-    if config.captured is None:
-        return device.type == "cuda" and compiled and whole
-    return config.captured
 
 
 def _prepared(batch: PackedBatch, key: Key, model: NaViT, config: TrainConfig) -> _Part:

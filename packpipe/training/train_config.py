@@ -61,8 +61,8 @@ class TrainConfig:
         precision: of matrix products; ``"auto"`` is bfloat16 on a GPU.
         compiled: whether `compile_parts` is used; None: on a GPU.
         captured: whether the whole step is one CUDA graph, which small models need, or launches
-            take longer than kernels; on a CPU only its batches are copied as for one. None: on a
-            GPU, if the model is compiled, and neither under torchrun nor with trim.
+            take longer than kernels; neither under torchrun nor with trim. On a CPU only its
+            batches are copied as for one. Not the default, since no card has measured it yet.
         trim: `PackedBatch.trim` cuts batches to a multiple of so many tokens; None does not. Every
             length is a graph of its own: with ``compiled``, an eighth of seq_len or more, since
             torch.compile keeps 8 (``torch._dynamo.config.recompile_limit``); a seventh with
@@ -97,7 +97,7 @@ class TrainConfig:
     class_weights: str | Sequence[float] | NDArray[Any] | Tensor | None = None
     precision: str = "auto"
     compiled: bool | None = None
-    captured: bool | None = None
+    captured: bool = False
     trim: int | None = None
     log_every: int = 1
     save_every: int | None = None
@@ -153,8 +153,7 @@ class TrainConfig:
         object.__setattr__(self, "label_smoothing", smoothing)
         object.__setattr__(self, "class_weights", self._checked_class_weights())
         checks.choice("precision", self.precision, PRECISIONS, "choose a precision")
-        if self.captured is not None:
-            object.__setattr__(self, "captured", checks.boolean("captured", self.captured))
+        object.__setattr__(self, "captured", checks.boolean("captured", self.captured))
 
     def _checked_class_weights(self) -> str | tuple[float, ...] | None:
         weights: Any = self.class_weights

@@ -121,7 +121,7 @@ def test_a_step_that_cannot_be_captured_goes_on_without_a_graph(graphs, caplog):
 
 
 def test_what_cannot_be_captured_is_refused():
-    message = "captured is True, expected None or False under torchrun, or with trim; leave it out"
+    message = "captured is True, expected False under torchrun, or with trim; leave it out"
     with pytest.raises(ValueError, match=re.escape(message)):
         trained(captured=True, trim=8)
     with pytest.raises(TypeError, match="captured is 'yes', expected"):
