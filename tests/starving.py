@@ -63,8 +63,9 @@ def keep(mebibytes: int) -> None:
 
 def main() -> None:
     """Print what comes of images where there is next to no memory, here, and in another process."""
-    some, out = tasks(), np.empty((8, 16 * 16 * 3), np.uint8)
-    ordinary = task_of(header_of(ORDINARY), ORDINARY)
+    some, ordinary = tasks(), task_of(header_of(ORDINARY), ORDINARY)
+    # Room for all of them, as in a row that was planned.
+    out = np.empty((sum(task.num_tokens for task in [*some, ordinary]), 16 * 16 * 3), np.uint8)
     keep(32)
     try:
         starved = str(fill_row([ordinary], out, RULES))

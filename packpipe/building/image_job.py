@@ -20,7 +20,7 @@ from PIL import features as codecs
 from packpipe import checks
 from packpipe._version import __version__
 from packpipe.building.job import FilledRows, Job, PlannedRows
-from packpipe.images.decode import engine_versions
+from packpipe.images.decode import engine_versions, pixel_rules
 from packpipe.images.extras import extra_versions
 from packpipe.images.opening import (
     ImageData,
@@ -347,6 +347,7 @@ def _mask_record(images: Images) -> dict[str, Any]:
 
 def record_of_images(images: Images) -> dict[str, Any]:
     """Return everything the bytes of the folder depend on."""
+    pixel_rules(images.config)  # raises if they need a package that is not installed
     # Not num_workers, which changes no row; nor the limits on rejects, which every call checks for
     # itself.
     supported, columns, changed = codecs.get_supported(), images.columns, changed_settings()

@@ -239,7 +239,7 @@ def _part(
     index = answers.example_index.numpy()
     own = {
         "example_index": pa.array(first + index),
-        "num_tokens": pa.array(answers.seq_lens.numpy()),
+        "num_tokens": pa.array(answers.seq_lens.numpy() - packing.prefix_tokens),  # patches
     }
     if "tokens" in schema.names:
         own |= _maps(answers.outputs, schema.field("tokens").type)

@@ -17,6 +17,7 @@ from packpipe.cli.measured import (
     segments_of,
     validation_packs,
 )
+from packpipe.loading.read import read_rows
 from packpipe.loading.stored import StoredPacks
 from packpipe.philox import Key
 from packpipe.planning.decisions import decide
@@ -125,12 +126,14 @@ class TrainedRows:
 
     def _guessed(self) -> PackConfig:
         known = segments_of(self.dataset)
-        native = PackConfig(seq_len=self.seq_len, patch_size=self.patch_size)
+        first = read_rows(self.dataset, range(min(1, len(self.dataset))))
+        slots = int((first.coords[..., 0] < 0).sum()) // max(1, len(first.seq_lens))
+        native = PackConfig(seq_len=self.seq_len, patch_size=self.patch_size, prefix_tokens=slots)
         own = decide(known.image_hw, native, Key(0, 0), index=known.example_index)
         if np.array_equal(own.grid_hw, known.grid_hw):
             return native
         most = int(known.grid_hw.astype(np.int64).prod(axis=1).max(initial=1))
-        return RunOptions(packing=native).at(min(most, self.seq_len)).packing
+        return RunOptions(packing=native).at(min(most, native.room)).packing
 
     @cached_property
     def validated(self) -> Dataset | None:

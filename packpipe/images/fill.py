@@ -59,6 +59,18 @@ class ImageTask(NamedTuple):
         """Tokens that the image takes in its row."""
         return self.grid_hw[0] * self.grid_hw[1] if self.kept is None else len(self.kept)
 
+    @property
+    def slots(self) -> int:
+        """Prefix tokens."""
+        return 0 if self.kept is None else int(np.count_nonzero(self.kept < 0))
+
+    @property
+    def patches(self) -> NDArray[np.int32] | None:
+        """Which patches in raster order, without prefix tokens; None for all of the grid."""
+        if self.kept is None or self.num_tokens - self.slots == self.grid_hw[0] * self.grid_hw[1]:
+            return None
+        return self.kept[self.slots :]
+
     def read(self) -> ImageData | Failure:
         """Return the image, or the `Failure` that says why there is none."""
         return self.data() if callable(self.data) else self.data
@@ -102,9 +114,10 @@ def fill_row(
             outcomes.append(data)
             continue
         rows, columns = image.grid_hw
+        slots, kept = image.slots, image.patches
         tiles = None
-        if transform is None and image.kept is None:  # its pixels are the row's, in one pass
-            tokens = out[end : end + image.num_tokens]
+        if transform is None and kept is None:  # its pixels are the row's, in one pass
+            tokens = out[end + slots : end + image.num_tokens]
             tiles = tokens.reshape(rows, columns, patch_size, patch_size, 3)
         try:
             found = decode(
@@ -125,19 +138,14 @@ def fill_row(
         if isinstance(cells, Failure):
             outcomes.append(cells)
             continue
-        start, end = end, end + image.num_tokens
-        kept = image.kept
+        start, end = end + slots, end + image.num_tokens
+        out[start - slots : start] = 0
+        if targets is not None:
+            targets[start - slots : start] = np.iinfo(targets.dtype).max
         if tiles is None:
             pixels = found.pixels
             if transform is not None:
                 pixels = transform(pixels, image.example, image.view)
-            if kept is not None and kept[0] < 0:
-                first = start + int(np.count_nonzero(kept < 0))
-                out[start:first] = 0
-                if targets is not None:
-                    targets[start:first] = np.iinfo(targets.dtype).max
-                start, kept = first, kept[first - start :]
-                kept = None if len(kept) == rows * columns else kept
             patchify(pixels, out[start:end], kept)
         if targets is not None and cells is not None:
             write_targets(cells, targets[start:end], image.grid_hw, kept)

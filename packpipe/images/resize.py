@@ -144,6 +144,12 @@ def _weights(n_in, low, high, n_out, kind, is_flipped):  # type: ignore[no-untyp
             rest -= weight
             if weights[o, k] > weights[o, best]:
                 best = k
+        for k in range(taps):
+            if abs(rest) <= 1024:  # more would not fit into the largest weight of very many
+                break
+            step = 1 if rest > 0 else -1
+            weights[o, k] += step
+            rest -= step
         weights[o, best] += rest
     return starts, weights, bits
 

@@ -47,6 +47,8 @@ def decoded(content: bytes, mode: str, size: tuple[int, int], parts: int) -> NDA
     Returns:
         uint8[height, width] of grey or uint8[height, width, 3], rounded up as libjpeg does.
     """
+    if parts > 1 and min(size) < 8:  # simplejpeg has other fractions, too, of the same few pixels
+        return None
     width, height = (-(-side // parts) for side in size)
     least = {} if parts == 1 else {"min_width": width, "min_height": height}
     try:

@@ -22,6 +22,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from packpipe import checks
+from packpipe.images.decode import pixel_rules
 from packpipe.images.opening import check_settings
 from packpipe.images.transform import PixelFunction, checked_transform, name_of
 from packpipe.philox import Key, checked_key
@@ -106,6 +107,7 @@ class EpochPacks:
         **options: Unpack[PackOptions],
     ) -> None:
         self.config: PackConfig = config_from(seq_len, dict(options))
+        pixel_rules(self.config)  # raises if they need a package that is not installed
         self._transform = checked_transform(transform)
         check_dataset(dataset)
         check_settings()

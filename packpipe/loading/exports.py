@@ -337,8 +337,8 @@ def to_qwen_vl(
         name, expected = f"grid_hw[{first}]", f"multiples of {merge} (merge_size)"
         remedy = "pack with resolution=PixelRange(...)"
         raise ValueError(checks.sentence(name, shapes[first].tolist(), expected, remedy))
-    real = batch.segment_ids > 0
-    lens = batch.seq_lens[batch.present].long()
+    real = (batch.segment_ids > 0) & (batch.coords[..., 0] >= 0)  # prefix tokens are taken off
+    lens = _patch_lens(batch)
     columns = shapes[:, 1].repeat_interleave(lens)
     y, x = batch.coords[real].long().unbind(-1)
     block = (y // merge) * (columns // merge) + x // merge

@@ -25,7 +25,7 @@ from datasets import ClassLabel, Features, Image, IterableDataset, LargeList, Li
 from datasets import iterable_dataset as sources
 
 from packpipe import checks
-from packpipe.images.decode import probe
+from packpipe.images.decode import pixel_rules, probe
 from packpipe.images.given import given
 from packpipe.images.opening import BadImage, ImageData, check_settings
 from packpipe.images.transform import PixelFunction, checked_transform, name_of
@@ -106,6 +106,7 @@ class PackedStream:
         options.setdefault("strategy", "best_fit")
         options.setdefault("window", 16384)
         self.config: PackConfig = config_from(seq_len, dict(options))
+        pixel_rules(self.config)  # raises if they need a package that is not installed
         if self.config.fit_last is not None:
             remedy = "the open packs of a stream are nearly full"
             raise ValueError(checks.sentence("fit_last", self.config.fit_last, "None", remedy))

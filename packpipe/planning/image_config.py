@@ -261,8 +261,9 @@ class PackConfig:
             expected, remedy = "None or 'drop_rate', for PixelRange", "sizes are the law's"
             raise ValueError(checks.sentence("fit_last", self.fit_last, expected, remedy))
         block = resolution.grid_multiple(self.resolution) ** 2
-        for name, limit in (("seq_len", self.seq_len), ("max_tokens", self.token_limit)):
-            if limit < block:
+        limits = {f"seq_len{self._less()}": self.room, "max_tokens": self.max_tokens}
+        for name, limit in limits.items():
+            if limit is not None and limit < block:
                 expected, remedy = f"at least {block} (grid_multiple²)", "an image has a block"
                 raise ValueError(checks.sentence(name, limit, expected, remedy))
 

@@ -108,8 +108,8 @@ def tuned(shapes, encoder, tmp_path_factory):
     """The folder of a training that began with the encoder, and the rates of its last step."""
     folder, made = tmp_path_factory.mktemp("tuned"), []
 
-    def optimizer_of(*arguments):
-        made.append(loop_optimizer(*arguments))
+    def optimizer_of(*arguments, **options):
+        made.append(loop_optimizer(*arguments, **options))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -184,7 +184,8 @@ def test_rows_and_images_validate_each_other(images, packed, tmp_path):
 
 def test_what_save_to_disk_wrote_is_asked_as_its_rows_show(images, packed, tmp_path):
     dataset = datasets.load_dataset("imagefolder", data_dir=str(images), split="train")
-    native = packpipe.pack(dataset, 64, patch_size=8, output=tmp_path / "a", progress=False)
+    options = {"patch_size": 8, "prefix_tokens": 2, "output": tmp_path / "a", "progress": False}
+    native = packpipe.pack(dataset, 64, **options)
     native.save_to_disk(tmp_path / "native")
     datasets.load_from_disk(str(packed)).save_to_disk(tmp_path / "drawn")
     assert manifest_in(tmp_path / "native") is None
@@ -193,6 +194,7 @@ def test_what_save_to_disk_wrote_is_asked_as_its_rows_show(images, packed, tmp_p
         for name in ("native", "drawn")
     ]
     assert found[0].evaluation.resolution == "native"
+    assert [rows.evaluation.prefix_tokens for rows in found] == [2, 0]
     most = max(np.prod(grid) for row in found[1].dataset["grid_hw"][:] for grid in row)
     assert (found[1].evaluation.resolution, found[1].evaluation.max_tokens) == ("budget", most)
     assert found[1].classes.names == list(NAMES)

@@ -171,6 +171,12 @@ def test_an_image_of_one_line_does_not_become_large_between_the_axes():
     assert np.abs(found[0, :, 0] - means).max() <= 0.51
 
 
+@pytest.mark.parametrize("name", ["box", "lanczos"])
+def test_a_million_pixels_of_one_colour_become_one_of_it(name):
+    line = np.full((1, 1_000_000), 200, np.uint8)
+    assert (resized(line, (0, 0, 1_000_000, 1), (1, 1), name) == 200).all()
+
+
 def test_its_bytes_are_these_on_every_machine():
     pixels, found = noise(61, 83), {}
     for name in FILTERS:

@@ -157,3 +157,5 @@ def test_a_folder_names_its_engine_and_is_made_and_verified_by_it_alone(tmp_path
         packpipe.verify(tmp_path / "own", dataset)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         packpipe.pack(dataset, output=tmp_path / "no", num_workers=0, **options)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        packpipe.EpochPacks(dataset, 64, patch_size=8, **TURBO)

@@ -364,6 +364,7 @@ def test_real_pictures_are_to_the_byte_what_qwen_vl_s_processor_makes_of_them(
         resolution=law,
         reducing_gap=None,
         profiles="ignore",
+        prefix_tokens=2 if patch == 14 else 0,  # which the processor has not
         output=tmp_path / "packed",
         num_workers=0,
         progress=False,

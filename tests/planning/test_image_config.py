@@ -183,6 +183,14 @@ BAD = [
         "seq_len is 3, expected at least 4 (grid_multiple²); an image has a block",
     ),
     (
+        {"seq_len": 5, "prefix_tokens": 2, "drop_rate": 0.1, "resolution": PixelRange()},
+        ValueError,
+        (
+            "seq_len, less prefix_tokens is 3, expected at least 4 (grid_multiple²); an image has "
+            "a block"
+        ),
+    ),
+    (
         {"max_upscale": 1.5, "resolution": Square(224)},
         ValueError,
         (

@@ -66,7 +66,7 @@ def with_laws(draw, config):
             count=draw(st.integers(1, 2)),
             crop=draw(st.none() | strategies.crops()),
             resolution=draw(strategies.resolutions()),
-            max_tokens=draw(st.none() | st.integers(1, config.seq_len)),
+            max_tokens=draw(st.none() | st.integers(1, config.room)),
         )
         for _ in range(2)
     )
@@ -118,8 +118,9 @@ def test_every_view_is_decided_alone_and_in_exactly_one_pack(case):
     rule = RULES[config.strategy]
     options = {"max_segments": config.max_segments, "window": config.window}
     together = {"views": views, "together": config.views_together}
+    lens = [keep + config.prefix_tokens for keep in keeps]
     packs = naive.plan(
-        keeps, index, config.seq_len, rule=rule, seed=key[0], epoch=key[1], **options, **together
+        lens, index, config.seq_len, rule=rule, seed=key[0], epoch=key[1], **options, **together
     )
     assert [pack.tolist() for pack in plan.packs] == packs
 
