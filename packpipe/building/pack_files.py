@@ -97,6 +97,9 @@ def files_build(
         expected, remedy = "a column of images", "pass a Dataset to pack tokens"
         raise ValueError(checks.sentence("columns", list(source.features), expected, remedy))
     config = config_from(seq_len, options)
+    if config.uses_progress:
+        expected, remedy = "one that does not change over the training", "pass a Dataset for it"
+        raise ValueError(checks.sentence("drop_rate", config.drop_rate, expected, remedy))
     window_rows = WINDOW_ROWS if window_rows is None else window_rows
     windows = block_windows(source.block_rows, window_rows, key)
     # A source without rows has the columns, and its digest is that of the files.

@@ -35,8 +35,14 @@ class Storage(Protocol):
     def put_if_absent(self, name: str, content: bytes) -> bytes:
         """Write a file if there is none of that name; return the one that is there then."""
 
-    def writing(self, name: str) -> Any:
-        """Return a context: a path whose `partial_of` the block writes; it is put at the end."""
+    def scratch(self, name: str) -> Any:
+        """Return a context: a path whose `partial_of` is the block's to write, then to put.
+
+        The name is that of the file, or how it begins: it may depend on what is written.
+        """
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Put the file that was written at a path of `scratch`; one of that name is replaced."""
 
     def get(self, name: str) -> bytes | None:
         """Return a file, None if there is none."""
@@ -69,8 +75,9 @@ class LocalFolder:
 
     def put(self, name: str, content: bytes) -> None:
         """Write a file, whole or not at all."""
-        with self.writing(name) as path:
+        with self.scratch(name) as path:
             durable.partial_of(path).write_bytes(content)
+            self.put_file(name, path)
 
     def put_if_absent(self, name: str, content: bytes) -> bytes:
         """Write a file if there is none of that name; return the one that is there then."""
@@ -88,14 +95,17 @@ class LocalFolder:
         return path.read_bytes()
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
-        """Put the file that the block writes to the temporary name of a path."""
+    def scratch(self, name: str) -> Iterator[Path]:
+        """Return a path in the folder of a file, whose `partial_of` ends with the block."""
         own = self._own(name)
         try:
             yield own
-            durable.commit_as(durable.partial_of(own), self._path(name))
         finally:
             durable.partial_of(own).unlink(missing_ok=True)
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Put the file that was written at a path of `scratch`."""
+        durable.commit_as(durable.partial_of(path), self._path(name))
 
     def get(self, name: str) -> bytes | None:
         """Return a file, None if there is none."""
@@ -156,12 +166,14 @@ class RemoteFolder:
         return content if found is None else found
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
-        """Upload the file that the block writes to the temporary name of a path."""
+    def scratch(self, name: str) -> Iterator[Path]:
+        """Return a path on this machine, whose folder ends with the block."""
         with TemporaryDirectory(prefix="packpipe-") as folder:
-            path = Path(folder, Path(name).name)
-            yield path
-            self._filesystem.put_file(str(durable.partial_of(path)), self._path(name))
+            yield Path(folder, Path(name).name)
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Upload the file that was written at a path of `scratch`."""
+        self._filesystem.put_file(str(durable.partial_of(path)), self._path(name))
 
     def get(self, name: str) -> bytes | None:
         """Return a file, None if there is none."""

@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 from collections import Counter
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import crashing
 import datasets
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import windowed
@@ -41,7 +42,9 @@ from packpipe import ImageFiles
 from packpipe.building import files_build as files_build_module
 from packpipe.building import window_job
 from packpipe.building.pack_files import checked_executor, files_build
+from packpipe.durable import json_text
 from packpipe.rows.rejects import Tolerance, TooManyRejects
+from packpipe.storage.storage import LocalFolder
 
 NUM_WINDOWS = 4
 
@@ -265,7 +268,7 @@ def test_a_window_whose_file_was_taken_away_by_who_finished_is_done(source, tmp_
     other = build_of(source, tmp_path / "out")
 
     def step(what):
-        if what == "before put data-000002-00001.arrow":
+        if what.startswith("before put data-000002-00001-"):
             built(other)
 
     built(watched(build_of(source, tmp_path / "out"), step))
@@ -285,16 +288,130 @@ def test_strays_are_removed_and_what_is_not_ours_stays(source, tmp_path, whole):
     assert found == whole
 
 
+def file_of(folder, window):
+    """Return the first file of a window."""
+    return next(iter(sorted(folder.glob(f"data-{window:06}-*.arrow"))))
+
+
 def test_a_commit_whose_file_is_gone_is_built_again(source, tmp_path, whole):
     output = tmp_path / "out"
     built(build_of(source, output))
     (output / "manifest.json").unlink()
-    (output / "data-000001-00000.arrow").write_bytes(b"cut")
-    (output / "data-000003-00001.arrow").unlink()
+    file_of(output, 1).write_bytes(b"cut")
+    file_of(output, 3).unlink()
     known = build_of(source, output).committed()
     assert sorted(known) == [0, 2]
     built(build_of(source, output))
     assert contents(output) == whole
+
+
+def test_a_commit_that_another_driver_has_just_built_again_stays(source, tmp_path):
+    build = build_of(source, tmp_path / "out")
+    built(build)
+    file = file_of(tmp_path / "out", 1)
+    content = file.read_bytes()
+    file.unlink()
+
+    def step(what):
+        if what == "after listed ":
+            file.write_bytes(content)
+
+    assert sorted(watched(build, step).committed()) == [0, 1, 2, 3]
+    assert len(os.listdir(tmp_path / "out" / "_commits")) == NUM_WINDOWS
+
+
+def test_an_attempt_that_saw_other_bytes_changes_nothing_of_the_one_that_counts(
+    source, tmp_path, whole
+):
+    for path in source.iterdir():
+        rows = pq.read_table(path)
+        same = pa.chunked_array(
+            [pa.array([rows["image"][0].as_py()] * len(rows), rows["image"].type)]
+        )
+        column = rows.column_names.index("image")
+        rows = rows.set_column(column, rows.schema.field("image"), same)
+        (tmp_path / "train").mkdir(exist_ok=True)
+        pq.write_table(rows, tmp_path / "train" / path.name, row_group_size=5)
+    one, other = (
+        build_of(source, tmp_path / "out"),
+        build_of(tmp_path / "train", tmp_path / "other"),
+    )
+    counted = []
+
+    def step(what):
+        if what.startswith("before put data-000000-00000"):
+            counted.append(window_job.build_window(one.job, one._window(0)))
+
+    assert not one.claim()
+    late = watched(one, step).job
+    assert window_job.build_window(late, other._window(0)) == counted[0]
+    assert len(counted) == 1
+    built(one)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_an_output_that_the_workers_do_not_share_is_named(source, tmp_path, whole):
+    class Elsewhere(Executor):
+        def submit(self, function, job, window):
+            future = Future()
+            own = replace(job, storage=LocalFolder(f"{job.storage.url}-elsewhere"))
+            future.set_result(function(own, window))
+            return future
+
+    build = build_of(source, tmp_path / "out")
+    expected = (
+        rf"files missing in {tmp_path}/out is '8 of 8, the first is data-000000-00000-.*', "
+        r"expected none; let all machines write to one output"
+    )
+    with pytest.raises(ValueError, match=expected):
+        built(build, Elsewhere())
+    assert sorted(contents(tmp_path / "out")) == ["job.json"]
+    built(build)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_folder_that_another_job_took_over_is_never_completed(source):
+    memory = Memory()
+    one, other = in_store(source, memory, Failing(())), build_of(source, "memory://unused", seed=1)
+    assert not one.claim()
+    known = one.run(None, progress=False)
+    # What a store that ignores the condition does.
+    memory.files["job.json"] = json_text(other.record).encode()
+    with pytest.raises(FileExistsError, match="expected rows made with the same seed, windows"):
+        one.finish(known)
+    assert "manifest.json" not in memory.files
+
+
+def test_a_commit_that_was_cut_is_built_again(source, tmp_path, whole):
+    built(build_of(source, tmp_path / "out"))
+    (tmp_path / "out" / "manifest.json").unlink()
+    commit = tmp_path / "out" / "_commits" / "000001.json"
+    commit.write_bytes(commit.read_bytes()[:50])
+    build = build_of(source, tmp_path / "out")
+    late = build._window(1)
+    assert window_job.build_window(build.job, late)["window"] == 1
+    assert contents(tmp_path / "out") == {k: v for k, v in whole.items() if k != "manifest.json"}
+    commit.write_text("[]")
+    built(build)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_part_reads_its_own_commits_alone(source, tmp_path):
+    output = tmp_path / "out"
+    built(build_of(source, output))
+    (output / "manifest.json").unlink()
+    read = []
+    build = watched(build_of(source, output), read.append)
+    assert sorted(build.run(None, part=(2, 2), progress=False)) == [1, 3]
+    asked = [what for what in read if what.startswith("before get _commits")]
+    assert asked == ["before get _commits/000001.json", "before get _commits/000003.json"]
+
+
+def test_a_folder_without_a_commit_may_be_removed(source, tmp_path):
+    assert not build_of(source, tmp_path / "out", seed=1).claim()
+    expected = "same seed; no window is committed there: choose another output, or remove it"
+    with pytest.raises(FileExistsError, match=expected):
+        build_of(source, tmp_path / "out").claim()
 
 
 @pytest.mark.parametrize(
@@ -404,6 +521,11 @@ def test_what_files_cannot_do_is_refused_at_the_front_door(source, tmp_path):
     files = ImageFiles(f"{source}/*.parquet")
     with pytest.raises(ValueError, match="materialize is False, expected True for ImageFiles"):
         packpipe.pack(files, 6, output=tmp_path / "out", materialize=False)
+    over = packpipe.OverTraining(0.2, 0.8, 0.5, 0.1)
+    with pytest.raises(
+        ValueError, match=r"drop_rate is OverTraining.*, expected one that does not"
+    ):
+        packpipe.pack(files, 6, output=tmp_path / "out", drop_rate=over, epochs=2)
     with pytest.raises(TypeError, match=r"executor is 4, expected a concurrent\.futures\.Executor"):
         packpipe.pack(files, 6, output=tmp_path / "out", executor=4)
     with pytest.raises(ValueError, match="window_rows is 8, expected None for a Dataset"):

@@ -48,18 +48,19 @@ def test_of_many_who_put_one_file_if_absent_one_does_and_all_get_it(storage):
     assert storage.listed() == {"job.json": 1000}
 
 
-def test_a_file_is_there_after_the_block_that_writes_it_and_never_before(storage):
-    with storage.writing("data.arrow") as path:
+def test_a_file_is_there_when_it_was_put_and_never_before(storage):
+    with storage.scratch("data") as path:
         partial_of(path).write_bytes(b"half")
         assert storage.get("data.arrow") is None
         with partial_of(path).open("ab") as file:
             file.write(b" and half")
+        storage.put_file("data.arrow", path)
     assert storage.get("data.arrow") == b"half and half"
     assert storage.listed() == {"data.arrow": 13}
 
 
 def write_half(storage):
-    with storage.writing("data.arrow") as path:
+    with storage.scratch("data.arrow") as path:
         partial_of(path).write_bytes(b"half")
         raise RuntimeError("disk")
 
@@ -73,10 +74,12 @@ def test_a_block_that_fails_leaves_the_file_that_was_there_and_no_other(storage)
 
 
 def test_two_write_the_same_file_at_once_and_the_later_one_stays(storage):
-    with storage.writing("a") as one, storage.writing("a") as other:
+    with storage.scratch("a") as one, storage.scratch("a") as other:
         assert one != other
         partial_of(one).write_bytes(b"one")
         partial_of(other).write_bytes(b"other")
+        storage.put_file("a", other)
+        storage.put_file("a", one)
     assert storage.get("a") == b"one"
     assert storage.listed() == {"a": 3}
 
