@@ -73,20 +73,20 @@ class BlockReader:
             columns: names of those to read; None reads all.
 
         Raises:
-            ValueError: a block has another number of rows by now.
+            ValueError: a block is damaged, or has other rows or columns by now.
         """
         names = list(self.features) if columns is None else list(columns)
         features = Features({name: self.features[name] for name in names})
         schema = features.arrow_schema
-        tables = [schema.empty_table(), *(t.cast(schema) for t in self._tables(blocks, names))]
+        tables = [schema.empty_table(), *self._tables(blocks, schema)]
         # A fingerprint of its own, for which `datasets` would read all rows, is not needed.
         return Dataset(InMemoryTable(pa.concat_tables(tables)), fingerprint=self.fingerprint)
 
-    def _tables(self, blocks: Sequence[Block], names: list[str]) -> Iterator[pa.Table]:
+    def _tables(self, blocks: Sequence[Block], schema: pa.Schema) -> Iterator[pa.Table]:
         for file, some in groupby(blocks, lambda block: block.file):
             with _opened(file, self.storage_options) as parquet:
                 for block in some:
-                    table = parquet.read_row_group(block.group, columns=names).select(names)
+                    table = _row_group(parquet, block, schema)
                     if table.num_rows != block.num_rows:
                         what = f"rows of row group {block.group} of {file}"
                         remedy = "the file was changed: pack the files anew, to another output"
@@ -103,8 +103,8 @@ class ImageFiles:
     ``gs://``, ``https://``), and must lead to the same files on every machine that packs.
 
     Args:
-        paths: a file, a pattern with ``*``, or several of them. The files of a pattern are in the
-            order of their names.
+        paths: a file, a folder, whose ``*.parquet`` are taken at any depth, a pattern with ``*``,
+            ``?`` or ``[ ]``, or several of them. Files of one are in the order of their names.
         storage_options: passed to fsspec, for example credentials; they are sent to the machines
             that pack, and written nowhere.
 
@@ -223,14 +223,23 @@ class ImageFiles:
         return _End(size, rows, footer, _features(parquet.schema_arrow))
 
     def _found(self, path: str) -> list[str]:
-        """Return the files of a path or pattern, sorted; local ones as absolute paths."""
+        """Return the files of a path, folder or pattern, sorted; local ones as absolute paths."""
+        path = checks.url_or_path("paths", path)
         filesystem = _filesystem(path, self.storage_options)
-        names = sorted(filesystem.glob(path)) if "*" in path else [path]
-        remote = checks.has_scheme(path)
-        files = [filesystem.unstrip_protocol(n) if remote else os.path.abspath(n) for n in names]
-        if not files or not all(filesystem.isfile(file) for file in files):
+        if filesystem.isfile(path):
+            names = [path]
+        else:
+            is_pattern = any(one in path for one in "*?[")
+            pattern = path if is_pattern else f"{path.rstrip('/')}/**/*.parquet"
+            found = filesystem.glob(pattern, detail=True)
+            names = [n for n in found if found[n]["type"] == "file" or filesystem.isfile(n)]
+        if not names:
             raise ValueError(checks.sentence("paths", path, "files that there are", _REMEDY))
-        return files
+        remote = checks.has_scheme(path)
+        return [
+            filesystem.unstrip_protocol(name) if remote else os.path.abspath(name)
+            for name in sorted(names)
+        ]
 
 
 class _End(NamedTuple):
@@ -252,7 +261,26 @@ def _parquet(source: Any, file: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(source, pre_buffer=True)
     except (pa.ArrowInvalid, OSError) as error:
+        if _is_of_system(error):
+            raise
         raise ValueError(checks.sentence("paths", file, "Parquet files", str(error))) from error
+
+
+def _row_group(parquet: pq.ParquetFile, block: Block, schema: pa.Schema) -> pa.Table:
+    try:
+        found = parquet.read_row_group(block.group, columns=schema.names)
+        return found.select(schema.names).cast(schema)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        if _is_of_system(error):
+            raise
+        what, expected = f"row group {block.group} of {block.file}", "the images it had"
+        remedy = "repair the file, or pack the files anew to another output"
+        raise ValueError(checks.sentence(what, str(error), expected, remedy)) from error
+
+
+def _is_of_system(error: Exception) -> bool:
+    """Return whether a disk or a network failed; of a damaged file Arrow raises a bare OSError."""
+    return isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None)
 
 
 def _check_bytes(group: Any, number: int, file: str) -> None:

@@ -19,8 +19,6 @@ from uuid import uuid4
 
 from packpipe import checks, durable
 
-_LOCAL = "file://"
-
 
 class Storage(Protocol):
     """A folder, by `storage_at`. Names may lead into folders of it: ``"_commits/000003.json"``."""
@@ -50,6 +48,9 @@ class Storage(Protocol):
     def listed(self, folder: str = "") -> dict[str, int]:
         """Return the names of the files that lie in a folder, and how many bytes each has."""
 
+    def folders(self) -> set[str]:
+        """Return the names of the folders in it."""
+
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""
 
@@ -60,11 +61,18 @@ def storage_at(where: str | Path, options: dict[str, Any] | None = None) -> Stor
     Args:
         where: a path, or a URL of any scheme that fsspec knows.
         options: for fsspec.
+
+    Raises:
+        FileExistsError: it is a file.
+        ValueError: it is a URL with one slash after its scheme.
     """
-    text = os.fspath(where)
-    if checks.has_scheme(text) and not text.startswith(_LOCAL):
+    text = checks.url_or_path("output", where)
+    if checks.has_scheme(text):
         return RemoteFolder(text.rstrip("/"), options or {})
-    return LocalFolder(os.path.abspath(text.removeprefix(_LOCAL)))
+    if os.path.exists(text) and not os.path.isdir(text):
+        remedy = "choose another output, or remove it"
+        raise FileExistsError(checks.sentence("output", text, "a folder, or none", remedy))
+    return LocalFolder(os.path.abspath(text))
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,12 @@ class LocalFolder:
             durable.sync(partial)
             # A second name of the file: of several processes one gets it, and it is whole.
             with suppress(FileExistsError):
-                os.link(partial, path)
+                try:
+                    os.link(partial, path)
+                except FileExistsError:
+                    raise
+                except OSError:  # a file system without second names
+                    _write_new(path, content)
                 durable.sync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
@@ -124,6 +137,12 @@ class LocalFolder:
                         found[entry.name] = entry.stat().st_size
         return found
 
+    def folders(self) -> set[str]:
+        """Return the names of the folders in it."""
+        with suppress(FileNotFoundError), os.scandir(self.url) as entries:
+            return {entry.name for entry in entries if entry.is_dir()}
+        return set()
+
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""
         self._path(name).unlink(missing_ok=True)
@@ -138,6 +157,14 @@ class LocalFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
             durable.sync(path.parent.parent)
         return path.with_name(f"{path.name}.{uuid4().hex}")
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """Write a file of which there is none; who reads it meanwhile may see it cut."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)
@@ -187,18 +214,25 @@ class RemoteFolder:
 
     def listed(self, folder: str = "") -> dict[str, int]:
         """Return the files in a folder, with their sizes."""
-        self._filesystem.invalidate_cache()
-        try:
-            found = self._filesystem.ls(self._path(folder).rstrip("/"), detail=True)
-        except FileNotFoundError:
-            return {}
-        files = (one for one in found if one["type"] == "file")
+        files = (one for one in self._entries(folder) if one["type"] == "file")
         return {one["name"].rsplit("/", 1)[-1]: one["size"] for one in files}
+
+    def folders(self) -> set[str]:
+        """Return the names of the folders in it."""
+        found = (one["name"] for one in self._entries("") if one["type"] == "directory")
+        return {name.rstrip("/").rsplit("/", 1)[-1] for name in found}
 
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""
         with suppress(FileNotFoundError):
             self._filesystem.rm_file(self._path(name))
+
+    def _entries(self, folder: str) -> list[dict[str, Any]]:
+        self._filesystem.invalidate_cache()
+        try:
+            return list(self._filesystem.ls(self._path(folder).rstrip("/"), detail=True))
+        except FileNotFoundError:
+            return []
 
     @property
     def _filesystem(self) -> Any:

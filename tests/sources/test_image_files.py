@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import fsspec
 import numpy as np
 import pictures
@@ -167,6 +170,36 @@ def test_what_are_no_such_files_is_refused_by_name(folder, tmp_path):
         ValueError, match=r"column 'image' of .*other\.parquet is None, expected Im"
     ):
         ImageFiles([first, tmp_path / "other.parquet"])
+
+
+def test_a_folder_and_every_kind_of_pattern_are_the_files_in_them(folder, tmp_path):
+    (tmp_path / "deep.parquet").mkdir()
+    memory = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        os.symlink(path, tmp_path / "deep.parquet" / path.name)
+        memory.pipe_file(f"/tree/deep/{path.name}", path.read_bytes())
+    (tmp_path / "deep.parquet" / "NOTES").write_text("no table")
+    known = ImageFiles(f"{folder}/*.parquet").fingerprint
+    for paths in (tmp_path, f"{tmp_path}/**/*.parquet", "memory://tree", f"file:{folder}"):
+        assert ImageFiles(paths).fingerprint == known
+    assert len(ImageFiles(f"{folder}/part-0?0.parquet").files) == 3
+    assert len(ImageFiles(f"{folder}/part-0[12]0.parquet").files) == 2
+    with pytest.raises(ValueError, match=r"paths is 's3:/bucket', expected two slashes"):
+        ImageFiles(Path("s3://bucket"))
+
+
+def test_a_file_that_was_damaged_or_lost_a_column_since_is_named(tmp_path):
+    write(tmp_path, source())
+    files = ImageFiles(f"{tmp_path}/*.parquet")
+    with (tmp_path / "part-010.parquet").open("r+b") as file:
+        file.seek(4)
+        file.write(b"\xff" * 400)
+    path = tmp_path / "part-020.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["label"]), path)
+    for block, group in ((3, r"0 of .*part-010"), (6, r"0 of .*part-020")):
+        expected = rf"row group {group}\.parquet is .*, expected the images it had; repair the file"
+        with pytest.raises(ValueError, match=expected):
+            files.reader.dataset([files.block(block)])
 
 
 def test_a_file_that_was_changed_since_is_named(tmp_path):
