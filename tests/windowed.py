@@ -128,6 +128,9 @@ class Memory:
         parts = {name: name.rpartition("/") for name in self.files}
         return {part[2]: len(self.files[n]) for n, part in parts.items() if part[0] == folder}
 
+    def folders(self) -> set[str]:
+        return {name.partition("/")[0] for name in self.files if "/" in name}
+
     def remove(self, name: str) -> None:
         self.files.pop(name, None)
 
@@ -161,6 +164,10 @@ def on_ray(asked: dict[str, Any]) -> None:
         waiting = [executor.submit(time.sleep, 3600) for _ in range(4)]
         executor.shutdown(cancel_futures=True)
         found["cancelled"] = [future.cancelled() for future in waiting]
+        try:
+            executor.submit(int, "3")
+        except RuntimeError as error_after:
+            found["after"] = str(error_after)
     say(json.dumps(found))
 
 
