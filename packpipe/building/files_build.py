@@ -22,6 +22,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe import checks, durable
@@ -50,7 +51,7 @@ JOB = "job.json"
 _AT_ONCE = 16
 # Windows that an executor has at once: work for a thousand machines, in some tens of megabytes.
 _WAITING = 4096
-# More than work on one job at once.
+# More drivers than ever work on one job.
 _DRIVERS = 64
 _REMEDY = "choose another output, or remove it"
 
@@ -74,20 +75,30 @@ class FilesBuild:
     def claim(self) -> bool:
         """Say in the folder what is packed there; return whether it is complete.
 
+        A complete folder is tidied. One whose files are gone is not complete.
+
         Raises:
             FileExistsError: the folder holds something else.
+            TooManyRejects: it is complete, and an earlier call allowed more rejects than this one.
         """
         storage, own = self.job.storage, durable.json_text(self.record).encode()
         found = storage.get(JOB)
         if found is None:
             names = [name for name in storage.listed() if not name.endswith(".partial")]
+            names += storage.folders()
             # Asked again: another driver of this job may have come first.
             if names and storage.get(JOB) is None:
                 expected = "an absent or empty folder"
                 raise FileExistsError(checks.sentence("output", storage.url, expected, _REMEDY))
             found = storage.put_if_absent(JOB, own)
         self._check_claimed(found)
-        return finished(storage) is not None
+        complete, files = finished(storage), storage.listed()
+        if complete is None or _gone(complete["files"], files):
+            return False
+        with pa.ipc.open_stream(storage.get(REJECTS)) as rejects:
+            self.job.tolerance.check([Reject(**row) for row in rejects.read_all().to_pylist()])
+        self._remove_strays(files, complete["files"].keys())
+        return True
 
     def _check_claimed(self, found: bytes) -> None:
         """Raise if what a folder says is packed there is another job."""
@@ -257,8 +268,11 @@ class FilesBuild:
 def finished(storage: Storage) -> dict[str, Any] | None:
     """Return the manifest of a folder that is complete; None of any other."""
     content = storage.get(MANIFEST)
-    found: dict[str, Any] | None = None if content is None else json.loads(content)
-    return found if found is not None and found["complete"] else None
+    try:
+        found = None if content is None else json.loads(content)
+    except ValueError:  # cut, by a store that shows files before they are whole
+        return None
+    return found if isinstance(found, dict) and found.get("complete") else None
 
 
 def _built(

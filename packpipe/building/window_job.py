@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,13 +25,14 @@ import pyarrow as pa
 from packpipe import checks, durable
 from packpipe.building.image_job import Images, plan_images, record_of_images
 from packpipe.building.job import FilledRows, PlannedRows
+from packpipe.building.shards import naming_full_disks
 from packpipe.planning.block_windows import first_pack
 from packpipe.rows import files
 from packpipe.rows.rejects import Reject, Tolerance
 from packpipe.sources.image_files import Block, BlockReader
 from packpipe.sources.sizes import column_sizes
 from packpipe.sources.survey import probe_sizes
-from packpipe.storage.storage import Storage
+from packpipe.storage.storage import LocalFolder, Storage
 
 COMMITS = "_commits"
 # What machines must have alike, or the same image would give other pixels.
@@ -105,7 +108,8 @@ def build_window(job: WindowJob, window: Window) -> dict[str, Any]:
         return done
     made_by = _checked_versions(job)
     try:
-        commit = {"job": job.digest, "made_by": made_by, **_written(job, window)}
+        with naming_full_disks(_written_at(job.storage), "windows that are committed stay"):
+            commit = {"job": job.digest, "made_by": made_by, **_written(job, window)}
         name = f"{COMMITS}/{commit_name(window.number)}"
         content = durable.json_text(commit).encode()
         first = _commit_in(job, job.storage.put_if_absent(name, content))
@@ -118,6 +122,11 @@ def build_window(job: WindowJob, window: Window) -> dict[str, Any]:
             raise
         return done
     return commit if first is None else first
+
+
+def _written_at(storage: Storage) -> Path:
+    """Return where files are written before they are put: what is uploaded is on a disk first."""
+    return Path(storage.url if isinstance(storage, LocalFolder) else gettempdir())
 
 
 def _checked_versions(job: WindowJob) -> dict[str, Any]:

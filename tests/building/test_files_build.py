@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -69,7 +70,7 @@ def whole(folder):
     return contents(folder)
 
 
-def test_a_source_is_packed_once_and_verify_finds_nothing_amiss(folder, whole):
+def test_a_source_is_packed_once_and_verify_finds_nothing_amiss(source, folder, whole):
     commits = [name for name in whole if name.startswith("_commits")]
     data = [name for name in whole if name.startswith("data-")]
     assert len(commits) == NUM_WINDOWS
@@ -77,6 +78,10 @@ def test_a_source_is_packed_once_and_verify_finds_nothing_amiss(folder, whole):
     assert len({name.split("-")[1] for name in data}) == NUM_WINDOWS
     assert packpipe.verify(folder) == []
     assert packpipe.verify(folder, crashing.source(NUM_ROWS)) == []
+    with pytest.raises(
+        TypeError, match=r"is 'ImageFiles', expected Dataset; .* datasets\.load_dataset"
+    ):
+        packpipe.verify(folder, ImageFiles(source))
     packed = datasets.load_from_disk(folder)
     rejected = packpipe.rejects(packed)["example_index"][:]
     assert len(rejected) == 7
@@ -177,6 +182,7 @@ def test_ray_gives_the_same_folder_and_its_errors_are_those_of_the_task(source, 
     assert found["error"][0]
     assert "invalid literal for int() with base 10: 'three'" in found["error"][1]
     assert found["cancelled"] == [True] * 4
+    assert found["after"] == "cannot schedule new futures after shutdown"
     assert contents(tmp_path / "out") == whole
 
 
@@ -407,6 +413,77 @@ def test_a_part_reads_its_own_commits_alone(source, tmp_path):
     assert asked == ["before get _commits/000001.json", "before get _commits/000003.json"]
 
 
+def test_a_complete_folder_that_is_opened_again_is_tidied_mended_and_judged(
+    source, tmp_path, whole
+):
+    output = tmp_path / "out"
+    built(build_of(source, output))
+    (output / "data-000000-00000-late.arrow").write_bytes(b"late")
+    assert build_of(source, output).claim()
+    assert contents(output) == whole
+    build = build_of(source, output)
+    few = replace(build, job=replace(build.job, tolerance=Tolerance(NUM_ROWS, 0.1, 100)))
+    with pytest.raises(TooManyRejects, match="rejected is 7 of 60 examples"):
+        few.claim()
+    file_of(output, 1).unlink()
+    assert not built(build_of(source, output))
+    assert contents(output) == whole
+    (output / "manifest.json").write_text("{")
+    assert not built(build_of(source, output))
+    assert contents(output) == whole
+
+
+def test_a_folder_of_folders_and_a_file_are_no_place_for_rows(source, tmp_path):
+    (tmp_path / "mine" / "photos").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=r"mine', expected an absent or empty folder"):
+        build_of(source, tmp_path / "mine").claim()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"output is '.*file', expected a folder, or none"):
+        build_of(source, tmp_path / "file")
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file(f"/others-{os.getpid()}/photos/a.jpg", b"mine")
+    with pytest.raises(FileExistsError, match="expected an absent or empty folder"):
+        build_of(source, f"memory://others-{os.getpid()}").claim()
+
+
+def test_a_full_disk_is_named_and_committed_windows_stay(source, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    build = build_of(source, tmp_path / "out")
+    assert not build.claim()
+    monkeypatch.setattr(window_job.files, "write_stream", full)
+    expected = rf"free space of {tmp_path}/out is .* free some and call again: windows that are com"
+    with pytest.raises(OSError, match=expected) as error:
+        build.run(None, progress=False)
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_a_number_of_numpy_is_a_size_of_windows(source, tmp_path):
+    asked = build_of(source, tmp_path, window_rows=np.int64(15))
+    assert asked.job.digest == build_of(source, tmp_path).job.digest
+
+
+def test_options_of_a_store_go_to_one_of_the_same_scheme_or_are_named(source):
+    for path in source.iterdir():
+        fsspec.filesystem("memory").pipe_file(
+            f"/train-{os.getpid()}/{path.name}", path.read_bytes()
+        )
+    files = ImageFiles(f"memory://train-{os.getpid()}", {"use_listings_cache": False})
+    for output, asked, options in (
+        ("memory://rows", None, files.storage_options),
+        ("memory://rows", {}, {}),
+        ("ftp://host/rows", None, {}),
+        ("ftp://host/rows", {"timeout": 3}, {"timeout": 3}),
+    ):
+        build = files_build(files, 6, {}, TOLERANCE, output=output, output_options=asked)
+        assert build.job.storage.options == options
+    with pytest.raises(
+        ValueError, match=r"output_options is \{'key': 3\}, expected None for a Data"
+    ):
+        packpipe.pack(crashing.source(9), 6, output_options={"key": 3})
+
+
 def test_a_folder_without_a_commit_may_be_removed(source, tmp_path):
     assert not build_of(source, tmp_path / "out", seed=1).claim()
     expected = "same seed; no window is committed there: choose another output, or remove it"
@@ -536,10 +613,13 @@ def test_what_files_cannot_do_is_refused_at_the_front_door(source, tmp_path):
     pq.write_table(tokens, tmp_path / "tokens.parquet")
     with pytest.raises(ValueError, match=r"columns is .*, expected a column of images"):
         packpipe.pack(ImageFiles(tmp_path / "tokens.parquet"), 6, output=tmp_path / "out")
-    lists = crashing.source(3).remove_columns("label").add_column("label", [[1.0, 2.0]] * 3)
-    pq.write_table(lists.data.table.cast(lists.features.arrow_schema), tmp_path / "lists.parquet")
-    with pytest.raises(ValueError, match=r"features\['label'\] is .*, expected one value an image"):
-        packpipe.pack(ImageFiles(tmp_path / "lists.parquet"), 6, output=tmp_path / "out")
+    for kind in (pa.list_, pa.large_list):
+        labels = pa.array([[1.0, 2.0]] * 3, kind(pa.float64()))
+        lists = crashing.source(3).data.table.drop_columns(["label"]).append_column("label", labels)
+        pq.write_table(lists, tmp_path / "lists.parquet")
+        expected = r"features\['label'\] is .*, expected one value an image"
+        with pytest.raises(ValueError, match=expected):
+            packpipe.pack(ImageFiles(tmp_path / "lists.parquet"), 6, output=tmp_path / "out")
     assert not Path(tmp_path / "out").exists()
 
 
