@@ -26,6 +26,7 @@ from packpipe.planning.image_config import config_from
 from packpipe.rows import files
 from packpipe.rows.rejects import Tolerance
 from packpipe.sources.columns import AskedColumns
+from packpipe.sources.image_columns import ImageColumns
 from packpipe.sources.image_files import ImageFiles
 from packpipe.storage.storage import LocalFolder, storage_at
 
@@ -104,7 +105,7 @@ def files_build(
     windows = block_windows(source.block_rows, window_rows, key)
     # A source without rows has the columns, and its digest is that of the files.
     none = source.reader.dataset(())
-    columns = asked.of_images(none)
+    columns = _columns(asked, none)
     _check_label(source, columns.label)
     images = Images(none, columns, config, key, True, *resources)
     of_images = record_of_images(images)
@@ -142,6 +143,17 @@ def checked_executor(executor: Any) -> Executor | None:
     expected = "a concurrent.futures.Executor, a Dask client or None"
     remedy = "pass an instance, such as packpipe.RayExecutor()"
     raise TypeError(checks.sentence("executor", executor, expected, remedy))
+
+
+def _columns(asked: AskedColumns, none: Dataset) -> ImageColumns:
+    """Return the columns, or the error of a Dataset with what can be done about files."""
+    try:
+        return asked.of_images(none)
+    except (TypeError, ValueError) as error:
+        remedy = (
+            "of ImageFiles: when the files are written, or of a Dataset that they are loaded as"
+        )
+        raise type(error)(f"{error} ({remedy})") from error
 
 
 def _scheme(where: str | Path) -> str:

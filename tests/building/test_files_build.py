@@ -613,6 +613,11 @@ def test_what_files_cannot_do_is_refused_at_the_front_door(source, tmp_path):
     pq.write_table(tokens, tmp_path / "tokens.parquet")
     with pytest.raises(ValueError, match=r"columns is .*, expected a column of images"):
         packpipe.pack(ImageFiles(tmp_path / "tokens.parquet"), 6, output=tmp_path / "out")
+    words = crashing.source(3).data.table.append_column("weight", pa.array(["a", "b", "c"]))
+    pq.write_table(words, tmp_path / "words.parquet")
+    expected = r"features\['weight'\] is .*; cast_column it .*\(of ImageFiles: when the files"
+    with pytest.raises(ValueError, match=expected):
+        packpipe.pack(ImageFiles(tmp_path / "words.parquet"), 6, weight_column="weight")
     for kind in (pa.list_, pa.large_list):
         labels = pa.array([[1.0, 2.0]] * 3, kind(pa.float64()))
         lists = crashing.source(3).data.table.drop_columns(["label"]).append_column("label", labels)
