@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 MAX_WORD = 2**64 - 1
+_LOCAL = re.compile(r"(file|local):/")
 # One slash is enough, since `Path` makes one of two; two letters, for Windows has drives.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -118,6 +119,17 @@ def integer_array(name: str, values: ArrayLike, ndim: int, remedy: str) -> NDArr
 def has_scheme(path: str) -> bool:
     """Return whether a path begins with a scheme, such as ``s3://``."""
     return _SCHEME.match(path) is not None
+
+
+def url_or_path(name: str, value: str | os.PathLike[str]) -> str:
+    """Return a URL as it is, and one of a local file as its path; refuse one with one slash."""
+    text = os.fspath(value)
+    if _LOCAL.match(text):
+        return "/" + text.partition(":")[2].lstrip("/")
+    if has_scheme(text) and "://" not in text:
+        remedy = "pass a text, for a Path makes one slash of two"
+        raise ValueError(sentence(name, text, "two slashes after its scheme", remedy))
+    return text
 
 
 def local_path(name: str, value: str | os.PathLike[str]) -> Path:

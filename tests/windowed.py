@@ -21,6 +21,7 @@ from traps import say
 from packpipe.building.files_build import FilesBuild
 from packpipe.building.pack_files import files_build
 from packpipe.building.window_job import WindowJob, build_window
+from packpipe.durable import partial_of
 from packpipe.rows.rejects import Tolerance
 from packpipe.sources.image_files import ImageFiles
 from packpipe.storage.storage import Storage, storage_at
@@ -87,14 +88,17 @@ class Watched:
             self.step(f"after {what}")
             return found
 
-        return self._writing if name == "writing" else asked
+        return self._scratch if name == "scratch" else asked
 
     @contextmanager
-    def _writing(self, name: str) -> Iterator[Path]:
+    def _scratch(self, name: str) -> Iterator[Path]:
         self.step(f"before write {name}")
-        with self.storage.writing(name) as path:
+        with self.storage.scratch(name) as path:
             yield path
-            self.step(f"before put {name}")
+
+    def put_file(self, name: str, path: Path) -> None:
+        self.step(f"before put {name}")
+        self.storage.put_file(name, path)
         self.step(f"after put {name}")
 
 
@@ -111,8 +115,11 @@ class Memory:
     def put_if_absent(self, name: str, content: bytes) -> bytes:
         return self.files.setdefault(name, content)
 
-    def writing(self, name: str) -> Any:
-        return storage_at("memory://unused").__class__.writing(_Uploads(self), name)
+    def scratch(self, name: str) -> Any:
+        return storage_at("memory://unused").scratch(name)
+
+    def put_file(self, name: str, path: Path) -> None:
+        self.put(name, partial_of(path).read_bytes())
 
     def get(self, name: str) -> bytes | None:
         return self.files.get(name)
@@ -121,25 +128,11 @@ class Memory:
         parts = {name: name.rpartition("/") for name in self.files}
         return {part[2]: len(self.files[n]) for n, part in parts.items() if part[0] == folder}
 
+    def folders(self) -> set[str]:
+        return {name.partition("/")[0] for name in self.files if "/" in name}
+
     def remove(self, name: str) -> None:
         self.files.pop(name, None)
-
-
-@dataclass
-class _Uploads:
-    """What `RemoteFolder.writing` asks of its file system."""
-
-    memory: Memory
-
-    @property
-    def _filesystem(self) -> Any:
-        return self
-
-    def _path(self, name: str) -> str:
-        return name
-
-    def put_file(self, local: str, name: str) -> None:
-        self.memory.put(name, Path(local).read_bytes())
 
 
 class Killing:
@@ -171,6 +164,10 @@ def on_ray(asked: dict[str, Any]) -> None:
         waiting = [executor.submit(time.sleep, 3600) for _ in range(4)]
         executor.shutdown(cancel_futures=True)
         found["cancelled"] = [future.cancelled() for future in waiting]
+        try:
+            executor.submit(int, "3")
+        except RuntimeError as error_after:
+            found["after"] = str(error_after)
     say(json.dumps(found))
 
 

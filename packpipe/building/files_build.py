@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -22,6 +22,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe import checks, durable
@@ -39,7 +40,7 @@ from packpipe.building.window_job import (
 from packpipe.packing.quality import fill
 from packpipe.rows import files as table_files
 from packpipe.rows import schema
-from packpipe.rows.rejects import Reject, one_each
+from packpipe.rows.rejects import Reject, Tally, one_each
 from packpipe.sources.image_files import ImageFiles
 from packpipe.storage.storage import Storage
 
@@ -50,7 +51,7 @@ JOB = "job.json"
 _AT_ONCE = 16
 # Windows that an executor has at once: work for a thousand machines, in some tens of megabytes.
 _WAITING = 4096
-# More than work on one job at once.
+# More drivers than ever work on one job.
 _DRIVERS = 64
 _REMEDY = "choose another output, or remove it"
 
@@ -74,42 +75,70 @@ class FilesBuild:
     def claim(self) -> bool:
         """Say in the folder what is packed there; return whether it is complete.
 
+        A complete folder is tidied. One whose files are gone is not complete.
+
         Raises:
             FileExistsError: the folder holds something else.
+            TooManyRejects: it is complete, and an earlier call allowed more rejects than this one.
         """
         storage, own = self.job.storage, durable.json_text(self.record).encode()
         found = storage.get(JOB)
         if found is None:
             names = [name for name in storage.listed() if not name.endswith(".partial")]
+            names += storage.folders()
             # Asked again: another driver of this job may have come first.
             if names and storage.get(JOB) is None:
                 expected = "an absent or empty folder"
                 raise FileExistsError(checks.sentence("output", storage.url, expected, _REMEDY))
             found = storage.put_if_absent(JOB, own)
-        if found != own:
-            differing = _differing(self.record, found)
-            expected = f"rows made with the same {', '.join(differing)}"
-            raise FileExistsError(checks.sentence("output", storage.url, expected, _REMEDY))
-        return finished(storage) is not None
+        self._check_claimed(found)
+        complete, files = finished(storage), storage.listed()
+        if complete is None or _gone(complete["files"], files):
+            return False
+        with pa.ipc.open_stream(storage.get(REJECTS)) as rejects:
+            self.job.tolerance.check([Reject(**row) for row in rejects.read_all().to_pylist()])
+        self._remove_strays(files, complete["files"].keys())
+        return True
 
-    def committed(self) -> dict[int, dict[str, Any]]:
-        """Return the commits in the folder, by window; one whose files are gone is removed."""
+    def _check_claimed(self, found: bytes) -> None:
+        """Raise if what a folder says is packed there is another job."""
+        storage = self.job.storage
+        if found == durable.json_text(self.record).encode():
+            return
+        expected = f"rows made with the same {', '.join(_differing(self.record, found))}"
+        remedy = _REMEDY
+        if not storage.listed(COMMITS):
+            remedy = "no window is committed there: choose another output, or remove it"
+        raise FileExistsError(checks.sentence("output", storage.url, expected, remedy))
+
+    def committed(self, windows: Iterable[int] | None = None) -> dict[int, dict[str, Any]]:
+        """Return the commits in the folder, by window; one whose files are gone is removed.
+
+        Args:
+            windows: those whose commits are read; None reads all.
+        """
         storage = self.job.storage
         # In this order: a file that a commit names was there before it.
-        names = sorted(name for name in storage.listed(COMMITS) if name.endswith(".json"))
+        names = {name for name in storage.listed(COMMITS) if name.endswith(".json")}
+        if windows is not None:
+            names &= {commit_name(window) for window in windows}
+        known, doubtful = self._whole(names)
+        # Another driver may have built one anew meanwhile, so each is looked at again.
+        again, gone = self._whole(doubtful)
+        for name in gone:
+            storage.remove(f"{COMMITS}/{name}")
+        return known | again
+
+    def _whole(self, names: set[str]) -> tuple[dict[int, dict[str, Any]], set[str]]:
+        """Return the commits whose files are there, by window, and the names of the others."""
+        if not names:
+            return {}, set()
         with ThreadPoolExecutor(_AT_ONCE) as executor:
-            found = executor.map(lambda name: read_commit(self.job, name), names)
-            commits = dict(zip(names, found, strict=True))
-        sizes = storage.listed()
-        known = {}
-        for name, commit in commits.items():
-            if commit is not None and all(
-                sizes.get(file) == record["bytes"] for file, record in commit["files"].items()
-            ):
-                known[commit["window"]] = commit
-            else:
-                storage.remove(f"{COMMITS}/{name}")
-        return known
+            found = list(executor.map(lambda name: read_commit(self.job, name), sorted(names)))
+        sizes = self.job.storage.listed()
+        whole = [one for one in found if one is not None and not _gone(one["files"], sizes)]
+        known = {commit["window"]: commit for commit in whole}
+        return known, names - {commit_name(window) for window in known}
 
     def run(
         self, executor: Executor | None, *, part: tuple[int, int] = (1, 1), progress: bool = True
@@ -126,10 +155,11 @@ class FilesBuild:
             TooManyRejects: of all windows together.
         """
         number, parts = part
-        known = self.committed()
-        rejects = [one for commit in known.values() for one in rejects_in(commit)]
-        self.job.tolerance.check(rejects)
         wanted = range(number - 1, len(self.windows), parts)
+        known = self.committed(wanted)
+        num_bad = 0
+        for commit in known.values():
+            num_bad = self._num_bad(commit, num_bad)
         missing = [window for window in wanted if window not in known]
         done = sum(known[window]["read"] for window in wanted if window in known)
         bar = datasets.utils.tqdm(
@@ -142,11 +172,18 @@ class FilesBuild:
         with bar:
             for commit in _built(executor, self.job, map(self._window, missing)):
                 known[commit["window"]] = commit
-                if commit["rejects"]:
-                    rejects += rejects_in(commit)
-                    self.job.tolerance.check(rejects)
+                num_bad = self._num_bad(commit, num_bad)
                 bar.update(commit["read"])
         return known
+
+    def _num_bad(self, commit: dict[str, Any], before: int) -> int:
+        """Return how many examples are bad with those of a commit; raise if it is too many."""
+        bad = one_each([one for one in rejects_in(commit) if one.is_bad])
+        found, tolerance = before + len(bad), self.job.tolerance
+        # Runs of bad ones are seen within windows, and of all windows at the end.
+        if bad:
+            tolerance.check_so_far(Tally(tolerance.num_examples, found), bad, ended=True)
+        return found
 
     def finish(self, known: dict[int, dict[str, Any]] | None = None) -> None:
         """Complete the folder: put what `datasets` opens it by, and the manifest last.
@@ -168,7 +205,13 @@ class FilesBuild:
         self.job.tolerance.check(rejects)
         absent = one_each(rejects)
         written = {name: record for one in commits for name, record in one["files"].items()}
-        self._remove_strays(written.keys())
+        found = self.job.storage.listed()
+        if gone := _gone(written, found):
+            what = f"{len(gone)} of {len(written)}, the first is {gone[0]}"
+            remedy = "let all machines write to one output, then pack again: these are built anew"
+            name = f"files missing in {self.job.storage.url}"
+            raise ValueError(checks.sentence(name, what, "none", remedy))
+        self._remove_strays(found, written.keys())
         for attempt in range(_DRIVERS):
             try:
                 self._put_sidecars(commits, absent, written)
@@ -188,9 +231,10 @@ class FilesBuild:
         storage = self.job.storage
         storage.put(INFO, info_of(self.job.images.features).encode())
         storage.put(STATE, durable.json_text(state_of([*written], self.job.digest)).encode())
-        with storage.writing(REJECTS) as path:
+        with storage.scratch(REJECTS) as path:
             tables = [schema.rejects_table(absent)]
             rejects = table_files.write_stream(path, schema.REJECTS, tables)
+            storage.put_file(REJECTS, path)
         totals = sum((Counter(commit["counts"]) for commit in commits), Counter())
         # A Counter drops what is zero: the names are those of a window, and its order.
         of_plan = {name: totals[name] for name in commits[0]["counts"]}
@@ -202,15 +246,17 @@ class FilesBuild:
         }
         files = {**written, REJECTS: rejects}
         manifest = {**self.record, **facts, "complete": True, "files": files}
+        # A store that knows no condition lets two jobs claim a folder: it is the later one's.
+        self._check_claimed(storage.get(JOB) or b"")
         storage.put(MANIFEST, durable.json_text(manifest).encode())
 
     def _window(self, number: int) -> Window:
         return Window(number, tuple(map(self.source.block, self.windows[number].tolist())))
 
-    def _remove_strays(self, kept: Any) -> None:
-        """Remove what was being written by who was killed."""
+    def _remove_strays(self, found: Iterable[str], kept: Collection[str]) -> None:
+        """Remove what was being written by who was killed, of the files in the folder."""
         storage = self.job.storage
-        for name in storage.listed():
+        for name in found:
             stray = fnmatch(name, "data-*.arrow") and name not in kept
             if stray or name.endswith(".partial"):
                 storage.remove(name)
@@ -222,8 +268,11 @@ class FilesBuild:
 def finished(storage: Storage) -> dict[str, Any] | None:
     """Return the manifest of a folder that is complete; None of any other."""
     content = storage.get(MANIFEST)
-    found: dict[str, Any] | None = None if content is None else json.loads(content)
-    return found if found is not None and found["complete"] else None
+    try:
+        found = None if content is None else json.loads(content)
+    except ValueError:  # cut, by a store that shows files before they are whole
+        return None
+    return found if isinstance(found, dict) and found.get("complete") else None
 
 
 def _built(
@@ -252,6 +301,11 @@ def _built(
     finally:
         for future in waiting:
             future.cancel()
+
+
+def _gone(files: dict[str, Any], sizes: dict[str, int]) -> list[str]:
+    """Return the files that are not there as their records say."""
+    return [name for name, record in files.items() if sizes.get(name) != record["bytes"]]
 
 
 def _differing(record: dict[str, Any], found: bytes) -> list[str]:

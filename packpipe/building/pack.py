@@ -48,6 +48,7 @@ def pack(
     progress: bool = True,
     window_rows: int | None = None,
     executor: Any = None,
+    output_options: dict[str, Any] | None = None,
     **options: Unpack[Options],
 ) -> Dataset:
     """Pack images, or token sequences, into rows of exactly seq_len tokens: memory-mapped Arrow.
@@ -110,7 +111,7 @@ def pack(
             shard by shard, each whole or not at all. A build that was stopped, in whatever way,
             continues when called again and ends in the same bytes. One process at a time may write
             a folder. For ImageFiles also a URL, such as ``"s3://bucket/rows"``, which is opened
-            with their storage_options.
+            with output_options.
         materialize: False writes the plan only and computes the same rows, byte for byte, each
             time they are read, from the images in ``dataset``. An image whose header is sound but
             whose pixels are not is then found when read, not listed in `rejects`.
@@ -130,6 +131,8 @@ def pack(
             as `RayExecutor` or a pool of processes, or a Dask client. Its machines must see the
             files and the output, and have the same versions of packpipe, Pillow and its codecs.
             None builds them here, one after the other.
+        output_options: of ImageFiles, for fsspec, if output is a URL: credentials, for example.
+            None are their storage_options if they have the scheme of output, else none.
         **options: the options of `PackConfig`: ``patch_size``, ``crop``, ``resolution``,
             ``max_tokens``, ``max_upscale``, ``drop_rate``, ``epochs``, ``fit_last``,
             ``fit_limit``, ``max_segments``, ``strategy``, ``window``, ``background``,
@@ -183,6 +186,7 @@ def pack(
             dict(options),
             tolerance_of(len(dataset), *limits),
             output=output,
+            output_options=output_options,
             window_rows=window_rows,
             executor=executor,
             progress=progress,
@@ -190,7 +194,8 @@ def pack(
         )
         return cast(Dataset, found)  # None of a URL alone: every other caller has rows
     check_dataset(dataset)
-    for name, value in (("window_rows", window_rows), ("executor", executor)):
+    of_files = {"window_rows": window_rows, "executor": executor, "output_options": output_options}
+    for name, value in of_files.items():
         if value is not None:
             expected, remedy = "None for a Dataset", "pass packpipe.ImageFiles"
             raise ValueError(checks.sentence(name, value, expected, remedy))

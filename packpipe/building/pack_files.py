@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, List
+from datasets import Dataset, LargeList, List
 
 from packpipe import checks
-from packpipe.building.build import cache_folder_of, read_rejects, stored_rows
+from packpipe.building.build import cache_folder_of, stored_rows
 from packpipe.building.files_build import FilesBuild
 from packpipe.building.image_job import (
     IMAGE_SECONDS,
@@ -25,6 +26,7 @@ from packpipe.planning.image_config import config_from
 from packpipe.rows import files
 from packpipe.rows.rejects import Tolerance
 from packpipe.sources.columns import AskedColumns
+from packpipe.sources.image_columns import ImageColumns
 from packpipe.sources.image_files import ImageFiles
 from packpipe.storage.storage import LocalFolder, storage_at
 
@@ -47,14 +49,10 @@ def pack_files(
     """Pack files into a folder; return its rows, None if they lie on other machines."""
     run_on = checked_executor(executor)
     build = files_build(source, seq_len, options, tolerance, output=output, **asked)
-    storage, complete = build.job.storage, build.claim()
-    if not complete:
+    if not build.claim():
         build.finish(build.run(run_on, progress=progress))
-    if not isinstance(storage, LocalFolder):
-        return None
-    if complete:  # an earlier call may have allowed more rejects than this one
-        tolerance.check(read_rejects(Path(storage.url)))
-    return stored_rows(Path(storage.url))
+    storage = build.job.storage
+    return stored_rows(Path(storage.url)) if isinstance(storage, LocalFolder) else None
 
 
 def files_build(
@@ -64,6 +62,7 @@ def files_build(
     tolerance: Tolerance,
     *,
     output: str | Path | None,
+    output_options: dict[str, Any] | None = None,
     window_rows: int | None = None,
     seed: int = 0,
     epoch: int = 0,
@@ -80,6 +79,7 @@ def files_build(
         options: of `PackConfig`.
         tolerance: how many rejects there may be.
         output: a folder or a URL; None is a folder of the `datasets` cache.
+        output_options: for fsspec; None are those of the source, if it has the same scheme.
         window_rows: about how many rows are planned together; None is `WINDOW_ROWS`.
         seed: which permutation.
         epoch: which of the seed's permutations.
@@ -97,11 +97,15 @@ def files_build(
         expected, remedy = "a column of images", "pass a Dataset to pack tokens"
         raise ValueError(checks.sentence("columns", list(source.features), expected, remedy))
     config = config_from(seq_len, options)
+    if config.uses_progress:
+        expected, remedy = "one that does not change over the training", "pass a Dataset for it"
+        raise ValueError(checks.sentence("drop_rate", config.drop_rate, expected, remedy))
     window_rows = WINDOW_ROWS if window_rows is None else window_rows
+    window_rows = checks.whole_number("window_rows", window_rows, 1, 2**62, "16,384 is usual")
     windows = block_windows(source.block_rows, window_rows, key)
     # A source without rows has the columns, and its digest is that of the files.
     none = source.reader.dataset(())
-    columns = asked.of_images(none)
+    columns = _columns(asked, none)
     _check_label(source, columns.label)
     images = Images(none, columns, config, key, True, *resources)
     of_images = record_of_images(images)
@@ -109,10 +113,12 @@ def files_build(
     record = {**of_images, "windows": blocks}
     digest = digest_of(record)
     where = cache_folder_of(digest) if output is None else output
+    if output_options is None and _scheme(where) == _scheme(source.files[0]):
+        output_options = source.storage_options
     job = WindowJob(
         reader=source.reader,
         images=images,
-        storage=storage_at(where, source.storage_options),
+        storage=storage_at(where, output_options),
         record=of_images,
         digest=digest,
         tolerance=tolerance,
@@ -139,9 +145,26 @@ def checked_executor(executor: Any) -> Executor | None:
     raise TypeError(checks.sentence("executor", executor, expected, remedy))
 
 
+def _columns(asked: AskedColumns, none: Dataset) -> ImageColumns:
+    """Return the columns, or the error of a Dataset with what can be done about files."""
+    try:
+        return asked.of_images(none)
+    except (TypeError, ValueError) as error:
+        remedy = (
+            "of ImageFiles: when the files are written, or of a Dataset that they are loaded as"
+        )
+        raise type(error)(f"{error} ({remedy})") from error
+
+
+def _scheme(where: str | Path) -> str:
+    """Return the scheme of a URL, which its credentials are for; nothing of a path."""
+    text = os.fspath(where)
+    return text.partition(":")[0] if checks.has_scheme(text) else ""
+
+
 def _check_label(source: ImageFiles, label: str | None) -> None:
     """Raise for labels whose length is the commonest of all rows: no window knows it."""
-    if label is not None and isinstance(source.features[label], List):
+    if label is not None and isinstance(source.features[label], List | LargeList):
         expected = "one value an image"
         remedy = "pass label_column=None, or pack a Dataset, whose labels may be lists"
         name = f"features[{label!r}]"

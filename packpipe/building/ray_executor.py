@@ -49,6 +49,7 @@ class RayExecutor(Executor):
         import ray  # loads on first use
 
         self._ray: Any = ray
+        self._ended = False
         self._began = not ray.is_initialized()
         # One task for all functions, since Ray sends what it makes a task of to the cluster.
         self._call = self._ray.remote(num_cpus=task_cpus, max_retries=max_retries)(_called)
@@ -58,6 +59,8 @@ class RayExecutor(Executor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run a function of a module that all machines have; return its future."""
+        if self._ended:
+            raise RuntimeError("cannot schedule new futures after shutdown")
         task = self._call.remote(fn, args, kwargs)
         future: Future[Any] = Future()
 
@@ -81,12 +84,14 @@ class RayExecutor(Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End: wait for tasks, or cancel them, and leave the cluster if this has joined it."""
-        left = list(self._futures)
+        self._ended = True
         if cancel_futures:
-            for future in left:
+            for future in list(self._futures):
                 future.cancel()
+        # Not for those that were cancelled: Ray may lose the word to a task that is just beginning,
+        # and the task would be waited for to its end.
         if wait:
-            wait_for(left)
+            wait_for(list(self._futures))
         if self._began:
             self._ray.shutdown()
             self._began = False

@@ -280,18 +280,25 @@ def check_space(folder: Path, num_bytes: int, what: str) -> None:
 
 
 @contextmanager
-def naming_full_disks(folder: Path) -> Iterator[None]:
-    """Raise errors of a full disk with the free space and the number of committed files."""
+def naming_full_disks(folder: Path, stays: str | None = None) -> Iterator[None]:
+    """Raise errors of a full disk with the free space, and what need not be written again.
+
+    Args:
+        folder: on the disk that is written.
+        stays: the end of the error; None is the number of committed files.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in _FULL:
             raise
         free = format_bytes(shutil.disk_usage(folder).free)
-        done = len(read_manifest(folder)["files"]) if (folder / MANIFEST).is_file() else 0
+        if stays is None:
+            done = len(read_manifest(folder)["files"]) if (folder / MANIFEST).is_file() else 0
+            stays = f"{done} files are committed and stay"
         message = (
             f"free space of {folder} is {free}, expected room for the next file "
-            f"({error.strerror}); free some and call again: {done} files are committed and stay"
+            f"({error.strerror}); free some and call again: {stays}"
         )
         raise OSError(error.errno, message) from error
 

@@ -1,8 +1,9 @@
 """Builds one window of a source in blocks: read, planned, decoded, written and committed by itself.
 
 Windows know nothing of each other, so any machine builds any of them, again if need be: it ends in
-the same bytes. The files of a window are put first, under names of window and part; its commit,
-which says what they are, comes last. What no commit names does not count.
+the same bytes. The files of a window are put first, under names of window, part and content: an
+attempt that saw other bytes overwrites no file of another one. The commit of the window, which says
+what they are, comes last, and the first one counts. What no commit names does not count.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,13 +25,14 @@ import pyarrow as pa
 from packpipe import checks, durable
 from packpipe.building.image_job import Images, plan_images, record_of_images
 from packpipe.building.job import FilledRows, PlannedRows
+from packpipe.building.shards import naming_full_disks
 from packpipe.planning.block_windows import first_pack
 from packpipe.rows import files
 from packpipe.rows.rejects import Reject, Tolerance
 from packpipe.sources.image_files import Block, BlockReader
 from packpipe.sources.sizes import column_sizes
 from packpipe.sources.survey import probe_sizes
-from packpipe.storage.storage import Storage
+from packpipe.storage.storage import LocalFolder, Storage
 
 COMMITS = "_commits"
 # What machines must have alike, or the same image would give other pixels.
@@ -67,9 +71,9 @@ class WindowJob:
     batch_bytes: int
 
 
-def data_name(window: int, part: int) -> str:
+def data_name(window: int, part: int, checksum: str) -> str:
     """Return the name of a file of rows, which sorts by window, then part."""
-    return f"data-{window:06d}-{part:05d}.arrow"
+    return f"data-{window:06d}-{part:05d}-{checksum[:16]}.arrow"
 
 
 def commit_name(window: int) -> str:
@@ -80,14 +84,20 @@ def commit_name(window: int) -> str:
 def read_commit(job: WindowJob, name: str) -> dict[str, Any] | None:
     """Return the commit of a name; None if there is none, or if it is of another job."""
     content = job.storage.get(f"{COMMITS}/{name}")
-    if content is None:
+    return None if content is None else _commit_in(job, content)
+
+
+def _commit_in(job: WindowJob, content: bytes) -> dict[str, Any] | None:
+    """Return the commit that a file holds; None if it is none, or of another job."""
+    try:
+        found = json.loads(content)
+    except ValueError:  # cut, by a store that shows files before they are whole
         return None
-    found = json.loads(content)
-    return found if found["job"] == job.digest else None
+    return found if isinstance(found, dict) and found.get("job") == job.digest else None
 
 
 def build_window(job: WindowJob, window: Window) -> dict[str, Any]:
-    """Build a window, unless somebody has, and return its commit.
+    """Build a window, unless somebody has, and return its commit: the first that was put.
 
     Raises:
         TooManyRejects: its rejects alone are too many for the whole source.
@@ -98,16 +108,25 @@ def build_window(job: WindowJob, window: Window) -> dict[str, Any]:
         return done
     made_by = _checked_versions(job)
     try:
-        commit = {"job": job.digest, "made_by": made_by, **_written(job, window)}
+        with naming_full_disks(_written_at(job.storage), "windows that are committed stay"):
+            commit = {"job": job.digest, "made_by": made_by, **_written(job, window)}
+        name = f"{COMMITS}/{commit_name(window.number)}"
         content = durable.json_text(commit).encode()
-        job.storage.put(f"{COMMITS}/{commit_name(window.number)}", content)
+        first = _commit_in(job, job.storage.put_if_absent(name, content))
+        if first is None:  # no commit of this job
+            job.storage.put(name, content)
     except FileNotFoundError:
         # Whoever has completed the folder removes what others were still writing.
         done = read_commit(job, commit_name(window.number))
         if done is None:
             raise
         return done
-    return commit
+    return commit if first is None else first
+
+
+def _written_at(storage: Storage) -> Path:
+    """Return where files are written before they are put: what is uploaded is on a disk first."""
+    return Path(storage.url if isinstance(storage, LocalFolder) else gettempdir())
 
 
 def _checked_versions(job: WindowJob) -> dict[str, Any]:
@@ -142,10 +161,11 @@ def _written(job: WindowJob, window: Window) -> dict[str, Any]:
     written = {}
     with closing(planned.fill(list(chain(*batches)))) as filled:
         for part, some in enumerate(batches):
-            name = data_name(window.number, part)
-            with job.storage.writing(name) as path:
-                tables = accounted(islice(filled, len(some)))
-                written[name] = files.write_stream(path, stored, tables)
+            with job.storage.scratch(f"data-{window.number:06d}-{part:05d}") as path:
+                record = files.write_stream(path, stored, accounted(islice(filled, len(some))))
+                name = data_name(window.number, part, record[files.CHECKSUM])
+                job.storage.put_file(name, path)
+            written[name] = record
     return {
         "window": window.number,
         "read": sum(block.num_rows for block in window.blocks),

@@ -157,6 +157,9 @@ def pack(
         if dry_run:
             expected, remedy = "none with windows", "plan a Parquet file of them by itself"
             raise ValueError(checks.sentence("--dry-run", dry_run, expected, remedy))
+        if split != "train":
+            expected, remedy = "none with windows", "name its files, by a pattern"
+            raise ValueError(checks.sentence("--split", split, expected, remedy))
         manifest = pack_windows(
             source,
             output,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from packpipe import checks
@@ -58,7 +57,7 @@ def pack_windows(
         expected, remedy = "given alone", "run it once, after all parts"
         raise ValueError(checks.sentence("--finish", True, expected, remedy))
     own = None if part is None else part_of(part)
-    files = packpipe.ImageFiles(f"{source}/**/*.parquet" if Path(source).is_dir() else source)
+    files = packpipe.ImageFiles(source)
     tolerance = tolerance_of(len(files), *limits)
     build = files_build(files, seq_len, options, tolerance, output=output, **asked)
     if not build.claim():

@@ -3,8 +3,8 @@
 A permutation of all rows makes every file of packs read from everywhere in its source. Here the
 blocks are put in seeded order and cut into windows of about as many rows. Images of one window
 share packs, and of no two. So a window is read, planned and packed without any other one, by
-whoever comes to it, and its blocks are read once. What it costs: who may share a pack is fewer, and
-rows that were sorted stay together as far as a block reaches.
+whoever comes to it, and its blocks are read once. What it costs: an image has fewer others to
+share a pack with, and rows that were sorted stay together as far as a block reaches.
 
 A window of blocks is larger than, or as large as, the ``window`` of the options, which cuts what it
 is given once more (`packpipe.packing.windows`).
@@ -59,7 +59,8 @@ def block_windows(block_rows: ArrayLike, window_rows: int, key: Key) -> list[NDA
     # A block belongs to the window that its first row falls into, were windows of one size. In
     # floats, since the product of two large integers might not fit; they are alike everywhere.
     window = ((ends - rows[order]) * (count / max(1, total))).astype(np.int64).clip(max=count - 1)
-    # Blocks without rows make no window of their own. One that a large block left out is not kept.
+    # Blocks without rows make no window of their own. A window that a large block skipped is left
+    # out.
     window[rows[order] == 0] = 0
     by_window = np.argsort(window, kind="stable")
     starts = np.flatnonzero(np.diff(window[by_window])) + 1

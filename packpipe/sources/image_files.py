@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ from packpipe import checks
 
 # Ends of files that are read at once: waiting for an object store takes no processor.
 _AT_ONCE = 16
+# Arrow holds a column of a row group with offsets of 32 bits.
+_MOST_BYTES = 2**31
 _REMEDY = "pass Parquet files, or a pattern such as 'train/*.parquet'"
 
 
@@ -70,20 +73,20 @@ class BlockReader:
             columns: names of those to read; None reads all.
 
         Raises:
-            ValueError: a block has another number of rows by now.
+            ValueError: a block is damaged, or has other rows or columns by now.
         """
         names = list(self.features) if columns is None else list(columns)
         features = Features({name: self.features[name] for name in names})
         schema = features.arrow_schema
-        tables = [schema.empty_table(), *(t.cast(schema) for t in self._tables(blocks, names))]
+        tables = [schema.empty_table(), *self._tables(blocks, schema)]
         # A fingerprint of its own, for which `datasets` would read all rows, is not needed.
         return Dataset(InMemoryTable(pa.concat_tables(tables)), fingerprint=self.fingerprint)
 
-    def _tables(self, blocks: Sequence[Block], names: list[str]) -> Iterator[pa.Table]:
+    def _tables(self, blocks: Sequence[Block], schema: pa.Schema) -> Iterator[pa.Table]:
         for file, some in groupby(blocks, lambda block: block.file):
             with _opened(file, self.storage_options) as parquet:
                 for block in some:
-                    table = parquet.read_row_group(block.group, columns=names).select(names)
+                    table = _row_group(parquet, block, schema)
                     if table.num_rows != block.num_rows:
                         what = f"rows of row group {block.group} of {file}"
                         remedy = "the file was changed: pack the files anew, to another output"
@@ -100,14 +103,15 @@ class ImageFiles:
     ``gs://``, ``https://``), and must lead to the same files on every machine that packs.
 
     Args:
-        paths: a file, a pattern with ``*``, or several of them. The files of a pattern are in the
-            order of their names.
+        paths: a file, a folder, whose ``*.parquet`` are taken at any depth, a pattern with ``*``,
+            ``?`` or ``[ ]``, or several of them. Files of one are in the order of their names.
         storage_options: passed to fsspec, for example credentials; they are sent to the machines
             that pack, and written nowhere.
 
     Raises:
         TypeError: paths are no texts or paths.
-        ValueError: there are no such files, one is no Parquet file, or one has other columns.
+        ValueError: there are no such files, one is named twice or is no Parquet file, or one has
+            other columns, other classes, or a row group above 2 GiB.
 
     >>> packpipe.ImageFiles("s3://bucket/train/*.parquet")  # doctest: +SKIP
     ImageFiles(2 files, 20 blocks, 18,431 rows)
@@ -128,30 +132,34 @@ class ImageFiles:
         found = tuple(file for path in paths for file in self._found(str(path)))
         if not found:
             raise ValueError(checks.sentence("paths", paths, "one file at least", _REMEDY))
+        file, times = Counter(found).most_common(1)[0]
+        if times > 1:
+            remedy = "its images would be packed twice"
+            raise ValueError(checks.sentence("paths", file, "each file once", remedy))
         return found
 
     @cached_property
     def files_blocks(self) -> list[tuple[int, list[int]]]:
         """Of each file its size in bytes, and the rows of each of its blocks."""
-        with ThreadPoolExecutor(_AT_ONCE) as executor:
-            ends = list(executor.map(self._end, self.files))
-        for file, (_, schema, _) in zip(self.files, ends, strict=True):
-            if not schema.equals(self._schema):
-                expected = f"those of {self.files[0]}, of the same types"
-                remedy = "pack files of other columns by themselves"
-                raise ValueError(
-                    checks.sentence(f"columns of {file}", schema.names, expected, remedy)
-                )
-        return [(size, rows) for size, _, rows in ends]
+        for file, end in zip(self.files, self._ends, strict=True):
+            if end.features != self.features:
+                raise ValueError(_other_column(file, end.features, self.files[0], self.features))
+        return [(end.size, end.rows) for end in self._ends]
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits, of the files' names, their sizes and the rows of their blocks.
+        """32 hexadecimal digits, of the files' names, sizes, rows of blocks, and their footers.
 
-        The folders that files lie in are left out: machines may see them in different places.
+        The folder that all files lie in is left out: machines may see it in different places. A
+        footer has the size of every column and, as a rule, its least and largest value. So it
+        differs when a file is written anew with other content, unless that has all of them alike:
+        two labels that changed places are not noticed.
         """
-        names = [file.rsplit("/", 1)[-1] for file in self.files]
-        known = json.dumps([names, self.files_blocks])
+        parts = [file.split("/") for file in self.files]
+        levels = zip(*(folders for *folders, _ in parts), strict=False)
+        shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+        names = ["/".join(part[shared:]) for part in parts]
+        known = json.dumps([names, self.files_blocks, [end.footer for end in self._ends]])
         return hashlib.sha256(known.encode()).hexdigest()[:32]
 
     @cached_property
@@ -159,15 +167,13 @@ class ImageFiles:
         """int64[blocks], the rows of each block."""
         return np.array([n for _, rows in self.files_blocks for n in rows], np.int64)
 
-    @cached_property
+    @property
     def features(self) -> Features:
         """The features of `datasets` that the files name, or that their types give.
 
         A column of ``bytes`` and ``path`` holds images, as `datasets` stores them.
         """
-        found = Features.from_arrow_schema(self._schema)
-        images = [name for name, kind in found.items() if _is_image(kind)]
-        return Features({**found, **dict.fromkeys(images, Image())})
+        return self._ends[0].features
 
     @property
     def reader(self) -> BlockReader:
@@ -197,37 +203,110 @@ class ImageFiles:
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.block_rows)])
 
     @cached_property
-    def _schema(self) -> pa.Schema:
-        with _opened(self.files[0], self.storage_options) as parquet:
-            return parquet.schema_arrow
+    def _ends(self) -> list[_End]:
+        with ThreadPoolExecutor(_AT_ONCE) as executor:
+            return list(executor.map(self._end, self.files))
 
-    def _end(self, file: str) -> tuple[int, pa.Schema, list[int]]:
-        """Return the bytes of a file, its columns, and the rows of its blocks."""
-        with _opened(file, self.storage_options) as parquet:
+    def _end(self, file: str) -> _End:
+        """Return what the end of a file says."""
+        with _filesystem(file, self.storage_options).open(file, "rb") as source:
+            parquet = _parquet(source, file)
             found = parquet.metadata
-            rows = [found.row_group(group).num_rows for group in range(found.num_row_groups)]
-            schema = parquet.schema_arrow
-        return int(_filesystem(file, self.storage_options).size(file)), schema, rows
+            rows = []
+            for group in range(found.num_row_groups):
+                _check_bytes(found.row_group(group), group, file)
+                rows.append(found.row_group(group).num_rows)
+            # The last eight bytes are the length of the footer, and a word.
+            size = source.seek(-8, os.SEEK_END) + 8
+            source.seek(-8 - int.from_bytes(source.read(4), "little"), os.SEEK_END)
+            footer = hashlib.sha256(source.read()).hexdigest()
+        return _End(size, rows, footer, _features(parquet.schema_arrow))
 
     def _found(self, path: str) -> list[str]:
-        """Return the files of a path or pattern, sorted; local ones as absolute paths."""
+        """Return the files of a path, folder or pattern, sorted; local ones as absolute paths."""
+        path = checks.url_or_path("paths", path)
         filesystem = _filesystem(path, self.storage_options)
-        names = sorted(filesystem.glob(path)) if "*" in path else [path]
-        remote = checks.has_scheme(path)
-        files = [filesystem.unstrip_protocol(n) if remote else os.path.abspath(n) for n in names]
-        if not files or not all(filesystem.isfile(file) for file in files):
+        if filesystem.isfile(path):
+            names = [path]
+        else:
+            is_pattern = any(one in path for one in "*?[")
+            pattern = path if is_pattern else f"{path.rstrip('/')}/**/*.parquet"
+            found = filesystem.glob(pattern, detail=True)
+            names = [n for n in found if found[n]["type"] == "file" or filesystem.isfile(n)]
+        if not names:
             raise ValueError(checks.sentence("paths", path, "files that there are", _REMEDY))
-        return files
+        remote = checks.has_scheme(path)
+        return [
+            filesystem.unstrip_protocol(name) if remote else os.path.abspath(name)
+            for name in sorted(names)
+        ]
+
+
+class _End(NamedTuple):
+    """What the end of a file says: its bytes, the rows of its blocks, a digest, its columns."""
+
+    size: int
+    rows: list[int]
+    footer: str
+    features: Features
 
 
 @contextmanager
 def _opened(file: str, options: dict[str, Any]) -> Iterator[pq.ParquetFile]:
     with _filesystem(file, options).open(file, "rb") as source:
-        try:
-            parquet = pq.ParquetFile(source, pre_buffer=True)
-        except pa.ArrowInvalid as error:
-            raise ValueError(checks.sentence("paths", file, "Parquet files", str(error))) from error
-        yield parquet
+        yield _parquet(source, file)
+
+
+def _parquet(source: Any, file: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(source, pre_buffer=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        if _is_of_system(error):
+            raise
+        raise ValueError(checks.sentence("paths", file, "Parquet files", str(error))) from error
+
+
+def _row_group(parquet: pq.ParquetFile, block: Block, schema: pa.Schema) -> pa.Table:
+    try:
+        found = parquet.read_row_group(block.group, columns=schema.names)
+        return found.select(schema.names).cast(schema)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        if _is_of_system(error):
+            raise
+        what, expected = f"row group {block.group} of {block.file}", "the images it had"
+        remedy = "repair the file, or pack the files anew to another output"
+        raise ValueError(checks.sentence(what, str(error), expected, remedy)) from error
+
+
+def _is_of_system(error: Exception) -> bool:
+    """Return whether a disk or a network failed; of a damaged file Arrow raises a bare OSError."""
+    return isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None)
+
+
+def _check_bytes(group: Any, number: int, file: str) -> None:
+    """Raise for a column of a row group that Arrow cannot hold as one."""
+    columns = range(group.num_columns)
+    largest = max((group.column(one).total_uncompressed_size for one in columns), default=0)
+    if largest >= _MOST_BYTES:
+        what, expected = f"largest column of row group {number} of {file}", "less than 2 GiB"
+        remedy = "write smaller row groups, of about a thousand images"
+        raise ValueError(checks.sentence(what, f"{largest:,} bytes", expected, remedy))
+
+
+def _other_column(file: str, theirs: Features, first: str, ours: Features) -> str:
+    """Return the sentence of an error: the first column in which two files differ."""
+    name = next(one for one in {**ours, **theirs} if ours.get(one) != theirs.get(one))
+    expected, remedy = (
+        f"{ours.get(name)}, as in {first}",
+        "pack files of other columns by themselves",
+    )
+    return checks.sentence(f"column {name!r} of {file}", theirs.get(name), expected, remedy)
+
+
+def _features(schema: pa.Schema) -> Features:
+    found = Features.from_arrow_schema(schema)
+    images = [name for name, kind in found.items() if _is_image(kind)]
+    return Features({**found, **dict.fromkeys(images, Image())})
 
 
 def _filesystem(path: str, options: dict[str, Any]) -> Any:

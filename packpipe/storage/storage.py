@@ -19,8 +19,6 @@ from uuid import uuid4
 
 from packpipe import checks, durable
 
-_LOCAL = "file://"
-
 
 class Storage(Protocol):
     """A folder, by `storage_at`. Names may lead into folders of it: ``"_commits/000003.json"``."""
@@ -35,14 +33,23 @@ class Storage(Protocol):
     def put_if_absent(self, name: str, content: bytes) -> bytes:
         """Write a file if there is none of that name; return the one that is there then."""
 
-    def writing(self, name: str) -> Any:
-        """Return a context: a path whose `partial_of` the block writes; it is put at the end."""
+    def scratch(self, name: str) -> Any:
+        """Return a context: a path whose `partial_of` is the block's to write, then to put.
+
+        The name is that of the file, or how it begins: it may depend on what is written.
+        """
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Put the file that was written at a path of `scratch`; one of that name is replaced."""
 
     def get(self, name: str) -> bytes | None:
         """Return a file, None if there is none."""
 
     def listed(self, folder: str = "") -> dict[str, int]:
         """Return the names of the files that lie in a folder, and how many bytes each has."""
+
+    def folders(self) -> set[str]:
+        """Return the names of the folders in it."""
 
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""
@@ -54,11 +61,18 @@ def storage_at(where: str | Path, options: dict[str, Any] | None = None) -> Stor
     Args:
         where: a path, or a URL of any scheme that fsspec knows.
         options: for fsspec.
+
+    Raises:
+        FileExistsError: it is a file.
+        ValueError: it is a URL with one slash after its scheme.
     """
-    text = os.fspath(where)
-    if checks.has_scheme(text) and not text.startswith(_LOCAL):
+    text = checks.url_or_path("output", where)
+    if checks.has_scheme(text):
         return RemoteFolder(text.rstrip("/"), options or {})
-    return LocalFolder(os.path.abspath(text.removeprefix(_LOCAL)))
+    if os.path.exists(text) and not os.path.isdir(text):
+        remedy = "choose another output, or remove it"
+        raise FileExistsError(checks.sentence("output", text, "a folder, or none", remedy))
+    return LocalFolder(os.path.abspath(text))
 
 
 @dataclass(frozen=True)
@@ -69,8 +83,9 @@ class LocalFolder:
 
     def put(self, name: str, content: bytes) -> None:
         """Write a file, whole or not at all."""
-        with self.writing(name) as path:
+        with self.scratch(name) as path:
             durable.partial_of(path).write_bytes(content)
+            self.put_file(name, path)
 
     def put_if_absent(self, name: str, content: bytes) -> bytes:
         """Write a file if there is none of that name; return the one that is there then."""
@@ -81,21 +96,29 @@ class LocalFolder:
             durable.sync(partial)
             # A second name of the file: of several processes one gets it, and it is whole.
             with suppress(FileExistsError):
-                os.link(partial, path)
+                try:
+                    os.link(partial, path)
+                except FileExistsError:
+                    raise
+                except OSError:  # a file system without second names
+                    _write_new(path, content)
                 durable.sync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
         return path.read_bytes()
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
-        """Put the file that the block writes to the temporary name of a path."""
+    def scratch(self, name: str) -> Iterator[Path]:
+        """Return a path in the folder of a file, whose `partial_of` ends with the block."""
         own = self._own(name)
         try:
             yield own
-            durable.commit_as(durable.partial_of(own), self._path(name))
         finally:
             durable.partial_of(own).unlink(missing_ok=True)
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Put the file that was written at a path of `scratch`."""
+        durable.commit_as(durable.partial_of(path), self._path(name))
 
     def get(self, name: str) -> bytes | None:
         """Return a file, None if there is none."""
@@ -114,6 +137,12 @@ class LocalFolder:
                         found[entry.name] = entry.stat().st_size
         return found
 
+    def folders(self) -> set[str]:
+        """Return the names of the folders in it."""
+        with suppress(FileNotFoundError), os.scandir(self.url) as entries:
+            return {entry.name for entry in entries if entry.is_dir()}
+        return set()
+
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""
         self._path(name).unlink(missing_ok=True)
@@ -128,6 +157,14 @@ class LocalFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
             durable.sync(path.parent.parent)
         return path.with_name(f"{path.name}.{uuid4().hex}")
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """Write a file of which there is none; who reads it meanwhile may see it cut."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)
@@ -156,12 +193,14 @@ class RemoteFolder:
         return content if found is None else found
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
-        """Upload the file that the block writes to the temporary name of a path."""
+    def scratch(self, name: str) -> Iterator[Path]:
+        """Return a path on this machine, whose folder ends with the block."""
         with TemporaryDirectory(prefix="packpipe-") as folder:
-            path = Path(folder, Path(name).name)
-            yield path
-            self._filesystem.put_file(str(durable.partial_of(path)), self._path(name))
+            yield Path(folder, Path(name).name)
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Upload the file that was written at a path of `scratch`."""
+        self._filesystem.put_file(str(durable.partial_of(path)), self._path(name))
 
     def get(self, name: str) -> bytes | None:
         """Return a file, None if there is none."""
@@ -175,18 +214,25 @@ class RemoteFolder:
 
     def listed(self, folder: str = "") -> dict[str, int]:
         """Return the files in a folder, with their sizes."""
-        self._filesystem.invalidate_cache()
-        try:
-            found = self._filesystem.ls(self._path(folder).rstrip("/"), detail=True)
-        except FileNotFoundError:
-            return {}
-        files = (one for one in found if one["type"] == "file")
+        files = (one for one in self._entries(folder) if one["type"] == "file")
         return {one["name"].rsplit("/", 1)[-1]: one["size"] for one in files}
+
+    def folders(self) -> set[str]:
+        """Return the names of the folders in it."""
+        found = (one["name"] for one in self._entries("") if one["type"] == "directory")
+        return {name.rstrip("/").rsplit("/", 1)[-1] for name in found}
 
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""
         with suppress(FileNotFoundError):
             self._filesystem.rm_file(self._path(name))
+
+    def _entries(self, folder: str) -> list[dict[str, Any]]:
+        self._filesystem.invalidate_cache()
+        try:
+            return list(self._filesystem.ls(self._path(folder).rstrip("/"), detail=True))
+        except FileNotFoundError:
+            return []
 
     @property
     def _filesystem(self) -> Any:

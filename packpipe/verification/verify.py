@@ -72,7 +72,10 @@ def verify(
     if not Path(folder).is_dir():
         raise ValueError(checks.sentence("folder", str(folder), "a folder", remedy))
     if dataset is not None and not isinstance(dataset, Dataset):
-        remedy = "pass the dataset that was packed"
+        remedy = (
+            "pass the dataset that was packed; of ImageFiles, load their files with "
+            "datasets.load_dataset('parquet', data_files=[*files.files], split='train')"
+        )
         raise TypeError(checks.sentence("type(dataset)", type(dataset).__name__, "Dataset", remedy))
     if dataset is not None:
         checks.untransformed("dataset", dataset)

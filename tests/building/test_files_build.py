@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import pickle
 import signal
 from collections import Counter
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import crashing
 import datasets
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import windowed
@@ -41,7 +43,9 @@ from packpipe import ImageFiles
 from packpipe.building import files_build as files_build_module
 from packpipe.building import window_job
 from packpipe.building.pack_files import checked_executor, files_build
+from packpipe.durable import json_text
 from packpipe.rows.rejects import Tolerance, TooManyRejects
+from packpipe.storage.storage import LocalFolder
 
 NUM_WINDOWS = 4
 
@@ -66,7 +70,7 @@ def whole(folder):
     return contents(folder)
 
 
-def test_a_source_is_packed_once_and_verify_finds_nothing_amiss(folder, whole):
+def test_a_source_is_packed_once_and_verify_finds_nothing_amiss(source, folder, whole):
     commits = [name for name in whole if name.startswith("_commits")]
     data = [name for name in whole if name.startswith("data-")]
     assert len(commits) == NUM_WINDOWS
@@ -74,6 +78,10 @@ def test_a_source_is_packed_once_and_verify_finds_nothing_amiss(folder, whole):
     assert len({name.split("-")[1] for name in data}) == NUM_WINDOWS
     assert packpipe.verify(folder) == []
     assert packpipe.verify(folder, crashing.source(NUM_ROWS)) == []
+    with pytest.raises(
+        TypeError, match=r"is 'ImageFiles', expected Dataset; .* datasets\.load_dataset"
+    ):
+        packpipe.verify(folder, ImageFiles(source))
     packed = datasets.load_from_disk(folder)
     rejected = packpipe.rejects(packed)["example_index"][:]
     assert len(rejected) == 7
@@ -174,6 +182,7 @@ def test_ray_gives_the_same_folder_and_its_errors_are_those_of_the_task(source, 
     assert found["error"][0]
     assert "invalid literal for int() with base 10: 'three'" in found["error"][1]
     assert found["cancelled"] == [True] * 4
+    assert found["after"] == "cannot schedule new futures after shutdown"
     assert contents(tmp_path / "out") == whole
 
 
@@ -265,7 +274,7 @@ def test_a_window_whose_file_was_taken_away_by_who_finished_is_done(source, tmp_
     other = build_of(source, tmp_path / "out")
 
     def step(what):
-        if what == "before put data-000002-00001.arrow":
+        if what.startswith("before put data-000002-00001-"):
             built(other)
 
     built(watched(build_of(source, tmp_path / "out"), step))
@@ -285,16 +294,201 @@ def test_strays_are_removed_and_what_is_not_ours_stays(source, tmp_path, whole):
     assert found == whole
 
 
+def file_of(folder, window):
+    """Return the first file of a window."""
+    return next(iter(sorted(folder.glob(f"data-{window:06}-*.arrow"))))
+
+
 def test_a_commit_whose_file_is_gone_is_built_again(source, tmp_path, whole):
     output = tmp_path / "out"
     built(build_of(source, output))
     (output / "manifest.json").unlink()
-    (output / "data-000001-00000.arrow").write_bytes(b"cut")
-    (output / "data-000003-00001.arrow").unlink()
+    file_of(output, 1).write_bytes(b"cut")
+    file_of(output, 3).unlink()
     known = build_of(source, output).committed()
     assert sorted(known) == [0, 2]
     built(build_of(source, output))
     assert contents(output) == whole
+
+
+def test_a_commit_that_another_driver_has_just_built_again_stays(source, tmp_path):
+    build = build_of(source, tmp_path / "out")
+    built(build)
+    file = file_of(tmp_path / "out", 1)
+    content = file.read_bytes()
+    file.unlink()
+
+    def step(what):
+        if what == "after listed ":
+            file.write_bytes(content)
+
+    assert sorted(watched(build, step).committed()) == [0, 1, 2, 3]
+    assert len(os.listdir(tmp_path / "out" / "_commits")) == NUM_WINDOWS
+
+
+def test_an_attempt_that_saw_other_bytes_changes_nothing_of_the_one_that_counts(
+    source, tmp_path, whole
+):
+    for path in source.iterdir():
+        rows = pq.read_table(path)
+        same = pa.chunked_array(
+            [pa.array([rows["image"][0].as_py()] * len(rows), rows["image"].type)]
+        )
+        column = rows.column_names.index("image")
+        rows = rows.set_column(column, rows.schema.field("image"), same)
+        (tmp_path / "train").mkdir(exist_ok=True)
+        pq.write_table(rows, tmp_path / "train" / path.name, row_group_size=5)
+    one, other = (
+        build_of(source, tmp_path / "out"),
+        build_of(tmp_path / "train", tmp_path / "other"),
+    )
+    counted = []
+
+    def step(what):
+        if what.startswith("before put data-000000-00000"):
+            counted.append(window_job.build_window(one.job, one._window(0)))
+
+    assert not one.claim()
+    late = watched(one, step).job
+    assert window_job.build_window(late, other._window(0)) == counted[0]
+    assert len(counted) == 1
+    built(one)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_an_output_that_the_workers_do_not_share_is_named(source, tmp_path, whole):
+    class Elsewhere(Executor):
+        def submit(self, function, job, window):
+            future = Future()
+            own = replace(job, storage=LocalFolder(f"{job.storage.url}-elsewhere"))
+            future.set_result(function(own, window))
+            return future
+
+    build = build_of(source, tmp_path / "out")
+    expected = (
+        rf"files missing in {tmp_path}/out is '8 of 8, the first is data-000000-00000-.*', "
+        r"expected none; let all machines write to one output"
+    )
+    with pytest.raises(ValueError, match=expected):
+        built(build, Elsewhere())
+    assert sorted(contents(tmp_path / "out")) == ["job.json"]
+    built(build)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_folder_that_another_job_took_over_is_never_completed(source):
+    memory = Memory()
+    one, other = in_store(source, memory, Failing(())), build_of(source, "memory://unused", seed=1)
+    assert not one.claim()
+    known = one.run(None, progress=False)
+    # What a store that ignores the condition does.
+    memory.files["job.json"] = json_text(other.record).encode()
+    with pytest.raises(FileExistsError, match="expected rows made with the same seed, windows"):
+        one.finish(known)
+    assert "manifest.json" not in memory.files
+
+
+def test_a_commit_that_was_cut_is_built_again(source, tmp_path, whole):
+    built(build_of(source, tmp_path / "out"))
+    (tmp_path / "out" / "manifest.json").unlink()
+    commit = tmp_path / "out" / "_commits" / "000001.json"
+    commit.write_bytes(commit.read_bytes()[:50])
+    build = build_of(source, tmp_path / "out")
+    late = build._window(1)
+    assert window_job.build_window(build.job, late)["window"] == 1
+    assert contents(tmp_path / "out") == {k: v for k, v in whole.items() if k != "manifest.json"}
+    commit.write_text("[]")
+    built(build)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_part_reads_its_own_commits_alone(source, tmp_path):
+    output = tmp_path / "out"
+    built(build_of(source, output))
+    (output / "manifest.json").unlink()
+    read = []
+    build = watched(build_of(source, output), read.append)
+    assert sorted(build.run(None, part=(2, 2), progress=False)) == [1, 3]
+    asked = [what for what in read if what.startswith("before get _commits")]
+    assert asked == ["before get _commits/000001.json", "before get _commits/000003.json"]
+
+
+def test_a_complete_folder_that_is_opened_again_is_tidied_mended_and_judged(
+    source, tmp_path, whole
+):
+    output = tmp_path / "out"
+    built(build_of(source, output))
+    (output / "data-000000-00000-late.arrow").write_bytes(b"late")
+    assert build_of(source, output).claim()
+    assert contents(output) == whole
+    build = build_of(source, output)
+    few = replace(build, job=replace(build.job, tolerance=Tolerance(NUM_ROWS, 0.1, 100)))
+    with pytest.raises(TooManyRejects, match="rejected is 7 of 60 examples"):
+        few.claim()
+    file_of(output, 1).unlink()
+    assert not built(build_of(source, output))
+    assert contents(output) == whole
+    (output / "manifest.json").write_text("{")
+    assert not built(build_of(source, output))
+    assert contents(output) == whole
+
+
+def test_a_folder_of_folders_and_a_file_are_no_place_for_rows(source, tmp_path):
+    (tmp_path / "mine" / "photos").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=r"mine', expected an absent or empty folder"):
+        build_of(source, tmp_path / "mine").claim()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"output is '.*file', expected a folder, or none"):
+        build_of(source, tmp_path / "file")
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file(f"/others-{os.getpid()}/photos/a.jpg", b"mine")
+    with pytest.raises(FileExistsError, match="expected an absent or empty folder"):
+        build_of(source, f"memory://others-{os.getpid()}").claim()
+
+
+def test_a_full_disk_is_named_and_committed_windows_stay(source, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    build = build_of(source, tmp_path / "out")
+    assert not build.claim()
+    monkeypatch.setattr(window_job.files, "write_stream", full)
+    expected = rf"free space of {tmp_path}/out is .* free some and call again: windows that are com"
+    with pytest.raises(OSError, match=expected) as error:
+        build.run(None, progress=False)
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_a_number_of_numpy_is_a_size_of_windows(source, tmp_path):
+    asked = build_of(source, tmp_path, window_rows=np.int64(15))
+    assert asked.job.digest == build_of(source, tmp_path).job.digest
+
+
+def test_options_of_a_store_go_to_one_of_the_same_scheme_or_are_named(source):
+    for path in source.iterdir():
+        fsspec.filesystem("memory").pipe_file(
+            f"/train-{os.getpid()}/{path.name}", path.read_bytes()
+        )
+    files = ImageFiles(f"memory://train-{os.getpid()}", {"use_listings_cache": False})
+    for output, asked, options in (
+        ("memory://rows", None, files.storage_options),
+        ("memory://rows", {}, {}),
+        ("ftp://host/rows", None, {}),
+        ("ftp://host/rows", {"timeout": 3}, {"timeout": 3}),
+    ):
+        build = files_build(files, 6, {}, TOLERANCE, output=output, output_options=asked)
+        assert build.job.storage.options == options
+    with pytest.raises(
+        ValueError, match=r"output_options is \{'key': 3\}, expected None for a Data"
+    ):
+        packpipe.pack(crashing.source(9), 6, output_options={"key": 3})
+
+
+def test_a_folder_without_a_commit_may_be_removed(source, tmp_path):
+    assert not build_of(source, tmp_path / "out", seed=1).claim()
+    expected = "same seed; no window is committed there: choose another output, or remove it"
+    with pytest.raises(FileExistsError, match=expected):
+        build_of(source, tmp_path / "out").claim()
 
 
 @pytest.mark.parametrize(
@@ -404,6 +598,11 @@ def test_what_files_cannot_do_is_refused_at_the_front_door(source, tmp_path):
     files = ImageFiles(f"{source}/*.parquet")
     with pytest.raises(ValueError, match="materialize is False, expected True for ImageFiles"):
         packpipe.pack(files, 6, output=tmp_path / "out", materialize=False)
+    over = packpipe.OverTraining(0.2, 0.8, 0.5, 0.1)
+    with pytest.raises(
+        ValueError, match=r"drop_rate is OverTraining.*, expected one that does not"
+    ):
+        packpipe.pack(files, 6, output=tmp_path / "out", drop_rate=over, epochs=2)
     with pytest.raises(TypeError, match=r"executor is 4, expected a concurrent\.futures\.Executor"):
         packpipe.pack(files, 6, output=tmp_path / "out", executor=4)
     with pytest.raises(ValueError, match="window_rows is 8, expected None for a Dataset"):
@@ -414,10 +613,18 @@ def test_what_files_cannot_do_is_refused_at_the_front_door(source, tmp_path):
     pq.write_table(tokens, tmp_path / "tokens.parquet")
     with pytest.raises(ValueError, match=r"columns is .*, expected a column of images"):
         packpipe.pack(ImageFiles(tmp_path / "tokens.parquet"), 6, output=tmp_path / "out")
-    lists = crashing.source(3).remove_columns("label").add_column("label", [[1.0, 2.0]] * 3)
-    pq.write_table(lists.data.table.cast(lists.features.arrow_schema), tmp_path / "lists.parquet")
-    with pytest.raises(ValueError, match=r"features\['label'\] is .*, expected one value an image"):
-        packpipe.pack(ImageFiles(tmp_path / "lists.parquet"), 6, output=tmp_path / "out")
+    words = crashing.source(3).data.table.append_column("weight", pa.array(["a", "b", "c"]))
+    pq.write_table(words, tmp_path / "words.parquet")
+    expected = r"features\['weight'\] is .*; cast_column it .*\(of ImageFiles: when the files"
+    with pytest.raises(ValueError, match=expected):
+        packpipe.pack(ImageFiles(tmp_path / "words.parquet"), 6, weight_column="weight")
+    for kind in (pa.list_, pa.large_list):
+        labels = pa.array([[1.0, 2.0]] * 3, kind(pa.float64()))
+        lists = crashing.source(3).data.table.drop_columns(["label"]).append_column("label", labels)
+        pq.write_table(lists, tmp_path / "lists.parquet")
+        expected = r"features\['label'\] is .*, expected one value an image"
+        with pytest.raises(ValueError, match=expected):
+            packpipe.pack(ImageFiles(tmp_path / "lists.parquet"), 6, output=tmp_path / "out")
     assert not Path(tmp_path / "out").exists()
 
 

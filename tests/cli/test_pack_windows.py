@@ -73,6 +73,7 @@ def test_ray_is_asked_for_by_its_address(source, tmp_path, monkeypatch):
         (("--part", "0/3"), "--part is '0/3', expected K/N with K in 1..N; the third of a hundred"),
         (("--part", "1/2", "--finish"), "--finish is True, expected given alone; run it once"),
         (("--finish", "--ray", "auto"), "--finish is True, expected given alone; run it once"),
+        (("--split", "test"), "--split is 'test', expected none with windows; name its files"),
         (("--dry-run",), "--dry-run is True, expected none with windows"),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import fsspec
 import numpy as np
 import pictures
@@ -10,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
+from packpipe.sources import image_files
 from packpipe.sources.image_files import ImageFiles
 
 NUM_ROWS, PER_FILE, PER_BLOCK = 23, 10, 4
@@ -89,6 +93,57 @@ def test_the_fingerprint_is_of_names_sizes_and_rows_wherever_the_files_lie(folde
     assert ImageFiles(f"{tmp_path}/*.parquet").fingerprint != known
 
 
+def test_the_fingerprint_tells_folders_apart_that_hold_the_same_names(tmp_path):
+    for folder in ("here/a", "here/b", "there/a", "there/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        write(tmp_path / folder, source())
+    prints = [
+        ImageFiles([tmp_path / place / f"{name}/part-000.parquet" for name in names]).fingerprint
+        for place, names in (("here", "ab"), ("there", "ab"), ("here", "ba"))
+    ]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_the_fingerprint_tells_files_apart_that_were_rewritten_at_the_same_size(tmp_path):
+    found = set()
+    path = tmp_path / "one.parquet"
+    for label in (3, 4):
+        rows = source().data.table.slice(0, 8).drop_columns(["label"])
+        rows = rows.append_column("label", pa.array([label] * 8, pa.int64()))
+        pq.write_table(rows, path, compression="none", use_dictionary=False)
+        found.add((path.stat().st_size, ImageFiles(path).fingerprint))
+    assert len({size for size, _ in found}) == 1
+    assert len(found) == 2
+
+
+def test_files_that_name_their_classes_otherwise_are_refused(tmp_path):
+    for name, names in (("x", ["cat", "dog"]), ("y", ["dog", "cat"])):
+        source().cast_column("label", ClassLabel(names=names)).to_parquet(
+            tmp_path / f"{name}.parquet"
+        )
+    expected = (
+        r"column 'label' of .*y\.parquet is ClassLabel\(names=\['dog', 'cat'\]\), "
+        r"expected ClassLabel\(names=\['cat', 'dog'\]\), as in .*x\.parquet; pack files of other"
+    )
+    with pytest.raises(ValueError, match=expected):
+        ImageFiles(f"{tmp_path}/*.parquet")
+
+
+def test_a_row_group_that_arrow_cannot_hold_is_named(folder, monkeypatch):
+    monkeypatch.setattr(image_files, "_MOST_BYTES", 300)
+    expected = (
+        r"largest column of row group 0 of .*part-000\.parquet is '1,030 bytes', expected less"
+    )
+    with pytest.raises(ValueError, match=expected):
+        ImageFiles(f"{folder}/*.parquet")
+
+
+def test_a_file_that_is_named_twice_is_refused(folder):
+    expected = r"paths is '.*part-010\.parquet', expected each file once"
+    with pytest.raises(ValueError, match=expected):
+        ImageFiles([f"{folder}/*.parquet", f"{folder}/../{folder.name}/part-010.parquet"])
+
+
 def test_files_behind_a_scheme_have_the_same_blocks(folder):
     memory = fsspec.filesystem("memory")
     for path in sorted(folder.iterdir()):
@@ -111,8 +166,40 @@ def test_what_are_no_such_files_is_refused_by_name(folder, tmp_path):
         ImageFiles([3])
     with pytest.raises(ValueError, match=r"text\.parquet', expected Parquet files"):
         ImageFiles([first, tmp_path / "text.parquet"])
-    with pytest.raises(ValueError, match=r"other\.parquet is \['n'\], expected those of .*part-0"):
+    with pytest.raises(
+        ValueError, match=r"column 'image' of .*other\.parquet is None, expected Im"
+    ):
         ImageFiles([first, tmp_path / "other.parquet"])
+
+
+def test_a_folder_and_every_kind_of_pattern_are_the_files_in_them(folder, tmp_path):
+    (tmp_path / "deep.parquet").mkdir()
+    memory = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        os.symlink(path, tmp_path / "deep.parquet" / path.name)
+        memory.pipe_file(f"/tree/deep/{path.name}", path.read_bytes())
+    (tmp_path / "deep.parquet" / "NOTES").write_text("no table")
+    known = ImageFiles(f"{folder}/*.parquet").fingerprint
+    for paths in (tmp_path, f"{tmp_path}/**/*.parquet", "memory://tree", f"file:{folder}"):
+        assert ImageFiles(paths).fingerprint == known
+    assert len(ImageFiles(f"{folder}/part-0?0.parquet").files) == 3
+    assert len(ImageFiles(f"{folder}/part-0[12]0.parquet").files) == 2
+    with pytest.raises(ValueError, match=r"paths is 's3:/bucket', expected two slashes"):
+        ImageFiles(Path("s3://bucket"))
+
+
+def test_a_file_that_was_damaged_or_lost_a_column_since_is_named(tmp_path):
+    write(tmp_path, source())
+    files = ImageFiles(f"{tmp_path}/*.parquet")
+    with (tmp_path / "part-010.parquet").open("r+b") as file:
+        file.seek(4)
+        file.write(b"\xff" * 400)
+    path = tmp_path / "part-020.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["label"]), path)
+    for block, group in ((3, r"0 of .*part-010"), (6, r"0 of .*part-020")):
+        expected = rf"row group {group}\.parquet is .*, expected the images it had; repair the file"
+        with pytest.raises(ValueError, match=expected):
+            files.reader.dataset([files.block(block)])
 
 
 def test_a_file_that_was_changed_since_is_named(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from pathlib import Path
 
 import pytest
 
@@ -26,11 +28,13 @@ def storage(request, tmp_path):
 
 def test_what_was_put_is_listed_and_read_until_it_is_removed(storage):
     assert storage.listed() == storage.listed("_commits") == {}
+    assert storage.folders() == set()
     assert storage.get("a") is None
     storage.put("a", b"one")
     storage.put("_commits/3.json", b"{}")
     storage.put("a", b"other")
     assert storage.listed() == {"a": 5}
+    assert storage.folders() == {"_commits"}
     assert storage.listed("_commits") == {"3.json": 2}
     assert (storage.get("a"), storage.get("_commits/3.json")) == (b"other", b"{}")
     storage.remove("a")
@@ -48,18 +52,30 @@ def test_of_many_who_put_one_file_if_absent_one_does_and_all_get_it(storage):
     assert storage.listed() == {"job.json": 1000}
 
 
-def test_a_file_is_there_after_the_block_that_writes_it_and_never_before(storage):
-    with storage.writing("data.arrow") as path:
+def test_of_many_one_puts_a_file_where_files_have_one_name_alone(tmp_path, monkeypatch):
+    def link(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    storage = storage_at(tmp_path)
+    assert storage.put_if_absent("job.json", b"one") == b"one"
+    assert storage.put_if_absent("job.json", b"other") == b"one"
+    assert storage.listed() == {"job.json": 3}
+
+
+def test_a_file_is_there_when_it_was_put_and_never_before(storage):
+    with storage.scratch("data") as path:
         partial_of(path).write_bytes(b"half")
         assert storage.get("data.arrow") is None
         with partial_of(path).open("ab") as file:
             file.write(b" and half")
+        storage.put_file("data.arrow", path)
     assert storage.get("data.arrow") == b"half and half"
     assert storage.listed() == {"data.arrow": 13}
 
 
 def write_half(storage):
-    with storage.writing("data.arrow") as path:
+    with storage.scratch("data.arrow") as path:
         partial_of(path).write_bytes(b"half")
         raise RuntimeError("disk")
 
@@ -73,10 +89,12 @@ def test_a_block_that_fails_leaves_the_file_that_was_there_and_no_other(storage)
 
 
 def test_two_write_the_same_file_at_once_and_the_later_one_stays(storage):
-    with storage.writing("a") as one, storage.writing("a") as other:
+    with storage.scratch("a") as one, storage.scratch("a") as other:
         assert one != other
         partial_of(one).write_bytes(b"one")
         partial_of(other).write_bytes(b"other")
+        storage.put_file("a", other)
+        storage.put_file("a", one)
     assert storage.get("a") == b"one"
     assert storage.listed() == {"a": 3}
 
@@ -111,4 +129,12 @@ def test_a_url_is_a_store_and_a_path_a_folder(tmp_path):
     assert storage_at("s3://bucket/rows/") == RemoteFolder("s3://bucket/rows", {})
     assert storage_at(tmp_path) == LocalFolder(str(tmp_path))
     assert storage_at(f"file://{tmp_path}") == LocalFolder(str(tmp_path))
+    assert (
+        storage_at(f"file:{tmp_path}")
+        == storage_at(f"local://{tmp_path}")
+        == LocalFolder(str(tmp_path))
+    )
+    expected = "output is 's3:/bucket', expected two slashes after its scheme; pass a text, for a"
+    with pytest.raises(ValueError, match=expected):
+        storage_at(Path("s3://bucket"))
     assert "secret" not in repr(storage_at("s3://bucket", {"key": "secret"}))
