@@ -37,7 +37,8 @@ def compare(head_dim, heads, dtype, normed, turned, tolerance):
     torch.manual_seed(head_dim)
     projected = torch.randn(tokens, 3, heads, head_dim).to(dtype)
     gains = [torch.rand(head_dim) + 0.5 for _ in range(2)] if normed else []
-    turn = rotation(torch.randint(0, 20, (tokens, 2)), head_dim, torch.float32) if turned else None
+    coords = torch.randint(0, 20, (tokens, 2))
+    turn = rotation(coords, None, head_dim, torch.float32) if turned else None
     dout = torch.randn(tokens, heads, head_dim).to(dtype)
     results = []
     for kernel, exact in ((fused_kernel, None), (naive_attention.fused_kernel, torch.float64)):
