@@ -1,0 +1,53 @@
+"""Names of classes beside labels: which label each of them names."""
+
+import re
+
+import datasets
+import pytest
+from PIL import Image
+
+from packpipe.cli.labels import classes_of, labelled, with_names
+from packpipe.cli.zero_shot import _of_labels
+
+NUMBERS = [11, 2, 0, 10, 3, 1, 4, 9, 5, 8, 6, 7]
+NAMES = [f"name {chr(97 + k)}" for k in range(12)]
+
+
+def named(labels, names):
+    """The name that each label gets."""
+    pictures = [Image.new("RGB", (4, 4))] * len(labels)
+    images = datasets.Dataset.from_dict({"image": pictures, "label": labels})
+    found = labelled(with_names(images, names))
+    given = _of_labels(names, classes_of(found))
+    return [None if label is None else given[label] for label in found["label"]]
+
+
+def test_labels_that_are_numbers_have_the_names_of_these_lines():
+    wanted = [NAMES[k] for k in NUMBERS]
+    assert named(NUMBERS, NAMES) == named(list(map(str, NUMBERS)), NAMES) == wanted
+    assert named([11, 2, None], NAMES) == [NAMES[11], NAMES[2], None]
+    assert named(["11", "2", "7"], None) == ["11", "2", "7"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        ([0, 1], None, "classes is None, expected the names of labels that are numbers; pass --cl"),
+        ([0, 2], ["a", "b"], "a label is 2, expected an integer in 0..1; pass --classes FILE with"),
+        ([0, -1], ["a", "b"], "a label is -1, expected an integer in 0..1; pass"),
+        ([0.5, 1.0], ["a", "b"], "labels is 'double', expected whole numbers, or texts; pass ano"),
+        (
+            ["cat", "dog", "sea"],
+            ["dog", "cat", "ocean"],
+            "a class is 'dog', expected 'cat' in its place, or a name that no label has; write a l",
+        ),
+    ],
+)
+def test_names_that_may_be_of_other_labels_are_refused(labels, names, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        named(labels, names)
+
+
+def test_names_of_some_labels_stand_in_their_places():
+    assert named(["cat", "dog", "sea"], ["cat", "dog", "ocean"]) == ["cat", "dog", "ocean"]
+    assert named(["cat", "dog", "sea"], ["sea", "cat", "dog"]) == ["cat", "dog", "sea"]
