@@ -133,8 +133,17 @@ def zero_shot(
 
 
 def names_in(path: Path) -> list[str]:
-    """Return the names of classes in a file, a line each; empty lines are none."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    """Return the names of classes in a file, a line each; empty lines are none.
+
+    Raises:
+        ValueError: it cannot be read, or is no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors may write a mark first
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        expected, remedy = f"a file of text in UTF-8 ({why})", "write a name a line"
+        raise ValueError(checks.sentence("--classes", str(path), expected, remedy)) from error
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from packpipe.cli.labels import classes_of, labelled, with_names
-from packpipe.cli.zero_shot import _of_labels
+from packpipe.cli.zero_shot import _of_labels, names_in
 
 NUMBERS = [11, 2, 0, 10, 3, 1, 4, 9, 5, 8, 6, 7]
 NAMES = [f"name {chr(97 + k)}" for k in range(12)]
@@ -51,3 +51,22 @@ def test_names_that_may_be_of_other_labels_are_refused(labels, names, message):
 def test_names_of_some_labels_stand_in_their_places():
     assert named(["cat", "dog", "sea"], ["cat", "dog", "ocean"]) == ["cat", "dog", "ocean"]
     assert named(["cat", "dog", "sea"], ["sea", "cat", "dog"]) == ["cat", "dog", "sea"]
+
+
+def test_a_file_of_names_is_read_whichever_editor_wrote_it(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_bytes("\ufeffcat\r\n\r\n dög \n".encode())
+    assert names_in(path) == ["cat", "dög"]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(b"caf\xe9\n", "'utf-8' codec can't decode"), (None, "No such file or directory")],
+)
+def test_a_file_of_names_that_cannot_be_read_is_named(content, why, tmp_path):
+    path = tmp_path / "names.txt"
+    if content is not None:
+        path.write_bytes(content)
+    message = f"--classes is {str(path)!r}, expected a file of text in UTF-8 ({why}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        names_in(path)
