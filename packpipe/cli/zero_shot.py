@@ -93,9 +93,8 @@ def zero_shot(
 
     Raises:
         TooManyRejects: too many images cannot be read.
-        ValueError: nobody says what the classes are, or of how many the labels are is another
-            number, or some names are those of labels elsewhere; or these are packed rows, or their
-            labels no classes.
+        ValueError: nobody says what the classes are, the labels have more or fewer of them, or a
+            name is that of another label; or these are packed rows, or their labels no classes.
     """
     if holds_rows(dataset.column_names):
         expected, remedy = "images", "pass the source of the rows"

@@ -74,7 +74,8 @@ def saved(request, tmp_path_factory):
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     vocabulary = {letter: number for number, letter in enumerate(LETTERS)}
-    transformers.Siglip2Tokenizer(vocab=vocabulary).save_pretrained(folder)
+    tokenizer = transformers.Siglip2Tokenizer(vocab=vocabulary, padding_side="right")
+    tokenizer.save_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return Saved(folder, model, processor, tokenizer)
 
