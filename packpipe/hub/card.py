@@ -94,7 +94,7 @@ def _checked(figures: Mapping[str, float]) -> dict[str, float]:
     if not isinstance(figures, Mapping):
         expected = "numbers by their names"
         raise TypeError(checks.sentence("figures", type(figures).__name__, expected, remedy))
-    found = {}
+    found: dict[str, float] = {}
     for name, value in figures.items():
         if not isinstance(name, str) or "|" in name or not name.isprintable():
             expected, change = "a name on one line, without |", "rename it"

@@ -61,7 +61,7 @@ def test_a_file_of_names_is_read_whichever_editor_wrote_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "why"),
-    [(b"caf\xe9\n", "'utf-8' codec can't decode"), (None, "No such file or directory")],
+    [(b"\xe9t\xe9\n", "'utf-8' codec can't decode"), (None, "No such file or directory")],
 )
 def test_a_file_of_names_that_cannot_be_read_is_named(content, why, tmp_path):
     path = tmp_path / "names.txt"

@@ -407,7 +407,7 @@ def test_grids_that_cannot_be_merged_are_refused():
             "mean is 0.5, expected three numbers; pass the processor's ima",
         ),
         ({"mean": "abc"}, TypeError, "mean[0] is 'a', expected a number; pass the processor's"),
-        ({"std": (1, 1, 0)}, ValueError, "std[2] is 0, expected a number above 0; pass the proces"),
+        ({"std": (1, 1, 0)}, ValueError, "std[2] is 0, expected a number above 0; pass the pro"),
         ({"std": (1, -1, 1)}, ValueError, "std[1] is -1, expected a number above 0; pass the pro"),
         ({"std": (1, 1, math.nan)}, ValueError, "std[2] is nan, expected a finite number; pass t"),
     ],
