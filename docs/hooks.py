@@ -15,7 +15,11 @@ os.environ.update({"TERMINAL_WIDTH": "96", "NO_COLOR": "1"})
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put in place of ``{{ help NAME }}`` what the command prints."""
+    """Put in place of ``{{ help NAME }}`` what the command prints, and lead links within the site.
+
+    Pages link to files of the repository, where they are read, too; here these lie beside them.
+    """
+    markdown = re.sub(r"\]\(\.\./\.\./(?:benchmarks/)?(results|notebooks)/", r"](\1/", markdown)
     return re.sub(r"\{\{ help (.*?) \}\}", lambda found: help_of(found[1].split()), markdown)
 
 

@@ -132,12 +132,24 @@ def _train(packed, num_classes: int, steps: int, folder: Path, console) -> None:
     per_epoch = len(packed) // batch_size
     picture = folder / "loss.png"
     plot_losses(losses, per_epoch).savefig(picture, dpi=100)
-    first, last = np.mean(losses[:per_epoch]), np.mean(losses[-per_epoch:])
+    width, first, last = ends(losses, per_epoch)
     console.print(
-        f"training loss, mean over {per_epoch} steps: {first:.3f} at first, {last:.3f} at last "
+        f"training loss, mean over {width} steps: {first:.3f} at first, {last:.3f} at last "
         f"({len(losses)} steps in {seconds:.0f} s; chance is {np.log(num_classes):.3f})\n"
         f"picture  {picture}"
     )
+
+
+def ends(losses: list[float], most: int) -> tuple[int, float, float]:
+    """Return over how many losses the means of the first and the last are, and both means.
+
+    At most half of them, so that no loss is in both, but for a single one.
+
+    >>> ends([4.0, 3.0, 2.0, 1.0, 0.0], 8)
+    (2, 3.5, 0.5)
+    """
+    width = max(1, min(most, len(losses) // 2))
+    return width, float(np.mean(losses[:width])), float(np.mean(losses[-width:]))
 
 
 if __name__ == "__main__":

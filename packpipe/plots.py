@@ -270,7 +270,8 @@ def _draw_images(
                 3, int(width / 1.6)
             )  # characters above an image; more would run into the next
             name = name if len(name) <= room else name[: room - 1] + "…"
-            axes.text(left, -0.6, name, fontsize=11, va="bottom")
+            # A class may be called "$5 to $9", which is no formula.
+            axes.text(left, -0.6, name, fontsize=11, va="bottom", parse_math=False)
         left += width + 1.5
         tallest = max(tallest, height)
     if last - first > len(shown):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
@@ -231,7 +232,10 @@ def test_the_page_of_the_first_model_has_six_commands():
 def test_links_within_the_repository_lead_somewhere():
     for page in [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
         for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-            assert link.startswith("https://") or (page.parent / link).exists(), link
+            path = Path(os.path.normpath(page.parent / link))
+            assert link.startswith("https://") or path.exists(), link
+            # GitHub shows nothing behind a link to a folder.
+            assert not any(folder.is_symlink() for folder in path.parents), link
 
 
 def test_the_readme_is_read_in_minutes():

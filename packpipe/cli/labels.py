@@ -59,6 +59,36 @@ def labelled(dataset: Dataset, loss: str = "softmax") -> Dataset:
     return dataset.class_encode_column(column)
 
 
+def with_names(images: Dataset, names: list[str] | None) -> Dataset:
+    """Return images whose labels, if they are numbers without names, have the names that are given.
+
+    `labelled` would name them by their value and sort those as text, 10 before 2.
+
+    Raises:
+        ValueError: they are whole numbers, but there are no names, or not of one of them; or they
+            are other numbers.
+    """
+    column = label_column_of(images.features, "auto")
+    kind = getattr(images.features.get(column), "pa_type", pa.null())
+    if isinstance(images.features.get(column), ClassLabel):
+        return images
+    if pa.types.is_floating(kind):
+        expected, remedy = "whole numbers, or texts", "pass another --label-column"
+        raise ValueError(checks.sentence("labels", str(kind), expected, remedy))
+    if not pa.types.is_integer(kind):
+        return images
+    if not names:
+        expected, remedy = "the names of labels that are numbers", "pass --classes FILE"
+        raise ValueError(checks.sentence("classes", names, expected, remedy))
+    labels = _flat(images)
+    for label in labels.unique().to_pylist():
+        if label is not None and not 0 <= label < len(names):
+            expected = f"an integer in 0..{len(names) - 1}"
+            remedy = "pass --classes FILE with a line for each, 0 first"
+            raise ValueError(checks.sentence("a label", label, expected, remedy))
+    return _with_labels(images, labels, ClassLabel(names=names))
+
+
 def _parsed(dataset: Dataset, column: str, loss: str) -> Dataset:
     """Return images whose labels, which are texts, are numbers."""
     numbers = []

@@ -24,8 +24,14 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    class Told(Console):
+        """Lets the command know that nobody reads, where rich would end it with status 1."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
     # Nothing is wrapped or coloured by rich's guess, nor is [text] in a value taken for markup.
-    console = Console(soft_wrap=True, highlight=False)
+    console = Told(soft_wrap=True, highlight=False)
     console.print(Text(plain(title)))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

@@ -294,7 +294,9 @@ def show(
         str | None,
         typer.Option(help="Draw one image over epochs instead, as augmented: three, inception."),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, max=64, help="How many, with --augment.")] = 8,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=64, help="How many, with --augment.  [8]")
+    ] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a row, of a source.  [1024]")] = None,
     patch_size: PatchSize = None,
     resolution: Sizes = None,
@@ -304,8 +306,8 @@ def show(
     center_crop: CenterCropArea = None,
     max_tokens: MaxTokens = None,
     drop_rate: DropRate = None,
-    split: Split = "train",
-    seed: Seed = 0,
+    split: Annotated[str | None, typer.Option(help="Of a source.  [train]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything that is drawn.  [0]")] = None,
 ) -> None:
     """Draw packed rows: patches in place, segments coloured, padding hatched.
 
@@ -314,7 +316,8 @@ def show(
     """
     from packpipe.cli.report import draw_epochs, draw_rows
 
-    checks.local_path("--output", output)
+    _check_picture(output)
+    told = _given(epochs=epochs, seed=seed, split=split)
     options = _given(
         seq_len=seq_len,
         patch_size=patch_size,
@@ -325,7 +328,7 @@ def show(
     )
     numbers = rows or [0]
     if augment is None:
-        for name, value in options.items():
+        for name, value in {**options, **told}.items():
             expected, remedy = "left out without augment", "pass --augment"
             raise ValueError(checks.sentence(name, value, expected, remedy))
         figure = draw_rows(folder, numbers, mask=mask)
@@ -336,7 +339,9 @@ def show(
         if len(numbers) > 1:
             expected, remedy = "one image, with augment", "call it once for each"
             raise ValueError(checks.sentence("rows", numbers, expected, remedy))
-        figure = draw_epochs(folder, numbers[0], augment, epochs, seed, split, options)
+        figure = draw_epochs(
+            folder, numbers[0], augment, epochs or 8, seed or 0, split=split, options=options
+        )
     figure.savefig(output, dpi=110)
     typer.echo(plain(output))
 
@@ -388,6 +393,20 @@ def _counts_of(folder: Path) -> dict[str, Any]:
             continue
         return counts if isinstance(counts, dict) else {}
     return {}
+
+
+def _check_picture(path: Path) -> None:
+    """Raise ValueError if no picture can be written there."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    checks.local_path("--output", path)
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        expected = "a name that ends in " + ", ".join(f".{kind}" for kind in sorted(known))
+        raise ValueError(checks.sentence("--output", str(path), expected, "such as rows.png"))
+    if not path.parent.is_dir():
+        expected, remedy = "a file in a folder that is there", f"make {path.parent} first"
+        raise ValueError(checks.sentence("--output", str(path), expected, remedy))
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -91,7 +91,14 @@ def _class_names(features: Features) -> list[str] | None:
 
 
 def draw_epochs(
-    source: str, example: int, augment: str, num_epochs: int, seed: int, split: str, options: Any
+    source: str,
+    example: int,
+    augment: str,
+    num_epochs: int,
+    seed: int,
+    *,
+    split: str | None,
+    options: dict[str, Any],
 ) -> Figure:
     """Return a figure of one image as a loader draws it in the first epochs.
 
@@ -102,7 +109,7 @@ def draw_epochs(
         augment: a preset of `Augment`.
         num_epochs: how many epochs, from 0 on.
         seed: of the loader.
-        split: of the dataset.
+        split: of the dataset; None for "train".
         options: of `PackConfig`, for a dataset.
 
     Raises:
@@ -110,13 +117,13 @@ def draw_epochs(
     """
     drawn, keys = Augment.preset(augment), [Key(seed, epoch) for epoch in range(num_epochs)]
     if (Path(source) / MANIFEST).is_file():
-        for name, value in options.items():
+        for name, value in (options if split is None else {"split": split, **options}).items():
             expected, remedy = "left out for packed rows", "they are as they were packed"
             raise ValueError(checks.sentence(name, value, expected, remedy))
         packed, _ = open_packed(source)
         return plot_draws(draws_of_rows(packed, example, drawn, keys), None, None)
     config = config_from(options.pop("seq_len", 1024), options)
-    dataset = open_source(source, split)
+    dataset = open_source(source, split or "train")
     remedy = "pass a row of the source"
     example = checks.whole_number("example", example, 0, len(dataset) - 1, remedy)
     column = image_column_of(dataset.features, "auto")

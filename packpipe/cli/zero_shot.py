@@ -11,7 +11,7 @@ from torch import Tensor
 
 from packpipe import checks
 from packpipe.cli.asking import in_rejects_alone
-from packpipe.cli.labels import classes_of, labelled
+from packpipe.cli.labels import classes_of, labelled, with_names
 from packpipe.cli.layouts import packs_of
 from packpipe.cli.training_run import device_of_this_rank
 from packpipe.hub.contrastive import image_text_model
@@ -82,8 +82,9 @@ def zero_shot(
     Args:
         source: a folder with both towers and a tokenizer, or a name on the Hub.
         dataset: images, with labels or without.
-        names: of the classes, in the order of the labels' numbers; None for the labels' own. Those
-            of labels, in any order, are taken in the labels' order.
+        names: of the classes, in the order of the labels' numbers, or of labels whose own names are
+            numbers in that of these; None for the labels' own. Those of labels, in any order, are
+            taken in the labels' order.
         templates: see `class_vectors`.
         batch_size: rows a step.
         num_workers: threads that decode ahead.
@@ -92,14 +93,14 @@ def zero_shot(
 
     Raises:
         TooManyRejects: too many images cannot be read.
-        ValueError: nobody says what the classes are, or of how many the labels are is another
-            number; or these are packed rows, or their labels no classes.
+        ValueError: nobody says what the classes are, the labels have more or fewer of them, or a
+            name is that of another label; or these are packed rows, or their labels no classes.
     """
     if holds_rows(dataset.column_names):
         expected, remedy = "images", "pass the source of the rows"
         raise ValueError(checks.sentence("IMAGES", "packed rows", expected, remedy))
     if label_column_of(dataset.features, "auto") is not None:
-        dataset = labelled(dataset)
+        dataset = labelled(with_names(dataset, names))
         names = _of_labels(names, classes_of(dataset))
     if not names:
         expected, remedy = "names", "pass --classes FILE, a name a line"
@@ -131,8 +132,17 @@ def zero_shot(
 
 
 def names_in(path: Path) -> list[str]:
-    """Return the names of classes in a file, a line each; empty lines are none."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    """Return the names of classes in a file, a line each; empty lines are none.
+
+    Raises:
+        ValueError: it cannot be read, or is no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors may write a mark first
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        expected, remedy = f"a file of text in UTF-8 ({why})", "write a name a line"
+        raise ValueError(checks.sentence("--classes", str(path), expected, remedy)) from error
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -148,4 +158,12 @@ def _of_labels(names: list[str] | None, classes: ClassLabel | None) -> list[str]
         expected = f"{len(own)}, as of the labels ({', '.join(own[:3])}, ...)"
         remedy = "write a line for each, in their order"
         raise ValueError(checks.sentence("number of classes", len(names), expected, remedy))
+    if all(map(str.isdecimal, own)):  # sorted as texts, 10 before 2, while names are by number
+        by_number = sorted(range(len(own)), key=lambda k: int(own[k]))
+        names = [name for _, name in sorted(zip(by_number, names, strict=True))]
+    for name, label in zip(names, own, strict=True):
+        if name != label and name in own:
+            expected = f"{label!r} in its place, or a name that no label has"
+            remedy = "write a line for each, in the labels' order"
+            raise ValueError(checks.sentence("a class", name, expected, remedy))
     return names

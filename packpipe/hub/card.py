@@ -6,7 +6,6 @@ was given. Nothing is claimed that was not measured or told.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from packpipe.model.navit import NaViT
 from packpipe.planning.image_config import PackConfig
 
 CARD = "README.md"
+_SHARES = ("accuracy", "ece")
 _USE = """\
 ```python
 import packpipe
@@ -46,11 +46,12 @@ def card_of(
             that nobody told.
 
     Raises:
-        TypeError, ValueError: a figure is no finite number, or there are some without ``images``.
+        TypeError, ValueError: a figure is no finite number, there are some without ``images``, a
+            whole number, a share is none, or a name cannot stand in a table.
     """
     from huggingface_hub import ModelCardData
 
-    _check_figures(figures)
+    told = _checked({} if figures is None else figures)
     config = model.config
     features = config.num_classes is None
     data = ModelCardData(
@@ -63,7 +64,7 @@ def card_of(
     of_one = "token" if config.pooling == "none" else "image"
     weights = sum(weight.numel() for weight in model.parameters())
     usual = PackConfig(patch_size=packing.patch_size).to_options()
-    packed = {k: v for k, v in packing.to_options().items() if k == "seq_len" or v != usual[k]}
+    packed = {k: f"`{v!r}`" for k, v in packing.to_options().items() if v != usual[k]}
     summary = (
         f"A vision transformer for packed images: {weights:,} weights, patches of "
         f"{config.patch_size} pixels, {config.depth} blocks of width {config.dim}; {outputs} of "
@@ -75,30 +76,43 @@ def card_of(
         summary,
         _USE.format(name=name),
         "## Measured",
-        "Nothing was measured." if not figures else _table(("figure", "value"), _told(figures)),
+        "Nothing was measured." if not told else _table(("figure", "value"), _printed(told)),
         "## Source",
         "Nothing was said of where the weights come from." if source is None else source.strip(),
         "## Packing",
-        "What is not as packpipe has it by default:",
-        _table(("option", "value"), {key: f"`{value!r}`" for key, value in packed.items()}),
+        "What is not as packpipe has it by default:"
+        if packed
+        else "As packpipe has it by default.",
+        *([_table(("option", "value"), packed)] if packed else []),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _check_figures(figures: Mapping[str, float] | None) -> None:
-    if not figures:
-        return
+def _checked(figures: Mapping[str, float]) -> dict[str, float]:
+    """Return figures as numbers of Python; refuse what is none, or cannot be."""
     remedy = "give what was measured"
+    if not isinstance(figures, Mapping):
+        expected = "numbers by their names"
+        raise TypeError(checks.sentence("figures", type(figures).__name__, expected, remedy))
+    found: dict[str, float] = {}
     for name, value in figures.items():
-        found = checks.real_number(f"figures[{name!r}]", value, remedy)
-        if not math.isfinite(found):
-            raise ValueError(checks.sentence(f"figures[{name!r}]", value, "finite", remedy))
-    if "images" not in figures:
+        if not isinstance(name, str) or "|" in name or not name.isprintable():
+            expected, change = "a name on one line, without |", "rename it"
+            raise ValueError(checks.sentence("a figure", name, expected, change))
+        called = f"figures[{name!r}]"
+        if name == "images":
+            found[name] = checks.whole_number(called, value, 1, 2**63 - 1, remedy)
+            continue
+        found[name] = checks.real_number(called, value, remedy)
+        if name in _SHARES and not 0 <= found[name] <= 1:
+            raise ValueError(checks.sentence(called, value, "a share in 0..1", remedy))
+    if found and "images" not in found:
         expected, remedy = "'images' among them", "say on how many images they were measured"
-        raise ValueError(checks.sentence("figures", list(figures), expected, remedy))
+        raise ValueError(checks.sentence("figures", list(found), expected, remedy))
+    return found
 
 
-def _told(figures: Mapping[str, float]) -> dict[str, str]:
+def _printed(figures: Mapping[str, float]) -> dict[str, str]:
     # Counts as they are; six digits of all others.
     return {
         name: str(value) if isinstance(value, int) else f"{value:.6g}"

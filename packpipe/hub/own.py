@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from packpipe import checks
-from packpipe.durable import commit, partial_of, write_json, write_text
+from packpipe.durable import commit, json_text, partial_of
 from packpipe.hub.card import CARD, card_of
 from packpipe.hub.encoder import Encoder
 from packpipe.hub.files import CONFIG, INDEX, WEIGHTS, Weights
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
+from packpipe.planning.distributions import distribution
+from packpipe.planning.evaluation import evaluation_of
 from packpipe.planning.image_config import PackConfig
 
 KIND = "packpipe"  # the model_type
@@ -37,12 +39,13 @@ def save_pretrained(
     """Write a folder that `from_pretrained` reads: the weights, and how images become rows.
 
     Also of a training: ``save_pretrained(model, options.packing, "encoder")`` after `load_model`.
-    Each file is whole or not there, config.json is written last; files of these names are replaced,
-    and an index of weights in several files, which would be read instead, is removed.
+    Each file is whole or not there, and those of before stay until all are written, config.json
+    last; an index of weights in several files, which would be read instead, is removed.
 
     Args:
         model: its weights are written as they are, in their dtype; they are read in float32.
-        packing: as which images are packed for it.
+        packing: as which images are packed for it, one by one: that of a training is made such by
+            `packpipe.planning.evaluation.evaluation_of`.
         folder: made if it is missing.
         name: what the card calls it; None for the folder's own name.
         figures: what was measured, for the card; see `packpipe.hub.card.card_of`.
@@ -50,8 +53,9 @@ def save_pretrained(
         source: where the weights come from, for the card.
 
     Raises:
+        NotADirectoryError: folder is a file.
         ValueError: packing has patches of another size than the model, or other prefix tokens; or
-            figures are wrong.
+            it drops tokens, draws, or has several views; or figures are wrong.
     """
     from safetensors.torch import save_file
 
@@ -59,19 +63,49 @@ def save_pretrained(
         own, expected = getattr(packing, option), f"{getattr(model.config, option)} (the model's)"
         if own != getattr(model.config, option):
             raise ValueError(checks.sentence(option, own, expected, "pass the model's packing"))
+    _check_asked(packing)
     folder = checks.local_path("folder", folder)
-    called = folder.name if name is None else name
+    if folder.exists() and not folder.is_dir():
+        expected, remedy = "a folder, or a new name", "it is a file: choose another"
+        raise NotADirectoryError(checks.sentence("folder", str(folder), expected, remedy))
+    called = folder.resolve().name if name is None else name
     card = card_of(model, packing, called, figures=figures, license=license, source=source)
     folder.mkdir(parents=True, exist_ok=True)
+    told = {"version": _VERSION, "model": asdict(model.config), "packing": packing.to_dict()}
+    config = json_text({"model_type": KIND, **told})
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    try:
+        save_file(weights, partial_of(folder / WEIGHTS), {"format": "pt"})
+        for name, text in ((CARD, card), (CONFIG, config)):
+            partial_of(folder / name).write_bytes(text.encode())
+    except BaseException:
+        for name in (WEIGHTS, CARD, CONFIG):
+            partial_of(folder / name).unlink(missing_ok=True)  # makes room, if the disk is full
+        raise
     # A configuration of other weights must not stand beside these, should this be cut short.
     for name in (CONFIG, INDEX):
         (folder / name).unlink(missing_ok=True)
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, partial_of(folder / WEIGHTS), {"format": "pt"})
-    commit(folder / WEIGHTS)
-    write_text(folder / CARD, card)
-    told = {"version": _VERSION, "model": asdict(model.config), "packing": packing.to_dict()}
-    write_json(folder / CONFIG, {"model_type": KIND, **told})
+    for name in (WEIGHTS, CARD, CONFIG):
+        commit(folder / name)
+
+
+def _check_asked(packing: PackConfig) -> None:
+    """Raise ValueError if an answer to an image would be one of many, which a model is not for."""
+    asked = evaluation_of(packing)
+    for option in ("views", "crop", "resolution", "drop_rate", "fit_last"):
+        own, expected = getattr(packing, option), getattr(asked, option)
+        if own != expected and not _is_fixed(own):
+            remedy = "pass packpipe.planning.evaluation.evaluation_of(packing)"
+            raise ValueError(checks.sentence(option, own, repr(expected), remedy))
+
+
+def _is_fixed(resolution: Any) -> bool:
+    """Return whether a resolution is a law that draws but one value."""
+    for name in ("pixels", "tokens"):
+        if hasattr(resolution, name):
+            low, high = distribution(name, getattr(resolution, name)).support
+            return low == high
+    return False
 
 
 def read_own(settings: dict[str, Any], processing: dict[str, Any], weights: Weights) -> Encoder:
@@ -81,6 +115,10 @@ def read_own(settings: dict[str, Any], processing: dict[str, Any], weights: Weig
     if settings.get("version") != _VERSION:
         name, remedy = f"version in {path}", "use the packpipe that wrote it"
         raise ValueError(checks.sentence(name, settings.get("version"), str(_VERSION), remedy))
+    for part in ("model", "packing"):
+        if not isinstance(settings.get(part), dict):
+            name, remedy = f"{part} in {path}", "it is cut or damaged, so write it again"
+            raise ValueError(checks.sentence(name, settings.get(part), "its options", remedy))
     return Encoder(
         config=NaViTConfig.from_dict(settings["model"], path),
         weights={name: weights.take(name) for name in weights.left()},

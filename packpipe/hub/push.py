@@ -7,6 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from packpipe import checks
+from packpipe.durable import write_text
+from packpipe.hub.card import CARD, card_of
 from packpipe.hub.files import INDEX
 from packpipe.hub.own import save_pretrained
 from packpipe.model.navit import NaViT
@@ -69,6 +71,9 @@ def push_to_hub(
         except HFValidationError as error:
             expected, remedy = "the name of a repository", "names are such as 'me/pets'"
             raise ValueError(checks.sentence("repo", repo, expected, remedy)) from error
+        # A name without its owner is who is logged in; others read the model by the whole one.
+        card = card_of(model, packing, url.repo_id, figures=figures, license=license, source=source)
+        write_text(Path(folder) / CARD, card)
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=folder,

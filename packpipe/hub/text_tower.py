@@ -34,6 +34,7 @@ class TextTower(nn.Module):
     Attributes:
         length: tokens of every text, padding included.
         width: channels of a vector.
+        vocabulary: how many numbers of tokens there are.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,6 +42,7 @@ class TextTower(nn.Module):
         self.model = model
         config = cast(Any, model).config
         self.length, self.width = int(config.max_position_embeddings), int(config.projection_size)
+        self.vocabulary = int(config.vocab_size)
 
     def forward(self, texts: TokenBatch) -> Tensor:
         """Return the vectors of packed texts, [B, S, C]; 0 where none is present.
@@ -116,8 +118,13 @@ def input_ids_of(tokenizer: Any, texts: Sequence[str], length: int = 64) -> list
         length: tokens of each, `TextTower.length`.
 
     Raises:
-        ValueError: a text is too long.
+        TypeError: texts is a single one.
+        ValueError: there is none, or one is too long.
     """
+    if isinstance(texts, str):
+        raise TypeError(checks.sentence("texts", texts, "a list of texts", "pass [text]"))
+    if not len(texts):
+        raise ValueError(checks.sentence("texts", [], "one at least", "pass some"))
     options = {"padding": "max_length", "max_length": length, "truncation": False}
     found: list[list[int]] = tokenizer(list(texts), verbose=False, **options)["input_ids"]
     for number, one in enumerate(found):
@@ -142,10 +149,13 @@ def class_vectors(
             mean of all (Radford et al., arXiv 2103.00020, 3.1.4).
 
     Raises:
+        TypeError: names or templates is a single one.
         ValueError: there is no name or template, or one without a place for the name; or a text
-            is too long.
+            is too long; or the tokenizer is of another model, or tells two names not apart.
     """
     for what, given in (("names", names), ("templates", templates)):
+        if isinstance(given, str):
+            raise TypeError(checks.sentence(what, given, "a list of texts", "pass [text]"))
         if not given:
             raise ValueError(checks.sentence(what, [], "one at least", "pass some"))
     for template in templates:
@@ -153,8 +163,26 @@ def class_vectors(
             remedy = "such as 'This is a photo of {}.'"
             raise ValueError(checks.sentence("a template", template, "a text with {}", remedy))
     texts = [template.replace("{}", name) for name in names for template in templates]
-    device = next(tower.parameters()).device
-    input_ids = torch.tensor(input_ids_of(tokenizer, texts, tower.length), device=device)
+    found = input_ids_of(tokenizer, texts, tower.length)
+    _check_tokens(found, names, len(templates), tower.vocabulary)
+    input_ids = torch.tensor(found, device=next(tower.parameters()).device)
     with torch.inference_mode():
         vectors = torch.cat([tower.encode(some) for some in input_ids.split(_AT_ONCE)])
         return F.normalize(vectors.unflatten(0, (len(names), -1)).mean(1), dim=-1)
+
+
+def _check_tokens(
+    input_ids: list[list[int]], names: Sequence[str], num_templates: int, vocabulary: int
+) -> None:
+    """Raise ValueError if tokens are not of the model's vocabulary, or those of two names equal."""
+    remedy = "name each class once, and pass a folder with the model's own tokenizer"
+    highest = max(map(max, input_ids))
+    if highest >= vocabulary:
+        expected = f"below {vocabulary}, as the model has them"
+        raise ValueError(checks.sentence("a token of the tokenizer", highest, expected, remedy))
+    first: dict[tuple[int, ...], int] = {}
+    for number in range(len(names)):
+        own = tuple(input_ids[number * num_templates])  # the first template tells, as any other
+        if (other := first.setdefault(own, number)) != number:
+            what, expected = f"tokens of names[{number}]", f"others than those of {names[other]!r}"
+            raise ValueError(checks.sentence(what, names[number], expected, remedy))

@@ -17,9 +17,10 @@ Shape letters: B rows, L tokens a row, T tokens without padding, N images, M tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -326,10 +327,16 @@ def to_qwen_vl(
         ``batch.example_index[batch.present]``.
 
     Raises:
-        ValueError: tokens were dropped, or a grid cannot be merged.
+        TypeError: mean or std holds no numbers.
+        ValueError: tokens were dropped, or a grid cannot be merged; or mean or std is not of three
+            numbers, or a std is not above 0.
     """
     merge = checks.whole_number("merge_size", merge_size, 1, 128, "2 is usual")
     frames = checks.whole_number("temporal_patch_size", temporal_patch_size, 1, 128, "2 is usual")
+    colours = [
+        _of_colours("mean", mean, checks.real_number),
+        _of_colours("std", std, checks.positive_number),
+    ]
     shapes = _whole_grids(batch)
     apart = (shapes % merge).any(1).nonzero()[:, 0]
     if len(apart):
@@ -350,13 +357,23 @@ def to_qwen_vl(
     levels[start + place] = shown
     side = int((levels.shape[1] // 3) ** 0.5)
     pixels = levels.view(-1, side, side, 3) / 255
-    means, stds = (torch.tensor(values, device=levels.device) for values in (mean, std))
+    means, stds = (torch.tensor(values, device=levels.device) for values in colours)
     pixels = ((pixels - means) / stds).permute(0, 3, 1, 2)
     values = pixels[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1)
     return {
         "pixel_values": values,
         "image_grid_thw": torch.nn.functional.pad(shapes, (1, 0), value=1),
     }
+
+
+def _of_colours(
+    name: str, values: Sequence[float], check: Callable[[str, Any, str], float]
+) -> list[float]:
+    """Return three checked numbers, of red, green and blue."""
+    remedy = f"pass the processor's image_{name}"
+    if not isinstance(values, Sequence | np.ndarray) or len(values) != 3:
+        raise ValueError(checks.sentence(name, values, "three numbers", remedy))
+    return [check(f"{name}[{k}]", value, remedy) for k, value in enumerate(values)]
 
 
 def _whole_grids(batch: PackedBatch) -> Tensor:

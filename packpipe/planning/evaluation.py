@@ -40,6 +40,8 @@ def evaluation_of(config: PackConfig) -> PackConfig:
         drop_rate=0.0,
         epochs=None,
         fit_last=None,
+        views=1,
+        views_together=False,
         **changes,
     )
 

@@ -128,7 +128,8 @@ class PixelRange:
     Attributes:
         min_pixels: fewest pixels of an image, 1 or more.
         max_pixels: most pixels of an image, min_pixels or more; only very long images have more, of
-            which a side is one block. The usual ones are Qwen2-VL's.
+            which a side is one block, or those of a range narrower than a block. The usual ones are
+            Qwen2-VL's.
         grid_multiple: patches a side of a block: rows and columns of grids are multiples of it.
 
     Source: the image processor of Qwen2-VL, ``smart_resize``.

@@ -31,7 +31,7 @@ from packpipe.cli.bench import Comparison, LayoutFigures
 from packpipe.cli.errors import in_a_line, one_line_errors
 from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
-from packpipe.cli.output import print_json, say_if_kernels_compile
+from packpipe.cli.output import print_json, print_table, say_if_kernels_compile
 from packpipe.samples import images_folder
 from packpipe.training.loop import Record, read_log
 
@@ -250,6 +250,22 @@ def test_one_image_is_drawn_over_epochs(few, packed, tmp_path):
     ("arguments", "message"),
     [
         (["{packed}", "--drop-rate", 0.5], "drop_rate is 0.5, expected left out without augment"),
+        (["{packed}", "--epochs", 8], "epochs is 8, expected left out without augment; pass --aug"),
+        (["{packed}", "--seed", 0], "seed is 0, expected left out without augment; pass --augment"),
+        (["{packed}", "--split", "test"], "split is 'test', expected left out without augment"),
+        (
+            ["{packed}", "--split", "test", "--augment", "three"],
+            "split is 'test', expected left out for packed rows",
+        ),
+        (
+            ["{packed}", "-o", "row.xyz"],
+            "--output is 'row.xyz', expected a name that ends in .",
+        ),
+        (["{packed}", "-o", "row"], "--output is 'row', expected a name that ends in ."),
+        (
+            ["{packed}", "-o", "nowhere/row.png"],
+            "--output is 'nowhere/row.png', expected a file in a folder that is there; make nowher",
+        ),
         (["{packed}", "--drop-rate", 0.5, "--augment", "three"], "left out for packed rows"),
         (["{packed}", "--mask", "--augment", "three"], "mask is True, expected left out with augm"),
         (["{packed}", 1, 2, "--augment", "three"], "rows is [1, 2], expected one image, with"),
@@ -545,9 +561,17 @@ def test_commands_that_keep_what_they_have_done_say_so_when_stopped(name, said, 
     assert capsys.readouterr().err == said
 
 
-def test_an_output_that_nobody_reads_any_more_is_no_error(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "printing",
+    [
+        lambda: print_json(list(range(100))),
+        lambda: print_table("figures", [(f"figure {number}", "1") for number in range(5000)]),
+    ],
+    ids=["json", "table"],
+)
+def test_an_output_that_nobody_reads_any_more_is_no_error(printing, capsys, monkeypatch):
     def stats():
-        print_json(list(range(100)))
+        printing()
 
     read, written = os.pipe()
     os.close(read)

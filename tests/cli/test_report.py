@@ -147,6 +147,15 @@ def test_images_are_named_by_their_classes_and_shortened_where_they_are_narrow(f
     assert len(texts) - len(plots.plot_rows(rows).axes[1].texts) == min(len(labels), 8) > 1
 
 
+def test_names_of_classes_are_no_formulas(folder):
+    rows = packpipe.read_rows(datasets.load_from_disk(folder), [0])
+    labels = np.zeros_like(rows.segments["labels"])
+    rows = dataclasses.replace(rows, segments={**rows.segments, "labels": labels})
+    figure = plots.plot_rows(rows, max_thumbnails=1, class_names=["$_$"])
+    assert figure.axes[1].texts[0].get_text() == "$_$"
+    figure.savefig(io.BytesIO(), format="png")  # where a formula that is none would be an error
+
+
 def test_a_mask_says_who_sees_whom():
     figure = plots.plot_mask(np.array([1, 1, 2, 0], np.int32))
     (axes,) = figure.axes

@@ -74,7 +74,8 @@ def saved(request, tmp_path_factory):
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     vocabulary = {letter: number for number, letter in enumerate(LETTERS)}
-    transformers.Siglip2Tokenizer(vocab=vocabulary).save_pretrained(folder)
+    tokenizer = transformers.Siglip2Tokenizer(vocab=vocabulary, padding_side="right")
+    tokenizer.save_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return Saved(folder, model, processor, tokenizer)
 
@@ -154,6 +155,56 @@ def test_a_class_is_the_mean_of_its_texts(saved):
         wanted = model.texts.encode(input_ids).unflatten(0, (2, 2)).mean(1)
     assert close(found, wanted / wanted.norm(dim=1, keepdim=True), 1e-6)
     assert not close(found[0], found[1], 1e-2)
+
+
+@pytest.mark.parametrize("saved", ["siglip2 naflex"], indirect=True)
+def test_texts_that_are_no_texts_of_the_model_are_refused(saved, tmp_path):
+    model, _ = image_text_model(saved.folder)
+    own, names = saved.tokenizer, ["cat", "dog"]
+    # A folder without files of a tokenizer still gives one, to which all texts are unknown.
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((saved.folder / name).read_bytes())
+    bare = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    remedy = "name each class once, and pass a folder with the model's own tokenizer"
+
+    def other(texts, **_):
+        return {"input_ids": [[5, 100 + len(text)] + [0] * (LENGTH - 2) for text in texts]}
+
+    for error, call, message in (
+        (
+            ValueError,
+            lambda: class_vectors(model.texts, bare, names, ["a {}."]),
+            f"tokens of names[1] is 'dog', expected others than those of 'cat'; {remedy}",
+        ),
+        (
+            ValueError,
+            lambda: class_vectors(model.texts, own, ["cat", "dog", "cat"], ["a {}.", "the {}."]),
+            f"tokens of names[2] is 'cat', expected others than those of 'cat'; {remedy}",
+        ),
+        (
+            ValueError,
+            lambda: class_vectors(model.texts, other, names, ["a {}."]),
+            "a token of the tokenizer is 106, expected below 33, as the model has them; name each",
+        ),
+        (
+            TypeError,
+            lambda: class_vectors(model.texts, own, "cat", ["a {}."]),
+            "names is 'cat', expected a list of texts; pass [text]",
+        ),
+        (
+            TypeError,
+            lambda: class_vectors(model.texts, own, names, "a {}."),
+            "templates is 'a {}.', expected a list of texts; pass [text]",
+        ),
+        (
+            TypeError,
+            lambda: input_ids_of(own, "cat"),
+            "texts is 'cat', expected a list of texts; pass [text]",
+        ),
+        (ValueError, lambda: input_ids_of(own, []), "texts is [], expected one at least; pass so"),
+    ):
+        with pytest.raises(error, match=f"^{re.escape(message)}"):
+            call()
 
 
 def told(*arguments):

@@ -3,14 +3,25 @@
 import base64
 import json
 import re
+from dataclasses import replace
 from importlib import import_module
 
 import huggingface_hub
+import numpy as np
 import packed
 import pytest
 import torch
 
-from packpipe import PackConfig, from_pretrained, push_to_hub, save_pretrained
+from packpipe import (
+    Constant,
+    Crop,
+    PackConfig,
+    Side,
+    Uniform,
+    from_pretrained,
+    push_to_hub,
+    save_pretrained,
+)
 from packpipe.hub.card import card_of
 
 # The client's library has one name or another, by the version of huggingface_hub.
@@ -105,6 +116,29 @@ def test_what_is_pushed_is_what_comes_back(hub, tmp_path):
             {"figures": {"images": 2, "loss": float("nan")}},
             "figures['loss'] is nan, expected a finite number; give what was measured",
         ),
+        (
+            {"figures": {"images": 0}},
+            f"figures['images'] is 0, expected an integer in 1..{2**63 - 1}; give what was measu",
+        ),
+        (
+            {"figures": {"images": 2, "accuracy": 75}},
+            "figures['accuracy'] is 75, expected a share in 0..1; give what was measured",
+        ),
+        (
+            {"figures": {"images": 2, "a|b": 1}},
+            "a figure is 'a|b', expected a name on one line, without |; rename it",
+        ),
+        ({"figures": {"images": 2, "a\nb": 1}}, "a figure is 'a\\nb', expected a name on one lin"),
+        (
+            {"packing": replace(PACKING, drop_rate=0.5)},
+            "drop_rate is 0.5, expected 0.0; pass packpipe.planning.evaluation.evaluation_of(pack",
+        ),
+        ({"packing": replace(PACKING, views=2)}, "views is 2, expected 1; pass packpipe.planning."),
+        ({"packing": replace(PACKING, crop=Crop())}, "crop is Crop("),
+        (
+            {"packing": replace(PACKING, resolution=Side(Uniform(8, 16)), max_tokens=None)},
+            "resolution is Side(pixels=Uniform(low=8, high=16), rounding='nearest'), expected 'bud",
+        ),
     ],
 )
 def test_what_is_wrong_is_refused_before_anything_is_sent(arguments, message, hub):
@@ -112,6 +146,77 @@ def test_what_is_wrong_is_refused_before_anything_is_sent(arguments, message, hu
     with pytest.raises(ValueError, match=re.escape(message)):
         push_to_hub(packed.model_of(), **given)
     assert hub.made == hub.commits == []
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        ([("images", 3)], "figures is 'list', expected numbers by their names; give what was meas"),
+        ({"images": 1.5}, "figures['images'] is 1.5, expected an integer in 1.."),
+        ({"images": True}, "figures['images'] is True, expected an integer in 1.."),
+    ],
+)
+def test_figures_that_are_no_numbers_are_refused(figures, message):
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        card_of(packed.model_of(), PACKING, "mine", figures=figures)
+
+
+def test_counts_are_printed_whole_and_options_of_every_packing_left_out():
+    figures = {"images": np.int64(1234567), "loss": np.float32(0.5)}
+    text = card_of(packed.model_of(), PackConfig(patch_size=2), "mine", figures=figures)
+    assert "| images | 1234567 |\n| loss | 0.5 |" in text
+    assert text.endswith("## Packing\n\nAs packpipe has it by default.\n")
+
+
+def test_a_card_has_the_owner_of_a_repository_that_was_named_without(hub):
+    push_to_hub(packed.model_of(), PACKING, "pets")
+    text = hub.files["README.md"].decode()
+    assert "# me/pets\n" in text
+    assert "from_pretrained('me/pets')" in text
+
+
+def test_a_resolution_that_is_one_is_no_draw(tmp_path):
+    one = replace(PACKING, resolution=Side(Constant(8)), max_tokens=None)
+    save_pretrained(packed.model_of(), one, tmp_path)
+    assert from_pretrained(tmp_path)[1] == one
+
+
+def test_a_folder_is_called_by_its_own_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_pretrained(packed.model_of(), PACKING, ".")
+    assert f"# {tmp_path.name}\n" in (tmp_path / "README.md").read_text()
+    message = "folder is 'README.md', expected a folder, or a new name; it is a file: choose anot"
+    with pytest.raises(NotADirectoryError, match=re.escape(message)):
+        save_pretrained(packed.model_of(), PACKING, "README.md")
+
+
+def test_what_was_saved_before_stays_until_all_is_written(tmp_path, monkeypatch):
+    model = packed.model_of(dtype=torch.float32)
+    save_pretrained(model, PACKING, tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_pretrained(packed.model_of(seed=2), PACKING, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    again, _ = from_pretrained(tmp_path)
+    assert torch.equal(again.norm.weight, model.norm.weight)
+
+
+@pytest.mark.parametrize("part", ["model", "packing"])
+def test_a_part_that_a_configuration_lacks_is_named(part, tmp_path):
+    save_pretrained(packed.model_of(), PACKING, tmp_path)
+    path = tmp_path / "config.json"
+    told = json.loads(path.read_text())
+    del told[part]
+    path.write_text(json.dumps(told))
+    message = f"{part} in {path} is None, expected its options; it is cut or damaged, so write it"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        from_pretrained(tmp_path)
 
 
 def test_a_card_claims_nothing_that_was_not_told(tmp_path):

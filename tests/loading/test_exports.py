@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -391,3 +392,28 @@ def test_grids_that_cannot_be_merged_are_refused():
     assert to_qwen_vl(batch, merge_size=1)["image_grid_thw"].tolist() == [[1, 2, 2], [1, 2, 3]]
     with pytest.raises(ValueError, match=r"^temporal_patch_size is 0, expected an integer in 1"):
         to_qwen_vl(batch, temporal_patch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("colours", "error", "message"),
+    [
+        (
+            {"mean": (0.5,)},
+            ValueError,
+            "mean is (0.5,), expected three numbers; pass the processor",
+        ),
+        (
+            {"mean": 0.5},
+            ValueError,
+            "mean is 0.5, expected three numbers; pass the processor's ima",
+        ),
+        ({"mean": "abc"}, TypeError, "mean[0] is 'a', expected a number; pass the processor's"),
+        ({"std": (1, 1, 0)}, ValueError, "std[2] is 0, expected a number above 0; pass the pro"),
+        ({"std": (1, -1, 1)}, ValueError, "std[1] is -1, expected a number above 0; pass the pro"),
+        ({"std": (1, 1, math.nan)}, ValueError, "std[2] is nan, expected a finite number; pass t"),
+    ],
+)
+def test_colours_that_are_no_three_numbers_are_refused(colours, error, message):
+    batch = batch_of(RowSet([[4]], 15, 3))
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        to_qwen_vl(batch, merge_size=1, **colours)

@@ -103,3 +103,5 @@ def test_of_several_laws_it_is_the_first_view_s():
     views = (View(resolution="budget", max_tokens=20), View(count=2, max_tokens=4))
     asked = evaluation_of(PackConfig(seq_len=64, views=views))
     assert (asked.max_tokens, asked.num_views) == (20, 1)
+    alike = evaluation_of(PackConfig(seq_len=64, views=2, max_tokens=32, views_together=True))
+    assert alike == PackConfig(seq_len=64, max_tokens=32)
