@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import crashing
@@ -157,7 +158,10 @@ def on_ray(asked: dict[str, Any]) -> None:
 
     options = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "include_dashboard": False}
     found: dict[str, Any] = {}
-    with packpipe.RayExecutor(_node_ip_address="127.0.0.1", **options) as executor:
+    # Ray's sockets lie in its folder, and a socket's path has 107 bytes at most.
+    short = TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True)
+    options |= {"_node_ip_address": "127.0.0.1", "_temp_dir": short.name}
+    with short, packpipe.RayExecutor(**options) as executor:
         built(build_of(Path(asked["source"]), asked["output"]), executor)
         error = executor.submit(int, "three").exception()
         found["error"] = [isinstance(error, ValueError), str(error).splitlines()[-1]]
