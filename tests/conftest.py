@@ -28,6 +28,7 @@ os.environ.setdefault("HF_HOME", str(HOME / "huggingface"))
 # Small tensors: threads of several test processes would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime keeps files in ~/.cache otherwise
 os.environ.setdefault("MPLCONFIGDIR", str(HOME / "matplotlib"))
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HOME / "inductor"))
 
