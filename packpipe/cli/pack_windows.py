@@ -46,7 +46,7 @@ def pack_windows(
         part: "k/n" builds the k-th of n parts alone, and completes nothing.
         finish: completes the folder after all parts; builds nothing.
         progress: whether to show a progress bar.
-        **asked: as for `files_build`.
+        **asked: window_rows, seed, epoch, num_workers, image_seconds, and the names of columns.
     """
     import packpipe
     from packpipe.building.files_build import finished
