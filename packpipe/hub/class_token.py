@@ -244,13 +244,6 @@ def _weights(
     def take(name: str) -> Tensor:
         return weights.take(within + name)
 
-    def pairs(names: dict[str, str], ours: str = "", theirs: str = "") -> dict[str, Tensor]:
-        return {
-            f"{ours}{own}.{kind}": take(f"{theirs}{name}.{kind}")
-            for own, name in names.items()
-            for kind in ("weight", "bias")
-        }
-
     patches = channels_last(take(f"{family.patches}.weight"))
     check_size("hidden_size", config.dim, len(patches))
     check_size("patch_size", config.patch_size, isqrt(patches.shape[1] // 3))
@@ -276,13 +269,13 @@ def _weights(
                 found[f"{ours}widen.{kind}"] = torch.cat(halves)
         else:
             parts = family.parts
-        found |= pairs(parts, ours, theirs)
+        found |= weights.pairs(parts, ours, within + theirs)
         projections = [take(f"{theirs}{name}.weight") for name in family.projections]
         found[f"{ours}queries_keys_values.weight"] = torch.cat(projections)
         found[f"{ours}bias_queries_values"] = _biases(config, weights, within + theirs, family)
         for own, name in zip(("scale_attention", "scale_mlp"), family.scales, strict=False):
             found[f"{ours}{own}.weight"] = take(theirs + name)
-    return found | pairs(family.norms)
+    return found | weights.pairs(family.norms, theirs=within)
 
 
 def _biases(config: NaViTConfig, weights: Weights, layer: str, family: Family) -> Tensor:

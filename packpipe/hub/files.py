@@ -121,6 +121,23 @@ class Weights:
         tensor: Tensor = self._files.pop(name).get_tensor(name).float()
         return tensor
 
+    def pairs(self, names: dict[str, str], ours: str = "", theirs: str = "") -> dict[str, Tensor]:
+        """Return the weights and biases of some layers, by our names.
+
+        Args:
+            names: ours: theirs.
+            ours: stands before each of our names.
+            theirs: stands before each of theirs.
+
+        Raises:
+            ValueError: there is none of a name.
+        """
+        return {
+            f"{ours}{own}.{kind}": self.take(f"{theirs}{name}.{kind}")
+            for own, name in names.items()
+            for kind in ("weight", "bias")
+        }
+
     def left(self) -> list[str]:
         """Return the names of the tensors that were not taken."""
         return sorted(self._files)

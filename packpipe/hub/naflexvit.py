@@ -115,15 +115,7 @@ def shape_of(settings: dict[str, Any]) -> NaViTConfig:
 def _weights(
     config: NaViTConfig, processing: dict[str, Any], weights: Weights
 ) -> dict[str, Tensor]:
-    take, names = weights.take, set(weights.left())
-
-    def pairs(own: dict[str, str], ours: str = "", theirs: str = "") -> dict[str, Tensor]:
-        return {
-            f"{ours}{part}.{kind}": take(f"{theirs}{name}.{kind}")
-            for part, name in own.items()
-            for kind in ("weight", "bias")
-        }
-
+    take, pairs, names = weights.take, weights.pairs, set(weights.left())
     patches, bias = (take(f"embeds.proj.{kind}") for kind in ("weight", "bias"))
     check_size("embed_dim", config.dim, len(patches))
     check_size("patch_size", config.patch_size, isqrt(patches.shape[1] // 3))

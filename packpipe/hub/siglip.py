@@ -121,13 +121,6 @@ def _weights(
     def take(name: str) -> Tensor:
         return weights.take(within + name)
 
-    def pairs(names: dict[str, str], ours: str, theirs: str) -> dict[str, Tensor]:
-        return {
-            f"{ours}{own}.{kind}": take(f"{theirs}{name}.{kind}")
-            for own, name in names.items()
-            for kind in ("weight", "bias")
-        }
-
     patches, bias = (take(f"embeddings.patch_embedding.{kind}") for kind in ("weight", "bias"))
     if patches.ndim == 4:  # a convolution
         patches = channels_last(patches)
@@ -139,7 +132,7 @@ def _weights(
     check_size("image_size ÷ patch_size, or √num_patches,", config.side, isqrt(len(table)))
     for number in range(config.depth):
         ours, theirs = f"blocks.{number}.", f"encoder.layers.{number}."
-        found |= pairs(_LAYER, ours, theirs)
+        found |= weights.pairs(_LAYER, ours, within + theirs)
         parts = {
             (part, kind): take(f"{theirs}self_attn.{part}_proj.{kind}")
             for part in "qkv"
@@ -148,9 +141,9 @@ def _weights(
         found[f"{ours}queries_keys_values.weight"] = torch.cat([parts[p, "weight"] for p in "qkv"])
         biases = torch.stack([parts[part, "bias"] for part in "qv"])
         found[f"{ours}bias_queries_values"] = biases.unflatten(1, (config.heads, -1))
-    found |= pairs({"norm": "post_layernorm"}, "", "")
+    found |= weights.pairs({"norm": "post_layernorm"}, theirs=within)
     if config.pooling == "attention":
-        found |= pairs(_POOL, "pool.", "head.")
+        found |= weights.pairs(_POOL, "pool.", f"{within}head.")
         to_query, to_keys, to_values = take("head.attention.in_proj_weight").chunk(3)
         bias_query, _, bias_values = take("head.attention.in_proj_bias").chunk(3)
         probe = take("head.probe").flatten()

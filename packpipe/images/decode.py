@@ -233,10 +233,10 @@ def decode(
     flag = "broken profile" if conversion.broken else None
     whole = tiles if tiles is not None else np.empty((1, 1, *target_hw, 3), np.uint8)
     answer = Decoded(whole[0, 0] if tiles is None else whole, flag)
-    if rules.pixels == "turbo" and not isinstance(pixels, np.ndarray):
+    if not isinstance(pixels, np.ndarray):
         if box is not None:
             pixels, area = cut(pixels, area)
-        if pixels.mode in ("L", "RGB"):
+        if rules.pixels == "turbo" and pixels.mode in ("L", "RGB"):
             pixels = np.asarray(pixels)
     if isinstance(pixels, np.ndarray):
         if conversion.transform is None:
@@ -246,8 +246,6 @@ def decode(
         _resize_into(upright, pixels, area, orientation, rules)
         result = Image.fromarray(upright[0, 0])
     else:
-        if box is not None:
-            pixels, area = cut(pixels, area)
         if orientation in TRANSPOSE:
             area = turned(area, pixels.size, orientation)
             pixels = pixels.transpose(TRANSPOSE[orientation])

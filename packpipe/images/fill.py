@@ -59,17 +59,13 @@ class ImageTask(NamedTuple):
         """Tokens that the image takes in its row."""
         return self.grid_hw[0] * self.grid_hw[1] if self.kept is None else len(self.kept)
 
-    @property
-    def slots(self) -> int:
-        """Prefix tokens."""
-        return 0 if self.kept is None else int(np.count_nonzero(self.kept < 0))
-
-    @property
-    def patches(self) -> NDArray[np.int32] | None:
-        """Which patches in raster order, without prefix tokens; None for all of the grid."""
-        if self.kept is None or self.num_tokens - self.slots == self.grid_hw[0] * self.grid_hw[1]:
-            return None
-        return self.kept[self.slots :]
+    def parted(self) -> tuple[int, NDArray[np.int32] | None]:
+        """Return how many prefix tokens there are, and which patches; None for all of the grid."""
+        if self.kept is None:
+            return 0, None
+        slots = int(np.count_nonzero(self.kept < 0))
+        patches = self.kept[slots:]
+        return slots, None if len(patches) == self.grid_hw[0] * self.grid_hw[1] else patches
 
     def read(self) -> ImageData | Failure:
         """Return the image, or the `Failure` that says why there is none."""
@@ -114,7 +110,7 @@ def fill_row(
             outcomes.append(data)
             continue
         rows, columns = image.grid_hw
-        slots, kept = image.slots, image.patches
+        slots, kept = image.parted()
         tiles = None
         if transform is None and kept is None:  # its pixels are the row's, in one pass
             tokens = out[end + slots : end + image.num_tokens]
