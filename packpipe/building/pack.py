@@ -12,7 +12,7 @@ from packpipe import checks
 from packpipe.building.build import Build, read_rejects
 from packpipe.building.image_job import IMAGE_SECONDS, Images, checked_resources, image_job
 from packpipe.building.job import Job
-from packpipe.building.pack_files import pack_files
+from packpipe.building.pack_files import files_build, pack_files
 from packpipe.building.shards import MANIFEST, REJECTS, read_manifest, tidy
 from packpipe.building.token_job import Sequences, token_job
 from packpipe.philox import checked_key
@@ -180,7 +180,7 @@ def pack(
     }
     limits = on_error, max_bad_fraction, max_consecutive_bad
     if isinstance(dataset, ImageFiles):
-        found = pack_files(
+        build = files_build(
             dataset,
             seq_len,
             dict(options),
@@ -188,10 +188,9 @@ def pack(
             output=output,
             output_options=output_options,
             window_rows=window_rows,
-            executor=executor,
-            progress=progress,
             **asked,
         )
+        found = pack_files(build, executor=executor, progress=progress)
         return cast(Dataset, found)  # None of a URL alone: every other caller has rows
     check_dataset(dataset)
     of_files = {"window_rows": window_rows, "executor": executor, "output_options": output_options}

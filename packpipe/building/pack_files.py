@@ -35,20 +35,15 @@ from packpipe.storage.storage import LocalFolder, storage_at
 WINDOW_ROWS = 16_384
 
 
-def pack_files(
-    source: ImageFiles,
-    seq_len: int,
-    options: dict[str, Any],
-    tolerance: Tolerance,
-    *,
-    output: str | Path | None,
-    executor: Any = None,
-    progress: bool = True,
-    **asked: Any,
-) -> Dataset | None:
-    """Pack files into a folder; return its rows, None if they lie on other machines."""
+def pack_files(build: FilesBuild, *, executor: Any = None, progress: bool = True) -> Dataset | None:
+    """Build what is missing; return the rows, None if they lie on other machines.
+
+    Args:
+        build: of `files_build`.
+        executor: builds windows, as `checked_executor` takes it.
+        progress: whether to show a progress bar.
+    """
     run_on = checked_executor(executor)
-    build = files_build(source, seq_len, options, tolerance, output=output, **asked)
     if not build.claim():
         build.finish(build.run(run_on, progress=progress))
     storage = build.job.storage
