@@ -22,7 +22,8 @@ from packpipe import checks
 from packpipe.hub.encoder import Encoder, check_size, mean_and_std, shape_settings, squares
 from packpipe.hub.files import CONFIG, Weights
 from packpipe.hub.folding import channels_last, fold_pixels
-from packpipe.model.config import CLIP, DINOV2, DINOV2_REGISTERS, DINOV3, VIT, NaViTConfig
+from packpipe.model.config import NaViTConfig
+from packpipe.model.presets import CLIP, DINOV2, DINOV2_REGISTERS, DINOV3, VIT
 
 _BILINEAR, _BICUBIC = 2, 3
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}

@@ -15,8 +15,8 @@ from packpipe import checks
 from packpipe.hub import class_token, naflexvit, own, siglip
 from packpipe.hub.encoder import Encoder
 from packpipe.hub.files import CONFIG, Weights, folder_of, processing_of, settings_of
-from packpipe.model.config import NAFLEXVIT
 from packpipe.model.navit import NaViT
+from packpipe.model.presets import NAFLEXVIT
 from packpipe.planning.image_config import PackConfig
 
 log = logging.getLogger(__name__)

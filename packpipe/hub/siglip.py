@@ -27,7 +27,8 @@ from packpipe.hub.encoder import (
 )
 from packpipe.hub.files import CONFIG, Weights
 from packpipe.hub.folding import channels_last, fold_pixels, fold_probe
-from packpipe.model.config import SIGLIP_FIXED, SIGLIP_NAFLEX, NaViTConfig
+from packpipe.model.config import NaViTConfig
+from packpipe.model.presets import SIGLIP_FIXED, SIGLIP_NAFLEX
 from packpipe.planning.image_config import PackConfig
 
 # Ours: theirs, each with a weight and a bias.

@@ -10,7 +10,7 @@ import torch
 from laws import close
 
 from packpipe import NaViTConfig, PackConfig, from_pretrained
-from packpipe.model.config import NAFLEXVIT
+from packpipe.model.presets import NAFLEXVIT
 
 CASE = packed.RowSet(lens=[[1] * 4, [20, 1, 7, 3], [30]], seq_len=33, max_segments=4)
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": packed.PATCH_SIZE}
