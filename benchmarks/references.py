@@ -48,8 +48,8 @@ from naive_profiles import ADOBE, P3, srgb_of  # noqa: E402
 from strategies import encode  # noqa: E402
 
 from packpipe import PackConfig, plan_epoch  # noqa: E402
+from packpipe.images.bad_images import BadImage  # noqa: E402
 from packpipe.images.decode import decode, probe  # noqa: E402
-from packpipe.images.opening import BadImage  # noqa: E402
 from packpipe.planning.image_config import MAX_PIXELS  # noqa: E402
 
 BACKGROUND = np.array(test_decode.BACKGROUND)

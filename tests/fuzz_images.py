@@ -41,8 +41,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from fuzz_damage import Dice, corpus, damaged
 
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import PixelRules, decode, probe
-from packpipe.images.opening import BadImage
 from packpipe.planning.image_config import FILTERS
 
 MAX_PIXELS = 4_000_000

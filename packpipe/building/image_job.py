@@ -22,12 +22,8 @@ from packpipe._version import __version__
 from packpipe.building.job import FilledRows, Job, PlannedRows
 from packpipe.images.decode import engine_versions, pixel_rules
 from packpipe.images.extras import extra_versions
-from packpipe.images.opening import (
-    ImageData,
-    changed_settings,
-    check_limit,
-    check_settings,
-)
+from packpipe.images.image_data import ImageData
+from packpipe.images.pillow_settings import changed_settings, check_limit, check_settings
 from packpipe.philox import Key
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig

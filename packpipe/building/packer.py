@@ -23,7 +23,7 @@ from packpipe._version import __version__
 from packpipe.building.image_job import Images, plan_images
 from packpipe.building.job import PlannedRows
 from packpipe.building.token_job import Sequences, plan_sequences
-from packpipe.images.opening import check_settings
+from packpipe.images.pillow_settings import check_settings
 from packpipe.philox import checked_key
 from packpipe.planning.image_config import MAX_IMAGE_SEQ_LEN, PackConfig, config_from
 from packpipe.planning.token_config import TokenConfig, token_config_from

@@ -45,6 +45,14 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from packpipe import checks
+from packpipe.images.bad_images import (
+    BadImage,
+    SizeChanged,
+    message_of,
+    rejecting,
+    rejecting_giants,
+    reraise_faults,
+)
 from packpipe.images.colour import Conversion, HighDynamicRange, conversion_of, to_srgb
 from packpipe.images.edges import decoded_at, whole_parts
 from packpipe.images.geometry import Box, cut, least_size, scaled, stored_box, turned
@@ -55,26 +63,13 @@ from packpipe.images.headers import (
     quick_probe,
     upright_hw,
 )
+from packpipe.images.image_data import Confined, ImageData
 from packpipe.images.layouts import mend
 from packpipe.images.modes import NoRule, plain
-from packpipe.images.opening import (
-    _PILLOWS_LIMIT,
-    LONGEST_SIDE,
-    BadImage,
-    Confined,
-    ImageData,
-    SizeChanged,
-    _array_hw,
-    _file,
-    _opened,
-    _reraise_faults,
-    _said,
-    check_settings,
-    known_formats,
-    rejecting,
-    rejecting_giants,
-)
+from packpipe.images.opening import LONGEST_SIDE, array_hw, known_formats, opened
 from packpipe.images.orientation import TRANSPOSE, orientation_of, reader_of
+from packpipe.images.pillow_settings import PILLOWS_LIMIT, check_settings
+from packpipe.images.regular_files import open_file
 from packpipe.images.scans import Watched
 
 # Why an image is a reject, by the error that says so.
@@ -159,14 +154,14 @@ def probe(data: ImageData, *, max_pixels: int) -> Probe:
         BadImage: there is no such file, or it is empty, no image, or has more than max_pixels.
     """
     if isinstance(data, np.ndarray):
-        height, width = _array_hw(data, max_pixels)
+        height, width = array_hw(data, max_pixels)
         return Probe((height, width), False)
     with ExitStack() as stack:
         source: ImageData | FileIO = data
         if not isinstance(data, Image.Image):
             if isinstance(data, str | Confined):
                 with rejecting(data):
-                    source = stack.enter_context(_file(data))
+                    source = stack.enter_context(open_file(data))
                     head, size = source.read(HEAD_BYTES), os.fstat(source.fileno()).st_size
                     if head is None:  # so FileIO says that there is nothing to read yet
                         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -181,7 +176,7 @@ def probe(data: ImageData, *, max_pixels: int) -> Probe:
             is_fit = image_hw is not None and image_hw[0] * image_hw[1] <= max_pixels
             if image_hw is not None and is_fit and max(image_hw) <= LONGEST_SIDE and late is None:
                 return Probe(image_hw, False)
-        image = stack.enter_context(_opened(source, max_pixels))
+        image = stack.enter_context(opened(source, max_pixels))
         orientation, broken_exif = orientation_of(image)
         return Probe(upright_hw(*image.size, orientation), broken_exif)
 
@@ -214,7 +209,7 @@ def decode(
         ValueError: settings of Pillow in this process would give other pixels.
     """
     check_settings()
-    with _opened(data, rules.max_pixels) as image:
+    with opened(data, rules.max_pixels) as image:
         orientation, _ = orientation_of(image)
         found = upright_hw(*image.size, orientation)
         if found != image_hw:
@@ -227,9 +222,9 @@ def decode(
         try:
             pixels, area, conversion = _loaded(image, stored, size, rules, image is not data)
         except Exception as error:  # decoders raise whatever they like
-            _reraise_faults(error)
+            reraise_faults(error)
             reason = _REASONS.get(type(error), "undecodable")
-            raise BadImage(reason, _said(error, data)) from error
+            raise BadImage(reason, message_of(error, data)) from error
     flag = "broken profile" if conversion.broken else None
     whole = tiles if tiles is not None else np.empty((1, 1, *target_hw, 3), np.uint8)
     answer = Decoded(whole[0, 0] if tiles is None else whole, flag)
@@ -320,7 +315,7 @@ def _of_turbo(
     pixels = turbo.decoded(content, image.mode, size, parts)
     if pixels is not None and parts > 1 and rules.jpeg_edges == "clean":
         finer = whole_parts(pixels, size, parts)
-        if finer != parts and size[0] * size[1] <= _PILLOWS_LIMIT * finer**2:
+        if finer != parts and size[0] * size[1] <= PILLOWS_LIMIT * finer**2:
             parts, pixels = finer, turbo.decoded(content, image.mode, size, finer)
     return None if pixels is None else (pixels, (size[0] / parts, size[1] / parts))
 
@@ -364,7 +359,7 @@ def _whole(
     """Return drafted pixels of an image of (width, height) free of padding, and their size."""
     drafted = round(size[0] / decoded_size[0])
     parts = whole_parts(pixels, size, drafted)
-    if parts == drafted or size[0] * size[1] > _PILLOWS_LIMIT * parts**2:
+    if parts == drafted or size[0] * size[1] > PILLOWS_LIMIT * parts**2:
         return pixels, decoded_size
     return plain(decoded_at(scans.content, parts), background), (size[0] / parts, size[1] / parts)
 

@@ -11,9 +11,10 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from packpipe.images.bad_images import BadImage, SizeChanged
 from packpipe.images.decode import PixelRules, decode
+from packpipe.images.image_data import ImageData
 from packpipe.images.masks import TargetRules, decode_mask, write_targets
-from packpipe.images.opening import BadImage, ImageData, SizeChanged
 from packpipe.images.patches import patchify, side_of
 
 

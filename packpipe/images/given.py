@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from packpipe.images.opening import ImageData, rejecting
+from packpipe.images.bad_images import rejecting
+from packpipe.images.image_data import ImageData
 
 
 def given(value: Any) -> ImageData | None:

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from packpipe import checks
+from packpipe.images.bad_images import BadImage, rejecting_giants, reraise_faults
 from packpipe.images.headers import upright_hw
-from packpipe.images.opening import BadImage, ImageData, _opened, _reraise_faults, rejecting_giants
+from packpipe.images.image_data import ImageData
+from packpipe.images.opening import opened
 from packpipe.images.orientation import TRANSPOSE, orientation_of
 
 _MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -171,7 +173,7 @@ def _upright(data: ImageData, max_pixels: int) -> NDArray[np.integer]:
         if data.ndim != 2:
             raise BadImage("colours", f"an array {list(data.shape)}, expected [height, width]")
         return data.astype(np.uint8) if data.dtype == np.bool_ else data
-    with _opened(data, max_pixels) as image:
+    with opened(data, max_pixels) as image:
         if image.mode not in _MODES or image.format in _LOSSY:
             found = f"{image.format} of mode {image.mode}"
             raise BadImage("colours", f"{found}, expected PNG of one channel, or a palette")
@@ -180,7 +182,7 @@ def _upright(data: ImageData, max_pixels: int) -> NDArray[np.integer]:
         try:
             image.load()
         except Exception as error:  # decoders raise whatever they like
-            _reraise_faults(error)
+            reraise_faults(error)
             raise BadImage("undecodable", str(error)) from error
         values = np.asarray(image) // step if step > 1 else np.asarray(image)
         if image.size != size:

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
 
+from packpipe.images.bad_images import rejecting
 from packpipe.images.headers import exif_orientation, late_exif
-from packpipe.images.opening import rejecting
 
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -4,7 +4,7 @@ They are read whole, where they are asked for; processes that decode get the byt
 process alone can reach, such as ``memory://``, is reached wherever that process reads. A file may
 have `MOST_BYTES`, which counts what a member of an archive is inflated to.
 
-Errors follow the rule of `opening`: what the next file would meet as well, an opener that is not
+Errors follow the rule of `bad_images`: what the next file would meet as well, an opener that is not
 installed or a storage that does not answer, is raised; every other error makes a reject. So does a
 host of the web that does not answer, since the next address may lead to another one.
 """
@@ -18,7 +18,8 @@ from typing import IO, Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 from packpipe import checks
-from packpipe.images.opening import BadImage, ImageData, is_fault, rejecting, rejecting_giants
+from packpipe.images.bad_images import BadImage, is_fault, rejecting, rejecting_giants
+from packpipe.images.image_data import ImageData
 
 _LOCAL = ("file://", "local://")
 _ARCHIVE = "zip://"

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe.images.decode import pixel_rules
-from packpipe.images.opening import check_settings
+from packpipe.images.pillow_settings import check_settings
 from packpipe.images.transform import PixelFunction, checked_transform, name_of
 from packpipe.philox import Key, checked_key
 from packpipe.planning.epoch_plan import EpochPlan

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packpipe import checks
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import probe
 from packpipe.images.given import given
-from packpipe.images.opening import BadImage, ImageData, check_settings
+from packpipe.images.image_data import ImageData
+from packpipe.images.pillow_settings import check_settings
 from packpipe.images.remote import fetched
 from packpipe.loading.columns import batch_columns
 from packpipe.philox import Key

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from packpipe.images.opening import ImageData
+from packpipe.images.image_data import ImageData
 
 
 class Held(NamedTuple):

@@ -25,9 +25,11 @@ from datasets import ClassLabel, Features, Image, IterableDataset, LargeList, Li
 from datasets import iterable_dataset as sources
 
 from packpipe import checks
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import pixel_rules, probe
 from packpipe.images.given import given
-from packpipe.images.opening import BadImage, ImageData, check_settings
+from packpipe.images.image_data import ImageData
+from packpipe.images.pillow_settings import check_settings
 from packpipe.images.transform import PixelFunction, checked_transform, name_of
 from packpipe.loading.reading import Anchor, Held, Reading
 from packpipe.packing.online import OnlinePacker

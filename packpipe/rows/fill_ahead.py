@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from packpipe.images.decode import pixel_rules
 from packpipe.images.fill import Outcome
-from packpipe.images.opening import ImageData
+from packpipe.images.image_data import ImageData
 from packpipe.images.pool import Decoders, RowTask
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.rows.fill_images import (

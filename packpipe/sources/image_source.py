@@ -24,7 +24,9 @@ from datasets import Image
 from numpy.typing import NDArray
 
 from packpipe import checks
-from packpipe.images.opening import BadImage, Confined, ImageData, first_bytes, rejecting
+from packpipe.images.bad_images import BadImage, rejecting
+from packpipe.images.image_data import Confined, ImageData
+from packpipe.images.regular_files import first_bytes
 from packpipe.images.remote import fetched, is_remote, local_file, version_of
 from packpipe.rows.digests import hexdigest, sample_digest
 

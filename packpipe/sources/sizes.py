@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from packpipe import checks
 from packpipe._version import __version__
 from packpipe.durable import first_alone, remove_abandoned, write_shared
-from packpipe.images.opening import SizeChanged, changed_settings
+from packpipe.images.bad_images import SizeChanged
+from packpipe.images.pillow_settings import changed_settings
 from packpipe.planning.plan import MAX_SIDE
 from packpipe.rows.rejects import Reject
 from packpipe.sources.image_source import ImageSource

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import Probe, probe
-from packpipe.images.opening import BadImage, ImageData
+from packpipe.images.image_data import ImageData
 from packpipe.rows.rejects import Reject
 
 # A probe of a plain header takes 4 to 15 µs, one by Pillow 70 to 150 µs: too few for a task.

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from packpipe._version import __version__
 from packpipe.building.shards import REJECTS
-from packpipe.images.opening import changed_settings
+from packpipe.images.pillow_settings import changed_settings
 from packpipe.rows.rejects import Reject
 from packpipe.rows.schema import REJECTS as SCHEMA
 from packpipe.verification.problems import Problem, named, rows_of

@@ -531,7 +531,7 @@ def test_a_fault_of_the_machine_is_no_reject(source, tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("packpipe.images.decode.plain", out_of_memory)
-    monkeypatch.setattr("packpipe.images.opening._has_memory", lambda: False)
+    monkeypatch.setattr("packpipe.images.bad_images._has_memory", lambda: False)
     with pytest.raises(MemoryError):
         packed_in(tmp_path / "out", source, max_bad_fraction=1.0)
     assert list(tmp_path.iterdir()) == []

@@ -22,9 +22,10 @@ from strategies import encode
 from test_decode import decoded, png
 from test_kinds import traced
 
-from packpipe.images import opening
+from packpipe.images.bad_images import BadImage, message_of
 from packpipe.images.decode import probe
-from packpipe.images.opening import LONGEST_SIDE, MOST_READS, BadImage
+from packpipe.images.opening import LONGEST_SIDE
+from packpipe.images.regular_files import MOST_READS, Counted
 from packpipe.planning.image_config import MAX_PIXELS, MOST_PIXELS, PackConfig
 
 POISON = 89_478_479  # times 24 bits: the first that is no row for Pillow, whatever memory there is
@@ -115,13 +116,13 @@ def test_a_header_costs_so_much_and_no_more(name, by_path, tmp_path, monkeypatch
     if by_path:
         (tmp_path / "file").write_bytes(file)
         file = str(tmp_path / "file")
-    reads, read = [0], opening._Counted.read
+    reads, read = [0], Counted.read
 
     def counted(self, size=-1, /):
         reads[0] += 1
         return read(self, size)
 
-    monkeypatch.setattr(opening._Counted, "read", counted)
+    monkeypatch.setattr(Counted, "read", counted)
     with traced() as peak, pytest.raises(BadImage, match=f"^{re.escape(message)}$") as found:
         probe(file, max_pixels=MAX_PIXELS)
     assert found.value.reason == "unreadable"
@@ -192,8 +193,8 @@ def test_a_png_of_indices_without_a_palette_says_so():
 
 
 def test_no_reject_is_without_a_text():
-    assert opening._said(AssertionError(), b"") == "its decoder does not say why"
-    assert opening._said(ValueError("why"), b"") == "why"
+    assert message_of(AssertionError(), b"") == "its decoder does not say why"
+    assert message_of(ValueError("why"), b"") == "why"
     assert Image.open(BytesIO(png(1, 1, 8, 0, b"\0\0"))).size == (1, 1)
 
 

@@ -13,8 +13,8 @@ from strategies import encode
 from test_decode import BACKGROUND, RULES, png
 
 from packpipe.images import colour
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import decode
-from packpipe.images.opening import BadImage
 
 ADOBE = naive.rgb_profile(naive.ADOBE, 2.19921875)
 WIDE_GREY = naive.grey_profile(1.8)

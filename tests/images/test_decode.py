@@ -19,8 +19,8 @@ from PIL import Image, ImageFile
 from strategies import encode
 
 from packpipe.images import decode as decode_module
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import PixelRules, Probe, decode, probe
-from packpipe.images.opening import BadImage
 from packpipe.planning.image_config import MAX_PIXELS
 
 BACKGROUND = (10, 20, 30)

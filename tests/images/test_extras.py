@@ -20,9 +20,9 @@ from test_decode import BACKGROUND, decoded
 from test_jpegxl import UPRIGHT, jxl, noise
 
 import packpipe
-from packpipe.images import extras, jpegxl, opening
+from packpipe.images import bad_images, extras, jpegxl
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import probe
-from packpipe.images.opening import BadImage
 
 pillow_heif = pytest.importorskip("pillow_heif")
 
@@ -290,7 +290,7 @@ def test_a_decoder_without_memory_is_no_fault_of_a_small_image(step, plain, monk
     with pytest.raises(BadImage, match=r"^more than this process can allocate$") as found:
         step(plain, **arguments)
     assert found.value.reason == "too much memory"
-    monkeypatch.setattr(opening, "_has_memory", lambda: False)
+    monkeypatch.setattr(bad_images, "_has_memory", lambda: False)
     with pytest.raises(MemoryError, match=f"^{FAILED}$"):
         step(plain, **arguments)
     limit = "Memory allocation error: Security limit exceeded: 5 bytes"  # the image's own fault

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import decode, pixel_rules, probe
-from packpipe.images.opening import BadImage
 from packpipe.planning.image_config import PackConfig
 
 FINDS = sorted((Path(__file__).parent.parent / "finds").iterdir())

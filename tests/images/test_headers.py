@@ -17,10 +17,11 @@ from PIL import Image, ImageCms, PngImagePlugin
 from strategies import encode, random_image
 
 import packpipe
-from packpipe.images import opening
+from packpipe.images import regular_files
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import PixelRules, Probe, decode, probe
 from packpipe.images.headers import HEAD_BYTES, exif_orientation, quick_probe, upright_hw
-from packpipe.images.opening import BadImage
+from packpipe.images.opening import opened
 from packpipe.images.orientation import orientation_of
 
 MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow refuses more
@@ -36,7 +37,7 @@ def by_pillow(encoded):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with opening._opened(encoded, MOST_PIXELS) as image:
+            with opened(encoded, MOST_PIXELS) as image:
                 orientation, broken_exif = orientation_of(image)
                 return Probe(upright_hw(*image.size, orientation), broken_exif)
         except BadImage as error:
@@ -453,7 +454,7 @@ def opened_with(monkeypatch, file_class):
         opened.append(file_class(path))
         return opened[-1]
 
-    monkeypatch.setattr(opening, "open", opened_by, raising=False)
+    monkeypatch.setattr(regular_files, "open", opened_by, raising=False)
     return opened
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_decode import BACKGROUND, decoded
 
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import probe
 from packpipe.images.jpegxl import CONTAINER, codestream_of, header_of
-from packpipe.images.opening import BadImage
 
 pillow_jxl = pytest.importorskip("pillow_jxl")
 

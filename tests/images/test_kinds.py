@@ -30,8 +30,9 @@ from strategies import encode
 from test_decode import BACKGROUND, CASES, decoded, png
 
 import packpipe
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import probe
-from packpipe.images.opening import FORMATS, BadImage
+from packpipe.images.opening import FORMATS
 from packpipe.planning.image_config import FILTERS, MAX_PIXELS
 from packpipe.samples import images_folder
 

@@ -13,8 +13,8 @@ from PIL import Image
 from strategies import encode
 from test_decode import BACKGROUND, decoded
 
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import probe
-from packpipe.images.opening import BadImage
 
 HIGH, WIDE = 2, 3
 RNG = np.random.default_rng(0)

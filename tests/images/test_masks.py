@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from packpipe.images.bad_images import BadImage
 from packpipe.images.masks import (
     TargetRules,
     cells_of,
@@ -19,7 +20,6 @@ from packpipe.images.masks import (
     sampled,
     write_targets,
 )
-from packpipe.images.opening import BadImage
 
 RULES = TargetRules(1)
 

@@ -12,7 +12,7 @@ import pytest
 from test_kinds import traced
 
 from packpipe.images import remote
-from packpipe.images.opening import BadImage
+from packpipe.images.bad_images import BadImage
 from packpipe.images.remote import fetched, is_remote
 
 

@@ -18,8 +18,8 @@ from strategies import encode
 from test_decode import RULES, decoded
 
 from packpipe.images import decode as decoding
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import pixel_rules
-from packpipe.images.opening import BadImage
 from packpipe.images.scans import scans_of
 from packpipe.planning.image_config import PackConfig
 

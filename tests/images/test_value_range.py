@@ -16,9 +16,9 @@ from PIL import Image
 from test_decode import decoded
 
 import packpipe
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import probe
 from packpipe.images.modes import between
-from packpipe.images.opening import BadImage
 from packpipe.planning.image_config import BEFORE, PackConfig
 
 tifffile = pytest.importorskip("tifffile")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from strategies import encode, random_image
 
-from packpipe.images.opening import BadImage
+from packpipe.images.bad_images import BadImage
 from packpipe.images.patches import unpatchify
 from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig

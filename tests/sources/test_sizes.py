@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import ImageFile
 
 import packpipe
-from packpipe.images.opening import check_settings
+from packpipe.images.pillow_settings import check_settings
 from packpipe.planning.image_config import MAX_PIXELS
 from packpipe.rows.files import write_table
 from packpipe.rows.rejects import Reject

@@ -1,10 +1,8 @@
-"""Opening files: whose fault an error is, and staying beneath a folder."""
+"""Opening files: regular ones alone, and none outside of a folder that confines them."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import os
 import re
 import signal
 import threading
@@ -14,76 +12,14 @@ import pictures
 import pytest
 from test_headers import opened_with
 
-from packpipe.images import opening
+from packpipe.images import regular_files
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import PixelRules, decode, probe
-from packpipe.images.headers import HEAD_BYTES
-from packpipe.images.opening import BadImage, Confined
+from packpipe.images.image_data import Confined
 from packpipe.sources.image_source import confined
 
 INSIDE, OUTSIDE = (8, 12), (10, 6)
 RULES = PixelRules((255, 255, 255), 10**6, None, "bicubic", "bicubic", "srgb")
-
-# Errors that the next file would meet as well.
-MACHINE = {
-    "ran out": "ENOMEM EMFILE ENFILE ENOSPC EDQUOT ENOBUFS ENOSR ENOLCK EUSERS",
-    "out of reach": "EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET ENONET ENOLINK "
-    "ECONNABORTED ECONNREFUSED ECONNRESET ENOTCONN ESHUTDOWN ETIMEDOUT ETIME ECOMM EPIPE EPROTO "
-    "ESTALE",
-    "ours": "EBADF EFAULT ENOSYS ECANCELED",
-}
-OF_THE_MACHINE = {
-    getattr(errno, name)
-    for names in MACHINE.values()
-    for name in names.split()
-    if hasattr(errno, name)
-}
-
-
-WHEN = {"opened": 0, "read": 1, "searched": 2, "decoded": 3}
-
-
-@pytest.mark.parametrize("when", WHEN)
-def test_every_error_of_the_system_is_the_machines_or_makes_a_reject_of_its_path(
-    tmp_path, monkeypatch, when
-):
-    path, image_hw = tmp_path / "image.png", (200, 200)
-    path.write_bytes(pictures.encoded_image(*image_hw))
-    assert HEAD_BYTES < path.stat().st_size < 2 * HEAD_BYTES, (
-        "read in pieces: its header, its end, its pixels"
-    )
-    number, calls = 0, 0
-
-    class Failing(FileIO):
-        def __init__(self, *arguments):
-            self.count()
-            super().__init__(*arguments)
-
-        def readinto(self, *arguments):
-            self.count()
-            return super().readinto(*arguments)
-
-        def count(self):
-            nonlocal calls
-            calls += 1
-            if calls > WHEN[when]:
-                raise OSError(number, os.strerror(number))
-
-    opened_with(monkeypatch, Failing)
-    # And one that nobody knows; but Python itself reads again after EINTR, for ever here.
-    numbers = {*errno.errorcode, 9999} - {errno.EINTR}
-    assert len(numbers) > 100
-    for number in sorted(numbers):
-        calls = 0
-        with pytest.raises((OSError, BadImage)) as found:
-            decode(str(path), image_hw=image_hw, target_hw=INSIDE, rules=RULES)
-        if number in OF_THE_MACHINE:
-            assert found.value.errno == number
-        elif number == errno.ENOENT and when != "decoded":
-            assert found.value.reason == "missing"
-        else:
-            assert isinstance(found.value, BadImage), errno.errorcode[number]
-            assert found.value.reason == ("undecodable" if when == "decoded" else "unreadable")
-            assert str(found.value) == f"[Errno {number}] {os.strerror(number)}: {str(path)!r}"
 
 
 def test_a_file_that_has_nothing_to_read_yet_is_a_reject(tmp_path, monkeypatch):
@@ -145,8 +81,8 @@ def root(tmp_path):
 @pytest.fixture(params=["stepwise", "checked"])
 def way(request, monkeypatch):
     """How systems of both kinds open files."""
-    assert opening._OPENS_STEPWISE
-    monkeypatch.setattr(opening, "_OPENS_STEPWISE", request.param == "stepwise")
+    assert regular_files._OPENS_STEPWISE
+    monkeypatch.setattr(regular_files, "_OPENS_STEPWISE", request.param == "stepwise")
 
 
 @pytest.mark.usefixtures("way")
