@@ -40,6 +40,7 @@ from packpipe.model.navit import NaViT, compile_parts
 from packpipe.rows import schema
 from packpipe.rows.files import write_table
 from packpipe.rows.rows import Rows
+from packpipe.rows.to_arrow import rows_table
 
 RESULTS = Path(__file__).parent / "results"
 # Sides in pixels that images are drawn from: NaViT's, and larger ones for longer rows.
@@ -280,7 +281,7 @@ def stored(batches: list[Step], seq_len: int, path: Path) -> pa.Table:
                 "coords": batch.coords.numpy(),
             }
             offsets = np.concatenate([[0], there.sum(1).cumsum(0).numpy()])
-            yield schema.rows_table(Rows(offsets, segments, tokens), columns)
+            yield rows_table(Rows(offsets, segments, tokens), columns)
 
     write_table(path, columns, tables())
     with pa.memory_map(str(path)) as file:

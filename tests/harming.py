@@ -15,7 +15,7 @@ from packpipe.building.build import state_of
 from packpipe.building.shards import data_files, digest_of, record_of
 from packpipe.packing.quality import fill
 from packpipe.rows import files
-from packpipe.rows.schema import REJECTS as REJECTS_SCHEMA
+from packpipe.rows.rejects_table import REJECTS_SCHEMA
 
 MANIFEST, REJECTS, STATE, INFO = (
     "manifest.json",

@@ -16,6 +16,7 @@ from two_ranks import one_of_two_ranks
 from packpipe import Augment, PackConfig, PackedLoader
 from packpipe.loading.ranks import rank_of_world
 from packpipe.rows import schema
+from packpipe.rows.to_arrow import rows_table
 from packpipe.training.loop import TrainConfig, train
 from packpipe.training.losses import LOSSES
 
@@ -33,7 +34,7 @@ def table(num_rows=10):
     labels = pa.array(rng.integers(0, packed.NUM_CLASSES, sum(map(len, lens))))
     rows = packed.rows_of(case, labels=labels)
     config = PackConfig(seq_len=16, patch_size=packed.PATCH_SIZE)
-    return schema.rows_table(rows, schema.row_schema(config, pa.int64()))
+    return rows_table(rows, schema.row_schema(config, pa.int64()))
 
 
 def loader_of(batch_size=2, num_rows=10, **options):

@@ -37,8 +37,9 @@ from packpipe.building.shards import (
     read_manifest,
 )
 from packpipe.packing.quality import fill
-from packpipe.rows import files, schema
+from packpipe.rows import files
 from packpipe.rows.rejects import Reject, Tolerance, one_each
+from packpipe.rows.rejects_table import REJECTS_SCHEMA, rejects_table
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ class Build:
         durable.write_json(folder / STATE, state_of(shards.names, self._digest()))
         # Sorted, so that the bytes do not depend on the order in which images failed.
         absent = one_each(rejects)
-        record = files.write_table(folder / REJECTS, schema.REJECTS, [schema.rejects_table(absent)])
+        record = files.write_table(folder / REJECTS, REJECTS_SCHEMA, [rejects_table(absent)])
         counts = counts_of(self.job.num_examples, absent, planned.counts(rejects, flags))
         share = fill(counts["tokens"], len(planned.plan), planned.plan.config.seq_len)
         # The manifest comes last: complete means that all other files are written.

@@ -39,8 +39,8 @@ from packpipe.building.window_job import (
 )
 from packpipe.packing.quality import fill
 from packpipe.rows import files as table_files
-from packpipe.rows import schema
 from packpipe.rows.rejects import Reject, Tally, one_each
+from packpipe.rows.rejects_table import REJECTS_SCHEMA, rejects_table
 from packpipe.sources.image_files import ImageFiles
 from packpipe.storage.storage import Storage
 
@@ -232,8 +232,8 @@ class FilesBuild:
         storage.put(INFO, info_of(self.job.images.features).encode())
         storage.put(STATE, durable.json_text(state_of([*written], self.job.digest)).encode())
         with storage.scratch(REJECTS) as path:
-            tables = [schema.rejects_table(absent)]
-            rejects = table_files.write_stream(path, schema.REJECTS, tables)
+            tables = [rejects_table(absent)]
+            rejects = table_files.write_stream(path, REJECTS_SCHEMA, tables)
             storage.put_file(REJECTS, path)
         totals = sum((Counter(commit["counts"]) for commit in commits), Counter())
         # A Counter drops what is zero: the names are those of a window, and its order.

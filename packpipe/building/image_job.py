@@ -32,6 +32,7 @@ from packpipe.rows import schema
 from packpipe.rows.fill_ahead import filled_ahead
 from packpipe.rows.fill_images import Masks, planned_images
 from packpipe.rows.rejects import Reject
+from packpipe.rows.to_arrow import rows_table
 from packpipe.sources.features import packed_features
 from packpipe.sources.image_columns import ImageColumns, target_rules_of
 from packpipe.sources.image_source import ImageSource
@@ -274,7 +275,7 @@ def _fill(
     if not images.materialize:
         for some in packs:
             planned = planned_images(plan, some, labels, weight)
-            table = schema.rows_table(planned, stored)
+            table = rows_table(planned, stored)
             yield FilledRows(table, [], len(planned.seq_lens), Counter())
         return
     filled = filled_ahead(
@@ -292,7 +293,7 @@ def _fill(
         for rows, failed, flags in filled:
             num_images = len(rows.seq_lens) + len(failed)
             found = Counter(flags.values())
-            yield FilledRows(schema.rows_table(rows, stored), failed, num_images, found)
+            yield FilledRows(rows_table(rows, stored), failed, num_images, found)
 
 
 def _counts(

@@ -21,8 +21,8 @@ from packpipe.building.shards import MANIFEST, read_manifest
 from packpipe.packing.picture import html
 from packpipe.packing.quality import Quality
 from packpipe.planning.image_config import PackConfig
+from packpipe.rows.from_arrow import table_segments
 from packpipe.rows.rejects import Reject
-from packpipe.rows.schema import table_segments
 
 
 @dataclass(frozen=True, eq=False)

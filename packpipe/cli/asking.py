@@ -20,8 +20,8 @@ from packpipe.model.navit import NaViT
 from packpipe.model.precision import is_half
 from packpipe.model.predict import predict_packs
 from packpipe.rows import rejects
+from packpipe.rows.own_columns import holds_rows
 from packpipe.rows.rejects import Reject
-from packpipe.rows.schema import holds_rows
 from packpipe.training.evaluation import Measures, measure
 from packpipe.training.losses import LOSSES
 from packpipe.training.objective import is_dense, is_regression

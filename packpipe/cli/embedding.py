@@ -40,14 +40,14 @@ from packpipe.model.precision import is_half
 from packpipe.model.predict import predict_packs
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows.rejects import Reject, Tolerance
-from packpipe.rows.schema import REJECTS, rejects_table
+from packpipe.rows.rejects_table import REJECTS_SCHEMA, rejects_table
 from packpipe.sources.kinds import holds_images
 
 DTYPES = ("float32", "float16")
 # Examples a part. Vectors of all tokens take some hundred times the memory of one an image.
 _PART_SIZE, _PART_SIZE_OF_TOKENS = 4096, 256
 _RECORD = "record.json"
-_REJECTS = REJECTS.append(pa.field("path", pa.string()))
+_REJECTS = REJECTS_SCHEMA.append(pa.field("path", pa.string()))
 _LOOKED_AT = 100  # first examples, by which a dataset is one of files
 
 
@@ -160,7 +160,7 @@ def rejects_path(output: Path) -> Path:
 
 
 def _rejects(path: Path) -> list[Reject]:
-    return [Reject(**row) for row in pq.read_table(path, columns=REJECTS.names).to_pylist()]
+    return [Reject(**row) for row in pq.read_table(path, columns=REJECTS_SCHEMA.names).to_pylist()]
 
 
 def _one_table(rejects: Iterable[Path]) -> list[pa.Table]:

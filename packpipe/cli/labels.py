@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from packpipe import checks
 from packpipe.planning.held_out import held_out
 from packpipe.rows.labels import label_values
-from packpipe.rows.schema import holds_rows
+from packpipe.rows.own_columns import holds_rows
 from packpipe.sources.image_columns import image_column_of, label_column_of
 from packpipe.sources.kinds import holds_images, is_text
 from packpipe.sources.labels import labels_of

@@ -17,9 +17,10 @@ from packpipe.loading.read import read_rows
 from packpipe.loading.stored import StoredPacks
 from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig
+from packpipe.rows.from_arrow import table_segments
+from packpipe.rows.own_columns import holds_rows
 from packpipe.rows.rejects import TooManyRejects
 from packpipe.rows.rows import Rows
-from packpipe.rows.schema import holds_rows, table_segments
 
 
 @dataclass(frozen=True)

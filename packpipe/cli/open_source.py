@@ -65,7 +65,7 @@ def open_source(
     import datasets  # here, since it is slow to import and --help does without
 
     from packpipe.images.remote import is_remote
-    from packpipe.rows.schema import holds_rows
+    from packpipe.rows.own_columns import holds_rows
 
     path = folder_of(source)
     # What looks like a name is left to datasets, which asks the Hub; other paths must exist.

@@ -221,7 +221,7 @@ def train(
     from packpipe.cli.trained_rows import TrainedRows
     from packpipe.cli.training_run import Training
     from packpipe.model.config import NaViTConfig
-    from packpipe.rows.schema import holds_rows
+    from packpipe.rows.own_columns import holds_rows
 
     say_if_kernels_compile()
     checks.local_path("OUTPUT", output)

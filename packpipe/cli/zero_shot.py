@@ -17,9 +17,9 @@ from packpipe.cli.training_run import device_of_this_rank
 from packpipe.hub.contrastive import image_text_model
 from packpipe.hub.text_tower import class_vectors
 from packpipe.model.predict import predict_packs
+from packpipe.rows.own_columns import holds_rows
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import NO_LABEL
-from packpipe.rows.schema import holds_rows
 from packpipe.sources.image_columns import label_column_of
 
 TEMPLATE = "This is a photo of {}."  # SigLIP's

@@ -8,8 +8,8 @@ import pyarrow as pa
 
 from packpipe import checks
 from packpipe.rows.files import picked_rows
+from packpipe.rows.from_arrow import table_rows
 from packpipe.rows.rows import Rows
-from packpipe.rows.schema import table_rows
 
 
 def read_rows(dataset: Any, rows: Any = None) -> Rows:

@@ -22,16 +22,10 @@ from packpipe.loading.read import read_rows
 from packpipe.packing.quality import attention_work
 from packpipe.philox import Key
 from packpipe.rows.digests import files_digest, hexdigest, labels_digest, sample_digest
+from packpipe.rows.from_arrow import table_rows, table_segments
+from packpipe.rows.own_columns import has_labels, holds_tokens, is_number, packed_columns
 from packpipe.rows.rows import Rows, gather
-from packpipe.rows.schema import (
-    SEGMENT_TYPES,
-    has_labels,
-    holds_tokens,
-    is_number,
-    packed_columns,
-    table_rows,
-    table_segments,
-)
+from packpipe.rows.schema import SEGMENT_TYPES
 
 log = logging.getLogger(__name__)
 

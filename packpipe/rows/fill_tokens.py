@@ -14,7 +14,8 @@ from packpipe.planning.token_config import TokenConfig
 from packpipe.planning.token_plan import TokenPlan, piece_starts
 from packpipe.rows.copy import copy_tokens, number_tokens
 from packpipe.rows.rows import NO_LABEL, Rows
-from packpipe.rows.schema import NUMBER_COLUMNS, rows_table
+from packpipe.rows.schema import NUMBER_COLUMNS
+from packpipe.rows.to_arrow import rows_table
 
 
 class Buffers:

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, IterableDataset
 from packpipe import checks
 from packpipe.planning.image_config import PackOptions
 from packpipe.planning.token_config import TokenConfig
-from packpipe.rows.schema import holds_rows
+from packpipe.rows.own_columns import holds_rows
 from packpipe.sources.image_columns import (
     ImageColumns,
     check_labels,

@@ -12,11 +12,12 @@ import pyarrow as pa
 
 from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig
-from packpipe.rows import schema
 from packpipe.rows.digests import hexdigest
 from packpipe.rows.fill_images import fill_rows
+from packpipe.rows.from_arrow import table_segments
 from packpipe.rows.rejects import bad_example, one_each
 from packpipe.rows.rows import Rows
+from packpipe.rows.to_arrow import rows_table
 from packpipe.sources.features import packed_features
 from packpipe.sources.image_source import ImageSource
 from packpipe.sources.sizes import forgetting_wrong_sizes
@@ -48,7 +49,7 @@ class LazyRows:
 
     def rows(self, plans: pa.Table) -> Rows:
         """Return the rows of stored segment columns, equal to those `pack` would have written."""
-        planned = schema.table_segments(plans)
+        planned = table_segments(plans)
         with forgetting_wrong_sizes(self.source, self.config.max_pixels):
             rows, rejects, _ = fill_rows(planned, self.source, self.config, self.key)
         for reject in one_each(rejects):
@@ -71,7 +72,7 @@ class LazyRows:
             return batch
         row_schema = features().arrow_schema
         plans = pa.table({name: batch[name] for name in stored.names}, schema=stored)
-        rows = schema.rows_table(self.rows(plans), row_schema)
+        rows = rows_table(self.rows(plans), row_schema)
         computed = {name: [_values(row) for row in rows.column(name)] for name in rows.column_names}
         return computed | {name: batch[name] for name in batch if name not in computed}
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from packpipe.building.shards import MANIFEST, REJECTS, data_files
 from packpipe.rows import files
+from packpipe.rows.from_arrow import table_segments
 from packpipe.rows.rejects import Reject
-from packpipe.rows.schema import table_segments
 from packpipe.verification.manifest import checks_of
 from packpipe.verification.problems import FoundRows, Problem, named, rows_of
 from packpipe.verification.reject_checks import read_rejects

@@ -28,6 +28,7 @@ from packpipe.planning.plan import MAX_SIDE, plan_epoch
 from packpipe.planning.token_config import TokenConfig
 from packpipe.rows import schema
 from packpipe.rows.fill_images import planned_images, planned_tokens, token_columns
+from packpipe.rows.from_arrow import table_rows, table_segments
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
 from packpipe.sources.kinds import holds_numbers
@@ -139,7 +140,7 @@ class ImageChecks:
         """Yield each thing that can be wrong with tokens whose segments are sound."""
         if "patches" not in rows.column_names:
             return
-        found = schema.table_rows(rows)
+        found = table_rows(rows)
         tokens = planned_tokens(segments, self.config, self.key)
         segment_ids, coords = token_columns(segments, tokens, self.config.seq_len)
         differing = (found.segment_ids != segment_ids).any(axis=1)
@@ -159,7 +160,7 @@ class ImageChecks:
 
     def no_rows(self) -> Rows:
         """Return rows with packpipe's own columns of segments, and no row."""
-        return schema.table_segments(self._schema(None, False).empty_table())
+        return table_segments(self._schema(None, False).empty_table())
 
     def values(self) -> list[str]:
         """Return no columns: no value of the source but the label goes with an image."""

@@ -23,8 +23,8 @@ from packpipe.images.pool import ENDED
 from packpipe.philox import Key
 from packpipe.planning.decisions import decide_all
 from packpipe.planning.image_config import PackConfig
-from packpipe.rows import schema
 from packpipe.rows.fill_images import Masks, planned_tokens, row_tasks, with_boxes
+from packpipe.rows.from_arrow import table_rows
 from packpipe.rows.rejects import Reject, one_each
 from packpipe.rows.rows import Rows
 from packpipe.rows.text import wide
@@ -286,7 +286,7 @@ def _pixel_difference(
         config: the options.
         masks: those of the images; None without any.
     """
-    rows = schema.table_rows(row)
+    rows = table_rows(row)
     example, grid_hw = int(rows.example_index[number]), tuple(rows.grid_hw[number].tolist())
     start = int(rows.seq_lens[:number].sum())
     span = slice(start, start + int(rows.seq_lens[number]))

@@ -15,7 +15,7 @@ from packpipe._version import __version__
 from packpipe.building.shards import REJECTS
 from packpipe.images.pillow_settings import changed_settings
 from packpipe.rows.rejects import Reject
-from packpipe.rows.schema import REJECTS as SCHEMA
+from packpipe.rows.rejects_table import REJECTS_SCHEMA as SCHEMA
 from packpipe.verification.problems import Problem, named, rows_of
 from packpipe.verification.row_checks import has_nulls
 

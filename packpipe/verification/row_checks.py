@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from packpipe.philox import Key
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.token_plan import TokenPlan
+from packpipe.rows.from_arrow import table_segments
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
-from packpipe.rows.schema import table_segments
 from packpipe.verification.problems import Broken, FoundRows, Problem
 
 # What may be wrong, and bool[rows], which rows it is wrong with: none if all is well.

@@ -16,9 +16,10 @@ from packpipe.philox import Key
 from packpipe.planning.token_config import TokenConfig
 from packpipe.planning.token_plan import TokenPlan, accompanying, plan_tokens
 from packpipe.rows.fill_tokens import fill_tokens, padding_of, planned_pieces, token_places
+from packpipe.rows.from_arrow import table_segments
 from packpipe.rows.rejects import ASKED, Reject
 from packpipe.rows.rows import NO_LABEL, Rows
-from packpipe.rows.schema import table_segments, token_schema
+from packpipe.rows.schema import token_schema
 from packpipe.sources.kinds import holds_numbers
 from packpipe.sources.token_columns import TokenColumns, bools_of, value_type
 from packpipe.sources.token_source import TokenSource, token_source

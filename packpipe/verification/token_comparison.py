@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from packpipe.planning.token_config import TokenConfig
 from packpipe.planning.token_plan import piece_starts
 from packpipe.rows.fill_tokens import fill_tokens
+from packpipe.rows.from_arrow import table_segments
 from packpipe.rows.rows import Rows
-from packpipe.rows.schema import table_segments
 from packpipe.sources.token_source import TokenSource
 from packpipe.verification.problems import Problem, named
 from packpipe.verification.row_checks import Check, lengths_of, rows_with, same_values

@@ -23,7 +23,9 @@ from packpipe.images.patches import unpatchify
 from packpipe.philox import Key
 from packpipe.planning.crops import crop_boxes
 from packpipe.planning.image_config import PackConfig
-from packpipe.rows.schema import row_schema, rows_table, table_rows
+from packpipe.rows.from_arrow import table_rows
+from packpipe.rows.schema import row_schema
+from packpipe.rows.to_arrow import rows_table
 
 CROP = Crop(Uniform(0.1, 0.9))
 STREAMED = {

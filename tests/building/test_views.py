@@ -37,7 +37,8 @@ from packpipe.model.predict import predict_packs
 from packpipe.philox import Key
 from packpipe.planning.crops import crop_boxes
 from packpipe.rows import fill_images
-from packpipe.rows.schema import rows_table, table_rows
+from packpipe.rows.from_arrow import table_rows
+from packpipe.rows.to_arrow import rows_table
 from packpipe.verification import image_comparison
 
 CROP = Crop(Uniform(0.1, 0.9))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import packpipe
 from packpipe import EpochPacks, PackConfig, PackedLoader
 from packpipe.rows import schema
+from packpipe.rows.to_arrow import rows_table
 from packpipe.training.loop import train
 from packpipe.training.objective import objective_of
 
@@ -96,7 +97,7 @@ def table(weights):
     rows = packed.rows_of(case, labels=pa.array(rng.integers(0, packed.NUM_CLASSES, 6)))
     rows.segments["weight"] = np.array(weights, np.float32)
     config = PackConfig(seq_len=8, patch_size=packed.PATCH_SIZE)
-    return schema.rows_table(rows, schema.row_schema(config, pa.int64(), weighted=True))
+    return rows_table(rows, schema.row_schema(config, pa.int64(), weighted=True))
 
 
 @given(st.lists(st.floats(0, 4), min_size=6, max_size=6), st.sampled_from([None, "balanced"]))

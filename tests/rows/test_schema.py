@@ -12,17 +12,12 @@ from hypothesis import strategies as st
 
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows import text
+from packpipe.rows.from_arrow import table_rows, table_segments
 from packpipe.rows.rejects import Reject
+from packpipe.rows.rejects_table import REJECTS_SCHEMA, rejects_table
 from packpipe.rows.rows import Rows, gather
-from packpipe.rows.schema import (
-    REJECTS,
-    rejects_table,
-    row_schema,
-    rows_table,
-    segment_schema,
-    table_rows,
-    table_segments,
-)
+from packpipe.rows.schema import row_schema, segment_schema
+from packpipe.rows.to_arrow import rows_table
 
 CONFIG = PackConfig(seq_len=8, patch_size=2)
 # Tokens of the segments of each row; the fourth row lost all it had.
@@ -340,7 +335,7 @@ def test_a_column_of_another_type_is_named(name, wrong, wanted):
 def test_rejects_are_listed_by_example():
     rejects = [Reject(7, "probe", "empty", "E: b"), Reject(2, "label", "bad label", "E: a")]
     table = rejects_table(rejects)
-    assert table.schema == REJECTS
+    assert table.schema == REJECTS_SCHEMA
     assert table.to_pylist() == [
         {"example_index": 2, "stage": "label", "reason": "bad label", "exception": "E: a"},
         {"example_index": 7, "stage": "probe", "reason": "empty", "exception": "E: b"},
@@ -349,5 +344,5 @@ def test_rejects_are_listed_by_example():
 
 def test_no_rejects_are_an_empty_table():
     table = rejects_table([])
-    assert table.schema == REJECTS
+    assert table.schema == REJECTS_SCHEMA
     assert table.num_rows == 0

@@ -17,6 +17,7 @@ from packpipe.images.masks import TargetRules
 from packpipe.loading.batch import PackedBatch
 from packpipe.model.maps import class_map, token_maps
 from packpipe.rows import schema
+from packpipe.rows.to_arrow import rows_table
 from packpipe.training.evaluation import measure
 from packpipe.training.loop import train
 from packpipe.training.losses import LOSSES, global_count
@@ -108,7 +109,7 @@ def table(num_rows=8):
     rows = rows_of(packed.RowSet(lens, seq_len=16, max_segments=4))
     del rows.segments["labels"]
     config = PackConfig(seq_len=16, patch_size=packed.PATCH_SIZE)
-    return schema.rows_table(rows, schema.row_schema(config, None, targets=TargetRules(1)))
+    return rows_table(rows, schema.row_schema(config, None, targets=TargetRules(1)))
 
 
 def loader_of(**options):

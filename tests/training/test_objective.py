@@ -18,6 +18,7 @@ from packpipe.loading.stored import StoredPacks
 from packpipe.model.predict import predict_packs
 from packpipe.rows import schema
 from packpipe.rows.labels import as_arrow
+from packpipe.rows.to_arrow import rows_table
 from packpipe.training.evaluation import check_measurable, measure
 from packpipe.training.loop import train
 from packpipe.training.losses import (
@@ -209,7 +210,7 @@ def table(num_rows=10):
     labels[3::7, 1] = np.nan
     rows.segments["labels"] = as_arrow(labels)
     config = PackConfig(seq_len=16, patch_size=packed.PATCH_SIZE)
-    return schema.rows_table(rows, schema.row_schema(config, pa.list_(pa.float32(), 3)))
+    return rows_table(rows, schema.row_schema(config, pa.list_(pa.float32(), 3)))
 
 
 def loader_of(**options):

@@ -19,7 +19,10 @@ from typer.testing import CliRunner
 
 import packpipe
 from packpipe.cli import main
-from packpipe.rows import files, schema
+from packpipe.rows import files
+from packpipe.rows.from_arrow import table_rows
+from packpipe.rows.rejects_table import REJECTS_SCHEMA
+from packpipe.rows.to_arrow import rows_table
 
 FIRST, REJECTS = "data-00000.arrow", "rejects.arrow"
 
@@ -67,12 +70,12 @@ def stored(folder, name):
 def change_rows(folder, change, name=FIRST):
     """Have a file hold other rows, with the checksum of those."""
     old = stored(folder, name)
-    found = schema.table_rows(old)
+    found = table_rows(old)
     segments = {column: getattr(found, column).copy() for column in SEGMENT_COLUMNS}
     tokens = {column: getattr(found, column).copy() for column in TOKEN_COLUMNS}
     rows = replace(found, segments={**found.segments, **segments}, tokens=tokens)
     change(rows)
-    write(folder, name, schema.rows_table(rows, old.schema))
+    write(folder, name, rows_table(rows, old.schema))
 
 
 SEGMENT_COLUMNS = ("seq_lens", "grid_hw", "image_hw", "example_index")
@@ -217,7 +220,7 @@ def test_a_row_that_breaks_an_invariant_is_not_decoded_again(source, folder, har
 )
 def test_padding_that_is_not_zero(folder, column, what):
     name = "data-00002.arrow"
-    padded = schema.table_rows(stored(folder, name)).segment_ids[:, -1] == 0
+    padded = table_rows(stored(folder, name)).segment_ids[:, -1] == 0
     row = padded.argmax()
     assert padded[row]
     change_rows(folder, lambda rows: getattr(rows, column)[row, -1:].fill(1), name)
@@ -250,7 +253,7 @@ def test_an_example_that_is_in_a_row_and_rejected(folder):
     rejects = stored(folder, REJECTS)
     lost = rejects["example_index"][0].as_py()
     index = pa.array([example, *rejects["example_index"].to_pylist()[1:]])
-    write(folder, REJECTS, rejects.set_column(0, schema.REJECTS.field(0), index))
+    write(folder, REJECTS, rejects.set_column(0, REJECTS_SCHEMA.field(0), index))
     others = index.to_pylist()[1:]
     undecoded = f"undecoded names the examples {[lost, *others]}, expected {[example, *others]}"
     assert said(folder) == [
@@ -356,7 +359,7 @@ def test_rejects_that_are_other_rows_or_null_are_said_to_be_so(folder):
     what = f"has the columns ['row', {names}, expected ['example_index', {names}"
     assert said(folder) == [f"{REJECTS}: {what}"]
     nothing = pa.nulls(rejects.num_rows, pa.int64())
-    write(folder, REJECTS, rejects.set_column(0, schema.REJECTS.field(0), nothing))
+    write(folder, REJECTS, rejects.set_column(0, REJECTS_SCHEMA.field(0), nothing))
     assert said(folder) == [f"{REJECTS}: holds nulls"]
 
 
