@@ -50,7 +50,7 @@ from strategies import encode  # noqa: E402
 from packpipe import PackConfig, plan_epoch  # noqa: E402
 from packpipe.images.bad_images import BadImage  # noqa: E402
 from packpipe.images.decode import decode, probe  # noqa: E402
-from packpipe.planning.image_config import MAX_PIXELS  # noqa: E402
+from packpipe.planning.image_options import MAX_PIXELS  # noqa: E402
 
 BACKGROUND = np.array(test_decode.BACKGROUND)
 RULES = test_decode.RULES._replace(max_pixels=10**9, profiles="ignore")

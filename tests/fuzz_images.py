@@ -43,7 +43,7 @@ from fuzz_damage import Dice, corpus, damaged
 
 from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import PixelRules, decode, probe
-from packpipe.planning.image_config import FILTERS
+from packpipe.planning.image_options import FILTERS
 
 MAX_PIXELS = 4_000_000
 REASONS = (

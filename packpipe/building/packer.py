@@ -25,7 +25,8 @@ from packpipe.building.job import PlannedRows
 from packpipe.building.token_job import Sequences, plan_sequences
 from packpipe.images.pillow_settings import check_settings
 from packpipe.philox import checked_key
-from packpipe.planning.image_config import MAX_IMAGE_SEQ_LEN, PackConfig, config_from
+from packpipe.planning.image_config import PackConfig, config_from
+from packpipe.planning.image_options import MAX_IMAGE_SEQ_LEN
 from packpipe.planning.token_config import TokenConfig, token_config_from
 from packpipe.rows import schema
 from packpipe.rows.rejects import ASKED, Reject, bad_because, one_each

@@ -24,7 +24,8 @@ from packpipe.building.pack import build_or_open
 from packpipe.building.token_job import Sequences, token_job, token_record
 from packpipe.philox import checked_key
 from packpipe.planning.epoch_plan import EpochPlan
-from packpipe.planning.image_config import PackOptions, config_from
+from packpipe.planning.image_config import config_from
+from packpipe.planning.image_options import PackOptions
 from packpipe.planning.token_config import TokenConfig
 from packpipe.rows.rejects import tolerance_of
 from packpipe.sources.columns import AskedColumns, check_dataset

@@ -13,7 +13,8 @@ from packpipe.hub.files import CONFIG
 from packpipe.model.config import NaViTConfig
 from packpipe.planning.crops import CenterCrop, CropLaw, FixedCrop
 from packpipe.planning.distributions import Constant
-from packpipe.planning.image_config import MAX_IMAGE_SEQ_LEN, PackConfig
+from packpipe.planning.image_config import PackConfig
+from packpipe.planning.image_options import MAX_IMAGE_SEQ_LEN
 from packpipe.planning.resolution import Square
 
 # Pillow's numbers of its resampling filters, which image processors store.

@@ -27,7 +27,8 @@ from packpipe.images.pillow_settings import check_settings
 from packpipe.images.transform import PixelFunction, checked_transform, name_of
 from packpipe.philox import Key, checked_key
 from packpipe.planning.epoch_plan import EpochPlan
-from packpipe.planning.image_config import PackConfig, PackOptions, config_from
+from packpipe.planning.image_config import PackConfig, config_from
+from packpipe.planning.image_options import PackOptions
 from packpipe.planning.plan import plan_epoch
 from packpipe.rows.digests import hexdigest, labels_digest
 from packpipe.rows.fill_images import Masks, fill_rows, planned_images

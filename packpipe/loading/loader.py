@@ -39,7 +39,7 @@ from packpipe.loading.steps import TAILS
 from packpipe.loading.stored import StoredPacks
 from packpipe.loading.workers import Fill, Part, Pass, Processes, Threads, as_it_is
 from packpipe.philox import Key, checked_key
-from packpipe.planning.image_config import BEFORE
+from packpipe.planning.image_options import BEFORE
 
 if TYPE_CHECKING:
     import torch

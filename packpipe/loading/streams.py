@@ -35,7 +35,8 @@ from packpipe.loading.reading import Anchor, Held, Reading
 from packpipe.packing.online import OnlinePacker
 from packpipe.philox import Key
 from packpipe.planning.decisions import decide
-from packpipe.planning.image_config import PackConfig, PackOptions, config_from
+from packpipe.planning.image_config import PackConfig, config_from
+from packpipe.planning.image_options import PackOptions
 from packpipe.rows.fill_images import fill_rows, with_boxes
 from packpipe.rows.labels import as_arrow
 from packpipe.rows.rejects import NAMED, Flagged, Reject, StreamReadFailures, Tally, tolerance_of

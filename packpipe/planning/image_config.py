@@ -2,86 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypedDict
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from packpipe import checks
-from packpipe.packing.packs import STRATEGIES
 from packpipe.planning import crops, dropping, resolution, views
-from packpipe.planning.crops import CenterCrop, Crop, CropLaw, FixedCrop
-from packpipe.planning.distributions import DISTRIBUTIONS
-from packpipe.planning.dropping import ByResolution, DropLaw, OverTraining
-from packpipe.planning.resolution import Area, Budget, PixelRange, Resolution, Side, Square
+from packpipe.planning.crops import Crop, CropLaw
+from packpipe.planning.dropping import DropLaw, OverTraining
+from packpipe.planning.image_options import (
+    BEFORE,
+    DAMAGED_SCANS,
+    FILTERS,
+    FIT_LAST,
+    JPEG_EDGES,
+    MAX_IMAGE_SEQ_LEN,
+    MAX_PIXELS,
+    MOST_PIXELS,
+    PIXELS,
+    PLAN_STRATEGIES,
+    PROFILES,
+    checked_colour,
+    checked_range,
+    positive,
+)
+from packpipe.planning.law_values import plain, restored
+from packpipe.planning.resolution import PixelRange, Resolution, Square
 from packpipe.planning.views import View
-
-# A plan must not depend on the machine, but "optimal" depends on how much is done in its budget;
-# "nnlshp" is for comparison only.
-PLAN_STRATEGIES = tuple(name for name in STRATEGIES if name not in ("optimal", "nnlshp"))
-
-# Coordinates are stored as int16, and one image may be seq_len patches wide.
-MAX_IMAGE_SEQ_LEN = 2**15 - 1
-# The default: above it Pillow's own opener refuses an image.
-MAX_PIXELS = 178_956_970
-# Of the largest JPEG.
-MOST_PIXELS = 65535**2
-FILTERS = ("bicubic", "lanczos", "hamming", "bilinear", "box", "nearest")
-FIT_LAST = ("drop_rate", "resolution")
-PROFILES = ("srgb", "ignore")
-DAMAGED_SCANS = ("reject", "strict", "keep")
-JPEG_EDGES = ("clean", "padded")
-PIXELS = ("pillow", "turbo")
-# Options that came later, each with the value by which all that was made before them was made. With
-# this value they are not told, so that fingerprints, states and records of that time stay the same.
-BEFORE: dict[str, Any] = {
-    "profiles": "ignore",
-    "damaged_scans": "keep",
-    "crop": None,
-    "value_range": None,
-    "views": 1,
-    "views_together": False,
-    "jpeg_edges": "padded",
-    "prefix_tokens": 0,
-    "pixels": "pillow",
-}
-# By name, so that `from_dict` can make again what `to_dict` wrote.
-_LAWS = {
-    law.__name__: law
-    for law in (
-        *(*DISTRIBUTIONS, Crop, CenterCrop, FixedCrop, Side, Area, Budget, Square, PixelRange),
-        *(ByResolution, OverTraining, View),
-    )
-}
-
-
-class PackOptions(TypedDict, total=False):
-    """The options of `PackConfig` besides ``seq_len``, as keyword arguments."""
-
-    patch_size: int
-    crop: CropLaw | None
-    resolution: Resolution
-    max_tokens: int | None
-    max_upscale: float | None
-    drop_rate: float | DropLaw
-    epochs: float | None
-    fit_last: str | None
-    fit_limit: float
-    max_segments: int
-    strategy: str
-    window: int
-    background: tuple[int, int, int]
-    reducing_gap: float | None
-    downscale_filter: str
-    upscale_filter: str
-    max_pixels: int
-    profiles: str
-    damaged_scans: str
-    value_range: tuple[float, float] | None
-    views: int | tuple[View, ...]
-    views_together: bool
-    jpeg_edges: str
-    prefix_tokens: int
-    pixels: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +158,7 @@ class PackConfig:
             limit = checks.whole_number("max_tokens", self.max_tokens, 1, most, remedy)
             object.__setattr__(self, "max_tokens", limit)
         for name in ("max_upscale", "epochs", "fit_limit"):
-            object.__setattr__(self, name, _positive(name, getattr(self, name)))
+            object.__setattr__(self, name, positive(name, getattr(self, name)))
         if self.epochs is None and self.uses_progress:
             remedy = "pass the number of epochs of the training"
             raise ValueError(checks.sentence("epochs", None, "a number, for OverTraining", remedy))
@@ -228,7 +174,7 @@ class PackConfig:
         if isinstance(self.resolution, PixelRange):
             self._check_range()
         checks.choice("strategy", self.strategy, PLAN_STRATEGIES, "choose a packing rule")
-        object.__setattr__(self, "background", _checked_colour(self.background))
+        object.__setattr__(self, "background", checked_colour(self.background))
         if self.reducing_gap is not None:
             remedy = "None decodes in full and resizes in one step"
             gap = checks.real_number("reducing_gap", self.reducing_gap, remedy)
@@ -242,7 +188,7 @@ class PackConfig:
         checks.choice("damaged_scans", self.damaged_scans, DAMAGED_SCANS, remedy)
         checks.choice("jpeg_edges", self.jpeg_edges, JPEG_EDGES, remedy)
         checks.choice("pixels", self.pixels, PIXELS, "choose what decodes and resizes")
-        object.__setattr__(self, "value_range", _checked_range(self.value_range))
+        object.__setattr__(self, "value_range", checked_range(self.value_range))
         object.__setattr__(
             self, "views_together", checks.boolean("views_together", self.views_together)
         )
@@ -396,7 +342,7 @@ class PackConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain JSON values; a law is ``{its name: {its attributes}}``."""
-        return {name: _plain(getattr(self, name)) for name in self._told()}
+        return {name: plain(getattr(self, name)) for name in self._told()}
 
     @classmethod
     def from_dict(cls, options: dict[str, Any], source: object = "packing") -> PackConfig:
@@ -410,7 +356,7 @@ class PackConfig:
             ValueError: an option, a law or an attribute of one is unknown here.
         """
         checks.known_options(options, [field.name for field in fields(cls)], source)
-        return cls(**BEFORE | {name: _restored(value, source) for name, value in options.items()})
+        return cls(**BEFORE | {name: restored(value, source) for name, value in options.items()})
 
     def to_options(self) -> dict[str, Any]:
         """Return the options by name, as `pack`, `EpochPacks` and `predict` take them."""
@@ -446,56 +392,3 @@ def config_from(seq_len: int, options: dict[str, Any]) -> PackConfig:
                 checks.sentence("option", name, "one of " + ", ".join(known), "check its spelling")
             )
     return PackConfig(seq_len=seq_len, **options)
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        attributes = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-        return {type(value).__name__: attributes}
-    return [_plain(one) for one in value] if isinstance(value, tuple) else value
-
-
-def _restored(value: Any, source: object) -> Any:
-    # JSON has no tuples and no laws: `_plain` made lists and dicts of one entry of them.
-    if isinstance(value, dict):
-        ((name, attributes),) = value.items()
-        checks.known_options([name], _LAWS, source)
-        checks.known_options(attributes, [field.name for field in fields(_LAWS[name])], source)
-        return _LAWS[name](**{key: _restored(one, source) for key, one in attributes.items()})
-    return tuple(_restored(one, source) for one in value) if isinstance(value, list) else value
-
-
-def _positive(name: str, value: Any) -> float | None:
-    if value is None and name != "fit_limit":
-        return None
-    return checks.positive_number(name, value, "1.0 is the size, or the share, itself")
-
-
-def _checked_range(value_range: Any) -> tuple[float, float] | None:
-    if value_range is None:
-        return None
-    expected = "(low, high), low below high, both finite"
-    remedy = "values of low become black, of high white"
-    try:
-        low, high = value_range
-        low = float(checks.real_number("value_range[0]", low, remedy))
-        high = float(checks.real_number("value_range[1]", high, remedy))
-    except (TypeError, ValueError):
-        raise ValueError(checks.sentence("value_range", value_range, expected, remedy)) from None
-    if not 0 < high - low < math.inf:
-        raise ValueError(checks.sentence("value_range", value_range, expected, remedy))
-    return low, high
-
-
-def _checked_colour(colour: Any) -> tuple[int, int, int]:
-    remedy = "white is (255, 255, 255)"
-    try:
-        red, green, blue = colour
-    except (TypeError, ValueError):
-        expected = "(red, green, blue) in 0..255"
-        raise ValueError(checks.sentence("background", colour, expected, remedy)) from None
-    return (
-        checks.whole_number("background[0]", red, 0, 255, remedy),
-        checks.whole_number("background[1]", green, 0, 255, remedy),
-        checks.whole_number("background[2]", blue, 0, 255, remedy),
-    )

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from packpipe import checks
-from packpipe.planning.image_config import PLAN_STRATEGIES
+from packpipe.planning.image_options import PLAN_STRATEGIES
 
 OVERFLOWS = ("error", "split", "truncate", "drop")
 LAYOUTS = ("fixed", "ragged")

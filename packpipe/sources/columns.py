@@ -11,7 +11,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset
 
 from packpipe import checks
-from packpipe.planning.image_config import PackOptions
+from packpipe.planning.image_options import PackOptions
 from packpipe.planning.token_config import TokenConfig
 from packpipe.rows.own_columns import holds_rows
 from packpipe.sources.image_columns import (

@@ -26,7 +26,8 @@ from packpipe.images.bad_images import BadImage, message_of
 from packpipe.images.decode import probe
 from packpipe.images.opening import LONGEST_SIDE
 from packpipe.images.regular_files import MOST_READS, Counted
-from packpipe.planning.image_config import MAX_PIXELS, MOST_PIXELS, PackConfig
+from packpipe.planning.image_config import PackConfig
+from packpipe.planning.image_options import MAX_PIXELS, MOST_PIXELS
 
 POISON = 89_478_479  # times 24 bits: the first that is no row for Pillow, whatever memory there is
 

@@ -21,7 +21,7 @@ from strategies import encode
 from packpipe.images import decode as decode_module
 from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import PixelRules, Probe, decode, probe
-from packpipe.planning.image_config import MAX_PIXELS
+from packpipe.planning.image_options import MAX_PIXELS
 
 BACKGROUND = (10, 20, 30)
 

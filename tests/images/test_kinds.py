@@ -33,7 +33,7 @@ import packpipe
 from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import probe
 from packpipe.images.opening import FORMATS
-from packpipe.planning.image_config import FILTERS, MAX_PIXELS
+from packpipe.planning.image_options import FILTERS, MAX_PIXELS
 from packpipe.samples import images_folder
 
 HIGH, WIDE = 8, 12

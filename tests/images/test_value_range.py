@@ -19,7 +19,8 @@ import packpipe
 from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import probe
 from packpipe.images.modes import between
-from packpipe.planning.image_config import BEFORE, PackConfig
+from packpipe.planning.image_config import PackConfig
+from packpipe.planning.image_options import BEFORE
 
 tifffile = pytest.importorskip("tifffile")
 

@@ -14,7 +14,8 @@ from packpipe.philox import Key
 from packpipe.planning.crops import Crop
 from packpipe.planning.decisions import decide_all
 from packpipe.planning.distributions import Beta, Uniform
-from packpipe.planning.image_config import FIT_LAST, PackConfig
+from packpipe.planning.image_config import PackConfig
+from packpipe.planning.image_options import FIT_LAST
 from packpipe.planning.plan import plan_epoch
 from packpipe.planning.resolution import Side, Square
 

@@ -13,13 +13,8 @@ from hypothesis import given
 from packpipe.planning.crops import CenterCrop, Crop, FixedCrop
 from packpipe.planning.distributions import Beta, Choice, Constant, TruncatedNormal, Uniform
 from packpipe.planning.dropping import ByResolution, OverTraining
-from packpipe.planning.image_config import (
-    MAX_IMAGE_SEQ_LEN,
-    MOST_PIXELS,
-    PackConfig,
-    PackOptions,
-    config_from,
-)
+from packpipe.planning.image_config import PackConfig, config_from
+from packpipe.planning.image_options import MAX_IMAGE_SEQ_LEN, MOST_PIXELS, PackOptions
 from packpipe.planning.resolution import Area, Budget, PixelRange, Side, Square
 
 FIELDS = [field.name for field in fields(PackConfig)]

@@ -26,7 +26,7 @@ from PIL import ImageFile
 
 import packpipe
 from packpipe.images.pillow_settings import check_settings
-from packpipe.planning.image_config import MAX_PIXELS
+from packpipe.planning.image_options import MAX_PIXELS
 from packpipe.rows.files import write_table
 from packpipe.rows.rejects import Reject
 from packpipe.sources import sizes
