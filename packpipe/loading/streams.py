@@ -11,7 +11,6 @@ not decoded. So a stream that is resumed stops at the bad example at which it wo
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Generator, Iterator
 from copy import deepcopy
@@ -20,29 +19,26 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
-import pyarrow as pa
-from datasets import ClassLabel, Features, Image, IterableDataset, LargeList, List, Value
+from datasets import Features, Image, IterableDataset
 from datasets import iterable_dataset as sources
 
 from packpipe import checks
 from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import pixel_rules, probe
-from packpipe.images.given import given
-from packpipe.images.image_data import ImageData
 from packpipe.images.pillow_settings import check_settings
 from packpipe.images.transform import PixelFunction, checked_transform, name_of
 from packpipe.loading.reading import Anchor, Held, Reading
+from packpipe.loading.stream_examples import check_label, image_data, label_values, length_of
 from packpipe.packing.online import OnlinePacker
 from packpipe.philox import Key
 from packpipe.planning.decisions import decide
 from packpipe.planning.image_config import PackConfig, config_from
 from packpipe.planning.image_options import PackOptions
 from packpipe.rows.fill_images import fill_rows, with_boxes
-from packpipe.rows.labels import as_arrow
 from packpipe.rows.rejects import NAMED, Flagged, Reject, StreamReadFailures, Tally, tolerance_of
 from packpipe.rows.rows import Rows
 from packpipe.sources.image_columns import check_labels, image_column_of, label_column_of
-from packpipe.sources.image_source import checked_root, image_at
+from packpipe.sources.image_source import checked_root
 from packpipe.sources.kinds import pixel_type
 
 log = logging.getLogger(__name__)
@@ -149,7 +145,7 @@ class PackedStream:
             image_column = image_column_of(features, image_column)
             label_column = label_column_of(features, label_column)
             check_labels(features, label_column, "pass label_column=None")
-            self._length = _length_of(features, label_column)
+            self._length = length_of(features, label_column)
             self._features = features
             if isinstance(features[image_column], Image):
                 dataset = dataset.cast_column(image_column, Image(decode=False))
@@ -319,20 +315,10 @@ class PackedStream:
                     raise ValueError(checks.sentence(f"{what}_column", name, expected, remedy))
             label = None if self._label_column is None else example[self._label_column]
             try:
-                data = _image_data(example[self._image_column], self._pixels, self._root)
+                data = image_data(example[self._image_column], self._pixels, self._root)
                 found = probe(data, max_pixels=self.config.max_pixels)
-                feature = self._features.get(self._label_column)
-                if self._length is not None:
-                    _check_vector(label, self._length)
-                elif label is None and self._label_column is not None and not _is_float(feature):
-                    raise BadImage("bad label", "the label is null")
-                elif isinstance(label, float) and _is_infinite(label):
-                    what = f"label is {label}, expected a finite number, or NaN"
-                    raise BadImage("bad label", what)
-                classes = range(feature.num_classes or 0) if isinstance(feature, ClassLabel) else []
-                if classes and label not in classes:
-                    expected = f"0..{classes[-1]}"
-                    raise BadImage("bad label", f"label is {label}, expected {expected}")
+                if self._label_column is not None:
+                    check_label(label, self._features.get(self._label_column), self._length)
             except BadImage as error:
                 latest.append(Reject(number, "probe", error.reason, error.exception))
                 tally = tally.plus(bad=True)
@@ -376,13 +362,8 @@ class PackedStream:
         }
         if self._label_column is not None:
             feature = self._features.get(self._label_column)
-            kind = None if feature is None else feature.pa_type
-            if self._length is None:
-                segments["labels"] = pa.array([one.label for one in held], kind)
-            else:
-                vectors = [_vector(one.label, self._length) for one in held]
-                numbers = np.array(vectors, np.float32).reshape(-1, self._length)
-                segments["labels"] = as_arrow(numbers)
+            labels = [one.label for one in held]
+            segments["labels"] = label_values(labels, feature, self._length)
         segments = with_boxes(segments, self.config, key)
         return Rows(np.cumsum([0, *map(len, packs)]), segments)
 
@@ -403,71 +384,3 @@ def _taken(
     """Yield the examples of each closed pack, and remove them from the waiting ones."""
     for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         yield [waiting.pop(place) for place in order[start:stop].tolist()]
-
-
-def _length_of(features: Features, column: str | None) -> int | None:
-    """Return how many numbers each label has; None if labels are no lists.
-
-    Raises:
-        ValueError: the column's type does not say it.
-    """
-    feature = None if column is None else features[column]
-    if not isinstance(feature, List | LargeList):
-        return None
-    length = getattr(feature, "length", -1)
-    if length < 1:
-        expected = "lists of one known length, in a stream"
-        remedy = "cast_column it to List(Value('float32'), length=...)"
-        raise ValueError(checks.sentence(f"features[{column!r}]", feature, expected, remedy))
-    return int(length)
-
-
-def _check_vector(label: Any, length: int) -> None:
-    """Raise BadImage if a label is no list of so many numbers; None is one without any."""
-    if label is None:
-        return
-    if len(label) != length:
-        raise BadImage("bad label", f"label has {len(label)} numbers, expected {length}")
-    for place, number in enumerate(label):
-        if number is not None and _is_infinite(number):
-            what = f"label[{place}] is {number}, expected a finite number, or NaN"
-            raise BadImage("bad label", what)
-
-
-def _is_infinite(number: float) -> bool:
-    """Return whether a number is infinite as float32, which batches hold."""
-    with np.errstate(over="ignore"):
-        return bool(np.isinf(np.float32(number)))
-
-
-def _is_float(feature: Any) -> bool:
-    """Return whether labels are floats, of which a missing one (null) is NaN."""
-    return isinstance(feature, Value) and pa.types.is_floating(feature.pa_type)
-
-
-def _vector(label: Any, length: int) -> list[float]:
-    """Return the numbers of a label, NaN where one is missing."""
-    given = [None] * length if label is None else label
-    return [math.nan if number is None else number for number in given]
-
-
-def _image_data(value: Any, pixels: np.dtype[Any] | None, root: str | None) -> ImageData:
-    """Return the bytes, the path or the pixels of an image that a dataset yields.
-
-    Args:
-        value: the image, in any form that `datasets` yields.
-        pixels: dtype of the pixels, if the dataset's features name it: arrays may come as lists.
-        root: the only folder that paths may lead into; None for any.
-
-    Raises:
-        BadImage: the value is none of these.
-    """
-    image = given(value)
-    if image is not None:
-        return image_at(image, root) if isinstance(image, str) else image
-    if isinstance(value, list) and pixels is not None:
-        try:
-            return np.array(value, pixels)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise BadImage("unreadable", str(error)) from error
-    raise BadImage("missing", f"the image is {type(value).__name__}, not bytes, a path or pixels")
