@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from packpipe import checks
 from packpipe.augmenting.augment import Augment
-from packpipe.augmenting.rows import refuse_pairs, refuse_targets, refuse_tokens
 from packpipe.loading.columns import batch_columns
 from packpipe.loading.contents import check_contents
 from packpipe.loading.cursors import (
@@ -31,6 +30,7 @@ from packpipe.loading.cursors import (
     StreamedPacks,
     checked_place,
 )
+from packpipe.loading.loader_checks import check_augment, check_without_torch, imported_torch
 from packpipe.loading.numbered import NumberedBatches, NumberedSteps
 from packpipe.loading.pairs import StoredPairs
 from packpipe.loading.ranks import agree, import_before_groups, rank_of_world, together
@@ -164,16 +164,16 @@ class PackedLoader:
         self.pin_memory = checks.boolean("pin_memory", pin_memory)
         self.as_numpy = checks.boolean("as_numpy", as_numpy)
         if as_numpy:
-            self._check_without_torch()
+            check_without_torch(self.workers, self.pin_memory)
         else:
-            torch = _torch()
+            torch = imported_torch()
             self.pin_memory = pin_memory and torch.cuda.is_available()
         if max_segments is not None:
             remedy = "None takes what the packs allow"
             max_segments = checks.whole_number("max_segments", max_segments, 1, 2**31 - 1, remedy)
         self._max_segments = max_segments
         if augment is not None:
-            _check_augment(augment, packs)
+            check_augment(augment, packs)
         self.augment = augment
         self._has_one_order = not (shuffle or self.balance)
         # Balance sorts all packs of an epoch; images of a stream are read here, not by processes.
@@ -228,7 +228,7 @@ class PackedLoader:
     @property
     def generator(self) -> torch.Generator:
         """One that nothing is drawn from, so that a DataLoader draws no seed from torch's own."""
-        found: torch.Generator = _torch().Generator()
+        found: torch.Generator = imported_torch().Generator()
         return found
 
     @property
@@ -438,16 +438,6 @@ class PackedLoader:
 
         return batch_of
 
-    def _check_without_torch(self) -> None:
-        """Raise ValueError if something is asked for that is torch's."""
-        free = {"workers": (self.workers, "threads"), "pin_memory": (self.pin_memory, False)}
-        for name, (value, expected) in free.items():
-            if value != expected:
-                remedy = "the other is for tensors"
-                raise ValueError(
-                    checks.sentence(name, value, f"{expected!r} with as_numpy", remedy)
-                )
-
     @property
     def _width(self) -> int:
         """S of the batches."""
@@ -533,34 +523,3 @@ class PackedLoader:
     # A copy, or a loader that is sent to another process, starts processes of its own.
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_processes": None, "_threads": None}
-
-
-def _check_augment(augment: Any, packs: Any) -> None:
-    """Raise TypeError or ValueError unless these packs can be augmented in this way."""
-    if not isinstance(augment, Augment):
-        expected, remedy = "an Augment, or None", "such as Augment.preset('three')"
-        raise TypeError(checks.sentence("augment", augment, expected, remedy))
-    refuse_tokens(getattr(packs, "of_tokens", False))
-    if isinstance(packs, StoredPairs):
-        refuse_pairs(augment)
-    if augment.mixes:
-        refuse_targets(getattr(packs, "has_targets", False))
-    if augment.mixes and getattr(packs, "max_segments", None) == 1:
-        expected, remedy = "2 or more, for mixup and cutmix", "put several into a row"
-        raise ValueError(checks.sentence("packs.max_segments", 1, expected, remedy))
-
-
-def _torch() -> Any:
-    """Return torch, which `as_numpy` does without.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        expected = "installed for batches of tensors"
-        remedy = "pip install 'packpipe[torch]', or pass as_numpy=True"
-        said = checks.sentence("torch", "missing", expected, remedy)
-        raise ModuleNotFoundError(said, name="torch") from error
-    return torch
