@@ -330,7 +330,7 @@ def train(
         mixing={"mixup": mixup, "cutmix": cutmix},
         start=start,
     )
-    with naming_files(data.labelled):
+    with naming_files(data.labelled.trained):
         if os.environ.get("RANK", "0") == "0":
             say_rejected(data.rejected)
         if not dry_run:

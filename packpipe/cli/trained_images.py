@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
-from packpipe.cli.labels import classes_of, divided, labelled, num_outputs
+from packpipe.cli.labelled_data import LabelledData
 from packpipe.cli.layouts import EncoderLayout, Layout, packs_of
 from packpipe.cli.measured import num_measured, validation_packs
 from packpipe.cli.open_source import naming_files, with_files
@@ -54,51 +54,29 @@ class TrainedImages:
         return self.packs.config.seq_len
 
     @cached_property
-    def _images(self) -> Dataset:
-        """The images of the dataset, undivided, with their labels as classes."""
-        return labelled(self.dataset, self.loss)
-
-    @cached_property
-    def _parts(self) -> tuple[Dataset, Dataset | None]:
-        """The images that are trained on, and those of them that are held out."""
-        if isinstance(self.val, float):
-            return divided(self._images, self.val, self.seed)
-        return self._images, None
-
-    @property
-    def labelled(self) -> Dataset:
-        """The images that are trained on, with their labels as classes."""
-        return self._parts[0]
-
-    @property
-    def classes(self) -> ClassLabel | None:
-        """The classes, by number; None if labels are numbers of another kind."""
-        return classes_of(self._images)
-
-    @property
-    def num_outputs(self) -> int:
-        """How many outputs the model needs."""
-        return num_outputs(self._images)
+    def labelled(self) -> LabelledData:
+        """The images with their labels as classes, in their parts."""
+        return LabelledData(self.dataset, self.loss, self.val, self.seed)
 
     @property
     def label_column(self) -> str | None:
         """Name of the column of labels."""
-        return label_column_of(self._images.features, "auto")
+        return label_column_of(self.labelled.whole.features, "auto")
 
     @cached_property
     def packs(self) -> EpochPacks:
         """The images as packs, planned anew every epoch."""
         if isinstance(self.val, float):
             _ = self._undivided  # raises if too many are bad
-        layout = replace(self.layout, max_bad_fraction=self._allowed_in(self.labelled))
-        return layout.packs(self.labelled, self.patch_size, self.num_workers)
+        layout = replace(self.layout, max_bad_fraction=self._allowed_in(self.labelled.trained))
+        return layout.packs(self.labelled.trained, self.patch_size, self.num_workers)
 
     @property
     def rejected(self) -> list[tuple[str, Reject]]:
         """Images that are left out since header or label is bad, each with its file or number."""
         # Of a share that is held out, the numbers of a part are not those of the images.
         found = self._undivided if isinstance(self.val, float) else self.packs
-        return with_files(self._images, found.rejects)
+        return with_files(self.labelled.whole, found.rejects)
 
     @cached_property
     def _undivided(self) -> EpochPacks:
@@ -108,9 +86,9 @@ class TrainedImages:
         """
         allowed = self.layout.max_bad_fraction
         try:
-            with naming_files(self._images):
+            with naming_files(self.labelled.whole):
                 return packs_of(
-                    self._images, self.evaluation, self.num_workers, max_bad_fraction=allowed
+                    self.labelled.whole, self.evaluation, self.num_workers, max_bad_fraction=allowed
                 )
         except TooManyRejects as error:
             # Without the rejects, whose numbers are not those of the images that are trained on.
@@ -121,7 +99,7 @@ class TrainedImages:
         allowed = self.layout.max_bad_fraction
         if not isinstance(self.val, float):
             return allowed
-        number = int(allowed * len(self._images) + 1e-9)
+        number = int(allowed * len(self.labelled.whole) + 1e-9)
         # Half an image more, so that rounding decides nothing.
         return min(1.0, (number + 0.5) / len(part)) if number else allowed
 
@@ -131,29 +109,26 @@ class TrainedImages:
         return self.layout.evaluation(self.patch_size, self.val_tokens)
 
     @cached_property
-    def validated(self) -> Dataset | None:
-        """The images, or rows of them, that are validated on, with the same classes; or None."""
-        return self.val if isinstance(self.val, Dataset) else self._parts[1]
-
-    @cached_property
     def validation_packs(self) -> Any:
         """What is validated on as packs; None without any."""
-        if self.validated is None:
+        validated = self.labelled.validated
+        if validated is None:
             return None
         return validation_packs(
-            self.validated,
-            self.classes,
+            validated,
+            self.labelled.classes,
             self.evaluation,
             loss=self.loss,
             num_workers=self.num_workers,
-            max_bad_fraction=self._allowed_in(self.validated),
+            max_bad_fraction=self._allowed_in(validated),
         )
 
     def counts(self) -> dict[str, int]:
         """Return how many images are trained on and validated on, and how many are rejected."""
-        counts = {"images": len(self.labelled) - len(self.packs.rejects)}
-        if self.validated is not None:
-            counts["validation images"] = num_measured(self.validated, self.validation_packs)
+        counts = {"images": len(self.labelled.trained) - len(self.packs.rejects)}
+        validated = self.labelled.validated
+        if validated is not None:
+            counts["validation images"] = num_measured(validated, self.validation_packs)
         return {**counts, "rejected images": len(self.rejected)}
 
     def epoch(self, seed: int) -> dict[str, int]:

@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
-from packpipe.cli.labels import classes_of, divided, labelled, num_outputs
+from packpipe.cli.labelled_data import LabelledData
 from packpipe.cli.measured import (
     check_patches,
     num_images,
@@ -61,32 +61,10 @@ class TrainedRows:
     layout_name = "packed"
 
     @cached_property
-    def _rows(self) -> Dataset:
-        """The rows, undivided, with their labels as classes."""
+    def labelled(self) -> LabelledData:
+        """The rows with their labels as classes, in their parts."""
         check_patches(self.dataset, self.patch_size, "of the model")
-        return labelled(self.dataset, self.loss)
-
-    @cached_property
-    def _parts(self) -> tuple[Dataset, Dataset | None]:
-        """The rows that are trained on, and those of them that are held out."""
-        if isinstance(self.val, float):
-            return divided(self._rows, self.val, self.seed)
-        return self._rows, None
-
-    @property
-    def labelled(self) -> Dataset:
-        """The rows that are trained on."""
-        return self._parts[0]
-
-    @property
-    def classes(self) -> ClassLabel | None:
-        """The classes, by number; None if labels are numbers of another kind."""
-        return classes_of(self._rows)
-
-    @property
-    def num_outputs(self) -> int:
-        """How many outputs the model needs."""
-        return num_outputs(self._rows)
+        return LabelledData(self.dataset, self.loss, self.val, self.seed)
 
     @property
     def label_column(self) -> str | None:
@@ -101,7 +79,7 @@ class TrainedRows:
     @cached_property
     def packs(self) -> StoredPacks:
         """The rows as packs, in another order every epoch."""
-        return StoredPacks(self.labelled)
+        return StoredPacks(self.labelled.trained)
 
     @property
     def rejected(self) -> list[tuple[str, Reject]]:
@@ -136,18 +114,14 @@ class TrainedRows:
         return RunOptions(packing=native).at(min(most, native.room)).packing
 
     @cached_property
-    def validated(self) -> Dataset | None:
-        """The rows, or images, that are validated on; None without any."""
-        return self.val if isinstance(self.val, Dataset) else self._parts[1]
-
-    @cached_property
     def validation_packs(self) -> Any:
         """What is validated on as packs; None without any."""
-        if self.validated is None:
+        validated = self.labelled.validated
+        if validated is None:
             return None
         return validation_packs(
-            self.validated,
-            self.classes,
+            validated,
+            self.labelled.classes,
             self.evaluation,
             loss=self.loss,
             num_workers=self.num_workers,
@@ -156,12 +130,13 @@ class TrainedRows:
 
     def counts(self) -> dict[str, int]:
         """Return how many images are trained on and validated on."""
-        counts = {"images": num_images(self.labelled)}
-        if self.validated is not None:
-            counts["validation images"] = num_measured(self.validated, self.validation_packs)
+        counts = {"images": num_images(self.labelled.trained)}
+        validated = self.labelled.validated
+        if validated is not None:
+            counts["validation images"] = num_measured(validated, self.validation_packs)
         return counts
 
     def epoch(self, seed: int) -> dict[str, int]:  # noqa: ARG002  of all epochs alike
         """Return the figures of an epoch."""
-        tokens = int(segments_of(self.labelled).seq_lens.sum(dtype=np.int64))
-        return {"rows an epoch": len(self.labelled), "tokens an epoch": tokens}
+        tokens = int(segments_of(self.labelled.trained).seq_lens.sum(dtype=np.int64))
+        return {"rows an epoch": len(self.labelled.trained), "tokens an epoch": tokens}

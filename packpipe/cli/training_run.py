@@ -74,11 +74,11 @@ class Training:
         """The model's shape."""
         shape = self.shape
         if self.start is not None:
-            return self.start.config(self.data.num_outputs, shape["attention"])
+            return self.start.config(self.data.labelled.num_outputs, shape["attention"])
         if self.data.layout_name in ("padded", "bucketed") and shape["attention"] == "auto":
             # Other backends may skip padding, which a padded ViT computes.
             shape = {**shape, "attention": "reference"}
-        return NaViTConfig.preset(self.model, num_classes=self.data.num_outputs, **shape)
+        return NaViTConfig.preset(self.model, num_classes=self.data.labelled.num_outputs, **shape)
 
     @cached_property
     def train_config(self) -> TrainConfig:
@@ -106,8 +106,9 @@ class Training:
     @property
     def run_options(self) -> RunOptions:
         """What is asked of the model later on."""
+        classes = self.data.labelled.classes
         return RunOptions(
-            class_names=None if self.data.classes is None else tuple(self.data.classes.names),
+            class_names=None if classes is None else tuple(classes.names),
             label_column=self.data.label_column,
             loss=self.train_config.loss,
             packing=self.data.evaluation,
@@ -116,7 +117,7 @@ class Training:
 
     def _check_outputs(self) -> None:
         """Raise ValueError if there is nothing to tell apart, or the model gives no answers."""
-        classes = self.data.classes
+        classes = self.data.labelled.classes
         if classes is not None and len(classes.names) < 2:
             remedy = "add images of another class, or pass another --label-column"
             raise ValueError(checks.sentence("classes", classes.names, "two or more", remedy))

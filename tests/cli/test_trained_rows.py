@@ -197,7 +197,7 @@ def test_what_save_to_disk_wrote_is_asked_as_its_rows_show(images, packed, tmp_p
     assert [rows.evaluation.prefix_tokens for rows in found] == [2, 0]
     most = max(np.prod(grid) for row in found[1].dataset["grid_hw"][:] for grid in row)
     assert (found[1].evaluation.resolution, found[1].evaluation.max_tokens) == ("budget", most)
-    assert found[1].classes.names == list(NAMES)
+    assert found[1].labelled.classes.names == list(NAMES)
     assert found[1].packs.num_packs(Key(0, 0)) == len(found[1].dataset)
 
 
