@@ -11,6 +11,7 @@ import packed
 import pytest
 import torch
 import transformers
+from encoders import CASE, MEAN, STD, check_outputs, check_sees_no_neighbours, shaken
 from laws import close
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -36,7 +37,6 @@ from packpipe.samples import images_folder
 from packpipe.training.loop import read_log
 from packpipe.training.run_folder import RunOptions
 
-CASE = packed.RowSet(lens=[[1] * 4, [20, 1, 7, 3], [30]], seq_len=33, max_segments=4)
 SMALL = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -45,7 +45,6 @@ SMALL = {
     "image_size": 8,
 }
 WIDE = {"intermediate_size": 48}
-MEAN, STD = [0.48, 0.45, 0.4], [0.23, 0.25, 0.28]
 MIDDLE = {"size": {"shortest_edge": 12}, "crop_size": {"height": 8, "width": 8}}
 WHOLE = {"size": {"height": 8, "width": 8}}
 
@@ -153,17 +152,6 @@ FAMILIES = {
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def shaken(model):
-    """The model with weights that all matter."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(torch.randn_like(weight) * (0.15 if weight.ndim > 1 else 0.3))
-            if "norm" in name and name.endswith("weight"):
-                weight.add_(1)
-    return model.eval()
-
-
 def saved(folder, family, prefix=""):
     """Save an encoder of random weights, with its processor; return it."""
     model = shaken(family.model())
@@ -208,14 +196,7 @@ def test_outputs_and_gradients_are_the_originals(family, tmp_path, caplog):
     model, packing = from_pretrained(tmp_path)
     assert packing.prefix_tokens == model.config.prefix_tokens == family.prefix_tokens
     batch = packed.batch_of(CASE, prefix_tokens=family.prefix_tokens)
-    outputs, wanted = model(batch)[batch.present], theirs(family, original, batch)
-    assert outputs.shape == (9, 32)
-    assert close(outputs, wanted, 1e-5)
-    assert wanted.std(0).min() > 0.01
-
-    slope = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
-    for values in (outputs, wanted):
-        (values * slope).sum().backward()
+    check_outputs(model(batch)[batch.present], theirs(family, original, batch))
     own = dict(model.named_parameters())
     assert len(family.gradients) == 3
     for name, of in family.gradients.items():
@@ -232,19 +213,7 @@ def test_an_image_does_not_see_its_neighbours(family, tmp_path):
     saved(tmp_path, family, family.parts[-1])  # as a part of a larger model
     model, _ = from_pretrained(tmp_path)
     batch = packed.batch_of(CASE, prefix_tokens=family.prefix_tokens)
-    pixels = batch.patches.clone()
-    own = (batch.segment_ids[1] == 1) & (batch.coords[1, :, 0] >= 0)
-    pixels[1, own] = 255 - pixels[1, own]
-    with torch.no_grad():
-        before, after = model(batch), model(replace(batch, patches=pixels))
-    others = batch.present.clone()
-    others[1, 0] = False
-    assert others.sum() == 8
-    assert torch.equal(before[others], after[others])
-    assert not close(before[1, 0], after[1, 0], 1e-3)
-    turned = type(batch)(**{name: value.flip(0) for name, value in batch.items()})
-    with torch.no_grad():
-        assert close(model(turned).flip(0)[batch.present], before[batch.present], 1e-6)
+    check_sees_no_neighbours(model, batch)
 
 
 @pytest.mark.parametrize("family", ["dinov2 with registers", "vit"])

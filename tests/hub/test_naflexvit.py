@@ -2,19 +2,17 @@
 
 import json
 import re
-from dataclasses import replace
 
 import packed
 import pytest
 import torch
+from encoders import CASE, MEAN, STD, check_outputs, check_sees_no_neighbours, shaken
 from laws import close
 
 from packpipe import NaViTConfig, PackConfig, from_pretrained
 from packpipe.model.presets import NAFLEXVIT
 
-CASE = packed.RowSet(lens=[[1] * 4, [20, 1, 7, 3], [30]], seq_len=33, max_segments=4)
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": packed.PATCH_SIZE}
-MEAN, STD = [0.48, 0.45, 0.4], [0.23, 0.25, 0.28]
 SLOTS = {
     "naflexvit_base_patch16_siglip": 0,
     "naflexvit_base_patch16_map": 1,
@@ -41,18 +39,10 @@ def timm():
 
 def saved(timm, folder, name, num_classes=0, **options):
     """Save a model of random weights as timm does; return it."""
-    torch.manual_seed(1)
-    model = timm.create_model(name, num_classes=num_classes, **SMALL | options)
-    with torch.no_grad():
-        for of, weight in model.named_parameters():
-            weight.copy_(torch.randn_like(weight) * (0.15 if weight.ndim > 1 else 0.3))
-            if "norm" in of and of.endswith("weight"):
-                weight.add_(1)
+    model = shaken(timm.create_model(name, num_classes=num_classes, **SMALL | options))
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": MEAN, "std": STD}
     model.pretrained_cfg["input_size"] = (3, 8, 8)
-    timm.models.save_for_hf(
-        model.eval(), folder, model_args=SMALL | options, safe_serialization=True
-    )
+    timm.models.save_for_hf(model, folder, model_args=SMALL | options, safe_serialization=True)
     return model
 
 
@@ -76,13 +66,7 @@ def test_outputs_and_gradients_are_the_originals(name, timm, tmp_path):
     slots = SLOTS[name]
     assert model.config.prefix_tokens == packing.prefix_tokens == slots
     batch = packed.batch_of(CASE, prefix_tokens=slots)
-    outputs, wanted = model(batch)[batch.present], theirs(original, batch)
-    assert outputs.shape == (9, 32)
-    assert close(outputs, wanted, 1e-5)
-    assert wanted.std(0).min() > 0.01
-    slope = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
-    for values in (outputs, wanted):
-        (values * slope).sum().backward()
+    check_outputs(model(batch)[batch.present], theirs(original, batch))
     own, other = dict(model.named_parameters()), dict(original.named_parameters())
     for ours, of in {
         "position.table": "embeds.pos_embed",
@@ -97,20 +81,7 @@ def test_outputs_and_gradients_are_the_originals(name, timm, tmp_path):
 def test_an_image_does_not_see_its_neighbours(timm, tmp_path):
     saved(timm, tmp_path, "naflexvit_base_patch16_map")
     model, _ = from_pretrained(tmp_path)
-    batch = packed.batch_of(CASE, prefix_tokens=1)
-    pixels = batch.patches.clone()
-    own = (batch.segment_ids[1] == 1) & (batch.coords[1, :, 0] >= 0)
-    pixels[1, own] = 255 - pixels[1, own]
-    with torch.no_grad():
-        before, after = model(batch), model(replace(batch, patches=pixels))
-    others = batch.present.clone()
-    others[1, 0] = False
-    assert others.sum() == 8
-    assert torch.equal(before[others], after[others])
-    assert not close(before[1, 0], after[1, 0], 1e-3)
-    turned = type(batch)(**{name: value.flip(0) for name, value in batch.items()})
-    with torch.no_grad():
-        assert close(model(turned).flip(0)[batch.present], before[batch.present], 1e-6)
+    check_sees_no_neighbours(model, packed.batch_of(CASE, prefix_tokens=1))
 
 
 def test_its_head_and_its_packs_come_along(timm, tmp_path):

@@ -3,13 +3,14 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import huggingface_hub
 import packed
 import pytest
 import torch
 import transformers
+from encoders import CASE, MEAN, STD, check_outputs, check_sees_no_neighbours, shaken
 from huggingface_hub.errors import LocalEntryNotFoundError
 from laws import close
 from PIL import Image
@@ -21,7 +22,6 @@ from packpipe.planning.distributions import Constant
 from packpipe.planning.resolution import Square
 from packpipe.samples import images_folder
 
-CASE = packed.RowSet(lens=[[1] * 4, [20, 1, 7, 3], [30]], seq_len=33, max_segments=4)
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -29,7 +29,6 @@ SMALL = {
     "num_attention_heads": 2,
 }
 TEXTS = {**SMALL, "vocab_size": 50, "max_position_embeddings": 8}
-MEAN, STD = [0.48, 0.45, 0.4], [0.23, 0.25, 0.28]
 LAYOUTS = ("alone", "transformers 4", "with texts", "in shards")
 
 
@@ -79,17 +78,6 @@ FIXED = Family(
 FAMILIES = {"siglip2 naflex": NAFLEX, "siglip": FIXED}
 
 
-def shaken(model):
-    """The model with weights that all matter."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(torch.randn_like(weight) * (0.15 if weight.ndim > 1 else 0.3))
-            if "norm" in name and name.endswith("weight"):
-                weight.add_(1)
-    return model.eval()
-
-
 def saved(folder, family, layout="alone"):
     """Save a model of random weights as a version of transformers does; return its image tower."""
     alone, whole = family.models
@@ -131,14 +119,7 @@ def test_outputs_and_gradients_are_the_originals(family, layout, tmp_path, caplo
     original = saved(tmp_path, family, layout)
     model, _ = from_pretrained(tmp_path)
     batch = packed.batch_of(CASE)
-    outputs, wanted = model(batch)[batch.present], theirs(family, original, batch)
-    assert outputs.shape == (9, 32)
-    assert close(outputs, wanted, 1e-5)
-    assert wanted.std(0).min() > 0.01
-
-    slope = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
-    for values in (outputs, wanted):
-        (values * slope).sum().backward()
+    check_outputs(model(batch)[batch.present], theirs(family, original, batch))
     own, other = dict(model.named_parameters()), dict(original.named_parameters())
     for name, of in {
         "position.table": "embeddings.position_embedding.weight",
@@ -163,19 +144,7 @@ def test_outputs_and_gradients_are_the_originals(family, layout, tmp_path, caplo
 def test_an_image_does_not_see_its_neighbours(family, tmp_path):
     saved(tmp_path, FAMILIES[family])
     model, _ = from_pretrained(tmp_path)
-    batch = packed.batch_of(CASE)
-    pixels = batch.patches.clone()
-    pixels[1, :20] = 255 - pixels[1, :20]
-    with torch.no_grad():
-        before, after = model(batch), model(replace(batch, patches=pixels))
-    others = batch.present.clone()
-    others[1, 0] = False
-    assert others.sum() == 8
-    assert torch.equal(before[others], after[others])
-    assert not close(before[1, 0], after[1, 0], 1e-3)
-    turned = type(batch)(**{name: value.flip(0) for name, value in batch.items()})
-    with torch.no_grad():
-        assert close(model(turned).flip(0)[batch.present], before[batch.present], 1e-6)
+    check_sees_no_neighbours(model, packed.batch_of(CASE))
 
 
 @pytest.mark.parametrize(
