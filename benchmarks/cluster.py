@@ -39,6 +39,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 os.environ.update(
     OMP_NUM_THREADS="1",
     PYTHONWARNINGS="ignore",
@@ -252,9 +253,8 @@ def is_busy(process: psutil.Process) -> bool:
 
 def in_s3(source: str, work: Path) -> tuple[Counter[str], str]:
     """Pack from a stand-in of S3 to the same; return what it was asked for, and a digest."""
-    import s3fs
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication
-    from moto.server import ThreadedMotoServer
+    from stand_in_s3 import stand_in_s3
 
     requests: Counter[str] = Counter()
     real = DomainDispatcherApplication.__call__
@@ -268,19 +268,7 @@ def in_s3(source: str, work: Path) -> tuple[Counter[str], str]:
         return real(self, environ, start)
 
     DomainDispatcherApplication.__call__ = logged
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    os.environ.update(
-        AWS_ENDPOINT_URL=f"http://{host}:{port}",
-        AWS_ACCESS_KEY_ID="none",
-        AWS_SECRET_ACCESS_KEY="none",
-        AWS_DEFAULT_REGION="us-east-1",
-    )
-    store = s3fs.S3FileSystem()
-    store.mkdir("bucket")
-    for path in Path(source).iterdir():
-        store.put_file(str(path), f"bucket/train/{path.name}")
+    server, store = stand_in_s3(source)
     requests.clear()
     with processes() as executor:
         pack("s3://bucket/train", "s3://bucket/rows", executor)

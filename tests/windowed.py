@@ -178,21 +178,9 @@ def on_ray(asked: dict[str, Any]) -> None:
 def in_s3(asked: dict[str, Any]) -> None:
     """Build from a stand-in of S3 to the same; say what was asked of it, and what it holds."""
     import s3fs
-    from moto.server import ThreadedMotoServer
+    from stand_in_s3 import stand_in_s3
 
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    os.environ.update(
-        AWS_ENDPOINT_URL=f"http://{host}:{port}",
-        AWS_ACCESS_KEY_ID="none",
-        AWS_SECRET_ACCESS_KEY="none",
-        AWS_DEFAULT_REGION="us-east-1",
-    )
-    store = s3fs.S3FileSystem()
-    store.mkdir("bucket")
-    for path in sorted(Path(asked["source"]).iterdir()):
-        store.put_file(str(path), f"bucket/train/{path.name}")
+    server, store = stand_in_s3(asked["source"])
     calls = []
     real = s3fs.S3FileSystem._call_s3
 
