@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -600,13 +600,16 @@ def loaders(rows: dict[str, Dataset]) -> dict[str, Callable[[], packpipe.PackedL
     }
 
 
-def tensors(batch: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a batch by name."""
-    for name, value in vars(batch).items():
-        if isinstance(value, dict):
-            yield from ((f"{name}.{key}", tensor) for key, tensor in value.items())
-        elif value is not None:
-            yield name, value
+def arrays_of(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the arrays of a batch by name: some of its fields hold a list of them, or a batch."""
+    if isinstance(value, dict):
+        yield from chain(*(arrays_of(one, f"{name}.{key}") for key, one in value.items()))
+    elif isinstance(value, list | tuple) and any(np.ndim(one) for one in value):
+        yield from chain(*(arrays_of(one, f"{name}.{number}") for number, one in enumerate(value)))
+    elif is_dataclass(value):
+        yield from arrays_of(vars(value), name)
+    elif value is not None:
+        yield name, value
 
 
 def make_batches(name: str, loader: packpipe.PackedLoader, left: Path | None = None) -> None:
@@ -624,7 +627,7 @@ def make_batches(name: str, loader: packpipe.PackedLoader, left: Path | None = N
         first = TAKEN
     for number, batch in enumerate(chain(loader, loader), first):
         folder = "batches" if number < TAKEN else "rest"
-        keep(f"{folder}/{name}/{number:03d}.npz", **dict(tensors(batch)))
+        keep(f"{folder}/{name}/{number:03d}.npz", **dict(arrays_of(batch, "batch")))
         if number == TAKEN - 1:
             note(f"states/{name}.json", loader.state_dict())
 
