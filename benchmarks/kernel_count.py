@@ -30,7 +30,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARY = "PACKPIPE_NO_CARD"
-# Devices are changed to and fro without effect, and autograd finds no streams to wait for.
+# Devices are changed without effect, and autograd finds no streams to wait for.
 SOURCE = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <optional>

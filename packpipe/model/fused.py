@@ -47,7 +47,7 @@ def _bounds(place, start, stop, item, BLOCK: tl.constexpr, BM: tl.constexpr):
     """Return a part's first query, and its segment's end of keys and end.
 
     Of a block as it was loaded: torch takes what a called function is given for written to, if it
-    becomes part of an address, and loading it here would have the blocks be copied to and fro.
+    becomes part of an address, and loading it here would have the blocks copied at every call.
     """
     # Of padding the keys end where they start; a place that no block took ends at its start, too.
     return place + (item % (BLOCK // BM)) * BM, tl.maximum(stop, start), tl.abs(stop)

@@ -86,7 +86,7 @@ def test_the_kernels_are_plain_attention_in_the_interpreter():
 
 @needs_triton
 def test_torch_takes_nothing_for_written_but_what_the_kernels_write(monkeypatch):
-    # What else it took for written, compiled code would copy to and fro, and autograd refuse.
+    # What else it took for written, compiled code would copy at every call, and autograd refuse.
     import triton
     from torch._higher_order_ops import triton_kernel_wrap
     from triton.backends.compiler import GPUTarget
