@@ -638,7 +638,7 @@ def trained(folder: str, dataset: Dataset, steps: int, seed: int) -> packpipe.Na
     shape = packpipe.NaViTConfig(num_classes=10, dim=32, depth=2, heads=2)
     model = packpipe.NaViT(shape)
     loader = packpipe.PackedLoader(packpipe.EpochPacks(dataset, **SMALL, drop_rate=0.5), 2)
-    config = TrainConfig(steps=steps, learning_rate=1e-3, save_every=1)
+    config = TrainConfig(steps=steps, learning_rate=1e-3, save_every=1, log_every=1)
     for _ in train(model, loader, config, folder=folder):
         pass
     return model

@@ -122,7 +122,7 @@ def _train(packed, num_classes: int, steps: int, folder: Path, console) -> None:
     started = time.perf_counter()
     losses = []
     loader = packpipe.PackedLoader(packed, batch_size)
-    training = TrainConfig(steps=steps, learning_rate=2e-3, loss="softmax")
+    training = TrainConfig(steps=steps, learning_rate=2e-3, loss="softmax", log_every=1)
     run = train(model, loader, training)
     for record in track(run, description="Training", total=steps, console=console):
         losses.append(record.loss)

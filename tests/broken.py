@@ -53,7 +53,7 @@ def trained(name, steps, batch_size):
     assert packs.num_packs((0, 0)) == num_packs
     model = packed.model_of("auto", torch.float64, **shape)
     loader = PackedLoader(packs, batch_size, **options)
-    config = TrainConfig(steps=steps, learning_rate=1e-3)
+    config = TrainConfig(steps=steps, learning_rate=1e-3, log_every=1)
     records = list(train(model, loader, config))
     weights = torch.cat([value.detach().flatten() for value in model.parameters()])
     losses = [record.loss for record in records]

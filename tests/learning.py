@@ -52,7 +52,9 @@ def model_of(dtype=torch.float32):
 
 
 def config_of(**options):
-    return TrainConfig(**{"steps": STEPS, "learning_rate": 1e-2, "save_every": 2, **options})
+    return TrainConfig(
+        **{"steps": STEPS, "learning_rate": 1e-2, "save_every": 2, "log_every": 1, **options}
+    )
 
 
 def plainly_trained(batches, config, dtype=torch.float32, paths_of=None):

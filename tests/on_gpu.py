@@ -139,6 +139,31 @@ def test_a_step_is_captured_as_one_graph():
     assert len(seen) == EAGER + 1
 
 
+def test_batches_in_page_locked_memory_keep_their_bytes_while_they_are_copied():
+    plain = list(learning.loader_of())
+    loader = learning.loader_of(num_workers=2, pin_memory=True)
+    for _ in range(20):  # memory is used again
+        loader.set_epoch(0)
+        moved = []
+        for batch in loader:
+            assert all(tensor.is_pinned() for tensor in batch.values())
+            moved.append(batch.to("cuda", non_blocking=True))
+        for found, wanted in zip(moved, plain, strict=True):
+            assert all(torch.equal(found[name].cpu(), wanted[name]) for name in wanted)
+
+
+def test_a_model_of_several_blocks_learns_with_compiled_kernels():
+    torch._dynamo.reset()
+    make = setting_of("fused", torch.float32)
+    compiled, plain = compile_parts(make.model(), fullgraph=True), make.model()
+    assert len(compiled.blocks) > 1  # which share one list of blocks of queries
+    batch = make.batch(MANY)
+    for model in (compiled, plain):
+        segment_cross_entropy(model(batch), batch.labels).backward()
+    for one, other in zip(compiled.parameters(), plain.parameters(), strict=True):
+        assert close(one.grad, other.grad, 1e-4)
+
+
 def test_the_fastest_backend_is_chosen():
     assert choose_backend(torch.device("cuda"), torch.float32) == "flex"
     assert choose_backend(torch.device("cuda"), torch.bfloat16) == "varlen"

@@ -98,7 +98,7 @@ def test_training_lowers_the_loss_and_repeats_to_the_bit(packed):
     for _ in range(2):
         torch.manual_seed(0)
         model = packpipe.NaViT(packpipe.NaViTConfig(num_classes=10, dim=32, depth=1, heads=1))
-        config = TrainConfig(steps=40, learning_rate=3e-3, loss="softmax")
+        config = TrainConfig(steps=40, learning_rate=3e-3, loss="softmax", log_every=1)
         run = train(model, packpipe.PackedLoader(few, 4), config)
         runs.append([record.loss for record in run])
     assert runs[0] == runs[1]

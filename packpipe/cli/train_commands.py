@@ -165,7 +165,9 @@ def train(
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     num_workers: Annotated[int, typer.Option(min=0, help="Threads that decode ahead.")] = 4,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 1000,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps a record speaks of.")] = 10,
+    log_every: Annotated[
+        int, typer.Option(min=1, help="Steps of a line, whose figures are means over them.")
+    ] = 10,
     val: Annotated[
         str | None,
         typer.Option(

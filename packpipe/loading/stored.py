@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -121,6 +121,15 @@ class StoredPacks:
 
     def rows(self, key: Key, packs: NDArray[np.int64]) -> Rows:
         """Return the rows at some places of the epoch's order, in memory of their own."""
+        return self.rows_in(key, packs, np.empty)
+
+    def rows_in(
+        self, key: Key, packs: NDArray[np.int64], empty: Callable[..., NDArray[Any]]
+    ) -> Rows:
+        """Return what `rows` does, tokens in memory that `empty` makes of a shape and a dtype.
+
+        Rows that are computed when they are read are in memory of their own.
+        """
         numbers = self.order(key)[packs]
         # Computed rows have no tokens to copy, and `gather` needs one row at least.
         if self._is_computed:
@@ -131,7 +140,7 @@ class StoredPacks:
         batches = np.searchsorted(self._starts, stored, side="right") - 1
         views = [self._view(batch) for batch in batches.tolist()]
         within = (stored - self._starts[batches]).tolist()
-        return gather(views, within)
+        return gather(views, within, empty)
 
     def order(self, key: Key) -> NDArray[np.int64]:
         """Return int64[packs], rows of the dataset in the order of an epoch."""

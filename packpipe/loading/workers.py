@@ -82,7 +82,9 @@ class Fill:
 
     def rows(self, part: Part) -> Any:
         """Return the batch of a part, in ordinary memory."""
-        rows = self.packs.rows(part.key, part.packs)
+        return self._batch_of(self.packs.rows(part.key, part.packs), part)
+
+    def _batch_of(self, rows: Rows | PairRows, part: Part) -> Any:
         if self.augment is not None:
             rows = augmented(rows, self.augment, part.key)
         # At a padded last step a rank has fewer packs than rows; the other rows stay empty.
@@ -93,8 +95,14 @@ class Fill:
 
     def __call__(self, part: Part) -> Any:
         """Return the batch of a part."""
-        batch = self.rows(part)
-        return batch.pin_memory() if self.pin_memory else batch
+        if not self.pin_memory:
+            return self.rows(part)
+        from packpipe.loading.page_locked import PageLocked
+
+        locked = PageLocked()
+        # Packs that are not copied from a file do not ask for memory.
+        rows_in = getattr(self.packs, "rows_in", lambda key, packs, _: self.packs.rows(key, packs))
+        return locked.batch(self._batch_of(rows_in(part.key, part.packs, locked.empty), part))
 
 
 class Threads:

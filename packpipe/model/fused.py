@@ -43,16 +43,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is the cheaper of the two
 
 
 @triton.jit
-def _place(blocks, item, BLOCK: tl.constexpr, BM: tl.constexpr):
-    """Return a part's first query, and its segment's first token, end of keys and end."""
-    parts: tl.constexpr = BLOCK // BM
-    at = blocks + (item // parts) * 3
-    start = tl.load(at + 1)
-    stop = tl.load(at + 2)
-    end = tl.abs(stop)
-    first = tl.load(at) + (item % parts) * BM
+def _bounds(place, start, stop, item, BLOCK: tl.constexpr, BM: tl.constexpr):
+    """Return a part's first query, and its segment's end of keys and end.
+
+    Of a block as it was loaded: torch takes what a called function is given for written to, if it
+    becomes part of an address, and loading it here would have the blocks copied at every call.
+    """
     # Of padding the keys end where they start; a place that no block took ends at its start, too.
-    return first, start, tl.maximum(stop, start), end
+    return place + (item % (BLOCK // BM)) * BM, tl.maximum(stop, start), tl.abs(stop)
 
 
 @triton.jit
@@ -158,8 +156,10 @@ def _forward(
     TURNED: tl.constexpr,
 ):
     """Attend from a part of a block of queries to its segment, softmax worked out as keys come."""
-    head = tl.program_id(0)
-    first, start, last, end = _place(blocks, tl.program_id(1), BLOCK, BM)
+    head, item = tl.program_id(0), tl.program_id(1)
+    blocks += (item // (BLOCK // BM)) * 3
+    start = tl.load(blocks + 1)
+    first, last, end = _bounds(tl.load(blocks), start, tl.load(blocks + 2), item, BLOCK, BM)
     if first >= end:
         return
     e = tl.arange(0, EP)
@@ -230,7 +230,9 @@ def _backward(
     Each part writes its own: the logits are worked out twice, and nothing is added up atomically.
     """
     head, item = tl.program_id(0), tl.program_id(1)
-    first, start, last, end = _place(blocks, item, BLOCK, BM)
+    blocks += (item // (BLOCK // BM)) * 3
+    start = tl.load(blocks + 1)
+    first, last, end = _bounds(tl.load(blocks), start, tl.load(blocks + 2), item, BLOCK, BM)
     e = tl.arange(0, EP)
     real = e < E
     partial = dgain + (item.to(tl.int64) * H + head) * 2 * E + e

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from packpipe import checks
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 # What processors have for products in bfloat16: two kinds of x86's, and Arm's. Without, they are
@@ -26,15 +29,28 @@ def is_half(precision: str, device: torch.device) -> bool:
         ValueError: the precision is unknown, or bfloat16 on a CPU without instructions for it.
     """
     checks.choice("precision", precision, PRECISIONS, "choose a precision")
-    if precision == "bfloat16" and device.type == "cpu" and not has_instructions():
-        expected = f"'float32' on a CPU that has none of {', '.join(_INSTRUCTIONS)}"
-        raise ValueError(checks.sentence("precision", precision, expected, "it would be slower"))
-    return asks_for_half(precision, device)
+    if (slow := _slow(precision, device)) is not None:
+        raise ValueError(slow)
+    return _means_half(precision, device)
 
 
 def asks_for_half(precision: str, device: torch.device) -> bool:
-    """Return whether a precision means bfloat16 on a device, be it slow there."""
+    """Return whether a precision means bfloat16 on a device; where it is slow, warn of it."""
+    if (slow := _slow(precision, device)) is not None:
+        log.warning(slow)
+    return _means_half(precision, device)
+
+
+def _means_half(precision: str, device: torch.device) -> bool:
     return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+
+
+def _slow(precision: str, device: torch.device) -> str | None:
+    """Return what is to be said of bfloat16 on a CPU without instructions for it; else None."""
+    if precision != "bfloat16" or device.type != "cpu" or has_instructions():
+        return None
+    expected = f"'float32' on a CPU that has none of {', '.join(_INSTRUCTIONS)}"
+    return checks.sentence("precision", precision, expected, "it is slower there")
 
 
 def has_instructions() -> bool:

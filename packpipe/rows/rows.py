@@ -12,7 +12,7 @@ sequences. Two rows of six tokens, images of 2x2, 1x1 and 1x3 patches:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -152,12 +152,17 @@ class Rows:
         return None if self.of_tokens else png(self.patches, self.segment_ids)
 
 
-def gather(parts: Sequence[Rows], numbers: Sequence[int]) -> Rows:
+def gather(
+    parts: Sequence[Rows],
+    numbers: Sequence[int],
+    empty: Callable[..., NDArray[Any]] = np.empty,
+) -> Rows:
     """Return one row of each part, in new memory; every token is copied once.
 
     Args:
         parts: rows with the same columns, one at least; the same part may come again.
         numbers: which row of each.
+        empty: makes the memory of tokens, of a shape and a dtype.
     """
     spans = [
         slice(*part.offsets[number : number + 2].tolist())
@@ -165,7 +170,7 @@ def gather(parts: Sequence[Rows], numbers: Sequence[int]) -> Rows:
     ]
     tokens = {}
     for name, sample in parts[0].tokens.items():
-        tokens[name] = np.empty((len(parts), *sample.shape[1:]), sample.dtype)
+        tokens[name] = empty((len(parts), *sample.shape[1:]), sample.dtype)
         # Parts are views of different memory, so each row is one copy: with all it does a loader
         # reads at 0.7 of the speed of a plain copy (benchmarks/results/epochs.md).
         for place, (part, number) in enumerate(zip(parts, numbers, strict=True)):

@@ -1,10 +1,15 @@
-"""Figures of a training: what a record says, summed over the steps since the last one."""
+"""Figures of a training: what a record says, summed over the steps since the last one.
+
+What a device computes is added up there, within the step, and read when a record is made: no step
+waits for the device.
+"""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from packpipe.loading.batch import PackedBatch
@@ -14,7 +19,7 @@ from packpipe.model.flops import TRAINING, forward_flops
 
 @dataclass(frozen=True)
 class Record:
-    """Figures of the steps of this rank since the last record.
+    """Figures of the steps of this rank since the last record, or since a training went on.
 
     Attributes:
         step: the last of them, 1 being the first of the training.
@@ -62,42 +67,56 @@ class Record:
 
 
 class Figures:
-    """Sums over the steps since the last record."""
+    """Sums over the steps since the last record.
+
+    Args:
+        config: of the model.
+        rate: of matrix products, FLOP/s; None if it was not measured.
+        step: how many steps are done.
+        device: of the model.
+        regression: whether agreements are errors.
+    """
 
     def __init__(
-        self, config: NaViTConfig, rate: float | None, step: int, *, regression: bool = False
+        self,
+        config: NaViTConfig,
+        rate: float | None,
+        step: int,
+        *,
+        device: torch.device,
+        regression: bool = False,
     ) -> None:
         self.config, self.rate, self.regression = config, rate, regression
+        exact = torch.float32 if device.type == "mps" else torch.float64  # which MPS has not
+        # Of losses, of agreements and of what they are over; one tensor, which a graph can change.
+        self._sums = torch.zeros(3, dtype=exact, device=device)
         self._reset(step)
 
     def _reset(self, step: int) -> None:
         self.step, self.began, self.waited = step, time.perf_counter(), 0.0
         self.images = self.tokens = self.slots = self.flops = 0
-        self.loss: Tensor | float = 0.0
-        self.agreed: Tensor | float = 0.0
-        self.compared: Tensor | float = 0.0
+        self._sums.zero_()
 
-    def add(self, batch: PackedBatch, agreement: tuple[Tensor, Tensor], loss: Tensor) -> None:
-        """Add a step: counts of its batch, on the CPU; agreement and loss, on the model's device.
+    def add(self, agreement: tuple[Tensor, Tensor], loss: Tensor) -> None:
+        """Add what was computed of a batch, without waiting for it.
 
         Args:
-            batch: of the step.
             agreement: see `packpipe.training.objective.agreement`.
             loss: of the batch.
         """
+        self._sums += torch.stack([part.to(self._sums.dtype) for part in (loss, *agreement)])
+
+    def count(self, batch: PackedBatch) -> None:
+        """Count what is in a batch, on the CPU."""
         self.images += int(batch.present.sum())
         self.tokens += int(batch.seq_lens.sum())
         self.slots += batch.segment_ids.numel()
         self.flops += TRAINING * forward_flops(self.config, batch.seq_lens)
-        # Sums of tensors: turning each into a number would wait for the GPU at every step.
-        self.loss = self.loss + loss
-        self.agreed = self.agreed + agreement[0]
-        self.compared = self.compared + agreement[1]
 
     def record(self, step: int, learning_rate: float) -> Record:
         """Return the record of the steps up to this one, and begin the next one."""
-        loss, compared = float(self.loss), max(1.0, float(self.compared))  # waits for the GPU
-        mean = float(self.agreed) / compared
+        loss, agreed, compared = self._sums.tolist()  # waits for the device
+        mean = agreed / max(1.0, compared)
         seconds = time.perf_counter() - self.began
         record = Record(
             step=step,

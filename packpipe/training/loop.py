@@ -68,6 +68,8 @@ def train(
 ) -> Iterator[Record]:
     """Train a model in place; yield a record every log_every steps, and after every validation.
 
+    A record's figures are means over the steps since the one before; the last step has one, too.
+
     Args:
         model: on the device it is trained on. With ``ema`` it has the weights of the last step; the
             averaged ones are those that are validated, and that `packpipe.load_model` loads.
@@ -160,19 +162,20 @@ def train(
         if device.type == "cuda"
         else None
     )
-    figures = Figures(model.config, rate, first, regression=is_regression(objective.loss))
-
+    figures = Figures(
+        model.config, rate, first, device=device, regression=is_regression(objective.loss)
+    )
     longest = loader.longest
 
-    def update(parts: list[_Part]) -> list[_Found]:
+    def update(parts: list[_Part]) -> None:
         optimizer.zero_grad()
-        found = list(
-            _backward(run, parts, objective, model.config, half, longest, captured=captured)
-        )
+        for found in _backward(
+            run, parts, objective, model.config, half, longest, captured=captured
+        ):
+            figures.add(*found)
         if config.clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
-        return found
 
     updated = CapturedStep(update, device) if captured else update
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -190,8 +193,9 @@ def train(
         # A function of the step, so a resumed training needs no state of a scheduler.
         learning_rate = config.rate(step)
         set_rate(optimizer, learning_rate)
-        for part, found in zip(parts, updated(_moved(parts, device, copies)), strict=True):
-            figures.add(part.batch, *found)
+        updated(_moved(parts, device, copies))
+        for part in parts:
+            figures.count(part.batch)
         if averaged is not None and config.ema:
             average(averaged, model, kept_share(config.ema, step))
         done = step + 1

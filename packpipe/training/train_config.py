@@ -58,7 +58,8 @@ class TrainConfig:
             (Σ weight · loss ÷ Σ weight); ``"balanced"``: images ÷ (classes · images of the class).
             An image's own weight (``weight_column``) is multiplied by it. Validation is measured
             without either. Arrays and tensors are taken as lists. None is 1 for all.
-        precision: of matrix products; ``"auto"`` is bfloat16 on a GPU.
+        precision: of matrix products; ``"auto"`` is bfloat16 on a GPU. On a CPU without
+            instructions for it ``"bfloat16"`` is slower, which a warning says.
         compiled: whether `compile_parts` is used; None: on a GPU.
         captured: whether the whole step is one CUDA graph, which small models need, or launches
             take longer than kernels; neither under torchrun nor with trim. On a CPU only its
@@ -67,7 +68,8 @@ class TrainConfig:
             length is a graph of its own: with ``compiled``, an eighth of seq_len or more, since
             torch.compile keeps 8 (``torch._dynamo.config.recompile_limit``); a seventh with
             validation, which is a graph, too.
-        log_every: steps between records. Each record waits for the GPU.
+        log_every: steps between records, which are means over them. Only a record waits for the
+            GPU; 1 is a record of each step.
         save_every: steps between checkpoints; None saves the last step alone.
         val_every: steps between validations; None validates after the last step alone.
         keep_last: how many of the last checkpoints are kept, 2 or more.
@@ -99,7 +101,7 @@ class TrainConfig:
     compiled: bool | None = None
     captured: bool = False
     trim: int | None = None
-    log_every: int = 1
+    log_every: int = 10
     save_every: int | None = None
     val_every: int | None = None
     keep_last: int = KEPT

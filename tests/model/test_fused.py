@@ -8,6 +8,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import loading
 import packed
@@ -81,6 +82,33 @@ def test_the_kernels_are_plain_attention_in_the_interpreter():
         check=True,
         timeout=600,
     )
+
+
+@needs_triton
+def test_torch_takes_nothing_for_written_but_what_the_kernels_write(monkeypatch):
+    # What else it took for written, compiled code would copy at every call, and autograd refuse.
+    import triton
+    from torch._higher_order_ops import triton_kernel_wrap
+    from triton.backends.compiler import GPUTarget
+
+    if not hasattr(triton_kernel_wrap, "identify_accessed_tensors"):
+        pytest.skip("another torch asks in another way")
+    from packpipe.model import fused
+
+    card = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
+    monkeypatch.setattr(triton.runtime.driver, "_active", card)
+    names = ("E", "EP", "BLOCK", "BM", "BN", "EPS", "NORMED", "TURNED")
+    sizes = dict(zip(names, fused._constants(64, 64, 64, 64, True, True), strict=True))
+    floats = ("qkv", "gain_q", "gain_k", "cos", "sin", "out", "log_sums", "dout", "dqkv", "dgain")
+    given = dict.fromkeys(floats, torch.zeros(4)) | {"blocks": torch.zeros(4, dtype=torch.int32)}
+    given |= {"tokens": 8, "scale": 0.1, "H": 1, **sizes}
+    for kernel, wanted in (
+        (fused._forward, ["log_sums", "out"]),
+        (fused._backward, ["dgain", "dqkv"]),
+    ):
+        own = {name: given[name] for name in kernel.arg_names}
+        found = triton_kernel_wrap.identify_accessed_tensors(kernel, own, {})
+        assert sorted(one.name for one in found.read_writes.writes) == wanted
 
 
 @needs_triton

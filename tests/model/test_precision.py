@@ -1,11 +1,13 @@
 """Precision: what runs in bfloat16, where it is refused, and that a caller's choice stands."""
 
+import re
+
 import numpy as np
 import packed
 import pytest
 import torch
 
-from packpipe.model.precision import has_instructions, is_half
+from packpipe.model.precision import asks_for_half, has_instructions, is_half
 from packpipe.model.predict import predict
 
 IMAGES = [np.random.default_rng(n).integers(0, 256, (9, 7 + n, 3), np.uint8) for n in range(4)]
@@ -28,7 +30,7 @@ def test_auto_is_bfloat16_on_a_gpu_alone():
 
 
 @pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16"])
-def test_a_cpu_without_instructions_is_refused(name, capable):
+def test_a_cpu_without_instructions_is_refused(name, capable, caplog):
     capable.clear()
     capable.update(["avx512_f", "avx512_bw", "sve"])  # which oneDNN emulates it with, slowly
     assert not has_instructions()
@@ -37,8 +39,15 @@ def test_a_cpu_without_instructions_is_refused(name, capable):
     )
     with pytest.raises(ValueError, match=message):
         predict(packed.model_of(), IMAGES, precision="bfloat16")
+    # A training is only slower: it is warned of.
+    assert asks_for_half("bfloat16", CPU)
+    (record,) = caplog.records
+    assert (record.levelname, re.match(message, record.getMessage()) is None) == ("WARNING", False)
     capable.add(name)
     assert has_instructions()
+    assert asks_for_half("bfloat16", CPU)
+    assert not asks_for_half("auto", CPU)
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("has", [True, False])

@@ -15,6 +15,7 @@ import packed
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from two_ranks import run_on_two_ranks
 
 from packpipe import Augment, PackConfig, PackedLoader, plan_epoch
@@ -289,6 +290,28 @@ def test_a_record_says_what_the_steps_were_like():
     assert all(0 <= r.accuracy <= 1 and 0 <= r.data_wait <= 1 and r.mfu is None for r in each)
     assert all(r.tokens_per_s > r.images_per_s > 0 for r in each)
     assert each[0].learning_rate == learning.config_of().rate(0)
+    (first, last) = train(learning.model_of(), learning.loader_of(), TrainConfig(steps=12))
+    assert (first.step, last.step) == (10, 12)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read out of floating tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, _, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.count += args[0].is_floating_point()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_no_step_reads_what_it_computes(captured):
+    model, loader = learning.model_of(), learning.loader_of()
+    config = learning.config_of(steps=6, accumulate=2, ema=0.9, captured=captured, log_every=4)
+    with Reads() as reads:
+        assert [record.step for record in train(model, loader, config)] == [4, 6]
+    assert reads.count == 1  # how far attention is from reference attention, before the first step
 
 
 @pytest.mark.parametrize(
