@@ -309,7 +309,7 @@ def _files(image: str) -> list[str]:
 def _figures(measured: Measures) -> str:
     """Return the figures of a model that it has, ready to print."""
     named = {"accuracy": measured.accuracy, "error": measured.error, "loss": measured.loss}
-    named["ECE"] = measured.ece
+    named |= {"ECE": measured.ece, "IoU": measured.iou, "mAP": measured.mean_ap}
     return "  ".join(f"{name} {value:.4f}" for name, value in named.items() if value is not None)
 
 

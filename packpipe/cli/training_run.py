@@ -280,6 +280,7 @@ def _line(record: Record, as_json: bool) -> str:
         return json_line(asdict(record))
     figures = {"val loss": record.val_loss, "val accuracy": record.val_accuracy}
     figures |= {"val ECE": record.val_ece, "val error": record.val_error, "val IoU": record.val_iou}
+    figures |= {"val mAP": record.val_mean_ap}
     measured = "".join(
         f"  {name} {value:.{4 if name == 'val loss' else 3}f}"
         for name, value in figures.items()

@@ -39,6 +39,7 @@ class Record:
         error: of a regression, the mean absolute error of all numbers; else None.
         val_error: of the validation images.
         val_iou: of a model without pooling, the mean intersection ÷ union of its classes on them.
+        val_mean_ap: of several labels an image, the mean average precision on them.
         val_images: how many validation images there were.
     """
 
@@ -58,6 +59,7 @@ class Record:
     error: float | None = None
     val_error: float | None = None
     val_iou: float | None = None
+    val_mean_ap: float | None = None
     val_images: int | None = None
 
 

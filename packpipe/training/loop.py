@@ -344,6 +344,7 @@ def _measured(validator: Validator, record: Record, files: Files) -> Record:
         val_ece=found.ece,
         val_error=found.error,
         val_iou=found.iou,
+        val_mean_ap=found.mean_ap,
         val_images=found.num_images,
     )
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from naive import mean_average_precision as naive_ap
 
 from packpipe import Augment, PackConfig, PackedLoader
 from packpipe.loading.stored import StoredPacks
@@ -240,6 +241,7 @@ def test_models_learn_numbers(name):
                     (measured[-1].val_accuracy, measured[-1].val_error)):  # fmt: skip
         assert [one is None for one in figures] == [is_regression, not is_regression]
     assert measured[-1].val_ece is None
+    assert [r.val_mean_ap is None for r in measured] == [name != "sigmoid"] * 2
 
 
 @every_loss
@@ -258,6 +260,8 @@ def test_validation_is_that_of_the_answers_each_alone(name):
     assert found.loss == pytest.approx(losses / len(each), abs=1e-6)
     figure = found.error if name in ("mse", "l1") else found.accuracy
     assert figure == pytest.approx(agreed / compared, abs=1e-6)
+    ranked = naive_ap(answers.outputs.tolist(), answers.labels.tolist())
+    assert found.mean_ap == (pytest.approx(ranked, abs=1e-9) if name == "sigmoid" else None)
 
 
 class Unread(StoredPacks):
