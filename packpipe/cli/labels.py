@@ -17,7 +17,13 @@ from packpipe import checks
 from packpipe.planning.held_out import held_out
 from packpipe.rows.labels import label_values
 from packpipe.rows.own_columns import holds_rows
-from packpipe.sources.image_columns import image_column_of, label_column_of
+from packpipe.sources.image_columns import (
+    image_column_of,
+    label_column_of,
+    mask_column_of,
+    weight_column_of,
+)
+from packpipe.sources.image_source import ImageSource
 from packpipe.sources.kinds import holds_images, is_text
 from packpipe.sources.labels import labels_of
 from packpipe.training.losses import LOSSES
@@ -166,10 +172,13 @@ def _feature_of(dataset: Dataset) -> Any:
     return found.feature if holds_rows(dataset.column_names) else found
 
 
-def divided(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+def divided(
+    dataset: Dataset, fraction: float, seed: int, *, by_class: bool = True
+) -> tuple[Dataset, Dataset]:
     """Return what is trained on, and what is held out, in their order.
 
-    Of images, a share of each class, or of all if there are no classes; of packed rows a share of
+    Of images, a share of each class, or of all if there are no classes, and all or none of those
+    that are one file or the same bytes (`ImageSource.same_files`); of packed rows a share of
     the rows, whatever their classes, since a row is read whole.
 
     Args:
@@ -184,10 +193,17 @@ def divided(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Data
     if holds_rows(dataset.column_names):
         return _divided_rows(dataset, fraction, seed)
     labels = np.zeros(len(dataset), np.int64)
-    if classes_of(dataset):
+    if by_class and classes_of(dataset):
         labels = _flat(dataset).fill_null(-1).to_numpy()
-    chosen = held_out(labels, fraction, seed=seed)
+    chosen = held_out(labels, fraction, seed=seed, groups=_files(dataset))
     return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
+
+
+def _files(dataset: Dataset) -> NDArray[np.int64]:
+    """Return int64[images], a number for each file or, of images in the dataset, for its bytes."""
+    # The first column of images: another one is of masks, which `chosen` puts behind it.
+    image = next(name for name, feature in dataset.features.items() if holds_images(feature))
+    return ImageSource(dataset.select_columns([image]).with_format("arrow")).same_files()
 
 
 def with_classes_of(dataset: Dataset, trained: ClassLabel | None) -> Dataset:
