@@ -6,6 +6,7 @@ numbers, and the numbers of a regression, are no classes, and stay what they are
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,24 +113,37 @@ def _is_encoded(feature: Any, loss: str) -> bool:
     return isinstance(feature, ClassLabel | List | LargeList) or is_regression(LOSSES[loss])
 
 
-def chosen(dataset: Dataset, image_column: str = "auto", label_column: str = "auto") -> Dataset:
+def chosen(
+    dataset: Dataset,
+    image_column: str = "auto",
+    label_column: str = "auto",
+    *,
+    mask_column: str | None = None,
+    weight_column: str | None = None,
+) -> Dataset:
     """Return a dataset of images in which the columns that are asked for are the only ones.
 
     Args:
         dataset: the images; rows of them have their own columns.
         image_column: its name; ``"auto"`` finds the only one.
         label_column: its name; ``"auto"`` leaves the labels to be found.
+        mask_column: that of class maps, which are in the place of labels; None for none.
+        weight_column: that of weights; None for none.
 
     Raises:
         ValueError: there is no such column, or it holds something else.
     """
-    if holds_rows(dataset.column_names) or (image_column, label_column) == ("auto", "auto"):
+    asked_for = (image_column, label_column, mask_column, weight_column)
+    if holds_rows(dataset.column_names) or asked_for == ("auto", "auto", None, None):
         return dataset
     # Of a table of paths the images have a column of their own.
     asked = "auto" if is_text(dataset.features.get(image_column)) else image_column
-    image = image_column_of(dataset.features, asked)
-    label = label_column_of(dataset.features, label_column)
-    names = [image] if label is None else [image, label]
+    mask = mask_column_of(dataset.features, mask_column)
+    image = image_column_of(dataset.features, asked, mask=mask)
+    label = None if mask is not None else label_column_of(dataset.features, label_column)
+    weight = weight_column_of(dataset.features, weight_column)
+    # The image first, by whose file an example is named.
+    names = [name for name in (image, label, mask, weight) if name is not None]
     found = dataset.select_columns(names)
     # So that it is found, whatever its name; what numbers mean, the loss says.
     if label is None or isinstance(found.features[label], ClassLabel):
@@ -145,6 +159,21 @@ def with_one_image(dataset: Dataset, image_column: str) -> Dataset:
     image_column_of(dataset.features, image_column)  # raises if it holds none
     images = [name for name, feature in dataset.features.items() if holds_images(feature)]
     return dataset.remove_columns([name for name in images if name != image_column])
+
+
+def names_in(path: Path) -> list[str]:
+    """Return the names of classes in a file, a line each; empty lines are none.
+
+    Raises:
+        ValueError: it cannot be read, or is no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors may write a mark first
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        expected, remedy = f"a file of text in UTF-8 ({why})", "write a name a line"
+        raise ValueError(checks.sentence("--classes", str(path), expected, remedy)) from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def classes_of(dataset: Dataset) -> ClassLabel | None:
@@ -185,6 +214,7 @@ def divided(
         dataset: what `labelled` returned.
         fraction: the share that is held out.
         seed: of the draw.
+        by_class: whether images have labels, which may be classes.
 
     Raises:
         ValueError: no class has two images; there are no two rows, or an image has views on both
