@@ -14,7 +14,7 @@ from typing import Any
 from packpipe import checks
 from packpipe.durable import commit, json_text, partial_of
 from packpipe.hub.card import CARD, card_of
-from packpipe.hub.encoder import Encoder
+from packpipe.hub.encoder import Encoder, check_size
 from packpipe.hub.files import CONFIG, INDEX, WEIGHTS, Weights
 from packpipe.hub.meaning import KIND, Meaning
 from packpipe.model.config import NaViTConfig
@@ -141,8 +141,11 @@ def read_own(settings: dict[str, Any], processing: dict[str, Any], weights: Weig
         name, expected = f"model in {path}", "its options, num_classes among them"
         remedy = "it is damaged, so write it again"
         raise ValueError(checks.sentence(name, settings["model"], expected, remedy))
+    config = NaViTConfig.from_dict(settings["model"], path)
+    blocks = {name.split(".")[1] for name in weights.left() if name.startswith("blocks.")}
+    check_size("depth", config.depth, len(blocks))  # before as many are made
     return Encoder(
-        config=NaViTConfig.from_dict(settings["model"], path),
+        config=config,
         weights={name: weights.take(name) for name in weights.left()},
         packing=PackConfig.from_dict(settings["packing"], path),
     )

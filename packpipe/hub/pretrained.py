@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from packpipe import checks
@@ -119,11 +120,13 @@ def model_of(folder: Path, encoder: Encoder, num_classes: int | None = None) -> 
     if num_classes is not None:
         config = replace(config, num_classes=num_classes)
         found = {name: value for name, value in found.items() if not name.startswith("head.")}
-    model = NaViT(config)
+    with torch.device("meta"):  # sizes that are wrong may be too large for memory
+        shapes = NaViT(config).state_dict()
     if num_classes is not None:
-        found |= {k: value for k, value in model.state_dict().items() if k.startswith("head.")}
-    _check_shapes(folder, found, model.state_dict())
-    model.load_state_dict(found)
+        shapes = {name: one for name, one in shapes.items() if not name.startswith("head.")}
+    _check_shapes(folder, found, shapes)
+    model = NaViT(config)
+    model.load_state_dict({**model.state_dict(), **found})
     return model
 
 

@@ -197,3 +197,20 @@ def test_a_broken_file_is_named(file, text, message, folders, tmp_path):
     for word, name in names.items():
         message = message.replace(word, str(folder / name))
     assert told(folder).startswith(message.replace("FOLDER", str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("depth", "depth in config.json is 1000000, expected 1 as of the weights; take both files"),
+        ("dim", "position.table is (16, 16), expected (16, 1000000), the shape that config.json"),
+        ("max_side", "position.table is (16, 16), expected (900000000, 16), the shape that conf"),
+    ],
+)
+def test_what_is_too_large_for_memory_is_refused_before_it_is_made(option, message, folders):
+    number = 30_000 if option == "max_side" else 10**6
+    path, before = changed(folders / "own", "config.json", ("model", option), number)
+    try:
+        assert message in told(folders / "own")
+    finally:
+        path.write_text(before)
