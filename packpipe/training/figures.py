@@ -27,7 +27,7 @@ class Record:
         images_per_s: images a second.
         tokens_per_s: real tokens a second.
         fill: real tokens ÷ slots.
-        data_wait: share of the time spent waiting for the loader.
+        data_wait: share of the time spent waiting for the loader, and for those of other ranks.
         flops_per_s: useful FLOPs a second (`packpipe.model.flops`); what is frozen, or left out by
             drop path, counts as if it were trained.
         mfu: flops_per_s ÷ the measured rate of matrix products; None on a CPU.
