@@ -203,7 +203,7 @@ def test_a_broken_file_is_named(file, text, message, folders, tmp_path):
     ("option", "message"),
     [
         ("depth", "depth in config.json is 1000000, expected 1 as of the weights; take both files"),
-        ("dim", "position.table is (16, 16), expected (16, 1000000), the shape that config.json"),
+        ("dim", "1000000), the shape that config.json says; take both files of one model"),
         ("max_side", "position.table is (16, 16), expected (900000000, 16), the shape that conf"),
     ],
 )
