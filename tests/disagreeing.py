@@ -8,18 +8,22 @@ import fcntl
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import broken
 import datasets
 import learning
 import pictures
+import pyarrow as pa
 import torch
 from processes import wait_until
 from two_ranks import one_of_two_ranks
 
 from packpipe import Augment, EpochPacks, PackedLoader, PackedStream
 from packpipe.loading.ranks import rank_of_world
+from packpipe.loading.stored import StoredPacks
+from packpipe.rows.rejects import TooManyRejects
 from packpipe.sources import survey
 from packpipe.training.loop import train
 
@@ -157,6 +161,39 @@ def train_where_no_log_can_be(rank, folder):
     train_on(rank, folder)
 
 
+class Unforeseen(StoredPacks):
+    """Rows whose labels are not known before they are read, of which some fail on rank 1."""
+
+    labels = property()  # as if there were none
+
+    def __init__(self, fails):
+        super().__init__(learning.table())
+        self.fails, self.read = fails, 0
+
+    def rows(self, key, packs):
+        rows = super().rows(key, packs)
+        self.read += 1
+        if self.fails == "label" and self.read == 7:  # of 5 an epoch: in the middle of the second
+            wrong = pa.array([99] * len(rows.segments["labels"]))
+            return replace(rows, segments={**rows.segments, "labels": wrong})
+        if self.fails == "image" and self.read == 5:  # the last before the ranks begin the next
+            raise TooManyRejects("rejected is 2 of 9 examples (22.22%), expected at most 1.00%", [])
+        return rows
+
+
+def train_on_unforeseen(rank, fails, **options):
+    """Train, with workers that fill batches ahead; rank 0 has nothing wrong."""
+    packs = Unforeseen(fails if rank else None)
+    loader = PackedLoader(packs, 1, seed=3, max_segments=4, num_workers=options.pop("workers", 0))
+    steps = []
+    try:
+        config = learning.config_of(steps=9, **options)
+        for record in train(learning.model_of(), loader, config):
+            steps.append(record.step)
+    except ValueError as error:
+        raise ValueError(f"after {len(steps)} steps: {error}") from error
+
+
 def disagreements(rank, checkpoint):
     """What the ranks do, by name; each is given a folder of this rank's own."""
     own = checkpoint if rank == 0 else None
@@ -190,6 +227,8 @@ def disagreements(rank, checkpoint):
         ),
         "no checkpoint written": lambda folder: train_where_nothing_can_be_saved(rank, folder),
         "no log": lambda folder: train_where_no_log_can_be(rank, folder),
+        "a label of a stream": lambda _: train_on_unforeseen(rank, "label"),
+        "an image": lambda _: train_on_unforeseen(rank, "image", accumulate=2, workers=1),
         "too large a batch": lambda folder: train_on(rank, folder, batch_size=11),
         "nothing": lambda folder: train_on(rank, folder, checkpoint=checkpoint),
         "ranks that are told": lambda _: go_through(rank, rank=rank, world_size=2),

@@ -682,3 +682,21 @@ def upright(stored: np.ndarray, orientation: int) -> np.ndarray:
         7: stored[::-1, ::-1].swapaxes(0, 1),
         8: np.rot90(stored, 1),
     }[orientation]
+
+
+def mean_average_precision(scores, labels):
+    """Σ (recall - recall before) · precision over thresholds, the mean of all classes with one."""
+    found = []
+    for own, wanted in zip(zip(*scores, strict=True), zip(*labels, strict=True), strict=True):
+        pairs = [pair for pair in zip(own, wanted, strict=True) if not math.isnan(pair[1])]
+        positive = sum(label > 0.5 for _, label in pairs)
+        if not positive:
+            continue
+        total = before = 0.0
+        for threshold in sorted({score for score, _ in pairs}, reverse=True):
+            chosen = [label > 0.5 for score, label in pairs if score >= threshold]
+            recall = sum(chosen) / positive
+            total += (recall - before) * sum(chosen) / len(chosen)
+            before = recall
+        found.append(total)
+    return sum(found) / len(found) if found else None

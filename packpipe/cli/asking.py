@@ -11,8 +11,10 @@ from typing import NamedTuple
 from datasets import ClassLabel, Dataset, Image
 
 from packpipe import checks
+from packpipe.cli.compared import Compared
 from packpipe.cli.layouts import packs_of
 from packpipe.cli.measured import measured_packs
+from packpipe.cli.starting import trained_model
 from packpipe.cli.training_run import device_of_this_rank
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.stored import StoredPacks
@@ -39,6 +41,7 @@ def evaluate(
     num_workers: int,
     max_bad_fraction: float,
     precision: str = "auto",
+    mask_column: str | None = None,
 ) -> tuple[list[tuple[int | None, Measures]], list[Reject]]:
     """Return what a trained model is worth on labelled images, by the most tokens of an image.
 
@@ -53,8 +56,10 @@ def evaluate(
         num_workers: threads that decode ahead.
         max_bad_fraction: a larger share of images that cannot be read is an error.
         precision: see `packpipe.model.precision`.
+        mask_column: of class maps, for a model that answers for every cell.
     """
-    model, options = _classifier(run)
+    model, options = loaded(run)
+    compared = _compared_with(model, mask_column)
     names = options.class_names
     classes = None if names is None else ClassLabel(names=list(names))
     are_rows = holds_rows(dataset.column_names)
@@ -71,12 +76,26 @@ def evaluate(
             loss=options.loss,
             num_workers=num_workers,
             max_bad_fraction=max_bad_fraction,
+            compared=compared,
         )
         rejected = [] if isinstance(packs, StoredPacks) else packs.rejects
         loader = PackedLoader(packs, batch_size, tail="pad", num_workers=num_workers)
         measured = measure(model, loader, LOSSES[options.loss], half=half)
         found.append((None if are_rows else asked.max_tokens, measured))
     return found, rejected
+
+
+def _compared_with(model: NaViT, mask_column: str | None) -> Compared:
+    """Return what a model is compared with; ValueError if it gives no such outputs."""
+    config = model.config
+    if is_dense(config) and mask_column is None:
+        expected = "a column of class maps, since the model answers for every cell"
+        remedy = "pass --mask-column, as in training"
+        raise ValueError(checks.sentence("mask_column", None, expected, remedy))
+    if not is_dense(config) and mask_column is not None:
+        expected, remedy = "None, since the model answers for images", "leave --mask-column out"
+        raise ValueError(checks.sentence("mask_column", mask_column, expected, remedy))
+    return Compared(mask_column, config.target_stride, config.num_classes)
 
 
 class Prediction(NamedTuple):
@@ -158,6 +177,19 @@ def _classifier(run: Path) -> tuple[NaViT, RunOptions]:
 
 
 def loaded(run: Path) -> tuple[NaViT, RunOptions]:
-    """Return a trained model, on this machine's device, and how it is asked."""
-    model, options = load_model(run)
+    """Return a trained model, on this machine's device, and how it is asked.
+
+    Args:
+        run: a training's folder, or one that `packpipe.save_pretrained` wrote of a model with a
+            head.
+
+    Raises:
+        ValueError: the model has no head.
+    """
+    is_there = run.is_dir()
+    model, options = trained_model(str(run), "RUN") if is_there else load_model(run)
+    if model.config.num_classes is None:
+        expected = "a model with a head, which answers"
+        remedy = "train one with packpipe train --init, or ask this for vectors by packpipe embed"
+        raise ValueError(checks.sentence("RUN", f"{run}, an encoder", expected, remedy))
     return model.to(device_of_this_rank()).eval(), options

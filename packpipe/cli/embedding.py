@@ -105,7 +105,8 @@ def embed(
     if output.exists() and not (parts / _RECORD).exists():
         expected, remedy = "a file that is not there yet", "remove it, or give another name"
         raise FileExistsError(checks.sentence("OUTPUT", str(output), expected, remedy))
-    model, packing = trained_model(str(run), "RUN")
+    model, options = trained_model(str(run), "RUN")
+    packing = options.packing
     model = model.to(device_of_this_rank()).eval()
     if tokens:
         check_whole(packing)  # all tokens of a grid are there

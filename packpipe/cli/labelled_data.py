@@ -7,6 +7,7 @@ from functools import cached_property
 
 from datasets import ClassLabel, Dataset
 
+from packpipe.cli.compared import LABELS, Compared
 from packpipe.cli.labels import classes_of, divided, labelled, num_outputs
 
 
@@ -20,22 +21,30 @@ class LabelledData:
         val: what the training is validated on: a share of the dataset, which is held out of it; or
             another dataset; None validates on none.
         seed: of which are held out.
+        compared: masks in the place of labels, and weights.
     """
 
     dataset: Dataset
     loss: str
     val: float | Dataset | None
     seed: int
+    compared: Compared = LABELS
+
+    @property
+    def _is_masked(self) -> bool:
+        return self.compared.mask is not None
 
     @cached_property
     def whole(self) -> Dataset:
         """The dataset, undivided, with its labels as classes."""
+        if self._is_masked:
+            return self.compared.telling(self.dataset)
         return labelled(self.dataset, self.loss)
 
     @cached_property
     def _parts(self) -> tuple[Dataset, Dataset | None]:
         if isinstance(self.val, float):
-            return divided(self.whole, self.val, self.seed)
+            return divided(self.whole, self.val, self.seed, by_class=not self._is_masked)
         return self.whole, None
 
     @property
@@ -51,9 +60,10 @@ class LabelledData:
     @property
     def classes(self) -> ClassLabel | None:
         """The classes, by number; None if labels are numbers of another kind."""
-        return classes_of(self.whole)
+        return self.compared.classes if self._is_masked else classes_of(self.whole)
 
     @property
     def num_outputs(self) -> int:
         """How many outputs the model needs."""
-        return num_outputs(self.whole)
+        of_masks = self.compared.num_classes
+        return num_outputs(self.whole) if of_masks is None else of_masks

@@ -6,6 +6,7 @@ numbers, and the numbers of a regression, are no classes, and stay what they are
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,13 @@ from packpipe import checks
 from packpipe.planning.held_out import held_out
 from packpipe.rows.labels import label_values
 from packpipe.rows.own_columns import holds_rows
-from packpipe.sources.image_columns import image_column_of, label_column_of
+from packpipe.sources.image_columns import (
+    image_column_of,
+    label_column_of,
+    mask_column_of,
+    weight_column_of,
+)
+from packpipe.sources.image_source import ImageSource
 from packpipe.sources.kinds import holds_images, is_text
 from packpipe.sources.labels import labels_of
 from packpipe.training.losses import LOSSES
@@ -106,24 +113,37 @@ def _is_encoded(feature: Any, loss: str) -> bool:
     return isinstance(feature, ClassLabel | List | LargeList) or is_regression(LOSSES[loss])
 
 
-def chosen(dataset: Dataset, image_column: str = "auto", label_column: str = "auto") -> Dataset:
+def chosen(
+    dataset: Dataset,
+    image_column: str = "auto",
+    label_column: str = "auto",
+    *,
+    mask_column: str | None = None,
+    weight_column: str | None = None,
+) -> Dataset:
     """Return a dataset of images in which the columns that are asked for are the only ones.
 
     Args:
         dataset: the images; rows of them have their own columns.
         image_column: its name; ``"auto"`` finds the only one.
         label_column: its name; ``"auto"`` leaves the labels to be found.
+        mask_column: that of class maps, which are in the place of labels; None for none.
+        weight_column: that of weights; None for none.
 
     Raises:
         ValueError: there is no such column, or it holds something else.
     """
-    if holds_rows(dataset.column_names) or (image_column, label_column) == ("auto", "auto"):
+    asked_for = (image_column, label_column, mask_column, weight_column)
+    if holds_rows(dataset.column_names) or asked_for == ("auto", "auto", None, None):
         return dataset
     # Of a table of paths the images have a column of their own.
     asked = "auto" if is_text(dataset.features.get(image_column)) else image_column
-    image = image_column_of(dataset.features, asked)
-    label = label_column_of(dataset.features, label_column)
-    names = [image] if label is None else [image, label]
+    mask = mask_column_of(dataset.features, mask_column)
+    image = image_column_of(dataset.features, asked, mask=mask)
+    label = None if mask is not None else label_column_of(dataset.features, label_column)
+    weight = weight_column_of(dataset.features, weight_column)
+    # The image first, by whose file an example is named.
+    names = [name for name in (image, label, mask, weight) if name is not None]
     found = dataset.select_columns(names)
     # So that it is found, whatever its name; what numbers mean, the loss says.
     if label is None or isinstance(found.features[label], ClassLabel):
@@ -139,6 +159,21 @@ def with_one_image(dataset: Dataset, image_column: str) -> Dataset:
     image_column_of(dataset.features, image_column)  # raises if it holds none
     images = [name for name, feature in dataset.features.items() if holds_images(feature)]
     return dataset.remove_columns([name for name in images if name != image_column])
+
+
+def names_in(path: Path) -> list[str]:
+    """Return the names of classes in a file, a line each; empty lines are none.
+
+    Raises:
+        ValueError: it cannot be read, or is no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors may write a mark first
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        expected, remedy = f"a file of text in UTF-8 ({why})", "write a name a line"
+        raise ValueError(checks.sentence("--classes", str(path), expected, remedy)) from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def classes_of(dataset: Dataset) -> ClassLabel | None:
@@ -166,16 +201,20 @@ def _feature_of(dataset: Dataset) -> Any:
     return found.feature if holds_rows(dataset.column_names) else found
 
 
-def divided(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+def divided(
+    dataset: Dataset, fraction: float, seed: int, *, by_class: bool = True
+) -> tuple[Dataset, Dataset]:
     """Return what is trained on, and what is held out, in their order.
 
-    Of images, a share of each class, or of all if there are no classes; of packed rows a share of
+    Of images, a share of each class, or of all if there are no classes, and all or none of those
+    that are one file or the same bytes (`ImageSource.same_files`); of packed rows a share of
     the rows, whatever their classes, since a row is read whole.
 
     Args:
         dataset: what `labelled` returned.
         fraction: the share that is held out.
         seed: of the draw.
+        by_class: whether images have labels, which may be classes.
 
     Raises:
         ValueError: no class has two images; there are no two rows, or an image has views on both
@@ -184,10 +223,17 @@ def divided(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Data
     if holds_rows(dataset.column_names):
         return _divided_rows(dataset, fraction, seed)
     labels = np.zeros(len(dataset), np.int64)
-    if classes_of(dataset):
+    if by_class and classes_of(dataset):
         labels = _flat(dataset).fill_null(-1).to_numpy()
-    chosen = held_out(labels, fraction, seed=seed)
+    chosen = held_out(labels, fraction, seed=seed, groups=_files(dataset))
     return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
+
+
+def _files(dataset: Dataset) -> NDArray[np.int64]:
+    """Return int64[images], a number for each file or, of images in the dataset, for its bytes."""
+    # The first column of images: another one is of masks, which `chosen` puts behind it.
+    image = next(name for name, feature in dataset.features.items() if holds_images(feature))
+    return ImageSource(dataset.select_columns([image]).with_format("arrow")).same_files()
 
 
 def with_classes_of(dataset: Dataset, trained: ClassLabel | None) -> Dataset:

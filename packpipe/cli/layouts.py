@@ -50,8 +50,17 @@ class Layout:
     crop: Crop | None = None
     prefix_tokens: int = 0
 
-    def packs(self, dataset: Dataset, patch_size: int, num_workers: int) -> EpochPacks:
-        """Return the packs of a dataset in this layout, planned anew every epoch."""
+    def packs(
+        self, dataset: Dataset, patch_size: int, num_workers: int, **columns: Any
+    ) -> EpochPacks:
+        """Return the packs of a dataset in this layout, planned anew every epoch.
+
+        Args:
+            dataset: images, with what they are compared with.
+            patch_size: of the model.
+            num_workers: threads that read the headers.
+            **columns: what it is, as options of `EpochPacks`.
+        """
         checks.choice("layout", self.name, LAYOUTS, "choose a layout")
         drawn = Side(_between(self.sides))
         options: dict[str, Any] = {"resolution": drawn, "drop_rate": self.drop_rate}
@@ -71,7 +80,7 @@ class Layout:
             num_workers=max(1, num_workers),
             max_bad_fraction=self.max_bad_fraction,
             prefix_tokens=self.prefix_tokens,
-            **options | self.pixels,
+            **options | self.pixels | columns,
         )
 
     def evaluation(self, patch_size: int, max_tokens: int | None = None) -> PackConfig:
@@ -123,8 +132,10 @@ class EncoderLayout:
 
     name = "packed"
 
-    def packs(self, dataset: Dataset, patch_size: int, num_workers: int) -> EpochPacks:
-        """Return the packs of a dataset, planned anew every epoch."""
+    def packs(
+        self, dataset: Dataset, patch_size: int, num_workers: int, **columns: Any
+    ) -> EpochPacks:
+        """Return the packs of a dataset, planned anew every epoch; arguments as of `Layout`."""
         packing = self.evaluation(patch_size)
         square = isinstance(packing.resolution, Square)
         changes: dict[str, Any] = {"drop_rate": self.drop_rate}
@@ -135,7 +146,8 @@ class EncoderLayout:
         if self.crop is not None:
             changes["crop"] = _shaped(self.crop, square=square)
         found = replace(packing, **changes)
-        return packs_of(dataset, found, num_workers, max_bad_fraction=self.max_bad_fraction)
+        allowed = self.max_bad_fraction
+        return packs_of(dataset, found, num_workers, max_bad_fraction=allowed, **columns)
 
     def evaluation(self, patch_size: int, max_tokens: int | None = None) -> PackConfig:
         """Return how images become rows when the model is evaluated: as the encoder expects."""

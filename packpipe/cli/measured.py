@@ -9,6 +9,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset
 
 from packpipe import checks
+from packpipe.cli.compared import LABELS, Compared
 from packpipe.cli.labels import labelled, with_classes_of
 from packpipe.cli.layouts import packs_of
 from packpipe.cli.open_source import naming_files
@@ -53,6 +54,7 @@ def measured_packs(
     loss: str,
     num_workers: int,
     max_bad_fraction: float,
+    compared: Compared = LABELS,
 ) -> EpochPacks | StoredPacks:
     """Return images, or packed rows of them, as packs with the classes of a training.
 
@@ -63,11 +65,20 @@ def measured_packs(
         loss: of the training.
         num_workers: threads that read the headers.
         max_bad_fraction: a larger share of images that cannot be read is an error.
+        compared: what images are compared with; of masks the loss has no say.
 
     Raises:
         TooManyRejects: too many images cannot be read.
-        ValueError: there is no label, or one that is not trained; or rows have other patches.
+        ValueError: there is no label, or one that is not trained; or rows have other patches, or
+            stand where masks are wanted.
     """
+    if compared.mask is not None:
+        found = compared.telling(dataset)
+        if holds_rows(found.column_names):
+            expected, remedy = "images and their masks", "pass those that the rows were packed of"
+            raise ValueError(checks.sentence("source", "packed rows", expected, remedy))
+        options: dict[str, Any] = {"max_bad_fraction": max_bad_fraction, **compared.measured}
+        return packs_of(found, packing, num_workers, **options)
     found = labelled(dataset, loss)
     found = with_classes_of(found, classes)
     if holds_rows(found.column_names):

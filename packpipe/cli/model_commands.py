@@ -11,13 +11,23 @@ import typer
 from packpipe import checks
 from packpipe.cli.errors import one_line_errors
 from packpipe.cli.open_source import file_of, naming_files, open_source, say_rejected, with_files
-from packpipe.cli.options import AsJson, ImageColumn, LabelColumn, MaxBadFraction, Source, Split
+from packpipe.cli.options import (
+    AsJson,
+    ImageColumn,
+    LabelColumn,
+    MaskColumn,
+    MaxBadFraction,
+    Source,
+    Split,
+)
 from packpipe.cli.output import plain, print_json, print_table
 
 if TYPE_CHECKING:
     from packpipe.training.evaluation import Measures
 
-Run = Annotated[Path, typer.Argument(help="A folder that train wrote.")]
+Run = Annotated[
+    Path, typer.Argument(help="A folder that train wrote, or save_pretrained of a whole model.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows a step.")]
 NumWorkers = Annotated[int, typer.Option(min=0, help="Threads that decode ahead.")]
 Precision = Annotated[
@@ -41,18 +51,21 @@ def eval_(
     max_bad_fraction: MaxBadFraction = 0.01,
     image_column: ImageColumn = "auto",
     label_column: LabelColumn = "auto",
+    mask_column: MaskColumn = None,
     split: Split = "train",
     as_json: AsJson = False,
 ) -> None:
     """Measure a trained model on labelled images: accuracy, loss, calibration error (ECE).
 
-    Of a regression, its mean absolute error.
+    Of a regression, its mean absolute error; of masks, the mean IoU; of several labels an image,
+    the mean average precision (mAP).
     """
     from packpipe.cli.asking import evaluate
     from packpipe.cli.labels import chosen
 
     asked = None if budgets is None else _numbers(budgets)
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    columns |= {"mask_column": mask_column}
     found = open_source(source, split, **columns, rows=True, texts=True)
     dataset = chosen(found, **columns)
     with naming_files(dataset):
@@ -64,6 +77,7 @@ def eval_(
             num_workers=num_workers,
             precision=precision,
             max_bad_fraction=max_bad_fraction,
+            mask_column=mask_column,
         )
     say_rejected(with_files(dataset, rejected))
     if as_json:
@@ -218,8 +232,8 @@ def zero_shot(
 
     The classes are in the order of the labels' numbers: of folders, by name.
     """
-    from packpipe.cli.labels import chosen
-    from packpipe.cli.zero_shot import TEMPLATE, names_in
+    from packpipe.cli.labels import chosen, names_in
+    from packpipe.cli.zero_shot import TEMPLATE
     from packpipe.cli.zero_shot import zero_shot as ask
 
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
@@ -273,10 +287,11 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a trained model as an ONNX file, once onnxruntime gives the model's outputs with it."""
+    from packpipe.cli.asking import loaded
     from packpipe.training.export import export_onnx
-    from packpipe.training.run_folder import load_model
 
-    model, options = load_model(run)
+    model, options = loaded(run)
+    model = model.cpu()
     asked = options if max_tokens is None else options.at(max_tokens)
     seq_len = asked.packing.seq_len if seq_len is None else seq_len
     difference = export_onnx(model, asked, output, batch_size=batch_size, seq_len=seq_len)
@@ -309,7 +324,7 @@ def _files(image: str) -> list[str]:
 def _figures(measured: Measures) -> str:
     """Return the figures of a model that it has, ready to print."""
     named = {"accuracy": measured.accuracy, "error": measured.error, "loss": measured.loss}
-    named["ECE"] = measured.ece
+    named |= {"ECE": measured.ece, "IoU": measured.iou, "mAP": measured.mean_ap}
     return "  ".join(f"{name} {value:.4f}" for name, value in named.items() if value is not None)
 
 

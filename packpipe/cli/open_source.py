@@ -42,6 +42,8 @@ def open_source(
     *,
     image_column: str = "auto",
     label_column: str = "auto",
+    mask_column: str | None = None,
+    weight_column: str | None = None,
     rows: bool = False,
     texts: bool = False,
 ) -> Dataset:
@@ -55,6 +57,8 @@ def open_source(
         image_column: of a table of paths, the column of paths; ``"auto"`` finds it.
         label_column: of a table of paths, the column of labels; ``"auto"`` finds it, ``"none"``
             takes none. Other datasets have the columns that they have.
+        mask_column: of a table of paths, the column of paths of class maps; None for none.
+        weight_column: of a table of paths, the column of weights; None for none.
         rows: whether packed rows will do.
         texts: of a table of paths, whether labels that are texts stay so; else they become classes.
 
@@ -104,9 +108,10 @@ def open_source(
             raise ValueError(checks.sentence(options[0], what, expected, remedy))
         return found
     if path.is_file() or is_remote(source):
-        paths = path_column_of(found.features, found, image_column, label_column)
+        paths = path_column_of(found.features, found, image_column, label_column, mask_column)
         if paths is not None:
-            return with_images(found, source, paths, label_column, texts=texts)
+            more: dict[str, Any] = {"mask_column": mask_column, "weight_column": weight_column}
+            return with_images(found, source, paths, label_column, texts=texts, **more)
         if is_text_table(source) and image_column != "auto":
             expected, remedy = f"one of {found.column_names}", "check its spelling"
             raise ValueError(checks.sentence("--image-column", image_column, expected, remedy))

@@ -85,6 +85,10 @@ ImageColumn = Annotated[
     str, typer.Option(help="Name of the column of images, or of their paths; auto finds it.")
 ]
 LabelColumn = Annotated[str, typer.Option(help="Name of the column of labels; auto finds it.")]
+MaskColumn = Annotated[
+    str | None,
+    typer.Option(help="Name of the column of class maps, or of their paths, instead of labels."),
+]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 Epoch = Annotated[int, typer.Option(help="Which of the seed's orders and draws.")]

@@ -81,7 +81,11 @@ def _check_delimited(content: bytes, source: str, delimiter: str) -> None:
 
 
 def path_column_of(
-    features: Features, rows: Dataset, asked: str, label_column: str = "auto"
+    features: Features,
+    rows: Dataset,
+    asked: str,
+    label_column: str = "auto",
+    mask_column: str | None = None,
 ) -> str | None:
     """Return the column of paths of images: the one asked for, or the only one that looks so.
 
@@ -97,20 +101,26 @@ def path_column_of(
     if asked != "auto":
         return asked if asked in texts else None
     labels = ("label", "labels") if label_column == "auto" else (label_column,)
+    labels = (*labels, mask_column)
     others = [feature for name, feature in features.items() if name not in labels]
     if any(holds_images(one) or holds_numbers(one) for one in others):
         return None
-    paths = [name for name in texts if _holds_paths(rows, name)]
+    paths = [name for name in texts if name != mask_column and _holds_paths(rows, name)]
     if len(paths) > 1:
-        expected = "exactly one"
-        raise ValueError(
-            checks.sentence("columns of paths", paths, expected, "pass --image-column")
-        )
+        expected, remedy = "exactly one", "pass --image-column, or --mask-column for that of masks"
+        raise ValueError(checks.sentence("columns of paths", paths, expected, remedy))
     return paths[0] if paths else None
 
 
 def with_images(
-    rows: Dataset, source: str, path_column: str, label_column: str, *, texts: bool = False
+    rows: Dataset,
+    source: str,
+    path_column: str,
+    label_column: str,
+    *,
+    texts: bool = False,
+    mask_column: str | None = None,
+    weight_column: str | None = None,
 ) -> Dataset:
     """Return a table with a column of the images at its paths, and labels that are found.
 
@@ -124,35 +134,67 @@ def with_images(
         label_column: name of its column of labels; ``"auto"`` takes label or labels, or the only
             column beside the paths; ``"none"`` takes none.
         texts: whether labels that are texts stay so, for who parses them as numbers.
+        mask_column: name of the column of class maps, or of their paths; there are no labels then.
+        weight_column: name of the column of weights, which may be texts.
 
     Raises:
-        ValueError: none of the first files is there, or a column is not.
+        ValueError: none of the first files is there, or a column is not, or a weight is no number.
     """
     import datasets
 
     from packpipe.images.remote import is_remote
+    from packpipe.sources.kinds import is_text
 
     there = is_remote(source)
     folder = source.rpartition("/")[0] if there else str(Path(source).absolute().parent)
-    paths = [None if path is None else _joined(folder, path) for path in rows[path_column]]
-    _check_there(paths, rows[path_column], path_column, folder)
-    images = [None if path is None else {"bytes": None, "path": path} for path in paths]
-    label = _label_of(rows.column_names, path_column, label_column)
+    images = _images_at(rows, path_column, folder, "--image-column")
+    taken = (path_column, mask_column, weight_column)
+    asked = label_column if mask_column is None else "none"
+    label = _label_of([n for n in rows.column_names if n not in taken], asked)
     name = _IMAGE
     if name in rows.column_names:  # that of the paths, or one that they would hide
         name = path_column
         rows = rows.remove_columns([path_column])
     before = rows._fingerprint
     found = rows.add_column(name, images, feature=datasets.Image())
+    if is_text(rows.features.get(mask_column)):
+        masks = _images_at(rows, str(mask_column), folder, "--mask-column")
+        found = found.remove_columns([mask_column])
+        found = found.add_column(mask_column, masks, feature=datasets.Image())
+    if is_text(rows.features.get(weight_column)):
+        weights = _numbers(rows[weight_column], "--weight-column")
+        found = found.remove_columns([weight_column])
+        found = found.add_column(weight_column, weights, feature=datasets.Value("float64"))
     if label is not None:
         found = _with_labels(found, label, stripped=is_text_table(source), texts=texts)
         if label_column == "auto" and label in found.column_names:
             found = _findable(found, label)
-    digest = hashlib.sha256(repr((before, folder, name, label)).encode(errors="surrogatepass"))
+    others = (("mask", mask_column), ("weight", weight_column))
+    known = repr((before, folder, name, label, *(other for other in others if other[1])))
+    digest = hashlib.sha256(known.encode(errors="surrogatepass"))
     return datasets.Dataset(found.data, found.info, fingerprint=digest.hexdigest()[:16])
 
 
-def _label_of(names: list[str], path_column: str, asked: str) -> str | None:
+def _images_at(rows: Dataset, column: str, folder: str, option: str) -> list[Any]:
+    """Return the images at the paths of a column, as `datasets` stores them; option names it."""
+    paths = [None if path is None else _joined(folder, path) for path in rows[column]]
+    _check_there(paths, rows[column], column, folder, option)
+    return [None if path is None else {"bytes": None, "path": path} for path in paths]
+
+
+def _numbers(texts: Any, option: str) -> list[float | None]:
+    """Return texts as numbers; option names their column."""
+    found = []
+    for text in texts:
+        try:
+            found.append(None if text is None else float(text))
+        except ValueError as error:
+            expected, remedy = "a number an image", f"pass another {option}"
+            raise ValueError(checks.sentence("a weight", text, expected, remedy)) from error
+    return found
+
+
+def _label_of(names: list[str], asked: str) -> str | None:
     if asked == "none":
         return None
     if asked != "auto":
@@ -161,9 +203,8 @@ def _label_of(names: list[str], path_column: str, asked: str) -> str | None:
             raise ValueError(checks.sentence("--label-column", asked, expected, remedy))
         return asked
     named = [name for name in ("label", "labels") if name in names]
-    others = [name for name in names if name != path_column]
     # Of both label and labels, and of several others, none is taken: the caller has to say.
-    return next((some[0] for some in (named, others) if len(some) == 1), None)
+    return next((some[0] for some in (named, names) if len(some) == 1), None)
 
 
 def _findable(rows: Dataset, label: str) -> Dataset:
@@ -199,7 +240,9 @@ def _with_labels(rows: Dataset, column: str, *, stripped: bool, texts: bool) -> 
     return rows.remove_columns([column]).add_column(column, labels, feature=classes)
 
 
-def _check_there(paths: list[str | None], written: Any, column: str, folder: str) -> None:
+def _check_there(
+    paths: list[str | None], written: Any, column: str, folder: str, option: str
+) -> None:
     """Raise ValueError if none of the first files is there: the column or the folder is wrong."""
     from packpipe.images.remote import is_remote
 
@@ -207,9 +250,9 @@ def _check_there(paths: list[str | None], written: Any, column: str, folder: str
     local = [pair for pair in islice(local, _LOOKED_AT) if not is_remote(pair[0])]
     if local and not any(os.path.exists(path) for path, _ in local):
         expected = f"files that are there; relative paths start at {folder}"
-        what, remedy = local[0][1], "pass --image-column"
+        what, remedy = local[0][1], f"pass {option}"
         if "\\" in what and os.sep == "/":
-            remedy = "write / for the backslashes of Windows, or pass --image-column"
+            remedy = f"write / for the backslashes of Windows, or pass {option}"
         raise ValueError(checks.sentence(f"column {column!r}", what, expected, remedy))
 
 

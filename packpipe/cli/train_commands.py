@@ -18,6 +18,7 @@ from packpipe.cli.options import (
     DamagedScans,
     ImageColumn,
     LabelColumn,
+    MaskColumn,
     MaxBadFraction,
     Pixels,
     Profiles,
@@ -34,6 +35,7 @@ from packpipe.cli.validation_source import check_validates, validation_of
 _OF_IMAGES = (
     *("layout", "seq_len", "sides", "crop_area", "crop_aspect", "drop_rate"),
     *("profiles", "damaged_scans", "pixels", "value_range", "image_column", "label_column"),
+    *("mask_column", "target_stride", "classes", "weight_column"),
 )
 # Those that say how images are measured: where none are, there are rows to be measured, if any.
 _OF_MEASURED_IMAGES = ("val_tokens", "max_bad_fraction")
@@ -207,15 +209,36 @@ def train(
     max_bad_fraction: MaxBadFraction = 0.01,
     image_column: ImageColumn = "auto",
     label_column: LabelColumn = "auto",
+    mask_column: MaskColumn = None,
+    target_stride: Annotated[
+        int | None, typer.Option(min=1, help="Pixels a side of what a mask is told by.  [a patch]")
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Of masks: how many, or a file of their names, a line each, 0 first."),
+    ] = None,
+    weight_column: Annotated[
+        str | None, typer.Option(help="Name of the column of what an image counts in the loss.")
+    ] = None,
+    class_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="What a class counts in the loss: balanced, or a number for each, such as 1,2.5,1."
+        ),
+    ] = None,
     split: Split = "train",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained; train nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a NaViT on labelled images, or on packed rows; stopped, the same command resumes."""
+    """Train a NaViT on images with labels or masks, or on packed rows.
+
+    Stopped, the same command resumes.
+    """
     from datasets import Dataset
 
+    from packpipe.cli.compared import class_weights_of, compared_of
     from packpipe.cli.labels import chosen
     from packpipe.cli.layouts import EncoderLayout, Layout
     from packpipe.cli.starting import start_of
@@ -237,7 +260,12 @@ def train(
     check_validates(
         val, {f"--{name.replace('_', '-')}": value for name, value in validation.items()}
     )
+    compared = compared_of(mask_column, target_stride, classes, weight_column)
+    if compared.mask is not None:
+        expected = f"left out beside --mask-column {mask_column}"
+        _refuse(context, ("label_column", "pooling"), expected, "a mask is of the tokens' cells")
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    columns |= {"mask_column": mask_column, "weight_column": weight_column}
     found = open_source(source, split, **columns, rows=True, texts=True)
     dataset = chosen(found, **columns)
     are_rows = holds_rows(dataset.column_names)
@@ -248,7 +276,7 @@ def train(
     elif freeze:
         expected, remedy = "0 without --init", "pass --init: weights that are drawn have to learn"
         raise ValueError(checks.sentence("--freeze", freeze, expected, remedy))
-    start = start_of(init, output)
+    start = start_of(init, output, dense=compared.mask is not None)
     shape = NaViTConfig.preset(model, num_classes=None) if start is None else start.model.config
     patch_size = shape.patch_size
     measured = (
@@ -283,7 +311,7 @@ def train(
             max_bad_fraction,
             crop_of(crop_area, crop_aspect),
         )
-        data = TrainedImages(dataset, encoder_layout, patch_size, **where)
+        data = TrainedImages(dataset, encoder_layout, patch_size, compared=compared, **where)
     else:
         of_pixels = {
             "profiles": profiles,
@@ -301,7 +329,7 @@ def train(
             crop=crop_of(crop_area, crop_aspect),
             prefix_tokens=shape.prefix_tokens,
         )
-        data = TrainedImages(dataset, layout_of_images, patch_size, **where)
+        data = TrainedImages(dataset, layout_of_images, patch_size, compared=compared, **where)
     training = Training(
         data,
         model=model,
@@ -318,6 +346,7 @@ def train(
             "drop_path": drop_path,
             "loss": loss,
             "label_smoothing": label_smoothing,
+            "class_weights": class_weights_of(class_weights),
             "precision": precision,
             "save_every": save_every,
             "log_every": log_every,

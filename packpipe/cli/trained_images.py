@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from packpipe.cli.compared import LABELS, Compared
 from packpipe.cli.labelled_data import LabelledData
 from packpipe.cli.layouts import EncoderLayout, Layout, packs_of
 from packpipe.cli.measured import num_measured, validation_packs
@@ -32,6 +33,7 @@ class TrainedImages:
             of it, or a dataset of others, or of rows that are packed; None validates on none.
         val_tokens: most tokens of a validation image; None is those of the largest square.
         loss: what the model is trained with, which says whether labels are classes.
+        compared: masks in the place of labels, and weights.
     """
 
     dataset: Dataset
@@ -42,6 +44,7 @@ class TrainedImages:
     val: float | Dataset | None = None
     val_tokens: int | None = None
     loss: str = "sigmoid"
+    compared: Compared = LABELS
 
     @property
     def layout_name(self) -> str:
@@ -56,12 +59,12 @@ class TrainedImages:
     @cached_property
     def labelled(self) -> LabelledData:
         """The images with their labels as classes, in their parts."""
-        return LabelledData(self.dataset, self.loss, self.val, self.seed)
+        return LabelledData(self.dataset, self.loss, self.val, self.seed, self.compared)
 
     @property
     def label_column(self) -> str | None:
-        """Name of the column of labels."""
-        return label_column_of(self.labelled.whole.features, "auto")
+        """Name of the column of labels, or of masks."""
+        return self.compared.mask or label_column_of(self.labelled.whole.features, "auto")
 
     @cached_property
     def packs(self) -> EpochPacks:
@@ -69,7 +72,8 @@ class TrainedImages:
         if isinstance(self.val, float):
             _ = self._undivided  # raises if too many are bad
         layout = replace(self.layout, max_bad_fraction=self._allowed_in(self.labelled.trained))
-        return layout.packs(self.labelled.trained, self.patch_size, self.num_workers)
+        images, columns = self.labelled.trained, self.compared.trained
+        return layout.packs(images, self.patch_size, self.num_workers, **columns)
 
     @property
     def rejected(self) -> list[tuple[str, Reject]]:
@@ -87,9 +91,9 @@ class TrainedImages:
         allowed = self.layout.max_bad_fraction
         try:
             with naming_files(self.labelled.whole):
-                return packs_of(
-                    self.labelled.whole, self.evaluation, self.num_workers, max_bad_fraction=allowed
-                )
+                options = {"max_bad_fraction": allowed, **self.compared.trained}
+                images = self.labelled.whole
+                return packs_of(images, self.evaluation, self.num_workers, **options)
         except TooManyRejects as error:
             # Without the rejects, whose numbers are not those of the images that are trained on.
             raise TooManyRejects(str(error), []) from error
@@ -121,6 +125,7 @@ class TrainedImages:
             loss=self.loss,
             num_workers=self.num_workers,
             max_bad_fraction=self._allowed_in(validated),
+            compared=self.compared,
         )
 
     def counts(self) -> dict[str, int]:

@@ -72,13 +72,15 @@ class Training:
     @cached_property
     def config(self) -> NaViTConfig:
         """The model's shape."""
-        shape = self.shape
+        shape, outputs = self.shape, self.data.labelled.num_outputs
         if self.start is not None:
-            return self.start.config(self.data.labelled.num_outputs, shape["attention"])
+            attention = shape["attention"]
+            return self.start.config(outputs, attention, **self.data.labelled.compared.shape)
         if self.data.layout_name in ("padded", "bucketed") and shape["attention"] == "auto":
             # Other backends may skip padding, which a padded ViT computes.
             shape = {**shape, "attention": "reference"}
-        return NaViTConfig.preset(self.model, num_classes=self.data.labelled.num_outputs, **shape)
+        shape = {**shape, **self.data.labelled.compared.shape}
+        return NaViTConfig.preset(self.model, num_classes=outputs, **shape)
 
     @cached_property
     def train_config(self) -> TrainConfig:
@@ -121,9 +123,9 @@ class Training:
         if classes is not None and len(classes.names) < 2:
             remedy = "add images of another class, or pass another --label-column"
             raise ValueError(checks.sentence("classes", classes.names, "two or more", remedy))
-        if self.config.pooling == "none":
+        if self.config.pooling == "none" and not self.data.labelled.compared.shape:
             expected = "one that gives an output an image, since labels are of images"
-            remedy = "train on masks by packpipe.train"
+            remedy = "pass --mask-column to train on masks"
             raise ValueError(checks.sentence("--pooling", "none", expected, remedy))
 
     def _check_rows(self, rows: int) -> None:
@@ -280,6 +282,7 @@ def _line(record: Record, as_json: bool) -> str:
         return json_line(asdict(record))
     figures = {"val loss": record.val_loss, "val accuracy": record.val_accuracy}
     figures |= {"val ECE": record.val_ece, "val error": record.val_error, "val IoU": record.val_iou}
+    figures |= {"val mAP": record.val_mean_ap}
     measured = "".join(
         f"  {name} {value:.{4 if name == 'val loss' else 3}f}"
         for name, value in figures.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -129,21 +128,6 @@ def zero_shot(
         labels=answers.labels,
         rejects=sorted([*packs.rejects, *packs.undecodable]),
     )
-
-
-def names_in(path: Path) -> list[str]:
-    """Return the names of classes in a file, a line each; empty lines are none.
-
-    Raises:
-        ValueError: it cannot be read, or is no text.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors may write a mark first
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        expected, remedy = f"a file of text in UTF-8 ({why})", "write a name a line"
-        raise ValueError(checks.sentence("--classes", str(path), expected, remedy)) from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def _of_labels(names: list[str] | None, classes: ClassLabel | None) -> list[str]:

@@ -6,15 +6,18 @@ was given. Nothing is claimed that was not measured or told.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from packpipe import checks
+from packpipe.hub.meaning import LOSSES, Meaning
 from packpipe.model.navit import NaViT
 from packpipe.planning.image_config import PackConfig
 
 CARD = "README.md"
-_SHARES = ("accuracy", "ece")
+UNTOLD = Meaning()
+_SHARES = ("accuracy", "ece", "mean_ap")
 _USE = """\
 ```python
 import packpipe
@@ -32,6 +35,7 @@ def card_of(
     figures: Mapping[str, float] | None = None,
     license: str | None = None,  # noqa: A002
     source: str | None = None,
+    meaning: Meaning = UNTOLD,
 ) -> str:
     """Return the text of a card, its metadata first.
 
@@ -44,15 +48,18 @@ def card_of(
         license: of the weights, as the Hub knows it, such as "apache-2.0"; None leaves it out.
         source: where the weights come from, and what they were trained on, in Markdown; None says
             that nobody told.
+        meaning: what its outputs are.
 
     Raises:
         TypeError, ValueError: a figure is no finite number, there are some without ``images``, a
-            whole number, a share is none, or a name cannot stand in a table.
+            whole number, a share is none, or a name cannot stand in a table; or there is not a
+            name for each output.
     """
     from huggingface_hub import ModelCardData
 
     told = _checked({} if figures is None else figures)
     config = model.config
+    meaning.check_outputs(config.num_classes)
     features = config.num_classes is None
     data = ModelCardData(
         license=license,
@@ -75,6 +82,7 @@ def card_of(
         f"# {name}",
         summary,
         _USE.format(name=name),
+        *_said(meaning),
         "## Measured",
         "Nothing was measured." if not told else _table(("figure", "value"), _printed(told)),
         "## Source",
@@ -86,6 +94,20 @@ def card_of(
         *([_table(("option", "value"), packed)] if packed else []),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _said(meaning: Meaning) -> list[str]:
+    """Return what is told of the outputs, as paragraphs; none if nothing is."""
+    parts = []
+    if meaning.class_names is not None:
+        # As JSON, so that a name of several words, or with a comma, is read as one.
+        names = ", ".join(json.dumps(name, ensure_ascii=False) for name in meaning.class_names)
+        parts.append(f"In their order, they are of: {names}.")
+    if meaning.loss is not None:
+        parts.append(f"Trained with the loss `{meaning.loss}`: {LOSSES[meaning.loss]}.")
+    if meaning.label_column is not None:
+        parts.append(f"The labels were the column {json.dumps(meaning.label_column)}.")
+    return ["## Outputs", *parts] if parts else []
 
 
 def _checked(figures: Mapping[str, float]) -> dict[str, float]:

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from packpipe import checks
-from packpipe.hub.encoder import Encoder, check_size, mean_and_std, shape_settings, squares
+from packpipe.hub.encoder import (
+    Encoder,
+    check_size,
+    mean_and_std,
+    shape_settings,
+    squares,
+    tower_of,
+)
 from packpipe.hub.files import CONFIG, Weights
 from packpipe.hub.folding import channels_last, fold_pixels
 from packpipe.model.config import NaViTConfig
@@ -60,6 +67,8 @@ class Family:
         registers: the other prefix tokens; None without any.
         scales: of attention and MLP; none without layer scale.
         wide: a gated MLP's gate and the other half, in the place of ``widen``.
+        modules: names of transformers 5's modules, which it writes with
+            ``save_original_format=False``: those of version 4, which both write otherwise.
     """
 
     switches: dict[str, Any]
@@ -75,11 +84,18 @@ class Family:
     registers: str | None = None
     scales: tuple[str, ...] = ()
     wide: tuple[str, ...] = field(default=())
+    modules: dict[str, str] = field(default_factory=dict)
 
 
 _OF_BERT = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
+_OF_LLAMA = {
+    "attention.q_proj.": "attention.attention.query.",
+    "attention.k_proj.": "attention.attention.key.",
+    "attention.v_proj.": "attention.attention.value.",
+    "attention.o_proj.": "attention.output.dense.",
+}
 _DINOV2: dict[str, Any] = {
-    "usual": _SIZES | {"mlp_ratio": 4, "patch_size": 14, "layer_norm_eps": 1e-6},
+    "usual": _SIZES | {"mlp_ratio": 4.0, "patch_size": 14, "layer_norm_eps": 1e-6},
     "processing": _CROPPED | _IMAGENET | {"size": {"shortest_edge": 256}},
     "first": "embeddings.cls_token",
     "patches": "embeddings.patch_embeddings.projection",
@@ -94,6 +110,7 @@ _DINOV2: dict[str, Any] = {
     "projections": _OF_BERT,
     "norms": {"norm": "layernorm"},
     "scales": ("layer_scale1.lambda1", "layer_scale2.lambda1"),
+    "modules": _OF_LLAMA,
 }
 FAMILIES = {
     "dinov2": Family(switches=DINOV2, **_DINOV2),
@@ -130,6 +147,7 @@ FAMILIES = {
         registers="embeddings.register_tokens",
         scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
         wide=("mlp.gate_proj", "mlp.up_proj"),
+        modules={"model.layer.": "layer."},
     ),
     "vit": Family(
         switches=VIT,
@@ -147,6 +165,12 @@ FAMILIES = {
         },
         projections=_OF_BERT,
         norms={"norm": "layernorm"},
+        modules={
+            **_OF_LLAMA,
+            "layers.": "encoder.layer.",
+            "mlp.fc1.": "intermediate.dense.",
+            "mlp.fc2.": "output.dense.",
+        },
     ),
     "clip": Family(
         switches=CLIP,
@@ -199,7 +223,7 @@ def read_class_token(
         name: of `FAMILIES`.
     """
     family = FAMILIES[name]
-    config = shape_of(settings.get("vision_config", settings), name)
+    config = shape_of(settings, name)
     processing = family.processing | processing
     return Encoder(
         config=config,
@@ -209,13 +233,13 @@ def read_class_token(
 
 
 def shape_of(settings: dict[str, Any], name: str) -> NaViTConfig:
-    """Return the shape of an encoder, given what transformers says of its image tower.
+    """Return the shape of an encoder, given what transformers says of it or of both towers.
 
     Raises:
-        ValueError: it is of a kind that there is no switch for.
+        TypeError, ValueError: it is of a kind that there is no switch for, or a setting is wrong.
     """
     family = FAMILIES[name]
-    own = family.usual | settings
+    own = tower_of(settings, family.usual)
     for known, usual in _FIXED.items():
         if own.get(known, usual) != usual:
             what, remedy = f"{known} in {CONFIG}", "other encoders of the family are not supported"
@@ -238,6 +262,7 @@ def shape_of(settings: dict[str, Any], name: str) -> NaViTConfig:
 def _weights(
     config: NaViTConfig, processing: dict[str, Any], weights: Weights, family: Family
 ) -> dict[str, Tensor]:
+    weights.rename(family.modules)
     # The model may be a part of another, with a head or a tower of texts.
     (within, *_) = [k for k in weights.left() if k.endswith(family.first)] or [family.first]
     within = within.removesuffix(family.first)
@@ -255,7 +280,7 @@ def _weights(
     prefix = take(family.first).reshape(1, -1)
     if family.table is not None:
         table = take(family.table).reshape(-1, config.dim)
-        check_size("image_size ÷ patch_size,", config.side, isqrt(len(table) - 1))
+        check_size("image_size ÷ patch_size,", config.side, isqrt(max(0, len(table) - 1)))
         prefix, found["position.table"] = prefix + table[:1], table[1:]
     if family.registers is not None:
         prefix = torch.cat([prefix, take(family.registers)[0]])

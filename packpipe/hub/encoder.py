@@ -64,7 +64,7 @@ def filters(processing: dict[str, Any], patch_size: int) -> dict[str, Any]:
         remedy = "take the processor of this model"
         raise _wrong("patch_size", size, f"{patch_size} (the model's)", remedy)
     number = processing["resample"]
-    if number not in range(len(RESAMPLING)):
+    if not isinstance(number, int) or number not in range(len(RESAMPLING)):
         expected = f"a number of Pillow's filters, 0..{len(RESAMPLING) - 1}"
         raise _wrong("resample", number, expected, "correct the processor's")
     name = RESAMPLING[number]
@@ -117,6 +117,34 @@ def side_of(processing: dict[str, Any], usual: int, patch_size: int) -> int:
 
 def _wrong(name: str, value: object, expected: str, remedy: str) -> ValueError:
     return ValueError(checks.sentence(f"{_OWNER} {name}", value, expected, remedy))
+
+
+def tower_of(settings: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """Return what config.json says of the image tower, and what is usual of all it leaves out.
+
+    Args:
+        settings: of both towers or of this one.
+        usual: a value for each setting that is asked for, whose type others must have, too.
+
+    Raises:
+        TypeError, ValueError: a setting has another type.
+    """
+    said = settings.get("vision_config", settings)
+    if not isinstance(said, dict):
+        name, remedy = f"vision_config in {CONFIG}", "correct it"
+        raise TypeError(checks.sentence(name, said, "settings by their names", remedy))
+    found = usual | said
+    for setting, known in usual.items():
+        value, name = found[setting], f"{setting} in {CONFIG}"
+        if isinstance(known, bool):
+            checks.boolean(name, value)
+        elif isinstance(known, int):
+            checks.whole_number(name, value, 0, 2**31 - 1, "correct it")
+        elif isinstance(known, float):
+            checks.real_number(name, value, "correct it")
+        elif not isinstance(value, str):
+            raise TypeError(checks.sentence(name, value, "a text", "correct it"))
+    return found
 
 
 ACTIVATIONS = {

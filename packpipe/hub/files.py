@@ -43,7 +43,7 @@ def folder_of(source: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=_WANTED))
     except (OSError, ValueError) as error:  # no network, no such model, no name of a model
-        expected = f"a folder, or a model that can be downloaded ({_first_line(error)})"
+        expected = f"a folder, or a model that can be downloaded ({first_line(error)})"
         remedy = "download it where there is a network, and pass the folder"
         raise FileNotFoundError(checks.sentence("source", str(source), expected, remedy)) from error
 
@@ -72,12 +72,18 @@ def processing_of(folder: Path) -> dict[str, Any]:
     """Return the settings of a folder's image processor, but for those that are null.
 
     Without a file of them there are none.
+
+    Raises:
+        ValueError: the file is no JSON, or holds something else.
     """
     found: dict[str, Any] = {}
     if (folder / _PROCESSOR).exists():
         found = _json(folder / _PROCESSOR)
     elif (folder / _PROCESSORS).exists():
         found = _json(folder / _PROCESSORS).get("image_processor", {})
+        if not isinstance(found, dict):
+            name, expected = f"image_processor in {folder / _PROCESSORS}", "settings by their names"
+            raise ValueError(checks.sentence(name, found, expected, "correct it"))
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -92,9 +98,10 @@ class Weights:
 
         names = [WEIGHTS]
         if (folder / INDEX).exists():
-            names = sorted(set(_json(folder / INDEX)["weight_map"].values()))
+            names = _shards(folder / INDEX)
         self.folder = folder
-        self._files: dict[str, Any] = {}
+        # By name: the file, and what it calls the tensor.
+        self._files: dict[str, tuple[Any, str]] = {}
         for name in names:
             if not (folder / name).exists():
                 expected, remedy = f"a folder with {name}", "convert its weights to safetensors"
@@ -102,11 +109,20 @@ class Weights:
             try:
                 file: Any = safe_open(folder / name, "pt")
             except SafetensorError as error:
-                expected = f"a whole file of safetensors ({_first_line(error)})"
+                expected = f"a whole file of safetensors ({first_line(error)})"
                 raise ValueError(
                     checks.sentence("weights", str(folder / name), expected, _AGAIN)
                 ) from error
-            self._files |= dict.fromkeys(file.keys(), file)
+            self._files |= {key: (file, key) for key in list(file.keys())}
+
+    def rename(self, parts: dict[str, str]) -> None:
+        """Call tensors otherwise: in each name the first text of a pair becomes the second."""
+        renamed = {}
+        for name, found in self._files.items():
+            for before, after in parts.items():
+                name = name.replace(before, after)
+            renamed[name] = found
+        self._files = renamed
 
     def take(self, name: str) -> Tensor:
         """Return a tensor.
@@ -118,7 +134,8 @@ class Weights:
             what, expected = f"{self.folder}: {name}", "a tensor of the weights"
             remedy = "the weights are of another model than config.json says"
             raise ValueError(checks.sentence(what, None, expected, remedy))
-        tensor: Tensor = self._files.pop(name).get_tensor(name).float()
+        file, stored = self._files.pop(name)
+        tensor: Tensor = file.get_tensor(stored).float()
         return tensor
 
     def pairs(self, names: dict[str, str], ours: str = "", theirs: str = "") -> dict[str, Tensor]:
@@ -143,6 +160,23 @@ class Weights:
         return sorted(self._files)
 
 
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files that an index is of.
+
+    Raises:
+        ValueError: it is damaged, or a name is not of a file beside it.
+    """
+    found = _json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        expected = "files by the names of tensors"
+        raise ValueError(checks.sentence(f"weight_map in {index}", found, expected, _AGAIN))
+    for name in found.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            expected = "the name of a file beside it"
+            raise ValueError(checks.sentence(f"a file in {index}", name, expected, _AGAIN))
+    return sorted(set(found.values()))
+
+
 def _json(path: Path) -> dict[str, Any]:
     """Return what a file of JSON says.
 
@@ -159,5 +193,6 @@ def _json(path: Path) -> dict[str, Any]:
     raise ValueError(checks.sentence("settings", str(path), f"a JSON object ({what})", _AGAIN))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind if it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)

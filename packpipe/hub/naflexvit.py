@@ -29,6 +29,7 @@ from packpipe.hub.encoder import (
 from packpipe.hub.files import CONFIG, Weights
 from packpipe.hub.folding import fold_pixels, fold_probe
 from packpipe.model.config import NaViTConfig
+from packpipe.model.presets import NAFLEXVIT
 from packpipe.planning.image_config import PackConfig
 
 # Ours: theirs, each with a weight and a bias.
@@ -63,7 +64,7 @@ def read_naflexvit(
         weights: of the model.
     """
     shape = shape_of(settings)
-    images = settings.get("pretrained_cfg", {})
+    images = _part(settings, "pretrained_cfg")
     name, remedy = f"interpolation in {CONFIG}", "other filters are not supported"
     number = RESAMPLING.index(
         checks.choice(name, images.get("interpolation", "bicubic"), RESAMPLING, remedy)
@@ -71,8 +72,15 @@ def read_naflexvit(
     processing = {"resample": number} | {
         f"image_{kind}": images[kind] for kind in ("mean", "std") if kind in images
     }
-    _, height, width = images.get("input_size", (3, 384, 384))
     patch = shape.patch_size
+    size = images.get("input_size", [3, 384, 384])
+    if not isinstance(size, list) or len(size) != 3:
+        name, remedy = f"input_size in {CONFIG}", "write channels, height and width"
+        raise ValueError(checks.sentence(name, size, "a list of three numbers", remedy))
+    height, width = (
+        checks.whole_number(f"input_size in {CONFIG}", side, patch, 2**15 - 1, "correct it")
+        for side in size[1:]
+    )
     tokens = (height // patch) * (width // patch)
     packing = PackConfig(
         seq_len=seq_len_of(tokens + shape.prefix_tokens),
@@ -89,14 +97,18 @@ def shape_of(settings: dict[str, Any]) -> NaViTConfig:
     """Return the shape of a model, given what timm says of it.
 
     Raises:
-        ValueError: an argument of the model is not known.
+        TypeError, ValueError: an argument of the model is not known, or has a wrong type.
     """
-    arguments = dict(settings.get("model_args", {}))
+    arguments = dict(_part(settings, "model_args"))
     classes = arguments.pop("num_classes", None)
     classes = settings.get("num_classes", classes)
-    shape = NaViTConfig.preset(settings["architecture"], num_classes=classes or None)
+    # Where transformers wrapped the model, its type is the architecture's name.
+    said = settings.get("architecture", settings.get("model_type"))
+    remedy = "others are not known"
+    architecture = checks.choice(f"architecture in {CONFIG}", said, NAFLEXVIT, remedy)
+    shape = NaViTConfig.preset(architecture, num_classes=classes or None)
     pool = arguments.pop("global_pool", settings.get("global_pool"))
-    if _POOLS.get(pool, shape.pooling) != shape.pooling or pool not in (None, *_POOLS):
+    if pool not in (None, *(name for name, own in _POOLS.items() if own == shape.pooling)):
         what, expected = f"global_pool in {CONFIG}", "that of the architecture"
         remedy = "other pools are not supported"
         raise ValueError(checks.sentence(what, pool, expected, remedy))
@@ -104,12 +116,22 @@ def shape_of(settings: dict[str, Any]) -> NaViTConfig:
         what, remedy = f"in_chans in {CONFIG}", "packed images have three colours"
         raise ValueError(checks.sentence(what, settings["model_args"]["in_chans"], "3", remedy))
     ratio = arguments.pop("mlp_ratio", None)
+    if ratio is not None:
+        checks.positive_number(f"mlp_ratio in {CONFIG}", ratio, "correct it")
     checks.known_options(arguments, list(_ARGUMENTS), f"model_args in {CONFIG}")
     shape = replace(shape, **{_ARGUMENTS[name]: value for name, value in arguments.items()})
     if ratio is None and "embed_dim" in arguments:
-        was = NaViTConfig.preset(settings["architecture"], num_classes=None)
+        was = NaViTConfig.preset(architecture, num_classes=None)
         ratio = was.mlp_width / was.dim
     return shape if ratio is None else replace(shape, mlp_dim=int(shape.dim * ratio))
+
+
+def _part(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    found = settings.get(name, {})
+    if not isinstance(found, dict):
+        what, expected = f"{name} in {CONFIG}", "settings by their names"
+        raise TypeError(checks.sentence(what, found, expected, "correct it"))
+    return found
 
 
 def _weights(

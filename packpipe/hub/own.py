@@ -6,7 +6,7 @@ model.safetensors holds the weights, by the names of ``state_dict``; README.md i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ from typing import Any
 from packpipe import checks
 from packpipe.durable import commit, json_text, partial_of
 from packpipe.hub.card import CARD, card_of
-from packpipe.hub.encoder import Encoder
+from packpipe.hub.encoder import Encoder, check_size
 from packpipe.hub.files import CONFIG, INDEX, WEIGHTS, Weights
+from packpipe.hub.meaning import KIND, Meaning
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
 from packpipe.planning.distributions import distribution
 from packpipe.planning.evaluation import evaluation_of
 from packpipe.planning.image_config import PackConfig
 
-KIND = "packpipe"  # the model_type
 _VERSION = 1
 
 
@@ -31,6 +31,9 @@ def save_pretrained(
     packing: PackConfig,
     folder: Path | str,
     *,
+    class_names: Sequence[str] | None = None,
+    label_column: str | None = None,
+    loss: str | None = None,
     name: str | None = None,
     figures: Mapping[str, float] | None = None,
     license: str | None = None,  # noqa: A002
@@ -38,7 +41,11 @@ def save_pretrained(
 ) -> None:
     """Write a folder that `from_pretrained` reads: the weights, and how images become rows.
 
-    Also of a training: ``save_pretrained(model, options.packing, "encoder")`` after `load_model`.
+    Also of a training, after `load_model`: ``save_pretrained(model, options.packing, "pets",
+    class_names=options.class_names, label_column=options.label_column, loss=options.loss)``. What
+    is told of the outputs is in config.json (`packpipe.hub.meaning.meaning_of` reads it, and the
+    commands ``eval`` and ``predict`` do) and in the card.
+
     Each file is whole or not there, and those of before stay until all are written, config.json
     last; an index of weights in several files, which would be read instead, is removed.
 
@@ -47,6 +54,9 @@ def save_pretrained(
         packing: as which images are packed for it, one by one: that of a training is made such by
             `packpipe.planning.evaluation.evaluation_of`.
         folder: made if it is missing.
+        class_names: by the number of their output; None if nobody knows them.
+        label_column: name of the column of labels that was trained on.
+        loss: that it was trained with, such as ``"softmax"``.
         name: what the card calls it; None for the folder's own name.
         figures: what was measured, for the card; see `packpipe.hub.card.card_of`.
         license: of the weights, for the card.
@@ -55,7 +65,7 @@ def save_pretrained(
     Raises:
         NotADirectoryError: folder is a file.
         ValueError: packing has patches of another size than the model, or other prefix tokens; or
-            it drops tokens, draws, or has several views; or figures are wrong.
+            it drops tokens, draws, or has several views; or figures, names or the loss are wrong.
     """
     from safetensors.torch import save_file
 
@@ -69,10 +79,18 @@ def save_pretrained(
         expected, remedy = "a folder, or a new name", "it is a file: choose another"
         raise NotADirectoryError(checks.sentence("folder", str(folder), expected, remedy))
     called = folder.resolve().name if name is None else name
-    card = card_of(model, packing, called, figures=figures, license=license, source=source)
+    names: Any = class_names  # checked there
+    meaning = Meaning(class_names=names, label_column=label_column, loss=loss)
+    told: dict[str, Any] = {
+        "figures": figures,
+        "license": license,
+        "source": source,
+        "meaning": meaning,
+    }
+    card = card_of(model, packing, called, **told)
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"version": _VERSION, "model": asdict(model.config), "packing": packing.to_dict()}
-    config = json_text({"model_type": KIND, **told})
+    shape = {"version": _VERSION, "model": asdict(model.config), "packing": packing.to_dict()}
+    config = json_text({"model_type": KIND, **shape, **meaning.to_dict()})
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     try:
         save_file(weights, partial_of(folder / WEIGHTS), {"format": "pt"})
@@ -119,8 +137,15 @@ def read_own(settings: dict[str, Any], processing: dict[str, Any], weights: Weig
         if not isinstance(settings.get(part), dict):
             name, remedy = f"{part} in {path}", "it is cut or damaged, so write it again"
             raise ValueError(checks.sentence(name, settings.get(part), "its options", remedy))
+    if "num_classes" not in settings["model"]:
+        name, expected = f"model in {path}", "its options, num_classes among them"
+        remedy = "it is damaged, so write it again"
+        raise ValueError(checks.sentence(name, settings["model"], expected, remedy))
+    config = NaViTConfig.from_dict(settings["model"], path)
+    blocks = {name.split(".")[1] for name in weights.left() if name.startswith("blocks.")}
+    check_size("depth", config.depth, len(blocks))  # before as many are made
     return Encoder(
-        config=NaViTConfig.from_dict(settings["model"], path),
+        config=config,
         weights={name: weights.take(name) for name in weights.left()},
         packing=PackConfig.from_dict(settings["packing"], path),
     )

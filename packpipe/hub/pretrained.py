@@ -9,12 +9,21 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from packpipe import checks
 from packpipe.hub import class_token, naflexvit, own, siglip
 from packpipe.hub.encoder import Encoder
-from packpipe.hub.files import CONFIG, Weights, folder_of, processing_of, settings_of
+from packpipe.hub.files import (
+    CONFIG,
+    Weights,
+    first_line,
+    folder_of,
+    processing_of,
+    settings_of,
+)
+from packpipe.hub.meaning import KIND
 from packpipe.model.navit import NaViT
 from packpipe.model.presets import NAFLEXVIT
 from packpipe.planning.image_config import PackConfig
@@ -23,7 +32,7 @@ log = logging.getLogger(__name__)
 
 # model_type of config.json, or timm's architecture: who reads it.
 _FAMILIES: dict[str, Callable[..., Encoder]] = {
-    own.KIND: own.read_own,
+    KIND: own.read_own,
     **dict.fromkeys(("siglip2", "siglip2_vision_model"), partial(siglip.read_siglip, naflex=True)),
     **dict.fromkeys(("siglip", "siglip_vision_model"), partial(siglip.read_siglip, naflex=False)),
     **{name: partial(class_token.read_class_token, name=name) for name in class_token.FAMILIES},
@@ -82,12 +91,15 @@ def from_pretrained(
     folder = folder_of(source, revision)
     settings = settings_of(folder)
     kind = settings.get("model_type", settings.get("architecture"))
-    if kind not in _FAMILIES:
-        expected = "one of " + ", ".join(map(repr, _FAMILIES))
-        name = f"model_type in {folder / CONFIG}"
-        raise ValueError(checks.sentence(name, kind, expected, "other encoders are not known"))
+    name = f"model_type in {folder / CONFIG}"
+    kind = checks.choice(name, kind, _FAMILIES, "other encoders are not known")
     weights = Weights(folder)
-    encoder = _FAMILIES[kind](settings, processing_of(folder), weights)
+    try:
+        encoder = _FAMILIES[kind](settings, processing_of(folder), weights)
+    except (RuntimeError, IndexError) as error:  # of torch, of tensors that do not fit
+        expected = f"tensors of the shapes that {CONFIG} says ({first_line(error)})"
+        what, remedy = "weights", "take both files of one model"
+        raise ValueError(checks.sentence(what, str(folder), expected, remedy)) from error
     tell_unused(source, weights.left())
     encoder = replace(encoder, config=replace(encoder.config, attention=attention))
     return model_of(folder, encoder, num_classes), encoder.packing
@@ -108,11 +120,13 @@ def model_of(folder: Path, encoder: Encoder, num_classes: int | None = None) -> 
     if num_classes is not None:
         config = replace(config, num_classes=num_classes)
         found = {name: value for name, value in found.items() if not name.startswith("head.")}
-    model = NaViT(config)
+    with torch.device("meta"):  # sizes that are wrong may be too large for memory
+        shapes = NaViT(config).state_dict()
     if num_classes is not None:
-        found |= {k: value for k, value in model.state_dict().items() if k.startswith("head.")}
-    _check_shapes(folder, found, model.state_dict())
-    model.load_state_dict(found)
+        shapes = {name: one for name, one in shapes.items() if not name.startswith("head.")}
+    _check_shapes(folder, found, shapes)
+    model = NaViT(config)
+    model.load_state_dict({**model.state_dict(), **found})
     return model
 
 

@@ -24,12 +24,14 @@ from packpipe.hub.encoder import (
     seq_len_of,
     shape_settings,
     squares,
+    tower_of,
 )
 from packpipe.hub.files import CONFIG, Weights
 from packpipe.hub.folding import channels_last, fold_pixels, fold_probe
 from packpipe.model.config import NaViTConfig
 from packpipe.model.presets import SIGLIP_FIXED, SIGLIP_NAFLEX
 from packpipe.planning.image_config import PackConfig
+from packpipe.planning.image_options import MAX_IMAGE_SEQ_LEN
 
 # Ours: theirs, each with a weight and a bias.
 _LAYER = {
@@ -74,7 +76,7 @@ def read_siglip(
         weights: of both towers or of this one, with or without ``vision_model.`` before the names.
         naflex: whether images keep their aspect ratio, within a budget of patches.
     """
-    own = _USUAL | settings.get("vision_config", settings)
+    own = tower_of(settings, _USUAL)
     config = shape_of(own, naflex=naflex)
     usual = {"resample": _BILINEAR if naflex else _BICUBIC, "max_num_patches": own["num_patches"]}
     processing = usual | processing
@@ -105,6 +107,8 @@ def _packing(config: NaViTConfig, processing: dict[str, Any], *, naflex: bool) -
     if not naflex:
         return squares(config, processing, config.side * patch)
     tokens = processing["max_num_patches"]
+    name, most = "image processor's max_num_patches", MAX_IMAGE_SEQ_LEN
+    tokens = checks.whole_number(name, tokens, 1, most, "correct it")
     return PackConfig(
         seq_len=seq_len_of(tokens),
         patch_size=patch,

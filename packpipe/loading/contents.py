@@ -15,11 +15,11 @@ _REMEDIES = {
     "labels": "the labels are others: use the data of the state",
     "weights": "the weights are others: use the data of the state",
     "values": "the labels or other numbers are others: use the data of the state",
-    "rows": "the pixels or tokens are others: use the data of the state",
-    "targets": "the class maps are others: use the data of the state",
+    "rows": "pixels or tokens are others, of 16 MB that are compared: use the data of the state",
+    "targets": "class maps are others, of 16 MB that are compared: use the data of the state",
     "files": "the files hold others: use the folder of the state, or a copy of it",
     "masks": "the masks, or the target_stride, are others: use the data of the state",
-    "images": "the images are others: use the data of the state",
+    "images": "the images are others, in length or in 16 MB of them: use the data of the state",
     "options": "the rows are computed in another way: use the options of the state",
 }
 

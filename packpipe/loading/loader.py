@@ -365,7 +365,9 @@ class PackedLoader:
         """Return the place of the loader as plain integers and strings, which JSON can hold.
 
         The first call of a loader looks at its data: at all labels and lengths, and at 16 MB of
-        pixels, tokens or encoded images.
+        pixels, tokens or encoded images. Of rows that `pack` wrote it has the checksums, so that no
+        other byte goes unnoticed; in other rows, and in images, a change beyond those 16 MB does
+        that changes no length, number or label.
         """
         return {
             **FORM,

@@ -93,8 +93,13 @@ def agree(values: dict[str, Any]) -> None:
         raise ValueError(f"{' and '.join(differing)}, expected {expected}")
 
 
-def together(action: Callable[[], T]) -> T:
+def together(action: Callable[[], T], group: Any = None) -> T:
     """Return what an action returns; if it fails on one rank, raise an error on every rank.
+
+    Args:
+        action: what every rank does.
+        group: of `host_group`, through which a number tells whether it failed anywhere: for what is
+            done at every step. None gathers the errors themselves, through the current GPU.
 
     Raises:
         ValueError: the action failed on some ranks, or in different ways; has each one's error. If
@@ -103,10 +108,46 @@ def together(action: Callable[[], T]) -> T:
     try:
         result = action()
     except Exception as error:
-        agree({"error": f"{type(error).__name__}: {error}"})
+        if _failed_somewhere(True, group):
+            agree({"error": f"{type(error).__name__}: {error}"})
         raise
-    agree({"error": None})
+    if _failed_somewhere(False, group):
+        agree({"error": None})
     return result
+
+
+def _failed_somewhere(failed: bool, group: Any) -> bool:
+    """Return whether any rank failed, or nobody knows, since there is no group to ask."""
+    if group is None:
+        return True
+    import torch
+
+    number = torch.tensor(int(failed))
+    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=group)
+    return bool(number)
+
+
+@contextmanager
+def host_group() -> Iterator[Any]:
+    """Yield a group of all ranks for numbers on the CPU; None if this rank is the only one.
+
+    Every rank enters it at the same point. What is asked through it waits for no GPU: hosts may be
+    steps ahead of theirs.
+    """
+    if rank_of_world()[1] == 1:
+        yield None
+        return
+    import torch
+
+    if torch.distributed.get_backend() == "gloo":
+        yield torch.distributed.group.WORLD
+        return
+    group = torch.distributed.new_group(backend="gloo")
+    try:
+        yield group
+    finally:
+        if has_group():  # or it has ended with the others
+            torch.distributed.destroy_process_group(group)
 
 
 def _by_rank(name: str, texts: list[str]) -> str:

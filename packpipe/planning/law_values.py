@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from packpipe import checks
@@ -38,11 +38,20 @@ def restored(value: Any, source: object) -> Any:
         source: where it was read, for errors.
 
     Raises:
-        ValueError: a law or an attribute of one is unknown here.
+        ValueError: a law or an attribute of one is unknown here, or missing.
     """
     if isinstance(value, dict):
-        ((name, attributes),) = value.items()
+        remedy = "it is damaged, so write it again"
+        if len(value) != 1 or not isinstance(attributes := next(iter(value.values())), dict):
+            expected = "its name with its attributes"
+            raise ValueError(checks.sentence(f"a law in {source}", value, expected, remedy))
+        (name,) = value
         checks.known_options([name], _LAWS, source)
-        checks.known_options(attributes, [field.name for field in fields(_LAWS[name])], source)
+        known = fields(_LAWS[name])
+        checks.known_options(attributes, [field.name for field in known], source)
+        needed = [f.name for f in known if f.default is MISSING and f.default_factory is MISSING]
+        for missing in [one for one in needed if one not in attributes]:
+            what, expected = f"{name} in {source}", f"{missing} among its attributes"
+            raise ValueError(checks.sentence(what, list(attributes), expected, remedy))
         return _LAWS[name](**{key: restored(one, source) for key, one in attributes.items()})
     return tuple(restored(one, source) for one in value) if isinstance(value, list) else value

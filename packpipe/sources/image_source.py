@@ -129,6 +129,31 @@ class ImageSource:
         sizes = self._num_bytes()
         return hexdigest(sizes.data, sample_digest(len(sizes), self._first_bytes).encode())
 
+    def same_files(self) -> NDArray[np.int64]:
+        """Return int64[rows], of each image the first row with the same file, or the same bytes.
+
+        Files are told apart by their paths, links are not followed; images in the dataset itself by
+        a digest of their bytes, read only of those that are as long as others. An image of pixels,
+        or one that is missing, is the same as no other.
+        """
+        sizes, rows = self._num_bytes(), np.arange(len(self.rows))
+        found, first = rows.copy(), dict[Any, int]()
+        _, number, counts = np.unique(sizes, return_inverse=True, return_counts=True)
+        for row in np.flatnonzero(counts[number] > 1).tolist():
+            known = self._known_by(row)
+            if known is not None:
+                found[row] = first.setdefault(known, row)
+        return found
+
+    def _known_by(self, row: int) -> str | bytes | None:
+        """Return a row's path, or a digest of its bytes; None if it has neither."""
+        where = row if self._indices is None else int(self._indices[row])
+        encoded = None if self._encoded is None else self._encoded.slice(where, 1).chunk(0)
+        if encoded is not None and not encoded.null_count:
+            return hashlib.sha256(_bytes_of(encoded)).digest()
+        path = self.file_of(row)
+        return None if path is None else os.path.normpath(path)
+
     @cached_property
     def _encoded(self) -> pa.ChunkedArray | None:
         """The encoded images, null for one in a file; None if the column holds arrays."""

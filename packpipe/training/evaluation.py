@@ -14,7 +14,7 @@ Source: NaViT 3.5 (budgets), 3.6 (cascades), 3.7 (calibration).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import pyarrow as pa
 import torch
@@ -26,7 +26,8 @@ from packpipe.loading.ranks import has_group, together
 from packpipe.model.predict import Answers, Model
 from packpipe.rows.rejects import TooManyRejects
 from packpipe.rows.rows import NO_LABEL
-from packpipe.training.losses import counted
+from packpipe.training.average_precision import mean_average_precision
+from packpipe.training.losses import counted, segment_sigmoid_cross_entropy
 from packpipe.training.objective import (
     agreement,
     by_label,
@@ -41,6 +42,8 @@ from packpipe.training.objective import (
 )
 
 _BINS = 30
+# Outputs and labels of batches, each float[n, K], of which images are ranked.
+_Ranked: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
 def accuracy(answers: Answers) -> float:
@@ -100,6 +103,7 @@ class Measures(NamedTuple):
         num_images: labelled images; of a model without pooling, all of them.
         error: of a regression, the mean absolute error of all numbers; else None.
         iou: of a model without pooling, whose loss and accuracy are of cells, the `mean_iou`.
+        mean_ap: of several labels an image, the `mean_average_precision`.
     """
 
     loss: float
@@ -108,6 +112,7 @@ class Measures(NamedTuple):
     num_images: int
     error: float | None = None
     iou: float | None = None
+    mean_ap: float | None = None
 
 
 def measure(
@@ -121,7 +126,8 @@ def measure(
     """Return loss, accuracy and calibration error of a model on one pass of a loader.
 
     Under torch.distributed every rank measures its share of the packs, and all are told the figures
-    of the whole; they call it together. Nothing random is drawn.
+    of the whole; they call it together. Nothing random is drawn. Of several labels an image, all
+    outputs and labels of the pass are kept, on every rank, since images are ranked by them.
 
     Args:
         model: with its weights, on its device, with an output a class and an image or, without
@@ -140,7 +146,7 @@ def measure(
     check_measurable(model, loader, loss)
     device = next(model.parameters()).device
 
-    def summed() -> Tensor:
+    def summed() -> tuple[Tensor, _Ranked]:
         try:
             return _sums(model, loader, loss, device, half)
         except TooManyRejects as error:
@@ -148,9 +154,10 @@ def measure(
                 raise
             raise TooManyRejects(f"of {called}, {error}", []) from error
 
-    sums = together(summed)
+    sums, ranked = together(summed)
     if has_group():
         torch.distributed.all_reduce(sums)
+        ranked = _of_all_ranks(ranked)
     total, agreed, compared, number, num_images, of_classes, *rest = sums.tolist()
     _check_any(number)
     mean = agreed / compared
@@ -164,7 +171,19 @@ def measure(
         num_images=int(num_images),
         error=mean if is_regression(loss) else None,
         iou=mean_iou(torch.tensor(rest[_BINS:]).view(classes, classes)) if dense else None,
+        mean_ap=mean_average_precision(*map(torch.cat, zip(*ranked, strict=True)))
+        if ranked
+        else None,
     )
+
+
+def _of_all_ranks(ranked: _Ranked) -> _Ranked:
+    """Return what all ranks have, of the first rank first."""
+    if not ranked:  # of all ranks or of none, since their labels are of one dataset
+        return ranked
+    everyone: list[_Ranked] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, ranked)
+    return [one for each in everyone for one in each]
 
 
 def check_measurable(model: Model, loader: PackedLoader, loss: Callable[..., Tensor]) -> None:
@@ -220,12 +239,13 @@ def _sums(
     loss: Callable[..., Tensor],
     device: torch.device,
     half: bool,
-) -> Tensor:
-    """Return float64[6 + bins + K²], sums of what `measure` returns the means of.
+) -> tuple[Tensor, _Ranked]:
+    """Return float64[6 + bins + K²], sums of what `measure` returns the means of, and the ranked.
 
     Of the loss, of agreement, what is compared, what counts, images, and images with classes; of
     the surplus in each bin; and, of a dense model, of `overlaps`.
     """
+    ranked: _Ranked = []
     dense, cells = is_dense(model.config), int(model.config.num_classes or 0) ** 2
     sums = torch.zeros(6 + _BINS + dense * cells, dtype=torch.float64, device=device)
     one = torch.ones((), dtype=torch.float64, device=device)
@@ -252,9 +272,11 @@ def _sums(
                 elif not labels.is_floating_point():
                     sums[5] += known.sum()
                     sums[6:] += _surplus(logits[known], labels[known], _BINS)
+                elif loss is segment_sigmoid_cross_entropy:
+                    ranked.append((logits[known].float().cpu(), labels[known].cpu()))
     finally:
         model.train(was_training)
-    return sums
+    return sums, ranked
 
 
 class CascadePoint(NamedTuple):

@@ -32,7 +32,7 @@ class Record:
         images_per_s: images a second.
         tokens_per_s: real tokens a second.
         fill: real tokens ÷ slots.
-        data_wait: share of the time spent waiting for the loader.
+        data_wait: share of the time spent waiting for the loader, and for those of other ranks.
         flops_per_s: useful FLOPs a second (`packpipe.model.flops`); what is frozen, or left out by
             drop path, counts as if it were trained.
         mfu: flops_per_s ÷ the measured rate of matrix products; None on a CPU.
@@ -44,6 +44,7 @@ class Record:
         error: of a regression, the mean absolute error of all numbers; else None.
         val_error: of the validation images.
         val_iou: of a model without pooling, the mean intersection ÷ union of its classes on them.
+        val_mean_ap: of several labels an image, the mean average precision on them.
         val_images: how many validation images there were.
     """
 
@@ -63,6 +64,7 @@ class Record:
     error: float | None = None
     val_error: float | None = None
     val_iou: float | None = None
+    val_mean_ap: float | None = None
     val_images: int | None = None
 
 

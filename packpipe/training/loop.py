@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from packpipe import checks
 from packpipe.loading.batch import PackedBatch
 from packpipe.loading.loader import PackedLoader
-from packpipe.loading.ranks import agree, has_group, together
+from packpipe.loading.ranks import agree, has_group, host_group, together
 from packpipe.model.attention import check_backend
 from packpipe.model.config import NaViTConfig
 from packpipe.model.flops import matrix_rate
@@ -94,11 +94,12 @@ def train(
 
     Raises:
         ValueError: the rows have no labels, or one that does not suit the model and the loss: told
-            to every rank before the first step, where packs know their labels; or validate cannot
-            be measured (`Validator`), or options ask for validation without it; or the folder's
-            checkpoint is of another model, of other batches, of other validation images or of
-            classes with other names, or all of them are damaged; or an epoch has no batch; or, on
-            every rank, the ranks do not agree in the checkpoint, the options or the packs.
+            before the first step, where packs know their labels; or validate cannot be measured
+            (`Validator`), or options ask for validation without it; or the folder's checkpoint is
+            of another model, of other batches, of other validation images or of classes with other
+            names, or all of them are damaged; or an epoch has no batch; or the ranks do not agree
+            in the checkpoint, the options or the packs. What fails on one rank, at any step before
+            its forward pass, is told to every rank.
         RuntimeError: the attention backend differs from reference attention on this device.
     """
     device = next(model.parameters()).device
@@ -167,7 +168,7 @@ def train(
     )
     longest = loader.longest
 
-    def update(parts: list[_Part]) -> None:
+    def update(parts: Sequence[_Part]) -> None:
         optimizer.zero_grad()
         for found in _backward(
             run, parts, objective, model.config, half, longest, captured=captured
@@ -179,17 +180,14 @@ def train(
 
     updated = CapturedStep(update, device) if captured else update
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-    batches = loader.passes()
+    given = _together_given(loader, model, config)
     for step in range(first, config.steps):
         asked = time.perf_counter()
         # Before the first backward, whose loss is divided by the images of all.
-        taken = list(islice(batches, config.accumulate))
+        parts, lengths = zip(*islice(given, config.accumulate), strict=True)
         figures.waited += time.perf_counter() - asked
         if compiled and config.trim and step == first:
-            seq_len = taken[0][0].segment_ids.shape[1]
-            _warn_of_lengths(seq_len, config.trim, validates=bool(validator))
-        # Not together: a rank that is given a wrong label by a stream, or in a mask, ends alone.
-        parts = [_prepared(batch, key, model, config) for batch, key in taken]
+            _warn_of_lengths(lengths[0], config.trim, validates=bool(validator))
         # A function of the step, so a resumed training needs no state of a scheduler.
         learning_rate = config.rate(step)
         set_rate(optimizer, learning_rate)
@@ -241,6 +239,26 @@ def _check_captured(config: TrainConfig) -> None:
         raise ValueError(checks.sentence("captured", True, expected, "leave it out"))
 
 
+def _together_given(
+    loader: PackedLoader, model: NaViT, config: TrainConfig
+) -> Iterator[tuple[_Part, int]]:
+    """Yield batches as they are trained on, each with its tokens a row, without end.
+
+    What fails on one rank, such as an image, or a label of a stream, is raised on every rank: the
+    others would wait for its gradients. So ranks ask each other about every batch, not every step,
+    since one of them may be the first of an epoch, about which they ask each other, too.
+    """
+    batches = loader.passes()
+
+    def one() -> tuple[_Part, int]:
+        batch, key = next(batches)
+        return _prepared(batch, key, model, config), batch.segment_ids.shape[1]
+
+    with host_group() as group:
+        while True:
+            yield together(one, group)
+
+
 def _prepared(batch: PackedBatch, key: Key, model: NaViT, config: TrainConfig) -> _Part:
     """Return a batch as it is trained on, still on the CPU, where it is looked at without waiting.
 
@@ -256,7 +274,7 @@ def _prepared(batch: PackedBatch, key: Key, model: NaViT, config: TrainConfig) -
 
 
 def _moved(
-    parts: list[_Part], device: torch.device, copies: torch.cuda.Stream | None
+    parts: Sequence[_Part], device: torch.device, copies: torch.cuda.Stream | None
 ) -> list[_Part]:
     """Return parts on a device; with a stream for copies, while the step before is computed.
 
@@ -276,7 +294,7 @@ def _moved(
 
 def _backward(
     run: nn.Module,
-    parts: list[_Part],
+    parts: Sequence[_Part],
     objective: Objective,
     shape: NaViTConfig,
     half: bool,
@@ -348,6 +366,7 @@ def _measured(validator: Validator, record: Record, files: Files) -> Record:
         val_ece=found.ece,
         val_error=found.error,
         val_iou=found.iou,
+        val_mean_ap=found.mean_ap,
         val_images=found.num_images,
     )
 

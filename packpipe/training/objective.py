@@ -205,7 +205,7 @@ def objective_of(
 
     All ranks know those of all packs, so that none begins where another one would refuse a label.
     What packs do not know before they are read, the labels of a stream and masks, is looked at in
-    each batch by `check_batch`, on the rank that has it.
+    each batch by `check_batch`, on the rank that has it, which tells the others.
 
     Args:
         config: which loss, and what classes weigh.

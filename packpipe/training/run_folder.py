@@ -177,13 +177,13 @@ def validation_figures(folder: Path | str) -> dict[str, float] | None:
 
     Returns:
         ``step``, ``images`` (how many), ``loss`` and, where there are, ``accuracy``, ``ece``,
-        ``error`` and ``iou`` (`packpipe.training.figures.Record`). None where nothing was
-        validated, or by a version that did not write how many images there were.
+        ``error``, ``iou`` and ``mean_ap`` (`packpipe.training.figures.Record`). None where nothing
+        was validated, or by a version that did not write how many images there were.
     """
     step = best_step(folder)
     for record in read_log(folder) if step is not None else ():
         if record["step"] == step and record.get("val_images"):
-            names = ("images", "loss", "accuracy", "ece", "error", "iou")
+            names = ("images", "loss", "accuracy", "ece", "error", "iou", "mean_ap")
             found = {name: record.get(f"val_{name}") for name in names}
             return {"step": step} | {k: value for k, value in found.items() if value is not None}
     return None

@@ -27,6 +27,7 @@ from packpipe.loading import exports
 from packpipe.loading.batch import PackedBatch
 from packpipe.loading.read import read_rows
 from packpipe.model.maps import token_maps
+from packpipe.model.prefix import check_prefix
 
 SLOTS = 3
 OPTIONS = {"patch_size": 2, "drop_rate": [0.0, 0.0, 0.4], "max_tokens": 20, "profiles": "ignore"}
@@ -213,15 +214,24 @@ def test_predictions_are_those_of_each_image_alone_and_maps_have_no_slots():
 
 def test_a_model_and_packs_with_other_slots_are_refused_by_name(source):
     model = packed.model_of(dtype=torch.float32, prefix_tokens=1)
-    message = "prefix tokens of the batch is 3, expected 1 an image (the model's); pack with prefix"
+    message = "prefix tokens of segment 1 of row 0 is 3, expected 1 (the model's); pack with prefi"
     with pytest.raises(ValueError, match=re.escape(message)):
         model(batch_of(source, SLOTS))
-    message = "prefix tokens of the batch is 0, expected 1 an image (the model's); pack with prefix"
+    message = "prefix tokens of segment 1 of row 0 is 0, expected 1 (the model's); pack with prefi"
     with pytest.raises(ValueError, match=re.escape(message)):
         model(batch_of(source, 0))
-    message = "prefix tokens of the batch is 3, expected 0 an image (the model's); pack with prefix"
+    message = "prefix tokens of segment 1 of row 0 is 3, expected 0 (the model's); pack with prefi"
     with pytest.raises(ValueError, match=re.escape(message)):
         packed.model_of(dtype=torch.float32)(batch_of(source, SLOTS))
+    # Of two segments that together have as many as they must.
+    batch = packed.batch_of(packed.RowSet([[3, 4]], seq_len=12, max_segments=2), prefix_tokens=1)
+    check_prefix(batch, 1)
+    first, second = ((batch.segment_ids[0] == n).nonzero()[:, 0] for n in (1, 2))
+    batch.coords[0, first] = 0
+    batch.coords[0, second[:2]] = -1
+    message = "prefix tokens of segment 1 of row 0 is 0, expected 1 (the model's); pack with"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_prefix(batch, 1)
     message = "prefix_tokens is 2, expected 1 (the model's); leave it out"
     with pytest.raises(ValueError, match=re.escape(message)):
         predict(model, IMAGES[:1], prefix_tokens=2)

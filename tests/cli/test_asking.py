@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -237,6 +238,26 @@ def test_embed_takes_a_pretrained_encoder_too(shapes, trained, tmp_path):
         vectors[folder.name] = pq.read_table(out)["embedding"].to_pylist()
     assert len(vectors["encoder"]) == 16
     assert vectors["encoder"] == vectors[trained.name]
+
+
+def test_a_model_that_is_handed_on_answers_by_its_names(shapes, trained, tmp_path):
+    model, options = packpipe.load_model(trained)
+    told_of = {"class_names": options.class_names, "label_column": "label", "loss": options.loss}
+    packpipe.save_pretrained(model, options.packing, tmp_path / "pets", **told_of)
+    asked = [shapes / "dark", "--top", 1, "--json", "--num-workers", 0]
+    found = [told("predict", folder, *asked) for folder in (trained, tmp_path / "pets")]
+    assert found[0] == found[1]
+    assert '"name": "dark"' in found[0]
+    lines = [
+        json.loads(told("eval", folder, shapes, "--json"))["budgets"]
+        for folder in (trained, tmp_path / "pets")
+    ]
+    assert lines[0] == lines[1]
+    model.head, model.config = None, replace(model.config, num_classes=None)
+    packpipe.save_pretrained(model, options.packing, tmp_path / "encoder")
+    result = run("predict", tmp_path / "encoder", shapes)
+    message = f"RUN is '{tmp_path / 'encoder'}, an encoder', expected a model with a head, which an"
+    assert message in result.stderr
 
 
 class Killed(BaseException):

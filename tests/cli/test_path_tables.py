@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import packpipe
-from packpipe.cli.labels import chosen, labelled, num_outputs, with_one_image
+from packpipe.cli.labels import chosen, divided, labelled, num_outputs, with_one_image
 from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
 from packpipe.cli.path_tables import read_text_table
@@ -258,3 +258,28 @@ def test_blanks_after_commas_belong_to_no_name(photos):
     found = opened(written(photos, "t.csv", rows, ("path", " label")))
     assert found.features["label"].names == ["007", "NA", "ox"]
     assert found["label"][:] == [2, 0, 1, 2, None]
+
+
+def test_a_file_that_is_listed_twice_is_trained_on_or_held_out(tmp_path):
+    once = [(f"a/{n}.png", "ox") for n in range(12)]
+    for path, _ in once:
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / path)
+    twice = [*once, *((f"./{path}", "cow") for path, _ in once[::3]), *once[1::3]]
+
+    def parts(rows):
+        table = labelled(chosen(opened(written(tmp_path, "t.csv", rows))))
+        sides = divided(table, 0.3, 1)
+        assert sum(map(len, sides)) == len(rows)
+        return [
+            {
+                os.path.normpath(one["path"])
+                for one in side.with_format("arrow")[:]["image"].to_pylist()
+            }
+            for side in sides
+        ]
+
+    trained, held = parts(twice)
+    assert not trained & held
+    assert (trained, held) == tuple(parts(once))
+    assert len(held) == 4

@@ -6,8 +6,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from packpipe.cli.labels import classes_of, labelled, with_names
-from packpipe.cli.zero_shot import _of_labels, names_in
+from packpipe.cli.labels import classes_of, labelled, names_in, with_names
+from packpipe.cli.zero_shot import _of_labels
 
 NUMBERS = [11, 2, 0, 10, 3, 1, 4, 9, 5, 8, 6, 7]
 NAMES = [f"name {chr(97 + k)}" for k in range(12)]

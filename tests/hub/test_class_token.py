@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import datasets
 import numpy as np
 import packed
 import pytest
@@ -18,10 +20,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from packpipe import (
+    EpochPacks,
     NaViT,
     NaViTConfig,
     OnnxModel,
     PackConfig,
+    PackedLoader,
     export_onnx,
     from_pretrained,
     load_model,
@@ -34,8 +38,9 @@ from packpipe.planning.crops import CenterCrop
 from packpipe.planning.distributions import Constant
 from packpipe.planning.resolution import Square
 from packpipe.samples import images_folder
-from packpipe.training.loop import read_log
+from packpipe.training.loop import read_log, train
 from packpipe.training.run_folder import RunOptions
+from packpipe.training.train_config import TrainConfig
 
 SMALL = {
     "hidden_size": 32,
@@ -207,6 +212,73 @@ def test_outputs_and_gradients_are_the_originals(family, tmp_path, caplog):
     assert len(told) == masked
 
 
+# Names in the files of transformers 4, but for those of one family alone, and of a layer.
+OF_4 = {
+    "dinov2": (
+        "encoder.layer.0.",
+        {"embeddings.patch_embeddings.projection", "layernorm"},
+        {
+            *("norm1", "norm2", "mlp.fc1", "mlp.fc2", "attention.output.dense"),
+            *(f"attention.attention.{name}" for name in ("query", "key", "value")),
+        },
+    ),
+    "dinov3": (
+        "layer.0.",
+        {"embeddings.patch_embeddings", "norm"},
+        {
+            *("norm1", "norm2", "mlp.up_proj", "mlp.down_proj"),
+            *(f"attention.{name}_proj" for name in "qkvo"),
+        },
+    ),
+    "vit": (
+        "encoder.layer.0.",
+        {"embeddings.patch_embeddings.projection", "layernorm"},
+        {
+            *("layernorm_before", "layernorm_after", "intermediate.dense", "output.dense"),
+            "attention.output.dense",
+            *(f"attention.attention.{name}" for name in ("query", "key", "value")),
+        },
+    ),
+    "clip": (
+        "encoder.layers.0.",
+        {
+            *("embeddings.patch_embedding", "embeddings.position_embedding"),
+            *("pre_layrnorm", "post_layernorm"),
+        },
+        {
+            *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
+            *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+        },
+    ),
+}
+OF_4["dinov2 with registers"] = OF_4["dinov2"]
+OF_4["dinov3 gated"] = OF_4["dinov3"]
+
+
+@every_family
+def test_names_of_both_versions_are_read(family, tmp_path):
+    """Version 5 writes those of 4, or those of its own modules, which it may have before them."""
+    name, family = family, FAMILIES[family]
+    original = saved(tmp_path / "4", family)
+    shutil.copytree(tmp_path / "4", tmp_path / "5")
+    original.save_pretrained(tmp_path / "5", save_original_format=False)
+    layer, outside, inside = OF_4[name]
+    stored, own = (load_file(tmp_path / n / "model.safetensors") for n in "45")
+    weights = {key.removesuffix(".weight") for key in stored if key.endswith(".weight")}
+    if name == "dinov3 gated":
+        inside = {*inside, "mlp.gate_proj"}
+    assert {key for key in weights if ".1." not in key} == outside | {layer + n for n in inside}
+    assert (stored.keys() == own.keys()) == (name == "clip")
+    wanted, packing = from_pretrained(tmp_path / "4")
+    for prefix in family.parts:
+        path = tmp_path / "5" / "model.safetensors"
+        save_file({prefix + key: value for key, value in own.items()}, path)
+        found, same = from_pretrained(tmp_path / "5")
+        assert same == packing
+        for key, value in wanted.state_dict().items():
+            assert torch.equal(found.state_dict()[key], value), key
+
+
 @every_family
 def test_an_image_does_not_see_its_neighbours(family, tmp_path):
     family = FAMILIES[family]
@@ -321,6 +393,35 @@ def test_a_table_is_evaluated_on_grids_larger_than_it_was_trained_on(tmp_path):
     batch = packed.batch_of(large, prefix_tokens=1)
     assert batch.grid_hw.max() > 2 * model.config.side
     assert close(model(batch)[batch.present], theirs(family, original, batch), 1e-5)
+
+
+@pytest.mark.parametrize("family", ["dinov2", "dinov3"])
+def test_it_is_trained_on_grids_larger_than_before(family, tmp_path):
+    """A table of 4 × 4 places, and positions without one, on grids of up to 9 × 9 patches."""
+    saved(tmp_path, FAMILIES[family])
+    torch.manual_seed(0)
+    model, packing = from_pretrained(tmp_path, num_classes=2)
+    assert packing.resolution == Square(Constant(8))
+    draw = np.random.default_rng(0)
+    sizes = [(18, 18), (18, 12), (14, 18), (10, 16)] * 2
+    levels = 120 * np.arange(len(sizes), dtype=np.uint8) % 240
+    images = [
+        draw.integers(0, 120, (*size, 3), np.uint8) + level
+        for size, level in zip(sizes, levels, strict=True)
+    ]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    dataset = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 4}, features)
+    options = packing.to_options() | {"resolution": "native", "crop": None, "seq_len": 170}
+    packs = EpochPacks(dataset, **options)
+    loader = PackedLoader(packs, 2)
+    batch = next(iter(loader))
+    assert batch.grid_hw.max() == 9
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = TrainConfig(steps=24, loss="softmax", learning_rate=2e-3, warm_up=2)
+    records = list(train(model, loader, config))
+    assert records[-1].loss < records[0].loss / 2
+    changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+    assert changed == {name for name, _ in model.named_parameters()}
 
 
 def test_a_training_begins_with_its_weights_and_packs(tmp_path):

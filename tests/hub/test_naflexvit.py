@@ -2,25 +2,21 @@
 
 import json
 import re
+from dataclasses import replace
 
+import golden_naflexvit
 import packed
 import pytest
 import torch
-from encoders import CASE, MEAN, STD, check_outputs, check_sees_no_neighbours, shaken
+from encoders import CASE, check_outputs, check_sees_no_neighbours
+from golden_naflexvit import FOLDER, SLOTS, TINY, theirs, told
 from laws import close
+from safetensors.torch import load_file
 
 from packpipe import NaViTConfig, PackConfig, from_pretrained
 from packpipe.model.presets import NAFLEXVIT
 
-SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": packed.PATCH_SIZE}
-SLOTS = {
-    "naflexvit_base_patch16_siglip": 0,
-    "naflexvit_base_patch16_map": 1,
-    "naflexvit_base_patch16_par_gap": 4,
-    "naflexvit_so150m2_patch16_reg1_gap": 1,
-}
-
-
+SMALL = {**TINY, "embed_dim": 32}
 NAMES = []  # of operators, for as long as they are read
 
 
@@ -39,24 +35,36 @@ def timm():
 
 def saved(timm, folder, name, num_classes=0, **options):
     """Save a model of random weights as timm does; return it."""
-    model = shaken(timm.create_model(name, num_classes=num_classes, **SMALL | options))
-    model.pretrained_cfg = {**model.pretrained_cfg, "mean": MEAN, "std": STD}
-    model.pretrained_cfg["input_size"] = (3, 8, 8)
-    timm.models.save_for_hf(model, folder, model_args=SMALL | options, safe_serialization=True)
-    return model
+    return golden_naflexvit.saved(timm, folder, name, num_classes, **SMALL | options)
 
 
-def theirs(model, batch):
-    """The outputs of each image alone, in the order of the images."""
-    found = []
-    mean, std = (torch.tensor(v).repeat(packed.PATCH_SIZE**2) for v in (MEAN, STD))
-    for _, _, one in packed.alone(batch):
-        real = one.coords[0, :, 0] >= 0
-        patches = (one.patches[:, real].float() / 255 - mean) / std
-        given = {"patches": patches, "patch_coord": one.coords[:, real].long()}
-        valid = torch.ones(1, patches.shape[1], dtype=torch.bool)
-        found.append(model({**given, "patch_valid": valid}))
-    return torch.cat(found)
+def gradients_of(model, slots):
+    """Gradients of ours by the names of timm's."""
+    names = {
+        "embeds.pos_embed": "position.table",
+        "blocks.0.mlp.fc1.weight": "blocks.0.widen.weight",
+        "blocks.1.attn.proj.weight": "blocks.1.project.weight",
+        **({"embeds.reg_token": "prefix"} if slots else {}),
+    }
+    own = dict(model.named_parameters())
+    return {of: own[ours].grad for of, ours in names.items()}
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_outputs_and_gradients_are_those_that_timm_gave(name):
+    """Of files, so that it is tested where timm does not import."""
+    golden = load_file(FOLDER / name / "golden.safetensors")
+    model, _ = from_pretrained(FOLDER / name)
+    batch = packed.batch_of(CASE, prefix_tokens=SLOTS[name])
+    assert torch.equal(batch.coords, golden["coords"])
+    outputs = model(replace(batch, patches=golden["patches"]))[batch.present]
+    assert outputs.shape == (9, 16)
+    assert close(outputs, golden["outputs"], 1e-5)
+    assert golden["outputs"].std(0).min() > 0.01
+    (outputs * golden["slope"]).sum().backward()
+    for of, gradient in gradients_of(model, SLOTS[name]).items():
+        assert close(told(gradient, of), golden[of].view_as(told(gradient, of)), 1e-5), of
+        assert golden[of].abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", SLOTS)
@@ -67,15 +75,10 @@ def test_outputs_and_gradients_are_the_originals(name, timm, tmp_path):
     assert model.config.prefix_tokens == packing.prefix_tokens == slots
     batch = packed.batch_of(CASE, prefix_tokens=slots)
     check_outputs(model(batch)[batch.present], theirs(original, batch))
-    own, other = dict(model.named_parameters()), dict(original.named_parameters())
-    for ours, of in {
-        "position.table": "embeds.pos_embed",
-        "blocks.0.widen.weight": "blocks.0.mlp.fc1.weight",
-        "blocks.1.project.weight": "blocks.1.attn.proj.weight",
-        **({"prefix": "embeds.reg_token"} if slots else {}),
-    }.items():
-        assert close(own[ours].grad, other[of].grad.view_as(own[ours]), 1e-5), ours
-    assert all(one.grad.abs().sum() > 0 for one in own.values())
+    other = dict(original.named_parameters())
+    for of, gradient in gradients_of(model, slots).items():
+        assert close(gradient, other[of].grad.view_as(gradient), 1e-5), of
+    assert all(one.grad.abs().sum() > 0 for one in model.parameters())
 
 
 def test_an_image_does_not_see_its_neighbours(timm, tmp_path):

@@ -23,6 +23,8 @@ from packpipe import (
     save_pretrained,
 )
 from packpipe.hub.card import card_of
+from packpipe.hub.meaning import LOSSES, Meaning, meaning_of
+from packpipe.training.losses import LOSSES as TRAINED_LOSSES
 
 # The client's library has one name or another, by the version of huggingface_hub.
 httpx = import_module(type(huggingface_hub.get_session()).__module__.split(".")[0])
@@ -80,6 +82,8 @@ def test_what_is_pushed_is_what_comes_back(hub, tmp_path):
     model = packed.model_of(dtype=torch.float32)
     hub.files = {"model.safetensors.index.json": b"{}", "notes.txt": b"mine"}
     told = {"figures": FIGURES, "license": "cc-by-4.0", "source": "Trained on *pets*."}
+    names = ("dark", 'a, "b"', "hündin", "d", "e")
+    told |= {"class_names": names, "label_column": "kind", "loss": "softmax"}
     url = push_to_hub(model, PACKING, "me/pets", private=True, **told)
     assert url.endswith("/me/pets")
     (created,) = hub.made
@@ -99,6 +103,16 @@ def test_what_is_pushed_is_what_comes_back(hub, tmp_path):
     card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "cc-by-4.0"
     assert "| images | 1234 |\n| loss | 0.693147 |\n| accuracy | 0.75 |" in card.text
+    assert meaning_of(tmp_path) == Meaning(class_names=names, label_column="kind", loss="softmax")
+    settings = json.loads(hub.files["config.json"])
+    assert settings["id2label"] == dict(zip("01234", names, strict=True))
+    assert settings["label2id"] == {name: k for k, name in enumerate(names)}
+    quoted = '"dark", "a, \\"b\\"", "hündin", "d", "e"'
+    assert f"## Outputs\n\nIn their order, they are of: {quoted}.\n" in card.text
+    assert (
+        "\n\nTrained with the loss `softmax`: their softmax gives the probability of" in card.text
+    )
+    assert '\n\nThe labels were the column "kind".\n' in card.text
     assert 'from_pretrained("me/pets")' in card.text.replace("'", '"')
 
 
@@ -133,6 +147,9 @@ def test_what_is_pushed_is_what_comes_back(hub, tmp_path):
             {"packing": replace(PACKING, drop_rate=0.5)},
             "drop_rate is 0.5, expected 0.0; pass packpipe.planning.evaluation.evaluation_of(pack",
         ),
+        ({"class_names": ["a", "b"]}, "len(class_names) is 2, expected 5 (num_classes); give the"),
+        ({"class_names": ["a", "b", "a"]}, "class_names[2] is 'a', expected a name of its own; gi"),
+        ({"loss": "hinge"}, "loss is 'hinge', expected one of 'softmax', 'sigmoid', 'mse', 'l1'"),
         ({"packing": replace(PACKING, views=2)}, "views is 2, expected 1; pass packpipe.planning."),
         ({"packing": replace(PACKING, crop=Crop())}, "crop is Crop("),
         (
@@ -235,3 +252,24 @@ def test_a_card_claims_nothing_that_was_not_told(tmp_path):
     assert (data.library_name, data.pipeline_tag) == ("packpipe", "image-feature-extraction")
     labelled = huggingface_hub.ModelCard(card_of(packed.model_of(), PACKING, "a: b # c")).data
     assert labelled.pipeline_tag is None
+
+
+def test_what_outputs_mean_is_told_or_not(tmp_path):
+    assert LOSSES.keys() == TRAINED_LOSSES.keys()
+    model = packed.model_of(dtype=torch.float32)
+    save_pretrained(model, PACKING, tmp_path / "plain")
+    assert meaning_of(tmp_path / "plain") == Meaning()
+    assert "## Outputs" not in (tmp_path / "plain" / "README.md").read_text()
+    (tmp_path / "config.json").write_text('{"model_type": "vit", "id2label": {"0": "cat"}}')
+    assert meaning_of(tmp_path) == Meaning()  # its head is not read
+    for names in ({"1": "b", "0": "a"}, ["a", "b"], "ab"):
+        settings = {"model_type": "packpipe", "id2label": names}
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        message = f"id2label in {tmp_path / 'config.json'} is {names!r}, expected the names of"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            meaning_of(tmp_path)
+    for wrong in ("ab", [1], {"a", "b"}):
+        with pytest.raises(TypeError, match=re.escape("class_names")):
+            Meaning(class_names=wrong)
+    with pytest.raises(TypeError, match="label_column is 1, expected a name, or None"):
+        Meaning(label_column=1)

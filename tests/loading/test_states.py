@@ -111,8 +111,8 @@ def shuffled(_, dataset):
 REASONS = {
     "files": "the files hold others: use the folder of the state, or a copy of it",
     "labels": "the labels are others: use the data of the state",
-    "rows": "the pixels or tokens are others: use the data of the state",
-    "images": "the images are others: use the data of the state",
+    "rows": "pixels or tokens are others, of 16 MB that are compared: use the data of the state",
+    "images": "the images are others, in length or in 16 MB of them: use the data of the state",
     "options": "the rows are computed in another way: use the options of the state",
     "max_segments": "pass it as max_segments, else batches have another shape",
 }

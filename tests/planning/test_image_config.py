@@ -642,3 +642,17 @@ def test_only_a_random_crop_draws():
 def test_options_are_passed_by_name():
     with pytest.raises(TypeError, match="positional"):
         PackConfig(1024)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"crop": {}}, "a law in here is {}, expected its name with its attributes; it is damaged"),
+        ({"crop": {"Crop": []}}, "a law in here is {'Crop': []}, expected its name with its attri"),
+        ({"crop": {"Crop": {}, "Side": {}}}, "a law in here is {'Crop': {}, 'Side': {}}, expecte"),
+        ({"resolution": {"Side": {}}}, "Side in here is [], expected pixels among its attributes;"),
+    ],
+)
+def test_a_law_that_is_damaged_is_a_sentence(option, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PackConfig.from_dict({"seq_len": 64, **option}, "here")

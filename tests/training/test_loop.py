@@ -521,6 +521,10 @@ TOLD = {
     "no checkpoint written": 'error is "*Error: *step-00000001.partial*" (rank 0), None (rank 1), '
     f"expected {NONE}",
     "no log": f'error is "*Error: *log.jsonl*" (rank 0), None (rank 1), expected {NONE}',
+    "a label of a stream": "after 6 steps: error is None (rank 0), 'ValueError: a label is 99, "
+    f"expected 0..4, or -100 for a segment that does not count; *' (rank 1), expected {NONE}",
+    "an image": "after 2 steps: error is None (rank 0), 'TooManyRejects: rejected is 2 of 9 "
+    f"examples (22.22%), expected at most 1.00%' (rank 1), expected {NONE}",
     # What fails everywhere in the same way is said as it is.
     "too large a batch": "num_packs is 10, expected 22 (batch_size times world_size) or more; "
     "choose a smaller batch, or tail='pad'",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from naive import mean_average_precision as naive_ap
 
 from packpipe import Augment, PackConfig, PackedLoader
 from packpipe.loading.stored import StoredPacks
@@ -240,6 +241,7 @@ def test_models_learn_numbers(name):
                     (measured[-1].val_accuracy, measured[-1].val_error)):  # fmt: skip
         assert [one is None for one in figures] == [is_regression, not is_regression]
     assert measured[-1].val_ece is None
+    assert [r.val_mean_ap is None for r in measured] == [name != "sigmoid"] * 2
 
 
 @every_loss
@@ -258,6 +260,30 @@ def test_validation_is_that_of_the_answers_each_alone(name):
     assert found.loss == pytest.approx(losses / len(each), abs=1e-6)
     figure = found.error if name in ("mse", "l1") else found.accuracy
     assert figure == pytest.approx(agreed / compared, abs=1e-6)
+    ranked = naive_ap(answers.outputs.tolist(), answers.labels.tolist())
+    assert found.mean_ap == (pytest.approx(ranked, abs=1e-9) if name == "sigmoid" else None)
+
+
+def test_images_are_ranked_among_those_of_all_ranks(monkeypatch):
+    _, model = trained("sigmoid")
+    loader = loader_of(tail="pad", rank=0, world_size=1)
+    answers = predict_packs(model, loader.packs)
+    known = ~answers.labels.isnan().all(-1)
+    outputs, labels = answers.outputs[known], answers.labels[known]
+
+    def gather(everyone, own):
+        """As if another rank had the same images with other labels."""
+        other = own if isinstance(own, dict) else [(a, 1 - b) for a, b in own]
+        everyone[:] = [own, other]
+
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    found = measure(model, loader, LOSSES["sigmoid"]).mean_ap
+    both = torch.cat([outputs, outputs]), torch.cat([labels, 1 - labels])
+    assert found == pytest.approx(naive_ap(*(one.tolist() for one in both)), abs=1e-9)
+    assert found != naive_ap(outputs.tolist(), labels.tolist())
 
 
 class Unread(StoredPacks):
