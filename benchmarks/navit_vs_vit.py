@@ -1,6 +1,6 @@
 """NaViT against the same trunk on squares: accuracy by compute, on real pictures.
 
-    pip install -e '.[torch,plots]'
+    pip install -e '.[torch]'
     python benchmarks/navit_vs_vit.py --data FOLDER    # a GPU, 16 processors: half an hour
     python benchmarks/navit_vs_vit.py --data FOLDER --epochs 10 --captured --seconds 440
     python benchmarks/navit_vs_vit.py --data FOLDER --device cpu --tiny
@@ -10,8 +10,8 @@ FOLDER holds pictures.parquet (columns image, label, split, source). Same trunk,
 images a step, no augmentation but NaViT's own: r ~ U(64, 224), dropping that falls slowly from 0.8
 to 0.2. The square model sees 224 × 224. Lengths of training are shares of the square model's
 FLOPs; each is a run with its own schedule. Controls: every image at one area, so that its size
-tells nothing; pictures of one source alone. Writes navit_vs_vit.md, .json and .png
-(navit_vs_vit_tiny of --tiny).
+tells nothing; pictures of one source alone. Writes navit_vs_vit.md and
+navit_vs_vit.json (navit_vs_vit_tiny of --tiny).
 """
 
 from __future__ import annotations
@@ -347,7 +347,7 @@ def write(
     epochs: int,
     device: torch.device,
 ) -> None:
-    """Write what has been measured so far, as JSON, as a table and as a picture."""
+    """Write what has been measured so far, as JSON and as a table."""
     options.results.mkdir(parents=True, exist_ok=True)
     written(options, ".json").write_text(json.dumps(records, indent=1) + "\n")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -377,7 +377,6 @@ def write(
         )
     lines += ["", *verdicts(records)]
     written(options, ".md").write_text("\n".join(lines) + "\n")
-    draw(written(options, ".png"), records)
 
 
 def verdicts(records: list[dict[str, Any]]) -> Iterator[str]:
@@ -410,36 +409,6 @@ def grouped(records: list[dict[str, Any]]) -> dict[tuple[str, float], list[dict[
     for record in records:
         groups.setdefault((record["run"], record["share"]), []).append(record)
     return groups
-
-
-def draw(path: Path, records: list[dict[str, Any]]) -> None:
-    """Draw accuracy against FLOPs and seconds."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for place, (key, label) in enumerate((("PFLOPs", "training PFLOPs"), ("seconds", "seconds"))):
-        axes = figure.add_subplot(1, 2, place + 1)
-        names = list(dict.fromkeys(record["run"] for record in records))
-        for number, name in enumerate(names):
-            own = [record for record in records if record["run"] == name]
-            points = sorted(
-                (
-                    statistics.mean(one[key] for one in own if one["share"] == share),
-                    statistics.mean(one["accuracy"] for one in own if one["share"] == share),
-                )
-                for share in {one["share"] for one in own}
-            )
-            colour = f"C{number}"
-            axes.plot(*zip(*points, strict=True), "-", color=colour, lw=1)
-            axes.plot(
-                [o[key] for o in own], [o["accuracy"] for o in own], "o", color=colour, label=name
-            )
-        axes.set(xscale="log", xlabel=label, ylabel="test accuracy")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
     pip install --no-deps vit-pytorch axolotl     # their other needs clash or are heavy
     python benchmarks/packing.py [--examples 16000000] [--billion 1000000000]
 
-Writes benchmarks/results/packing.md and packing.png. One process, one thread, everything warm;
-medians of up to five calls, of one where a call takes more than four seconds. All packers get
-the same lengths, each in the form it wants, made outside the time. Ratios say more than
-milliseconds: machines are shared.
+Writes benchmarks/results/packing.md, and packing.png of its tables (that alone with --draw). One
+process, one thread, everything warm; medians of up to five calls, of one where a call takes more
+than four seconds. All packers get the same lengths, each in the form it wants, made outside the
+time. Ratios say more than milliseconds: machines are shared.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peers
@@ -36,6 +37,7 @@ from packpipe.packing.histogram import HistogramPlan
 
 ROOT = Path(__file__).parent.parent
 Lengths = NDArray[np.int32]
+Curves = dict[str, list[tuple[float, float]]]
 
 
 TRIED = """
@@ -141,7 +143,7 @@ def published() -> Iterator[list[str]]:
     yield ["3, NNLSHP", f"{len(plan):,}", f"{plan.quality.fill:.3%}", *[""] * 7, took]
 
 
-def speed(sizes: list[int], results: dict[str, dict[int, float]]) -> Iterator[list[str]]:
+def speed(sizes: list[int]) -> Iterator[list[str]]:
     """Ours beside the compiled peers, on all kinds of lengths."""
     compiled = peers.compiled()
     for size in sizes:
@@ -162,15 +164,11 @@ def speed(sizes: list[int], results: dict[str, dict[int, float]]) -> Iterator[li
             packs = pack_lengths(lengths, seq_len)
             row = [f"{size:,}", name, *(f"{1000 * t:.2f}" for t in (plan, ordered, numbered))]
             row += [f"{ordered / copy:.0f}", f"{max(peaks):.1f}", f"{packs.quality.gap:,}"]
-            drawn = results if name.startswith("NaViT") else {}
-            drawn.setdefault("packpipe, (order, offsets)", {})[size] = ordered
-            drawn.setdefault("packpipe, pack numbers", {})[size] = numbered
             best = np.inf
             for peer in compiled:
                 if size <= peer.most:
                     given = peer.prepare(lengths, seq_len)
                     taken = seconds(lambda p=peer, g=given, n=seq_len: p.work(g, n))
-                    drawn.setdefault(peer.name, {})[size] = taken
                     row.append(f"{1000 * taken:,.1f}")
                     best = min(best, taken)
                 else:
@@ -178,7 +176,7 @@ def speed(sizes: list[int], results: dict[str, dict[int, float]]) -> Iterator[li
             yield [*row, f"{best / ordered:.1f}", f"{best / numbered:.1f}"]
 
 
-def others(results: dict[str, dict[int, float]]) -> Iterator[list[str]]:
+def others() -> Iterator[list[str]]:
     """The packers inside other libraries, at the sizes they reach, on NaViT-like lengths."""
     for peer in peers.others():
         for size in (10_000, 100_000, 1_000_000):
@@ -189,14 +187,13 @@ def others(results: dict[str, dict[int, float]]) -> Iterator[list[str]]:
             ours = seconds(lambda a=lengths, n=seq_len: pack_lengths(a, n))
             given = peer.prepare(lengths, seq_len)
             taken = seconds(lambda p=peer, g=given, n=seq_len: p.work(g, n))
-            results.setdefault(peer.name, {})[size] = taken
             used = peer.count(peer.work(given, seq_len))
             padding = f"{1 - packs.quality.num_tokens / (used * seq_len):.3%}"
             row = [peer.name, f"{size:,}", f"{1000 * taken:,.0f}", f"{1000 * ours:.2f}"]
             yield [*row, f"{taken / ours:,.0f}", padding, f"{packs.quality.padding:.3%}"]
 
 
-def by_seq_len(curve: dict[str, dict[int, float]]) -> Iterator[list[str]]:
+def by_seq_len() -> Iterator[list[str]]:
     """Time of the plan alone for one million lengths, against seq_len."""
     rng = np.random.default_rng(0)
     size = 1_000_000
@@ -209,18 +206,17 @@ def by_seq_len(curve: dict[str, dict[int, float]]) -> Iterator[list[str]]:
             "log-normal, median 400": _lengths(rng.lognormal(np.log(400), 1.0, size), seq_len),
         }
         row = [f"{seq_len:,}"]
-        for name, lengths in kinds.items():
+        for lengths in kinds.values():
             counts = count_lengths(lengths, seq_len)
             times = [
                 seconds(lambda c=counts, n=seq_len, s=s: plan_histogram(c, n, strategy=s))
                 for s in ("ffd", "bfd")
             ]
-            curve.setdefault(name, {})[seq_len] = times[0]
             row += [f"{1000 * t:.1f}" for t in times]
         yield row
 
 
-def trade_off(curve: dict[str, dict[str, list[float]]]) -> Iterator[list[str]]:
+def trade_off() -> Iterator[list[str]]:
     """Fill ÷ fill at the bound, and the largest pack, for limits on segments."""
     for name, (lengths, seq_len) in lengths_by_name(1_000_000).items():
         counts = count_lengths(lengths, seq_len)
@@ -229,12 +225,11 @@ def trade_off(curve: dict[str, dict[str, list[float]]]) -> Iterator[list[str]]:
             for strategy in ("ffd", "bfd", "spfhp", "balanced"):
                 plan = plan_histogram(counts, seq_len, strategy=strategy, max_segments=limit)
                 reached = plan.quality.bound / len(plan)
-                curve.setdefault(name, {}).setdefault(strategy, []).append(reached)
                 row.append(f"{reached:.2%} ({plan.quality.most_segments})")
             yield row
 
 
-def online(curve: dict[str, dict[int, float]]) -> Iterator[list[str]]:
+def online() -> Iterator[list[str]]:
     """Fill of a stream against the packs kept open, and lengths a second."""
     size = 4_000_000
     for name, (lengths, seq_len) in lengths_by_name(size).items():
@@ -243,7 +238,6 @@ def online(curve: dict[str, dict[int, float]]) -> Iterator[list[str]]:
             packer = OnlinePacker(seq_len, open_packs=open_packs)
             rate = size / seconds(lambda p=packer, a=lengths: p.push(a))
             packer.flush()
-            curve.setdefault(name, {})[open_packs] = packer.fill
             row.append(f"{packer.fill:.2%}, {rate / 1e6:.0f} M/s")
         for window in (1_000, 10_000, 100_000):
             some = lengths[:1_000_000]
@@ -319,47 +313,84 @@ def _peak_memory() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def draw(
-    path: Path,
-    times: dict[str, dict[int, float]],
-    seq_lens: dict[str, dict[int, float]],
-    limits: dict[str, dict[str, list[float]]],
-    stream: dict[str, dict[int, float]],
-) -> None:
-    """Draw the four curves."""
-    import matplotlib.pyplot as plt
+def read_table(text: str, title: str) -> Iterator[dict[str, str]]:
+    """Return the rows of a table of packing.md, by the names of its columns; "bfd" may be twice."""
+    lines = text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
+    head, _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    return (dict(zip(head, row, strict=True)) for row in rows)
 
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
-    for name, curve in times.items():
+
+def number(cell: str) -> float:
+    """Return the number that a cell begins with: 99.12 of ``99.12% (8)``."""
+    return float(cell.split("%")[0].replace(",", ""))
+
+
+def draw(folder: Path) -> None:
+    """Draw four tables of packing.md: lines differ in colour, style and marker."""
+    from matplotlib.figure import Figure
+
+    text = (folder / "packing.md").read_text()
+    kinds = ("NaViT-like, 1024", "chat-like, 4096")
+    times: Curves = {}
+    for row in read_table(text, "Speed beside compiled packers"):
+        for name in ("order", "numbers", "lightbinpack ffd", "lightbinpack obfd"):
+            if row["kind"] == kinds[0] and row[name] != "-":
+                ours = f"packpipe, {name}" if name in ("order", "numbers") else name
+                times.setdefault(ours, []).append((number(row["lengths"]), number(row[name]) / 1e3))
+    for row in read_table(text, "Speed beside packers in other libraries"):
+        point = number(row["lengths"]), number(row["theirs"]) / 1e3
+        times.setdefault(row["packer"], []).append(point)
+    seq_lens: Curves = {}
+    for row in read_table(text, "Time against seq_len"):
+        for name in (found for found in row if found.endswith(", ffd")):
+            point = number(row["seq_len"]), number(row[name]) / 1e3
+            seq_lens.setdefault(name.removesuffix(", ffd"), []).append(point)
+    limits: Curves = {}
+    for row in read_table(text, "A limit on segments"):
+        for strategy in ("ffd", "balanced") if row["kind"] in kinds else ():
+            most = 128 if row["max_segments"] == "no limit" else number(row["max_segments"])
+            name = f"{strategy}, {row['kind']}"
+            limits.setdefault(name, []).append((most, number(row[strategy])))
+    stream: Curves = {
+        row["kind"]: [
+            (number(name.split()[0]), 100 - number(row[name]))
+            for name in row
+            if name.endswith(" open")
+        ]
+        for row in read_table(text, "Streams")
+    }
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    axes = figure.subplots(2, 2)
+    draw_curves(axes[0, 0], times, "lengths", "seconds of one call, NaViT-like lengths")
+    draw_curves(axes[0, 1], seq_lens, "seq_len", "seconds of a plan of 1 million lengths (ffd)")
+    draw_curves(axes[1, 0], limits, "max_segments", "% of the fill at the bound")
+    draw_curves(axes[1, 1], stream, "packs open", "padding of a stream, %")
+    axes[0, 0].set_ylim(top=1e4)
+    axes[1, 0].set(yscale="linear", xticks=(8, 12, 16, 32, 64, 128))
+    axes[1, 0].set_xticklabels(["8", "12", "16", "32", "64", "no limit"], minor=False)
+    axes[1, 0].minorticks_off()
+    figure.savefig(folder / "packing.png", dpi=90)
+
+
+def draw_curves(axes: Any, curves: Curves, across: str, title: str) -> None:
+    """Draw curves that are told apart without colours, too; the legend has their order."""
+    last = sorted(curves.items(), key=lambda one: -one[1][-1][1])
+    for place, (name, points) in enumerate(last):
         ours = name.startswith("packpipe")
-        axes[0, 0].loglog(
-            *zip(*curve.items(), strict=True), "o-", lw=2.5 if ours else 1, label=name
+        marker, style = "osD^vPX*h"[place % 9], ("-", "--", "-.", ":")[place % 4]
+        axes.plot(
+            *zip(*points, strict=True),
+            style,
+            marker=marker,
+            ms=7,
+            lw=3 if ours else 1.3,
+            color=f"C{place}",
+            label=name,
         )
-    axes[0, 0].set(title="Time of one call, NaViT-like lengths", xlabel="lengths", ylabel="seconds")
-    axes[0, 0].legend(fontsize=7, loc="upper left", ncols=2)
-    axes[0, 0].set_ylim(top=2e3)
-    for name, curve in seq_lens.items():
-        axes[0, 1].loglog(*zip(*curve.items(), strict=True), "o-", label=name)
-    axes[0, 1].set(title="Plan of 1 million lengths (ffd)", xlabel="seq_len (L)", ylabel="seconds")
-    axes[0, 1].legend(fontsize=8)
-    names = ["8", "12", "16", "32", "64", "none"]
-    for name, style, marker in (("NaViT-like, 1024", "-", "o"), ("chat-like, 4096", "--", "s")):
-        for colour, strategy in zip(["C0", "C3"], ("ffd", "balanced"), strict=True):
-            reached = [100 * share for share in limits[name][strategy]]
-            label = f"{strategy}, {name}"
-            axes[1, 0].plot(names, reached, style, color=colour, marker=marker, label=label)
-    axes[1, 0].set(
-        title="Fill with a limit on segments",
-        xlabel="max_segments",
-        ylabel="% of the fill at the bound",
-    )
-    axes[1, 0].legend(fontsize=8, handlelength=4)
-    for name, curve in stream.items():
-        padding = [100 * (1 - fill) for fill in curve.values()]
-        axes[1, 1].loglog(list(curve), padding, "o-", label=name)
-    axes[1, 1].set(title="Padding of a stream", xlabel="open packs", ylabel="padding, %")
-    axes[1, 1].legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    axes.set(xscale="log", yscale="log", xlabel=across)
+    axes.set_title(title, fontsize=13)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9, handlelength=4, ncols=2 if len(curves) > 5 else 1)
 
 
 def main() -> None:
@@ -368,11 +399,11 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=16_000_000)
     parser.add_argument("--billion", type=int, default=1_000_000_000)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--draw", action="store_true", help="packing.png anew, of packing.md")
     options = parser.parse_args()
-    times: dict[str, dict[int, float]] = {}
-    seq_lens: dict[str, dict[int, float]] = {}
-    limits: dict[str, dict[str, list[float]]] = {}
-    stream: dict[str, dict[int, float]] = {}
+    if options.draw:
+        draw(options.out)
+        return
     cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     packages = ["numpy", "numba", "scipy", "lightbinpack", "trl", "grain", "binpacking"]
     packages += ["vit-pytorch", "axolotl"]
@@ -429,20 +460,20 @@ def main() -> None:
         "(order, offsets); *numbers*: count, plan, pack number of each example. *÷ copy*: order ÷ "
         "`numpy.copyto` of the lengths. *bytes*: most memory held an example beyond the input. "
         "Peers return lists of lists. *×*: the fastest peer ÷ ours.",
-        speed(sizes, times),
+        speed(sizes),
         ["lengths", "kind", "plan", "order", "numbers", "÷ copy", "bytes", "gap, packs",
          *peer_names, "× order", "× numbers"],
     )  # fmt: skip
     add(
         "Speed beside packers in other libraries",
         "NaViT-like lengths, milliseconds; *×*: theirs ÷ ours (`pack_lengths` whole).",
-        others(times),
+        others(),
         ["packer", "lengths", "theirs", "ours", "×", "their padding", "our padding"],
     )
     add(
         "Time against seq_len",
         "Plan of one million lengths, milliseconds.",
-        by_seq_len(seq_lens),
+        by_seq_len(),
         ["seq_len", "uniform, ffd", "bfd", "log-normal, median L/10, ffd", "bfd",
          "log-normal, median 400, ffd", "bfd"],
     )  # fmt: skip
@@ -450,21 +481,21 @@ def main() -> None:
         "A limit on segments",
         "One million lengths: fill as a share of the fill at the proven bound, and in brackets the "
         "most segments in a pack.",
-        trade_off(limits),
+        trade_off(),
         ["kind", "max_segments", "ffd", "bfd", "spfhp", "balanced"],
     )
     add(
         "Streams",
         "`OnlinePacker`, best fit, 4 million lengths, again and again: fill (flush included) and "
         "lengths a second by open packs; then ffd over windows of one million of them.",
-        online(stream),
+        online(),
         ["kind", *(f"{n} open" for n in (1, 4, 16, 64, 256, 1024)), "window 1,000", "10,000",
          "100,000"],
     )  # fmt: skip
     parts.append("## What was tried\n" + TRIED)
     options.out.mkdir(parents=True, exist_ok=True)
-    draw(options.out / "packing.png", times, seq_lens, limits, stream)
     (options.out / "packing.md").write_text("\n".join(parts))
+    draw(options.out)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,16 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from packpipe import checks
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 # Training stops here on a slow or busy machine, whatever steps are left.
 TRAINING_SECONDS = 55
@@ -28,7 +33,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     prepare(options.folder)
-    run(options.folder.absolute(), options.seq_len, options.steps, options.num_workers)
+    try:
+        run(options.folder.absolute(), options.seq_len, options.steps, options.num_workers)
+    except BrokenPipeError:
+        from packpipe.cli.output import nobody_reads
+
+        if not nobody_reads():
+            raise
+        raise SystemExit(141) from None  # as the command's
 
 
 def prepare(folder: Path) -> None:
@@ -39,16 +51,20 @@ def prepare(folder: Path) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache" / "inductor"))
 
 
-def run(folder: Path, seq_len: int, steps: int, num_workers: int) -> None:
-    """Pack the bundled images, print figures, draw some rows and train; 0 steps train nothing."""
+def run(folder: Path, seq_len: int, steps: int, num_workers: int, *, as_json: bool = False) -> None:
+    """Pack the bundled images, print figures, draw some rows and train; 0 steps train nothing.
+
+    As JSON the figures are one object; what is meant for a person goes to stderr then.
+    """
     import datasets
-    from rich.console import Console
 
     import packpipe
     from packpipe import samples
+    from packpipe.cli.output import console as console_of
+    from packpipe.cli.output import print_json
     from packpipe.plots import plot_rows
 
-    console = Console()
+    console = console_of(stderr=as_json)
     # Loading some files needs no bars; `pack` shows one, which is why they come back.
     datasets.disable_progress_bars()
     images = datasets.load_dataset(
@@ -62,12 +78,13 @@ def run(folder: Path, seq_len: int, steps: int, num_workers: int) -> None:
     output = folder / f"packed-{seq_len}"
     fresh = not output.exists()  # else `pack` opens what is there, and a rate would mean nothing
     packed = packpipe.pack(images, seq_len, output=output, num_workers=num_workers)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started if fresh else None
 
     rows = packpipe.read_rows(packed)
     # For the table: batches of a padded ViT take images as they come.
     in_source_order = rows.seq_lens[np.argsort(rows.example_index)]
-    console.print(_table(packpipe.manifest(packed), in_source_order, seconds, fresh))
+    figures = _figures(packpipe.manifest(packed), in_source_order, seconds)
+    console.print(_table(figures, seq_len))
     by_segments = np.argsort(-rows.num_segments, kind="stable")
     # Rows with the most segments, and three towards fewer.
     chosen = by_segments[np.array([0, 1, 3, 6]) * len(by_segments) // 32]
@@ -75,39 +92,58 @@ def run(folder: Path, seq_len: int, steps: int, num_workers: int) -> None:
     names = images.features["label"].names
     plot_rows(packpipe.read_rows(packed, chosen), class_names=names).savefig(picture, dpi=100)
     console.print(f"rows     {output}\npicture  {picture}")
+    figures |= {"folder": str(output), "picture": str(picture)}
     if steps:
-        _train(packed, images.features["label"].num_classes, steps, folder, console)
+        num_classes = images.features["label"].num_classes
+        figures["training"] = _train(packed, num_classes, steps, folder, console)
+    if as_json:
+        print_json(figures)
 
 
-def _table(manifest: dict, seq_lens: NDArray[np.int32], seconds: float, fresh: bool):  # type: ignore[no-untyped-def,type-arg]
-    """Return a table of a build's figures, and of padding if the same images were not packed."""
-    from rich.table import Table
-
+def _figures(
+    manifest: dict[str, Any], seq_lens: NDArray[np.int32], seconds: float | None
+) -> dict[str, Any]:
+    """Return a build's figures, and the padding if the same images were not packed."""
     counts, seq_len = manifest["counts"], manifest["config"]["seq_len"]
     batches = [seq_lens[i : i + 8] for i in range(0, len(seq_lens), 8)]
     slots_by_batch = sum(len(batch) * int(batch.max()) for batch in batches)
-    padding = {
+    return {
+        "images": counts["packed"],
+        "rejected": counts["rejected"],
+        "images shrunk to fit": counts["shrunk"],
+        "tokens": counts["tokens"],
+        "packs": counts["packs"],
+        "bound": counts["bound"],
         "padding, packed": 1 - manifest["fill"],
         "padding, one image a row": 1 - counts["tokens"] / (counts["packed"] * seq_len),
         "padding, batches of 8 padded": 1 - counts["tokens"] / slots_by_batch,
+        "images/s, decoded and written": None if seconds is None else counts["packed"] / seconds,
     }
-    gap = counts["packs"] - counts["bound"]
-    table = Table(title=f"packpipe on {counts['read']} real images, seq_len {seq_len}")
+
+
+def _table(figures: dict[str, Any], seq_len: int) -> Table:
+    """Return a table of `_figures`."""
+    from rich.table import Table
+
+    read = figures["images"] + figures["rejected"]
+    table = Table(title=f"packpipe on {read} real images, seq_len {seq_len}")
     table.add_column("")
     table.add_column("", justify="right")
-    for name in ("packed", "rejected", "shrunk", "tokens", "packs"):
-        label = {"packed": "images", "shrunk": "images shrunk to fit"}.get(name, name)
-        table.add_row(label, f"{counts[name]:,}")
-    table.add_row("gap to the lower bound", f"{gap} of {counts['bound']} packs")
-    for label, share in padding.items():
-        table.add_row(label, f"{share:.2%}")
-    rate = f"{counts['packed'] / seconds:,.0f}" if fresh else "written before"
-    table.add_row("images/s, decoded and written", rate)
+    for name, value in figures.items():
+        if name == "bound":
+            gap = f"{figures['packs'] - value} of {value} packs"
+            table.add_row("gap to the lower bound", gap)
+        elif name.startswith("padding"):
+            table.add_row(name, f"{value:.2%}")
+        else:
+            table.add_row(name, "written before" if value is None else f"{value:,.0f}")
     return table
 
 
-def _train(packed, num_classes: int, steps: int, folder: Path, console) -> None:  # type: ignore[no-untyped-def]
-    """Train a small NaViT on the rows and draw its loss."""
+def _train(
+    packed: Any, num_classes: int, steps: int, folder: Path, console: Console
+) -> dict[str, Any]:
+    """Train a small NaViT on the rows and draw its loss; return how it went."""
     import torch
     from rich.progress import track
 
@@ -120,7 +156,7 @@ def _train(packed, num_classes: int, steps: int, folder: Path, console) -> None:
     model = packpipe.NaViT(config)
     batch_size = min(4, len(packed))  # a long seq_len leaves few rows
     started = time.perf_counter()
-    losses = []
+    losses: list[float] = []
     loader = packpipe.PackedLoader(packed, batch_size)
     training = TrainConfig(steps=steps, learning_rate=2e-3, loss="softmax", log_every=1)
     run = train(model, loader, training)
@@ -138,6 +174,13 @@ def _train(packed, num_classes: int, steps: int, folder: Path, console) -> None:
         f"({len(losses)} steps in {seconds:.0f} s; chance is {np.log(num_classes):.3f})\n"
         f"picture  {picture}"
     )
+    return {
+        "steps": len(losses),
+        "first loss": first,
+        "last loss": last,
+        "seconds": seconds,
+        "picture": str(picture),
+    }
 
 
 def ends(losses: list[float], most: int) -> tuple[int, float, float]:

@@ -1,6 +1,7 @@
 """The main job on the 176 bundled images, and what the issue's figures rest on."""
 
 import json
+import os
 
 import datasets
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 import packpipe
 from packpipe import demo, samples
+from packpipe.cli.output import console
 from packpipe.loading.batch import PackedBatch
 from packpipe.training.loop import TrainConfig, train
 
@@ -113,3 +115,26 @@ def test_the_demo_prints_its_table_and_leaves_pictures(tmp_path, capsys):
     for name in ("rows.png", "loss.png"):
         assert (tmp_path / "demo" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (tmp_path / "demo" / "packed-512" / "manifest.json").is_file()
+    demo.run(tmp_path / "demo", 512, 0, 2, as_json=True)
+    out, err = capsys.readouterr()
+    figures = json.loads(out)
+    assert (figures["images"], figures["packs"] - figures["bound"]) == (176, 0)
+    assert 0 < figures["padding, packed"] < 0.1 < figures["padding, one image a row"] < 1
+    assert "training" not in figures
+    assert "padding, packed" in err
+
+
+def test_a_demo_that_nobody_reads_ends_quietly(capsys, monkeypatch):
+    def printed(*_, **__):
+        console().print("figures")
+
+    monkeypatch.setattr(demo, "run", printed)
+    monkeypatch.setattr(demo, "prepare", lambda _: None)
+    read, written = os.pipe()
+    os.close(read)
+    with open(written, "w", encoding="utf-8") as gone, monkeypatch.context() as meanwhile:
+        meanwhile.setattr("sys.stdout", gone)
+        with pytest.raises(SystemExit) as ended:
+            demo.main([])
+        assert ended.value.code == 141
+    assert capsys.readouterr().err == ""

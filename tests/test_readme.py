@@ -239,7 +239,7 @@ def test_links_within_the_repository_lead_somewhere():
 
 
 def test_the_readme_is_read_in_minutes():
-    assert len(PAGES[0].read_text(encoding="utf-8").split()) <= 1500
+    assert len(PAGES[0].read_text(encoding="utf-8").split()) <= 1300
 
 
 def test_the_map_names_every_folder_of_the_package_and_no_other():

@@ -172,10 +172,13 @@ def naming_files(dataset: Dataset) -> Iterator[None]:
         ) from error
 
 
-def with_files(dataset: Dataset, rejects: list[Reject]) -> list[tuple[str, Reject]]:
-    """Return rejects, each with its file, or its number where the dataset holds the image."""
+def with_files(dataset: Dataset | None, rejects: list[Reject]) -> list[tuple[str, Reject]]:
+    """Return rejects, each with its file, or its number where the dataset is not at hand or holds
+    the image itself.
+    """
     numbers = [reject.example_index for reject in rejects]
-    names = [file_of(dataset, number) or f"example {number}" for number in numbers]
+    files = [None if dataset is None else file_of(dataset, number) for number in numbers]
+    names = [file or f"example {number}" for file, number in zip(files, numbers, strict=True)]
     return list(zip(names, rejects, strict=True))
 
 

@@ -6,7 +6,10 @@ import json
 import os
 import select
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def plain(text: object) -> str:
@@ -19,23 +22,27 @@ def plain(text: object) -> str:
     )
 
 
-def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Print a title, and names with their values below it."""
+def console(**options: Any) -> Console:
+    """Return a console that lets the command know if nobody reads: rich's ends it with status 1."""
     from rich.console import Console
-    from rich.text import Text
 
     class Told(Console):
-        """Lets the command know that nobody reads, where rich would end it with status 1."""
-
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
+    return Told(**options)
+
+
+def print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    """Print a title, and names with their values below it."""
+    from rich.text import Text
+
     # Nothing is wrapped or coloured by rich's guess, nor is [text] in a value taken for markup.
-    console = Told(soft_wrap=True, highlight=False)
-    console.print(Text(plain(title)))
+    told = console(soft_wrap=True, highlight=False)
+    told.print(Text(plain(title)))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        console.print(Text.assemble("  ", (f"{name:<{width}}", "bold"), "  ", plain(value)))
+        told.print(Text.assemble("  ", (f"{name:<{width}}", "bold"), "  ", plain(value)))
 
 
 def print_json(value: Any) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from packpipe import checks
 from packpipe.cli.errors import one_line_errors
-from packpipe.cli.open_source import file_of, naming_files, open_source
+from packpipe.cli.open_source import naming_files, open_source, say_rejected, with_files
 from packpipe.cli.options import (
     AsJson,
     CenterCropArea,
@@ -43,7 +43,6 @@ from packpipe.cli.options import (
 from packpipe.cli.output import plain, print_json, print_table, say_if_kernels_compile
 from packpipe.cli.pack_windows import pack_windows
 
-_SHOWN_REJECTS = 5
 _MOST_IN_A_ROW = 100  # bad examples, as `packpipe.pack` has it
 
 
@@ -202,10 +201,7 @@ def pack(
         print_json(found.to_dict())
         return
     print_table(output, found.rows())
-    # To stderr: stdout holds the figures alone.
-    for reject in found.rejects[:_SHOWN_REJECTS]:
-        name = file_of(dataset, reject.example_index) or f"example {reject.example_index}"
-        typer.echo(plain(f"rejected {name}: {reject.exception}"), err=True)
+    say_rejected(with_files(dataset, found.rejects))  # on stderr: stdout holds the figures alone
 
 
 @one_line_errors
@@ -255,6 +251,11 @@ def plan(
 def stats(
     folder: Folder,
     html: Annotated[Path | None, typer.Option(help="Write a report that opens offline.")] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(help="The dataset that was packed: rejects get the names of their files."),
+    ] = None,
+    split: Split = "train",
     as_json: AsJson = False,
 ) -> None:
     """Say what packed rows hold: padding, gap, segments a row, lengths, rejects."""
@@ -263,14 +264,16 @@ def stats(
     if html is not None:
         checks.local_path("--html", html)
     found = packpipe.summarize(folder)
+    rejected = with_files(None if source is None else open_source(source, split), found.rejects)
     if html is not None:
         from packpipe.cli.report import write_report
 
-        write_report(found, html)
+        write_report(found, html, [name for name, _ in rejected])
     if as_json:
         print_json(found.to_dict())
     else:
         print_table(str(folder), found.rows())
+        say_rejected(rejected)
         if html is not None:
             typer.echo(plain(f"report: {html}"))
 

@@ -133,18 +133,19 @@ def draw_epochs(
     return plot_draws(draws, whole_image(images, example, config), image_hw)
 
 
-def write_report(summary: Summary, path: Path) -> None:
+def write_report(summary: Summary, path: Path, names: Sequence[str] | None = None) -> None:
     """Write a page about packed rows: figures, pictures and rejects, in one file.
 
     Args:
         summary: of the rows.
         path: the file to write, in a folder that exists.
+        names: of the rejects, such as their files; None numbers them.
     """
-    path.write_text(report(summary), encoding="utf-8")
+    path.write_text(report(summary, names), encoding="utf-8")
 
 
-def report(summary: Summary) -> str:
-    """Return a page about packed rows as HTML, with its pictures inside."""
+def report(summary: Summary, names: Sequence[str] | None = None) -> str:
+    """Return a page about packed rows as HTML, with its pictures inside; `write_report`."""
     quality = summary.quality
     title = f"{quality.num_packs:,} packed rows"
     made = f"{summary.folder}, packpipe {summary.manifest['packpipe']}, {date.today()}"
@@ -185,8 +186,10 @@ def report(summary: Summary) -> str:
             parts += [f"<h2>Rows {named}</h2>", f'<div class="wide photo">{image}</div>']
     if summary.rejects:
         shown = summary.rejects[:_SHOWN_REJECTS]
+        called = names or [f"example {reject.example_index}" for reject in shown]
         more = f", the first {len(shown)}" if len(shown) < len(summary.rejects) else ""
-        rows = [(f"example {r.example_index}", f"{r.reason}: {r.exception}") for r in shown]
+        why = [f"{reject.reason}: {reject.exception}" for reject in shown]
+        rows = list(zip(called[: len(shown)], why, strict=True))
         parts += [f"<h2>Rejects{more}</h2>", _table(rows)]
     config = {name: str(value) for name, value in summary.manifest["config"].items()}
     parts += ["<h2>Options</h2>", _table(list(config.items()))]

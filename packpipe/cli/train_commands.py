@@ -398,10 +398,11 @@ def demo(
     seq_len: SeqLen = 1024,
     steps: Annotated[int, typer.Option(min=0, help="Training steps; 0 trains nothing.")] = 200,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 2,
+    as_json: AsJson = False,
 ) -> None:
     """Pack the bundled images, draw some rows and train a small NaViT, in about a minute."""
     from packpipe.demo import prepare, run
 
     say_if_kernels_compile()
     prepare(folder)  # before `run` imports the packages whose caches it moves
-    run(folder.absolute(), seq_len, steps, num_workers)
+    run(folder.absolute(), seq_len, steps, num_workers, as_json=as_json)

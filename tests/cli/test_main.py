@@ -197,6 +197,11 @@ def test_rejects_are_counted_by_reason(few, tmp_path):
     assert result.exit_code == 0
     assert f"rejected {bad}: UnidentifiedImageError: no known image format" in result.stderr
     assert "1 (1 " in told("stats", tmp_path / "a")
+    html = ["--html", tmp_path / "a.html"]
+    assert "rejected example 4: Un" in run("stats", tmp_path / "a", *html).stderr
+    assert "<th>example 4</th>" in (tmp_path / "a.html").read_text()
+    assert f"rejected {bad}: Un" in run("stats", tmp_path / "a", "--source", broken, *html).stderr
+    assert f"<th>{bad}</th>" in (tmp_path / "a.html").read_text()
     result = run("pack", broken, tmp_path / "b", "--seq-len", 256)
     assert result.exit_code == 1
     assert result.stderr.startswith("packpipe pack: rejected is 1 of 14 examples (7.14%), expected")
