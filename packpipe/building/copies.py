@@ -20,12 +20,13 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 from uuid import uuid4
 
@@ -107,6 +108,17 @@ class Cache:
             # From now on, others count all of it.
             (path / _WHOLE).write_text(f"{num_bytes}\n", encoding="utf-8")
             return True
+
+    @contextmanager
+    def passing(self) -> Iterator[Path]:
+        """Let a block have a folder among the copies, which makes room for them if it is killed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="passing-", dir=self.folder) as path:
+            _is_held(used := Path(path) / _USED)
+            try:
+                yield Path(path)
+            finally:
+                os.close(_HELD.pop(used))
 
     def _copies(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if (path / _USED).exists()]

@@ -52,7 +52,8 @@ def open_packed(
         cache: a local folder of copies; None is one beside the caches of `datasets`.
         cache_bytes: most bytes of all copies in it; None is half of what they take and what is
             free on its disk. To make room, copies are removed whole, the one opened longest ago
-            first; never one that a process has opened that still runs. 0 makes no copy.
+            first; never one that a process has opened that still runs. 0 makes no copy, and uses
+            one that is there.
 
     Raises:
         ValueError: `pack` has not written this folder, or not completed it, or with

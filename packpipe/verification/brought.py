@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from packpipe import checks
@@ -34,20 +33,18 @@ def brought(url: str, storage_options: dict[str, Any] | None) -> Iterator[Path]:
     if content is None and not set(PAIR) <= found_folders(storage):
         expected, remedy = "a folder that packpipe.pack wrote", "pass what pack was given as output"
         raise ValueError(checks.sentence("folder", url, expected, remedy))
-    cache = cache_at(None, None).folder
-    cache.mkdir(parents=True, exist_ok=True)
     with (
-        TemporaryDirectory(prefix=".verified-", dir=cache) as copy,
-        naming_full_disks(Path(copy), "nothing of it is kept"),
+        cache_at(None, None).passing() as copy,
+        naming_full_disks(copy, "nothing of it is kept"),
     ):
         if content is not None:
-            _bring(storage, content, Path(copy))
+            _bring(storage, content, copy)
         for name in () if content is not None else PAIR:
             part = storage_at(f"{storage.url}/{name}", storage_options)
-            (Path(copy) / name).mkdir()
+            (copy / name).mkdir()
             if (own := found_file(part, MANIFEST)) is not None:
-                _bring(part, own, Path(copy) / name)
-        yield Path(copy)
+                _bring(part, own, copy / name)
+        yield copy
 
 
 def _bring(storage: Storage, manifest: bytes, copy: Path) -> None:

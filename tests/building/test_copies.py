@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -172,3 +173,15 @@ def test_without_a_limit_half_of_the_disk_is_for_copies(tmp_path, monkeypatch):
     assert cache.limit == (60 + len(b"another") + 140) // 2
     assert not cache.has_room(path, 44)
     assert cache.has_room(path, 43)
+
+
+def test_what_a_check_that_was_killed_has_left_makes_room_and_that_of_one_that_runs_stays(tmp_path):
+    cache = Cache(tmp_path, 100)
+    with cache.passing() as path:
+        (path / "data-0.arrow").write_bytes(b"0" * 60)
+        shutil.copytree(path, left := tmp_path / "passing-left")
+        assert copied(cache, 1) is None  # 60 bytes of each of the two, and only one may go
+        assert path.exists()
+        assert not left.exists()
+    assert not path.exists()
+    assert copied(cache, 1) is not None

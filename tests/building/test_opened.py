@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
@@ -140,6 +141,15 @@ def test_manifest_rejects_figures_and_single_rows_are_those_of_the_folder_here(t
         for name in here.column_names:
             assert np.array_equal(np.ravel(one[name]), np.ravel(other[name])), name
     assert by_row.select_columns(["labels"])[3] == {"labels": here[3]["labels"]}
+
+
+def test_rows_in_a_store_are_sent_to_another_process_without_their_tokens(three):
+    by_row = three[2]
+    sent = pickle.dumps(PackedLoader(by_row, 3, as_numpy=True))
+    assert len(sent) < 20_000
+    again = pickle.loads(sent)  # noqa: S301
+    for one, other in zip(PackedLoader(by_row, 3, as_numpy=True), again, strict=True):
+        assert_same(one, other)
 
 
 def written(folder):
