@@ -153,7 +153,7 @@ class StoredPacks:
 
     @property
     def _is_computed(self) -> bool:
-        """Whether a transform computes the rows when they are read."""
+        """Whether a transform computes the rows when they are read, or reads them in a store."""
         return not isinstance(self._dataset, pa.Table) and self._dataset.format["type"] == "custom"
 
     @property

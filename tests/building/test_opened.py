@@ -100,7 +100,7 @@ def three(folder, tmp_path_factory):
     return [open_packed(folder), copy, by_row]
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     batch_size=st.integers(1, 5),
     seed=st.integers(0, 2**64 - 1),

@@ -66,26 +66,24 @@ def test_stats_verify_and_show_say_and_draw_the_same(rows, url, tmp_path):
     assert here["counts"]["packed"] == 18
     pictures = []
     for number, where in enumerate((rows, url)):
-        for more in ([2, 0], ["--mask"], ["3", "--augment", "three", "--epochs", "2"]):
+        for more in ([2], ["3", "--augment", "three", "--epochs", "1"]):
             path = tmp_path / f"{number}.png"
             told("show", where, *more, "-o", path)
             pictures.append(path.read_bytes())
-    assert pictures[:3] == pictures[3:]
-    told("stats", url, "--html", tmp_path / "report.html")
-    assert "packed rows" in (tmp_path / "report.html").read_text()
+    assert pictures[:2] == pictures[2:]
 
 
-def test_train_learns_the_same_from_a_copy_and_row_by_row(rows, url, tmp_path):
-    asked = ["--model", "Ti/8", "--steps", 2, "--batch-size", 2, "--precision", "float32"]
-    asked += ["--num-workers", 1, "--val", 0.3, "--val-every", 2, "--log-every", 1]
+def test_train_learns_the_same_row_by_row_and_eval_measures_the_same_of_a_copy(rows, url, tmp_path):
+    asked = ["--model", "Ti/8", "--steps", 1, "--batch-size", 2, "--precision", "float32"]
+    asked += ["--num-workers", 1, "--val", 0.3, "--val-every", 1, "--log-every", 1]
     losses = []
-    for number, (where, more) in enumerate(((rows, ()), (url, ()), (url, ("--cache-bytes", 0)))):
+    for number, (where, more) in enumerate(((rows, ()), (url, ("--cache-bytes", 0)))):
         told("train", where, tmp_path / str(number), *asked, *more)
         losses.append([(one["loss"], one["val_loss"]) for one in read_log(tmp_path / str(number))])
         options = json.loads((tmp_path / str(number) / "model.json").read_text())
         assert options == json.loads((tmp_path / "0" / "model.json").read_text())
-    assert losses[0] == losses[1] == losses[2]
-    assert len(losses[0]) == 2
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 1
     found = [json.loads(told("eval", tmp_path / "0", where, "--json")) for where in (rows, url)]
     assert found[0]["budgets"] == found[1]["budgets"]
 
