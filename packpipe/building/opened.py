@@ -43,7 +43,8 @@ def open_packed(
     a thousandth (tokens of images, which are most of it, are not); their tokens are read from the
     store whenever a row is asked for, three requests a row, by as many threads as a loader has
     (``num_workers``, whose ``prefetch`` is how far they read ahead). The rows, batches of them and
-    states of loaders are the same, byte for byte. A request that fails is made four times in all.
+    states of loaders are the same, byte for byte, of a folder that nobody has changed: no checksum
+    is of a single row, as `verify` has them. A request that fails is made four times in all.
 
     Args:
         folder: a path, or a URL that fsspec knows, such as ``"s3://bucket/rows"``. Of `pack_pairs`,

@@ -9,8 +9,8 @@ file beside the manifest, with the places of the tokens. Row by row, a loader th
 each column of tokens, and each byte comes once an epoch.
 
 No checksum is of a single row. So the length of each run is checked, and that the segment numbers
-that came are those of the row: other bytes at that place, of a file that was replaced, are an
-error. `verify` reads all bytes and compares all checksums.
+that came are those of the row, which are others in most files that were put in place of this one.
+Pixels that changed in a file that stayed are not noticed: `verify` compares all checksums.
 """
 
 from __future__ import annotations
