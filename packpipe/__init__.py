@@ -12,6 +12,7 @@ from packpipe._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from packpipe.augmenting.augment import Augment as Augment
+    from packpipe.building.opened import open_packed as open_packed
     from packpipe.building.pack import manifest as manifest
     from packpipe.building.pack import pack as pack
     from packpipe.building.pack import rejects as rejects
@@ -113,6 +114,7 @@ _HOMES = {
     "from_pretrained": "hub.pretrained",
     "load_model": "training.run_folder",
     "manifest": "building.pack",
+    "open_packed": "building.opened",
     "pack": "building.pack",
     "pack_lengths": "packing.packs",
     "pack_pairs": "building.pairs",

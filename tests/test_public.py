@@ -50,6 +50,7 @@ PUBLIC = [
     "from_pretrained",
     "load_model",
     "manifest",
+    "open_packed",
     "pack",
     "pack_lengths",
     "pack_pairs",

@@ -125,6 +125,9 @@ class Memory:
     def get(self, name: str) -> bytes | None:
         return self.files.get(name)
 
+    def get_range(self, name: str, start: int, stop: int) -> bytes | None:
+        return None if name not in self.files else self.files[name][start:stop]
+
     def listed(self, folder: str = "") -> dict[str, int]:
         parts = {name: name.rpartition("/") for name in self.files}
         return {part[2]: len(self.files[n]) for n, part in parts.items() if part[0] == folder}
@@ -185,7 +188,10 @@ def in_s3(asked: dict[str, Any]) -> None:
     real = s3fs.S3FileSystem._call_s3
 
     async def call(self: Any, method: str, *args: Any, **options: Any) -> Any:
-        calls.append((method, options.get("Prefix", options.get("Key", "")), options))
+        # Some callers give them in a dict of their own.
+        given = {key: value for one in args if isinstance(one, dict) for key, value in one.items()}
+        given |= options
+        calls.append((method, given.get("Prefix", given.get("Key", "")), given))
         return await real(self, method, *args, **options)
 
     s3fs.S3FileSystem._call_s3 = call
@@ -208,7 +214,40 @@ def in_s3(asked: dict[str, Any]) -> None:
         for name in store.find("bucket/rows")
     }
     say(json.dumps({name: content.hex() for name, content in held.items()}))
+    say(json.dumps(opened_from(calls, "s3://bucket/rows", Path(asked["cache"]))))
     server.stop()
+
+
+def opened_from(calls: list[tuple[str, str, dict[str, Any]]], url: str, cache: Path) -> Any:
+    """Say what is asked of a store to open rows as a copy and row by row, and to load epochs."""
+    import packpipe
+    from packpipe.building.opened import packed_at
+
+    def asked_for(what: Callable[[], Any]) -> list[tuple[str, str, str]]:
+        calls.clear()
+        what()
+        return [(method, key, str(more.get("Range", ""))) for method, key, more in calls]
+
+    loaders: dict[str, Any] = {}
+
+    def load(name: str, **options: Any) -> None:
+        rows = packpipe.open_packed(url, cache=cache / name, **options)
+        loaders[name] = packpipe.PackedLoader(rows, 4, as_numpy=True)
+
+    def batches(name: str) -> None:
+        loaders[name].found = [batch["patches"].tobytes() for batch in loaders[name]]
+
+    found = {
+        "looked at": asked_for(lambda: packed_at(url, cache=cache / "looked at")),
+        "copied": asked_for(lambda: load("copies")),
+        "epoch of the copy": asked_for(lambda: batches("copies")),
+        "opened again": asked_for(lambda: load("copies")),
+        "opened": asked_for(lambda: load("rows", cache_bytes=0)),
+        "epoch by row": asked_for(lambda: batches("rows")),
+    }
+    batches("copies")
+    same = loaders["copies"].found == loaders["rows"].found
+    return {"asked": found, "same": same, "state": loaders["rows"].state_dict()}
 
 
 class Failed(OSError):

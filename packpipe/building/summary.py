@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-from datasets import Dataset
 from numpy.typing import NDArray
 
 from packpipe import checks
-from packpipe.building.build import read_rejects
-from packpipe.building.shards import MANIFEST, read_manifest
+from packpipe.building.opened import packed_at
 from packpipe.packing.picture import html
 from packpipe.packing.quality import Quality
 from packpipe.planning.image_config import PackConfig
@@ -30,7 +27,7 @@ class Summary:
     """The figures of a folder of packed rows; prints as a table.
 
     Attributes:
-        folder: the folder.
+        folder: the folder, or its URL.
         manifest: configuration, counts and checksums; see `packpipe.manifest`.
         unit: ``"image"`` or ``"sequence"``.
         seq_lens: int32[segments], tokens of each, row by row.
@@ -39,7 +36,7 @@ class Summary:
         rejects: examples that are in no row.
     """
 
-    folder: Path
+    folder: Path | str
     manifest: dict[str, Any]
     unit: str
     seq_lens: NDArray[np.int32]
@@ -133,50 +130,35 @@ class Summary:
         return f"{len(self.rejects):,}" + (f" ({why})" if why else "")
 
 
-def summarize(folder: str | Path) -> Summary:
+def summarize(folder: str | Path, *, storage_options: dict[str, Any] | None = None) -> Summary:
     """Return the figures of the folder of a packed dataset.
 
+    Of one in a store, what the rows hold is read, about a thousandth of it.
+
     Args:
-        folder: the folder that `pack` was given as ``output``.
+        folder: the folder that `pack` was given as ``output``, or its URL.
+        storage_options: for fsspec, of a URL: credentials, for example.
 
     Raises:
         TypeError: folder is no path.
         ValueError: `pack` has not written this folder, or not completed it.
+        ConnectionError, FileNotFoundError: as of `open_packed`.
     """
     remedy = "pass the folder that pack was given as output"
     if not isinstance(folder, str | Path):
         raise TypeError(checks.sentence("folder", folder, "a path", remedy))
-    packed, manifest = open_packed(folder)
+    found = packed_at(folder, storage_options=storage_options)
     # Files are mapped into memory: reading the segment columns leaves the tokens on the disk.
-    rows = table_segments(packed.data.table)
+    rows = table_segments(found.rows(keeps=False).data.table)
     return Summary(
-        folder=Path(folder),
-        manifest=manifest,
+        folder=Path(folder) if found.storage is None else found.place,
+        manifest=found.manifest,
         unit="sequence" if rows.of_tokens else "image",
         seq_lens=rows.seq_lens,
         offsets=rows.offsets,
         image_hw=rows.segments.get("image_hw"),
-        rejects=read_rejects(Path(folder)),
+        rejects=found.rejects(),
     )
-
-
-def open_packed(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
-    """Return the rows that `pack` has written into a folder, and their manifest.
-
-    Rows that are computed when read have their segment columns alone.
-
-    Raises:
-        ValueError: `pack` has not written this folder, or not completed it.
-    """
-    place, expected = Path(folder), "a folder that packpipe.pack wrote"
-    if not (place / MANIFEST).is_file():
-        remedy = "pass what pack was given as output"
-        raise ValueError(checks.sentence("folder", str(folder), expected, remedy))
-    manifest = read_manifest(place)
-    if not manifest["complete"]:
-        remedy = "call pack again, and it continues"
-        raise ValueError(checks.sentence("folder", str(folder), "a complete build", remedy))
-    return datasets.load_from_disk(str(place)), manifest
 
 
 def histogram_of(lens: NDArray[np.int32]) -> tuple[list[int], list[int]]:

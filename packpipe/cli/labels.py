@@ -322,4 +322,7 @@ def _with_labels(dataset: Dataset, labels: pa.Array, classes: ClassLabel | Value
     lens = lists.value_lengths().fill_null(0).to_numpy()
     offsets = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
     found = pa.ListArray.from_arrays(pa.array(offsets), labels)
-    return dataset.remove_columns([column]).add_column(column, found, feature=List(classes))
+    renamed = dataset.remove_columns([column]).add_column(column, found, feature=List(classes))
+    # What reads the tokens of rows in a store, which a new column takes off.
+    transform = dataset.format["format_kwargs"].get("transform")
+    return renamed if transform is None else renamed.with_transform(transform)

@@ -46,8 +46,11 @@ def open_source(
     weight_column: str | None = None,
     rows: bool = False,
     texts: bool = False,
+    cache_bytes: int | None = None,
 ) -> Dataset:
     """Return one split of a dataset that is given as a file, a folder or a name.
+
+    Of a store, a file or a folder of packed rows.
 
     Args:
         source: a file, also behind a scheme: a table, or an archive of images; a folder of images
@@ -61,6 +64,7 @@ def open_source(
         weight_column: of a table of paths, the column of weights; None for none.
         rows: whether packed rows will do.
         texts: of a table of paths, whether labels that are texts stay so; else they become classes.
+        cache_bytes: of packed rows in a store, as of `packpipe.open_packed`.
 
     Raises:
         ValueError: there is no such source or split, or `datasets` cannot load it; or it is one of
@@ -72,6 +76,12 @@ def open_source(
     from packpipe.rows.own_columns import holds_rows
 
     path = folder_of(source)
+    if is_remote(source) and is_packed(source):
+        if not rows:
+            raise ValueError(_packed_already(source, options[0]))
+        from packpipe.building.opened import open_packed
+
+        return open_packed(source, cache_bytes=cache_bytes)
     # What looks like a name is left to datasets, which asks the Hub; other paths must exist.
     if not (path.exists() or is_remote(source) or _HUB_NAME.fullmatch(source)):
         expected, remedy = "a file, a folder or a dataset's name", "there is no such file"
@@ -103,9 +113,7 @@ def open_source(
         found = found[split]
     if holds_rows(found.column_names):
         if not rows:
-            expected, remedy = "images or sequences, not packed yet", "pass what was packed"
-            what = f"{source}, packed rows"
-            raise ValueError(checks.sentence(options[0], what, expected, remedy))
+            raise ValueError(_packed_already(source, options[0]))
         return found
     if path.is_file() or is_remote(source):
         paths = path_column_of(found.features, found, image_column, label_column, mask_column)
@@ -125,6 +133,29 @@ def folder_of(source: str) -> Path:
     """Return the path of a source; of an archive, the folder that its files are unpacked into."""
     path = Path(source)
     return unpacked(path) if is_archive(path) else path
+
+
+def is_packed(source: str) -> bool:
+    """Return whether this is a folder that `pack` has written, here or in a store."""
+    from packpipe.building.opened import manifest_at
+    from packpipe.building.shards import MANIFEST
+    from packpipe.images.remote import is_remote
+
+    if not is_remote(source):
+        return (Path(source) / MANIFEST).is_file()
+    # A name with an ending is one of a file: a table, or an archive.
+    if Path(source).suffix or "::" in source:
+        return False
+    try:
+        found = manifest_at(source)
+    except ValueError:  # somebody else's file
+        return False
+    return isinstance(found, dict) and {"packpipe", "complete"} <= found.keys()
+
+
+def _packed_already(source: str, option: str) -> str:
+    expected, remedy = "images or sequences, not packed yet", "pass what was packed"
+    return checks.sentence(option, f"{source}, packed rows", expected, remedy)
 
 
 def manifest_in(folder: Path) -> dict[str, Any] | None:
@@ -271,7 +302,9 @@ def _loaded(path: Path, source: str, split: str) -> Any:
 
     if path.is_file() or is_remote(source):
         builder = _BUILDERS.get(path.suffix.lower(), "parquet")
-        return datasets.load_dataset(builder, data_files=source, split=split)
+        # A name without an ending is one of a folder of files.
+        files = source if path.suffix else f"{source.rstrip('/')}/*.parquet"
+        return datasets.load_dataset(builder, data_files=files, split=split)
     # Files that save_to_disk writes for a Dataset and for a DatasetDict.
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return datasets.load_from_disk(str(path))

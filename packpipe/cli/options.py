@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +15,7 @@ Source = Annotated[
         "knows."
     ),
 ]
-Folder = Annotated[Path, typer.Argument(help="What pack wrote.")]
+Folder = Annotated[str, typer.Argument(help="What pack wrote; also a URL.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens a row.")]
 PrefixTokens = Annotated[
     int | None,

@@ -272,7 +272,7 @@ def stats(
     if as_json:
         print_json(found.to_dict())
     else:
-        print_table(str(folder), found.rows())
+        print_table(folder, found.rows())
         say_rejected(rejected)
         if html is not None:
             typer.echo(plain(f"report: {html}"))
@@ -375,7 +375,7 @@ def verify(
     if as_json:
         found = [problem._asdict() for problem in problems]
         counts = _counts_of(folder)
-        print_json({"folder": str(folder), "ok": not found, "problems": found, "counts": counts})
+        print_json({"folder": folder, "ok": not found, "problems": found, "counts": counts})
     else:
         for problem in problems:
             typer.echo(plain(problem), err=True)
@@ -385,13 +385,13 @@ def verify(
         typer.echo(plain(f"{folder}: nothing is wrong"))
 
 
-def _counts_of(folder: Path) -> dict[str, Any]:
+def _counts_of(folder: str) -> dict[str, Any]:
     """Return the counts of a manifest, which may be broken; of `pack_pairs` those of the images."""
-    from packpipe.building.shards import read_manifest
+    from packpipe.building.opened import manifest_at
 
-    for place in (folder, folder / "images"):
+    for place in (folder, f"{folder}/images"):
         try:
-            counts = read_manifest(place)["counts"]
+            counts = manifest_at(place)["counts"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         return counts if isinstance(counts, dict) else {}

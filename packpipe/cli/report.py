@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 from packpipe import checks
 from packpipe.augmenting.augment import Augment
-from packpipe.building.shards import MANIFEST
-from packpipe.building.summary import Summary, open_packed
-from packpipe.cli.open_source import open_source
+from packpipe.building.opened import packed_at
+from packpipe.building.summary import Summary
+from packpipe.cli.open_source import is_packed, open_source
 from packpipe.images.decode import probe
 from packpipe.loading.draws import draws_of_rows, draws_of_source, whole_image
 from packpipe.loading.read import read_rows
@@ -65,7 +65,7 @@ def draw_rows(folder: str | Path, rows: Sequence[int], *, mask: bool = False) ->
     """Return a figure of some rows of images, or of the attention mask of the first row.
 
     Args:
-        folder: what `pack` was given as ``output``.
+        folder: what `pack` was given as ``output``, also a URL, of which these rows alone are read.
         rows: their numbers.
         mask: whether to draw the mask; rows of token sequences have no other picture.
 
@@ -73,10 +73,13 @@ def draw_rows(folder: str | Path, rows: Sequence[int], *, mask: bool = False) ->
         IndexError: there is no such row.
         ValueError: `pack` has not completed the folder, or it holds no tokens.
     """
-    packed, manifest = open_packed(folder)
-    if not manifest.get("materialized", True):  # rows of token sequences always hold their tokens
+    opened = packed_at(folder)
+    if not opened.manifest.get(
+        "materialized", True
+    ):  # rows of token sequences always hold their tokens
         expected, remedy = "rows with their tokens", "pack with materialize=True"
         raise ValueError(checks.sentence("folder", str(folder), expected, remedy))
+    packed = opened.rows(keeps=False)
     found = read_rows(packed, list(rows))
     as_mask = mask or found.of_tokens
     if as_mask:
@@ -116,11 +119,11 @@ def draw_epochs(
         ValueError: there is no such example, or options are given for a folder of rows.
     """
     drawn, keys = Augment.preset(augment), [Key(seed, epoch) for epoch in range(num_epochs)]
-    if (Path(source) / MANIFEST).is_file():
+    if is_packed(source):
         for name, value in (options if split is None else {"split": split, **options}).items():
             expected, remedy = "left out for packed rows", "they are as they were packed"
             raise ValueError(checks.sentence(name, value, expected, remedy))
-        packed, _ = open_packed(source)
+        packed = packed_at(source).rows(keeps=False)
         return plot_draws(draws_of_rows(packed, example, drawn, keys), None, None)
     config = config_from(options.pop("seq_len", 1024), options)
     dataset = open_source(source, split or "train")

@@ -207,6 +207,14 @@ def train(
         str | None, typer.Option(help="Log to this project of Weights & Biases, too.")
     ] = None,
     max_bad_fraction: MaxBadFraction = 0.01,
+    cache_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Most bytes of copies of packed rows in a store; what does not fit is read row by "
+            "row.  [half of what the disk has for them]",
+        ),
+    ] = None,
     image_column: ImageColumn = "auto",
     label_column: LabelColumn = "auto",
     mask_column: MaskColumn = None,
@@ -238,6 +246,7 @@ def train(
     """
     from datasets import Dataset
 
+    from packpipe.building.pack import manifest as record_of
     from packpipe.cli.compared import class_weights_of, compared_of
     from packpipe.cli.labels import chosen
     from packpipe.cli.layouts import EncoderLayout, Layout
@@ -245,6 +254,7 @@ def train(
     from packpipe.cli.trained_images import TrainedImages
     from packpipe.cli.trained_rows import TrainedRows
     from packpipe.cli.training_run import Training
+    from packpipe.images.remote import is_remote
     from packpipe.model.config import NaViTConfig
     from packpipe.rows.own_columns import holds_rows
 
@@ -266,7 +276,7 @@ def train(
         _refuse(context, ("label_column", "pooling"), expected, "a mask is of the tokens' cells")
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     columns |= {"mask_column": mask_column, "weight_column": weight_column}
-    found = open_source(source, split, **columns, rows=True, texts=True)
+    found = open_source(source, split, **columns, rows=True, texts=True, cache_bytes=cache_bytes)
     dataset = chosen(found, **columns)
     are_rows = holds_rows(dataset.column_names)
     if init is not None:
@@ -297,7 +307,7 @@ def train(
         _refuse(context, (*_OF_IMAGES, *more), expected, remedy)
         data = TrainedRows(
             dataset,
-            manifest_in(Path(source)),
+            record_of(dataset) if is_remote(source) else manifest_in(Path(source)),
             patch_size,
             max_bad_fraction=max_bad_fraction,
             **where,

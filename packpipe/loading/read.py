@@ -30,7 +30,8 @@ def read_rows(dataset: Any, rows: Any = None) -> Rows:
         TypeError: dataset is something else.
     """
     table = picked_rows(dataset, rows)
-    # With materialize=False, the dataset's transform (`LazyRows`) computes the tokens.
+    # With materialize=False, the dataset's transform (`LazyRows`) computes the tokens; of rows in a
+    # store it (`RemoteRows`) reads them.
     kwargs = {} if isinstance(dataset, pa.Table) else dataset.format["format_kwargs"]
     transform = kwargs.get("transform")
     if transform is not None and hasattr(transform, "rows"):

@@ -21,7 +21,13 @@ from packpipe import philox
 from packpipe.loading.read import read_rows
 from packpipe.packing.quality import attention_work
 from packpipe.philox import Key
-from packpipe.rows.digests import files_digest, hexdigest, labels_digest, sample_digest
+from packpipe.rows.digests import (
+    checksums_digest,
+    files_digest,
+    hexdigest,
+    labels_digest,
+    sample_digest,
+)
 from packpipe.rows.from_arrow import table_rows, table_segments
 from packpipe.rows.own_columns import has_labels, holds_tokens, is_number, packed_columns
 from packpipe.rows.rows import Rows, gather
@@ -111,7 +117,7 @@ class StoredPacks:
         numbers beside tokens; ``rows`` of 16 MB of tokens or pixels, evenly spread; ``targets`` of
         as much of class maps; ``files`` of the checksums of the files, where `pack` has written
         them, so that no byte escapes it. Rows that are computed when they are read have those of
-        `LazyRows` instead.
+        `LazyRows` instead; those that are read from a store have the same as a copy of them.
         """
         return dict(self._contents)
 
@@ -156,7 +162,7 @@ class StoredPacks:
 
     @property
     def _is_computed(self) -> bool:
-        """Whether a transform computes the rows when they are read."""
+        """Whether a transform computes the rows when they are read, or reads them in a store."""
         return not isinstance(self._dataset, pa.Table) and self._dataset.format["type"] == "custom"
 
     @property
@@ -268,11 +274,15 @@ class StoredPacks:
         found["rows"] = sample_digest(len(self._dataset), self._first_tokens)
         if not none.of_tokens and self.has_targets:  # which come after all pixels of a stretch
             found["targets"] = sample_digest(len(self._dataset), self._targets)
-        if not isinstance(self._dataset, pa.Table):
-            files = files_digest(file["filename"] for file in self._dataset.cache_files)
-            if files is not None:
-                found["files"] = files
-        return found
+        files = self._files_digest()
+        return found if files is None else {**found, "files": files}
+
+    def _files_digest(self) -> str | None:
+        if isinstance(self._dataset, pa.Table):
+            return None
+        if self._is_computed and hasattr(transform := self._transform, "checksums"):
+            return checksums_digest(transform.checksums)
+        return files_digest(file["filename"] for file in self._dataset.cache_files)
 
     def _values_digest(self, none: Rows) -> str | None:
         """Return a digest of all numbers beside tokens, None without any."""
@@ -300,14 +310,12 @@ class StoredPacks:
         first = read_rows(self._dataset, slice(start, min(start + 1, stop))).tokens
         row_bytes = max(1, sum(values.nbytes for values in first.values()))
         end = min(stop, start + -(-most // row_bytes))
-        tokens = read_rows(self._dataset, slice(start, end)).tokens
+        tokens = first
+        if end > start + 1:
+            tokens = read_rows(self._dataset, slice(start, end)).tokens
         return [tokens[name] for name in sorted(tokens)]
 
     def _targets(self, start: int, stop: int, most: int) -> Iterator[Any]:  # noqa: ARG002
         """Yield the targets of rows, row by row: who asks takes as many as it needs."""
-        stored = self._stored_row(np.arange(start, stop))
-        batches = np.searchsorted(self._starts, stored, side="right") - 1
-        within = stored - self._starts[batches]
-        for batch, row in zip(batches.tolist(), within.tolist(), strict=True):
-            values = self._batches[batch].column("targets").slice(row, 1).flatten()
-            yield np.ascontiguousarray(values).data
+        for row in range(start, stop):
+            yield np.ascontiguousarray(read_rows(self._dataset, row).targets).data

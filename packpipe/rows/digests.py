@@ -89,7 +89,12 @@ def files_digest(paths: Iterable[str]) -> str | None:
         # Other files may lie there, too: `datasets` keeps what it has computed beside the data.
         if isinstance(record, dict) and record.get("bytes") == path.stat().st_size:
             found.append(str(record.get(CHECKSUM)))
-    return hexdigest("\n".join(found).encode()) if found else None
+    return checksums_digest(found) if found else None
+
+
+def checksums_digest(checksums: Iterable[str]) -> str:
+    """Return a digest of the checksums of files, in the order of their rows."""
+    return hexdigest("\n".join(checksums).encode())
 
 
 def _files_of(manifest: Path) -> Any:

@@ -100,6 +100,8 @@ def picked_rows(dataset: Any, rows: Any) -> pa.Table:
     # Only a Dataset has `_indices`. To ask for the class, `datasets` would have to be imported.
     if not hasattr(dataset, "_indices"):
         name, remedy = type(dataset).__name__, "pass packed rows, one split of them"
+        if isinstance(dataset, str | Path):
+            remedy = "open the folder with packpipe.open_packed"
         raise TypeError(checks.sentence("type(dataset)", name, "Dataset or pyarrow.Table", remedy))
     return _stored_rows(dataset, _selection(rows, len(dataset)))
 

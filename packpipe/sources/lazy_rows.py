@@ -73,11 +73,13 @@ class LazyRows:
         row_schema = features().arrow_schema
         plans = pa.table({name: batch[name] for name in stored.names}, schema=stored)
         rows = rows_table(self.rows(plans), row_schema)
-        computed = {name: [_values(row) for row in rows.column(name)] for name in rows.column_names}
+        computed = {
+            name: [row_values(row) for row in rows.column(name)] for name in rows.column_names
+        }
         return computed | {name: batch[name] for name in batch if name not in computed}
 
 
-def _values(row: pa.Scalar) -> Any:
+def row_values(row: pa.Scalar) -> Any:
     """Return a list scalar as a NumPy array of its own dtype (strings and the like as a list)."""
     values = row.values
     if pa.types.is_fixed_size_list(values.type):

@@ -1,1 +1,1 @@
-"""Where files are written that many machines make together: a folder, or an object store."""
+"""Where files lie that many machines write or read: a folder, or an object store."""

@@ -1,9 +1,10 @@
 """A folder that many machines write at once, on a file system or in an object store.
 
 Four things are asked of it: put a file, put it if there is none of that name, list a folder, get a
-file. A file that was put is there whole or not at all. On a file system it is written under a name
-of its own, synced and renamed (`packpipe.durable`). In an object store, where a rename is a copy,
-it is one upload, which nobody sees before it is complete; nothing is renamed, copied or locked.
+file or some bytes of it. A file that was put is there whole or not at all. On a file system it is
+written under a name of its own, synced and renamed (`packpipe.durable`). In an object store, where
+a rename is a copy, it is one upload, which nobody sees before it is complete; nothing is renamed,
+copied or locked.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ class Storage(Protocol):
 
     def get(self, name: str) -> bytes | None:
         """Return a file, None if there is none."""
+
+    def get_range(self, name: str, start: int, stop: int) -> bytes | None:
+        """Return some bytes of a file, fewer if it ends before; None if there is no such file."""
 
     def listed(self, folder: str = "") -> dict[str, int]:
         """Return the names of the files that lie in a folder, and how many bytes each has."""
@@ -124,6 +128,15 @@ class LocalFolder:
         """Return a file, None if there is none."""
         try:
             return self._path(name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def get_range(self, name: str, start: int, stop: int) -> bytes | None:
+        """Return some bytes of a file, fewer if it ends before; None if there is none."""
+        try:
+            with self._path(name).open("rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
         except FileNotFoundError:
             return None
 
@@ -209,6 +222,13 @@ class RemoteFolder:
             # From its beginning: s3fs would first ask for the size of a whole file, and list a
             # folder of that name if there is none.
             return bytes(self._filesystem.cat_file(self._path(name), start=0))
+        except FileNotFoundError:
+            return None
+
+    def get_range(self, name: str, start: int, stop: int) -> bytes | None:
+        """Return some bytes of a file, fewer if it ends before; None if there is none."""
+        try:
+            return bytes(self._filesystem.cat_file(self._path(name), start=start, end=stop))
         except FileNotFoundError:
             return None
 

@@ -22,6 +22,7 @@ from packpipe.packing.quality import fill
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
+from packpipe.verification.brought import PAIR, brought
 from packpipe.verification.folder import Opened, read_folder
 from packpipe.verification.image_checks import ImageChecks
 from packpipe.verification.manifest import same_json, sidecar_problems
@@ -31,14 +32,16 @@ from packpipe.verification.reject_checks import order_problems
 from packpipe.verification.row_checks import Again, RowChecks
 from packpipe.verification.token_checks import TokenChecks
 
-# The folders that `pack_pairs` writes.
-PAIR = ("images", "texts")
 _COUNTS = ("read", "packed", "rejected", "rejected_by_reason", "packs", "bound", "tokens")
 _Returned = TypeVar("_Returned")
 
 
 def verify(
-    folder: str | Path, dataset: Dataset | None = None, *, sample: int | None = 100
+    folder: str | Path,
+    dataset: Dataset | None = None,
+    *,
+    sample: int | None = 100,
+    storage_options: dict[str, Any] | None = None,
 ) -> list[Problem]:
     """Return what is wrong with the folder of a packed dataset; an empty list if nothing is.
 
@@ -57,19 +60,24 @@ def verify(
     Args:
         folder: the folder that `pack` or `pack_pairs` was given as ``output``. Of `pack_pairs`,
             rows of texts alone are not compared with a plan, which is that of the images; rows of
-            images alone need the source for it.
+            images alone need the source for it. Of a folder in a store, its URL: all files are
+            copied beside the caches of `datasets` meanwhile, which takes room for them.
         dataset: the dataset that was packed; None checks the folder alone.
         sample: how many images of dataset are decoded again; None for all.
+        storage_options: for fsspec, of a URL: credentials, for example.
 
     Raises:
         TypeError: an argument has the wrong type.
+        ConnectionError: the store does not answer.
         ValueError: folder is not a folder, sample is negative, or the images of dataset are decoded
             with a package that is not installed.
     """
     remedy = "pass the folder that pack was given as output"
     if not isinstance(folder, str | Path):
         raise TypeError(checks.sentence("folder", folder, "a path", remedy))
-    if not Path(folder).is_dir():
+    place = checks.url_or_path("folder", folder)
+    is_remote = checks.has_scheme(place)
+    if not is_remote and not Path(place).is_dir():
         raise ValueError(checks.sentence("folder", str(folder), "a folder", remedy))
     if dataset is not None and not isinstance(dataset, Dataset):
         remedy = (
@@ -81,7 +89,10 @@ def verify(
         checks.untransformed("dataset", dataset)
     if sample is not None:
         sample = checks.whole_number("sample", sample, 0, 2**62, "None takes all images")
-    return list(_problems(Path(folder), dataset, sample))
+    if not is_remote:
+        return list(_problems(Path(place), dataset, sample))
+    with brought(place, storage_options) as copy:
+        return list(_problems(copy, dataset, sample))
 
 
 def _problems(folder: Path, dataset: Dataset | None, sample: int | None) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -186,12 +187,14 @@ def test_ray_gives_the_same_folder_and_its_errors_are_those_of_the_task(source, 
     assert contents(tmp_path / "out") == whole
 
 
-def test_an_object_store_holds_the_same_and_is_asked_for_no_copy_and_few_lists(source, whole):
+def test_an_object_store_holds_the_same_and_is_asked_for_no_copy_and_few_lists(
+    source, folder, whole, tmp_path
+):
     for name in ("moto", "flask", "s3fs"):
         pytest.importorskip(name)
-    run = forked("s3", source, "")
+    run = forked("s3", source, "", cache=str(tmp_path))
     assert run.wait() == 0, run.complaint
-    left, refused, calls, held = map(json.loads, run.said.splitlines())
+    left, refused, calls, held, loaded = map(json.loads, run.said.splitlines())
     assert "manifest.json" not in left
     assert any(name.startswith("data-") for name in left)
     assert "expected rows made with the same seed" in refused
@@ -204,6 +207,36 @@ def test_an_object_store_holds_the_same_and_is_asked_for_no_copy_and_few_lists(s
     # Of two drivers: files, commits and rows at the beginning, strays at the end.
     assert sum(call == ["list_objects_v2", "rows/"] for call in calls) <= 8
     assert held == {name: content.hex() for name, content in whole.items()}
+    assert_read_once(loaded, folder, whole)
+
+
+def assert_read_once(loaded, folder, whole):
+    """Opening asks for two files; then every byte of rows comes once, by range, of a copy."""
+    asked = {name: [tuple(call) for call in calls] for name, calls in loaded["asked"].items()}
+    assert all(method == "get_object" for calls in asked.values() for method, _, _ in calls)
+    names = [f"rows/{name}" for name in whole if name.startswith("data-")]
+    assert [key for _, key, _ in asked["looked at"]] == ["rows/manifest.json", "rows/rejects.arrow"]
+    ranges = {
+        name: (("get_object", f"rows/{name}", f"bytes=0-{len(content) - 1}"))
+        for name, content in whole.items()
+        if name.endswith(".arrow")
+    }
+    assert sorted(asked["copied"][1:]) == sorted(ranges.values())
+    assert asked["epoch of the copy"] == []
+    assert [key for _, key, _ in asked["opened again"]] == ["rows/manifest.json"]
+    # Row by row: heads and segments of all files, then three columns of each row, each byte once.
+    assert {key for _, key, _ in asked["opened"][2:]} == set(names)
+    num_rows = json.loads(whole["manifest.json"])["counts"]["packs"]
+    spans = [(key, *map(int, span[6:].split("-"))) for _, key, span in asked["epoch by row"]]
+    assert len(spans) == 3 * num_rows
+    tokens = sum(stop + 1 - start for _, start, stop in spans)
+    assert tokens == num_rows * (6 * 4 * 4 * 3 + 6 * 4 + 6 * 4)
+    ordered = sorted(spans)
+    assert all(a[0] < b[0] or a[2] < b[1] for a, b in itertools.pairwise(ordered))
+    assert loaded["same"]
+    here = packpipe.PackedLoader(packpipe.open_packed(folder), 4, as_numpy=True)
+    list(here)
+    assert loaded["state"] == here.state_dict()
 
 
 def test_a_driver_that_is_killed_anywhere_is_continued_to_the_same_bytes(source, tmp_path, whole):

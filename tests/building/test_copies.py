@@ -1,0 +1,187 @@
+"""Copies of packed folders: each file comes once, whole; those in use stay, old ones make room."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from windowed import Failed, Memory, Watched
+
+from packpipe.building import copies
+from packpipe.building.copies import Cache, bring, is_whole
+from packpipe.storage import reading
+
+
+def folder_of(number, sizes=(10, 20, 30)):
+    """A store with files of some sizes, and what its manifest says of them."""
+    files = {f"data-{at}.arrow": bytes([number, at]) * (size // 2) for at, size in enumerate(sizes)}
+    records = {
+        name: {"bytes": len(content), "xxh3_128": xxhash.xxh3_128(content).hexdigest()}
+        for name, content in files.items()
+    }
+    return Memory(files=files), records, json.dumps([number, records]).encode()
+
+
+def copied(cache, number, *, hold=True):
+    """Copy a folder of 60 bytes, if there is room; return where it is, or None."""
+    memory, records, manifest = folder_of(number)
+    path = cache.held(manifest)
+    if not cache.has_room(path, 60):
+        return None
+    bring(memory, records, path)
+    assert {name: (path / name).read_bytes() for name in records} == memory.files
+    if not hold:
+        let_go(path)
+    # The times of files tell what was opened first.
+    os.utime(path / ".used", (time.time(), number))
+    return path
+
+
+def let_go(path):
+    """Let go of a copy, as a process does that ends."""
+    os.close(copies._HELD.pop(path / ".used"))
+
+
+def test_the_copy_that_was_opened_longest_ago_makes_room(tmp_path):
+    cache = Cache(tmp_path, 150)
+    one, two = (copied(cache, number, hold=False) for number in (1, 2))
+    os.utime(one / ".used", (9, 9))  # opened again since
+    three = copied(cache, 3)
+    assert not two.exists()
+    assert is_whole(folder_of(1)[1], one)
+    assert is_whole(folder_of(3)[1], three)
+
+
+def test_a_copy_that_is_held_is_never_removed_and_what_finds_no_room_is_not_copied(tmp_path):
+    cache = Cache(tmp_path, 119)
+    one = copied(cache, 1)
+    assert copied(cache, 2) is None
+    assert is_whole(folder_of(1)[1], one)
+    let_go(cache.held(folder_of(2)[2]))
+    # Nothing is removed for what could not fit in any case.
+    let_go(one)
+    large = cache.held(b"large")
+    assert not cache.has_room(large, 120)
+    assert one.exists()
+    let_go(large)
+    assert copied(cache, 3) is not None
+    assert not one.exists()
+
+
+@settings(max_examples=10)
+@given(
+    limit=st.integers(0, 400),
+    opened=st.lists(st.tuples(st.integers(1, 8), st.booleans()), min_size=1, max_size=8),
+)
+def test_copies_never_take_more_than_the_limit(tmp_path_factory, limit, opened):
+    cache = Cache(tmp_path_factory.mktemp("cache"), limit)
+    held = set()
+    for number, holds in opened:
+        path = copied(cache, number, hold=holds or number in held)
+        if path is not None and holds:
+            held.add(number)
+        taken = sum(os.path.getsize(found) for found in cache.folder.rglob("data-*"))
+        assert taken <= limit
+        for other in held:
+            assert is_whole(folder_of(other)[1], cache.held(folder_of(other)[2]))
+        assert path is not None or 60 * (len(held) + 1) > limit
+    for path in list(copies._HELD):
+        if path.is_relative_to(cache.folder):
+            let_go(path.parent)
+
+
+def test_a_copy_that_comes_while_it_is_removed_is_made_anew(tmp_path, monkeypatch):
+    cache, (memory, records, manifest) = Cache(tmp_path, 150), folder_of(1)
+    old = copied(cache, 1, hold=False)
+    real, removed = copies._lock, []
+
+    def lock(descriptor, *, is_user):
+        if is_user and not removed:
+            removed.append(copies._removed(old))  # between its opening and its lock
+        return real(descriptor, is_user=is_user)
+
+    monkeypatch.setattr(copies, "_lock", lock)
+    path = cache.held(manifest)
+    assert removed == [True]
+    assert path == old
+    assert not is_whole(records, path)
+    bring(memory, records, path)
+    assert is_whole(records, path)
+
+
+def test_of_several_who_want_a_folder_one_brings_each_file_once(tmp_path):
+    memory, records, manifest = folder_of(1)
+    asked = []
+    watched = Watched(memory, asked.append)
+
+    def open_it(_):
+        path = Cache(tmp_path, 100).held(manifest)
+        assert Cache(tmp_path, 100).has_room(path, 60)
+        bring(watched, records, path)
+        return is_whole(records, path)
+
+    with ThreadPoolExecutor(4) as executor:
+        assert all(executor.map(open_it, range(4)))
+    assert sorted(what for what in asked if what.startswith("before")) == [
+        f"before get_range {name}" for name in sorted(records)
+    ]
+
+
+def test_a_process_that_is_stopped_leaves_whole_files_alone_and_the_next_one_goes_on(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(reading, "WAITS", ())
+    monkeypatch.setattr(reading, "_PIECE", 4)
+    memory, records, manifest = folder_of(1)
+    path = Cache(tmp_path).held(manifest)
+    pieces = []
+
+    def step(what):
+        if what == "before get_range data-1.arrow":
+            pieces.append(what)
+            if len(pieces) == 3:
+                raise Failed("stopped")
+
+    with pytest.raises(ConnectionError, match=r"data-1.arrow is 'Failed: stopped', expected an"):
+        bring(Watched(memory, step), records, path)
+    assert {found.name for found in path.glob("data-*")} <= {"data-0.arrow", "data-2.arrow"}
+    # What a kill leaves under a temporary name, whatever it holds.
+    (path / "data-1.arrow.partial").write_bytes(memory.files["data-1.arrow"])
+    missing = records.keys() - {found.name for found in path.glob("data-*.arrow")}
+    assert "data-1.arrow" in missing
+    asked = []
+    bring(Watched(memory, asked.append), records, path)
+    assert {what.split()[-1] for what in asked} == missing
+    assert is_whole(records, path)
+    assert not list(path.glob("*.partial"))
+
+
+def test_without_a_limit_half_of_the_disk_is_for_copies(tmp_path, monkeypatch):
+    cache = Cache(tmp_path)
+    assert copied(cache, 1) is not None
+    monkeypatch.setattr(copies.shutil, "disk_usage", lambda _: SimpleNamespace(free=140))
+    assert cache.limit == (60 + 140) // 2
+    path = cache.held(b"another")
+    assert cache.limit == (60 + len(b"another") + 140) // 2
+    assert not cache.has_room(path, 44)
+    assert cache.has_room(path, 43)
+
+
+def test_what_a_check_that_was_killed_has_left_makes_room_and_that_of_one_that_runs_stays(tmp_path):
+    cache = Cache(tmp_path, 100)
+    with cache.passing() as path:
+        (path / "data-0.arrow").write_bytes(b"0" * 60)
+        shutil.copytree(path, left := tmp_path / "passing-left")
+        assert copied(cache, 1) is None  # 60 bytes of each of the two, and only one may go
+        assert path.exists()
+        assert not left.exists()
+    assert not path.exists()
+    assert copied(cache, 1) is not None

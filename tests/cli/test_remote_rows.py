@@ -1,0 +1,114 @@
+"""Commands on packed rows in a store: what they do with a folder here."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import datasets
+import fsspec
+import numpy as np
+import pytest
+from crashing import contents
+from PIL import Image
+from typer.testing import CliRunner
+
+import packpipe
+from packpipe.cli.main import app
+from packpipe.cli.open_source import open_source
+from packpipe.training.log import read_log
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def told(*arguments):
+    """Return what a command that is fine has printed."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(18):
+        path = folder / ("ant", "bee", "cat")[number % 3] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        size = (*draw.integers(8, 40, 2).tolist(), 3)
+        Image.fromarray(draw.integers(0, 256, size).astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(images, tmp_path_factory):
+    """A folder of packed rows."""
+    folder = tmp_path_factory.mktemp("packed") / "rows"
+    packing = ["--patch-size", 8, "--seq-len", 16, "--sides", 16, 24, "--num-workers", 0]
+    told("pack", images, folder, *packing, "--profiles", "ignore")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(rows):
+    found = f"memory://commands-{os.getpid()}/rows"
+    for name, content in contents(rows).items():
+        fsspec.filesystem("memory").pipe_file(f"{found}/{name}", content)
+    return found
+
+
+def test_stats_verify_and_show_say_and_draw_the_same(rows, url, tmp_path):
+    assert told("stats", url).splitlines()[1:] == told("stats", rows).splitlines()[1:]
+    here, there = (json.loads(told("verify", where, "--json")) for where in (rows, url))
+    assert there == {**here, "folder": url}
+    assert here["ok"]
+    assert here["counts"]["packed"] == 18
+    pictures = []
+    for number, where in enumerate((rows, url)):
+        for more in ([2], ["3", "--augment", "three", "--epochs", "1"]):
+            path = tmp_path / f"{number}.png"
+            told("show", where, *more, "-o", path)
+            pictures.append(path.read_bytes())
+    assert pictures[:2] == pictures[2:]
+
+
+def test_train_learns_the_same_row_by_row_and_eval_measures_the_same_of_a_copy(rows, url, tmp_path):
+    asked = ["--model", "Ti/8", "--steps", 1, "--batch-size", 2, "--precision", "float32"]
+    asked += ["--num-workers", 1, "--val", 0.3, "--val-every", 1, "--log-every", 1]
+    losses = []
+    for number, (where, more) in enumerate(((rows, ()), (url, ("--cache-bytes", 0)))):
+        told("train", where, tmp_path / str(number), *asked, *more)
+        losses.append([(one["loss"], one["val_loss"]) for one in read_log(tmp_path / str(number))])
+        options = json.loads((tmp_path / str(number) / "model.json").read_text())
+        assert options == json.loads((tmp_path / "0" / "model.json").read_text())
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 1
+    found = [json.loads(told("eval", tmp_path / "0", where, "--json")) for where in (rows, url)]
+    assert found[0]["budgets"] == found[1]["budgets"]
+
+
+def test_what_takes_no_packed_rows_says_so_of_those_in_a_store(url, tmp_path):
+    expected = f"SOURCE is '{url}, packed rows', expected images or sequences, not packed yet"
+    for command in (("pack", url, tmp_path / "out"), ("embed", "run", url, tmp_path / "a.parquet")):
+        said = run(*command)
+        assert said.exit_code == 2
+        assert expected in " ".join(said.stderr.split())
+    said = run("train", url, "memory://run")
+    assert "OUTPUT is 'memory:/run', expected a path without a scheme" in said.stderr
+    said = run("verify", "memory://nothing")
+    assert "folder is 'memory://nothing', expected a folder that packpipe.pack" in said.stderr
+
+
+def test_a_folder_of_parquet_files_in_a_store_is_a_source(images, tmp_path, monkeypatch):
+    dataset = open_source(str(images), "train")
+    for part in range(2):
+        dataset.shard(2, part, contiguous=True).to_parquet(tmp_path / f"{part}.parquet")
+    folder = f"memory://parquet-{os.getpid()}/train"
+    for name, content in contents(tmp_path).items():
+        fsspec.filesystem("memory").pipe_file(f"{folder}/{name}", content)
+    # Whether something may be asked for of the Hub; here it is not asked.
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    found = open_source(folder, "train")
+    assert found["label"] == dataset["label"]
+    assert packpipe.ImageFiles(folder).block_rows.sum() == len(found) == 18
