@@ -4,7 +4,8 @@ The file is an array of NumPy, int32[rows, 2], 8 bytes an image, and after it a 
 rejects, whose size is (0, 0), and a digest. It is written under another name and renamed when it is
 whole. A digest of all that sizes depend on is part of its name: the source's fingerprint, the
 columns, the limit on pixels and the versions. So another source, or one that has changed, has a
-file of its own.
+file of its own. Rejects stay what they were found to be: an image that its row names by a path, and
+that could not be read, is looked at again once the file of sizes is removed.
 
 Of several processes on one file system, such as the ranks of a training, the first reads the
 source, and the others wait for it. To read headers the whole column of images is read, since

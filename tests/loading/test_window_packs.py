@@ -12,6 +12,7 @@ from collections import Counter
 from contextlib import contextmanager
 from itertools import islice
 
+import fsspec
 import numpy as np
 import pictures
 import pyarrow as pa
@@ -304,6 +305,17 @@ def test_counts_are_kept_and_counted_again_if_they_are_broken(folder, tmp_path, 
     said = re.escape("expected ") + r"\d+, as counted; the sizes or counts were changed: remove "
     with pytest.raises(ValueError, match=said + re.escape(str(path))):
         packs_of(folder, tmp_path).opened(key, 2)
+
+
+def test_files_behind_a_scheme_give_the_same_batches(folder, cache):
+    store = fsspec.filesystem("memory")
+    for path in folder.glob("*.parquet"):
+        store.pipe_file(f"/windows/{path.name}", path.read_bytes())
+    remote, local = packs_of("memory://windows", cache, lanes=2), packs_of(folder, cache, lanes=2)
+    assert remote.fingerprint(Key(0, 0)) == local.fingerprint(Key(0, 0))
+    assert steps_of(remote, 1, 4) == steps_of(local, 1, 4) != []
+    sent = pickle.loads(pickle.dumps(loader_of(remote, 4)))  # noqa: S301
+    assert list(laid_end_to_end([sent])) == steps_of(local, 1, 4)
 
 
 def test_masks_become_targets(tmp_path):
