@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from packpipe.loading.read import read_rows as read_rows
     from packpipe.loading.read import read_tokens as read_tokens
     from packpipe.loading.streams import PackedStream as PackedStream
+    from packpipe.loading.window_packs import WindowPacks as WindowPacks
     from packpipe.model.config import NaViTConfig as NaViTConfig
     from packpipe.model.navit import NaViT as NaViT
     from packpipe.model.navit import compile_parts as compile_parts
@@ -107,6 +108,7 @@ _HOMES = {
     "TruncatedNormal": "planning.distributions",
     "Uniform": "planning.distributions",
     "View": "planning.views",
+    "WindowPacks": "loading.window_packs",
     "balance_steps": "packing.equal_steps",
     "compile_parts": "model.navit",
     "count_lengths": "packing.histogram",

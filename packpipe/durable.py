@@ -13,10 +13,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from uuid import uuid4
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def partial_of(path: Path) -> Path:
@@ -153,6 +155,33 @@ def _unlock(file: BinaryIO) -> None:
 
     with suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def made_once(path: Path, read: Callable[[], T | None], write: Callable[[BinaryIO], None]) -> T:
+    """Return what a file holds; if there is none, one process writes it, and the others wait.
+
+    Args:
+        path: the file, in a folder that all of them see.
+        read: returns what it holds, None if it is not there.
+        write: writes its content to an open file; may be called again.
+    """
+    found = read()
+    if found is not None:
+        return found
+    with first_alone(path.with_suffix(".lock")) as is_first:
+        if is_first:
+            return _made(path, read, write)
+    return _made(path, read, write)
+
+
+def _made(path: Path, read: Callable[[], T | None], write: Callable[[BinaryIO], None]) -> T:
+    found = read()
+    if found is None:
+        write_shared(path, write)
+        found = read()
+    if found is None:
+        raise FileNotFoundError(f"{path} was removed or changed as soon as it was written")
+    return found
 
 
 def append_line(path: Path, value: Any) -> None:

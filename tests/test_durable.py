@@ -19,7 +19,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packpipe.durable import append_line, first_alone, lines_of, remove_abandoned, write_shared
+from packpipe.durable import (
+    append_line,
+    first_alone,
+    lines_of,
+    made_once,
+    remove_abandoned,
+    write_shared,
+)
 
 KILLED = """
 import os, signal, sys
@@ -195,3 +202,25 @@ def test_where_nothing_can_be_locked_each_is_the_first(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with first_alone(tmp_path / "file" / "lock") as is_first:  # no folder can be there
         assert is_first
+
+
+def test_of_several_that_want_a_file_one_makes_it_and_all_read_it(tmp_path):
+    path, made = tmp_path / "value.txt", []
+
+    def make(file):
+        made.append(1)
+        file.write(b"17")
+
+    def read():
+        return path.read_bytes() if path.is_file() else None
+
+    with ThreadPoolExecutor(6) as executor:
+        found = list(executor.map(lambda _: made_once(path, read, make), range(6)))
+    assert found == [b"17"] * 6
+    assert made == [1]
+    assert names(tmp_path) == ["value.txt"]
+
+
+def test_a_file_that_is_gone_as_soon_as_it_is_made_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="was removed or changed as soon as it was"):
+        made_once(tmp_path / "value", lambda: None, lambda file: file.write(b"17"))

@@ -42,6 +42,7 @@ PUBLIC = [
     "TruncatedNormal",
     "Uniform",
     "View",
+    "WindowPacks",
     "__version__",
     "balance_steps",
     "compile_parts",

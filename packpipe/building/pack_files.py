@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, LargeList, List
+from datasets import Dataset
 
 from packpipe import checks
 from packpipe.building.build import cache_folder_of, stored_rows
@@ -21,18 +21,14 @@ from packpipe.building.image_job import (
 from packpipe.building.shards import digest_of
 from packpipe.building.window_job import WindowJob
 from packpipe.philox import checked_key
-from packpipe.planning.block_windows import block_windows, runs_of
+from packpipe.planning.block_windows import WINDOW_ROWS, block_windows, runs_of
 from packpipe.planning.image_config import config_from
 from packpipe.rows import files
 from packpipe.rows.rejects import Tolerance
 from packpipe.sources.columns import AskedColumns
-from packpipe.sources.image_columns import ImageColumns
+from packpipe.sources.file_columns import file_columns
 from packpipe.sources.image_files import ImageFiles
 from packpipe.storage.storage import LocalFolder, storage_at
-
-# Images that are planned together: enough that a window pads as little as all images would, few
-# enough that a machine holds their encoded bytes (2 GB at 120 kB an image).
-WINDOW_ROWS = 16_384
 
 
 def pack_files(build: FilesBuild, *, executor: Any = None, progress: bool = True) -> Dataset | None:
@@ -100,8 +96,7 @@ def files_build(
     windows = block_windows(source.block_rows, window_rows, key)
     # A source without rows has the columns, and its digest is that of the files.
     none = source.reader.dataset(())
-    columns = _columns(asked, none)
-    _check_label(source, columns.label)
+    columns = file_columns(source, asked)
     images = Images(none, columns, config, key, True, *resources)
     of_images = record_of_images(images)
     blocks = {"rows": window_rows, "blocks": runs_of(source.block_rows)}
@@ -140,27 +135,7 @@ def checked_executor(executor: Any) -> Executor | None:
     raise TypeError(checks.sentence("executor", executor, expected, remedy))
 
 
-def _columns(asked: AskedColumns, none: Dataset) -> ImageColumns:
-    """Return the columns, or the error of a Dataset with what can be done about files."""
-    try:
-        return asked.of_images(none)
-    except (TypeError, ValueError) as error:
-        remedy = (
-            "of ImageFiles: when the files are written, or of a Dataset that they are loaded as"
-        )
-        raise type(error)(f"{error} ({remedy})") from error
-
-
 def _scheme(where: str | Path) -> str:
     """Return the scheme of a URL, which its credentials are for; nothing of a path."""
     text = os.fspath(where)
     return text.partition(":")[0] if checks.has_scheme(text) else ""
-
-
-def _check_label(source: ImageFiles, label: str | None) -> None:
-    """Raise for labels whose length is the commonest of all rows: no window knows it."""
-    if label is not None and isinstance(source.features[label], List | LargeList):
-        expected = "one value an image"
-        remedy = "pass label_column=None, or pack a Dataset, whose labels may be lists"
-        name = f"features[{label!r}]"
-        raise ValueError(checks.sentence(name, source.features[label], expected, remedy))

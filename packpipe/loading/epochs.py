@@ -55,7 +55,7 @@ class EpochPacks:
     """A dataset of images as packs, for a loader: ``PackedLoader(EpochPacks(dataset, 1024), 8)``.
 
     Args:
-        dataset: a Dataset with an image column.
+        dataset: a Dataset with an image column; `WindowPacks` takes `ImageFiles`.
         seq_len: tokens a row holds, 1..32767.
         image_column: name of the column of images; ``"auto"`` finds the only one.
         label_column: name of the column of labels, as in `pack`; ``"auto"`` finds it, None leaves

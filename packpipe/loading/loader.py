@@ -30,6 +30,7 @@ from packpipe.loading.cursors import (
     StreamedPacks,
     checked_place,
 )
+from packpipe.loading.lanes import LaneCursor, WindowedPacks
 from packpipe.loading.loader_checks import check_augment, check_without_torch, imported_torch
 from packpipe.loading.numbered import NumberedBatches, NumberedSteps
 from packpipe.loading.pairs import StoredPairs
@@ -72,8 +73,8 @@ class PackedLoader:
 
     Args:
         packs: what `pack` or ``map(Packer(...))`` returned; or what `pack_pairs` did, the tuple of
-            both tables; or an `EpochPacks`, which plans the source images anew each epoch; or a
-            `PackedStream`.
+            both tables; or an `EpochPacks` or `WindowPacks`, which plan the source images anew each
+            epoch; or a `PackedStream`.
         batch_size: packs a step of this rank.
         rank: number of this rank; None asks torch.distributed, and without a process group is 0.
         world_size: how many ranks there are; given or left out together with rank.
@@ -149,7 +150,7 @@ class PackedLoader:
             remedy = "leave it out, or pass rows that pack has stored"
             expected = "True for packs that have an order of their own"
             raise ValueError(checks.sentence("shuffle", shuffle, expected, remedy))
-        self.packs: PlannedPacks | StreamedPacks = packs
+        self.packs: PlannedPacks | StreamedPacks | WindowedPacks = packs
         remedy = "pass packs a step, of one rank"
         self.batch_size = checks.whole_number("batch_size", batch_size, 1, 2**31, remedy)
         self._place = checked_place(rank, world_size)
@@ -182,11 +183,7 @@ class PackedLoader:
             raise ValueError(
                 checks.sentence("packs", "a stream", "no balance and no processes", remedy)
             )
-        self._cursor: Cursor = (
-            StreamCursor(packs, self.tail)
-            if is_stream
-            else EpochCursor(packs, self.balance, self.tail)
-        )
+        self._cursor = _cursor_of(packs, self.balance, self.tail)
         self._start = 0  # packs taken before a pass begins
         self._taken = 0  # packs taken by now
         self._finished = False  # whether the pass has ended
@@ -525,3 +522,12 @@ class PackedLoader:
     # A copy, or a loader that is sent to another process, starts processes of its own.
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_processes": None, "_threads": None}
+
+
+def _cursor_of(packs: Any, balance: bool, tail: str) -> Cursor:
+    """Return what finds the place in packs of a kind, told by their methods."""
+    if hasattr(packs, "stream_packs"):
+        return StreamCursor(packs, tail)
+    if hasattr(packs, "lanes"):
+        return LaneCursor(packs, balance, tail)
+    return EpochCursor(packs, balance, tail)

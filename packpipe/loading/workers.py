@@ -46,7 +46,10 @@ class Part(NamedTuple):
 
 
 class PackSource(Protocol):
-    """Where packs come from: `StoredPacks`, `StoredPairs`, `EpochPacks` or `PackedStream`."""
+    """Where packs come from.
+
+    `StoredPacks`, `StoredPairs`, `EpochPacks`, `WindowPacks` or `PackedStream`.
+    """
 
     @property
     def max_segments(self) -> int:

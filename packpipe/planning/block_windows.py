@@ -13,7 +13,7 @@ is given once more (`packpipe.packing.windows`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +24,9 @@ from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import plan_epoch
 
+# Images that are planned together: enough that a window pads as little as all images would, few
+# enough that a machine holds their encoded bytes (2 GB at 120 kB an image).
+WINDOW_ROWS = 16_384
 # Packs of a window have numbers of their own; no window has as many.
 _MOST_PACKS = 2**32
 # Of a manifest, which may come from anywhere: a gigabyte of numbers.
@@ -109,6 +112,31 @@ def windows_of(
     for number, blocks in enumerate(windows):
         window[blocks] = number
     return window[np.searchsorted(np.cumsum(block_rows), examples, side="right")]
+
+
+class EpochWindows(NamedTuple):
+    """The windows of an epoch.
+
+    Attributes:
+        blocks: the numbers of the blocks of each.
+        ends: int64[windows], how many packs there are up to the end of each.
+    """
+
+    blocks: list[NDArray[np.int64]]
+    ends: NDArray[np.int64]
+
+    @property
+    def num_packs(self) -> int:
+        """Packs of the epoch."""
+        return int(self.ends[-1])
+
+    def window_of(self, packs: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return int64[packs], the window that each pack of the epoch is in."""
+        return np.searchsorted(self.ends, packs, side="right")
+
+    def first_pack(self, window: int) -> int:
+        """Return the place of a window's first pack among those of the epoch."""
+        return int(self.ends[window - 1]) if window else 0
 
 
 def first_pack(window: int) -> int:

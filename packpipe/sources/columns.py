@@ -22,6 +22,7 @@ from packpipe.sources.image_columns import (
     mask_column_of,
     weight_column_of,
 )
+from packpipe.sources.image_files import ImageFiles
 from packpipe.sources.image_source import checked_root
 from packpipe.sources.kinds import holds_images, holds_numbers
 from packpipe.sources.sizes import checked_columns
@@ -40,6 +41,8 @@ def check_dataset(dataset: Any) -> None:
         name, remedy = type(dataset).__name__, "pass one split, such as dataset['train']"
         if isinstance(dataset, IterableDataset):
             remedy = "packpipe.PackedStream packs what comes as a stream"
+        elif isinstance(dataset, ImageFiles):
+            remedy = "packpipe.pack and packpipe.WindowPacks take files"
         raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
     if holds_rows(dataset.column_names):
         expected, remedy = (

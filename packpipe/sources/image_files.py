@@ -187,6 +187,12 @@ class ImageFiles:
         rows = int(self.block_rows[number])
         return Block(self.files[file], group, int(self._first_row[number]), rows)
 
+    def rows_of(self, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return int64[rows], the numbers of the rows of some blocks, block after block."""
+        rows = self.block_rows[blocks]
+        before = np.cumsum(rows) - rows
+        return np.repeat(self._first_row[blocks] - before, rows) + np.arange(rows.sum())
+
     def __len__(self) -> int:
         return int(self._first_row[-1])
 

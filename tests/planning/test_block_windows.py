@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from packpipe.philox import Key
-from packpipe.planning.block_windows import block_windows, joined, plan_window
+from packpipe.planning.block_windows import EpochWindows, block_windows, joined, plan_window
 from packpipe.planning.distributions import Uniform
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import plan_epoch
@@ -117,3 +117,14 @@ def test_two_windows_of_the_same_sizes_put_their_packs_in_different_orders():
 def test_a_window_has_a_whole_number_of_rows(wrong):
     with pytest.raises((TypeError, ValueError), match=rf"window_rows is {wrong}, expected "):
         block_windows([3, 4], wrong, Key(0, 0))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=20))
+@example([0, 0, 3, 0])
+def test_a_pack_is_in_the_window_that_has_it(widths):
+    windows = EpochWindows([np.empty(0, np.int64)] * len(widths), np.cumsum(widths))
+    wanted = [window for window, width in enumerate(widths) for _ in range(width)]
+    assert windows.num_packs == len(wanted)
+    assert windows.window_of(np.arange(len(wanted))).tolist() == wanted
+    firsts = [windows.first_pack(window) for window in range(len(widths))]
+    assert firsts == [sum(widths[:window]) for window in range(len(widths))]

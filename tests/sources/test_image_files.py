@@ -65,6 +65,14 @@ def test_a_block_has_the_rows_of_its_numbers_and_the_features_of_the_source(fold
         assert found.data.table.to_pylist() == whole.data.table.take(pa.array(rows)).to_pylist()
 
 
+def test_rows_of_blocks_are_those_that_the_blocks_say(folder):
+    files = ImageFiles(f"{folder}/*.parquet")
+    for blocks in ([6, 1, 3], [0], [], range(7)):
+        each = [files.block(number) for number in blocks]
+        wanted = [row for one in each for row in range(one.first, one.first + one.num_rows)]
+        assert files.rows_of(np.array(blocks, np.int64)).tolist() == wanted
+
+
 def test_only_the_columns_that_are_named_are_read(folder):
     files = ImageFiles(f"{folder}/*.parquet")
     found = files.reader.dataset([files.block(2), files.block(3)], ["label"])

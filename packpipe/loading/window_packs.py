@@ -1,0 +1,371 @@
+"""`WindowPacks`: images in files as packs that are planned anew every epoch, window by window.
+
+What `pack` of the same files writes, epoch by epoch, without writing it: the blocks in a new order,
+cut into windows, each planned by itself. Only sizes are stored. A window is planned and its blocks
+are read when its first pack will soon be asked for, and dropped after its last one; what is held
+grows with windows, not with the source.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Unpack
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from packpipe import checks
+from packpipe.images.decode import pixel_rules
+from packpipe.images.image_data import ImageData
+from packpipe.images.pillow_settings import check_settings
+from packpipe.images.transform import PixelFunction, checked_transform, name_of
+from packpipe.loading.window_plans import WindowPlans
+from packpipe.philox import Key
+from packpipe.planning.block_windows import WINDOW_ROWS, EpochWindows
+from packpipe.planning.epoch_plan import EpochPlan
+from packpipe.planning.image_config import PackConfig, config_from
+from packpipe.planning.image_options import PackOptions
+from packpipe.rows.digests import hexdigest
+from packpipe.rows.fill_images import Masks, fill_rows, planned_images
+from packpipe.rows.rejects import Flagged, ReadFailures, Reject, tolerance_of
+from packpipe.rows.rows import Rows, gather
+from packpipe.sources.columns import AskedColumns
+from packpipe.sources.file_columns import file_columns
+from packpipe.sources.file_sizes import file_sizes
+from packpipe.sources.image_columns import check_labels, target_rules_of
+from packpipe.sources.image_files import ImageFiles
+from packpipe.sources.image_source import image_data
+from packpipe.sources.labels import labels_of, weights_of
+
+
+class Encoded(NamedTuple):
+    """Images, or masks, as files hold them.
+
+    Attributes:
+        examples: int64[images], the row of each in its source.
+        values: one each.
+    """
+
+    examples: NDArray[np.int64]
+    values: pa.ChunkedArray
+
+    def reader(self, root: str | None) -> partial[ImageData]:
+        """Return a function that returns the image of a row of the source."""
+        places = dict(zip(self.examples.tolist(), range(len(self.examples)), strict=True))
+        return partial(_image_of, self.values, places, root)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenWindow:
+    """A window that is planned, and its images.
+
+    Attributes:
+        plan: its plan.
+        images: encoded, of all rows of its blocks.
+        masks: likewise; None without.
+        labels: one an image of the plan; None without.
+        weight: likewise.
+    """
+
+    plan: EpochPlan
+    images: Encoded
+    masks: Encoded | None
+    labels: pa.Array | None
+    weight: NDArray[np.float32] | None
+
+
+class TakenPacks(NamedTuple):
+    """Packs with the images they need and no others, which may be sent to another process.
+
+    Attributes:
+        planned: the packs as rows without tokens.
+        images: those of the packs.
+        masks: likewise; None without.
+    """
+
+    planned: Rows
+    images: Encoded
+    masks: Encoded | None
+
+
+class WindowPacks:
+    """Images in files as packs, for a loader: ``PackedLoader(WindowPacks(files, 1024), 8)``.
+
+    Every epoch has the rows that ``pack(files, 1024, seed=seed, epoch=epoch)`` would write, window
+    after window. The first use reads the size of every image, once for all ranks that share
+    `cache_dir`; and the first use of an epoch plans all of its windows once, to count packs.
+
+    Args:
+        files: the images.
+        seq_len: tokens a row holds, 1..32767.
+        window_rows: about how many rows are planned together, and read and held at once, by each
+            lane; None is 16,384.
+        lanes: at how many places windows are read at once; they divide batch_size · world_size.
+            With as many lanes as ranks, or a multiple, each rank reads windows of its own. The
+            batches depend on the number of lanes, never on that of ranks.
+        image_column: name of the column of images; ``"auto"`` finds the only one.
+        label_column: name of the column of labels, one value an image; ``"auto"`` finds it, None
+            leaves labels out.
+        weight_column: name of the column of what each image counts in the loss; None is 1 for all.
+        mask_column: name of the column of class maps, as in `pack`.
+        target_stride: pixels a side of a target, as in `pack`.
+        size_columns: names of the columns of upright heights and widths; None reads headers, for
+            which all files are read once.
+        image_root: the only folder that paths may lead into; None follows every path, as in `pack`.
+        cache_dir: the folder of the files of sizes (8 bytes an image) and of counts (8 bytes a
+            window of each epoch); None is one in the cache of `datasets`.
+        num_workers: threads that read sizes and count packs; None is one a processor.
+        on_error, max_bad_fraction, max_consecutive_bad, transform: as in `EpochPacks`.
+        **options: the options of `PackConfig`.
+
+    Attributes:
+        config: the options.
+        lanes: how many lanes there are.
+        rejects: examples that are in no plan, as a list.
+
+    Raises:
+        TypeError, ValueError: an argument or a column is wrong, or too many images are bad.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        seq_len: int = 1024,
+        *,
+        window_rows: int | None = None,
+        lanes: int = 1,
+        image_column: str = "auto",
+        label_column: str | None = "auto",
+        weight_column: str | None = None,
+        mask_column: str | None = None,
+        target_stride: int | None = None,
+        size_columns: tuple[str, str] | None = None,
+        image_root: str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        num_workers: int | None = None,
+        on_error: str = "quarantine",
+        max_bad_fraction: float = 0.01,
+        max_consecutive_bad: int = 100,
+        transform: PixelFunction | None = None,
+        **options: Unpack[PackOptions],
+    ) -> None:
+        if not isinstance(files, ImageFiles):
+            name, remedy = type(files).__name__, "pass a Dataset to EpochPacks"
+            raise TypeError(checks.sentence("type(files)", name, "ImageFiles", remedy))
+        self.config: PackConfig = config_from(seq_len, dict(options))
+        if self.config.uses_progress:
+            expected, remedy = "one that does not change over the training", "pass a Dataset for it"
+            raise ValueError(checks.sentence("drop_rate", self.config.drop_rate, expected, remedy))
+        pixel_rules(self.config)  # raises if they need a package that is not installed
+        self._transform = checked_transform(transform)
+        check_settings()
+        rows = WINDOW_ROWS if window_rows is None else window_rows
+        rows = checks.whole_number("window_rows", rows, 1, 2**62, "16,384 is usual")
+        remedy = "as many as there will be ranks is usual"
+        self.lanes = checks.whole_number("lanes", lanes, 1, 2**31, remedy)
+        if num_workers is not None:
+            remedy = "None is one thread a processor"
+            num_workers = checks.whole_number("num_workers", num_workers, 1, 1024, remedy)
+        self._tolerance = tolerance_of(len(files), on_error, max_bad_fraction, max_consecutive_bad)
+        self._undecodable, self._flagged = ReadFailures(), Flagged()
+        asked = AskedColumns(
+            image_column=image_column,
+            label_column=label_column,
+            size_columns=size_columns,
+            image_root=image_root,
+            weight_column=weight_column,
+            mask_column=mask_column,
+            target_stride=target_stride,
+        )
+        self._columns = columns = file_columns(files, asked)
+        check_labels(files.features, columns.label, "pass label_column=None")
+        self._target_rules = target_rules_of(
+            files.features, columns.mask, target_stride, self.config.patch_size
+        )
+        folder = _folder(cache_dir)
+        with ThreadPoolExecutor(num_workers or os.cpu_count()) as executor:
+            self._sizes = file_sizes(
+                files,
+                columns,
+                folder,
+                max_pixels=self.config.max_pixels,
+                tolerance=self._tolerance,
+                executor=executor,
+            )
+        self.rejects: list[Reject] = self._sizes.rejects
+        self._files = files
+        self._plans = WindowPlans(files, self._sizes, self.config, rows, folder, num_workers)
+
+    def __repr__(self) -> str:
+        what = f"{self._files!r} in rows of {self.config.seq_len} tokens, {self.lanes} lanes"
+        return f"{type(self).__name__}({what}, {len(self.rejects)} rejects)"
+
+    @property
+    def undecodable(self) -> list[Reject]:
+        """Examples of plans that this process could not decode, by now."""
+        return self._undecodable.rejects
+
+    @property
+    def max_segments(self) -> int:
+        """Most segments a pack may hold."""
+        return self.config.max_segments
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that an image may keep."""
+        return self.config.longest
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether rows have the class of every cell."""
+        return self._target_rules is not None
+
+    @property
+    def transform_name(self) -> str | None:
+        """Qualified name of the transform; None without any. Says nothing of what it does."""
+        return None if self._transform is None else name_of(self._transform)
+
+    def num_packs(self, key: Key) -> int:
+        """Return the number of packs of an epoch."""
+        return self.windows(key).num_packs
+
+    def fingerprint(self, key: Key) -> str:
+        """Return a digest of the plans of an epoch, without making them, and of lanes."""
+        columns, rules = self._columns, self._target_rules
+        named = [columns.image, columns.label, columns.weight, columns.mask, rules]
+        return hexdigest(f"{self._plans.digest(key)} {self.lanes} {named!r}".encode())
+
+    def contents(self) -> dict[str, str | None]:
+        """Return digests of what the batches show besides the plan, by name."""
+        return {"files": self._files.fingerprint}
+
+    def windows(self, key: Key) -> EpochWindows:
+        """Return the windows of an epoch."""
+        return self._plans.epoch(key)
+
+    def opened(self, key: Key, window: int) -> OpenWindow:
+        """Return a window of an epoch, planned, and its blocks, which are read."""
+        plan = self._plans.window(key, window)
+        return self._read(plan, self.windows(key).blocks[window])
+
+    def _read(self, plan: EpochPlan, blocks: NDArray[np.int64]) -> OpenWindow:
+        columns = self._columns
+        named = [columns.image, columns.label, columns.weight, columns.mask]
+        names = list(dict.fromkeys(name for name in named if name is not None))
+        some = [self._files.block(number) for number in blocks.tolist()]
+        dataset = self._files.reader.dataset(some, names)
+        rows = self._files.rows_of(blocks)
+        at = np.searchsorted(rows, plan.index)
+        labels, weights = labels_of(dataset, columns.label), weights_of(dataset, columns.weight)
+        return OpenWindow(
+            plan=plan,
+            images=_encoded(dataset, rows, columns.image),
+            masks=None if columns.mask is None else _encoded(dataset, rows, columns.mask),
+            labels=None if labels is None else labels.values.take(pa.array(at)),
+            weight=None if weights is None else weights.values[at],
+        )
+
+    def taken(self, key: Key, windows: list[tuple[OpenWindow, NDArray[np.int64]]]) -> TakenPacks:
+        """Return packs with their images.
+
+        Args:
+            key: (seed, epoch).
+            windows: some of its windows, and the numbers of the packs to take of each.
+        """
+        if not windows:
+            none = np.empty(0, np.int64)
+            windows = [(self._read(self._plans.nothing(key), none), none)]
+        planned = [
+            planned_images(one.plan, packs, one.labels, one.weight) for one, packs in windows
+        ]
+        opened = [one for one, _ in windows]
+        masks = None
+        if self.has_targets:
+            masks = _joined([_picked(o.masks, p) for o, p in zip(opened, planned, strict=True)])
+        return TakenPacks(
+            planned=_in_one(planned),
+            images=_joined([_picked(o.images, p) for o, p in zip(opened, planned, strict=True)]),
+            masks=masks,
+        )
+
+    def rows(self, key: Key, packs: TakenPacks) -> Rows:
+        """Return packs that were taken, their images decoded.
+
+        Raises:
+            ValueError: an image's size is not the one planned for.
+            TooManyRejects: a ValueError; more images than are allowed cannot be decoded.
+        """
+        root, masks = self._columns.root, None
+        if packs.masks is not None and self._target_rules is not None:
+            masks = Masks(packs.masks.reader(root), self._target_rules)
+        read = packs.images.reader(root)
+        with self._sizes.forgotten_if_wrong():
+            rows, rejects, flags = fill_rows(
+                packs.planned, read, self.config, key, self._transform, masks
+            )
+        self._flagged.add(flags)
+        self._undecodable.add(rejects, self._tolerance)
+        return rows
+
+
+def _folder(cache_dir: Any) -> Path:
+    """Return the folder that sizes and counts are kept in, made."""
+    remedy = "pass a folder that can be written to, and that all ranks see"
+    if cache_dir is None:
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "packpipe"
+    else:
+        folder = checks.local_path("cache_dir", cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(checks.sentence("cache_dir", str(folder), "a folder", remedy)) from error
+    if not os.access(folder, os.W_OK):
+        expected = "a folder that can be written to"
+        raise ValueError(checks.sentence("cache_dir", str(folder), expected, remedy))
+    return folder
+
+
+def _image_of(
+    values: pa.ChunkedArray, places: dict[int, int], root: str | None, example: int
+) -> ImageData:
+    return image_data(values[places[example]], root)
+
+
+def _encoded(dataset: Dataset, rows: NDArray[np.int64], column: str) -> Encoded:
+    # The Arrow table, since `datasets` decodes images.
+    return Encoded(rows, dataset.data.column(column))
+
+
+def _picked(some: Any, planned: Rows) -> Encoded:
+    """Return the images of planned rows, in memory of their own: the window may be dropped."""
+    examples = np.unique(planned.example_index)
+    at = np.searchsorted(some.examples, examples)
+    chunks, start = [], 0
+    # Chunk by chunk: `take` of all of them would join them first.
+    for chunk in some.values.chunks:
+        own = at[np.searchsorted(at, start) : np.searchsorted(at, start + len(chunk))]
+        if len(own):
+            chunks.append(chunk.take(pa.array(own - start)))
+        start += len(chunk)
+    return Encoded(examples, pa.chunked_array(chunks, some.values.type))
+
+
+def _joined(parts: list[Encoded]) -> Encoded:
+    chunks = [chunk for part in parts for chunk in part.values.chunks]
+    values = pa.chunked_array(chunks, parts[0].values.type)
+    return Encoded(np.concatenate([part.examples for part in parts]), values)
+
+
+def _in_one(planned: list[Rows]) -> Rows:
+    """Return the rows of several parts as one."""
+    if len(planned) == 1:
+        return planned[0]
+    each = [(part, row) for part in planned for row in range(len(part))]
+    return gather([part for part, _ in each], [row for _, row in each])
