@@ -135,7 +135,7 @@ KEYS = st.tuples(st.integers(0, 2), st.integers(0, 2))
 @given(
     key=KEYS,
     lanes=st.sampled_from([1, 2, 4, 6]),
-    each=st.integers(1, 2),
+    each=st.sampled_from([1, 2]),
     tail=st.sampled_from(["drop", "pad"]),
     window_rows=st.integers(5, 70),
 )
@@ -148,7 +148,7 @@ def test_an_epoch_holds_every_image_once_on_any_number_of_ranks(
     alone = steps_of(packs, 1, size, **options)
     num_packs = packs.num_packs(Key(*key))
     assert len(alone) == (-(-num_packs // size) if tail == "pad" else num_packs // size) > 0
-    for world_size in (2, 4, lanes):
+    for world_size in {2, lanes}:
         if size % world_size == 0:
             assert steps_of(packs, world_size, size, **options) == alone
     found = Counter(examples_in(loader_of(packs, size, **options)))

@@ -83,7 +83,7 @@ def refuse(*_, **__):
 
 
 @given(per_block=st.integers(1, 12), from_columns=st.booleans(), workers=st.integers(1, 3))
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_every_image_has_its_size_and_every_reject_none(
     tmp_path_factory, per_block, from_columns, workers
 ):
