@@ -5,7 +5,10 @@
 
 ViT-Ti/16 in float32, images of real pictures' sizes, r ~ U(64, 224), packed into rows of 1024 and
 of 2048 tokens. *Limit* is the same trunk with one SDPA call a segment and no padding anywhere. All
-arms take turns; medians of the rounds, ratios of real tokens a second. Writes model.md.
+arms take turns. Figures are of processor time, which other work on the machine moves less than
+seconds: medians of the rounds, and of the ratios to the limit in the same round, with their range.
+Peers that are not installed are left out; so is bfloat16 where the CPU has no instructions for it.
+Writes model.md.
 """
 
 from __future__ import annotations
@@ -16,18 +19,24 @@ import os
 import platform
 import statistics
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import arms
 import torch
 from arms import Arm, Step
+from torch import Tensor
 
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
+from packpipe.model.precision import has_instructions
 
 RESULTS = Path(__file__).parent / "results"
 SEQ_LENS = (1024, 2048)
+PEERS = {"lucidrains": "vit_pytorch", "timm": "timm"}
+HALF = "packed, segments, bf16 autocast"
 SIDE = 256
 
 
@@ -37,12 +46,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=4096, help="a step, about")
     parser.add_argument("--steps", type=int, default=1, help="batches of an arm, each round")
+    parser.add_argument("--seq-lens", type=int, nargs="+", default=SEQ_LENS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     config = NaViTConfig.preset("Ti/16", num_classes=arms.NUM_CLASSES, max_side=SIDE)
     text = heading(options) + "\n"
-    for seq_len in SEQ_LENS:
-        chosen = arms_of(config, seq_len, options.tokens // seq_len, options.steps)
+    for seq_len in options.seq_lens:
+        chosen = [
+            arm
+            for arm in arms_of(config, seq_len, options.tokens // seq_len, options.steps)
+            if all(find_spec(module) for name, module in PEERS.items() if arm.name.startswith(name))
+            and (arm.name != HALF or has_instructions())
+        ]
         for training in (True, False):
             figures = measured(chosen, options.rounds, training)
             text += f"\n{table(figures, seq_len, training)}"
@@ -77,6 +92,7 @@ def arms_of(config: NaViTConfig, seq_len: int, rows: int, steps: int) -> list[Ar
     return [
         Arm("limit: one SDPA call a segment", lambda: model("segments"), arms.limit, packed),
         Arm("packed, segments", lambda: model("segments"), arms.ours, packed),
+        Arm(HALF, lambda: model("segments"), in_half, packed),
         Arm("packed, dense mask", lambda: model("reference"), arms.ours, packed),
         Arm("bucketed", lambda: model("reference"), arms.ours, bucketed),
         Arm("padded", lambda: model("reference"), arms.ours, padded),
@@ -101,8 +117,29 @@ def arms_of(config: NaViTConfig, seq_len: int, rows: int, steps: int) -> list[Ar
     ]
 
 
-def measured(chosen: list[Arm], rounds: int, training: bool) -> dict[str, tuple[float, float]]:
-    """Return (real tokens a second, their share of all) of each arm; all take turns."""
+def in_half(model: NaViT, step: Step) -> Tensor:
+    """Return the loss under autocast."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return arms.ours(model, step)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What an arm does.
+
+    Attributes:
+        rate: real tokens a second of a processor.
+        ratios: of the limit's rate, in each round.
+        real: share of real tokens.
+    """
+
+    rate: float
+    ratios: list[float]
+    real: float
+
+
+def measured(chosen: list[Arm], rounds: int, training: bool) -> dict[str, Figure]:
+    """Return the figures of each arm, the limit first; all take turns."""
     prepared = []
     for arm in chosen:
         model = arm.make().train(training)
@@ -112,7 +149,7 @@ def measured(chosen: list[Arm], rounds: int, training: bool) -> dict[str, tuple[
     times: dict[str, list[float]] = {arm.name: [] for arm in chosen}
     for _ in range(rounds + 1):
         for arm, model, steps, optimizer in prepared:
-            began = time.perf_counter()
+            began = time.process_time()
             for step in steps:
                 if training:
                     arm.loss(model, step).backward()
@@ -121,32 +158,46 @@ def measured(chosen: list[Arm], rounds: int, training: bool) -> dict[str, tuple[
                 else:
                     with torch.inference_mode():
                         arm.loss(model, step)
-            times[arm.name].append(time.perf_counter() - began)
-    figures = {}
+            times[arm.name].append(time.process_time() - began)
+    figures: dict[str, Figure] = {}
+    limit: list[float] = []
     for arm, _, steps, _ in prepared:
         tokens = sum(step.tokens for step in steps)
-        seconds = statistics.median(times[arm.name][1:])
-        figures[arm.name] = (tokens / seconds, tokens / sum(step.slots for step in steps))
+        rates = [tokens / seconds for seconds in times[arm.name][1:]]  # the first warms up
+        limit = limit or rates
+        figures[arm.name] = Figure(
+            statistics.median(rates),
+            [rate / best for rate, best in zip(rates, limit, strict=True)],
+            tokens / sum(step.slots for step in steps),
+        )
     return figures
 
 
-def table(figures: dict[str, tuple[float, float]], seq_len: int, training: bool) -> str:
+def table(figures: dict[str, Figure], seq_len: int, training: bool) -> str:
     """Return a Markdown table."""
     title = f"{'training step' if training else 'inference'}, rows of {seq_len}"
-    lines = [f"| {title} | tokens/s | of the limit | real tokens |", "| --- | ---: | ---: | ---: |"]
-    best = next(iter(figures.values()))[0]
-    for name, (rate, real) in figures.items():
-        lines.append(f"| {name} | {rate:,.0f} | {rate / best:.2f} | {real:.1%} |")
+    head = "tokens/s of a processor | of the limit | range | real tokens"
+    lines = [f"| {title} | {head} |", "| --- " + "| ---: " * 4 + "|"]
+    for name, one in figures.items():
+        lines.append(
+            f"| {name} | {one.rate:,.0f} | {statistics.median(one.ratios):.2f} "
+            f"| {min(one.ratios):.2f} to {max(one.ratios):.2f} | {one.real:.1%} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def heading(options: argparse.Namespace) -> str:
     """Return what ran where."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("timm", "vit-pytorch"))
+    versions = ", ".join(
+        f"{name} {version(name)}" if find_spec(module) else f"no {name}"
+        for name, module in (("timm", "timm"), ("vit-pytorch", "vit_pytorch"))
+    )
+    half = "" if has_instructions() else " The CPU has no instructions for bfloat16."
     return (
         f"# The model on a CPU\n\n`python benchmarks/model.py`, {datetime.date.today()}: "
-        f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, {versions}. "
-        f"ViT-Ti/16, float32, about {options.tokens} real tokens a step; {options.rounds} rounds.\n"
+        f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, load "
+        f"{os.getloadavg()[0]:.0f}, torch {torch.__version__}, {versions}. ViT-Ti/16, float32, "
+        f"about {options.tokens} real tokens a step; {options.rounds} rounds.{half}\n"
     )
 
 
