@@ -62,7 +62,7 @@ def data(folder: Path) -> dict[str, pa.Table]:
 def of_tokens(table: pa.Table, name: str) -> bool:
     """Whether a column has one value, or some, a token; the other lists have one a segment."""
     if "grid_hw" in table.column_names:
-        return name in ("patches", "segment_ids", "coords")
+        return name in ("patches", "targets", "segment_ids", "coords")
     return name in ("input_ids", "labels", "weight", "segment_ids", "position_ids")
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe.building.shards import MANIFEST
-from packpipe.images.masks import TargetRules
+from packpipe.images.masks import TargetRules, checked_rules
 from packpipe.philox import Key
 from packpipe.planning.block_windows import (
     block_rows_of,
@@ -60,8 +60,7 @@ class ImageChecks:
         self.key = Key(manifest["seed"], manifest["epoch"])
         # Raises if the epoch lies after the end of the training.
         decide(np.ones((1, 2), np.int32), self.config, self.key, index=np.zeros(1, np.int64))
-        targets = manifest.get("targets")
-        self.targets = None if targets is None else TargetRules(**targets)
+        self.targets = _targets(manifest.get("targets"), self.config.patch_size)
         self.texts = None if "beside" not in manifest else _texts(manifest["beside"])
         self.undecoded = _undecoded(manifest.get("undecoded"))
         self.windows: dict[str, Any] | None = manifest.get("windows")
@@ -302,6 +301,20 @@ def _texts(beside: Any) -> Texts:
         "beside.max_text", beside["max_text"], 1, config.seq_len, "a text must fit into a row"
     )
     return Texts(TokenColumns(list(columns), [], mask), config.seq_len, longest)
+
+
+def _targets(found: Any, patch_size: int) -> TargetRules | None:
+    """Return how masks became targets; None if there are none.
+
+    Raises:
+        TypeError, ValueError: it is no such rule, or a patch cannot be divided by it.
+    """
+    if found is None:
+        return None
+    rules, remedy = TargetRules(**found), "mend the manifest"
+    stride = checks.whole_number("targets.stride", rules.stride, 1, patch_size, remedy)
+    dtype = checks.choice("targets.dtype", rules.dtype, ("uint8", "uint16"), remedy)
+    return checked_rules(stride, patch_size, dtype)
 
 
 def _undecoded(found: Any) -> NDArray[np.int64] | None:

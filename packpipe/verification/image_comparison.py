@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from packpipe.building.shards import MANIFEST
 from packpipe.images.decode import pixel_rules
-from packpipe.images.fill import Failure, ImageTask, fill_row
+from packpipe.images.fill import Failure, ImageTask, Outcome, fill_row
 from packpipe.images.masks import TargetRules
 from packpipe.images.pool import ENDED
 from packpipe.philox import Key
@@ -99,8 +99,9 @@ class ImageComparison:
             if unlike.any():
                 examples = named("example", inside[unlike, 0].tolist())
                 yield Problem(MANIFEST, f"undecoded has other sizes than the images of {examples}")
-        yield from self._different_pixels(found, differing, sample)
-        return {"broken_exif": num_broken}
+        num_flagged = yield from self._different_pixels(found, differing, sample)
+        counts = {"broken_exif": num_broken}
+        return counts if num_flagged is None else {**counts, "broken_profile": num_flagged}
 
     @cached_property
     def _source(self) -> ImageSource:
@@ -176,16 +177,18 @@ class ImageComparison:
         out = np.empty((self.config.seq_len, self.config.patch_bytes), np.uint8)
         lost = []
         for (task,) in tasks:
-            failure = _failure_of(task, out, self.config, self._masks)[0]
-            if failure is not None:
+            failure = _outcome_of(task, out, self.config, self._masks)[0]
+            if isinstance(failure, Failure):
                 lost.append(Reject(task.example, "decode", *failure))
         # An image is lost if one of its views is; the first is told.
         return one_each(lost), unknown
 
     def _different_pixels(
         self, found: FoundRows, differing: NDArray[np.bool_], sample: int | None
-    ) -> Iterator[Problem]:
+    ) -> Generator[Problem, None, int | None]:
         """Decode some images again, and yield how they differ from their tokens.
+
+        Returns how many of them have a broken colour profile; None unless all were decoded by it.
 
         Args:
             found: the rows.
@@ -193,8 +196,8 @@ class ImageComparison:
             sample: how many; None for all.
         """
         if not self.manifest["materialized"]:
-            return
-        held = found.held()
+            return None
+        held, num_flagged, num_compared = found.held(), 0, 0
         offsets = held.offsets
         total = int(offsets[-1])
         number = total if sample is None else min(sample, total)
@@ -208,13 +211,18 @@ class ImageComparison:
                 continue
             name, stored, row = found.places[pack]
             number = at - int(offsets[pack])
-            what = _pixel_difference(
+            what, is_flagged = _pixel_difference(
                 stored.slice(row, 1), number, self._source, self.config, self._masks
             )
+            # Of several views the first is counted.
+            num_flagged += is_flagged and int(np.broadcast_to(held.views, total)[at]) == 0
+            num_compared += 1
             if what is not None:
                 example = held.example_index[at]
                 where = f"{name}, row {row}, segment {number + 1} (example {example})"
                 yield Problem(where, what)
+        is_known = num_compared == total and self.config.profiles != "ignore"
+        return num_flagged if is_known else None
 
 
 def _label_type(found: FoundRows) -> pa.DataType | None:
@@ -276,8 +284,10 @@ def _plain(value: Any) -> Any:
 
 def _pixel_difference(
     row: pa.Table, number: int, source: ImageSource, config: PackConfig, masks: Masks | None
-) -> str | None:
+) -> tuple[str | None, bool]:
     """Return how the pixels of a segment differ from its image's; None if they do not.
+
+    And whether the image's colour profile is broken.
 
     Args:
         row: one packed row.
@@ -299,25 +309,27 @@ def _pixel_difference(
     expected = np.empty_like(found)
     mask = None if masks is None else partial(masks.read, example)
     task = ImageTask(example, partial(source, example), size, grid_hw, kept, box, mask=mask)
-    failure, targets = _failure_of(task, expected, config, masks)
-    if failure is not None:
-        return f"its image cannot be decoded again: {failure.exception}"
+    outcome, targets = _outcome_of(task, expected, config, masks)
+    if isinstance(outcome, Failure):
+        return f"its image cannot be decoded again: {outcome.exception}", False
+    is_flagged = outcome == "broken profile"
     if targets is not None and (other := np.count_nonzero(rows.targets[0, span] != targets)):
-        return f"{other:,} of {targets.size:,} targets differ from the mask's"
+        return f"{other:,} of {targets.size:,} targets differ from the mask's", is_flagged
     # int16, since a difference of two uint8 would wrap around.
     apart = np.abs(found.astype(np.int16) - expected)
     if not apart.any():
-        return None
-    return (
+        return None, is_flagged
+    what = (
         f"{np.count_nonzero(apart):,} of {apart.size:,} pixel values differ from the image's, "
         f"by {apart.max()} at most"
     )
+    return what, is_flagged
 
 
-def _failure_of(
+def _outcome_of(
     task: ImageTask, out: NDArray[np.uint8], config: PackConfig, masks: Masks | None
-) -> tuple[Failure | None, NDArray[np.integer] | None]:
-    """Decode an image, and return why it cannot be, and its targets, if it has any."""
+) -> tuple[Outcome, NDArray[np.integer] | None]:
+    """Decode an image, and return what came of it, and its targets, if it has any."""
     targets, rules = None, None
     how = pixel_rules(config)  # raises if it needs a package that is not here
     if masks is not None:
@@ -328,7 +340,7 @@ def _failure_of(
             (outcome,) = fill_row([task], out, how, None, targets, rules)
     except ValueError as error:  # its pixels have another size than its header or column
         return Failure("unreadable", str(error)), None
-    return (outcome, None) if isinstance(outcome, Failure) else (None, targets)
+    return outcome, None if isinstance(outcome, Failure) else targets
 
 
 @contextmanager

@@ -731,6 +731,7 @@ def test_profiles_that_cannot_be_used_are_counted_also_after_a_stop(
     packed = packpipe.pack(dataset, output=tmp_path / "whole", **options)
     assert len(packpipe.manifest(packed)["files"]) == 3 + 1
     assert packpipe.manifest(packed)["counts"]["broken_profile"] == 3
+    assert packpipe.verify(tmp_path / "whole", dataset, sample=None) == []
     commit = Shards.commit
 
     def stopping(shards, number, *others):

@@ -649,7 +649,7 @@ def test_options_are_passed_by_name():
     [
         ({"crop": {}}, "a law in here is {}, expected its name with its attributes; it is damaged"),
         ({"crop": {"Crop": []}}, "a law in here is {'Crop': []}, expected its name with its attri"),
-        ({"crop": {"Crop": {}, "Side": {}}}, "a law in here is {'Crop': {}, 'Side': {}}, expecte"),
+        ({"crop": {"Crop": {}, "Side": {}}}, "a law in here is {'Crop': {}, 'Side': {}}, exp"),
         ({"resolution": {"Side": {}}}, "Side in here is [], expected pixels among its attributes;"),
     ],
 )

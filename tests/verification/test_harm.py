@@ -33,19 +33,24 @@ ALL = settings().max_examples > 1000
 
 # Nothing in a folder, or in its source, follows from these but the digest in state.json. Nor from
 # image_root here, where images are bytes and no path is followed.
-NAMED_ONLY = ("packpipe", "pillow", "codecs", "source_fingerprint", "source_files", "image_root")
+NAMED_ONLY = (
+    *("packpipe", "pillow", "codecs", "source_fingerprint", "source_files", "mask_files"),
+    "image_root",
+)
 # What is the same afterwards: the rows in their order; a manifest as an earlier version wrote it;
 # columns of sizes that are not named.
 HARMLESS = {
     ("rows", "a row moved to the next file"),
     (f"{MANIFEST} undecoded", "is gone"),
     (f"{MANIFEST} size_columns", "is gone"),
+    (f"{MANIFEST} targets.dtype", "is gone"),  # it has a default
 }
 
 
 # What a folder does not say twice: the source is needed to find harm to it.
 WITH_SOURCE = {
-    *(f"column {name}" for name in ("patches", "labels", "image_hw", "input_ids", "weight")),
+    *(f"column {name}" for name in ("patches", "targets", "labels", "image_hw")),
+    *(f"column {name}" for name in ("input_ids", "weight")),
     "column example_index",  # of images that give as many tokens
     *(f"column {name}" for name in ("name", "kind", "stage", "reason", "exception")),
     *(f"{MANIFEST} {name}" for name in ("counts", "undecoded")),
@@ -97,6 +102,24 @@ def images() -> Dataset:
         "input_ids": List(Value("int32")),
     }
     return Dataset.from_dict(rows, features=Features(features))
+
+
+@cache
+def masked() -> Dataset:
+    """Images with masks, lists of scores and weights, some of which are bad."""
+    sizes = [(8, 8), (16, 9), (9, 22), (30, 30), (7, 5), (12, 40), (5, 5), (21, 13), (26, 8)]
+    masks: list[bytes | None] = [noise(*size, 70 + n, "L") for n, size in enumerate(sizes)]
+    masks[2], masks[6] = None, masks[0]  # missing, and of another size
+    scores = [[n / 8, 1.0 - n % 2] for n in range(len(sizes))]
+    rows = {
+        "image": [{"bytes": noise(*size, n), "path": None} for n, size in enumerate(sizes)],
+        "mask": [None if one is None else {"bytes": one, "path": None} for one in masks],
+        "scores": scores,
+        "weight": [-1.0 if n == 4 else 1 + n for n in range(len(sizes))],
+    }
+    features = Features({"image": Image(), "mask": Image(), "scores": List(Value("float32"))})
+    features["weight"] = Value("float32")
+    return Dataset.from_dict(rows, features=features)
 
 
 @cache
@@ -170,6 +193,26 @@ KINDS = {
         {**_PLAIN, "size_columns": ("height", "width"), "label_column": None},
         {},
         [_LOST[0], ("size", "bad size", "(0, 0)")],
+    ),
+    "images with all that they are compared with": Kind(
+        masked,
+        {
+            **_PLAIN,
+            "seq_len": 24,
+            "image_column": "image",
+            "label_column": "scores",
+            "mask_column": "mask",
+            "target_stride": 2,
+            "weight_column": "weight",
+            "resolution": Side(Uniform(6, 14)),
+            "views": 2,
+            "prefix_tokens": 2,
+        },
+        {"targets": 255},
+        [
+            ("decode", "mask missing", "the mask is null"),
+            ("label", "bad weight", "weight is -1.0, expected a finite number, 0 or more"),
+        ],
     ),
     "tokens": Kind(
         texts,
