@@ -24,6 +24,7 @@ from packpipe.philox import checked_key
 from packpipe.planning.block_windows import block_windows, runs_of
 from packpipe.planning.image_config import config_from
 from packpipe.rows import files
+from packpipe.rows.encoded import PIXELS, checked_store, decoding
 from packpipe.rows.rejects import Tolerance
 from packpipe.sources.columns import AskedColumns
 from packpipe.sources.image_columns import ImageColumns
@@ -47,7 +48,10 @@ def pack_files(build: FilesBuild, *, executor: Any = None, progress: bool = True
     if not build.claim():
         build.finish(build.run(run_on, progress=progress))
     storage = build.job.storage
-    return stored_rows(Path(storage.url)) if isinstance(storage, LocalFolder) else None
+    if not isinstance(storage, LocalFolder):
+        return None
+    found: Dataset = decoding(stored_rows(Path(storage.url)))
+    return found
 
 
 def files_build(
@@ -62,6 +66,7 @@ def files_build(
     seed: int = 0,
     epoch: int = 0,
     materialize: bool = True,
+    store: str = PIXELS,
     num_workers: int = 1,
     image_seconds: float = IMAGE_SECONDS,
     **asked_columns: Any,
@@ -79,6 +84,7 @@ def files_build(
         seed: which permutation.
         epoch: which of the seed's permutations.
         materialize: must be True.
+        store: what rows hold of their images.
         num_workers: processes that decode, of each window that is being built.
         image_seconds: processor time that an image may take.
         **asked_columns: the fields of `AskedColumns`.
@@ -102,7 +108,7 @@ def files_build(
     none = source.reader.dataset(())
     columns = _columns(asked, none)
     _check_label(source, columns.label)
-    images = Images(none, columns, config, key, True, *resources)
+    images = Images(none, columns, config, key, True, *resources, store=checked_store(store))
     of_images = record_of_images(images)
     blocks = {"rows": window_rows, "blocks": runs_of(source.block_rows)}
     record = {**of_images, "windows": blocks}

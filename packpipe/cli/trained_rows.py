@@ -74,7 +74,7 @@ class TrainedRows:
     @property
     def seq_len(self) -> int:
         """Tokens a row."""
-        return int(self.dataset.features["segment_ids"].length)
+        return int(read_rows(self.dataset, range(0)).segment_ids.shape[1])
 
     @cached_property
     def packs(self) -> StoredPacks:

@@ -22,6 +22,7 @@ from packpipe.loading.read import read_rows
 from packpipe.packing.quality import attention_work
 from packpipe.philox import Key
 from packpipe.rows.digests import files_digest, hexdigest, labels_digest, sample_digest
+from packpipe.rows.encoded import decoding
 from packpipe.rows.from_arrow import table_rows, table_segments
 from packpipe.rows.own_columns import has_labels, holds_tokens, is_number, packed_columns
 from packpipe.rows.rows import Rows, gather
@@ -45,8 +46,8 @@ class StoredPacks:
     """
 
     def __init__(self, dataset: Any, *, shuffle: bool = True) -> None:
-        self._dataset = dataset
-        read_rows(dataset, range(0))  # raises if these are no packed rows
+        self._dataset = decoding(dataset)
+        read_rows(self._dataset, range(0))  # raises if these are no packed rows
         has_labels(self._table)  # raises if somebody has put others there
         self._shuffle = shuffle
         self._orders: dict[Key, NDArray[np.int64]] = {}
@@ -111,7 +112,7 @@ class StoredPacks:
         numbers beside tokens; ``rows`` of 16 MB of tokens or pixels, evenly spread; ``targets`` of
         as much of class maps; ``files`` of the checksums of the files, where `pack` has written
         them, so that no byte escapes it. Rows that are computed when they are read have those of
-        `LazyRows` instead.
+        `LazyRows` or `EncodedRows` instead.
         """
         return dict(self._contents)
 

@@ -126,7 +126,7 @@ class ImageSource:
         images give the same digest wherever they lie, as bytes or in files. Costs one call of the
         operating system for each image in a file, and next to nothing for others.
         """
-        sizes = self._num_bytes()
+        sizes = self.num_bytes()
         return hexdigest(sizes.data, sample_digest(len(sizes), self._first_bytes).encode())
 
     @cached_property
@@ -138,7 +138,7 @@ class ImageSource:
         is_binary = pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)
         return values if is_binary else None
 
-    def _num_bytes(self) -> NDArray[np.int64]:
+    def num_bytes(self) -> NDArray[np.int64]:
         """Return int64[rows], how many bytes encode each image; 0 for arrays, -1 for none."""
         if self._encoded is None:
             return np.zeros(len(self.rows), np.int64)
