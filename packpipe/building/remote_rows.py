@@ -30,10 +30,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe import checks
+from packpipe.rows.computed import row_values
 from packpipe.rows.files import CHECKSUM, write_table
 from packpipe.rows.from_arrow import table_rows
 from packpipe.rows.rows import Rows, gather
-from packpipe.sources.lazy_rows import row_values
 from packpipe.storage.reading import bytes_of
 from packpipe.storage.storage import Storage
 
