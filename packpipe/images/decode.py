@@ -321,8 +321,9 @@ def _jpeg_of(data: ImageData) -> bytes | None:
                 return None
             file.seek(0)
             return file.read()
-    is_jpeg = isinstance(data, bytes | memoryview) and bytes(data[: len(JPEG)]) == JPEG
-    return bytes(data) if is_jpeg else None
+    if isinstance(data, bytes | memoryview) and bytes(data[: len(JPEG)]) == JPEG:
+        return bytes(data)
+    return None
 
 
 def _by_pillow(data: ImageData, planned: _Planned, rules: PixelRules) -> _Stored:

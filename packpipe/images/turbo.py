@@ -1,8 +1,9 @@
 """Decodes JPEGs with libjpeg-turbo through simplejpeg, with the bytes that Pillow would give.
 
 Taken by ``pixels="turbo"`` for what it decodes alike: grey, YCbCr and RGB of 8 bits, baseline or
-progressive. Others, such as CMYK and lossless files, are left to Pillow, and so is a file of which
-libjpeg warns: whether it is damaged is then decided as it always is (`scans`).
+progressive, with a plain header (`headers.jpeg_head`), so that Pillow need not open it. Others,
+such as CMYK and lossless files, are left to Pillow, and so is a file of which libjpeg warns:
+whether it is damaged is then decided as it always is (`scans`).
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from importlib.metadata import version
 from io import BytesIO
+from pathlib import Path
 
 import naive_profiles
 import numpy as np
@@ -30,6 +31,7 @@ from packpipe.planning.image_config import PackConfig
 
 TURBO = {"pixels": "turbo"}
 RULES = pixel_rules(PackConfig(pixels="turbo"))
+PHOTOGRAPHS = sorted((Path(packpipe.__file__).parent / "data/images").rglob("*.jpg"))
 SIZES = [(45, 70), (1, 33), (50, 1), (16, 16)]
 
 
@@ -116,6 +118,22 @@ def test_pillow_opens_nothing_that_it_decodes(form, tmp_path, monkeypatch):
         path.write_bytes(file)
         data = str(path) if form is str else form(file)
         assert decoded(data, (70, 45), (48, 32), **TURBO).std() > 3
+
+
+@pytest.mark.parametrize(("gap", "most"), [(1.0, 1.0), (1.5, 0.5)])
+def test_photographs_are_close_to_a_full_decode_and_pillows_resize(gap, most):
+    means = []
+    for path in PHOTOGRAPHS:
+        image = Image.open(path)
+        share = min(1, (224**2 / (image.width * image.height)) ** 0.5)
+        size = [max(16, round(side * share / 16) * 16) for side in image.size]
+        expected = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), int)
+        image_hw, rules = image.size[::-1], {"profiles": "ignore", "reducing_gap": gap}
+        found = decoded(path.read_bytes(), image_hw, tuple(size[::-1]), **rules, **TURBO)
+        means.append(np.abs(found - expected).mean())
+    assert len(means) >= 18
+    assert np.mean(means) < most
+    assert max(means) < 3
 
 
 def test_edges_are_as_clean():
