@@ -119,7 +119,8 @@ def test_the_demo_prints_its_table_and_leaves_pictures(tmp_path, capsys):
     out, err = capsys.readouterr()
     figures = json.loads(out)
     assert (figures["images"], figures["packs"] - figures["bound"]) == (176, 0)
-    assert 0 < figures["padding, packed"] < 0.1 < figures["padding, one image a row"] < 1
+    assert 0 < figures["padding"] < 0.1 < figures["padding_batches"] < figures["padding_alone"] < 1
+    assert all(name.isidentifier() for name in figures)
     assert "training" not in figures
     assert "padding, packed" in err
 

@@ -97,7 +97,11 @@ def compared_of(
         expected = "how many classes masks have, with --mask-column"
         remedy = "such as --classes 3, or a file of their names, a line each"
         raise ValueError(checks.sentence("--classes", None, expected, remedy))
-    names = None if classes.isdecimal() else names_in(Path(classes))
+    names = (
+        None
+        if classes.isdecimal()
+        else names_in(Path(classes), "a whole number, or a file of text in UTF-8")
+    )
     number = int(classes) if names is None else len(names)
     checks.whole_number("--classes", number, 2, 2**16 - 1, "count class 0, too")
     told = None if names is None else tuple(names)

@@ -6,12 +6,13 @@ numbers, and the numbers of a regression, are no classes, and stay what they are
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, LargeList, List, Value
+from datasets import ClassLabel, Dataset, LargeList, List, Value, concatenate_datasets
 from numpy.typing import NDArray
 
 from packpipe import checks
@@ -161,19 +162,30 @@ def with_one_image(dataset: Dataset, image_column: str) -> Dataset:
     return dataset.remove_columns([name for name in images if name != image_column])
 
 
-def names_in(path: Path) -> list[str]:
+def names_in(path: Path, expected: str = "a file of text in UTF-8") -> list[str]:
     """Return the names of classes in a file, a line each; empty lines are none.
 
+    Args:
+        path: the file.
+        expected: what a command expects, for the error.
+
     Raises:
-        ValueError: it cannot be read, or is no text.
+        ValueError: it cannot be read, or is no text, or a name is there twice.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors may write a mark first
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        expected, remedy = f"a file of text in UTF-8 ({why})", "write a name a line"
-        raise ValueError(checks.sentence("--classes", str(path), expected, remedy)) from error
-    return [line.strip() for line in lines if line.strip()]
+        remedy = "write a name a line"
+        raise ValueError(
+            checks.sentence("--classes", str(path), f"{expected} ({why})", remedy)
+        ) from error
+    names = [line.strip() for line in lines if line.strip()]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        what, expected = f"a name in --classes {path}", "one line of that name"
+        raise ValueError(checks.sentence(what, twice[0], expected, "a line is a class"))
+    return names
 
 
 def classes_of(dataset: Dataset) -> ClassLabel | None:
@@ -231,9 +243,36 @@ def divided(
 
 def _files(dataset: Dataset) -> NDArray[np.int64]:
     """Return int64[images], a number for each file or, of images in the dataset, for its bytes."""
-    # The first column of images: another one is of masks, which `chosen` puts behind it.
-    image = next(name for name, feature in dataset.features.items() if holds_images(feature))
+    image = str(_image_of(dataset))  # there is one: `labelled`, or `chosen`, has seen to it
     return ImageSource(dataset.select_columns([image]).with_format("arrow")).same_files()
+
+
+def _image_of(dataset: Dataset) -> str | None:
+    """Return the name of the column of images; None of packed rows, or without one."""
+    # The first column of images: another one is of masks, which `chosen` puts behind it.
+    names = [name for name, feature in dataset.features.items() if holds_images(feature)]
+    return None if holds_rows(dataset.column_names) else next(iter(names), None)
+
+
+def shared_images(trained: Dataset, other: Dataset) -> NDArray[np.int64]:
+    """Return int64[shared], the rows of another dataset whose file, or bytes, are trained on, too.
+
+    Of packed rows, and of images that are stored in another way, nothing is known: they are none.
+
+    Args:
+        trained: images that are trained on, or rows of them.
+        other: images, or rows of them.
+    """
+    name, other_name = _image_of(trained), _image_of(other)
+    if name is None or other_name is None or trained.features[name] != other.features[other_name]:
+        return np.zeros(0, np.int64)
+    both = [
+        images.select_columns([column]).rename_columns({column: "image"}).with_format("arrow")
+        for images, column in ((trained, name), (other, other_name))
+    ]
+    joined = concatenate_datasets(both)
+    first = ImageSource(joined).same_files()[len(trained) :]
+    return np.flatnonzero(first < len(trained))
 
 
 def with_classes_of(dataset: Dataset, trained: ClassLabel | None) -> Dataset:

@@ -42,6 +42,18 @@ from packpipe.cli.options import (
 )
 from packpipe.cli.output import plain, print_json, print_table, say_if_kernels_compile
 from packpipe.cli.pack_windows import pack_windows
+from packpipe.cli.packed_source import (
+    check_names_source,
+    check_source,
+    packed_source,
+    source_to_pack,
+)
+
+SourceSplit = Annotated[str | None, typer.Option(help="Of the dataset.  [train]")]
+SourceImages = Annotated[
+    str | None, typer.Option("--image-column", help="Its images, or their paths, as in pack.")
+]
+SourceLabels = Annotated[str | None, typer.Option("--label-column", help="Its labels, as in pack.")]
 
 _MOST_IN_A_ROW = 100  # bad examples, as `packpipe.pack` has it
 
@@ -183,7 +195,7 @@ def pack(
         else:
             print_table(output, [(n, f"{value}") for n, value in manifest["counts"].items()])
         return
-    dataset = open_source(source, split, image_column=image_column, label_column=label_column)
+    dataset = source_to_pack(source, split, image_column, label_column)
     if is_text(dataset.features.get(image_column)):  # of paths: the images are beside it
         where["image_column"] = "auto"
     if dry_run:
@@ -259,7 +271,9 @@ def stats(
         str | None,
         typer.Option(help="The dataset that was packed: rejects get the names of their files."),
     ] = None,
-    split: Split = "train",
+    split: SourceSplit = None,
+    image_column: SourceImages = None,
+    label_column: SourceLabels = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what packed rows hold: padding, gap, segments a row, lengths, rejects."""
@@ -267,8 +281,12 @@ def stats(
 
     if html is not None:
         checks.local_path("--html", html)
-    found = packpipe.summarize(folder)
-    rejected = with_files(None if source is None else open_source(source, split), found.rejects)
+    check_names_source(source, split=split, image_column=image_column, label_column=label_column)
+    found, dataset = packpipe.summarize(folder), None
+    if source is not None:
+        dataset = packed_source(found.manifest, source, split, image_column, label_column)
+        check_source(found.manifest, dataset)
+    rejected = with_files(dataset, found.rejects)
     if html is not None:
         from packpipe.cli.report import write_report
 
@@ -364,7 +382,9 @@ def verify(
         ),
     ] = None,
     sample: Annotated[int, typer.Option(min=0, help="How many images.")] = 100,
-    split: Split = "train",
+    split: SourceSplit = None,
+    image_column: SourceImages = None,
+    label_column: SourceLabels = None,
     as_json: AsJson = False,
 ) -> None:
     """Check every file, row and count of a packed folder, and that no example is lost.
@@ -374,7 +394,10 @@ def verify(
     """
     import packpipe
 
-    dataset = None if source is None else open_source(source, split)
+    check_names_source(source, split=split, image_column=image_column, label_column=label_column)
+    dataset = None
+    if source is not None:
+        dataset = packed_source(_manifest_of(folder), source, split, image_column, label_column)
     problems = packpipe.verify(folder, dataset, sample=sample)
     if as_json:
         found = [problem._asdict() for problem in problems]
@@ -391,14 +414,21 @@ def verify(
 
 def _counts_of(folder: str) -> dict[str, Any]:
     """Return the counts of a manifest, which may be broken; of `pack_pairs` those of the images."""
+    counts = _manifest_of(folder).get("counts")
+    return counts if isinstance(counts, dict) else {}
+
+
+def _manifest_of(folder: str) -> dict[str, Any]:
+    """Return what a manifest holds, {} if it is broken; of `pack_pairs` that of the images."""
     from packpipe.building.opened import manifest_at
 
     for place in (folder, f"{folder}/images"):
         try:
-            counts = manifest_at(place)["counts"]
-        except (OSError, ValueError, KeyError, TypeError):
+            found = manifest_at(place)
+        except (OSError, ValueError):
             continue
-        return counts if isinstance(counts, dict) else {}
+        if isinstance(found, dict):
+            return found
     return {}
 
 

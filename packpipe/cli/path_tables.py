@@ -166,7 +166,7 @@ def with_images(
         found = found.remove_columns([weight_column])
         found = found.add_column(weight_column, weights, feature=datasets.Value("float64"))
     if label is not None:
-        found = _with_labels(found, label, stripped=is_text_table(source), texts=texts)
+        found = with_labels(found, label, stripped=is_text_table(source), texts=texts)
         if label_column == "auto" and label in found.column_names:
             found = _findable(found, label)
     others = (("mask", mask_column), ("weight", weight_column))
@@ -217,7 +217,7 @@ def _findable(rows: Dataset, label: str) -> Dataset:
     return rows.rename_column(label, "label")
 
 
-def _with_labels(rows: Dataset, column: str, *, stripped: bool, texts: bool) -> Dataset:
+def with_labels(rows: Dataset, column: str, *, stripped: bool, texts: bool) -> Dataset:
     """Return a table whose labels are classes, numbers or lists of them, or texts if they may."""
     import datasets
     import pyarrow as pa

@@ -33,6 +33,7 @@ from packpipe.training.checkpoints import checkpoints
 from packpipe.training.figures import Record
 from packpipe.training.log import json_line, read_log
 from packpipe.training.loop import train
+from packpipe.training.objective import objective_of
 from packpipe.training.run_folder import RunOptions
 from packpipe.training.trackers import Track, to_tensorboard, to_wandb
 from packpipe.training.train_config import TrainConfig
@@ -142,6 +143,8 @@ class Training:
         _ = self.drawn, self.data.validation_packs
         counts, epoch = self.data.counts(), self.data.epoch(self.seed)
         self._check_rows(epoch["rows an epoch"])
+        # Refuses what a training refuses once it runs: weights of classes, labels for the loss.
+        objective_of(self.train_config, self.data.packs, self.config, torch.device("cpu"))
         with torch.device("meta"):  # counts weights without making them
             parameters = sum(p.numel() for p in NaViT(self.config).parameters())
         return {

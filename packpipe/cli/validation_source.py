@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from packpipe import checks
-from packpipe.cli.open_source import open_source, splits_in
+from packpipe.cli.open_source import file_of, open_source, splits_in
+from packpipe.cli.output import plain
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,9 +48,9 @@ def validation_of(
         columns: names that were asked for, which the other source may have, too.
 
     Raises:
-        ValueError: there is no such share, source or split, or its images are those trained on.
+        ValueError: there is no such share, source or split, or all of its images are trained on.
     """
-    from packpipe.cli.labels import chosen  # here, since it imports `datasets`
+    from packpipe.cli.labels import chosen, shared_images  # here, since they import `datasets`
 
     share = None if Path(val).exists() else _number(val)
     if share is not None:
@@ -66,11 +70,24 @@ def validation_of(
     found = open_source(val, val_split, names, rows=True, texts=True, **asked)
     # A folder beside a table, say, has no columns of these names.
     found = chosen(found, **{n: name for n, name in asked.items() if name in found.column_names})
-    if (is_same and val_split == split) or found._fingerprint == dataset._fingerprint:
+    shared = shared_images(dataset, found)
+    if len(shared) and len(shared) < len(found):
+        _say_shared(found, shared.tolist())
+    is_same = is_same and val_split == split
+    if is_same or found._fingerprint == dataset._fingerprint or len(shared) == len(found) > 0:
         expected = "other images than those that are trained on"
         remedy = "pass a share to hold out, such as 0.1, or another --val-split"
         raise ValueError(checks.sentence("--val", f"{val} ({val_split})", expected, remedy))
     return found
+
+
+def _say_shared(found: Dataset, shared: list[int]) -> None:
+    """Say on stderr, once of all ranks, that images are validated on that are trained on, too."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    first = file_of(found, shared[0]) or f"example {shared[0]}"
+    said = f"--val: {len(shared)} of {len(found)} images are trained on, too, the first is {first}"
+    typer.echo(plain(said), err=True)
 
 
 def _number(text: str) -> float | None:

@@ -171,7 +171,7 @@ def test_a_model_that_is_trained_on_masks_begins_with_one_of_images(
         (["--mask-column", "mask", "--classes", 1], "--classes is 1, expected an integer in 2..65"),
         (
             ["--mask-column", "mask", "--classes", "no.txt"],
-            "--classes is 'no.txt', expected a file of text in UTF-8 (No such file",
+            "--classes is 'no.txt', expected a whole number, or a file of text in UTF-8 (No",
         ),
         (
             ["--mask-column", "mask", "--classes", 2, "--pooling", "mean"],
@@ -207,6 +207,14 @@ def test_what_cannot_be_compared_is_said_in_a_line(options, message, squares, tm
     (line,) = result.stderr.splitlines()[-1:]
     assert message in line
     assert not checkpoints(tmp_path / "out")
+
+
+def test_a_dry_run_refuses_what_the_run_would(squares, tmp_path):
+    asked = ["--image-column", "photo", "--mask-column", "mask", "--classes", 2]
+    options = [*asked, "--class-weights", "balanced", "--dry-run"]
+    result = run("train", squares / "table.csv", tmp_path / "out", *SMALL, *QUICK, *options)
+    assert result.exit_code == 2, result.output
+    assert "class_weights is 'balanced', expected a list of numbers, unless" in result.stderr
 
 
 def test_a_model_is_measured_by_what_it_answers(squares, encoder, trained):

@@ -189,6 +189,46 @@ def test_token_sequences_are_planned_and_packed(texts, tmp_path):
     told("stats", tmp_path / "a", "--html", tmp_path / "a.html")
 
 
+def test_what_a_source_is_said_to_be_is_refused_without_one(packed):
+    for command in ("stats", "verify"):
+        for option in ("--split", "--image-column", "--label-column"):
+            result = run(command, packed, option, "nonsense")
+            assert result.exit_code == 2
+            expected = f"{option} is 'nonsense', expected left out without --source; pass what was"
+            assert expected in result.stderr
+
+
+def test_labels_that_are_texts_are_packed_and_verified_as_classes(few, tmp_path):
+    """Of a folder whose metadata says them; and a column that is named is stored as it is."""
+    (tmp_path / "images").mkdir()
+    lines = []
+    for number, path in enumerate(sorted(few.rglob("*.*"))[:4]):
+        shutil.copy(path, tmp_path / "images" / path.name)
+        lines.append({"file_name": path.name, "label": "ba"[number % 2]})
+    text = "\n".join(map(json.dumps, lines))
+    (tmp_path / "images" / "metadata.jsonl").write_text(text)
+    images, classes, texts = (str(tmp_path / name) for name in ("images", "classes", "texts"))
+    told("pack", images, classes, "--seq-len", 256)
+    stored = packpipe.open_packed(classes)
+    assert stored.features["labels"].feature.names == ["a", "b"]
+    assert sorted(label for row in stored["labels"] for label in row) == [0, 0, 1, 1]
+    told("verify", classes, "--source", images)
+    told("stats", classes, "--source", images)
+    # Packed before by naming the column: the record is what it was.
+    named = ["--label-column", "label"]
+    told("pack", images, texts, "--seq-len", 256, *named)
+    found = open_source(images, "train")
+    assert (
+        packpipe.manifest(packpipe.open_packed(texts))["source_fingerprint"] == found._fingerprint
+    )
+    assert {label for row in packpipe.open_packed(texts)["labels"] for label in row} == {"a", "b"}
+    told("verify", texts, "--source", images)
+    # A copy elsewhere is verified, too.
+    shutil.move(images, tmp_path / "moved")
+    told("verify", classes, "--source", tmp_path / "moved")
+    told("verify", texts, "--source", tmp_path / "moved", *named)
+
+
 def test_rejects_are_counted_by_reason(few, tmp_path):
     broken = shutil.copytree(few, tmp_path / "images")
     bad = sorted(broken.rglob("*.*"))[4]
@@ -202,6 +242,16 @@ def test_rejects_are_counted_by_reason(few, tmp_path):
     assert "<th>example 4</th>" in (tmp_path / "a.html").read_text()
     assert f"rejected {bad}: Un" in run("stats", tmp_path / "a", "--source", broken, *html).stderr
     assert f"<th>{bad}</th>" in (tmp_path / "a.html").read_text()
+    # Of another source the files are others, of a shorter one there may be none.
+    result = run("stats", tmp_path / "a", "--source", few)
+    assert result.exit_code == 2
+    assert "fingerprint of --source is '" in result.stderr
+    assert "that of what was packed; pass it as it was packed, --split and col" in result.stderr
+    shutil.rmtree(bad.parent)
+    result = run("stats", tmp_path / "a", "--source", broken)
+    assert "--source is '7 examples', expected the 14 that were packed; pass it" in result.stderr
+    shutil.copytree(few / bad.parent.name, bad.parent)
+    bad.write_bytes(b"no image")
     result = run("pack", broken, tmp_path / "b", "--seq-len", 256)
     assert result.exit_code == 1
     assert result.stderr.startswith("packpipe pack: rejected is 1 of 14 examples (7.14%), expected")

@@ -6,12 +6,14 @@ import re
 import shutil
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import commanding
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value, enable_progress_bars
+from datasets import Image as DatasetImage
 from hypothesis import given
 from hypothesis import strategies as st
 from two_ranks import launch_two_ranks
@@ -216,6 +218,40 @@ def test_a_source_beside_or_a_share_is_what_val_names(few, tmp_path, monkeypatch
         )
 
 
+def test_images_that_are_validated_on_and_trained_on_are_told(few, tmp_path, capsys, monkeypatch):
+    files = sorted(map(str, few.rglob("*.*")))
+    tables = {"old": files[:6], "now": [files[7], files[1], files[8], files[5]], "few": files[2:4]}
+    for name, paths in tables.items():
+        lines = "\n".join(f"{path},{number % 2}" for number, path in enumerate(paths))
+        (tmp_path / f"{name}.csv").write_text(f"path,label\n{lines}\n")
+    source = str(tmp_path / "old.csv")
+
+    def validated(name, dataset):
+        val = str(tmp_path / name)
+        return validation_of(val, None, dataset=dataset, source=source, split="train")
+
+    old = open_source(source, "train")
+    assert len(validated("now.csv", old)) == 4
+    said = f"--val: 2 of 4 images are trained on, too, the first is {files[1]}\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.setenv("RANK", "1")
+    validated("now.csv", old)
+    assert capsys.readouterr().err == ""
+    monkeypatch.delenv("RANK")
+    with pytest.raises(ValueError, match=r"few.csv \(train\)', expected other images than those"):
+        validated("few.csv", old)
+    # In the dataset itself they are known by their bytes; of another kind nothing is known.
+    for name in ("old", "now"):
+        images = [{"bytes": Path(path).read_bytes(), "path": None} for path in tables[name]]
+        features = Features({"photo" if name == "now" else "image": DatasetImage()})
+        rows = Dataset.from_dict({next(iter(features)): images}, features)
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    validated("now.parquet", open_source(str(tmp_path / "old.parquet"), "train"))
+    assert capsys.readouterr().err == said.replace(files[1], "example 1")
+    validated("now.parquet", old)
+    assert capsys.readouterr().err == ""
+
+
 def test_the_luck_of_a_division_makes_no_good_folder_a_bad_one(few, tmp_path):
     """Of 20 images one is broken: 5 %, but more of those that are trained on."""
     shutil.copytree(few, tmp_path / "images")
@@ -318,13 +354,17 @@ def test_validation_images_that_cannot_be_decoded_are_named_by_their_files(few, 
         (["--ema", "1"], "ema is 1.0, expected in (0, 1); 0.999 is usual, None is none"),
         (["--drop-path", "1"], "drop_path is 1.0, expected in [0, 1); 0.1 is usual, 0 is none"),
         (["--label-smoothing", "0.1"], "label_smoothing is 0.1, expected 0 with loss='sigmoid'"),
+        (
+            ["--class-weights", "1,2,3"],
+            "len(class_weights) is 3, expected 2, one a class; give one",
+        ),
     ],
 )
 def test_a_wrong_option_is_said_in_a_line(options, message, few, tmp_path):
     result = run(few, tmp_path / "out", *SMALL, *QUICK, *options)
     assert result.exit_code == 2
     assert message in result.stderr
-    if options[0] in ("--pooling", "--batch-size"):  # told before, too
+    if options[0] in ("--pooling", "--batch-size", "--class-weights"):  # told before, too
         result = run(few, tmp_path / "out", *SMALL, *QUICK, *options, "--dry-run")
         assert (result.exit_code, message in result.stderr) == (2, True)
     assert "Traceback" not in result.output

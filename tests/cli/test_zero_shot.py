@@ -57,6 +57,10 @@ def test_a_file_of_names_is_read_whichever_editor_wrote_it(tmp_path):
     path = tmp_path / "names.txt"
     path.write_bytes("\ufeffcat\r\n\r\n dög \n".encode())
     assert names_in(path) == ["cat", "dög"]
+    path.write_text("road\ncat\nroad \n")
+    message = f"a name in --classes {path} is 'road', expected one line of that name; a line is"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        names_in(path)
 
 
 @pytest.mark.parametrize(
