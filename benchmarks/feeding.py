@@ -104,8 +104,8 @@ def gathered(table: pa.Table, rows: int, *, again: bool) -> tuple[float, float]:
         return memory[kind]
 
     numbers = np.arange(rows)
-    packs.rows_in(Key(0, 0), numbers, empty)
-    return cost_of(lambda: packs.rows_in(Key(0, 0), numbers, empty), 5)
+    packs.rows(Key(0, 0), numbers, empty)
+    return cost_of(lambda: packs.rows(Key(0, 0), numbers, empty), 5)
 
 
 def handed_out(loader: PackedLoader, batches: int) -> tuple[float, float]:

@@ -16,6 +16,8 @@ from packpipe.cli.layouts import packs_of
 from packpipe.cli.measured import measured_packs
 from packpipe.cli.starting import trained_model
 from packpipe.cli.training_run import device_of_this_rank
+from packpipe.hub.files import CONFIG
+from packpipe.hub.meaning import meaning_of
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.stored import StoredPacks
 from packpipe.model.navit import NaViT
@@ -184,7 +186,8 @@ def loaded(run: Path) -> tuple[NaViT, RunOptions]:
             head.
 
     Raises:
-        ValueError: the model has no head.
+        ValueError: the model has no head, or nobody knows what its outputs are: of their softmax
+            and their sigmoids one gives the probabilities, and the other one something like them.
     """
     is_there = run.is_dir()
     model, options = trained_model(str(run), "RUN") if is_there else load_model(run)
@@ -192,4 +195,7 @@ def loaded(run: Path) -> tuple[NaViT, RunOptions]:
         expected = "a model with a head, which answers"
         remedy = "train one with packpipe train --init, or ask this for vectors by packpipe embed"
         raise ValueError(checks.sentence("RUN", f"{run}, an encoder", expected, remedy))
+    if is_there and (run / CONFIG).exists():
+        remedy = "write that of the training there, which save_pretrained does if it is passed"
+        checks.choice(f"loss in {run / CONFIG}", meaning_of(run).loss, LOSSES, remedy)
     return model.to(device_of_this_rank()).eval(), options

@@ -47,6 +47,7 @@ def trained_model(name: str, what: str) -> tuple[NaViT, RunOptions]:
 def _pretrained(name: str) -> tuple[NaViT, RunOptions]:
     folder = folder_of(name)  # looked up on the Hub once
     (model, packing), told = from_pretrained(folder), meaning_of(folder)
+    told.check_outputs(model.config.num_classes)
     known: dict[str, Any] = {} if told.loss is None else {"loss": told.loss}
     names, column = told.class_names, told.label_column
     return model, RunOptions(packing=packing, class_names=names, label_column=column, **known)

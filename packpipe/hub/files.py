@@ -116,11 +116,19 @@ class Weights:
             self._files |= {key: (file, key) for key in list(file.keys())}
 
     def rename(self, parts: dict[str, str]) -> None:
-        """Call tensors otherwise: in each name the first text of a pair becomes the second."""
-        renamed = {}
+        """Call tensors otherwise: in each name the first text of a pair becomes the second.
+
+        Raises:
+            ValueError: two would have one name.
+        """
+        renamed = dict[str, tuple[Any, str]]()
         for name, found in self._files.items():
             for before, after in parts.items():
                 name = name.replace(before, after)
+            if name in renamed:
+                what, expected = f"{self.folder}: {found[1]}", f"the only tensor that is {name}"
+                remedy = f"{renamed[name][1]} is, too: remove one of them"
+                raise ValueError(checks.sentence(what, name, expected, remedy))
             renamed[name] = found
         self._files = renamed
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from packpipe import checks
 from packpipe.hub.files import CONFIG, folder_of, settings_of
+from packpipe.hub.naflexvit import shape_of
+from packpipe.model.presets import NAFLEXVIT
 
 KIND = "packpipe"  # the model_type of folders that say it
 # Of `packpipe.training.losses.LOSSES`, and what makes of outputs what they are for.
@@ -84,11 +86,11 @@ class Meaning:
         """
         names = settings.get("id2label")
         if names is not None:
-            numbered = isinstance(names, dict) and list(names) == list(map(str, range(len(names))))
-            if not numbered:
+            numbers = list(map(str, range(len(names)))) if isinstance(names, dict) else []
+            if not isinstance(names, dict) or names.keys() != set(numbers):
                 what, expected = f"id2label in {source}", "the names of outputs '0', '1', ..."
                 raise ValueError(checks.sentence(what, names, expected, "correct it"))
-            names = tuple(names.values())
+            names = tuple(names[number] for number in numbers)
         column, loss = settings.get("label_column"), settings.get("loss")
         return cls(class_names=names, label_column=column, loss=loss)
 
@@ -97,8 +99,9 @@ def meaning_of(source: str | Path, *, revision: str | None = None) -> Meaning:
     """Return what a folder of `save_pretrained`, or of the Hub, says of its model's outputs.
 
     Args:
-        source: as `packpipe.from_pretrained` takes it; other families' folders tell nothing, since
-            their head is not read.
+        source: as `packpipe.from_pretrained` takes it. Of timm's, whose outputs timm itself puts
+            through a softmax, it is the loss; other families' folders tell nothing, since their
+            head is not read.
         revision: branch, tag or commit of the Hub.
 
     Raises:
@@ -107,6 +110,8 @@ def meaning_of(source: str | Path, *, revision: str | None = None) -> Meaning:
     """
     folder = folder_of(source, revision)
     settings = settings_of(folder)
-    if settings.get("model_type") != KIND:
-        return Meaning()
-    return Meaning.from_dict(settings, folder / CONFIG)
+    kind = settings.get("model_type", settings.get("architecture"))
+    if kind == KIND:
+        return Meaning.from_dict(settings, folder / CONFIG)
+    has_head = str(kind) in NAFLEXVIT and shape_of(settings).num_classes is not None
+    return Meaning(loss="softmax") if has_head else Meaning()

@@ -56,7 +56,8 @@ def save_pretrained(
         folder: made if it is missing.
         class_names: by the number of their output; None if nobody knows them.
         label_column: name of the column of labels that was trained on.
-        loss: that it was trained with, such as ``"softmax"``.
+        loss: that it was trained with, such as ``"softmax"``; the commands ``eval``, ``predict``
+            and ``export`` need it.
         name: what the card calls it; None for the folder's own name.
         figures: what was measured, for the card; see `packpipe.hub.card.card_of`.
         license: of the weights, for the card.

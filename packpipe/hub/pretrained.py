@@ -96,8 +96,9 @@ def from_pretrained(
     weights = Weights(folder)
     try:
         encoder = _FAMILIES[kind](settings, processing_of(folder), weights)
-    except (RuntimeError, IndexError) as error:  # of torch, of tensors that do not fit
-        expected = f"tensors of the shapes that {CONFIG} says ({first_line(error)})"
+    except (RuntimeError, IndexError) as error:  # of torch, of tensors that do not fit, or memory
+        expected = f"tensors of the shapes that {CONFIG} says, and room for them"
+        expected += f" ({first_line(error)})"
         what, remedy = "weights", "take both files of one model"
         raise ValueError(checks.sentence(what, str(folder), expected, remedy)) from error
     tell_unused(source, weights.left())

@@ -64,7 +64,7 @@ class StoredPacks:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without views: where this is unpickled, the files are mapped again.
-        return partial(StoredPacks, shuffle=self._shuffle), (self._dataset,)
+        return partial(type(self), shuffle=self._shuffle), (self._dataset,)
 
     def num_packs(self, key: Key) -> int:  # noqa: ARG002
         """Return the number of rows, the same in every epoch."""
@@ -127,16 +127,19 @@ class StoredPacks:
         """Return int64[packs], Σ l² of each pack in the order of the epoch."""
         return self._work[self._stored_row(self.order(key))]
 
-    def rows(self, key: Key, packs: NDArray[np.int64]) -> Rows:
-        """Return the rows at some places of the epoch's order, in memory of their own."""
-        return self.rows_in(key, packs, np.empty)
-
-    def rows_in(
-        self, key: Key, packs: NDArray[np.int64], empty: Callable[..., NDArray[Any]]
+    def rows(
+        self,
+        key: Key,
+        packs: NDArray[np.int64],
+        empty: Callable[..., NDArray[Any]] = np.empty,
     ) -> Rows:
-        """Return what `rows` does, tokens in memory that `empty` makes of a shape and a dtype.
+        """Return the rows at some places of the epoch's order, in memory of their own.
 
-        Rows that are computed when they are read are in memory of their own.
+        Args:
+            key: (seed, epoch) of the order.
+            packs: the places.
+            empty: makes memory of a shape and a dtype; tokens that are copied are put there, but
+                not rows that are computed when they are read.
         """
         numbers = self.order(key)[packs]
         # Computed rows have no tokens to copy, and `gather` needs one row at least.

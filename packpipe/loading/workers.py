@@ -21,6 +21,7 @@ from packpipe import checks
 from packpipe.augmenting.augment import Augment
 from packpipe.augmenting.rows import augmented
 from packpipe.images.watch import STILL_SECONDS, Progress, Watch, run_time
+from packpipe.loading.stored import StoredPacks
 from packpipe.philox import Key
 from packpipe.rows.pairs import PairRows
 from packpipe.rows.rows import Rows
@@ -103,9 +104,10 @@ class Fill:
         from packpipe.loading.page_locked import PageLocked
 
         locked = PageLocked()
-        # Packs that are not copied from a file do not ask for memory.
-        rows_in = getattr(self.packs, "rows_in", lambda key, packs, _: self.packs.rows(key, packs))
-        return locked.batch(self._batch_of(rows_in(part.key, part.packs, locked.empty), part))
+        # Of packs of another class only their own `rows` says what they hold, and it may know
+        # nothing of memory that it is given.
+        memory = {"empty": locked.empty} if type(self.packs) is StoredPacks else {}
+        return locked.batch(self._batch_of(self.packs.rows(part.key, part.packs, **memory), part))
 
 
 class Threads:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from packpipe import checks
+from packpipe.loading.ranks import rank_of_world
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,9 @@ def is_half(precision: str, device: torch.device) -> bool:
 
 
 def asks_for_half(precision: str, device: torch.device) -> bool:
-    """Return whether a precision means bfloat16 on a device; where it is slow, warn of it."""
-    if (slow := _slow(precision, device)) is not None:
+    """Return whether a precision means bfloat16 on a device; where it is slow, rank 0 warns."""
+    slow = _slow(precision, device)
+    if slow is not None and rank_of_world()[0] == 0:
         log.warning(slow)
     return _means_half(precision, device)
 
@@ -50,7 +52,8 @@ def _slow(precision: str, device: torch.device) -> str | None:
     if precision != "bfloat16" or device.type != "cpu" or has_instructions():
         return None
     expected = f"'float32' on a CPU that has none of {', '.join(_INSTRUCTIONS)}"
-    return checks.sentence("precision", precision, expected, "it is slower there")
+    remedy = "pass 'float32', or 'auto': bfloat16 is slower there"
+    return checks.sentence("precision", precision, expected, remedy)
 
 
 def has_instructions() -> bool:

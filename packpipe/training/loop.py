@@ -68,7 +68,9 @@ def train(
 ) -> Iterator[Record]:
     """Train a model in place; yield a record every log_every steps, and after every validation.
 
-    A record's figures are means over the steps since the one before; the last step has one, too.
+    A record's figures are means over the steps since the one before; the last step has one, too,
+    and each step that a checkpoint is saved of, since no checkpoint holds sums that are not over:
+    the records after a kill are those of a training that was not.
 
     Args:
         model: on the device it is trained on. With ``ema`` it has the weights of the last step; the
@@ -200,7 +202,8 @@ def train(
         ends = stop() or done == config.steps
         # Not where stop ends the training: it may go on, as if it had not been stopped.
         measures = validator is not None and config.validates(done)
-        if done % config.log_every == 0 or ends or measures:
+        saves = folder is not None and config.save_every and done % config.save_every == 0
+        if done % config.log_every == 0 or ends or measures or saves:
             record = figures.record(done, learning_rate)
             if validator and measures:
                 record = _measured(validator, record, files)
@@ -210,7 +213,7 @@ def train(
             yield record
         is_best = measures and validator is not None and done in validator.best_steps
         # After the yield: a caller that stops at a record leaves without this step's checkpoint.
-        if ends or is_best or (config.save_every and done % config.save_every == 0):
+        if ends or is_best or saves:
             files.save(done)
         if ends:
             return
@@ -246,17 +249,23 @@ def _together_given(
 
     What fails on one rank, such as an image, or a label of a stream, is raised on every rank: the
     others would wait for its gradients. So ranks ask each other about every batch, not every step,
-    since one of them may be the first of an epoch, about which they ask each other, too.
+    since one of them may be the first of an epoch, about which they ask each other, too; and about
+    the end of an epoch, at which one may fail while others have one more batch, or begin the next.
     """
-    batches = loader.passes()
+    batches = loader.passes_and_ends()
 
-    def one() -> tuple[_Part, int]:
-        batch, key = next(batches)
+    def one() -> tuple[_Part, int] | None:
+        found = next(batches)
+        if found is None:
+            return None
+        batch, key = found
         return _prepared(batch, key, model, config), batch.segment_ids.shape[1]
 
     with host_group() as group:
         while True:
-            yield together(one, group)
+            given = together(one, group)
+            if given is not None:
+                yield given
 
 
 def _prepared(batch: PackedBatch, key: Key, model: NaViT, config: TrainConfig) -> _Part:

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from golden_naflexvit import FOLDER
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import packpipe
@@ -258,6 +260,35 @@ def test_a_model_that_is_handed_on_answers_by_its_names(shapes, trained, tmp_pat
     result = run("predict", tmp_path / "encoder", shapes)
     message = f"RUN is '{tmp_path / 'encoder'}, an encoder', expected a model with a head, which an"
     assert message in result.stderr
+
+
+def test_what_outputs_are_is_told_or_asked_for_and_never_guessed(shapes, trained, tmp_path):
+    model, options = packpipe.load_model(trained)
+    packpipe.save_pretrained(model, options.packing, tmp_path / "untold")
+    for command in (["predict", shapes], ["eval", shapes], ["export", tmp_path / "model.onnx"]):
+        result = run(command[0], tmp_path / "untold", *command[1:])
+        message = (
+            f"loss in {tmp_path / 'untold' / 'config.json'} is None, expected one of 'softmax'"
+        )
+        assert (result.exit_code, message in result.stderr) == (2, True), result.output
+    config = tmp_path / "untold" / "config.json"
+    names = {"id2label": {str(k): str(k) for k in range(3)}, "loss": "softmax"}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **names}))
+    result = run("predict", tmp_path / "untold", shapes / "dark")
+    assert "len(class_names) is 3, expected 2 (num_classes); give the name of ea" in result.stderr
+
+
+def test_a_head_of_timm_gives_probabilities_that_add_up(shapes, tmp_path):
+    folder = shutil.copytree(FOLDER / "naflexvit_base_patch16_par_gap", tmp_path / "timm")
+    weights = load_file(folder / "model.safetensors")
+    head = {"head.weight": torch.linspace(-1, 1, 48).view(3, 16), "head.bias": torch.ones(3)}
+    save_file({**weights, **head}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_classes": 3}))
+    asked = ["predict", folder, shapes / "dark", "--json", "--num-workers", 0]
+    found = json.loads(told(*asked))["predictions"]
+    sums = [sum(one["probability"] for one in image["classes"]) for image in found]
+    assert sums == pytest.approx([1.0] * 8)
 
 
 class Killed(BaseException):

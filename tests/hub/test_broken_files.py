@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from packpipe import from_pretrained, save_pretrained
+from packpipe.cli.starting import trained_model
+from packpipe.hub.files import Weights
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 SENTENCE = re.compile(r"[^\n]+ is [^\n]+, expected [^\n]+; [^\n]+")
@@ -58,8 +60,8 @@ def folders(tmp_path_factory):
         (there / name / "preprocessor_config.json").write_text(json.dumps(told))
     shutil.copytree(FOLDER / "naflexvit_base_patch16_map", there / "timm")
     (there / "timm" / "golden.safetensors").unlink()
-    model, packing = from_pretrained(there / "vit")
-    save_pretrained(model, packing, there / "own")
+    model, packing = from_pretrained(there / "vit", num_classes=3)
+    save_pretrained(model, packing, there / "own", class_names=["a", "b", "c"], loss="softmax")
     for name in NAMES:
         from_pretrained(there / name)
     return there
@@ -69,7 +71,7 @@ def told(folder):
     """What is said of a folder, one sentence; None if it is read all the same."""
     said = None
     try:
-        from_pretrained(folder)
+        trained_model(str(folder), "RUN")  # reads what is told of the outputs, too
     except (ValueError, TypeError, FileNotFoundError) as error:
         said = str(error)
     assert said is None or SENTENCE.fullmatch(said)
@@ -197,6 +199,13 @@ def test_a_broken_file_is_named(file, text, message, folders, tmp_path):
     for word, name in names.items():
         message = message.replace(word, str(folder / name))
     assert told(folder).startswith(message.replace("FOLDER", str(folder)))
+
+
+def test_tensors_of_one_name_are_not_taken_for_each_other(tmp_path):
+    save_file({"q.0": torch.zeros(1), "query.0": torch.ones(1)}, tmp_path / "model.safetensors")
+    message = "query.0 is 'query.0', expected the only tensor that is query.0; q.0 is, too: remove"
+    with pytest.raises(ValueError, match=message):
+        Weights(tmp_path).rename({"q.": "query."})
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,11 @@ def test_what_outputs_mean_is_told_or_not(tmp_path):
     assert "## Outputs" not in (tmp_path / "plain" / "README.md").read_text()
     (tmp_path / "config.json").write_text('{"model_type": "vit", "id2label": {"0": "cat"}}')
     assert meaning_of(tmp_path) == Meaning()  # its head is not read
-    for names in ({"1": "b", "0": "a"}, ["a", "b"], "ab"):
+    many = {str(number): f"class {number}" for number in range(12)}
+    settings = {"model_type": "packpipe", "id2label": many}
+    (tmp_path / "config.json").write_text(json.dumps(settings, sort_keys=True))  # "10" before "2"
+    assert meaning_of(tmp_path) == Meaning(class_names=tuple(many.values()))
+    for names in ({"1": "b", "2": "a"}, {"0": "a", "01": "b"}, ["a", "b"], "ab"):
         settings = {"model_type": "packpipe", "id2label": names}
         (tmp_path / "config.json").write_text(json.dumps(settings))
         message = f"id2label in {tmp_path / 'config.json'} is {names!r}, expected the names of"

@@ -3,13 +3,18 @@
 The memory is a stand-in here, since torch has such only beside a GPU; on_gpu.py has it.
 """
 
+from dataclasses import replace
+
 import learning
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from packpipe import PackedLoader
 from packpipe.loading import page_locked
 from packpipe.loading.page_locked import PageLocked
+from packpipe.loading.stored import StoredPacks
 
 GATHERED = {"patches", "segment_ids", "coords"}
 
@@ -87,25 +92,39 @@ def test_its_arrays_are_as_those_of_numpy(dtype, memory):
     assert torch.equal(found["turned"], whole.T)
 
 
-def test_packs_of_a_class_of_the_callers_own_need_not_know_of_it(memory):
+class Masked(StoredPacks):
+    """Rows whose labels do not count; its `rows` knows nothing of memory that it is given."""
+
+    def rows(self, key, packs):
+        rows = super().rows(key, packs)
+        masked = pa.array([-100] * len(rows.segments["labels"]))
+        return replace(rows, segments={**rows.segments, "labels": masked})
+
+
+class Wrapped:
+    """Passes on all that it has not itself."""
+
+    def __init__(self, packs):
+        self.packs = packs
+
+    def __getattr__(self, name):
+        return getattr(self.packs, name)
+
+    def rows(self, key, packs):
+        return self.packs.rows(key, packs)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["a subclass", "a wrapper"])
+def test_packs_of_a_class_of_the_callers_own_are_asked_for_their_own_rows(wrapped, memory):
     own, copies = memory
-    loader = learning.loader_of()
-    rows = loader.packs.rows
-
-    class Own:
-        max_segments = 4
-
-        def __getattr__(self, name):
-            if name in ("rows_in", "stream_packs"):
-                raise AttributeError(name)
-            return getattr(loader.packs, name)
-
-        def rows(self, key, packs):
-            return rows(key, packs)
-
-    other = type(loader)(Own(), 2, seed=3, max_segments=4)
-    other.pin_memory = True
-    for batch, wanted in zip(other, loader, strict=True):
+    packs = Masked(learning.table())
+    loader = PackedLoader(Wrapped(packs) if wrapped else packs, 2, seed=3, max_segments=4)
+    plain = list(loader)
+    loader = PackedLoader(loader.packs, 2, seed=3, max_segments=4)
+    loader.pin_memory = True
+    assert len(plain) > 1
+    for batch, wanted in zip(loader, plain, strict=True):
+        assert set(batch.labels.unique().tolist()) == {-100}
         assert all(torch.equal(batch[name], wanted[name]) for name in wanted)
     assert not own
     assert copies

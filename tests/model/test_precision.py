@@ -7,6 +7,7 @@ import packed
 import pytest
 import torch
 
+from packpipe.model import precision
 from packpipe.model.precision import asks_for_half, has_instructions, is_half
 from packpipe.model.predict import predict
 
@@ -30,17 +31,21 @@ def test_auto_is_bfloat16_on_a_gpu_alone():
 
 
 @pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16"])
-def test_a_cpu_without_instructions_is_refused(name, capable, caplog):
+def test_a_cpu_without_instructions_is_refused(name, capable, caplog, monkeypatch):
     capable.clear()
     capable.update(["avx512_f", "avx512_bw", "sve"])  # which oneDNN emulates it with, slowly
     assert not has_instructions()
     message = (
         "precision is 'bfloat16', expected 'float32' on a CPU that has none of avx512_bf16, amx_bf1"
+        "6, bf16; pass 'float32', or 'auto': bfloat16 is slower there"
     )
     with pytest.raises(ValueError, match=message):
         predict(packed.model_of(), IMAGES, precision="bfloat16")
     # A training is only slower: it is warned of.
     assert asks_for_half("bfloat16", CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(precision, "rank_of_world", lambda: (1, 2))
+        assert asks_for_half("bfloat16", CPU)
     (record,) = caplog.records
     assert (record.levelname, re.match(message, record.getMessage()) is None) == ("WARNING", False)
     capable.add(name)

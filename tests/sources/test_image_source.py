@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from packpipe.sources import image_source
 from packpipe.sources.image_source import ImageSource
 
 
@@ -42,6 +43,25 @@ def test_the_same_bytes_are_told_by_the_first_row_that_has_them(numbers, are_ima
         row if number == 4 else numbers[::-1].index(number)
         for row, number in enumerate(numbers[::-1])
     ]
+
+
+def test_no_more_is_read_of_images_than_tells_them_apart(monkeypatch):
+    rng = np.random.default_rng(0)
+    alike = rng.integers(0, 256, 50_000, np.uint8)
+    others = [rng.integers(0, 256, 50_000, np.uint8).tobytes() for _ in range(5)]
+    late = alike.copy()
+    late[-1] ^= 1  # of the same middle
+    contents = [alike.tobytes(), *others, late.tobytes(), alike.tobytes(), others[0][:-1]]
+    digest, read = image_source._digest, []
+
+    def noted(content):
+        read.append(content.size)
+        return digest(content)
+
+    monkeypatch.setattr(image_source, "_digest", noted)
+    dataset = Dataset.from_dict({"image": contents}, Features({"image": datasets.Value("binary")}))
+    assert source_of(dataset).same_files().tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 8]
+    assert sorted(read) == [4096] * 8 + [50_000] * 3
 
 
 @pytest.mark.parametrize("feature", [datasets.Image(), datasets.Value("string")])
