@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import groupby, takewhile
+from functools import cached_property, partial
+from itertools import groupby, repeat, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +27,9 @@ from datasets.table import InMemoryTable
 from numpy.typing import NDArray
 
 from packpipe import checks
+from packpipe.storage.reading import patiently
 
-# Ends of files that are read at once: waiting for an object store takes no processor.
+# Files that are read at once: waiting for an object store takes no processor.
 _AT_ONCE = 16
 # Arrow holds a column of a row group with offsets of 32 bits.
 _MOST_BYTES = 2**31
@@ -69,11 +70,13 @@ class BlockReader:
         """Return the rows of some blocks as a Dataset in memory.
 
         Args:
-            blocks: each is read once; a file is opened once for its blocks that stand together.
+            blocks: a file is opened once for its blocks that stand together; 16 files are read at
+                once.
             columns: names of those to read; None reads all.
 
         Raises:
             ValueError: a block is damaged, or has other rows or columns by now.
+            ConnectionError: a file cannot be read, at the fourth attempt.
         """
         names = list(self.features) if columns is None else list(columns)
         features = Features({name: self.features[name] for name in names})
@@ -83,16 +86,23 @@ class BlockReader:
         return Dataset(InMemoryTable(pa.concat_tables(tables)), fingerprint=self.fingerprint)
 
     def _tables(self, blocks: Sequence[Block], schema: pa.Schema) -> Iterator[pa.Table]:
-        for file, some in groupby(blocks, lambda block: block.file):
+        runs = [list(some) for _, some in groupby(blocks, lambda block: block.file)]
+        if len(runs) < 2:  # no threads for one file
+            yield from (table for run in runs for table in self._run(run, schema))
+            return
+        with ThreadPoolExecutor(min(_AT_ONCE, len(runs))) as executor:
+            for tables in executor.map(self._run, runs, repeat(schema)):
+                yield from tables
+
+    def _run(self, blocks: list[Block], schema: pa.Schema) -> list[pa.Table]:
+        """Return the rows of blocks of one file."""
+        file, groups = blocks[0].file, ", ".join(str(block.group) for block in blocks)
+
+        def read() -> list[pa.Table]:
             with _opened(file, self.storage_options) as parquet:
-                for block in some:
-                    table = _row_group(parquet, block, schema)
-                    if table.num_rows != block.num_rows:
-                        what = f"rows of row group {block.group} of {file}"
-                        remedy = "the file was changed: pack the files anew, to another output"
-                        expected = str(block.num_rows)
-                        raise ValueError(checks.sentence(what, table.num_rows, expected, remedy))
-                    yield table
+                return [_row_group(parquet, block, schema) for block in blocks]
+
+        return patiently(f"row group {groups} of {file}", read)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +221,8 @@ class ImageFiles:
     @cached_property
     def _ends(self) -> list[_End]:
         with ThreadPoolExecutor(_AT_ONCE) as executor:
-            return list(executor.map(self._end, self.files))
+            ask = [partial(self._end, file) for file in self.files]
+            return list(executor.map(patiently, self.files, ask))
 
     def _end(self, file: str) -> _End:
         """Return what the end of a file says."""
@@ -275,13 +286,18 @@ def _parquet(source: Any, file: str) -> pq.ParquetFile:
 def _row_group(parquet: pq.ParquetFile, block: Block, schema: pa.Schema) -> pa.Table:
     try:
         found = parquet.read_row_group(block.group, columns=schema.names)
-        return found.select(schema.names).cast(schema)
+        found = found.select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, KeyError) as error:
         if _is_of_system(error):
             raise
         what, expected = f"row group {block.group} of {block.file}", "the images it had"
         remedy = "repair the file, or pack the files anew to another output"
         raise ValueError(checks.sentence(what, str(error), expected, remedy)) from error
+    if found.num_rows != block.num_rows:
+        what = f"rows of row group {block.group} of {block.file}"
+        remedy = "the file was changed: pack the files anew, to another output"
+        raise ValueError(checks.sentence(what, found.num_rows, str(block.num_rows), remedy))
+    return found
 
 
 def _is_of_system(error: Exception) -> bool:
