@@ -44,6 +44,9 @@ from packpipe.sources.image_files import ImageFiles
 from packpipe.sources.image_source import image_data
 from packpipe.sources.labels import labels_of, weights_of
 
+# Threads that read sizes if nobody says how many: each holds a row group, of 2 GiB at most.
+_MOST_READERS = 16
+
 
 class Encoded(NamedTuple):
     """Images, or masks, as files hold them.
@@ -121,17 +124,21 @@ class WindowPacks:
         image_root: the only folder that paths may lead into; None follows every path, as in `pack`.
         cache_dir: the folder of the files of sizes (8 bytes an image) and of counts (8 bytes a
             window of each epoch); None is one in the cache of `datasets`.
-        num_workers: threads that read sizes and count packs; None is one a processor.
+        num_workers: threads that read sizes, each of which holds a row group, and count packs; None
+            is one a processor, but 16 at most that read.
         on_error, max_bad_fraction, max_consecutive_bad, transform: as in `EpochPacks`.
         **options: the options of `PackConfig`.
 
     Attributes:
         config: the options.
         lanes: how many lanes there are.
-        rejects: examples that are in no plan, as a list.
+        rejects: examples that are in no plan, as a list, of some hundred bytes each, in every
+            process. An image that its row names by a path, and that could not be read, stays one
+            until the file of sizes is removed; a warning says how many there are, and which file.
 
     Raises:
         TypeError, ValueError: an argument or a column is wrong, or too many images are bad.
+        ConnectionError: a file cannot be read, at the fourth attempt.
     """
 
     def __init__(
@@ -190,7 +197,8 @@ class WindowPacks:
             files.features, columns.mask, target_stride, self.config.patch_size
         )
         folder = _folder(cache_dir)
-        with ThreadPoolExecutor(num_workers or os.cpu_count()) as executor:
+        readers = num_workers or min(_MOST_READERS, os.cpu_count() or 1)
+        with ThreadPoolExecutor(readers) as executor:
             self._sizes = file_sizes(
                 files,
                 columns,
@@ -244,7 +252,7 @@ class WindowPacks:
 
     def contents(self) -> dict[str, str | None]:
         """Return digests of what the batches show besides the plan, by name."""
-        return {"files": self._files.fingerprint}
+        return {"files": self._files.fingerprint, "values": self._sizes.values}
 
     def windows(self, key: Key) -> EpochWindows:
         """Return the windows of an epoch."""

@@ -33,6 +33,11 @@ from packpipe.storage.reading import patiently
 _AT_ONCE = 16
 # Arrow holds a column of a row group with offsets of 32 bits.
 _MOST_BYTES = 2**31
+# What a file is told from a later one by, by the names that file systems of fsspec give it.
+_VERSIONS = (
+    *("ETag", "etag", "generation", "blob_id"),
+    *("mtime", "LastModified", "last_modified", "created"),
+)
 _REMEDY = "pass Parquet files, or a pattern such as 'train/*.parquet'"
 
 
@@ -163,13 +168,22 @@ class ImageFiles:
         The folder that all files lie in is left out: machines may see it in different places. A
         footer has the size of every column and, as a rule, its least and largest value. So it
         differs when a file is written anew with other content, unless that has all of them alike:
-        two labels that changed places are not noticed.
+        two labels that changed places are not noticed, and `versions` tells of those.
         """
         parts = [file.split("/") for file in self.files]
         levels = zip(*(folders for *folders, _ in parts), strict=False)
         shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
         names = ["/".join(part[shared:]) for part in parts]
         known = json.dumps([names, self.files_blocks, [end.footer for end in self._ends]])
+        return hashlib.sha256(known.encode()).hexdigest()[:32]
+
+    @cached_property
+    def versions(self) -> str:
+        """32 hexadecimal digits, of when the files were written, or of what a store tells by.
+
+        They differ when a file is written anew, and may differ between two copies of it.
+        """
+        known = json.dumps([end.version for end in self._ends])
         return hashlib.sha256(known.encode()).hexdigest()[:32]
 
     @cached_property
@@ -226,8 +240,12 @@ class ImageFiles:
 
     def _end(self, file: str) -> _End:
         """Return what the end of a file says."""
-        with _filesystem(file, self.storage_options).open(file, "rb") as source:
+        filesystem = _filesystem(file, self.storage_options)
+        with filesystem.open(file, "rb") as source:
             parquet = _parquet(source, file)
+            # Files of most stores have asked for it when they are opened.
+            details = getattr(source, "details", None) or filesystem.info(file)
+            version = next((str(details[name]) for name in _VERSIONS if details.get(name)), "")
             found = parquet.metadata
             rows = []
             for group in range(found.num_row_groups):
@@ -237,7 +255,7 @@ class ImageFiles:
             size = source.seek(-8, os.SEEK_END) + 8
             source.seek(-8 - int.from_bytes(source.read(4), "little"), os.SEEK_END)
             footer = hashlib.sha256(source.read()).hexdigest()
-        return _End(size, rows, footer, _features(parquet.schema_arrow))
+        return _End(size, rows, footer, version, _features(parquet.schema_arrow))
 
     def _found(self, path: str) -> list[str]:
         """Return the files of a path, folder or pattern, sorted; local ones as absolute paths."""
@@ -260,11 +278,15 @@ class ImageFiles:
 
 
 class _End(NamedTuple):
-    """What the end of a file says: its bytes, the rows of its blocks, a digest, its columns."""
+    """What the end of a file says: its bytes, the rows of its blocks, a digest, its columns.
+
+    And its version, which the end does not say.
+    """
 
     size: int
     rows: list[int]
     footer: str
+    version: str
     features: Features
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import pickle
 import re
 import weakref
@@ -300,6 +301,8 @@ def test_counts_are_kept_and_counted_again_if_they_are_broken(folder, tmp_path, 
     path.write_bytes(path.read_bytes()[:-8])
     assert packs_of(folder, tmp_path).windows(key).ends.tolist() == first.ends.tolist()
     assert "is broken" in caplog.text
+    path.write_bytes(b"")
+    assert packs_of(folder, tmp_path).windows(key).ends.tolist() == first.ends.tolist()
     # One that is whole, but of another plan.
     np.save(path, np.load(path) + 1)
     said = re.escape("expected ") + r"\d+, as counted; the sizes or counts were changed: remove "
@@ -401,6 +404,28 @@ def test_a_state_is_refused_with_other_images_of_the_same_sizes(folder, cache, t
         ValueError, match=r"state\['contents'\]\['files'\] is .* the files hold oth"
     ):
         loader_of(packs, 4).load_state_dict(state)
+
+
+def test_a_state_is_refused_with_labels_that_changed_places(cache, tmp_path):
+    images = [{"bytes": pictures.encoded_image(4, 8, n), "path": None} for n in range(6)]
+    features = Features({"image": Image(), "label": Value("int64")})
+
+    def packs(labels):
+        dataset = Dataset.from_dict({"image": images, "label": labels}, features=features)
+        table = dataset.data.table.cast(features.arrow_schema)
+        path = tmp_path / "one.parquet"
+        # Such files end alike, whatever the order of the labels.
+        pq.write_table(table, path, compression="none", use_dictionary=False)
+        os.utime(path, (10**9, 10**9 + labels[1]))
+        return WindowPacks(ImageFiles(path), 6, patch_size=4, cache_dir=cache)
+
+    known = packs([0, 1, 2, 3, 4, 5])
+    state = loader_of(known, 1).state_dict()
+    other = packs([0, 2, 1, 3, 4, 5])
+    assert other.fingerprint(Key(0, 0)) == known.fingerprint(Key(0, 0))
+    with pytest.raises(ValueError, match=r"state\['contents'\]\['values'\] is .* the labels or"):
+        loader_of(other, 1).load_state_dict(state)
+    loader_of(packs([0, 1, 2, 3, 4, 5]), 1).load_state_dict(state)
 
 
 def test_files_that_change_while_they_are_read_are_an_error_and_their_sizes_forgotten(
