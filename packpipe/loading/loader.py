@@ -30,7 +30,7 @@ from packpipe.loading.cursors import (
     StreamedPacks,
     checked_place,
 )
-from packpipe.loading.lanes import LaneCursor, WindowedPacks
+from packpipe.loading.lanes import LaneCursor, WindowedPacks, check_lanes
 from packpipe.loading.loader_checks import check_augment, check_without_torch, imported_torch
 from packpipe.loading.numbered import NumberedBatches, NumberedSteps
 from packpipe.loading.pairs import StoredPairs
@@ -184,6 +184,8 @@ class PackedLoader:
                 checks.sentence("packs", "a stream", "no balance and no processes", remedy)
             )
         self._cursor = _cursor_of(packs, self.balance, self.tail)
+        if self._place is not None and hasattr(packs, "lanes"):
+            check_lanes(packs.lanes, self._share)
         self._start = 0  # packs taken before a pass begins
         self._taken = 0  # packs taken by now
         self._finished = False  # whether the pass has ended

@@ -111,8 +111,10 @@ class WindowPacks:
         window_rows: about how many rows are planned together, and read and held at once, by each
             lane; None is 16,384.
         lanes: at how many places windows are read at once; they divide batch_size · world_size.
-            With as many lanes as ranks, or a multiple, each rank reads windows of its own. The
-            batches depend on the number of lanes, never on that of ranks.
+            With as many lanes as ranks, or a multiple, each rank reads windows of its own; with
+            other numbers several ranks read the same ones, and with one lane each rank reads the
+            whole source every epoch, of which a loader warns. The batches depend on the number of
+            lanes, never on that of ranks.
         image_column: name of the column of images; ``"auto"`` finds the only one.
         label_column: name of the column of labels, one value an image; ``"auto"`` finds it, None
             leaves labels out.

@@ -444,7 +444,9 @@ def test_files_that_change_while_they_are_read_are_an_error_and_their_sizes_forg
 def test_what_cannot_be_done_by_windows_is_refused_by_name(folder, cache, tmp_path):
     packs = packs_of(folder, cache, lanes=3)
     with pytest.raises(ValueError, match=re.escape("lanes is 3, expected a divisor of 8 (batch_")):
-        len(loader_of(packs, 4, rank=0, world_size=2))
+        loader_of(packs, 4, rank=0, world_size=2)
+    with pytest.raises(ValueError, match=re.escape("lanes is 3, expected a divisor of 4 (batch_")):
+        len(loader_of(packs, 4))
     with pytest.raises(ValueError, match="balance is True, expected False with windows; packs of"):
         loader_of(packs, 3, balance=True)
     with pytest.raises(ValueError, match="lanes is 0, expected an integer in 1"):
@@ -467,6 +469,21 @@ def test_what_cannot_be_done_by_windows_is_refused_by_name(folder, cache, tmp_pa
         packs_of(folder, tmp_path / "file")
     with pytest.raises(ValueError, match="label_column is 'colour', expected one of"):
         packs_of(folder, cache, label_column="colour")
+
+
+def test_a_loader_warns_once_if_ranks_read_the_same_windows(folder, cache, caplog):
+    packs = packs_of(folder, cache, lanes=2)
+    for rank, ranks in ((0, 2), (1, 4), (0, 1)):
+        next(iter(loader_of(packs, 2, rank=rank, world_size=ranks)))
+    assert "ranks" not in caplog.text
+    loader = loader_of(packs, 1, rank=0, world_size=4)
+    for _ in range(2):
+        next(iter(loader))
+    (said,) = [one for one in caplog.messages if "ranks" in one]
+    assert said == (
+        "lanes is 2 with 4 ranks: 4 does not divide 2, so that windows are read by several ranks "
+        "each; pass lanes=4, or a multiple"
+    )
 
 
 def test_labels_that_are_lists_are_refused(tmp_path):
