@@ -324,7 +324,9 @@ class PackedLoader:
         """Yield the batches of epoch after epoch without end, each with its seed and epoch.
 
         They are those of one loop after the other. But threads fill the first batches of the next
-        epoch while one ends, where the epochs are known: none but the first begins with a wait.
+        epoch while one ends, where the epochs are known: none but the first waits for a batch. To
+        plan the next epoch takes a moment of its own, in the caller's thread: of a `WindowPacks` to
+        count its packs, unless they were counted before.
 
         Raises:
             ValueError: an epoch has no batch.

@@ -29,8 +29,10 @@ from numpy.typing import NDArray
 from packpipe import checks
 from packpipe.storage.reading import patiently
 
-# Files that are read at once: waiting for an object store takes no processor.
+# What is read at once: waiting for an object store takes no processor.
 _AT_ONCE = 16
+# Blocks of a file that are read one after the other: the end of the file is read once for them.
+_TOGETHER = 4
 # Arrow holds a column of a row group with offsets of 32 bits.
 _MOST_BYTES = 2**31
 # What a file is told from a later one by, by the names that file systems of fsspec give it.
@@ -75,8 +77,8 @@ class BlockReader:
         """Return the rows of some blocks as a Dataset in memory.
 
         Args:
-            blocks: a file is opened once for its blocks that stand together; 16 files are read at
-                once.
+            blocks: in any order; up to four that stand together in a file are read one after the
+                other, and 16 such runs at once.
             columns: names of those to read; None reads all.
 
         Raises:
@@ -91,8 +93,9 @@ class BlockReader:
         return Dataset(InMemoryTable(pa.concat_tables(tables)), fingerprint=self.fingerprint)
 
     def _tables(self, blocks: Sequence[Block], schema: pa.Schema) -> Iterator[pa.Table]:
-        runs = [list(some) for _, some in groupby(blocks, lambda block: block.file)]
-        if len(runs) < 2:  # no threads for one file
+        numbered = groupby(enumerate(blocks), lambda one: (one[1].file, one[0] // _TOGETHER))
+        runs = [[block for _, block in some] for _, some in numbered]
+        if len(runs) < 2:  # no threads for a few blocks
             yield from (table for run in runs for table in self._run(run, schema))
             return
         with ThreadPoolExecutor(min(_AT_ONCE, len(runs))) as executor:
@@ -100,7 +103,7 @@ class BlockReader:
                 yield from tables
 
     def _run(self, blocks: list[Block], schema: pa.Schema) -> list[pa.Table]:
-        """Return the rows of blocks of one file."""
+        """Return the rows of blocks of one file, which is opened once."""
         file, groups = blocks[0].file, ", ".join(str(block.group) for block in blocks)
 
         def read() -> list[pa.Table]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from threading import Barrier
 
 import fsspec
 import numpy as np
@@ -79,6 +80,23 @@ def test_only_the_columns_that_are_named_are_read(folder):
     found = files.reader.dataset([files.block(2), files.block(3)], ["label"])
     assert found.column_names == ["label"]
     assert found["label"][:] == [0, 1, 0, 1, 0, 1]
+
+
+def test_blocks_are_read_side_by_side_and_returned_in_order(folder, monkeypatch):
+    files, real, both = ImageFiles(folder), image_files._opened, Barrier(3)
+
+    def waiting(*args):
+        both.wait(timeout=60)  # for the two others
+        return real(*args)
+
+    monkeypatch.setattr(image_files, "_opened", waiting)
+    blocks = [
+        files.block(number) for number in (2, 1, 0, 0, 1, 4)
+    ]  # four of a file, one more of it, one of another
+    found = files.reader.dataset(blocks, ["label"])["label"][:]
+    rows = [range(block.first, block.first + block.num_rows) for block in blocks]
+    assert found == [row % 2 for some in rows for row in some]
+    assert len(found) == 22
 
 
 def test_bytes_and_path_are_an_image_without_a_word_of_datasets(tmp_path):
