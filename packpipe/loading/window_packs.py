@@ -11,21 +11,19 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe.images.decode import pixel_rules
-from packpipe.images.image_data import ImageData
 from packpipe.images.pillow_settings import check_settings
 from packpipe.images.transform import PixelFunction, checked_transform, name_of
+from packpipe.loading.encoded import Encoded, encoded, in_one
 from packpipe.loading.window_plans import WindowPlans
 from packpipe.philox import Key
 from packpipe.planning.block_windows import WINDOW_ROWS, EpochWindows
@@ -41,28 +39,10 @@ from packpipe.sources.file_columns import file_columns
 from packpipe.sources.file_sizes import file_sizes
 from packpipe.sources.image_columns import check_labels, target_rules_of
 from packpipe.sources.image_files import ImageFiles
-from packpipe.sources.image_source import image_data
 from packpipe.sources.labels import labels_of, weights_of
 
 # Threads that read sizes if nobody says how many: each holds a row group, of 2 GiB at most.
 _MOST_READERS = 16
-
-
-class Encoded(NamedTuple):
-    """Images, or masks, as files hold them.
-
-    Attributes:
-        examples: int64[images], the row of each in its source.
-        values: one each.
-    """
-
-    examples: NDArray[np.int64]
-    values: pa.ChunkedArray
-
-    def reader(self, root: str | None) -> partial[ImageData]:
-        """Return a function that returns the image of a row of the source."""
-        places = dict(zip(self.examples.tolist(), range(len(self.examples)), strict=True))
-        return partial(_image_of, self.values, places, root)
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,8 +256,8 @@ class WindowPacks:
         labels, weights = labels_of(dataset, columns.label), weights_of(dataset, columns.weight)
         return OpenWindow(
             plan=plan,
-            images=_encoded(dataset, rows, columns.image),
-            masks=None if columns.mask is None else _encoded(dataset, rows, columns.mask),
+            images=encoded(dataset, rows, columns.image),
+            masks=None if columns.mask is None else encoded(dataset, rows, columns.mask),
             labels=None if labels is None else labels.values.take(pa.array(at)),
             weight=None if weights is None else weights.values[at],
         )
@@ -292,18 +272,15 @@ class WindowPacks:
         if not windows:
             none = np.empty(0, np.int64)
             windows = [(self._read(self._plans.nothing(key), none), none)]
-        planned = [
-            planned_images(one.plan, packs, one.labels, one.weight) for one, packs in windows
-        ]
-        opened = [one for one, _ in windows]
-        masks = None
-        if self.has_targets:
-            masks = _joined([_picked(o.masks, p) for o, p in zip(opened, planned, strict=True)])
-        return TakenPacks(
-            planned=_in_one(planned),
-            images=_joined([_picked(o.images, p) for o, p in zip(opened, planned, strict=True)]),
-            masks=masks,
-        )
+        planned, images, masks = list[Rows](), list[Encoded](), list[Encoded]()
+        for one, packs in windows:
+            rows = planned_images(one.plan, packs, one.labels, one.weight)
+            examples = np.unique(rows.example_index)
+            planned.append(rows)
+            images.append(one.images.of(examples))
+            if one.masks is not None:
+                masks.append(one.masks.of(examples))
+        return TakenPacks(_in_one(planned), in_one(images), in_one(masks) if masks else None)
 
     def rows(self, key: Key, packs: TakenPacks) -> Rows:
         """Return packs that were taken, their images decoded.
@@ -340,37 +317,6 @@ def _folder(cache_dir: Any) -> Path:
         expected = "a folder that can be written to"
         raise ValueError(checks.sentence("cache_dir", str(folder), expected, remedy))
     return folder
-
-
-def _image_of(
-    values: pa.ChunkedArray, places: dict[int, int], root: str | None, example: int
-) -> ImageData:
-    return image_data(values[places[example]], root)
-
-
-def _encoded(dataset: Dataset, rows: NDArray[np.int64], column: str) -> Encoded:
-    # The Arrow table, since `datasets` decodes images.
-    return Encoded(rows, dataset.data.column(column))
-
-
-def _picked(some: Any, planned: Rows) -> Encoded:
-    """Return the images of planned rows, in memory of their own: the window may be dropped."""
-    examples = np.unique(planned.example_index)
-    at = np.searchsorted(some.examples, examples)
-    chunks, start = [], 0
-    # Chunk by chunk: `take` of all of them would join them first.
-    for chunk in some.values.chunks:
-        own = at[np.searchsorted(at, start) : np.searchsorted(at, start + len(chunk))]
-        if len(own):
-            chunks.append(chunk.take(pa.array(own - start)))
-        start += len(chunk)
-    return Encoded(examples, pa.chunked_array(chunks, some.values.type))
-
-
-def _joined(parts: list[Encoded]) -> Encoded:
-    chunks = [chunk for part in parts for chunk in part.values.chunks]
-    values = pa.chunked_array(chunks, parts[0].values.type)
-    return Encoded(np.concatenate([part.examples for part in parts]), values)
 
 
 def _in_one(planned: list[Rows]) -> Rows:

@@ -90,9 +90,8 @@ def test_blocks_are_read_side_by_side_and_returned_in_order(folder, monkeypatch)
         return real(*args)
 
     monkeypatch.setattr(image_files, "_opened", waiting)
-    blocks = [
-        files.block(number) for number in (2, 1, 0, 0, 1, 4)
-    ]  # four of a file, one more of it, one of another
+    # Four of a file, one more of it, and one of another.
+    blocks = [files.block(number) for number in (2, 1, 0, 0, 1, 4)]
     found = files.reader.dataset(blocks, ["label"])["label"][:]
     rows = [range(block.first, block.first + block.num_rows) for block in blocks]
     assert found == [row % 2 for some in rows for row in some]
