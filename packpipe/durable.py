@@ -160,18 +160,21 @@ def _unlock(file: BinaryIO) -> None:
 def made_once(path: Path, read: Callable[[], T | None], write: Callable[[BinaryIO], None]) -> T:
     """Return what a file holds; if there is none, one process writes it, and the others wait.
 
+    If that one fails or is killed, one of those that wait writes it.
+
     Args:
         path: the file, in a folder that all of them see.
         read: returns what it holds, None if it is not there.
         write: writes its content to an open file; may be called again.
+
+    Raises:
+        FileNotFoundError: what was written cannot be read.
     """
-    found = read()
-    if found is not None:
-        return found
-    with first_alone(path.with_suffix(".lock")) as is_first:
-        if is_first:
-            return _made(path, read, write)
-    return _made(path, read, write)
+    while (found := read()) is None:
+        with first_alone(path.with_suffix(".lock")) as is_first:
+            if is_first:
+                return _made(path, read, write)
+    return found
 
 
 def _made(path: Path, read: Callable[[], T | None], write: Callable[[BinaryIO], None]) -> T:
@@ -180,7 +183,10 @@ def _made(path: Path, read: Callable[[], T | None], write: Callable[[BinaryIO], 
         write_shared(path, write)
         found = read()
     if found is None:
-        raise FileNotFoundError(f"{path} was removed or changed as soon as it was written")
+        raise FileNotFoundError(
+            f"{path} is missing or damaged as soon as it was written, expected what was written; "
+            "look for what removes or changes it"
+        )
     return found
 
 

@@ -221,6 +221,33 @@ def test_of_several_that_want_a_file_one_makes_it_and_all_read_it(tmp_path):
     assert names(tmp_path) == ["value.txt"]
 
 
+def test_if_the_one_that_makes_a_file_fails_one_of_the_others_makes_it(tmp_path):
+    path, made, asked = tmp_path / "value.txt", [], Barrier(6)
+
+    def make(file):
+        made.append(1)
+        time.sleep(0.2)  # for the others to come; if they come later, less is tested
+        if len(made) == 1:
+            raise OSError("the source is away")
+        file.write(b"17")
+
+    def read():
+        return path.read_bytes() if path.is_file() else None
+
+    def one(_):
+        asked.wait()
+        try:
+            return made_once(path, read, make)
+        except OSError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(6) as executor:
+        found = list(executor.map(one, range(6)))
+    assert sorted(map(str, found)) == [str(b"17")] * 5 + ["the source is away"]
+    assert made == [1, 1]
+    assert names(tmp_path) == ["value.txt"]
+
+
 def test_a_file_that_is_gone_as_soon_as_it_is_made_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="was removed or changed as soon as it was"):
+    with pytest.raises(FileNotFoundError, match=r"value is missing or damaged as soon as it was"):
         made_once(tmp_path / "value", lambda: None, lambda file: file.write(b"17"))

@@ -12,6 +12,7 @@ are is arithmetic, so that a pass begins anywhere without those before.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,8 @@ from packpipe.loading.steps import even_places, num_steps
 from packpipe.loading.workers import PackSource, Part
 from packpipe.philox import Key
 from packpipe.planning.block_windows import EpochWindows
+
+log = logging.getLogger(__name__)
 
 W = TypeVar("W")
 
@@ -94,6 +97,15 @@ def packs_of_step(
     return full * size + own, places[own] - share.own.start
 
 
+def check_lanes(lanes: int, share: Share) -> None:
+    """Raise ValueError if lanes do not divide the global batch."""
+    size = share.global_batch
+    if size % lanes:
+        remedy = "choose another batch size, or fewer lanes"
+        expected = f"a divisor of {size} (batch_size times world_size)"
+        raise ValueError(checks.sentence("lanes", lanes, expected, remedy))
+
+
 class LaneCursor:
     """Takes packs lane by lane, of windows that are read ahead: a `Cursor`.
 
@@ -111,6 +123,7 @@ class LaneCursor:
             remedy = "packs of like work are found among those of all windows: pass a Dataset"
             raise ValueError(checks.sentence("balance", balance, "False with windows", remedy))
         self._packs, self._tail = packs, tail
+        self._has_warned = False
 
     def steps(self, key: Key, share: Share) -> int:
         """Return the number of steps of an epoch.
@@ -118,12 +131,9 @@ class LaneCursor:
         Raises:
             ValueError: lanes do not divide the global batch.
         """
-        lanes, size = self._packs.lanes, share.global_batch
-        if size % lanes:
-            remedy = "choose another batch size, or fewer lanes"
-            expected = f"a divisor of {size} (batch_size times world_size)"
-            raise ValueError(checks.sentence("lanes", lanes, expected, remedy))
-        return num_steps(self._packs.windows(key).num_packs, size, self._tail)
+        check_lanes(self._packs.lanes, share)
+        num_packs = self._packs.windows(key).num_packs
+        return num_steps(num_packs, share.global_batch, self._tail)
 
     def beginning(self, key: Key) -> dict[str, Any]:
         """Return how many packs the epoch has."""
@@ -131,6 +141,7 @@ class LaneCursor:
 
     def parts(self, key: Key, share: Share, start: int) -> Iterator[Part]:
         """Yield the packs this rank takes at each step, and their places."""
+        self._warn(share)
         num, windows = self.steps(key, share), self._packs.windows(key)
         lanes = self._packs.lanes
 
@@ -148,6 +159,15 @@ class LaneCursor:
                 for window, one in opened.items()
             ]
             yield Part(key, self._packs.taken(key, some), step.places)
+
+    def _warn(self, share: Share) -> None:
+        """Log once, by the first rank, that the source is read more than once an epoch."""
+        lanes, ranks = self._packs.lanes, share.world_size
+        if lanes % ranks and share.rank == 0 and not self._has_warned:
+            self._has_warned = True
+            text = "lanes is %d with %d ranks: %s, so that windows are read by several ranks each; "
+            what = f"{ranks} does not divide {lanes}"
+            log.warning(text + "pass lanes=%d, or a multiple", lanes, ranks, what, ranks)
 
     def check(self, state: dict[str, Any], key: Key, share: Share) -> int:  # noqa: ARG002
         """Return the number of packs of all steps."""

@@ -30,7 +30,7 @@ from packpipe.loading.cursors import (
     StreamedPacks,
     checked_place,
 )
-from packpipe.loading.lanes import LaneCursor, WindowedPacks
+from packpipe.loading.lanes import LaneCursor, WindowedPacks, check_lanes
 from packpipe.loading.loader_checks import check_augment, check_without_torch, imported_torch
 from packpipe.loading.numbered import NumberedBatches, NumberedSteps
 from packpipe.loading.pairs import StoredPairs
@@ -184,6 +184,8 @@ class PackedLoader:
                 checks.sentence("packs", "a stream", "no balance and no processes", remedy)
             )
         self._cursor = _cursor_of(packs, self.balance, self.tail)
+        if self._place is not None and hasattr(packs, "lanes"):
+            check_lanes(packs.lanes, self._share)
         self._start = 0  # packs taken before a pass begins
         self._taken = 0  # packs taken by now
         self._finished = False  # whether the pass has ended
@@ -322,7 +324,9 @@ class PackedLoader:
         """Yield the batches of epoch after epoch without end, each with its seed and epoch.
 
         They are those of one loop after the other. But threads fill the first batches of the next
-        epoch while one ends, where the epochs are known: none but the first begins with a wait.
+        epoch while one ends, where the epochs are known: none but the first waits for a batch. To
+        plan the next epoch takes a moment of its own, in the caller's thread: of a `WindowPacks` to
+        count its packs, unless they were counted before.
 
         Raises:
             ValueError: an epoch has no batch.

@@ -11,21 +11,19 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe.images.decode import pixel_rules
-from packpipe.images.image_data import ImageData
 from packpipe.images.pillow_settings import check_settings
 from packpipe.images.transform import PixelFunction, checked_transform, name_of
+from packpipe.loading.encoded import Encoded, encoded, in_one
 from packpipe.loading.window_plans import WindowPlans
 from packpipe.philox import Key
 from packpipe.planning.block_windows import WINDOW_ROWS, EpochWindows
@@ -41,25 +39,10 @@ from packpipe.sources.file_columns import file_columns
 from packpipe.sources.file_sizes import file_sizes
 from packpipe.sources.image_columns import check_labels, target_rules_of
 from packpipe.sources.image_files import ImageFiles
-from packpipe.sources.image_source import image_data
 from packpipe.sources.labels import labels_of, weights_of
 
-
-class Encoded(NamedTuple):
-    """Images, or masks, as files hold them.
-
-    Attributes:
-        examples: int64[images], the row of each in its source.
-        values: one each.
-    """
-
-    examples: NDArray[np.int64]
-    values: pa.ChunkedArray
-
-    def reader(self, root: str | None) -> partial[ImageData]:
-        """Return a function that returns the image of a row of the source."""
-        places = dict(zip(self.examples.tolist(), range(len(self.examples)), strict=True))
-        return partial(_image_of, self.values, places, root)
+# Threads that read sizes if nobody says how many: each holds a row group, of 2 GiB at most.
+_MOST_READERS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +91,10 @@ class WindowPacks:
         window_rows: about how many rows are planned together, and read and held at once, by each
             lane; None is 16,384.
         lanes: at how many places windows are read at once; they divide batch_size · world_size.
-            With as many lanes as ranks, or a multiple, each rank reads windows of its own. The
-            batches depend on the number of lanes, never on that of ranks.
+            With as many lanes as ranks, or a multiple, each rank reads windows of its own; with
+            other numbers several ranks read the same ones, and with one lane each rank reads the
+            whole source every epoch, of which a loader warns. The batches depend on the number of
+            lanes, never on that of ranks.
         image_column: name of the column of images; ``"auto"`` finds the only one.
         label_column: name of the column of labels, one value an image; ``"auto"`` finds it, None
             leaves labels out.
@@ -121,17 +106,21 @@ class WindowPacks:
         image_root: the only folder that paths may lead into; None follows every path, as in `pack`.
         cache_dir: the folder of the files of sizes (8 bytes an image) and of counts (8 bytes a
             window of each epoch); None is one in the cache of `datasets`.
-        num_workers: threads that read sizes and count packs; None is one a processor.
+        num_workers: threads that read sizes, each of which holds a row group, and count packs; None
+            is one a processor, but 16 at most that read.
         on_error, max_bad_fraction, max_consecutive_bad, transform: as in `EpochPacks`.
         **options: the options of `PackConfig`.
 
     Attributes:
         config: the options.
         lanes: how many lanes there are.
-        rejects: examples that are in no plan, as a list.
+        rejects: examples that are in no plan, as a list, of some hundred bytes each, in every
+            process. An image that its row names by a path, and that could not be read, stays one
+            until the file of sizes is removed; a warning says how many there are, and which file.
 
     Raises:
         TypeError, ValueError: an argument or a column is wrong, or too many images are bad.
+        ConnectionError: a file cannot be read, at the fourth attempt.
     """
 
     def __init__(
@@ -190,7 +179,8 @@ class WindowPacks:
             files.features, columns.mask, target_stride, self.config.patch_size
         )
         folder = _folder(cache_dir)
-        with ThreadPoolExecutor(num_workers or os.cpu_count()) as executor:
+        readers = num_workers or min(_MOST_READERS, os.cpu_count() or 1)
+        with ThreadPoolExecutor(readers) as executor:
             self._sizes = file_sizes(
                 files,
                 columns,
@@ -244,7 +234,7 @@ class WindowPacks:
 
     def contents(self) -> dict[str, str | None]:
         """Return digests of what the batches show besides the plan, by name."""
-        return {"files": self._files.fingerprint}
+        return {"files": self._files.fingerprint, "values": self._sizes.values}
 
     def windows(self, key: Key) -> EpochWindows:
         """Return the windows of an epoch."""
@@ -266,8 +256,8 @@ class WindowPacks:
         labels, weights = labels_of(dataset, columns.label), weights_of(dataset, columns.weight)
         return OpenWindow(
             plan=plan,
-            images=_encoded(dataset, rows, columns.image),
-            masks=None if columns.mask is None else _encoded(dataset, rows, columns.mask),
+            images=encoded(dataset, rows, columns.image),
+            masks=None if columns.mask is None else encoded(dataset, rows, columns.mask),
             labels=None if labels is None else labels.values.take(pa.array(at)),
             weight=None if weights is None else weights.values[at],
         )
@@ -282,18 +272,15 @@ class WindowPacks:
         if not windows:
             none = np.empty(0, np.int64)
             windows = [(self._read(self._plans.nothing(key), none), none)]
-        planned = [
-            planned_images(one.plan, packs, one.labels, one.weight) for one, packs in windows
-        ]
-        opened = [one for one, _ in windows]
-        masks = None
-        if self.has_targets:
-            masks = _joined([_picked(o.masks, p) for o, p in zip(opened, planned, strict=True)])
-        return TakenPacks(
-            planned=_in_one(planned),
-            images=_joined([_picked(o.images, p) for o, p in zip(opened, planned, strict=True)]),
-            masks=masks,
-        )
+        planned, images, masks = list[Rows](), list[Encoded](), list[Encoded]()
+        for one, packs in windows:
+            rows = planned_images(one.plan, packs, one.labels, one.weight)
+            examples = np.unique(rows.example_index)
+            planned.append(rows)
+            images.append(one.images.of(examples))
+            if one.masks is not None:
+                masks.append(one.masks.of(examples))
+        return TakenPacks(_in_one(planned), in_one(images), in_one(masks) if masks else None)
 
     def rows(self, key: Key, packs: TakenPacks) -> Rows:
         """Return packs that were taken, their images decoded.
@@ -330,37 +317,6 @@ def _folder(cache_dir: Any) -> Path:
         expected = "a folder that can be written to"
         raise ValueError(checks.sentence("cache_dir", str(folder), expected, remedy))
     return folder
-
-
-def _image_of(
-    values: pa.ChunkedArray, places: dict[int, int], root: str | None, example: int
-) -> ImageData:
-    return image_data(values[places[example]], root)
-
-
-def _encoded(dataset: Dataset, rows: NDArray[np.int64], column: str) -> Encoded:
-    # The Arrow table, since `datasets` decodes images.
-    return Encoded(rows, dataset.data.column(column))
-
-
-def _picked(some: Any, planned: Rows) -> Encoded:
-    """Return the images of planned rows, in memory of their own: the window may be dropped."""
-    examples = np.unique(planned.example_index)
-    at = np.searchsorted(some.examples, examples)
-    chunks, start = [], 0
-    # Chunk by chunk: `take` of all of them would join them first.
-    for chunk in some.values.chunks:
-        own = at[np.searchsorted(at, start) : np.searchsorted(at, start + len(chunk))]
-        if len(own):
-            chunks.append(chunk.take(pa.array(own - start)))
-        start += len(chunk)
-    return Encoded(examples, pa.chunked_array(chunks, some.values.type))
-
-
-def _joined(parts: list[Encoded]) -> Encoded:
-    chunks = [chunk for part in parts for chunk in part.values.chunks]
-    values = pa.chunked_array(chunks, parts[0].values.type)
-    return Encoded(np.concatenate([part.examples for part in parts]), values)
 
 
 def _in_one(planned: list[Rows]) -> Rows:

@@ -152,7 +152,7 @@ def _counts_in(path: Path, num_windows: int) -> NDArray[np.int64] | None:
         what = f"{found.shape} of {found.dtype}"
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:  # EOFError: it is empty
         what = str(error)
     log.warning("%s is broken (%s); counting again", path, what)
     return None

@@ -1,11 +1,14 @@
 """Sizes of the images of `ImageFiles`: read once, block by block, and kept in one mapped file.
 
 The file is an array of NumPy, int32[rows, 2], 8 bytes an image, and after it a text of JSON: the
-rejects, whose size is (0, 0), and a digest. It is written under another name and renamed when it is
-whole. A digest of all that sizes depend on is part of its name: the source's fingerprint, the
-columns, the limit on pixels and the versions. So another source, or one that has changed, has a
-file of its own. Rejects stay what they were found to be: an image that its row names by a path, and
-that could not be read, is looked at again once the file of sizes is removed.
+rejects, whose size is (0, 0), and digests of the sizes and of labels and weights. It is written
+under another name and renamed when it is whole. A digest of all that sizes depend on is part of its
+name: the source's fingerprint, the versions of its files, the columns, the limit on pixels and the
+versions of packages. So another source, or one that was written anew, has a file of its own.
+
+What its rows name by paths is looked at once: an image that could not be read stays a reject, of
+which each opening warns, and one that is replaced keeps its size, until the file of sizes is
+removed.
 
 Of several processes on one file system, such as the ranks of a training, the first reads the
 source, and the others wait for it. To read headers the whole column of images is read, since
@@ -24,16 +27,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from sys import intern
+from typing import Any, BinaryIO, NamedTuple
 
+import datasets
 import numpy as np
 import PIL
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe import durable
 from packpipe._version import __version__
 from packpipe.images.bad_images import SizeChanged
 from packpipe.images.pillow_settings import changed_settings
+from packpipe.rows.digests import hexdigest, labels_digest
 from packpipe.rows.rejects import NAMED, Reject, Tally, Tolerance
 from packpipe.sources.image_columns import ImageColumns
 from packpipe.sources.image_files import Block, BlockReader, ImageFiles
@@ -44,7 +51,7 @@ from packpipe.sources.survey import probe_sizes, survey
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 # Blocks that are read before the sizes of earlier ones are written.
 _AHEAD = 64
 
@@ -56,13 +63,17 @@ class FileSizes:
     Attributes:
         path: the file.
         digest: 32 hexadecimal digits, of the sizes.
+        values: likewise, of the labels and weights of all rows that are no rejects.
         rejects: rows that have none, by row: their header, size, label or weight is bad.
+        by_path: how many of them are images that their rows name by paths, and whose header is bad.
         num_rows: rows of the source.
     """
 
     path: Path
     digest: str
+    values: str
     rejects: list[Reject]
+    by_path: int
     num_rows: int
 
     @cached_property
@@ -119,45 +130,75 @@ def file_sizes(
         log.info("reading the sizes of %d images, to keep them in %s", len(source), path)
         shape = {"descr": "<i4", "fortran_order": False, "shape": (len(source), 2)}
         np.lib.format.write_array_header_1_0(file, shape)
-        digest, rejects = hashlib.sha256(), list[Reject]()
+        digest, values, rejects, by_path = hashlib.sha256(), hashlib.sha256(), list[Reject](), 0
         blocks = map(source.block, range(len(source.block_rows)))
-        for image_hw, some in _in_order(executor, reader, blocks, columns, max_pixels):
-            content = np.ascontiguousarray(image_hw, "<i4").data
-            file.write(content)
-            digest.update(content)
-            rejects += some
-            if some:
-                # Runs of bad ones are seen within blocks, and of all blocks at the end.
-                tolerance.check(some)
-                tally = Tally(tolerance.num_examples, len(rejects))
-                tolerance.check_so_far(tally, rejects[-NAMED:], ended=True)
-        end = {"known": known, "digest": digest.hexdigest()[:32], "rejects": rejects}
+        bar = datasets.utils.tqdm(
+            desc="Reading sizes", total=len(source), unit=" images", disable=None
+        )
+        with bar:
+            for one in _in_order(executor, reader, blocks, columns, max_pixels):
+                content = np.ascontiguousarray(one.image_hw, "<i4").data
+                file.write(content)
+                digest.update(content)
+                values.update(one.values.encode())
+                rejects += one.rejects
+                by_path += one.by_path
+                if one.rejects:
+                    # Runs of bad ones are seen within blocks, and of all blocks at the end.
+                    tolerance.check(one.rejects)
+                    tally = Tally(tolerance.num_examples, len(rejects))
+                    tolerance.check_so_far(tally, rejects[-NAMED:], ended=True)
+                bar.update(len(one.image_hw))
+        end = {
+            "known": known,
+            "digest": digest.hexdigest()[:32],
+            "values": values.hexdigest()[:32],
+            "rejects": rejects,
+            "by_path": by_path,
+        }
         file.write(json.dumps(end).encode())
 
     found = durable.made_once(path, read, write)
     tolerance.check(found.rejects)
+    if found.by_path:
+        text = "%d images that rows name by paths could not be read and are left out as long as %s "
+        log.warning(text + "is kept: remove it if they can be read by now", found.by_path, path)
     return found
+
+
+class BlockSizes(NamedTuple):
+    """The sizes of a block's images; the others as in `FileSizes`."""
+
+    image_hw: NDArray[np.int32]
+    rejects: list[Reject]
+    by_path: int
+    values: str
 
 
 def block_sizes(
     reader: BlockReader, block: Block, columns: ImageColumns, max_pixels: int
-) -> tuple[NDArray[np.int32], list[Reject]]:
-    """Return int32[rows, 2], the sizes of a block's images, and its rejects; those are (0, 0)."""
+) -> BlockSizes:
+    """Return the sizes of a block's images, (0, 0) for rejects, and what else is known of them."""
     named = [*(columns.sizes or [columns.image]), columns.label, columns.weight]
     names = list(dict.fromkeys(name for name in named if name is not None))
-    dataset = reader.dataset([block], names)
+    dataset, by_path = reader.dataset([block], names), 0
     if columns.sizes is None:
         images = dataset.select_columns([columns.image]).with_format("arrow")
         read = ImageSource(images, columns.root)
         sizes = probe_sizes(read, len(dataset), max_pixels=max_pixels)
+        by_path = sum(read.file_of(one.example_index) is not None for one in sizes.rejects)
     else:
         sizes = column_sizes(dataset, columns.sizes, max_pixels=max_pixels)
-    values = labels_of(dataset, columns.label), weights_of(dataset, columns.weight)
-    bad = [reject for one in values if one is not None for reject in one.rejects]
-    found = survey(sizes, bad).rejects
-    sizes.image_hw[[reject.example_index for reject in found]] = 0
-    first = block.first
-    return sizes.image_hw, [one._replace(example_index=first + one.example_index) for one in found]
+    labels, weights = labels_of(dataset, columns.label), weights_of(dataset, columns.weight)
+    bad = [reject for one in (labels, weights) if one is not None for reject in one.rejects]
+    found = survey(sizes, bad)
+    sizes.image_hw[[reject.example_index for reject in found.rejects]] = 0
+    values = [
+        None if labels is None else labels_digest(labels.values.take(pa.array(found.index))),
+        None if weights is None else hexdigest(weights.values[found.index].data),
+    ]
+    rejects = [r._replace(example_index=block.first + r.example_index) for r in found.rejects]
+    return BlockSizes(sizes.image_hw, rejects, by_path, repr(values))
 
 
 def _in_order(
@@ -166,9 +207,9 @@ def _in_order(
     blocks: Iterator[Block],
     columns: ImageColumns,
     max_pixels: int,
-) -> Iterator[tuple[NDArray[np.int32], list[Reject]]]:
-    """Yield the sizes and rejects of blocks in order; some are read ahead."""
-    waiting: deque[Future[tuple[NDArray[np.int32], list[Reject]]]] = deque()
+) -> Iterator[BlockSizes]:
+    """Yield the sizes of blocks in order; some are read ahead."""
+    waiting: deque[Future[BlockSizes]] = deque()
     try:
         for block in blocks:
             waiting.append(executor.submit(block_sizes, reader, block, columns, max_pixels))
@@ -189,6 +230,7 @@ def _known(source: ImageFiles, columns: ImageColumns, max_pixels: int) -> str:
         "packpipe": __version__,
         "pillow": PIL.__version__,
         "fingerprint": source.fingerprint,
+        "versions": source.versions,
         "columns": [columns.image, columns.sizes, columns.label, columns.weight, columns.root],
         "features": repr(source.features),  # names of classes: they say which labels are bad
         "max_pixels": max_pixels,
@@ -207,8 +249,12 @@ def _read(path: Path, known: str, num_rows: int) -> FileSizes | None:
             end = json.loads(file.read())
         if (shape, dtype, end["known"]) != ((num_rows, 2), np.dtype("<i4"), known):
             raise ValueError(f"{shape} of {dtype}, or of another source")
-        rejects = [Reject(*one) for one in end["rejects"]]
-        return FileSizes(path, end["digest"], rejects, num_rows)
+        # Most of their texts are the same few.
+        rejects = [
+            Reject(row, intern(stage), intern(reason), intern(exception), view)
+            for row, stage, reason, exception, view in end["rejects"]
+        ]
+        return FileSizes(path, end["digest"], end["values"], rejects, end["by_path"], num_rows)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

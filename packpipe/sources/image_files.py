@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import groupby, takewhile
+from functools import cached_property, partial
+from itertools import groupby, repeat, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +27,19 @@ from datasets.table import InMemoryTable
 from numpy.typing import NDArray
 
 from packpipe import checks
+from packpipe.storage.reading import patiently
 
-# Ends of files that are read at once: waiting for an object store takes no processor.
+# What is read at once: waiting for an object store takes no processor.
 _AT_ONCE = 16
+# Blocks of a file that are read one after the other: the end of the file is read once for them.
+_TOGETHER = 4
 # Arrow holds a column of a row group with offsets of 32 bits.
 _MOST_BYTES = 2**31
+# What a file is told from a later one by, by the names that file systems of fsspec give it.
+_VERSIONS = (
+    *("ETag", "etag", "generation", "blob_id"),
+    *("mtime", "LastModified", "last_modified", "created"),
+)
 _REMEDY = "pass Parquet files, or a pattern such as 'train/*.parquet'"
 
 
@@ -69,11 +77,13 @@ class BlockReader:
         """Return the rows of some blocks as a Dataset in memory.
 
         Args:
-            blocks: each is read once; a file is opened once for its blocks that stand together.
+            blocks: in any order; up to four that stand together in a file are read one after the
+                other, and 16 such runs at once.
             columns: names of those to read; None reads all.
 
         Raises:
             ValueError: a block is damaged, or has other rows or columns by now.
+            ConnectionError: a file cannot be read, at the fourth attempt.
         """
         names = list(self.features) if columns is None else list(columns)
         features = Features({name: self.features[name] for name in names})
@@ -83,16 +93,24 @@ class BlockReader:
         return Dataset(InMemoryTable(pa.concat_tables(tables)), fingerprint=self.fingerprint)
 
     def _tables(self, blocks: Sequence[Block], schema: pa.Schema) -> Iterator[pa.Table]:
-        for file, some in groupby(blocks, lambda block: block.file):
+        numbered = groupby(enumerate(blocks), lambda one: (one[1].file, one[0] // _TOGETHER))
+        runs = [[block for _, block in some] for _, some in numbered]
+        if len(runs) < 2:  # no threads for a few blocks
+            yield from (table for run in runs for table in self._run(run, schema))
+            return
+        with ThreadPoolExecutor(min(_AT_ONCE, len(runs))) as executor:
+            for tables in executor.map(self._run, runs, repeat(schema)):
+                yield from tables
+
+    def _run(self, blocks: list[Block], schema: pa.Schema) -> list[pa.Table]:
+        """Return the rows of blocks of one file, which is opened once."""
+        file, groups = blocks[0].file, ", ".join(str(block.group) for block in blocks)
+
+        def read() -> list[pa.Table]:
             with _opened(file, self.storage_options) as parquet:
-                for block in some:
-                    table = _row_group(parquet, block, schema)
-                    if table.num_rows != block.num_rows:
-                        what = f"rows of row group {block.group} of {file}"
-                        remedy = "the file was changed: pack the files anew, to another output"
-                        expected = str(block.num_rows)
-                        raise ValueError(checks.sentence(what, table.num_rows, expected, remedy))
-                    yield table
+                return [_row_group(parquet, block, schema) for block in blocks]
+
+        return patiently(f"row group {groups} of {file}", read)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,13 +171,22 @@ class ImageFiles:
         The folder that all files lie in is left out: machines may see it in different places. A
         footer has the size of every column and, as a rule, its least and largest value. So it
         differs when a file is written anew with other content, unless that has all of them alike:
-        two labels that changed places are not noticed.
+        two labels that changed places are not noticed, and `versions` tells of those.
         """
         parts = [file.split("/") for file in self.files]
         levels = zip(*(folders for *folders, _ in parts), strict=False)
         shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
         names = ["/".join(part[shared:]) for part in parts]
         known = json.dumps([names, self.files_blocks, [end.footer for end in self._ends]])
+        return hashlib.sha256(known.encode()).hexdigest()[:32]
+
+    @cached_property
+    def versions(self) -> str:
+        """32 hexadecimal digits, of when the files were written, or of what a store tells by.
+
+        They differ when a file is written anew, and may differ between two copies of it.
+        """
+        known = json.dumps([end.version for end in self._ends])
         return hashlib.sha256(known.encode()).hexdigest()[:32]
 
     @cached_property
@@ -211,12 +238,17 @@ class ImageFiles:
     @cached_property
     def _ends(self) -> list[_End]:
         with ThreadPoolExecutor(_AT_ONCE) as executor:
-            return list(executor.map(self._end, self.files))
+            ask = [partial(self._end, file) for file in self.files]
+            return list(executor.map(patiently, self.files, ask))
 
     def _end(self, file: str) -> _End:
         """Return what the end of a file says."""
-        with _filesystem(file, self.storage_options).open(file, "rb") as source:
+        filesystem = _filesystem(file, self.storage_options)
+        with filesystem.open(file, "rb") as source:
             parquet = _parquet(source, file)
+            # Files of most stores have asked for it when they are opened.
+            details = getattr(source, "details", None) or filesystem.info(file)
+            version = next((str(details[name]) for name in _VERSIONS if details.get(name)), "")
             found = parquet.metadata
             rows = []
             for group in range(found.num_row_groups):
@@ -226,7 +258,7 @@ class ImageFiles:
             size = source.seek(-8, os.SEEK_END) + 8
             source.seek(-8 - int.from_bytes(source.read(4), "little"), os.SEEK_END)
             footer = hashlib.sha256(source.read()).hexdigest()
-        return _End(size, rows, footer, _features(parquet.schema_arrow))
+        return _End(size, rows, footer, version, _features(parquet.schema_arrow))
 
     def _found(self, path: str) -> list[str]:
         """Return the files of a path, folder or pattern, sorted; local ones as absolute paths."""
@@ -249,11 +281,15 @@ class ImageFiles:
 
 
 class _End(NamedTuple):
-    """What the end of a file says: its bytes, the rows of its blocks, a digest, its columns."""
+    """What the end of a file says: its bytes, the rows of its blocks, a digest, its columns.
+
+    And its version, which the end does not say.
+    """
 
     size: int
     rows: list[int]
     footer: str
+    version: str
     features: Features
 
 
@@ -275,13 +311,18 @@ def _parquet(source: Any, file: str) -> pq.ParquetFile:
 def _row_group(parquet: pq.ParquetFile, block: Block, schema: pa.Schema) -> pa.Table:
     try:
         found = parquet.read_row_group(block.group, columns=schema.names)
-        return found.select(schema.names).cast(schema)
+        found = found.select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, KeyError) as error:
         if _is_of_system(error):
             raise
         what, expected = f"row group {block.group} of {block.file}", "the images it had"
         remedy = "repair the file, or pack the files anew to another output"
         raise ValueError(checks.sentence(what, str(error), expected, remedy)) from error
+    if found.num_rows != block.num_rows:
+        what = f"rows of row group {block.group} of {block.file}"
+        remedy = "the file was changed: pack the files anew, to another output"
+        raise ValueError(checks.sentence(what, found.num_rows, str(block.num_rows), remedy))
+    return found
 
 
 def _is_of_system(error: Exception) -> bool:

@@ -1,8 +1,8 @@
 """Reads files of a store that may fail: each request is made up to four times.
 
 An answer is the bytes that were asked for, all of them, or an error that names the file. What
-another attempt would not mend (no such file, no permission, no package that opens the URL) is
-raised at once.
+another attempt would not mend (no such file, no permission, no package that opens the URL, no
+memory) is raised at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ WAITS = (0.5, 2.0, 8.0)
 # Bytes of a request for a part of a large file.
 _PIECE = 16 * 2**20
 # What is the same however often it is tried.
-_FINAL = (PermissionError, ImportError, ValueError, TypeError)
+_REFUSED = (PermissionError, ImportError, ValueError, TypeError)
+_FINAL = (*_REFUSED, FileNotFoundError, IsADirectoryError, NotADirectoryError, MemoryError)
 
 _Found = TypeVar("_Found")
 
@@ -73,22 +74,21 @@ def pieces_of(storage: Storage, name: str, size: int) -> Iterator[bytes]:
         yield bytes_of(storage, name, start, min(start + _PIECE, size))
 
 
-def _there(storage: Storage, name: str, found: bytes | None) -> bytes:
-    if found is None:
-        expected, remedy = "there", "look whether the folder was copied whole, or is removed"
-        raise FileNotFoundError(checks.sentence(_place(storage, name), "missing", expected, remedy))
-    return found
+def patiently(place: str, ask: Callable[[], _Found]) -> _Found:
+    """Return what is asked for, at the first to the fourth attempt.
 
+    Args:
+        place: what is read, for errors.
+        ask: asks for it, from the beginning each time.
 
-def _patiently(storage: Storage, name: str, ask: Callable[[], _Found]) -> _Found:
-    place = _place(storage, name)
+    Raises:
+        ConnectionError: all attempts failed; what another would not mend is raised as it is.
+    """
     for wait in (*WAITS, None):
         try:
             return ask()
-        except _FINAL as error:
-            expected, remedy = "a file that can be opened", "pass what opens it as storage_options"
-            kind = PermissionError if isinstance(error, PermissionError) else ValueError
-            raise kind(checks.sentence(place, _said(error), expected, remedy)) from error
+        except _FINAL:
+            raise
         except Exception as error:  # each store raises errors of its own
             if wait is None:
                 expected = f"an answer to one of {len(WAITS) + 1} requests"
@@ -98,6 +98,23 @@ def _patiently(storage: Storage, name: str, ask: Callable[[], _Found]) -> _Found
             log.info("%s: %s; asking again in %g s", place, _said(error), wait)
             time.sleep(wait)
     raise AssertionError  # the last round returns or raises
+
+
+def _there(storage: Storage, name: str, found: bytes | None) -> bytes:
+    if found is None:
+        expected, remedy = "there", "look whether the folder was copied whole, or is removed"
+        raise FileNotFoundError(checks.sentence(_place(storage, name), "missing", expected, remedy))
+    return found
+
+
+def _patiently(storage: Storage, name: str, ask: Callable[[], _Found]) -> _Found:
+    place = _place(storage, name)
+    try:
+        return patiently(place, ask)
+    except _REFUSED as error:
+        expected, remedy = "a file that can be opened", "pass what opens it as storage_options"
+        kind = PermissionError if isinstance(error, PermissionError) else ValueError
+        raise kind(checks.sentence(place, _said(error), expected, remedy)) from error
 
 
 def _place(storage: Storage, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import pickle
 import re
 import weakref
@@ -300,6 +301,8 @@ def test_counts_are_kept_and_counted_again_if_they_are_broken(folder, tmp_path, 
     path.write_bytes(path.read_bytes()[:-8])
     assert packs_of(folder, tmp_path).windows(key).ends.tolist() == first.ends.tolist()
     assert "is broken" in caplog.text
+    path.write_bytes(b"")
+    assert packs_of(folder, tmp_path).windows(key).ends.tolist() == first.ends.tolist()
     # One that is whole, but of another plan.
     np.save(path, np.load(path) + 1)
     said = re.escape("expected ") + r"\d+, as counted; the sizes or counts were changed: remove "
@@ -403,6 +406,28 @@ def test_a_state_is_refused_with_other_images_of_the_same_sizes(folder, cache, t
         loader_of(packs, 4).load_state_dict(state)
 
 
+def test_a_state_is_refused_with_labels_that_changed_places(cache, tmp_path):
+    images = [{"bytes": pictures.encoded_image(4, 8, n), "path": None} for n in range(6)]
+    features = Features({"image": Image(), "label": Value("int64")})
+
+    def packs(labels):
+        dataset = Dataset.from_dict({"image": images, "label": labels}, features=features)
+        table = dataset.data.table.cast(features.arrow_schema)
+        path = tmp_path / "one.parquet"
+        # Such files end alike, whatever the order of the labels.
+        pq.write_table(table, path, compression="none", use_dictionary=False)
+        os.utime(path, (10**9, 10**9 + labels[1]))
+        return WindowPacks(ImageFiles(path), 6, patch_size=4, cache_dir=cache)
+
+    known = packs([0, 1, 2, 3, 4, 5])
+    state = loader_of(known, 1).state_dict()
+    other = packs([0, 2, 1, 3, 4, 5])
+    assert other.fingerprint(Key(0, 0)) == known.fingerprint(Key(0, 0))
+    with pytest.raises(ValueError, match=r"state\['contents'\]\['values'\] is .* the labels or"):
+        loader_of(other, 1).load_state_dict(state)
+    loader_of(packs([0, 1, 2, 3, 4, 5]), 1).load_state_dict(state)
+
+
 def test_files_that_change_while_they_are_read_are_an_error_and_their_sizes_forgotten(
     folder, tmp_path
 ):
@@ -419,7 +444,9 @@ def test_files_that_change_while_they_are_read_are_an_error_and_their_sizes_forg
 def test_what_cannot_be_done_by_windows_is_refused_by_name(folder, cache, tmp_path):
     packs = packs_of(folder, cache, lanes=3)
     with pytest.raises(ValueError, match=re.escape("lanes is 3, expected a divisor of 8 (batch_")):
-        len(loader_of(packs, 4, rank=0, world_size=2))
+        loader_of(packs, 4, rank=0, world_size=2)
+    with pytest.raises(ValueError, match=re.escape("lanes is 3, expected a divisor of 4 (batch_")):
+        len(loader_of(packs, 4))
     with pytest.raises(ValueError, match="balance is True, expected False with windows; packs of"):
         loader_of(packs, 3, balance=True)
     with pytest.raises(ValueError, match="lanes is 0, expected an integer in 1"):
@@ -442,6 +469,21 @@ def test_what_cannot_be_done_by_windows_is_refused_by_name(folder, cache, tmp_pa
         packs_of(folder, tmp_path / "file")
     with pytest.raises(ValueError, match="label_column is 'colour', expected one of"):
         packs_of(folder, cache, label_column="colour")
+
+
+def test_a_loader_warns_once_if_ranks_read_the_same_windows(folder, cache, caplog):
+    packs = packs_of(folder, cache, lanes=2)
+    for rank, ranks in ((0, 2), (1, 4), (0, 1)):
+        next(iter(loader_of(packs, 2, rank=rank, world_size=ranks)))
+    assert "ranks" not in caplog.text
+    loader = loader_of(packs, 1, rank=0, world_size=4)
+    for _ in range(2):
+        next(iter(loader))
+    (said,) = [one for one in caplog.messages if "ranks" in one]
+    assert said == (
+        "lanes is 2 with 4 ranks: 4 does not divide 2, so that windows are read by several ranks "
+        "each; pass lanes=4, or a multiple"
+    )
 
 
 def test_labels_that_are_lists_are_refused(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pictures
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
@@ -207,3 +209,61 @@ def test_a_source_without_rows_has_none(tmp_path):
     found = sizes_in(tmp_path, ImageFiles(tmp_path / "none.parquet"))
     assert found.image_hw.shape == (0, 2)
     assert found.rejects == []
+
+
+def labelled(path, labels) -> ImageFiles:
+    """Images and labels in a file, written so that its end says nothing of the labels' order."""
+    rows = source().data.table.slice(5, 4).drop_columns(["label"])
+    rows = rows.append_column("label", pa.array(labels, pa.int64()))
+    pq.write_table(rows, path, compression="none", use_dictionary=False)
+    os.utime(path, (10**9, 10**9 + labels[1]))
+    return ImageFiles(path)
+
+
+def test_labels_that_changed_places_are_read_again_and_have_another_digest(tmp_path):
+    path = tmp_path / "one.parquet"
+    columns = COLUMNS._replace(weight=None)
+    files = labelled(path, [0, 0, 1, 1])
+    first = sizes_in(tmp_path, files, columns)
+    again = labelled(path, [0, 1, 0, 1])
+    assert again.fingerprint == files.fingerprint
+    other = sizes_in(tmp_path, again, columns)
+    assert other.digest == first.digest
+    assert other.values != first.values
+    assert other.rejects == []
+    assert sizes_in(tmp_path, labelled(path, [0, 0, 1, 1]), columns).values == first.values
+
+
+def test_of_images_that_could_not_be_read_by_their_paths_every_opening_warns(tmp_path, caplog):
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(pictures.encoded_image(4, 4))
+    paths = [str(picture), str(tmp_path / "away.png")]
+    images = [{"bytes": None, "path": path} for path in paths] + [{"bytes": b"no", "path": None}]
+    features = Features({"image": Image()})
+    rows = Dataset.from_dict({"image": images}, features=features).data.table
+    pq.write_table(rows.cast(features.arrow_schema), tmp_path / "one.parquet")
+    files, columns = ImageFiles(tmp_path / "one.parquet"), ImageColumns("image", None, None, None)
+    for _ in range(2):
+        caplog.clear()
+        found = sizes_in(tmp_path / "kept", files, columns)
+        assert [one.reason for one in found.rejects] == ["missing", "unreadable"]
+        (said,) = caplog.messages
+        assert said.startswith("1 images that rows name by paths could not be read")
+        assert f"as long as {found.path} is kept: remove it" in said
+    (tmp_path / "away.png").write_bytes(picture.read_bytes())
+    found.path.unlink()
+    assert [one.reason for one in sizes_in(tmp_path / "kept", files, columns).rejects] == [
+        "unreadable"
+    ]
+
+
+def test_a_bar_counts_the_images_that_are_read(files, tmp_path, monkeypatch):
+    seen, real = [], module.datasets.utils.tqdm
+
+    def bar(**options):
+        seen.append(real(**{**options, "disable": False}))
+        return seen[0]
+
+    monkeypatch.setattr(module.datasets.utils, "tqdm", bar)
+    sizes_in(tmp_path, files)
+    assert [(one.n, one.total) for one in seen] == [(NUM_ROWS, NUM_ROWS)]

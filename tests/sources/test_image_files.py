@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from threading import Barrier
 
 import fsspec
 import numpy as np
@@ -15,6 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from packpipe.sources import image_files
 from packpipe.sources.image_files import ImageFiles
+from packpipe.storage import reading
 
 NUM_ROWS, PER_FILE, PER_BLOCK = 23, 10, 4
 
@@ -78,6 +80,22 @@ def test_only_the_columns_that_are_named_are_read(folder):
     found = files.reader.dataset([files.block(2), files.block(3)], ["label"])
     assert found.column_names == ["label"]
     assert found["label"][:] == [0, 1, 0, 1, 0, 1]
+
+
+def test_blocks_are_read_side_by_side_and_returned_in_order(folder, monkeypatch):
+    files, real, both = ImageFiles(folder), image_files._opened, Barrier(3)
+
+    def waiting(*args):
+        both.wait(timeout=60)  # for the two others
+        return real(*args)
+
+    monkeypatch.setattr(image_files, "_opened", waiting)
+    # Four of a file, one more of it, and one of another.
+    blocks = [files.block(number) for number in (2, 1, 0, 0, 1, 4)]
+    found = files.reader.dataset(blocks, ["label"])["label"][:]
+    rows = [range(block.first, block.first + block.num_rows) for block in blocks]
+    assert found == [row % 2 for some in rows for row in some]
+    assert len(found) == 22
 
 
 def test_bytes_and_path_are_an_image_without_a_word_of_datasets(tmp_path):
@@ -217,3 +235,30 @@ def test_a_file_that_was_changed_since_is_named(tmp_path):
     expected = r"row group 0 of .*part-000\.parquet is 4, expected 5; the file was changed"
     with pytest.raises(ValueError, match=expected):
         files.reader.dataset([block])
+
+
+@pytest.mark.parametrize("what", ["_row_group", "_parquet"])
+def test_a_store_that_fails_is_asked_four_times_and_then_named(folder, monkeypatch, what):
+    monkeypatch.setattr(reading, "WAITS", (0.0, 0.0, 0.0))
+    fails, real = [3], getattr(image_files, what)
+
+    def failing(*args):
+        if "part-010" in repr(args) and fails[0]:
+            fails[0] -= 1
+            raise ConnectionResetError(104, "reset by peer")
+        return real(*args)
+
+    monkeypatch.setattr(image_files, what, failing)
+    files = ImageFiles(folder)  # ends are read by _parquet alone
+    blocks = [files.block(number) for number in (0, 3, 4, 6)]
+    wanted = [label for b in blocks for label in range(b.first, b.first + b.num_rows)]
+    assert files.reader.dataset(blocks)["label"][:] == [label % 2 for label in wanted]
+    assert fails == [0]
+    fails[0] = 4
+    expected = (
+        r"row group 0, 1 of .*part-010\.parquet is 'ConnectionResetError: .*reset by peer', "
+        r"expected an answer to one of 4 requests; call again"
+    )
+    with pytest.raises(ConnectionError, match=expected):
+        files.reader.dataset(blocks)
+    assert fails == [0]
