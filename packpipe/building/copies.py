@@ -73,13 +73,13 @@ class Cache:
             return self.max_bytes
         return (_taken(self._copies()) + shutil.disk_usage(self.folder).free) // 2
 
-    def held(self, manifest: bytes) -> Path:
+    def claim(self, manifest: bytes) -> Path:
         """Return the folder of a copy, which this process holds from now on; it may be empty."""
         path = self.folder / hashlib.sha256(manifest).hexdigest()[:32]
         while True:
             path.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):  # removed since it was made
-                if _is_held(path / _USED):
+                if _is_claimed(path / _USED):
                     break
         if not (path / MANIFEST).exists():
             durable.write_shared(path / MANIFEST, partial(_write, manifest))
@@ -89,7 +89,7 @@ class Cache:
         """Return whether a copy of so many bytes may be made; others make room if nobody has them.
 
         Args:
-            path: what `held` returned.
+            path: what `claim` returned.
             num_bytes: of all of its files.
         """
         with alone_in(self.folder, wait=True):
@@ -110,11 +110,11 @@ class Cache:
             return True
 
     @contextmanager
-    def passing(self) -> Iterator[Path]:
-        """Let a block have a folder among the copies, which makes room for them if it is killed."""
+    def for_check(self) -> Iterator[Path]:
+        """Return a context: a folder among the copies, which ends with it, or later if killed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix="passing-", dir=self.folder) as path:
-            _is_held(used := Path(path) / _USED)
+        with TemporaryDirectory(prefix="check-", dir=self.folder) as path:
+            _is_claimed(used := Path(path) / _USED)
             try:
                 yield Path(path)
             finally:
@@ -203,7 +203,7 @@ def _is_there(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _is_held(path: Path) -> bool:
+def _is_claimed(path: Path) -> bool:
     """Lock a file as one of its users, until this process ends; return whether it is still there.
 
     Its time of change becomes now.

@@ -15,8 +15,9 @@ from datasets import Dataset
 from packpipe import checks
 from packpipe.building.build import read_rejects, stored_rows
 from packpipe.building.copies import Cache, bring, cache_at, is_whole
-from packpipe.building.remote_rows import PREFIX, remote_rows, write_segments
+from packpipe.building.remote_rows import remote_rows
 from packpipe.building.shards import MANIFEST, REJECTS, alone_in, data_files, read_manifest
+from packpipe.building.stored_segments import PREFIX, write_segments
 from packpipe.rows.rejects import Reject
 from packpipe.storage.reading import found_file
 from packpipe.storage.storage import Storage, storage_at
@@ -89,18 +90,18 @@ class PackedFolder:
     storage: Storage | None = None
     cache: Cache | None = None
 
-    def rows(self, *, keeps: bool = True) -> Dataset:
+    def rows(self, *, may_copy: bool = True) -> Dataset:
         """Return the rows.
 
         Args:
-            keeps: whether rows in a store may be copied whole; they are not to look at a few.
+            may_copy: whether rows in a store may be copied whole; they are not to look at a few.
         """
         if self.storage is None or self.cache is None:
             return datasets.load_from_disk(str(self.folder))
         records = {name: self.manifest["files"][name] for name in data_files(self.manifest)}
         size = sum(record["bytes"] for record in records.values())
         whole = is_whole(records, self.folder)
-        if whole or (keeps and self.cache.has_room(self.folder, size)):
+        if whole or (may_copy and self.cache.has_room(self.folder, size)):
             bring(self.storage, records, self.folder)
             return stored_rows(self.folder)
         return _segments(self.storage, records, self.folder)
@@ -135,7 +136,7 @@ def packed_at(
         raise ValueError(checks.sentence("folder", place, _FOLDER, _REMEDY))
     _check_complete(place, manifest)
     _check_names(place, manifest)
-    path = copies.held(content)
+    path = copies.claim(content)
     bring(storage, {REJECTS: manifest["files"][REJECTS]}, path)
     return PackedFolder(place, path, manifest, storage, copies)
 

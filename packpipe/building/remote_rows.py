@@ -1,12 +1,7 @@
 """`RemoteRows`: rows whose tokens stay in a store, and are read from there when they are asked for.
 
-In a file of rows, each record batch has its columns one after the other. Lists of one length, the
-tokens, lie at a constant stride: row r of a column is one run of bytes. The other columns, the
-segments, say what the rows hold; they are about a thousandth of the file. They are read once, batch
-by batch: a request gets the segments of a batch, which lie at its end, with the head of the next
-one, so a file takes one request a batch and one more, and no tokens are read. They are kept in a
-file beside the manifest, with the places of the tokens. Row by row, a loader then asks for a run of
-each column of tokens, and each byte comes once an epoch.
+The segments of the rows are here (`stored_segments`), with the places of the tokens. Row by row, a
+loader asks for a run of each column of tokens, and each byte comes once an epoch.
 
 No checksum is of a single row. So the length of each run is checked, and that the segment numbers
 that came are those of the row, which are others in most files that were put in place of this one.
@@ -15,173 +10,28 @@ Pixels that changed in a file that stayed are not noticed: `verify` compares all
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from packpipe import checks
-from packpipe.rows.files import CHECKSUM, write_table
+from packpipe.building.stored_segments import ROW, Stored, damaged, kept_segments
+from packpipe.rows.files import CHECKSUM
 from packpipe.rows.from_arrow import table_rows
 from packpipe.rows.rows import Rows, gather
 from packpipe.sources.lazy_rows import row_values
 from packpipe.storage.reading import bytes_of
 from packpipe.storage.storage import Storage
 
-# Names of the files of segments, and of the column that says which row of the folder each is.
-PREFIX = "segments-"
-ROW = "packpipe_row"
-# What the schema of such a file says of the tokens: their places, and the schema of their columns.
-_KEY, _TOKENS = b"packpipe", b"packpipe_tokens"
-# Bytes that are read beside what is asked for, which the head of the next batch usually lies in.
-_AHEAD = 16 * 2**10
 # Requests at once.
 _AT_ONCE = 16
-# Where a message of Arrow's begins, and the body's length in its table of fields.
-_CONTINUES, _BODY = -1, 10
-
-
-class Column(NamedTuple):
-    """A column of tokens of a record batch: where its first row begins, and bits a row."""
-
-    start: int
-    row_bits: int
-
-
-class Stored(NamedTuple):
-    """A record batch of a file: how many rows it has, and its columns of tokens."""
-
-    num_rows: int
-    columns: dict[str, Column]
-
-
-def segments_of(
-    storage: Storage, name: str, record: dict[str, Any]
-) -> tuple[pa.Table, pa.Schema, list[Stored]]:
-    """Return the columns of segments of a file in a store, and which the others are, and where.
-
-    Raises:
-        ConnectionError, FileNotFoundError: as of `bytes_of`; or the file is not what its record
-            says.
-    """
-    reader = _Ahead(lambda start, stop: bytes_of(storage, name, start, stop), record["bytes"])
-    try:
-        found, tokens, batches, end = _read(reader)
-        whole = end == record["bytes"] and found.num_rows == record["rows"]
-    except (pa.ArrowException, struct.error, ValueError) as error:
-        raise ConnectionError(_damaged(storage, name, str(error))) from error
-    if not whole:
-        what = f"{found.num_rows} rows in {end} bytes"
-        raise ConnectionError(_damaged(storage, name, what))
-    return found, tokens, batches
-
-
-def _read(reader: _Ahead) -> tuple[pa.Table, pa.Schema, list[Stored], int]:
-    head, _ = _message(reader, 0)
-    if head is None:
-        raise ValueError("no schema")
-    schema = pa.ipc.read_schema(pa.py_buffer(head))
-    fixed = [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
-    others = [name for name in schema.names if name not in fixed]
-    tables, batches, position = [], [], len(head)
-    while True:
-        head, body = _message(reader, position)
-        if head is None:  # the end of the stream
-            break
-        start = position + len(head)
-        # The body as far as it is read: the columns of tokens are zeros that no memory is used for.
-        memory = np.zeros(len(head) + body, np.uint8)
-        memory[: len(head)] = np.frombuffer(head, np.uint8)
-        buffer = pa.py_buffer(memory)
-        message = pa.ipc.read_message(pa.BufferReader(buffer))
-        batch = pa.ipc.read_record_batch(message, schema)
-        rows, first = batch.num_rows, buffer.address + len(head)
-        columns, tail = {}, 0
-        for column in fixed:
-            kind, values = schema.field(column).type, batch.column(column).buffers()[-1]
-            size = kind.list_size * kind.value_type.bit_width
-            place = values.address - first if values is not None and values.size else 0
-            columns[column] = Column(start + place, size)
-            tail = max(tail, place + -(-rows * size // 8))
-        # Arrow has not copied: what comes into this memory now are the columns of segments.
-        memory[len(head) + tail :] = np.frombuffer(reader(start + tail, start + body), np.uint8)
-        tables.append(pa.Table.from_batches([batch]).select(others))
-        batches.append(Stored(rows, columns))
-        position = start + body
-    empty = schema.empty_table().select(others)
-    tokens = pa.schema([schema.field(name) for name in fixed])
-    return pa.concat_tables([empty, *tables]), tokens, batches, position + 8
-
-
-class _Ahead:
-    """Reads a file from front to back, a little more than is asked for at a time."""
-
-    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
-        self._read, self.size = read, size
-        self._start, self._held = 0, b""
-
-    def __call__(self, start: int, stop: int) -> bytes:
-        if stop > self.size:
-            raise ValueError(f"byte {stop - 1} of {self.size}")
-        if not self._start <= start <= stop <= self._start + len(self._held):
-            self._held = self._read(start, min(stop + _AHEAD, self.size))
-            self._start = start
-        return self._held[start - self._start : stop - self._start]
-
-
-def _message(reader: _Ahead, position: int) -> tuple[bytes | None, int]:
-    """Return the head of a message of Arrow's and the bytes of its body; None at the end.
-
-    Source: Arrow columnar format, encapsulated messages; flatbuffers internals.
-    """
-    mark, length = struct.unpack("<iI", reader(position, position + 8))
-    if mark != _CONTINUES:
-        raise ValueError(f"no message at byte {position}")
-    if not length:
-        return None, 0
-    head = reader(position, position + 8 + length)
-    table = 8 + struct.unpack_from("<I", head, 8)[0]
-    fields = table - struct.unpack_from("<i", head, table)[0]
-    known = struct.unpack_from("<H", head, fields)[0] > _BODY
-    place = struct.unpack_from("<H", head, fields + _BODY)[0] if known else 0
-    return head, struct.unpack_from("<q", head, table + place)[0] if place else 0
-
-
-def _damaged(storage: Storage, name: str, what: str) -> str:
-    expected, remedy = "the rows of its manifest", "copy or pack the folder again"
-    return checks.sentence(f"{storage.url}/{name}", what, expected, remedy)
-
-
-def write_segments(
-    storage: Storage, name: str, record: dict[str, Any], first: int, path: Path
-) -> None:
-    """Write what `segments_of` returns to a file, unless it is there.
-
-    Args:
-        storage: the folder.
-        name: of a file in it.
-        record: what the manifest says of it.
-        first: number of its first row in the folder.
-        path: of the file to write.
-    """
-    if path.exists():
-        return
-    found, tokens, batches = segments_of(storage, name, record)
-    numbers = pa.array(np.arange(first, first + found.num_rows))
-    # In the schema, since a file is mapped: what is not looked at takes no memory.
-    known = {_KEY: json.dumps(batches).encode(), _TOKENS: tokens.serialize().to_pybytes()}
-    known |= found.schema.metadata or {}
-    found = found.append_column(ROW, numbers).replace_schema_metadata(known)
-    write_table(path, found.schema, [found])
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +139,7 @@ class RemoteRows:
             number = segments.column(ROW)[int(wrong[0])].as_py()
             batch = int(np.searchsorted(self._starts, number, side="right")) - 1
             what = f"another than row {number} of the folder"
-            raise ConnectionError(_damaged(self.storage, self._flat[batch][0], what))
+            raise ConnectionError(damaged(self.storage, self._flat[batch][0], what))
 
 
 def remote_rows(
@@ -303,21 +153,15 @@ def remote_rows(
         paths: of the files that `write_segments` has written, in the same order.
         schema: of the dataset of segments.
     """
-    known = [pa.ipc.open_stream(pa.memory_map(str(path))).schema for path in paths]
-    tokens = pa.ipc.read_schema(pa.py_buffer(known[0].metadata[_TOKENS]))
+    kept = list(map(kept_segments, paths))
     return RemoteRows(
         storage,
         tuple(records),
         tuple(record[CHECKSUM] for record in records.values()),
         schema,
-        tokens,
-        tuple(list(map(_stored, json.loads(one.metadata[_KEY]))) for one in known),
+        kept[0].tokens,
+        tuple(one.batches for one in kept),
     )
-
-
-def _stored(found: list[Any]) -> Stored:
-    num_rows, columns = found
-    return Stored(num_rows, {name: Column(*place) for name, place in columns.items()})
 
 
 def _column(parts: list[NDArray[np.uint8]], kind: pa.DataType) -> pa.Array:

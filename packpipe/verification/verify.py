@@ -22,7 +22,7 @@ from packpipe.packing.quality import fill
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
-from packpipe.verification.brought import PAIR, brought
+from packpipe.verification.copy_for_check import PAIR, copy_for_check
 from packpipe.verification.folder import Opened, read_folder
 from packpipe.verification.image_checks import ImageChecks
 from packpipe.verification.manifest import same_json, sidecar_problems
@@ -91,7 +91,7 @@ def verify(
         sample = checks.whole_number("sample", sample, 0, 2**62, "None takes all images")
     if not is_remote:
         return list(_problems(Path(place), dataset, sample))
-    with brought(place, storage_options) as copy:
+    with copy_for_check(place, storage_options) as copy:
         return list(_problems(copy, dataset, sample))
 
 

@@ -33,7 +33,7 @@ def folder_of(number, sizes=(10, 20, 30)):
 def copied(cache, number, *, hold=True):
     """Copy a folder of 60 bytes, if there is room; return where it is, or None."""
     memory, records, manifest = folder_of(number)
-    path = cache.held(manifest)
+    path = cache.claim(manifest)
     if not cache.has_room(path, 60):
         return None
     bring(memory, records, path)
@@ -65,10 +65,10 @@ def test_a_copy_that_is_held_is_never_removed_and_what_finds_no_room_is_not_copi
     one = copied(cache, 1)
     assert copied(cache, 2) is None
     assert is_whole(folder_of(1)[1], one)
-    let_go(cache.held(folder_of(2)[2]))
+    let_go(cache.claim(folder_of(2)[2]))
     # Nothing is removed for what could not fit in any case.
     let_go(one)
-    large = cache.held(b"large")
+    large = cache.claim(b"large")
     assert not cache.has_room(large, 120)
     assert one.exists()
     let_go(large)
@@ -91,7 +91,7 @@ def test_copies_never_take_more_than_the_limit(tmp_path_factory, limit, opened):
         taken = sum(os.path.getsize(found) for found in cache.folder.rglob("data-*"))
         assert taken <= limit
         for other in held:
-            assert is_whole(folder_of(other)[1], cache.held(folder_of(other)[2]))
+            assert is_whole(folder_of(other)[1], cache.claim(folder_of(other)[2]))
         assert path is not None or 60 * (len(held) + 1) > limit
     for path in list(copies._HELD):
         if path.is_relative_to(cache.folder):
@@ -109,7 +109,7 @@ def test_a_copy_that_comes_while_it_is_removed_is_made_anew(tmp_path, monkeypatc
         return real(descriptor, is_user=is_user)
 
     monkeypatch.setattr(copies, "_lock", lock)
-    path = cache.held(manifest)
+    path = cache.claim(manifest)
     assert removed == [True]
     assert path == old
     assert not is_whole(records, path)
@@ -123,7 +123,7 @@ def test_of_several_who_want_a_folder_one_brings_each_file_once(tmp_path):
     watched = Watched(memory, asked.append)
 
     def open_it(_):
-        path = Cache(tmp_path, 100).held(manifest)
+        path = Cache(tmp_path, 100).claim(manifest)
         assert Cache(tmp_path, 100).has_room(path, 60)
         bring(watched, records, path)
         return is_whole(records, path)
@@ -141,7 +141,7 @@ def test_a_process_that_is_stopped_leaves_whole_files_alone_and_the_next_one_goe
     monkeypatch.setattr(reading, "WAITS", ())
     monkeypatch.setattr(reading, "_PIECE", 4)
     memory, records, manifest = folder_of(1)
-    path = Cache(tmp_path).held(manifest)
+    path = Cache(tmp_path).claim(manifest)
     pieces = []
 
     def step(what):
@@ -169,7 +169,7 @@ def test_without_a_limit_half_of_the_disk_is_for_copies(tmp_path, monkeypatch):
     assert copied(cache, 1) is not None
     monkeypatch.setattr(copies.shutil, "disk_usage", lambda _: SimpleNamespace(free=140))
     assert cache.limit == (60 + 140) // 2
-    path = cache.held(b"another")
+    path = cache.claim(b"another")
     assert cache.limit == (60 + len(b"another") + 140) // 2
     assert not cache.has_room(path, 44)
     assert cache.has_room(path, 43)
@@ -177,9 +177,9 @@ def test_without_a_limit_half_of_the_disk_is_for_copies(tmp_path, monkeypatch):
 
 def test_what_a_check_that_was_killed_has_left_makes_room_and_that_of_one_that_runs_stays(tmp_path):
     cache = Cache(tmp_path, 100)
-    with cache.passing() as path:
+    with cache.for_check() as path:
         (path / "data-0.arrow").write_bytes(b"0" * 60)
-        shutil.copytree(path, left := tmp_path / "passing-left")
+        shutil.copytree(path, left := tmp_path / "check-left")
         assert copied(cache, 1) is None  # 60 bytes of each of the two, and only one may go
         assert path.exists()
         assert not left.exists()

@@ -21,8 +21,8 @@ PAIR = ("images", "texts")
 
 
 @contextmanager
-def brought(url: str, storage_options: dict[str, Any] | None) -> Iterator[Path]:
-    """Let a block have a copy of a folder, whatever its files hold.
+def copy_for_check(url: str, storage_options: dict[str, Any] | None) -> Iterator[Path]:
+    """Return a context: a copy of a folder, whatever its files hold.
 
     Raises:
         ValueError: it is no folder that `pack` or `pack_pairs` wrote.
@@ -34,7 +34,7 @@ def brought(url: str, storage_options: dict[str, Any] | None) -> Iterator[Path]:
         expected, remedy = "a folder that packpipe.pack wrote", "pass what pack was given as output"
         raise ValueError(checks.sentence("folder", url, expected, remedy))
     with (
-        cache_at(None, None).passing() as copy,
+        cache_at(None, None).for_check() as copy,
         naming_full_disks(copy, "nothing of it is kept"),
     ):
         if content is not None:
