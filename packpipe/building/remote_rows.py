@@ -3,16 +3,21 @@
 The segments of the rows are here (`stored_segments`), with the places of the tokens. Row by row, a
 loader asks for a run of each column of tokens, and each byte comes once an epoch.
 
-No checksum is of a single row. So the length of each run is checked, and that the segment numbers
-that came are those of the row, which are others in most files that were put in place of this one.
-Pixels that changed in a file that stayed are not noticed: `verify` compares all checksums.
+No checksum is of a single row. What is checked: the length of each run; that the segment numbers
+that came are those of the row, and coordinates lie in their images' grids; and that each file is
+the one whose segments are here, by what its store calls its version, when it is first read and
+every minute. So rows of a file that is replaced while it is read may come for a minute, until the
+error. Pixels that changed in a file that stayed are not noticed, nor labels and sizes:
+`verify` compares all checksums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise, repeat
 from pathlib import Path
@@ -22,16 +27,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from packpipe.building.stored_segments import ROW, Stored, damaged, kept_segments
+from packpipe import checks
+from packpipe.building.stored_segments import Stored, check_version, damaged, kept_segments
 from packpipe.rows.files import CHECKSUM
 from packpipe.rows.from_arrow import table_rows
+from packpipe.rows.own_columns import ROW
 from packpipe.rows.rows import Rows, gather
+from packpipe.rows.text import joined
 from packpipe.sources.lazy_rows import row_values
 from packpipe.storage.reading import bytes_of
 from packpipe.storage.storage import Storage
 
 # Requests at once.
 _AT_ONCE = 16
+# Seconds that a file is taken for the same, once its store has said so.
+_CHECKED_FOR = 60.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +55,7 @@ class RemoteRows:
         segments: the schema of the dataset.
         tokens: the schema of the columns that are not in it.
         batches: the record batches of each file.
+        versions: of each file, as its store calls the one whose segments are here.
     """
 
     storage: Storage
@@ -53,6 +64,8 @@ class RemoteRows:
     segments: pa.Schema
     tokens: pa.Schema
     batches: tuple[list[Stored], ...]
+    versions: tuple[str, ...]
+    _checked: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
     def rows(self, segments: pa.Table) -> Rows:
         """Return the rows of some segments, in memory of their own.
@@ -60,37 +73,47 @@ class RemoteRows:
         Raises:
             ConnectionError: the store does not answer, or with other rows.
             FileNotFoundError: a file is not there any more.
+            ValueError: the column of their numbers was taken away.
         """
+        if ROW not in segments.column_names:
+            expected, remedy = f"{ROW!r} among them", "keep it: it says where the tokens are"
+            raise ValueError(checks.sentence("columns", segments.column_names, expected, remedy))
         rows = table_rows(self.table(segments))
-        if not len(rows):
-            return rows
-        self._check(rows, segments)
-        return gather([rows] * len(rows), range(len(rows)))
+        return gather([rows] * len(rows), range(len(rows))) if len(rows) else rows
 
     def table(self, segments: pa.Table) -> pa.Table:
         """Return segments with their tokens, as a file of rows has them."""
         numbers = segments.column(ROW).to_numpy()
         runs = list(self._runs(numbers))
-        asked = [(run, field.name) for field in self.tokens for run in runs]
+        asked = [(run, name) for name in self.tokens.names for run in runs]
         with ThreadPoolExecutor(max(1, min(_AT_ONCE, len(asked)))) as executor:
-            found = executor.map(lambda one: self._read(*one), asked)
-            parts = list(found)
+            parts = list(executor.map(lambda one: self._read(*one), asked))
+            files = sorted({self._flat[batch][0] for batch, _, _ in runs})
+            list(executor.map(self._check_file, files if asked else []))
         columns = {}
-        for number, field in enumerate(self.tokens):
+        for number, column in enumerate(self.tokens):
             values = parts[number * len(runs) : (number + 1) * len(runs)]
-            columns[field.name] = _column(values, field.type)
+            columns[column.name] = _column(values, column.type)
         own = {name: segments.column(name) for name in segments.column_names if name != ROW}
-        return pa.table(columns | own)
+        found = pa.table(columns | own)
+        self._check(found, numbers)
+        return found
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Return the columns of packed rows: a NumPy array a row, its dtype kept."""
-        if not batch.keys() >= set(self.segments.names):  # some were selected: nothing to read
+        if ROW not in batch:  # some columns were selected: nothing to read
             return batch
         # The transform gets plain Python values; the schema gives them back their types.
-        columns = {name: batch[name] for name in self.segments.names}
-        table = self.table(pa.table(columns, schema=self.segments))
-        found = {name: list(map(row_values, table.column(name))) for name in table.column_names}
-        return found | {name: batch[name] for name in batch.keys() - columns.keys()}
+        kinds = dict(zip(self.segments.names, self.segments.types, strict=True))
+        known = {name: _typed(batch[name], kinds[name]) for name in batch.keys() & kinds.keys()}
+        table = self.table(pa.table({name: known[name] for name in batch if name in known}))
+        lists = [one.name for one in table.schema if hasattr(one.type, "value_type")]
+        found = {name: list(map(row_values, table.column(name))) for name in lists}
+        return found | {name: batch[name] for name in batch if name not in (*found, ROW)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The clock of another machine has another beginning.
+        return {**vars(self), "_checked": {}}
 
     @cached_property
     def _flat(self) -> list[tuple[str, Stored]]:
@@ -125,31 +148,52 @@ class RemoteRows:
         skipped = bits.start % 8
         return np.unpackbits(values, bitorder="little")[skipped : skipped + len(bits)]
 
-    def _check(self, rows: Rows, segments: pa.Table) -> None:
-        """Raise ConnectionError unless segment_ids are those of the rows."""
-        held = np.diff(
-            np.concatenate([[0], np.cumsum(rows.seq_lens, dtype=np.int64)])[rows.offsets]
-        )
-        ids = rows.segment_ids
-        real = np.arange(ids.shape[1]) < held[:, None]
+    def _check_file(self, name: str) -> None:
+        """Raise ConnectionError if a file was replaced, unless that was asked a short time ago."""
+        now = time.monotonic()
+        if now - self._checked.get(name, -math.inf) >= _CHECKED_FOR:
+            check_version(self.storage, name, self.versions[self.names.index(name)])
+            self._checked[name] = now
+
+    def _check(self, table: pa.Table, numbers: NDArray[np.int64]) -> None:
+        """Raise ConnectionError unless tokens are of the segments beside them."""
+        if not len(numbers) or not {"segment_ids", "seq_lens"} <= {*table.column_names}:
+            return
+        lists = joined(table.column("seq_lens"))
+        lens, counts = lists.flatten().to_numpy(), lists.value_lengths().to_numpy()
+        owners = np.repeat(np.arange(len(numbers)), counts)
+        ids = _tokens(table, "segment_ids")
         expected = np.zeros_like(ids)
-        expected[real] = np.repeat(rows.numbers + 1, rows.seq_lens)
-        wrong = np.flatnonzero((ids != expected).any(axis=1))
-        if len(wrong):
-            number = segments.column(ROW)[int(wrong[0])].as_py()
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        real = np.arange(ids.shape[1]) < np.bincount(owners, lens, len(numbers))[:, None]
+        expected[real] = np.repeat(np.arange(len(lens)) - first + 1, lens)
+        wrong = (ids != expected).any(axis=1)
+        if {"coords", "grid_hw"} <= {*table.column_names}:
+            grids = joined(table.column("grid_hw")).flatten().flatten().to_numpy().reshape(-1, 2)
+            coords = _tokens(table, "coords").reshape(*ids.shape, 2)[real]
+            outside = (coords >= np.repeat(grids, lens, axis=0)).any(axis=1)
+            outside &= coords[:, 0] >= 0  # not of prefix tokens
+            wrong[np.repeat(owners, lens)[outside]] = True
+        if wrong.any():
+            number = int(numbers[int(np.argmax(wrong))])
             batch = int(np.searchsorted(self._starts, number, side="right")) - 1
             what = f"another than row {number} of the folder"
             raise ConnectionError(damaged(self.storage, self._flat[batch][0], what))
 
 
 def remote_rows(
-    storage: Storage, records: dict[str, Any], paths: list[Path], schema: pa.Schema
+    storage: Storage,
+    records: dict[str, Any],
+    versions: Sequence[str],
+    paths: Sequence[Path],
+    schema: pa.Schema,
 ) -> RemoteRows:
     """Return what reads the tokens of a folder.
 
     Args:
         storage: the folder.
         records: its files of rows, in order, with what the manifest says of each.
+        versions: of these files.
         paths: of the files that `write_segments` has written, in the same order.
         schema: of the dataset of segments.
     """
@@ -161,6 +205,7 @@ def remote_rows(
         schema,
         kept[0].tokens,
         tuple(one.batches for one in kept),
+        tuple(versions),
     )
 
 
@@ -172,3 +217,17 @@ def _column(parts: list[NDArray[np.uint8]], kind: pa.DataType) -> pa.Array:
         joined.view(np.bool_ if pa.types.is_boolean(inner) else inner.to_pandas_dtype())
     )
     return pa.FixedSizeListArray.from_arrays(values, type=kind)
+
+
+def _tokens(table: pa.Table, name: str) -> NDArray[Any]:
+    """Return a column of numbers of tokens: [rows, values of a row]."""
+    values: NDArray[Any] = joined(table.column(name)).flatten().to_numpy()
+    return values.reshape(table.num_rows, -1)
+
+
+def _typed(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """Return values of a column as Arrow; of one that was replaced since, of its own type."""
+    try:
+        return pa.array(values, kind)
+    except pa.ArrowException:
+        return pa.array(values)

@@ -6,10 +6,15 @@ segments, say what the rows hold; they are about a thousandth of the file. They 
 by batch: a request gets the segments of a batch, which lie at its end, with the head of the next
 one, so a file takes one request a batch and one more, and no tokens are read. They are kept in a
 file beside the manifest, with the places of the tokens.
+
+A manifest has checksums of whole files, and these bytes are a part of one. So only what does not
+fit together is found: lists of other lengths than the others, more tokens than a row has. Labels,
+sizes and other values are what the store has answered.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable
@@ -21,12 +26,13 @@ import pyarrow as pa
 
 from packpipe import checks
 from packpipe.rows.files import write_table
-from packpipe.storage.reading import bytes_of
+from packpipe.rows.own_columns import ROW, has_labels, is_of_segments, own_segments
+from packpipe.rows.text import joined
+from packpipe.storage.reading import bytes_of, version_of
 from packpipe.storage.storage import Storage
 
-# Names of the files of segments, and of the column that says which row of the folder each is.
-PREFIX = "segments-"
-ROW = "packpipe_row"
+# How the names of the files of segments begin.
+_PREFIX = "segments-"
 # What the schema of such a file says of the tokens: their places, and the schema of their columns.
 _KEY, _TOKENS = b"packpipe", b"packpipe_tokens"
 # Bytes that are read beside what is asked for, which the head of the next batch usually lies in.
@@ -62,6 +68,7 @@ def segments_of(
     try:
         found, tokens, batches, end = _read(reader)
         whole = end == record["bytes"] and found.num_rows == record["rows"]
+        _check(found, tokens)
     except (pa.ArrowException, struct.error, ValueError) as error:
         raise ConnectionError(damaged(storage, name, str(error))) from error
     if not whole:
@@ -107,6 +114,21 @@ def _read(reader: ReadAhead) -> tuple[pa.Table, pa.Schema, list[Stored], int]:
     return pa.concat_tables([empty, *tables]), tokens, batches, position + 8
 
 
+def _check(found: pa.Table, tokens: pa.Schema) -> None:
+    """Raise ValueError if columns of segments do not belong together."""
+    found.validate(full=True)
+    has_labels(found)  # raises if they are not one a segment
+    for name in own_segments(found.schema):
+        if not is_of_segments(found, name):
+            raise ValueError(f"lists in {name!r} of other lengths than seq_lens")
+    lists = joined(found.column("seq_lens"))
+    lens = lists.flatten().to_numpy()
+    rows = np.repeat(np.arange(len(lists)), lists.value_lengths().to_numpy())
+    most = tokens.field("segment_ids").type.list_size if "segment_ids" in tokens.names else 2**62
+    if lens.min(initial=1) < 1 or np.bincount(rows, lens).max(initial=0) > most:
+        raise ValueError(f"seq_lens of more than the {most} tokens of a row, or of none")
+
+
 class ReadAhead:
     """Reads a file from front to back, a little more than is asked for at a time."""
 
@@ -148,8 +170,14 @@ def damaged(storage: Storage, name: str, what: str) -> str:
     return checks.sentence(f"{storage.url}/{name}", what, expected, remedy)
 
 
+def segments_path(storage: Storage, name: str, version: str, folder: Path) -> Path:
+    """Return where the segments of a version of a file are kept, in the folder of a copy."""
+    digest = hashlib.sha256(f"{storage.url}/{name} {version}".encode()).hexdigest()[:16]
+    return folder / f"{_PREFIX}{digest}-{name}"
+
+
 def write_segments(
-    storage: Storage, name: str, record: dict[str, Any], first: int, path: Path
+    storage: Storage, name: str, record: dict[str, Any], first: int, version: str, path: Path
 ) -> None:
     """Write what `segments_of` returns to a file, unless it is there.
 
@@ -158,17 +186,31 @@ def write_segments(
         name: of a file in it.
         record: what the manifest says of it.
         first: number of its first row in the folder.
+        version: of the file.
         path: of the file to write.
+
+    Raises:
+        ConnectionError, FileNotFoundError: as of `segments_of`; or the file was replaced meanwhile.
     """
     if path.exists():
         return
     found, tokens, batches = segments_of(storage, name, record)
+    check_version(storage, name, version)
     numbers = pa.array(np.arange(first, first + found.num_rows))
     # In the schema, since a file is mapped: what is not looked at takes no memory.
     known = {_KEY: json.dumps(batches).encode(), _TOKENS: tokens.serialize().to_pybytes()}
     known |= found.schema.metadata or {}
     found = found.append_column(ROW, numbers).replace_schema_metadata(known)
     write_table(path, found.schema, [found])
+
+
+def check_version(storage: Storage, name: str, version: str) -> None:
+    """Raise ConnectionError if a file was replaced since it had a version."""
+    found = version_of(storage, name)
+    if found != version:
+        what = f"version of {storage.url}/{name}"
+        remedy = "it was replaced since: open the folder again"
+        raise ConnectionError(checks.sentence(what, found, repr(version), remedy))
 
 
 class KeptSegments(NamedTuple):
