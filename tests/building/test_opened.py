@@ -213,6 +213,7 @@ def test_weights_targets_boxes_views_and_lists_of_labels_are_read_one_by_one(tmp
         weight_column="weight",
         crop=packpipe.Crop(),
         views=2,
+        prefix_tokens=5,
         output=tmp_path / "rows",
         num_workers=0,
         progress=False,
@@ -422,9 +423,7 @@ def test_rows_in_a_store_that_nothing_reads_are_refused_by_name(three, folder, t
     another = open_packed(in_fsspec(contents(folder)), cache=tmp_path, cache_bytes=0)
     lost = [by_row.with_format("numpy"), datasets.concatenate_datasets([by_row, another])]
     for rows in lost:
-        with pytest.raises(
-            ValueError, match=r"rows is 'without .*', expected as open_packed retur"
-        ):
+        with pytest.raises(ValueError, match=r"rows is 'without .*', expected as open_packed"):
             PackedLoader(rows, 3)
     with pytest.raises(ValueError, match=r"columns is \[.*\], expected 'packpipe_row' among them"):
         read_rows(by_row.remove_columns(["packpipe_row"]), 0)
