@@ -260,7 +260,7 @@ def _remove(copy: Path) -> None:
 
 
 def _lock(descriptor: int, *, is_user: bool) -> bool:
-    """Return whether a lock was had: of users, who wait for it; else of who wants it alone."""
+    """Lock a file as one of its users, which waits, or alone; return whether that was possible."""
     try:
         import fcntl  # POSIX has it; elsewhere nothing is removed
 
