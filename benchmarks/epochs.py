@@ -6,6 +6,9 @@
 FOLDER holds pictures.parquet and jpegs.parquet (columns image, label); whatever else has an image
 column will do. Writes benchmarks/results/epochs.md. One process, everything warm and in the page
 cache, medians of five; the things compared take turns, since machines are shared.
+
+With --stores it packs jpegs.parquet as pixels and as encoded images instead, reads both, and writes
+benchmarks/results/stores.md: one run, in processor seconds.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import statistics
 import tempfile
 import time
 import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -299,13 +303,87 @@ def probing(name: str, dataset: datasets.Dataset) -> Iterator[list[str]]:
         yield [f"{name}, {way}", f"{len(dataset) / taken:,.0f}", f"{taken * 1000:.1f}"]
 
 
+def stores(dataset: datasets.Dataset) -> Iterator[list[str]]:
+    """Rows of pixels and of encoded images: bytes, and images a second of processor time.
+
+    Raises:
+        ValueError: their batches are not the same.
+    """
+    source = sum(
+        map(len, (row["bytes"] for row in dataset.with_format("arrow")[:]["image"].to_pylist()))
+    )
+    yield ["the source's images", f"{source / 1e6:,.1f}", "1.00", "", "", ""]
+    digests = set()
+    with tempfile.TemporaryDirectory() as folder:
+        packpipe.pack(dataset.select(range(20)), output=Path(folder) / "warm", num_workers=0)
+        for store in ("pixels", "encoded"):
+            where, started = Path(folder) / store, time.process_time()
+            # In this process, whose time is counted.
+            packpipe.pack(dataset, 1024, output=where, store=store, num_workers=0, progress=False)
+            built = time.process_time() - started
+            size = sum(path.stat().st_size for path in where.glob("data-*.arrow"))
+            started, digest = time.process_time(), 0
+            loader = PackedLoader(datasets.load_from_disk(str(where)), BATCH, as_numpy=True)
+            found = []
+            for batch in loader:
+                found.append(batch)
+            loaded = time.process_time() - started
+            for batch in found:
+                for name in sorted(batch):
+                    digest = zlib.crc32(np.ascontiguousarray(batch[name]), digest)
+            digests.add(digest)
+            images = sum(int((batch["seq_lens"] > 0).sum()) for batch in found)
+            yield [
+                f"`store={store!r}`",
+                f"{size / 1e6:,.1f}",
+                f"{size / source:.2f}",
+                f"{len(dataset) / built:,.0f}",
+                f"{images / loaded:,.0f}",
+                f"{len(found)} batches, {images} images",
+            ]
+    if len(digests) > 1:
+        raise ValueError("the batches of the two are not the same")
+
+
+def write_stores(data: Path) -> None:
+    """Print and write the table of stores."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = str(data / "jpegs.parquet")
+        dataset = datasets.load_dataset(
+            "parquet", data_files=files, split="train", cache_dir=folder
+        )
+        found = table(
+            stores(dataset),
+            [
+                "rows of 1,024 tokens",
+                "MB",
+                "times the source",
+                "built, images/s",
+                "read, images/s",
+                "read",
+            ],
+        )
+    text = (
+        f"# Rows of pixels and of encoded images\n\n{datetime.date.today()}, {platform.machine()}, "
+        f"CPython {platform.python_version()}, pillow {version('pillow')}, libjpeg-turbo as pillow "
+        f"has it. Written by `python benchmarks/epochs.py --data FOLDER --stores`: {len(dataset)} "
+        "photographs at their own size, one run on a machine that others use, so images a second "
+        "of processor time, of one process. The batches of both are the same, byte for byte.\n\n"
+    )
+    (ROOT / "benchmarks/results/stores.md").write_text(text + found, encoding="utf-8")
+
+
 def main() -> None:
     """Print and write every table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 16_000_000])
     parser.add_argument("--rows", type=int, default=300, help="rows of the packed table")
+    parser.add_argument("--stores", action="store_true", help="rows of encoded images alone")
     options = parser.parse_args()
+    if options.stores:
+        write_stores(options.data)
+        return
     torch.set_num_threads(os.cpu_count() or 1)
     datasets.disable_progress_bars()
     machine = (

@@ -45,11 +45,11 @@ from PIL import Image, features
 from pixel_peers import PATCH, PATCH_BYTES, SEQ_LEN, Job, Way, resized
 
 import packpipe
-from packpipe.images.decode import pixel_rules, probe
+from packpipe.images.decode import PixelRules, decode, pixel_rules, probe
 from packpipe.images.fill import ImageTask, fill_row
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("engines", "floor", "build", "moved", "curve", "memory", "compression")
+PARTS = ("engines", "apart", "floor", "build", "moved", "curve", "memory", "compression")
 TARGETS = {"cap 128²": 64, "cap 224²": 196, "native": None}
 CURVE = {64: 16, 96: 36, 128: 64, 224: 196, 320: 400, 416: 676, 512: None}
 ONE_WORKER = "`packpipe.pack`, 1 worker"
@@ -226,6 +226,33 @@ def engines(sets: dict[str, Dataset], rounds: int) -> Iterator[Row]:
             for way, taken in times.items():
                 row = [f"{name}, {target}: {way}", f"{1e3 * taken / len(job.encoded):.2f}"]
                 yield [*row, f"{times['loop, Pillow'] / taken:.2f}", f"{best / taken:.2f}"]
+
+
+def apart(dataset: Dataset) -> Iterator[Row]:
+    """How far each engine is from Pillow's resize of a full decode, in levels, by reducing_gap."""
+    for target, max_tokens in TARGETS.items():
+        job = planned(dataset, max_tokens)
+        for engine in ("pillow", "turbo"):
+            for gap in (None, 2.0, 1.5, 1.0):
+                rules = pixel_rules(packpipe.PackConfig(pixels=engine, reducing_gap=gap))
+                rules = rules._replace(profiles="ignore", jpeg_edges="keep")
+                means = np.array(
+                    [
+                        _apart(encoded, grid_hw, rules)
+                        for encoded, grid_hw in zip(job.encoded, job.grid_hw, strict=True)
+                    ]
+                )
+                at = np.percentile(means, (50, 90, 99))
+                levels = [means.mean(), *at, means.max()]
+                yield [f"{target}: {engine}, gap {gap}", *(f"{level:.2f}" for level in levels)]
+
+
+def _apart(encoded: bytes, grid_hw: tuple[int, int], rules: PixelRules) -> float:
+    height, width = (side * PATCH for side in grid_hw)
+    image_hw = probe(encoded, max_pixels=rules.max_pixels).image_hw
+    found = decode(encoded, image_hw=image_hw, target_hw=(height, width), rules=rules).pixels
+    expected = np.asarray(resized(encoded, (width, height), None), np.int16)
+    return float(np.abs(found - expected).mean())
 
 
 def _rows(job: Job, engine: str, _: Path) -> None:
@@ -547,6 +574,14 @@ def main() -> None:
             "writes rows to the disk besides.",
             engines(sets, rounds),
             "way | ms an image | × Pillow's loop | × the best loop",
+        )
+        add(
+            "apart",
+            "Differences of the engines",
+            f"{len(sets['jpegs'])} JPEGs: mean difference of each from Pillow's bicubic resize of "
+            "a full decode, in levels of 255; colours and edges as they are.",
+            apart(sets["jpegs"]),
+            "way | mean | half of them | 90 % | 99 % | worst image",
         )
         add(
             "floor",

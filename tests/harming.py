@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,6 +116,8 @@ def others(value: Any) -> list[Any]:
         return [value + 0.5, -value, int(value)]
     if isinstance(value, str):
         return [value + "x", "", value[:-1], None]
+    if isinstance(value, bytes):
+        return [value[:-1], value + b"\0", value.swapcase()]
     if isinstance(value, list):
         return [value[::-1], value[1:], value + value[:1], None]
     if isinstance(value, dict):
@@ -182,7 +185,7 @@ def column_harm(folder: Path) -> Iterator[Harm]:
                         pa.array(changed, kind)
                     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
                         continue  # a file cannot hold it
-                    if changed != values or json.dumps(other) != json.dumps(_at(values, path)):
+                    if changed != values or repr(other) != repr(_at(values, path)):
                         yield _column(name, column, changed, f"{path} is {other!r}")
             for one in at[:1] + at[len(at) // 2 : len(at) // 2 + 1]:
                 for two in at:
@@ -203,7 +206,7 @@ def _at(values: Any, path: tuple[Any, ...]) -> Any:
 
 
 def _with(values: Any, changes: dict[tuple[Any, ...], Any]) -> Any:
-    changed = json.loads(json.dumps(values))
+    changed = deepcopy(values)
     for path, value in changes.items():
         _at(changed, path[:-1])[path[-1]] = value
     return changed
@@ -292,7 +295,7 @@ def row_harm(folder: Path, padding: dict[str, int]) -> Iterator[Harm]:
 
     def harm(how: str, change: Callable[[list[list[Row]]], Any]) -> Harm:
         def do(folder: Path) -> None:
-            parts = json.loads(json.dumps(whole))
+            parts = deepcopy(whole)
             change(parts)
             for (name, table), rows in zip(tables.items(), parts, strict=True):
                 write(folder / name, table_of(rows, table, padding))
@@ -351,7 +354,7 @@ def reject_harm(
 
     def moved(row: int, at: int, why: tuple[str, str, str]) -> Callable[[Path], None]:
         def do(folder: Path) -> None:
-            left = json.loads(json.dumps(rows))
+            left = deepcopy(rows)
             segment = left[row].pop(at)
             write(folder / name, table_of(left, table, padding))
             example = segment["example_index"]

@@ -106,7 +106,7 @@ class Build:
         planned = job.plan()
         num_packs = len(planned.plan)
         # At least one, so that an empty dataset has its columns too.
-        packs = planned.cut(range(num_packs), files.FILE_BYTES) or [range(0)]
+        packs = planned.files(range(num_packs), files.FILE_BYTES) or [range(0)]
         with naming_full_disks(folder):
             rows = [len(some) for some in packs]
             shards = Shards(folder, job.record(), planned.plan.fingerprint, rows)
@@ -143,7 +143,7 @@ class Build:
 
         with bar, naming_full_disks(folder):
             batches = {
-                number: planned.cut(some, files.BATCH_BYTES) for number, some in missing.items()
+                number: planned.batches(some, files.BATCH_BYTES) for number, some in missing.items()
             }
             # One generator fills all shards: worker processes go on past the end of a shard.
             # Closed also after an error, which ends those processes.

@@ -29,13 +29,16 @@ from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import plan_epoch
 from packpipe.rows import schema
+from packpipe.rows.encoded import ENCODED, PIXELS, decoding
 from packpipe.rows.fill_ahead import filled_ahead
 from packpipe.rows.fill_images import Masks, planned_images
+from packpipe.rows.kept_images import KeptImages
 from packpipe.rows.rejects import Reject
 from packpipe.rows.to_arrow import rows_table
 from packpipe.sources.features import packed_features
 from packpipe.sources.image_columns import ImageColumns, target_rules_of
 from packpipe.sources.image_source import ImageSource
+from packpipe.sources.kinds import pixel_type
 from packpipe.sources.labels import Labels, Weights, labels_of, weights_of
 from packpipe.sources.lazy_rows import LazyRows
 from packpipe.sources.sizes import forgetting_wrong_sizes, sizes_of
@@ -83,6 +86,7 @@ class Images:
         num_workers: processes that decode; 0 decodes in this one. The rows do not depend on it.
         image_seconds: processor time that decoding an image may take in such a process.
         texts: the texts packed beside the images; None without texts.
+        store: what rows hold of their images, ``"pixels"`` or ``"encoded"``.
     """
 
     dataset: Dataset
@@ -93,6 +97,33 @@ class Images:
     num_workers: int = 0
     image_seconds: float = IMAGE_SECONDS
     texts: PairedTexts | None = None
+    store: str = PIXELS
+
+    def __post_init__(self) -> None:
+        if self.encodes:
+            self._check_encodes()
+
+    def _check_encodes(self) -> None:
+        """Raise if rows cannot hold these images as they are encoded."""
+        pixels = pixel_type(self.dataset.features[self.columns.image])
+        refused = {
+            "materialize=False, which stores no images": not self.materialize,
+            "mask_column, whose targets are made with the pixels": self.columns.mask is not None,
+            f"arrays of {pixels} pixels, which are not encoded": pixels is not None,
+        }
+        for what, is_so in refused.items():
+            if is_so:
+                raise ValueError(checks.sentence("store", self.store, repr(PIXELS), f"of {what}"))
+
+    @property
+    def encodes(self) -> bool:
+        """Whether rows hold the encoded images, decoded once while they are packed."""
+        return self.store == ENCODED
+
+    @property
+    def stores_pixels(self) -> bool:
+        """Whether rows hold the pixels of their images."""
+        return self.materialize and not self.encodes
 
     @cached_property
     def source(self) -> ImageSource:
@@ -145,7 +176,8 @@ class Images:
         return packed_features(
             self.config,
             self.label,
-            tokens=self.materialize,
+            tokens=self.stores_pixels,
+            encoded=self.encodes,
             weighted=weighted,
             targets=targets,
         )
@@ -171,7 +203,7 @@ def image_job(images: Images) -> Job:
 
     def opened(rows: Dataset, on_error: str) -> Dataset:
         if images.materialize:
-            return rows
+            return decoding(rows)
         weighted = images.columns.weight is not None
         lazily = LazyRows(
             images.source, images.config, images.key, images.label, on_error, weighted
@@ -229,13 +261,17 @@ def plan_images(
     labels = None if images.labels is None else images.labels.values.take(pa.array(found.index))
     weight = None if images.weights is None else images.weights.values[found.index]
     # Beside the patches, 8 bytes a token: an int32 of segment_ids and two int16 of coords.
-    pixels = config.row_bytes + config.seq_len * 8 if images.materialize else 0
+    pixels = config.row_bytes + config.seq_len * 8 if images.stores_pixels else 0
     if masks is not None:
         pixels += masks.padding(1, config).nbytes
     more = schema.sometimes_of(config, weighted=weight is not None)
     row_size = pixels + (5 + len(more)) * 4  # and one offset of each of five to eight lists
     # Length, grid, size, index, (a guess) label; box, and view and weight.
     segment_size = 4 + 4 + 8 + 8 + 8 + 16 * ("box" in more) + 4 * len({*more} - {"box"})
+    image_bytes = np.zeros(len(plan), np.int64)
+    if images.encodes:
+        segment_size += 16  # where the image ends, and its checksum
+        image_bytes = _image_bytes(plan, images.source.num_bytes()[found.index])
     stored = row_size + segment_size * (len(plan.order) // max(1, len(plan)))
     each = f" of {config.num_views} views" if config.num_views > 1 else ""
     return PlannedRows(
@@ -243,14 +279,29 @@ def plan_images(
         rejects=rejects,
         unit="image",
         what=f"{len(index):,} images{each} in {len(plan):,} rows",
-        cut_size=config.row_bytes if images.materialize else stored,
+        cut_size=config.row_bytes if images.stores_pixels else stored,
         row_size=row_size,
         segment_size=segment_size,
-        text_sizes=np.zeros(len(plan), np.int64),
+        text_sizes=image_bytes,
+        fill_size=config.row_bytes if images.encodes else 0,
         fill=partial(_fill, images, plan, labels, weight, read, masks),
         counts=partial(_counts, images, plan, found.broken_exif),
         facts=partial(_facts, plan),
     )
+
+
+def _image_bytes(plan: EpochPlan, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return int64[packs], about how many bytes of encoded images each holds.
+
+    Args:
+        plan: the plan.
+        sizes: int64[images of the plan], bytes of each; below 0 if nobody knows them.
+    """
+    # Of files on other machines: two bits a pixel are those of a good JPEG.
+    guessed = plan.image_hw.astype(np.int64).prod(axis=1) // 4
+    known = np.where(sizes < 0, guessed, sizes)[plan.order // plan.config.num_views]
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(known)])
+    return np.diff(ends[plan.offsets])
 
 
 def _by_number(
@@ -278,11 +329,12 @@ def _fill(
             table = rows_table(planned, stored)
             yield FilledRows(table, [], len(planned.seq_lens), Counter())
         return
+    kept = KeptImages(read)
     filled = filled_ahead(
         plan,
         packs,
         labels,
-        read,
+        kept if images.encodes else read,
         weight=weight,
         masks=masks,
         num_workers=images.num_workers,
@@ -293,7 +345,8 @@ def _fill(
         for rows, failed, flags in filled:
             num_images = len(rows.seq_lens) + len(failed)
             found = Counter(flags.values())
-            yield FilledRows(rows_table(rows, stored), failed, num_images, found)
+            held = kept.beside(rows, failed) if images.encodes else rows
+            yield FilledRows(rows_table(held, stored), failed, num_images, found)
 
 
 def _counts(
@@ -372,6 +425,8 @@ def record_of_images(images: Images) -> dict[str, Any]:
         "config": images.config.to_dict(),
         **images.key._asdict(),
         "materialized": images.materialize,
+        # Rows have always held pixels, which goes without saying.
+        **({"store": images.store} if images.encodes else {}),
         # It decides which images are too slow to be in a row. The usual one goes without saying, as
         # it always has; and nothing is decoded for rows without pixels.
         **({"image_seconds": seconds} if images.materialize and seconds != IMAGE_SECONDS else {}),

@@ -42,11 +42,12 @@ class PlannedRows:
             or about all that it takes if neither is stored.
         row_size: about how many bytes a row takes on the disk.
         segment_size: about how many bytes each of its segments adds, without texts.
-        text_sizes: int64[rows], bytes of texts of each.
+        text_sizes: int64[rows], bytes of texts, or of encoded images, of each.
         fill: yields the rows of each range of packs. The next ones may overwrite their memory.
         counts: the manifest's counts, given all rejects and flags; no flags (None) are known before
             rows are filled.
         facts: what else the manifest says of the rows, given all rejects.
+        fill_size: bytes that a row takes while it is filled, besides what is stored.
     """
 
     plan: EpochPlan | TokenPlan
@@ -60,18 +61,23 @@ class PlannedRows:
     fill: Callable[[list[range]], Generator[FilledRows, None, None]]
     counts: Callable[[list[Reject], Counter[str] | None], dict[str, int]]
     facts: Callable[[list[Reject]], dict[str, Any]] = lambda _: {}
+    fill_size: int = 0
 
     def num_examples(self, packs: range) -> int:
         """Return how many examples, or pieces of them, are in some packs."""
         return int(self.plan.offsets[packs.stop] - self.plan.offsets[packs.start])
 
-    def cut(self, packs: range, most: int) -> list[range]:
+    def files(self, packs: range, most: int) -> list[range]:
         """Return consecutive ranges of packs of at most so many bytes, or of one pack.
 
         They depend on the plan and the size of rows alone, so that a build that is started again
         has the same ones. None without packs.
         """
         return cut_packs(packs, self.cut_size + self.text_sizes, most)
+
+    def batches(self, packs: range, most: int) -> list[range]:
+        """Return such ranges of packs that take at most so many bytes while they are filled."""
+        return cut_packs(packs, self.cut_size + self.text_sizes + self.fill_size, most)
 
     def stored_bytes(self, packs: list[range]) -> int:
         """Return about how many bytes some packs take on the disk."""

@@ -18,6 +18,7 @@ from packpipe.building.token_job import Sequences, token_job
 from packpipe.philox import checked_key
 from packpipe.planning.image_config import config_from
 from packpipe.planning.token_config import token_config_from
+from packpipe.rows.encoded import PIXELS, checked_store
 from packpipe.rows.rejects import Tolerance, tolerance_of
 from packpipe.sources.columns import AskedColumns, Options, check_dataset
 from packpipe.sources.image_files import ImageFiles
@@ -40,6 +41,7 @@ def pack(
     epoch: int = 0,
     output: str | Path | None = None,
     materialize: bool = True,
+    store: str = PIXELS,
     num_workers: int = 1,
     image_seconds: float = IMAGE_SECONDS,
     on_error: str = "quarantine",
@@ -115,6 +117,13 @@ def pack(
         materialize: False writes the plan only and computes the same rows, byte for byte, each
             time they are read, from the images in ``dataset``. An image whose header is sound but
             whose pixels are not is then found when read, not listed in `rejects`.
+        store: what rows hold of their images: their ``"pixels"``, some 20 times as large as JPEGs;
+            or ``"encoded"``, the files as they are, which are decoded again whenever rows are
+            read, to the same bytes, by the workers of a loader. Either way every image is decoded
+            once while it is packed, so that no row holds one that is bad. Encoded rows are opened
+            by `pack` or ``datasets.load_from_disk``, where `PackedLoader` and `read_rows` take
+            them as any others; they are read beside their manifest, so not joined, saved again or
+            loaded with ``keep_in_memory``. Not for arrays of pixels or with mask_column.
         num_workers: processes that decode; 0 decodes in this process, where a codec that hangs
             or crashes cannot be stopped.
         image_seconds: processor time that decoding an image may take in such a process; an image
@@ -175,6 +184,7 @@ def pack(
         "seed": seed,
         "epoch": epoch,
         "materialize": materialize,
+        "store": store,
         "num_workers": num_workers,
         "image_seconds": image_seconds,
     }
@@ -212,6 +222,7 @@ def job_of(
     seed: int = 0,
     epoch: int = 0,
     materialize: bool = True,
+    store: str = PIXELS,
     num_workers: int = 1,
     image_seconds: float = IMAGE_SECONDS,
     **asked_columns: Any,
@@ -226,26 +237,29 @@ def job_of(
         options: of `PackConfig` or `TokenConfig`.
         seed: which permutation.
         epoch: which of the seed's permutations.
-        materialize: whether pixels are stored.
+        materialize: whether images are stored.
+        store: as what they are.
         num_workers: processes that decode.
         image_seconds: processor time that an image may take.
         **asked_columns: the fields of `AskedColumns`.
     """
     columns, key = AskedColumns(**asked_columns), checked_key(seed, epoch)
     num_workers, image_seconds = checked_resources(num_workers, image_seconds)
-    materialize = checks.boolean("materialize", materialize)
+    materialize, store = checks.boolean("materialize", materialize), checked_store(store)
     if columns.hold_tokens(dataset.features):
         if not materialize:
             remedy = "leave it out, since rows of tokens are as small as their source"
             raise ValueError(checks.sentence("materialize", False, "True for tokens", remedy))
+        if store != PIXELS:
+            expected, remedy = f"{PIXELS!r} for tokens", "leave it out, since they have no images"
+            raise ValueError(checks.sentence("store", store, expected, remedy))
         token_config = token_config_from(seq_len, options)
         of_tokens = columns.of_tokens(dataset, token_config)
         return token_job(Sequences(dataset, of_tokens, token_config, key))
     config = config_from(seq_len, options)
     of_images = columns.of_images(dataset)
-    return image_job(
-        Images(dataset, of_images, config, key, materialize, num_workers, image_seconds)
-    )
+    resources = num_workers, image_seconds
+    return image_job(Images(dataset, of_images, config, key, materialize, *resources, store=store))
 
 
 def build_or_open(

@@ -24,6 +24,7 @@ from packpipe.philox import checked_key
 from packpipe.planning.block_windows import WINDOW_ROWS, block_windows, runs_of
 from packpipe.planning.image_config import config_from
 from packpipe.rows import files
+from packpipe.rows.encoded import PIXELS, checked_store, decoding
 from packpipe.rows.rejects import Tolerance
 from packpipe.sources.columns import AskedColumns
 from packpipe.sources.file_columns import file_columns
@@ -43,7 +44,10 @@ def pack_files(build: FilesBuild, *, executor: Any = None, progress: bool = True
     if not build.claim():
         build.finish(build.run(run_on, progress=progress))
     storage = build.job.storage
-    return stored_rows(Path(storage.url)) if isinstance(storage, LocalFolder) else None
+    if not isinstance(storage, LocalFolder):
+        return None
+    found: Dataset = decoding(stored_rows(Path(storage.url)))
+    return found
 
 
 def files_build(
@@ -58,6 +62,7 @@ def files_build(
     seed: int = 0,
     epoch: int = 0,
     materialize: bool = True,
+    store: str = PIXELS,
     num_workers: int = 1,
     image_seconds: float = IMAGE_SECONDS,
     **asked_columns: Any,
@@ -75,6 +80,7 @@ def files_build(
         seed: which permutation.
         epoch: which of the seed's permutations.
         materialize: must be True.
+        store: what rows hold of their images.
         num_workers: processes that decode, of each window that is being built.
         image_seconds: processor time that an image may take.
         **asked_columns: the fields of `AskedColumns`.
@@ -97,7 +103,7 @@ def files_build(
     # A source without rows has the columns, and its digest is that of the files.
     none = source.reader.dataset(())
     columns = file_columns(source, asked)
-    images = Images(none, columns, config, key, True, *resources)
+    images = Images(none, columns, config, key, True, *resources, store=checked_store(store))
     of_images = record_of_images(images)
     blocks = {"rows": window_rows, "blocks": runs_of(source.block_rows)}
     record = {**of_images, "windows": blocks}

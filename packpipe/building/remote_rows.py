@@ -29,12 +29,12 @@ from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe.building.stored_segments import Stored, check_version, damaged, kept_segments
+from packpipe.rows.computed import row_values
 from packpipe.rows.files import CHECKSUM
 from packpipe.rows.from_arrow import table_rows
 from packpipe.rows.own_columns import ROW
 from packpipe.rows.rows import Rows, gather
 from packpipe.rows.text import joined
-from packpipe.sources.lazy_rows import row_values
 from packpipe.storage.reading import bytes_of
 from packpipe.storage.storage import Storage
 

@@ -273,7 +273,8 @@ def check_space(folder: Path, num_bytes: int, what: str) -> None:
         expected = f"{format_bytes(num_bytes)} for {what}"
         remedy = (
             "packed uint8 patches are many times a JPEG: free some, choose another output, or "
-            "pass materialize=False, which stores the plan alone"
+            "pass store='encoded', which stores images as they are, or materialize=False, which "
+            "stores the plan alone"
         )
         message = f"free space of {folder} is {format_bytes(free)}, expected {expected}; {remedy}"
         raise OSError(errno.ENOSPC, message)

@@ -146,8 +146,8 @@ def _written(job: WindowJob, window: Window) -> dict[str, Any]:
     rejects, flags = list(planned.rejects), Counter[str]()
     job.tolerance.check(rejects)
     # At least one file, so that a source without rows has its columns too.
-    packs = planned.cut(range(len(planned.plan)), job.file_bytes) or [range(0)]
-    batches = [planned.cut(some, job.batch_bytes) for some in packs]
+    packs = planned.files(range(len(planned.plan)), job.file_bytes) or [range(0)]
+    batches = [planned.batches(some, job.batch_bytes) for some in packs]
     stored = job.images.features.arrow_schema
 
     def accounted(filled: Iterator[FilledRows]) -> Iterator[pa.Table]:

@@ -180,7 +180,7 @@ def compare_layouts(
             model=model,
             shape={"attention": "auto"},
             batch_size=1,  # the loader below has its own
-            options={"steps": most, "warm_up": 0, "cool_down": 0},
+            options={"steps": most, "warm_up": 0, "cool_down": 0, "log_every": 1},
             num_workers=num_workers,
         )
         torch.manual_seed(0)  # for each layout: both start from the same weights

@@ -87,6 +87,9 @@ def pack(
     split: Split = "train",
     seed: Seed = 0,
     epoch: Epoch = 0,
+    store: Annotated[
+        str, typer.Option(help="Of images: pixels, or encoded, small and decoded when read.")
+    ] = "pixels",
     num_workers: Annotated[int, typer.Option(help="Processes that decode.")] = 1,
     on_error: Annotated[str, typer.Option(help="Of bad images: quarantine, raise.")] = (
         "quarantine"
@@ -150,6 +153,7 @@ def pack(
         "token_columns": token_column or "auto",
         "seed": seed,
         "epoch": epoch,
+        "store": store,
         "num_workers": num_workers,
     }
     if by_windows:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -106,11 +106,24 @@ def conversion_of(image: Image.Image, *, of_file: bool) -> Conversion:
     """
     if image.mode == "LAB":  # the mode itself says what its numbers mean
         return Conversion(None, False)
+    return conversion_by(_profiles(image, of_file), image.mode)
+
+
+def conversion_by(profiles: Iterable[bytes | None], mode: str) -> Conversion:
+    """Return how colours of a mode become sRGB by the first of some ICC profiles that can be used.
+
+    Args:
+        profiles: by rank; None for a broken one.
+        mode: of the pixels.
+
+    Raises:
+        HighDynamicRange: a profile is one of PQ or HLG.
+    """
     broken = False
-    for profile in _profiles(image, of_file):
+    for profile in profiles:
         found = None
         if profile is not None and len(profile) <= MAX_PROFILE_BYTES:
-            found = _transform(profile, _spaces(image.mode))
+            found = _transform(profile, _spaces(mode))
         if found is not None:
             return Conversion(found.transform, broken)
         broken = True

@@ -53,12 +53,20 @@ from packpipe.images.bad_images import (
     rejecting_giants,
     reraise_faults,
 )
-from packpipe.images.colour import Conversion, HighDynamicRange, conversion_of, to_srgb
+from packpipe.images.colour import (
+    Conversion,
+    HighDynamicRange,
+    conversion_by,
+    conversion_of,
+    to_srgb,
+)
 from packpipe.images.edges import decoded_at, whole_parts
 from packpipe.images.geometry import Box, cut, least_size, scaled, stored_box, turned
 from packpipe.images.headers import (
     HEAD_BYTES,
+    JPEG,
     PNG,
+    jpeg_head,
     late_exif,
     quick_probe,
     upright_hw,
@@ -68,9 +76,9 @@ from packpipe.images.layouts import mend
 from packpipe.images.modes import NoRule, plain
 from packpipe.images.opening import LONGEST_SIDE, array_hw, known_formats, opened
 from packpipe.images.orientation import TRANSPOSE, orientation_of, reader_of
-from packpipe.images.pillow_settings import PILLOWS_LIMIT, check_settings
+from packpipe.images.pillow_settings import PILLOWS_LIMIT, check_limit, check_settings
 from packpipe.images.regular_files import open_file
-from packpipe.images.scans import Watched
+from packpipe.images.scans import Watched, scans_of
 
 # Why an image is a reject, by the error that says so.
 _REASONS: dict[type[Exception], str] = {
@@ -209,22 +217,9 @@ def decode(
         ValueError: settings of Pillow in this process would give other pixels.
     """
     check_settings()
-    with opened(data, rules.max_pixels) as image:
-        orientation, _ = orientation_of(image)
-        found = upright_hw(*image.size, orientation)
-        if found != image_hw:
-            raise SizeChanged(
-                f"image_hw is {found}, expected {image_hw} as planned; "
-                "plan again (stored rows: into another folder), the source has changed"
-            )
-        stored = stored_box(box or (0, 0, *image_hw), image_hw, orientation)
-        size = upright_hw(*target_hw[::-1], orientation)[::-1]  # as it is stored
-        try:
-            pixels, area, conversion = _loaded(image, stored, size, rules, image is not data)
-        except Exception as error:  # decoders raise whatever they like
-            reraise_faults(error)
-            reason = _REASONS.get(type(error), "undecodable")
-            raise BadImage(reason, message_of(error, data)) from error
+    planned = _Planned(image_hw, target_hw, box or (0, 0, *image_hw))
+    found = _by_turbo(data, planned, rules) if rules.pixels == "turbo" else None
+    pixels, area, orientation, conversion = found or _by_pillow(data, planned, rules)
     flag = "broken profile" if conversion.broken else None
     whole = tiles if tiles is not None else np.empty((1, 1, *target_hw, 3), np.uint8)
     answer = Decoded(whole[0, 0] if tiles is None else whole, flag)
@@ -254,12 +249,107 @@ def decode(
     return answer
 
 
+class _Planned(NamedTuple):
+    """What is to be made of an image, in pixels of the upright one, as `decode` is told."""
+
+    image_hw: tuple[int, int]
+    target_hw: tuple[int, int]
+    box: tuple[int, int, int, int]
+
+    def stored(self, orientation: int) -> tuple[Box, tuple[int, int]]:
+        """Return the box and the (width, height) it becomes, for an image before it is turned."""
+        box = stored_box(self.box, self.image_hw, orientation)
+        return box, upright_hw(*self.target_hw[::-1], orientation)[::-1]
+
+
+class _Stored(NamedTuple):
+    """An image as it is stored, decoded: grey or RGB, neither turned nor resized.
+
+    Attributes:
+        pixels: of `turbo` an array.
+        box: where what is needed is in them.
+        orientation: how they are turned upright, as EXIF has it.
+        conversion: of their colours.
+    """
+
+    pixels: Image.Image | NDArray[np.uint8]
+    box: Box
+    orientation: int
+    conversion: Conversion
+
+
+def _by_turbo(data: ImageData, planned: _Planned, rules: PixelRules) -> _Stored | None:
+    """Return an image that `turbo` decodes; None of others, which Pillow decodes or rejects."""
+    from packpipe.images import turbo
+
+    check_limit(rules.max_pixels)
+    content = _jpeg_of(data)
+    head = None if content is None else jpeg_head(content)
+    if content is None or head is None:
+        return None
+    size = head.size
+    is_fit = max(size) <= LONGEST_SIDE and 0 < size[0] * size[1] <= rules.max_pixels
+    if not is_fit or upright_hw(*size, head.orientation) != planned.image_hw:
+        return None
+    if not turbo.is_taken(head, scans_of(content)):
+        return None
+    conversion, parts = Conversion(None, False), 1
+    if rules.profiles != "ignore":
+        try:
+            conversion = conversion_by(head.profiles, "L" if head.layers == 1 else "RGB")
+        except HighDynamicRange:
+            return None
+    box, target = planned.stored(head.orientation)
+    if rules.reducing_gap is not None:
+        parts = turbo.parts_of(size, _least(box, size, target, rules.reducing_gap))
+    pixels = turbo.decoded(content, head, parts)
+    if pixels is not None and parts > 1 and rules.jpeg_edges == "clean":
+        finer = whole_parts(pixels, size, parts)
+        if finer != parts and size[0] * size[1] <= PILLOWS_LIMIT * finer**2:
+            parts, pixels = finer, turbo.decoded(content, head, finer)
+    if pixels is None:
+        return None
+    whole = size[0] / parts, size[1] / parts
+    return _Stored(pixels, scaled(box, size, whole), head.orientation, conversion)
+
+
+def _jpeg_of(data: ImageData) -> bytes | None:
+    """Return the bytes of a JPEG file, None if it is none."""
+    if isinstance(data, str | Confined):
+        with rejecting(data), open_file(data) as file:
+            if file.read(len(JPEG)) != JPEG:
+                return None
+            file.seek(0)
+            return file.read()
+    if isinstance(data, bytes | memoryview) and bytes(data[: len(JPEG)]) == JPEG:
+        return bytes(data)
+    return None
+
+
+def _by_pillow(data: ImageData, planned: _Planned, rules: PixelRules) -> _Stored:
+    """Return an image that Pillow decodes; raise what `decode` does."""
+    with opened(data, rules.max_pixels) as image:
+        orientation, _ = orientation_of(image)
+        found = upright_hw(*image.size, orientation)
+        if found != planned.image_hw:
+            raise SizeChanged(
+                f"image_hw is {found}, expected {planned.image_hw} as planned; "
+                "plan again (stored rows: into another folder), the source has changed"
+            )
+        box, target = planned.stored(orientation)
+        try:
+            pixels, area, conversion = _loaded(image, box, target, rules, image is not data)
+        except Exception as error:  # decoders raise whatever they like
+            reraise_faults(error)
+            reason = _REASONS.get(type(error), "undecodable")
+            raise BadImage(reason, message_of(error, data)) from error
+    return _Stored(pixels, area, orientation, conversion)
+
+
 def _loaded(
     image: Image.Image, box: Box, target: tuple[int, int], rules: PixelRules, of_file: bool
-) -> tuple[Image.Image | NDArray[np.uint8], Box, Conversion]:
+) -> tuple[Image.Image, Box, Conversion]:
     """Return pixels as stored, grey or RGB; where a box is in them; what colours they have.
-
-    Pixels of `turbo` are arrays.
 
     Args:
         image: opened, perhaps not loaded.
@@ -277,10 +367,6 @@ def _loaded(
     # A JPEG alone is decoded smaller: other formats would give a thumbnail that their file holds.
     # And not an image of the caller's, which draft would change.
     scans = _watched(image) if of_file else None
-    if rules.pixels == "turbo" and scans is not None:
-        quick = _of_turbo(image, scans, box, target, rules)
-        if quick is not None:
-            return quick[0], scaled(box, size, quick[1]), conversion
     drafted = _drafted(image, scans, box, target, rules)
     expected = size if drafted is None else image.size
     pixels = plain(mended, background, rules.value_range)
@@ -295,29 +381,6 @@ def _loaded(
         if drafted is not None and rules.jpeg_edges == "clean":
             pixels, decoded_size = _whole(pixels, decoded_size, scans, size, background)
     return pixels, scaled(box, size, decoded_size), conversion
-
-
-def _of_turbo(
-    image: Any, scans: Watched, box: Box, target: tuple[int, int], rules: PixelRules
-) -> tuple[NDArray[np.uint8], tuple[float, float]] | None:
-    """Return a JPEG's pixels by `turbo`, and the (width, height) they stand for; None: by Pillow.
-
-    So is one with a damage, which is then told as ever.
-    """
-    from packpipe.images import turbo
-
-    content, size = scans.content, image.size
-    if not turbo.is_taken(image, scans.scans):
-        return None
-    parts = 1
-    if rules.reducing_gap is not None:
-        parts = turbo.parts_of(size, _least(box, size, target, rules.reducing_gap))
-    pixels = turbo.decoded(content, image.mode, size, parts)
-    if pixels is not None and parts > 1 and rules.jpeg_edges == "clean":
-        finer = whole_parts(pixels, size, parts)
-        if finer != parts and size[0] * size[1] <= PILLOWS_LIMIT * finer**2:
-            parts, pixels = finer, turbo.decoded(content, image.mode, size, finer)
-    return None if pixels is None else (pixels, (size[0] / parts, size[1] / parts))
 
 
 def _drafted(

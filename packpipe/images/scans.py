@@ -15,17 +15,16 @@ seen, too, at the cost of another decode. ``benchmarks/damage.py`` measures both
 
 from __future__ import annotations
 
-import re
 import struct
+from bisect import bisect_left
 from io import BytesIO
 from struct import unpack_from
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-# Within a scan FF stands before 00, and before FF as filling.
-_MARKER = re.compile(rb"\xff([^\x00\xff])")
 _RESTARTS, _END, _SCAN, _INTERVAL = range(0xD0, 0xD8), 0xD9, 0xDA, 0xDD
 _ALONE = {0x01, *_RESTARTS, 0xD8}  # markers without a length
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
@@ -90,6 +89,7 @@ class _Layout(NamedTuple):
 def _walked(content: bytes) -> Scans:
     frame = number = interval = at = end = 0
     layout = _Layout()
+    markers: list[int] = []
     low_bits: dict[int, list[int]] = {}  # lowest bit that came, of each coefficient
     while True:
         if number and at == len(content):  # Pillow needs no marker at the end
@@ -115,13 +115,14 @@ def _walked(content: bytes) -> Scans:
         elif code == _SCAN:
             number += 1
             layers = content[start + 1 : start + 1 + 2 * content[start] : 2]
-            first, last, bits = content[start + 1 + 2 * len(layers) :][:3]
+            first, last, bits = content[(head := start + 1 + 2 * len(layers)) : head + 3]
             if frame not in _PROGRESSIVE:
                 first, last, bits = 0, _COEFFICIENTS - 1, 0
             for layer in layers:
                 low_bits[layer][first : last + 1] = [bits & 15] * (last + 1 - first)
-            restarts, end = _restarts(content, at)
-            at = end
+            markers = markers or _markers(content, at)
+            restarts, at = _restarts(content, at, markers)
+            end = at
             if frame not in _LOSSLESS:
                 expected = layout.restarts(layers, interval)
                 # One more, behind the last unit, does no harm.
@@ -142,13 +143,23 @@ def _layout(content: bytes, start: int) -> _Layout:
     return _Layout(width, height, {layer: (of >> 4, of & 15) for layer, of in sampled})
 
 
-def _restarts(content: bytes, start: int) -> tuple[list[int], int]:
+def _markers(content: bytes, start: int) -> list[int]:
+    """Return where FF stands from a place on, but for those of a scan: before 00, and before FF."""
+    codes = np.frombuffer(content, np.uint8)
+    places = start + np.flatnonzero(codes[start:-1] == 0xFF)
+    after = codes[places + 1]
+    found: list[int] = places[(after != 0x00) & (after != 0xFF)].tolist()
+    return found
+
+
+def _restarts(content: bytes, start: int, markers: list[int]) -> tuple[list[int], int]:
     """Return the numbers of the restarts in a scan, and where the marker is that ends it."""
     numbers: list[int] = []
-    for marker in _MARKER.finditer(content, start):
-        (code,) = marker[1]
+    for place in range(bisect_left(markers, start), len(markers)):
+        at = markers[place]
+        code = content[at + 1]
         if code not in _RESTARTS:
-            return numbers, marker.start()
+            return numbers, at
         numbers.append(code - _RESTARTS[0])
     return numbers, len(content)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from packpipe import checks
+from packpipe.rows.encoded import decoding
 from packpipe.rows.files import picked_rows
 from packpipe.rows.from_arrow import table_rows
 from packpipe.rows.rows import Rows
@@ -26,12 +27,13 @@ def read_rows(dataset: Any, rows: Any = None) -> Rows:
     Raises:
         IndexError: a row number is out of range.
         ValueError: the columns are not those of packed rows, or the rows are ragged; or the dataset
-            has a transform of the caller's.
+            has a transform of the caller's. An encoded image is damaged, or cannot be decoded here.
         TypeError: dataset is something else.
     """
+    dataset = decoding(dataset)
     table = picked_rows(dataset, rows)
-    # With materialize=False, the dataset's transform (`LazyRows`) computes the tokens; of rows in a
-    # store it (`RemoteRows`) reads them.
+    # With materialize=False, the dataset's transform (`LazyRows`) computes the tokens; of encoded
+    # images it is `EncodedRows`, of rows in a store `RemoteRows`.
     kwargs = {} if isinstance(dataset, pa.Table) else dataset.format["format_kwargs"]
     transform = kwargs.get("transform")
     if transform is not None and hasattr(transform, "rows"):

@@ -28,6 +28,7 @@ from packpipe.rows.digests import (
     labels_digest,
     sample_digest,
 )
+from packpipe.rows.encoded import decoding
 from packpipe.rows.from_arrow import table_rows, table_segments
 from packpipe.rows.own_columns import has_labels, holds_tokens, is_number, packed_columns
 from packpipe.rows.rows import Rows, gather
@@ -51,8 +52,8 @@ class StoredPacks:
     """
 
     def __init__(self, dataset: Any, *, shuffle: bool = True) -> None:
-        self._dataset = dataset
-        read_rows(dataset, range(0))  # raises if these are no packed rows
+        self._dataset = decoding(dataset)
+        read_rows(self._dataset, range(0))  # raises if these are no packed rows
         has_labels(self._table)  # raises if somebody has put others there
         self._shuffle = shuffle
         self._orders: dict[Key, NDArray[np.int64]] = {}
@@ -117,7 +118,8 @@ class StoredPacks:
         numbers beside tokens; ``rows`` of 16 MB of tokens or pixels, evenly spread; ``targets`` of
         as much of class maps; ``files`` of the checksums of the files, where `pack` has written
         them, so that no byte escapes it. Rows that are computed when they are read have those of
-        `LazyRows` instead; those that are read from a store have the same as a copy of them.
+        `LazyRows` or `EncodedRows` instead; those that are read from a store have the same as a
+        copy of them.
         """
         return dict(self._contents)
 

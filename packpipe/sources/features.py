@@ -10,6 +10,7 @@ from packpipe.images.masks import TargetRules
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.token_config import TokenConfig
 from packpipe.rows import schema
+from packpipe.rows.encoded import encoded_schema
 from packpipe.sources.token_columns import TokenColumns, value_type
 
 
@@ -18,6 +19,7 @@ def packed_features(
     label: Any,
     *,
     tokens: bool = True,
+    encoded: bool = False,
     weighted: bool = False,
     targets: TargetRules | None = None,
 ) -> Features:
@@ -27,14 +29,16 @@ def packed_features(
         config: the options the rows are made with.
         label: feature of the label column, or None.
         tokens: False leaves only the segment columns, the plan of a row.
+        encoded: whether the rows hold encoded images in place of their tokens.
         weighted: whether images have weights.
         targets: how masks become targets; None without masks.
     """
     # Asked of a schema, since a list's feature does not say its type.
     label_type = None if label is None else Features({"l": label}).arrow_schema.field("l").type
     found = schema.row_schema(config, label_type, weighted=weighted, targets=targets)
-    if not tokens:
+    if encoded or not tokens:
         found = schema.segment_schema(label_type, config, weighted=weighted)
+        found = encoded_schema(found) if encoded else found
     features = Features.from_arrow_schema(found)
     if label is not None:
         features["labels"] = List(label)  # an Arrow schema knows no names of classes

@@ -126,7 +126,7 @@ class ImageSource:
         images give the same digest wherever they lie, as bytes or in files. Costs one call of the
         operating system for each image in a file, and next to nothing for others.
         """
-        sizes = self._num_bytes()
+        sizes = self.num_bytes()
         return hexdigest(sizes.data, sample_digest(len(sizes), self._first_bytes).encode())
 
     def same_files(self) -> NDArray[np.int64]:
@@ -136,7 +136,7 @@ class ImageSource:
         a digest of their bytes, read only of those that are as long as others. An image of pixels,
         or one that is missing, is the same as no other.
         """
-        sizes, rows = self._num_bytes(), np.arange(len(self.rows))
+        sizes, rows = self.num_bytes(), np.arange(len(self.rows))
         found, first = rows.copy(), dict[Any, int]()
         _, number, counts = np.unique(sizes, return_inverse=True, return_counts=True)
         for row in np.flatnonzero(counts[number] > 1).tolist():
@@ -163,7 +163,7 @@ class ImageSource:
         is_binary = pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)
         return values if is_binary else None
 
-    def _num_bytes(self) -> NDArray[np.int64]:
+    def num_bytes(self) -> NDArray[np.int64]:
         """Return int64[rows], how many bytes encode each image; 0 for arrays, -1 for none."""
         if self._encoded is None:
             return np.zeros(len(self.rows), np.int64)

@@ -12,12 +12,12 @@ import pyarrow as pa
 
 from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig
+from packpipe.rows.computed import computed_columns
 from packpipe.rows.digests import hexdigest
 from packpipe.rows.fill_images import fill_rows
 from packpipe.rows.from_arrow import table_segments
 from packpipe.rows.rejects import bad_example, one_each
 from packpipe.rows.rows import Rows
-from packpipe.rows.to_arrow import rows_table
 from packpipe.sources.features import packed_features
 from packpipe.sources.image_source import ImageSource
 from packpipe.sources.sizes import forgetting_wrong_sizes
@@ -65,25 +65,6 @@ class LazyRows:
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Return the columns of packed rows: a NumPy array a row, its dtype kept."""
-        # The transform gets plain Python values; the schema gives them back their types.
         features = partial(packed_features, self.config, self.label, weighted=self.weighted)
-        stored = features(tokens=False).arrow_schema
-        if not batch.keys() >= set(stored.names):  # some were selected: nothing to compute
-            return batch
-        row_schema = features().arrow_schema
-        plans = pa.table({name: batch[name] for name in stored.names}, schema=stored)
-        rows = rows_table(self.rows(plans), row_schema)
-        computed = {
-            name: [row_values(row) for row in rows.column(name)] for name in rows.column_names
-        }
-        return computed | {name: batch[name] for name in batch if name not in computed}
-
-
-def row_values(row: pa.Scalar) -> Any:
-    """Return a list scalar as a NumPy array of its own dtype (strings and the like as a list)."""
-    values = row.values
-    if pa.types.is_fixed_size_list(values.type):
-        return values.flatten().to_numpy().reshape(-1, values.type.list_size)
-    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
-        return values.to_numpy()
-    return values.to_pylist()
+        stored, whole = features(tokens=False).arrow_schema, features().arrow_schema
+        return computed_columns(batch, stored, whole, self.rows)

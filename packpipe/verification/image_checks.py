@@ -27,6 +27,7 @@ from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import MAX_SIDE, plan_epoch
 from packpipe.planning.token_config import TokenConfig
 from packpipe.rows import schema
+from packpipe.rows.encoded import ENCODED, encoded_schema, image_damage
 from packpipe.rows.fill_images import planned_images, planned_tokens, token_columns
 from packpipe.rows.from_arrow import table_rows, table_segments
 from packpipe.rows.rejects import Reject
@@ -48,7 +49,7 @@ class Texts(NamedTuple):
 
 
 class ImageChecks:
-    """The checks of rows of images, stored with or without their pixels."""
+    """The checks of rows of images, stored with their pixels, encoded, or without them."""
 
     KEYS = ("materialized", "image_column", "label_column", "image_root")
     COUNTS = ("shrunk", "broken_exif")
@@ -64,6 +65,10 @@ class ImageChecks:
         self.texts = None if "beside" not in manifest else _texts(manifest["beside"])
         self.undecoded = _undecoded(manifest.get("undecoded"))
         self.windows: dict[str, Any] | None = manifest.get("windows")
+        # Rows of pixels do not say what they hold.
+        if manifest.get("store", ENCODED) != ENCODED:
+            raise ValueError(f"store is {manifest['store']!r}, expected {ENCODED!r} or none")
+        self.encodes = "store" in manifest
 
     def counted(self) -> set[str]:
         """Return the names of the manifest's counts that rows of any kind do not have."""
@@ -75,7 +80,8 @@ class ImageChecks:
         """Return the columns that stored rows must have."""
         label = None if self.manifest["label_column"] is None else pa.null()
         weighted = self.manifest.get("weight_column") is not None
-        return list(self._schema(label, self.manifest["materialized"], weighted).names)
+        has_pixels = self.manifest["materialized"] and not self.encodes
+        return list(self._schema(label, has_pixels, weighted).names)
 
     def schema_of(self, rows: pa.Table) -> pa.Schema:
         """Return the schema rows must have, given the type of their labels."""
@@ -87,7 +93,8 @@ class ImageChecks:
     ) -> pa.Schema:
         if has_pixels:
             return schema.row_schema(self.config, label, weighted=weighted, targets=self.targets)
-        return schema.segment_schema(label, self.config, weighted=weighted)
+        segments = schema.segment_schema(label, self.config, weighted=weighted)
+        return encoded_schema(segments) if self.encodes else segments
 
     def broken_segments(self, segments: Rows) -> Iterator[Check]:
         """Yield each thing that can be wrong with segments."""
@@ -137,6 +144,10 @@ class ImageChecks:
 
     def broken_tokens(self, rows: pa.Table, segments: Rows) -> Iterator[Check]:
         """Yield each thing that can be wrong with tokens whose segments are sound."""
+        if self.encodes:
+            damaged, unlike = image_damage(rows, self.config.max_pixels)
+            yield "an encoded image with another checksum", rows_with(segments, damaged)
+            yield "an encoded image of another size", rows_with(segments, unlike)
         if "patches" not in rows.column_names:
             return
         found = table_rows(rows)

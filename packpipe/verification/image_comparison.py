@@ -16,6 +16,8 @@ from datasets import Dataset, Value
 from numpy.typing import NDArray
 
 from packpipe.building.shards import MANIFEST
+from packpipe.images.bad_images import BadImage
+from packpipe.images.content import content_of
 from packpipe.images.decode import pixel_rules
 from packpipe.images.fill import Failure, ImageTask, Outcome, fill_row
 from packpipe.images.masks import TargetRules
@@ -23,6 +25,7 @@ from packpipe.images.pool import ENDED
 from packpipe.philox import Key
 from packpipe.planning.decisions import decide_all
 from packpipe.planning.image_config import PackConfig
+from packpipe.rows.encoded import ENCODED, encoded_in
 from packpipe.rows.fill_images import Masks, planned_tokens, row_tasks, with_boxes
 from packpipe.rows.from_arrow import table_rows
 from packpipe.rows.rejects import Reject, one_each
@@ -188,7 +191,8 @@ class ImageComparison:
     ) -> Generator[Problem, None, int | None]:
         """Decode some images again, and yield how they differ from their tokens.
 
-        Returns how many of them have a broken colour profile; None unless all were decoded by it.
+        Encoded images are compared with those of the source as they are. Returns how many images
+        have a broken colour profile; None unless all were decoded by it.
 
         Args:
             found: the rows.
@@ -211,12 +215,16 @@ class ImageComparison:
                 continue
             name, stored, row = found.places[pack]
             number = at - int(offsets[pack])
-            what, is_flagged = _pixel_difference(
-                stored.slice(row, 1), number, self._source, self.config, self._masks
-            )
-            # Of several views the first is counted.
-            num_flagged += is_flagged and int(np.broadcast_to(held.views, total)[at]) == 0
-            num_compared += 1
+            packed = stored.slice(row, 1)
+            if self.manifest.get("store") == ENCODED:
+                what = _encoded_difference(packed, number, self._source)
+            else:
+                what, is_flagged = _pixel_difference(
+                    packed, number, self._source, self.config, self._masks
+                )
+                # Of several views the first is counted.
+                num_flagged += is_flagged and int(np.broadcast_to(held.views, total)[at]) == 0
+                num_compared += 1
             if what is not None:
                 example = held.example_index[at]
                 where = f"{name}, row {row}, segment {number + 1} (example {example})"
@@ -324,6 +332,25 @@ def _pixel_difference(
         f"by {apart.max()} at most"
     )
     return what, is_flagged
+
+
+def _encoded_difference(row: pa.Table, number: int, source: ImageSource) -> str | None:
+    """Return how a segment's encoded image differs from its source's; None if it does not.
+
+    Args:
+        row: one row of encoded images.
+        number: of the segment in it.
+        source: the images.
+    """
+    found = list(encoded_in(row))[number]
+    try:
+        expected = content_of(source(found.example))
+    except BadImage as error:
+        return f"its image cannot be read again: {error.exception}"
+    # One that is damaged was named before. As bytes: Arrow's are signed ones, unlike others.
+    if found.image is None or bytes(found.image) == bytes(expected):
+        return None
+    return f"its {len(found.image):,} bytes are not the {len(expected):,} of its image"
 
 
 def _outcome_of(

@@ -45,6 +45,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "source_fingerprint": (str,),
     "source_files": (str, type(None)),
     "materialized": (bool,),
+    "store": (str,),
     "image_column": (str,),
     "label_column": (str, type(None)),
     "size_columns": (list, type(None)),

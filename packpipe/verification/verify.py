@@ -51,7 +51,8 @@ def verify(
     the rejects; and that each row holds what the plan, made again, puts there. Given the source,
     all labels, weights and sizes (from the headers of all images), all pieces of sequences and all
     rejects are compared with it, and some images, and their masks, are decoded again and compared
-    with their tokens. Takes about as long as reading the files, and with the source its headers.
+    with their tokens; where rows hold encoded images, these are compared with the source's as they
+    are. Takes about as long as reading the files, and with the source its headers.
 
     What nothing else in a folder tells is not seen: labels, weights, pixels, targets, tokens, and
     what is said of rejects, without the source; pixels and targets outside the sample; the

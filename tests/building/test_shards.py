@@ -572,7 +572,8 @@ def test_a_build_that_cannot_fit_is_refused_before_a_row_is_made(source, tmp_pat
     message = (
         f"[Errno 28] free space of {folder} is 1.2 kB, expected 5.2 kB for 30 images in 12 rows; "
         "packed uint8 patches are many times a JPEG: free some, choose another output, or pass "
-        "materialize=False, which stores the plan alone"
+        "store='encoded', which stores images as they are, or materialize=False, which stores the "
+        "plan alone"
     )
     with watching(steps.append), pytest.raises(OSError, match=f"^{re.escape(message)}$") as caught:
         build(source, folder)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import packpipe
 from packpipe.cli.labels import classes_of, divided, labelled, with_classes_of
 from packpipe.cli.main import app
-from packpipe.cli.open_source import manifest_in
+from packpipe.cli.open_source import manifest_in, open_source
 from packpipe.cli.trained_rows import TrainedRows
 from packpipe.loading.stored import StoredPacks
 from packpipe.philox import Key
@@ -56,6 +56,28 @@ def packed(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed") / "rows"
     told("pack", images, folder, *PACKING, "--profiles", "ignore")
     return folder
+
+
+def test_rows_of_encoded_images_are_packed_and_train_as_rows_of_pixels_do(images, packed, tmp_path):
+    told("pack", images, tmp_path / "rows", *PACKING, "--profiles", "ignore", "--store", "encoded")
+    assert packpipe.manifest(datasets.load_from_disk(str(tmp_path / "rows")))["store"] == "encoded"
+    pixels, encoded = (
+        TrainedRows(open_source(str(folder), "train", rows=True), None, 8, 0, val=0.3)
+        for folder in (packed, tmp_path / "rows")
+    )
+    assert (encoded.seq_len, encoded.evaluation) == (pixels.seq_len, pixels.evaluation)
+    assert encoded.counts() == pixels.counts()
+    for name in ("packs", "validation_packs"):
+        numbers = np.arange(getattr(pixels, name).num_packs(Key(0, 0)))
+        found, wanted = (getattr(rows, name).rows(Key(0, 0), numbers) for rows in (encoded, pixels))
+        assert len(numbers) > 1
+        assert np.array_equal(found.patches, wanted.patches), name
+        assert found.labels.equals(wanted.labels), name
+    told("show", tmp_path / "rows", 0, "--output", tmp_path / "encoded.png")
+    told("show", packed, 0, "--output", tmp_path / "pixels.png")
+    assert (tmp_path / "encoded.png").read_bytes() == (tmp_path / "pixels.png").read_bytes()
+    told("stats", tmp_path / "rows", "--html", tmp_path / "page.html")
+    assert b"data:image" in (tmp_path / "page.html").read_bytes()
 
 
 QUICK = ["--model", "Ti/8", "--batch-size", 2, "--num-workers", 0, "--log-every", 2]

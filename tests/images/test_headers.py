@@ -20,7 +20,14 @@ import packpipe
 from packpipe.images import regular_files
 from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import PixelRules, Probe, decode, probe
-from packpipe.images.headers import HEAD_BYTES, exif_orientation, quick_probe, upright_hw
+from packpipe.images.headers import (
+    HEAD_BYTES,
+    JPEG,
+    exif_orientation,
+    jpeg_head,
+    quick_probe,
+    upright_hw,
+)
 from packpipe.images.opening import opened
 from packpipe.images.orientation import orientation_of
 
@@ -49,6 +56,11 @@ def agrees(encoded):
     found = quick_probe(encoded, len(encoded))
     if found is not None:
         assert by_pillow(encoded) == Probe(found, False)
+    if found is not None and encoded[:3] == JPEG:
+        with opened(encoded, MOST_PIXELS) as image:
+            profiles = (image.info["icc_profile"],) if "icc_profile" in image.info else ()
+            said = image.size, len(image.getbands()), orientation_of(image)[0], profiles
+        assert jpeg_head(encoded) == said
     return found is not None
 
 
@@ -142,6 +154,23 @@ PLAIN = {
     "JPEG, comment, profile, density": encode(
         photo(), "JPEG", comment=b"no words", icc_profile=PROFILE, dpi=(300, 300)
     ),
+    "JPEG, profile in parts": jpeg(
+        segment(0xFFE2, b"ICC_PROFILE\0\2\2" + PROFILE[99:]),
+        segment(0xFFE2, b"ICC_PROFILE\0\1\2" + PROFILE[:99]),
+        *(TABLE, frame()),
+    ),
+    "JPEG, a part of its profile lost": jpeg(
+        segment(0xFFE2, b"ICC_PROFILE\0\2\2" + PROFILE), TABLE, frame()
+    ),
+    "JPEG, profile behind the frame": jpeg(
+        TABLE, frame(), segment(0xFFE2, b"ICC_PROFILE\0\1\1" + PROFILE)
+    ),
+    "JPEG, XMP": encode(photo(), "JPEG", xmp=b"<x />"),
+    "JPEG, XMP that EXIF overrules": jpeg(
+        segment(0xFFE1, b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>'),
+        segment(0xFFE1, exif_block((0x0112, 3, 1, b"\1\0\0\0"))),
+        *(TABLE, frame()),
+    ),
     "JPEG, Photoshop": jpeg(
         JFIF, segment(0xFFED, b"Photoshop 3.0\x008BIM\4\4\0\0" + bytes(4)), TABLE, frame()
     ),
@@ -185,7 +214,12 @@ LEFT = {
     "nothing": b"",
     "GIF": encode(photo("P"), "GIF"),
     "TIFF": encode(photo(), "TIFF"),
-    "JPEG, XMP": encode(photo(), "JPEG", xmp=b'<x tiff:Orientation="6"/>'),
+    "JPEG, turned by XMP": encode(photo(), "JPEG", xmp=b'<x tiff:Orientation="6"/>'),
+    "JPEG, turned by XMP beside EXIF": jpeg(
+        segment(0xFFE1, exif_block()),
+        segment(0xFFE1, b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>'),
+        *(TABLE, frame()),
+    ),
     "JPEG, several images": encode(photo(), "MPO", save_all=True, append_images=[photo()]),
     "JPEG, 12 bit": jpeg(JFIF, TABLE, frame(bits=12)),
     "JPEG, 2 layers": jpeg(JFIF, TABLE, frame(layers=2)),
@@ -274,6 +308,7 @@ LEFT = {
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_files_are_answered_as_pillow_does(name):
+    assert agrees(PLAIN[name])
     assert quick_probe(PLAIN[name], len(PLAIN[name])) == (30, 20)
     assert by_pillow(PLAIN[name]) == Probe((30, 20), False)
 
@@ -351,6 +386,7 @@ MARKERS = st.sampled_from([0xFFC0, 0xFFC2, 0xFFC4, 0xFFDB, 0xFFDD, 0xFFE0, 0xFFE
     st.sampled_from([0xFFE5, 0xFFED, 0xFFEE, 0xFFFE]) | st.integers(0xFF00, 0xFFFF)
 )
 SEGMENT_STARTS = [b"", b"JFIF\0", b"ICC_PROFILE\0", b"MPF\0", b"Adobe", b"Photoshop 3.0\x008BIM\4"]
+SEGMENT_STARTS += [b'http://ns.adobe.com/xap/1.0/\0<tiff:Orientation="6"', b"ICC_PROFILE\0\1\1"]
 SEGMENTS = st.builds(
     lambda marker, start, data: segment(marker, start + data),
     MARKERS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from importlib.metadata import version
 from io import BytesIO
+from pathlib import Path
 
 import naive_profiles
 import numpy as np
@@ -24,11 +25,13 @@ from packpipe.images import decode as decoding
 from packpipe.images import turbo
 from packpipe.images.decode import pixel_rules
 from packpipe.images.fill import ImageTask, fill_row
+from packpipe.images.headers import jpeg_head
 from packpipe.images.scans import scans_of
 from packpipe.planning.image_config import PackConfig
 
 TURBO = {"pixels": "turbo"}
 RULES = pixel_rules(PackConfig(pixels="turbo"))
+PHOTOGRAPHS = sorted((Path(packpipe.__file__).parent / "data/images").rglob("*.jpg"))
 SIZES = [(45, 70), (1, 33), (50, 1), (16, 16)]
 
 
@@ -50,14 +53,15 @@ def files_of(height, width):
 def test_its_decoded_bytes_are_pillows_at_every_fraction(size):
     height, width = size
     for content in files_of(*size):
+        head = jpeg_head(content)
         for parts in (1, 2, 4, 8):
             image = Image.open(BytesIO(content))
-            assert turbo.is_taken(image, scans_of(content))
+            assert turbo.is_taken(head, scans_of(content))
             if parts > 1:
                 image.draft(None, (max(1, width // parts), max(1, height // parts)))
             if image.size != (-(-width // parts), -(-height // parts)):
                 continue  # a side is too short for this fraction
-            found = turbo.decoded(content, image.mode, (width, height), parts)
+            found = turbo.decoded(content, head, parts)
             assert np.array_equal(found, np.asarray(image))
 
 
@@ -99,6 +103,37 @@ def test_it_calls_those_files_damaged_that_pillows_engine_does(name):
     found = [[reason(one, **rule, pixels="pillow") for rule in rules] for one in damaged]
     assert sum(one[0] is not None for one in found) >= 12
     assert [[reason(one, **rule, **TURBO) for rule in rules] for one in damaged] == found
+
+
+@pytest.mark.parametrize("form", [bytes, memoryview, str])
+def test_pillow_opens_nothing_that_it_decodes(form, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "_by_pillow", None)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for content in files_of(45, 70):
+        assert decoded(content, (45, 70), (32, 48), **TURBO).std() > 3
+    for mode in ("RGB", "L"):
+        file = encode(soft(45, 70, mode), "JPEG", exif=exif, xmp=b'<x tiff:Orientation="3"/>')
+        path = tmp_path / mode
+        path.write_bytes(file)
+        data = str(path) if form is str else form(file)
+        assert decoded(data, (70, 45), (48, 32), **TURBO).std() > 3
+
+
+@pytest.mark.parametrize(("gap", "most"), [(1.0, 1.0), (1.5, 0.5)])
+def test_photographs_are_close_to_a_full_decode_and_pillows_resize(gap, most):
+    means = []
+    for path in PHOTOGRAPHS:
+        image = Image.open(path)
+        share = min(1, (224**2 / (image.width * image.height)) ** 0.5)
+        size = [max(16, round(side * share / 16) * 16) for side in image.size]
+        expected = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), int)
+        image_hw, rules = image.size[::-1], {"profiles": "ignore", "reducing_gap": gap}
+        found = decoded(path.read_bytes(), image_hw, tuple(size[::-1]), **rules, **TURBO)
+        means.append(np.abs(found - expected).mean())
+    assert len(means) >= 18
+    assert np.mean(means) < most
+    assert max(means) < 3
 
 
 def test_edges_are_as_clean():

@@ -188,6 +188,7 @@ _DROPPED = ("overflow", "too long", "9 tokens, expected at most 8 (seq_len)")
 KINDS = {
     "images": Kind(images, EVERY_OPTION, {}, _LOST),
     "plans of images": Kind(images, {**_PLAIN, "materialize": False}, {}, _LOST[1:]),
+    "encoded images": Kind(images, {**_PLAIN, "store": "encoded", "profiles": "ignore"}, {}, _LOST),
     "images with columns of sizes": Kind(
         images,
         {**_PLAIN, "size_columns": ("height", "width"), "label_column": None},
