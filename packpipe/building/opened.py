@@ -26,6 +26,7 @@ from packpipe.building.shards import (
     read_manifest,
 )
 from packpipe.building.stored_segments import segments_path, write_segments
+from packpipe.rows.encoded import ENCODED, decoding
 from packpipe.rows.rejects import Reject
 from packpipe.storage.reading import found_file, found_folders, version_of
 from packpipe.storage.storage import Storage, storage_at
@@ -117,16 +118,16 @@ class PackedFolder:
             may_copy: whether rows in a store may be copied whole; they are not to look at a few.
         """
         if self.storage is None or self.cache is None:
-            return datasets.load_from_disk(str(self.folder))
+            return _decoding(datasets.load_from_disk(str(self.folder)))
         records = {name: self.manifest["files"][name] for name in data_files(self.manifest)}
         size = sum(record["bytes"] for record in records.values())
         whole = is_whole(records, self.folder)
         # Encoded images lie beside the segments, so to read these is to read nearly all.
-        is_encoded = "store" in self.manifest
+        is_encoded = self.manifest.get("store") == ENCODED
         may_copy = may_copy or is_encoded
         if whole or (may_copy and self.cache.has_room(self.folder, size)):
             bring(self.storage, records, self.folder)
-            return stored_rows(self.folder)
+            return _decoding(stored_rows(self.folder))
         if is_encoded:
             what = f"{self.place}, of encoded images, {format_bytes(size)}"
             expected = (
@@ -175,6 +176,12 @@ def packed_at(
     path = copies.claim(content)
     bring(storage, {REJECTS: manifest["files"][REJECTS]}, path)
     return PackedFolder(place, path, manifest, storage, copies)
+
+
+def _decoding(rows: Dataset) -> Dataset:
+    """Return rows as they are read: of encoded images, with what decodes them."""
+    found: Dataset = decoding(rows)
+    return found
 
 
 def _no_folder(place: str, names: set[str]) -> str:
