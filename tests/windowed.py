@@ -128,6 +128,9 @@ class Memory:
     def get_range(self, name: str, start: int, stop: int) -> bytes | None:
         return None if name not in self.files else self.files[name][start:stop]
 
+    def version(self, name: str) -> str | None:
+        return None if name not in self.files else str(hash(self.files[name]))
+
     def listed(self, folder: str = "") -> dict[str, int]:
         parts = {name: name.rpartition("/") for name in self.files}
         return {part[2]: len(self.files[n]) for n, part in parts.items() if part[0] == folder}

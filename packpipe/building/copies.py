@@ -22,12 +22,11 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
+from typing import Any
 from uuid import uuid4
 
 import datasets
@@ -73,48 +72,55 @@ class Cache:
             return self.max_bytes
         return (_taken(self._copies()) + shutil.disk_usage(self.folder).free) // 2
 
-    def held(self, manifest: bytes) -> Path:
+    def claim(self, manifest: bytes) -> Path:
         """Return the folder of a copy, which this process holds from now on; it may be empty."""
         path = self.folder / hashlib.sha256(manifest).hexdigest()[:32]
         while True:
             path.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):  # removed since it was made
-                if _is_held(path / _USED):
+                if _is_claimed(path / _USED):
                     break
         if not (path / MANIFEST).exists():
-            durable.write_shared(path / MANIFEST, partial(_write, manifest))
+            with alone_in(path, wait=True):
+                durable.write_bytes(path / MANIFEST, manifest)
         return path
 
     def has_room(self, path: Path, num_bytes: int) -> bool:
         """Return whether a copy of so many bytes may be made; others make room if nobody has them.
 
         Args:
-            path: what `held` returned.
+            path: what `claim` returned.
             num_bytes: of all of its files.
         """
         with alone_in(self.folder, wait=True):
             for left in self.folder.glob(f"{_GONE}*"):
                 shutil.rmtree(left, ignore_errors=True)
             others = sorted((copy for copy in self._copies() if copy != path), key=_opened)
-            limit = self.limit
-            if num_bytes > limit:
-                return False
-            while _taken(others) + num_bytes > limit:
-                gone = next((copy for copy in others if _removed(copy)), None)
-                if gone is None:
+            excess = _taken(others) + num_bytes - self.limit
+            # Nothing is removed unless all that may go makes room enough.
+            with ExitStack() as stack:
+                going: list[Path] = []
+                for copy in others:
+                    if sum(map(_bytes_of, going)) >= excess:
+                        break
+                    if stack.enter_context(_alone(copy)):
+                        going.append(copy)
+                if sum(map(_bytes_of, going)) < excess:
                     return False
-                log.info("%s made room", gone)
-                others.remove(gone)
+                for copy in going:
+                    _remove(copy)
+                    log.info("%s made room", copy)
             # From now on, others count all of it.
             (path / _WHOLE).write_text(f"{num_bytes}\n", encoding="utf-8")
             return True
 
     @contextmanager
-    def passing(self) -> Iterator[Path]:
-        """Let a block have a folder among the copies, which makes room for them if it is killed."""
+    def for_check(self) -> Iterator[Path]:
+        """Return a context: a folder among the copies, which ends with it, or later if killed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix="passing-", dir=self.folder) as path:
-            _is_held(used := Path(path) / _USED)
+        with TemporaryDirectory(prefix="check-", dir=self.folder) as path:
+            with alone_in(self.folder, wait=True):  # or others could remove what is not locked yet
+                _is_claimed(used := Path(path) / _USED)
             try:
                 yield Path(path)
             finally:
@@ -131,7 +137,11 @@ def cache_at(folder: str | Path | None, max_bytes: int | None) -> Cache:
         max_bytes = checks.whole_number("cache_bytes", max_bytes, 0, 2**62, remedy)
     if folder is None:
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "packpipe-remote"
-    return Cache(checks.local_path("cache", folder).absolute(), max_bytes)
+    path = checks.local_path("cache", folder).absolute()
+    if path.exists() and not path.is_dir():
+        remedy = "pass a folder that can be written to"
+        raise ValueError(checks.sentence("cache", str(path), "a folder, or none", remedy))
+    return Cache(path, max_bytes)
 
 
 def bring(storage: Storage, records: dict[str, Any], path: Path) -> None:
@@ -203,10 +213,10 @@ def _is_there(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _is_held(path: Path) -> bool:
+def _is_claimed(path: Path) -> bool:
     """Lock a file as one of its users, until this process ends; return whether it is still there.
 
-    Its time of change becomes now.
+    Its time of change says when it was opened: now.
     """
     descriptor = _HELD.get(path)
     if descriptor is None or not _is_at(descriptor, path):
@@ -226,24 +236,36 @@ def _is_at(descriptor: int, path: Path) -> bool:
     return False
 
 
-def _removed(copy: Path) -> bool:
-    """Remove a copy, unless somebody holds it; return whether it is gone."""
-    with suppress(OSError), (copy / _USED).open("r+b") as file:
-        if _lock(file.fileno(), is_user=False):
-            # Renamed first: who wants it now makes another one.
-            gone = copy.rename(copy.with_name(f"{_GONE}{uuid4().hex}"))
-            shutil.rmtree(gone, ignore_errors=True)
-            return True
-    return False
+@contextmanager
+def _alone(copy: Path) -> Iterator[bool]:
+    """Return a context: whether nobody holds a copy, which nobody gets to hold in it then."""
+    # To close a file that this process holds, too, would let go of it on some file systems.
+    if copy / _USED in _HELD:
+        yield False
+        return
+    with ExitStack() as stack:
+        found = False
+        with suppress(OSError):
+            file = stack.enter_context((copy / _USED).open("r+b"))
+            found = _lock(file.fileno(), is_user=False)
+        yield found
+
+
+def _remove(copy: Path) -> None:
+    """Remove a copy that nobody holds."""
+    with suppress(OSError):
+        # Renamed first: who wants it now makes another one.
+        gone = copy.rename(copy.with_name(f"{_GONE}{uuid4().hex}"))
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _lock(descriptor: int, *, is_user: bool) -> bool:
-    """Return whether a lock was had: of users, who wait for it; else of who wants it alone."""
-    import fcntl  # POSIX has it; elsewhere nothing is removed
-
+    """Lock a file as one of its users, which waits, or alone; return whether that was possible."""
     try:
+        import fcntl  # POSIX has it; elsewhere nothing is removed
+
         fcntl.flock(descriptor, fcntl.LOCK_SH if is_user else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held by a user, or a file system without locks
+    except (ImportError, OSError):  # held by a user, or a file system without locks
         return False
     return True
 
@@ -259,13 +281,12 @@ def _taken(copies: Iterable[Path]) -> int:
 
 
 def _bytes_of(copy: Path) -> int:
-    """Return the bytes that a copy takes, or will take."""
+    """Return the bytes that a copy takes, or will take; its manifest and notes are next to none."""
+    planned = there = 0
     with suppress(OSError, ValueError):
-        return int((copy / _WHOLE).read_text(encoding="utf-8"))
-    with suppress(FileNotFoundError), os.scandir(copy) as entries:
-        return sum(entry.stat().st_size for entry in entries if entry.is_file())
-    return 0
-
-
-def _write(content: bytes, file: BinaryIO) -> None:
-    file.write(content)
+        planned = int((copy / _WHOLE).read_text(encoding="utf-8"))
+    for path in copy.rglob("*"):
+        if path.name != MANIFEST and not path.name.startswith("."):
+            with suppress(FileNotFoundError):  # temporary files come and go
+                there += path.stat().st_size if path.is_file() else 0
+    return max(planned, there)

@@ -6,6 +6,7 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,27 @@ from datasets import Dataset
 from packpipe import checks
 from packpipe.building.build import read_rejects, stored_rows
 from packpipe.building.copies import Cache, bring, cache_at, is_whole
-from packpipe.building.remote_rows import PREFIX, remote_rows, write_segments
-from packpipe.building.shards import MANIFEST, REJECTS, alone_in, data_files, read_manifest
+from packpipe.building.remote_rows import remote_rows
+from packpipe.building.shards import (
+    MANIFEST,
+    REJECTS,
+    alone_in,
+    data_files,
+    format_bytes,
+    read_manifest,
+)
+from packpipe.building.stored_segments import segments_path, write_segments
+from packpipe.rows.encoded import ENCODED, decoding
 from packpipe.rows.rejects import Reject
-from packpipe.storage.reading import found_file
+from packpipe.storage.reading import found_file, found_folders, version_of
 from packpipe.storage.storage import Storage, storage_at
 
 # Files whose segments are read at once.
 _AT_ONCE = 8
 # Names that a manifest may have for its files: no path leads out of a folder.
 _NAME = re.compile(r"[\w-][\w.-]*")
+# The folders that `pack_pairs` writes.
+PAIR = ("images", "texts")
 _FOLDER, _REMEDY = "a folder that packpipe.pack wrote", "pass what pack was given as output"
 
 
@@ -43,8 +55,14 @@ def open_packed(
     a thousandth (tokens of images, which are most of it, are not); their tokens are read from the
     store whenever a row is asked for, three requests a row, by as many threads as a loader has
     (``num_workers``, whose ``prefetch`` is how far they read ahead). The rows, batches of them and
-    states of loaders are the same, byte for byte, of a folder that nobody has changed: no checksum
-    is of a single row, as `verify` has them. A request that fails is made four times in all.
+    states of loaders are the same, byte for byte, of a folder that nobody has changed. A request
+    that fails is made four times in all.
+
+    Of rows that are read so: ``features`` has no columns of tokens, single rows and `read_rows`
+    have them. Another format, and rows of several folders that are joined, are refused; such rows
+    are not saved. That a file is replaced in the store is noticed within a minute, and is an error.
+    No checksum is of a single row, as `verify` has them: other pixels, labels and sizes in what the
+    store answers are not noticed. Rows of encoded images are copied, or refused.
 
     Args:
         folder: a path, or a URL that fsspec knows, such as ``"s3://bucket/rows"``. Of `pack_pairs`,
@@ -54,12 +72,16 @@ def open_packed(
         cache_bytes: most bytes of all copies in it; None is half of what they take and what is
             free on its disk. To make room, copies are removed whole, the one opened longest ago
             first; never one that a process has opened that still runs. 0 makes no copy, and uses
-            one that is there.
+            one that is there. What the rows hold is kept whatever the limit, and goes with the rest
+            of its folder when a copy needs the room.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: `pack` has not written this folder, or not completed it, or with
-            ``materialize=False``; or nothing is installed that opens the URL.
-        ConnectionError: the store does not answer, or with other bytes than the manifest says.
+            ``materialize=False``; there is no room for a copy of encoded images; or nothing is
+            installed that opens the URL.
+        ConnectionError: the store does not answer; or a file that is copied is not what the
+            manifest says, or what is read of it does not fit together.
         FileNotFoundError: a file of the manifest is not there.
     """
     found = packed_at(folder, storage_options=storage_options, cache=cache, cache_bytes=cache_bytes)
@@ -89,20 +111,30 @@ class PackedFolder:
     storage: Storage | None = None
     cache: Cache | None = None
 
-    def rows(self, *, keeps: bool = True) -> Dataset:
+    def rows(self, *, may_copy: bool = True) -> Dataset:
         """Return the rows.
 
         Args:
-            keeps: whether rows in a store may be copied whole; they are not to look at a few.
+            may_copy: whether rows in a store may be copied whole; they are not to look at a few.
         """
         if self.storage is None or self.cache is None:
-            return datasets.load_from_disk(str(self.folder))
+            return _decoding(datasets.load_from_disk(str(self.folder)))
         records = {name: self.manifest["files"][name] for name in data_files(self.manifest)}
         size = sum(record["bytes"] for record in records.values())
         whole = is_whole(records, self.folder)
-        if whole or (keeps and self.cache.has_room(self.folder, size)):
+        # Encoded images lie beside the segments, so to read these is to read nearly all.
+        is_encoded = self.manifest.get("store") == ENCODED
+        may_copy = may_copy or is_encoded
+        if whole or (may_copy and self.cache.has_room(self.folder, size)):
             bring(self.storage, records, self.folder)
-            return stored_rows(self.folder)
+            return _decoding(stored_rows(self.folder))
+        if is_encoded:
+            what = f"{self.place}, of encoded images, {format_bytes(size)}"
+            expected = (
+                f"room for a copy in {self.cache.folder}, of {format_bytes(self.cache.limit)}"
+            )
+            remedy = "raise cache_bytes, or pass a cache on another disk: they are not read by row"
+            raise ValueError(checks.sentence("folder", what, expected, remedy))
         return _segments(self.storage, records, self.folder)
 
     def rejects(self) -> list[Reject]:
@@ -121,23 +153,43 @@ def packed_at(
 
     Of a store, the manifest and the rejects are read, and no row.
     """
-    place = checks.url_or_path("folder", folder)
+    if not isinstance(folder, str | Path):
+        raise TypeError(checks.sentence("folder", folder, "a path or a URL", _REMEDY))
+    if not isinstance(storage_options, dict | None):
+        remedy = "pass what fsspec takes, by name"
+        raise TypeError(checks.sentence("storage_options", storage_options, "a dict", remedy))
+    place, copies = checks.url_or_path("folder", folder), cache_at(cache, cache_bytes)
     if not checks.has_scheme(place):
         if not (Path(place) / MANIFEST).is_file():
-            raise ValueError(checks.sentence("folder", place, _FOLDER, _REMEDY))
+            names = {path.parent.name for path in Path(place).glob(f"*/{MANIFEST}")}
+            raise ValueError(_no_folder(place, names))
         found = read_manifest(Path(place))
         _check_complete(place, found)
         return PackedFolder(place, Path(place), found)
-    storage, copies = storage_at(place, storage_options), cache_at(cache, cache_bytes)
+    storage = storage_at(place, storage_options)
     content = found_file(storage, MANIFEST)
     manifest = None if content is None else manifest_in(content)
     if content is None or manifest is None:
-        raise ValueError(checks.sentence("folder", place, _FOLDER, _REMEDY))
+        raise ValueError(_no_folder(place, found_folders(storage) if content is None else set()))
     _check_complete(place, manifest)
     _check_names(place, manifest)
-    path = copies.held(content)
+    path = copies.claim(content)
     bring(storage, {REJECTS: manifest["files"][REJECTS]}, path)
     return PackedFolder(place, path, manifest, storage, copies)
+
+
+def _decoding(rows: Dataset) -> Dataset:
+    """Return rows as they are read: of encoded images, with what decodes them."""
+    found: Dataset = decoding(rows)
+    return found
+
+
+def _no_folder(place: str, names: set[str]) -> str:
+    """Return the message of a folder that `pack` has not written, given the folders in it."""
+    if set(PAIR) <= names:
+        remedy = f"open {' and '.join(f'{place}/{name}' for name in PAIR)} one by one"
+        return checks.sentence("folder", f"{place}, of pairs", _FOLDER, remedy)
+    return checks.sentence("folder", place, _FOLDER, _REMEDY)
 
 
 def manifest_at(folder: str, storage_options: dict[str, Any] | None = None) -> Any:
@@ -188,12 +240,15 @@ def _check_names(place: str, manifest: dict[str, Any]) -> None:
 
 def _segments(storage: Storage, records: dict[str, Any], folder: Path) -> Dataset:
     """Return a dataset of the segments of rows, whose tokens are read from the store."""
-    paths = [folder / f"{PREFIX}{name}" for name in records]
+    with ThreadPoolExecutor(_AT_ONCE) as executor:
+        versions = list(executor.map(partial(version_of, storage), records))
+    named = zip(records, versions, strict=True)
+    paths = [segments_path(storage, name, version, folder) for name, version in named]
     if not all(path.exists() for path in paths):
         first, tasks = 0, []
         with alone_in(folder, wait=True), ThreadPoolExecutor(_AT_ONCE) as executor:
-            for (name, record), path in zip(records.items(), paths, strict=True):
-                tasks.append(executor.submit(write_segments, storage, name, record, first, path))
+            for (name, record), *where in zip(records.items(), versions, paths, strict=True):
+                tasks.append(executor.submit(write_segments, storage, name, record, first, *where))
                 first += record["rows"]
             try:
                 for task in tasks:
@@ -202,4 +257,4 @@ def _segments(storage: Storage, records: dict[str, Any], folder: Path) -> Datase
                 executor.shutdown(cancel_futures=True)
                 raise
     found = datasets.concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
-    return found.with_transform(remote_rows(storage, records, paths, found.data.schema))
+    return found.with_transform(remote_rows(storage, records, versions, paths, found.data.schema))

@@ -149,7 +149,7 @@ def summarize(folder: str | Path, *, storage_options: dict[str, Any] | None = No
         raise TypeError(checks.sentence("folder", folder, "a path", remedy))
     found = packed_at(folder, storage_options=storage_options)
     # Files are mapped into memory: reading the segment columns leaves the tokens on the disk.
-    rows = table_segments(found.rows(keeps=False).data.table)
+    rows = table_segments(found.rows(may_copy=False).data.table)
     return Summary(
         folder=Path(folder) if found.storage is None else found.place,
         manifest=found.manifest,

@@ -18,7 +18,7 @@ from typing import Any
 from packpipe import checks
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-_SUFFIXES = (*_TARS, ".zip")
+ARCHIVE_ENDINGS = (*_TARS, ".zip")
 _DAMAGES = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError)
 # Of an archive from Windows, too: its parts are no folders elsewhere.
 _LEADS_OUT = re.compile(r"/|[A-Za-z]:/|.*\\|(.*/)?\.\.(/|$)", re.DOTALL)
@@ -26,7 +26,7 @@ _LEADS_OUT = re.compile(r"/|[A-Za-z]:/|.*\\|(.*/)?\.\.(/|$)", re.DOTALL)
 
 def is_archive(path: Path) -> bool:
     """Return whether a file is a tar or zip archive, to judge by its name."""
-    return path.name.lower().endswith(_SUFFIXES) and path.is_file()
+    return path.name.lower().endswith(ARCHIVE_ENDINGS) and path.is_file()
 
 
 def unpacked(archive: Path) -> Path:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from packpipe import checks
-from packpipe.cli.archives import is_archive, unpacked
+from packpipe.cli.archives import ARCHIVE_ENDINGS, is_archive, unpacked
 from packpipe.cli.output import plain
 from packpipe.cli.path_tables import (
+    TEXT_ENDINGS,
     WrongTable,
     is_text_table,
     path_column_of,
@@ -143,14 +144,18 @@ def is_packed(source: str) -> bool:
 
     if not is_remote(source):
         return (Path(source) / MANIFEST).is_file()
-    # A name with an ending is one of a file: a table, or an archive.
-    if Path(source).suffix or "::" in source:
+    if _is_file_name(source) or "::" in source:
         return False
     try:
         found = manifest_at(source)
-    except ValueError:  # somebody else's file
+    except (ValueError, PermissionError):  # somebody else's file; or there is none, in some stores
         return False
     return isinstance(found, dict) and {"packpipe", "complete"} <= found.keys()
+
+
+def _is_file_name(source: str) -> bool:
+    """Return whether a name has the ending of a table or an archive."""
+    return source.lower().endswith((*_BUILDERS, *TEXT_ENDINGS, *ARCHIVE_ENDINGS))
 
 
 def _packed_already(source: str, option: str) -> str:
@@ -302,8 +307,8 @@ def _loaded(path: Path, source: str, split: str) -> Any:
 
     if path.is_file() or is_remote(source):
         builder = _BUILDERS.get(path.suffix.lower(), "parquet")
-        # A name without an ending is one of a folder of files.
-        files = source if path.suffix else f"{source.rstrip('/')}/*.parquet"
+        is_file = path.is_file() or _is_file_name(source) or _is_remote_file(source)
+        files = source if is_file else f"{source.rstrip('/')}/*.parquet"
         return datasets.load_dataset(builder, data_files=files, split=split)
     # Files that save_to_disk writes for a Dataset and for a DatasetDict.
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -311,3 +316,11 @@ def _loaded(path: Path, source: str, split: str) -> Any:
     if path.is_dir():
         return _from_folder(path.absolute(), split)
     return datasets.load_dataset(source, split=split)
+
+
+def _is_remote_file(source: str) -> bool:
+    """Return whether a store has a file at a URL whose name does not tell."""
+    import fsspec  # loads on first use
+
+    filesystem, path = fsspec.url_to_fs(source)
+    return bool(filesystem.isfile(path))

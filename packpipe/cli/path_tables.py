@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TEXT_ENDINGS = tuple(_DELIMITERS)
 _IMAGE = "image"  # name of the column of images, beside that of their paths
 _LOOKED_AT = 100  # values that tell whether a column holds paths, and whether files are there
 

@@ -79,7 +79,7 @@ def draw_rows(folder: str | Path, rows: Sequence[int], *, mask: bool = False) ->
     ):  # rows of token sequences always hold their tokens
         expected, remedy = "rows with their tokens", "pack with materialize=True"
         raise ValueError(checks.sentence("folder", str(folder), expected, remedy))
-    packed = opened.rows(keeps=False)
+    packed = opened.rows(may_copy=False)
     found = read_rows(packed, list(rows))
     as_mask = mask or found.of_tokens
     if as_mask:
@@ -123,7 +123,7 @@ def draw_epochs(
         for name, value in (options if split is None else {"split": split, **options}).items():
             expected, remedy = "left out for packed rows", "they are as they were packed"
             raise ValueError(checks.sentence(name, value, expected, remedy))
-        packed = packed_at(source).rows(keeps=False)
+        packed = packed_at(source).rows(may_copy=False)
         return plot_draws(draws_of_rows(packed, example, drawn, keys), None, None)
     config = config_from(options.pop("seq_len", 1024), options)
     dataset = open_source(source, split or "train")

@@ -10,7 +10,7 @@ import typer
 
 from packpipe import checks
 from packpipe.cli.errors import one_line_errors
-from packpipe.cli.open_source import manifest_in, naming_files, open_source, say_rejected
+from packpipe.cli.open_source import is_packed, manifest_in, naming_files, open_source, say_rejected
 from packpipe.cli.options import (
     AsJson,
     CropArea,
@@ -305,9 +305,10 @@ def train(
         expected = f"left out, since the rows in {source} are packed already"
         remedy = "train on their images, or pack them with it"
         _refuse(context, (*_OF_IMAGES, *more), expected, remedy)
+        are_stored = is_remote(source) and is_packed(source)
         data = TrainedRows(
             dataset,
-            record_of(dataset) if is_remote(source) else manifest_in(Path(source)),
+            record_of(dataset) if are_stored else manifest_in(Path(source)),
             patch_size,
             max_bad_fraction=max_bad_fraction,
             **where,

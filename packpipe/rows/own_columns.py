@@ -18,6 +18,9 @@ from packpipe.rows.schema import (
     TOKEN_SEGMENTS,
 )
 
+# Of rows whose tokens stay in a store, the column that says which row of their folder each is.
+ROW = "packpipe_row"
+
 
 def holds_rows(names: Any) -> bool:
     """Return whether columns are those of packed rows, of images or of token sequences."""
@@ -110,6 +113,12 @@ def has_targets(schema: pa.Schema) -> bool:
 def check_columns(schema: pa.Schema) -> None:
     """Raise ValueError if these are not the columns of packed rows of one length."""
     found = {field.name: field.type for field in schema}
+    if ROW in found:
+        expected = "as open_packed returned them, which reads their tokens from the store"
+        remedy = "drop the other format, or join no folders, or let open_packed copy them"
+        raise ValueError(
+            checks.sentence("rows", "without what reads their tokens", expected, remedy)
+        )
     of_tokens = holds_tokens(found)
     if of_tokens and not found.keys() >= set(NUMBER_COLUMNS):
         expected, remedy = "rows of one length", "pack with layout='fixed'"

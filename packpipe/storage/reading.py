@@ -68,6 +68,12 @@ def bytes_of(storage: Storage, name: str, start: int, stop: int) -> bytes:
     return _there(storage, name, _patiently(storage, name, ask))
 
 
+def version_of(storage: Storage, name: str) -> str:
+    """Return a text that changes when a file is replaced; raises as `bytes_of` does."""
+    found = _patiently(storage, name, lambda: storage.version(name))
+    return _there(storage, name, found)
+
+
 def pieces_of(storage: Storage, name: str, size: int) -> Iterator[bytes]:
     """Yield the first size bytes of a file, piece by piece; raises as `bytes_of` does."""
     for start in range(0, size, _PIECE):
@@ -100,7 +106,7 @@ def patiently(place: str, ask: Callable[[], _Found]) -> _Found:
     raise AssertionError  # the last round returns or raises
 
 
-def _there(storage: Storage, name: str, found: bytes | None) -> bytes:
+def _there(storage: Storage, name: str, found: _Found | None) -> _Found:
     if found is None:
         expected, remedy = "there", "look whether the folder was copied whole, or is removed"
         raise FileNotFoundError(checks.sentence(_place(storage, name), "missing", expected, remedy))

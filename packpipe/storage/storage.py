@@ -20,6 +20,12 @@ from uuid import uuid4
 
 from packpipe import checks, durable
 
+# What stores call the version of a file: a digest, or else the time it was written.
+_VERSIONS = (
+    *("ETag", "etag", "generation", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified"),
+    *("Last-Modified", "updated", "modified", "modify", "modificationTime", "created"),
+)
+
 
 class Storage(Protocol):
     """A folder, by `storage_at`. Names may lead into folders of it: ``"_commits/000003.json"``."""
@@ -48,6 +54,9 @@ class Storage(Protocol):
 
     def get_range(self, name: str, start: int, stop: int) -> bytes | None:
         """Return some bytes of a file, fewer if it ends before; None if there is no such file."""
+
+    def version(self, name: str) -> str | None:
+        """Return a text that changes when a file is replaced; None if there is no such file."""
 
     def listed(self, folder: str = "") -> dict[str, int]:
         """Return the names of the files that lie in a folder, and how many bytes each has."""
@@ -140,6 +149,14 @@ class LocalFolder:
         except FileNotFoundError:
             return None
 
+    def version(self, name: str) -> str | None:
+        """Return a text that changes when a file is replaced; None if there is none."""
+        try:
+            status = self._path(name).stat()
+        except FileNotFoundError:
+            return None
+        return f"{status.st_size} bytes, mtime {status.st_mtime_ns}"
+
     def listed(self, folder: str = "") -> dict[str, int]:
         """Return the files in a folder, with their sizes."""
         found = {}
@@ -231,6 +248,19 @@ class RemoteFolder:
             return bytes(self._filesystem.cat_file(self._path(name), start=start, end=stop))
         except FileNotFoundError:
             return None
+
+    def version(self, name: str) -> str | None:
+        """Return a text that changes when a file is replaced; None if there is no such file.
+
+        Of a store that tells nothing else of a file, its size.
+        """
+        self._filesystem.invalidate_cache()
+        try:
+            found = self._filesystem.info(self._path(name))
+        except FileNotFoundError:
+            return None
+        known = next((f", {key} {found[key]}" for key in _VERSIONS if found.get(key)), "")
+        return f"{found.get('size')} bytes{known}"
 
     def listed(self, folder: str = "") -> dict[str, int]:
         """Return the files in a folder, with their sizes."""

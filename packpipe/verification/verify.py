@@ -17,12 +17,13 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from packpipe import checks
+from packpipe.building.opened import PAIR
 from packpipe.building.shards import MANIFEST, REJECTS, record_of
 from packpipe.packing.quality import fill
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
-from packpipe.verification.brought import PAIR, brought
+from packpipe.verification.copy_for_check import copy_for_check
 from packpipe.verification.folder import Opened, read_folder
 from packpipe.verification.image_checks import ImageChecks
 from packpipe.verification.manifest import same_json, sidecar_problems
@@ -42,6 +43,7 @@ def verify(
     *,
     sample: int | None = 100,
     storage_options: dict[str, Any] | None = None,
+    cache: str | Path | None = None,
 ) -> list[Problem]:
     """Return what is wrong with the folder of a packed dataset; an empty list if nothing is.
 
@@ -62,14 +64,17 @@ def verify(
         folder: the folder that `pack` or `pack_pairs` was given as ``output``. Of `pack_pairs`,
             rows of texts alone are not compared with a plan, which is that of the images; rows of
             images alone need the source for it. Of a folder in a store, its URL: all files are
-            copied beside the caches of `datasets` meanwhile, which takes room for them.
+            copied into the cache meanwhile, which takes room for them: copies that nobody holds
+            are removed for it.
         dataset: the dataset that was packed; None checks the folder alone.
         sample: how many images of dataset are decoded again; None for all.
         storage_options: for fsspec, of a URL: credentials, for example.
+        cache: of a URL, a local folder for the copy, as of `open_packed`.
 
     Raises:
         TypeError: an argument has the wrong type.
         ConnectionError: the store does not answer.
+        OSError: there is no room for a copy of a folder in a store.
         ValueError: folder is not a folder, sample is negative, or the images of dataset are decoded
             with a package that is not installed.
     """
@@ -92,7 +97,7 @@ def verify(
         sample = checks.whole_number("sample", sample, 0, 2**62, "None takes all images")
     if not is_remote:
         return list(_problems(Path(place), dataset, sample))
-    with brought(place, storage_options) as copy:
+    with copy_for_check(place, storage_options, cache) as copy:
         return list(_problems(copy, dataset, sample))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -33,7 +35,7 @@ def folder_of(number, sizes=(10, 20, 30)):
 def copied(cache, number, *, hold=True):
     """Copy a folder of 60 bytes, if there is room; return where it is, or None."""
     memory, records, manifest = folder_of(number)
-    path = cache.held(manifest)
+    path = cache.claim(manifest)
     if not cache.has_room(path, 60):
         return None
     bring(memory, records, path)
@@ -65,15 +67,66 @@ def test_a_copy_that_is_held_is_never_removed_and_what_finds_no_room_is_not_copi
     one = copied(cache, 1)
     assert copied(cache, 2) is None
     assert is_whole(folder_of(1)[1], one)
-    let_go(cache.held(folder_of(2)[2]))
+    let_go(cache.claim(folder_of(2)[2]))
     # Nothing is removed for what could not fit in any case.
     let_go(one)
-    large = cache.held(b"large")
+    large = cache.claim(b"large")
     assert not cache.has_room(large, 120)
     assert one.exists()
     let_go(large)
     assert copied(cache, 3) is not None
     assert not one.exists()
+
+
+def test_nothing_is_removed_for_what_finds_no_room_all_the_same(tmp_path):
+    cache = Cache(tmp_path, 130)
+    one, two = copied(cache, 1), copied(cache, 2, hold=False)
+    assert not cache.has_room(cache.claim(b"third"), 100)  # with 60 bytes that are held
+    assert is_whole(folder_of(2)[1], two)
+    assert one.exists()
+
+
+def test_all_that_lies_in_a_copy_counts(tmp_path):
+    cache = Cache(tmp_path, 200)
+    one = copied(cache, 1)
+    for name in ("segments-data-0.arrow", "images/data-0.arrow"):
+        (one / name).parent.mkdir(exist_ok=True)
+        (one / name).write_bytes(b"0" * 50)
+    assert copied(cache, 2) is None
+    assert copied(Cache(tmp_path, 400), 2) is not None
+
+
+def hold(cache, manifest, is_held):
+    cache.claim(manifest)
+    is_held.set()
+    time.sleep(600)
+
+
+def test_what_several_processes_hold_stays_until_the_last_of_them_was_killed(tmp_path):
+    cache, context = Cache(tmp_path, 100), multiprocessing.get_context("fork")
+    one = copied(cache, 1, hold=False)
+    holders = []
+    for _ in range(2):
+        is_held = context.Event()
+        child = context.Process(target=hold, args=[cache, folder_of(1)[2], is_held])
+        child.start()
+        holders.append(child)
+        assert is_held.wait(100)
+    for child in holders:
+        assert copied(cache, 2) is None
+        assert is_whole(folder_of(1)[1], one)
+        child.kill()
+        child.join()
+    assert copied(cache, 2) is not None
+    assert not one.exists()
+
+
+def test_without_locks_a_folder_is_held_and_nothing_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    cache = Cache(tmp_path, 100)
+    one = copied(cache, 1, hold=False)
+    assert copied(cache, 2) is None
+    assert is_whole(folder_of(1)[1], one)
 
 
 @settings(max_examples=10)
@@ -91,7 +144,7 @@ def test_copies_never_take_more_than_the_limit(tmp_path_factory, limit, opened):
         taken = sum(os.path.getsize(found) for found in cache.folder.rglob("data-*"))
         assert taken <= limit
         for other in held:
-            assert is_whole(folder_of(other)[1], cache.held(folder_of(other)[2]))
+            assert is_whole(folder_of(other)[1], cache.claim(folder_of(other)[2]))
         assert path is not None or 60 * (len(held) + 1) > limit
     for path in list(copies._HELD):
         if path.is_relative_to(cache.folder):
@@ -105,11 +158,13 @@ def test_a_copy_that_comes_while_it_is_removed_is_made_anew(tmp_path, monkeypatc
 
     def lock(descriptor, *, is_user):
         if is_user and not removed:
-            removed.append(copies._removed(old))  # between its opening and its lock
+            with copies._alone(old) as free:  # between its opening and its lock
+                removed.append(free)
+                copies._remove(old)
         return real(descriptor, is_user=is_user)
 
     monkeypatch.setattr(copies, "_lock", lock)
-    path = cache.held(manifest)
+    path = cache.claim(manifest)
     assert removed == [True]
     assert path == old
     assert not is_whole(records, path)
@@ -123,7 +178,7 @@ def test_of_several_who_want_a_folder_one_brings_each_file_once(tmp_path):
     watched = Watched(memory, asked.append)
 
     def open_it(_):
-        path = Cache(tmp_path, 100).held(manifest)
+        path = Cache(tmp_path, 100).claim(manifest)
         assert Cache(tmp_path, 100).has_room(path, 60)
         bring(watched, records, path)
         return is_whole(records, path)
@@ -141,7 +196,7 @@ def test_a_process_that_is_stopped_leaves_whole_files_alone_and_the_next_one_goe
     monkeypatch.setattr(reading, "WAITS", ())
     monkeypatch.setattr(reading, "_PIECE", 4)
     memory, records, manifest = folder_of(1)
-    path = Cache(tmp_path).held(manifest)
+    path = Cache(tmp_path).claim(manifest)
     pieces = []
 
     def step(what):
@@ -169,19 +224,20 @@ def test_without_a_limit_half_of_the_disk_is_for_copies(tmp_path, monkeypatch):
     assert copied(cache, 1) is not None
     monkeypatch.setattr(copies.shutil, "disk_usage", lambda _: SimpleNamespace(free=140))
     assert cache.limit == (60 + 140) // 2
-    path = cache.held(b"another")
-    assert cache.limit == (60 + len(b"another") + 140) // 2
-    assert not cache.has_room(path, 44)
-    assert cache.has_room(path, 43)
+    path = cache.claim(b"another")
+    (path / "segments").write_bytes(b"0" * 8)
+    assert cache.limit == (60 + 8 + 140) // 2
+    assert not cache.has_room(path, 45)
+    assert cache.has_room(path, 44)
 
 
 def test_what_a_check_that_was_killed_has_left_makes_room_and_that_of_one_that_runs_stays(tmp_path):
     cache = Cache(tmp_path, 100)
-    with cache.passing() as path:
+    with cache.for_check() as path:
         (path / "data-0.arrow").write_bytes(b"0" * 60)
-        shutil.copytree(path, left := tmp_path / "passing-left")
+        shutil.copytree(path, left := tmp_path / "check-left")
         assert copied(cache, 1) is None  # 60 bytes of each of the two, and only one may go
         assert path.exists()
-        assert not left.exists()
     assert not path.exists()
     assert copied(cache, 1) is not None
+    assert not left.exists()

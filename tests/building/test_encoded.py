@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from itertools import islice
@@ -11,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 import crashing
 import datasets
+import fsspec
 import numpy as np
 import pictures
 import pyarrow as pa
@@ -62,6 +64,28 @@ def folder_of(packed):
 def again(packed):
     """The rows as another process opens them."""
     return datasets.load_from_disk(str(folder_of(packed)))
+
+
+def test_a_folder_is_opened_decoding_here_and_as_a_copy_of_a_store_and_not_row_by_row(
+    both, tmp_path
+):
+    pixels, encoded = both
+    url = f"memory://encoded-{os.getpid()}/rows"
+    for name, content in contents(folder_of(encoded)).items():
+        fsspec.filesystem("memory").pipe_file(f"{url}/{name}", content)
+    expected = (
+        rf"folder is '{url}, of encoded images, .* kB', expected room for a copy in {tmp_path}"
+    )
+    with pytest.raises(ValueError, match=expected):
+        packpipe.open_packed(url, cache=tmp_path, cache_bytes=0)
+    assert not list(tmp_path.rglob("*data-*"))
+    for rows in (
+        packpipe.open_packed(folder_of(encoded)),
+        packpipe.open_packed(url, cache=tmp_path),
+    ):
+        assert np.array_equal(np.ravel(rows[3]["patches"]), np.ravel(pixels[3]["patches"]))
+        found = packpipe.read_rows(rows, [5, 0, 2]).patches
+        np.testing.assert_array_equal(found, packpipe.read_rows(pixels, [5, 0, 2]).patches)
 
 
 def batches(packs, **options):

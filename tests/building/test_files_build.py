@@ -213,7 +213,6 @@ def test_an_object_store_holds_the_same_and_is_asked_for_no_copy_and_few_lists(
 def assert_read_once(loaded, folder, whole):
     """Opening asks for two files; then every byte of rows comes once, by range, of a copy."""
     asked = {name: [tuple(call) for call in calls] for name, calls in loaded["asked"].items()}
-    assert all(method == "get_object" for calls in asked.values() for method, _, _ in calls)
     names = [f"rows/{name}" for name in whole if name.startswith("data-")]
     assert [key for _, key, _ in asked["looked at"]] == ["rows/manifest.json", "rows/rejects.arrow"]
     ranges = {
@@ -225,9 +224,24 @@ def assert_read_once(loaded, folder, whole):
     assert asked["epoch of the copy"] == []
     assert [key for _, key, _ in asked["opened again"]] == ["rows/manifest.json"]
     # Row by row: heads and segments of all files, then three columns of each row, each byte once.
+    # The version of each file is asked for when it is opened, when its segments have come, and with
+    # its first rows.
     assert {key for _, key, _ in asked["opened"][2:]} == set(names)
+    versions = {
+        what: Counter(key for method, key, _ in asked[what] if method == "head_object")
+        for what in asked
+    }
+    assert versions.pop("opened") == Counter(2 * names)
+    assert versions.pop("epoch by row") == Counter(names)
+    assert not any(versions.values())
+    assert {method for calls in asked.values() for method, _, _ in calls} == {
+        "get_object",
+        "head_object",
+    }
     num_rows = json.loads(whole["manifest.json"])["counts"]["packs"]
-    spans = [(key, *map(int, span[6:].split("-"))) for _, key, span in asked["epoch by row"]]
+    spans = [
+        (key, *map(int, span[6:].split("-"))) for _, key, span in asked["epoch by row"] if span
+    ]
     assert len(spans) == 3 * num_rows
     tokens = sum(stop + 1 - start for _, start, stop in spans)
     assert tokens == num_rows * (6 * 4 * 4 * 3 + 6 * 4 + 6 * 4)

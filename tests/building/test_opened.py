@@ -13,6 +13,7 @@ from itertools import count
 import datasets
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import windowed
 from crashing import contents
@@ -22,7 +23,7 @@ from windowed import Failing, Memory, Watched
 
 import packpipe
 from packpipe import PackedLoader, open_packed, read_rows, summarize
-from packpipe.building import opened
+from packpipe.building import opened, remote_rows
 from packpipe.storage import reading
 
 NUMBERS = count()
@@ -212,6 +213,7 @@ def test_weights_targets_boxes_views_and_lists_of_labels_are_read_one_by_one(tmp
         weight_column="weight",
         crop=packpipe.Crop(),
         views=2,
+        prefix_tokens=5,
         output=tmp_path / "rows",
         num_workers=0,
         progress=False,
@@ -323,6 +325,110 @@ def read_one_by_one(cache):
         read_rows(rows, row)
 
 
+def with_column(content, name, change):
+    """A file of rows in which the numbers of a column are others, and all else is the same."""
+    sink, stream = pa.BufferOutputStream(), pa.ipc.open_stream(content)
+    with pa.ipc.new_stream(sink, stream.schema) as writer:
+        for batch in stream:
+            place, kind = batch.schema.get_field_index(name), batch.schema.field(name).type
+            column = batch.column(place)
+            pairs = name == "grid_hw"
+            flat = column.flatten().flatten() if pairs else column.flatten()
+            values = pa.array(change(flat.to_numpy()))
+            if pairs:
+                values = pa.FixedSizeListArray.from_arrays(values, type=kind.value_type)
+            if pa.types.is_list(kind):
+                made = pa.ListArray.from_arrays(column.offsets, values, type=kind)
+            else:
+                made = pa.FixedSizeListArray.from_arrays(values, type=kind)
+            writer.write_batch(batch.set_column(place, batch.schema.field(name), made))
+    found = sink.getvalue().to_pybytes()
+    assert len(found) == len(content)
+    return found
+
+
+def test_rows_of_a_file_that_was_replaced_are_refused_until_the_folder_is_opened_again(
+    small, tmp_path, monkeypatch
+):
+    memory = Memory(files=dict(small))
+    expected = (
+        "version of store://rows/data-.* is '.*', expected '.*'; it was replaced since: open the "
+        "folder again"
+    )
+    with store(memory):
+        rows, later = (
+            open_packed("memory://unused", cache=tmp_path, cache_bytes=0) for _ in range(2)
+        )
+        old = read_rows(later, [7, 1, 2])
+        for name in [name for name in small if name.startswith("data-")]:
+            memory.files[name] = with_column(small[name], "patches", np.invert)
+        with pytest.raises(ConnectionError, match=expected):
+            read_rows(rows, [7, 1, 2])
+        with pytest.raises(ConnectionError, match=expected):
+            rows[7]
+        # Asked for a moment ago; the next time is when it has been a minute.
+        read_rows(later, [7, 1, 2])
+        monkeypatch.setattr(remote_rows, "_CHECKED_FOR", 0.0)
+        with pytest.raises(ConnectionError, match=expected):
+            read_rows(later, [7, 1, 2])
+    new = read(memory, tmp_path, cache_bytes=0)
+    assert new[0] != old.patches.tobytes()
+    assert new[1:] == [old.coords.tobytes(), old.seq_lens.tobytes()]
+
+
+CHANGES = {
+    "seq_lens": (lambda lens: lens + 99, "seq_lens of more than the 6 tokens of a row, or of none"),
+    "grid_hw": (np.zeros_like, "another than row 0 of the folder"),
+    "example_index": (None, "lists in 'example_index' of other lengths than seq_lens"),
+}
+
+
+@pytest.mark.parametrize("column", CHANGES)
+def test_segments_that_do_not_fit_together_are_refused_and_not_kept(small, tmp_path, column):
+    memory, (change, what) = Memory(files=dict(small)), CHANGES[column]
+    name = min(name for name in small if name.startswith("data-"))
+    if change is not None:
+        memory.files[name] = with_column(small[name], column, change)
+    else:  # the offsets of its lists: one begins a segment earlier
+        stored = pa.ipc.open_stream(small[name]).read_next_batch().column(column)
+        offsets = stored.offsets.to_numpy().copy()
+        held = offsets.tobytes()
+        offsets[1] += 1
+        at = small[name].rindex(held)
+        memory.files[name] = small[name][:at] + offsets.tobytes() + small[name][at + len(held) :]
+    with (
+        store(memory),
+        pytest.raises(ConnectionError, match=f"store://rows/{name} is .*{what}.*, expected"),
+    ):
+        read_one_by_one(tmp_path)
+    memory.files[name] = small[name]
+    assert read(memory, tmp_path, cache_bytes=0) == read(memory, tmp_path / "copy")
+
+
+def test_rows_in_a_store_keep_their_tokens_whatever_other_columns_they_have(three):
+    here, _, by_row = three
+    texts = [[f"text {one}" for one in labels] for labels in here["labels"]]
+    fewer = by_row.remove_columns(["labels"])
+    transform = by_row.format["format_kwargs"]["transform"]
+    others = fewer.add_column("labels", texts).with_transform(transform)
+    for rows in (fewer, by_row.rename_column("labels", "mine"), others):
+        assert "packpipe_row" not in rows[5]
+        assert np.array_equal(np.ravel(rows[5]["patches"]), np.ravel(here[5]["patches"]))
+        np.testing.assert_array_equal(read_rows(rows, 5).patches, read_rows(here, 5).patches)
+    assert list(others[5]["labels"]) == texts[5]
+
+
+def test_rows_in_a_store_that_nothing_reads_are_refused_by_name(three, folder, tmp_path):
+    by_row = three[2]
+    another = open_packed(in_fsspec(contents(folder)), cache=tmp_path, cache_bytes=0)
+    lost = [by_row.with_format("numpy"), datasets.concatenate_datasets([by_row, another])]
+    for rows in lost:
+        with pytest.raises(ValueError, match=r"rows is 'without .*', expected as open_packed"):
+            PackedLoader(rows, 3)
+    with pytest.raises(ValueError, match=r"columns is \[.*\], expected 'packpipe_row' among them"):
+        read_rows(by_row.remove_columns(["packpipe_row"]), 0)
+
+
 def refused(memory, tmp_path, match, **asked):
     with store(memory), pytest.raises(ValueError, match=match):
         open_packed("memory://unused", cache=tmp_path, **asked)
@@ -346,6 +452,11 @@ def test_what_is_no_complete_packed_folder_is_refused_by_name(small, tmp_path):
     refused(with_manifest(files=outside), tmp_path, expected)
     expected = "memory://unused, packed with materialize=False', expected rows with their tokens"
     refused(with_manifest(materialized=False), tmp_path, expected)
+    expected = "unused, of encoded images, .* kB', expected room for a copy in .*, of 0.0 kB; raise"
+    refused(with_manifest(store="encoded"), tmp_path, expected, cache_bytes=0)
+    pairs = {f"{part}/manifest.json": small["manifest.json"] for part in ("images", "texts")}
+    expected = "folder is 'memory://unused, of pairs', expected .*; open memory://unused/images and"
+    refused(Memory(files=pairs), tmp_path, expected)
     refused(Memory(files=small), tmp_path, "cache_bytes is -1, expected an integer", cache_bytes=-1)
     with pytest.raises(ValueError, match=r"cache is 's3://x', expected a path without a scheme"):
         open_packed("memory://unused", cache="s3://x")
@@ -353,6 +464,36 @@ def test_what_is_no_complete_packed_folder_is_refused_by_name(small, tmp_path):
         open_packed(tmp_path)
     with pytest.raises(TypeError, match=r"'str', expected .*; open the folder with packpipe.open"):
         PackedLoader("s3://bucket/rows", 8)
+
+
+def test_wrong_arguments_are_refused_by_name_wherever_the_folder_lies(folder, tmp_path):
+    (tmp_path / "file").touch()
+    for where in (folder, "memory://unused"):
+        with pytest.raises(ValueError, match=r"cache_bytes is -3, expected an integer"):
+            open_packed(where, cache_bytes=-3)
+        with pytest.raises(TypeError, match=r"cache_bytes is '10GB', expected an integer"):
+            open_packed(where, cache_bytes="10GB")
+        with pytest.raises(
+            ValueError, match=r"cache is 's3://x', expected a path without a scheme"
+        ):
+            open_packed(where, cache="s3://x")
+        with pytest.raises(
+            ValueError, match=r"cache is '.*/file', expected a folder, or none; pass"
+        ):
+            open_packed(where, cache=tmp_path / "file")
+        with pytest.raises(
+            TypeError, match=r"storage_options is 'key', expected a dict; pass what"
+        ):
+            open_packed(where, storage_options="key")
+    with pytest.raises(
+        TypeError, match=r"folder is None, expected a path or a URL; pass what pack"
+    ):
+        open_packed(None)
+    for part in ("images", "texts"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "manifest.json").touch()
+    with pytest.raises(ValueError, match=rf"of pairs', expected .*; open {tmp_path}/images and"):
+        open_packed(tmp_path)
 
 
 def test_what_cannot_be_opened_is_asked_for_once(tmp_path):

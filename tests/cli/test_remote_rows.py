@@ -100,15 +100,43 @@ def test_what_takes_no_packed_rows_says_so_of_those_in_a_store(url, tmp_path):
     assert "folder is 'memory://nothing', expected a folder that packpipe.pack" in said.stderr
 
 
-def test_a_folder_of_parquet_files_in_a_store_is_a_source(images, tmp_path, monkeypatch):
+@pytest.fixture
+def online(monkeypatch):
+    """Whether something may be asked for of the Hub; here it is not asked."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+
+@pytest.mark.usefixtures("online")
+def test_names_with_dots_or_without_an_ending_are_what_the_store_says(images, rows, url, tmp_path):
+    store = fsspec.filesystem("memory")
+    dotted, file = f"{url}-v1.0", f"memory://commands-{os.getpid()}/download"
+    store.copy(url, dotted, recursive=True)
+    assert len(open_source(dotted, "train", rows=True)) == len(packpipe.open_packed(rows))
+    dataset = open_source(str(images), "train")
+    dataset.to_parquet(tmp_path / "images.parquet")
+    for name in (file, f"{file}.v2"):
+        store.pipe_file(name, (tmp_path / "images.parquet").read_bytes())
+        assert open_source(name, "train")["label"] == dataset["label"]
+
+
+@pytest.mark.usefixtures("online")
+def test_a_table_of_packed_rows_in_a_store_is_trained_on(rows, tmp_path):
+    table = f"memory://commands-{os.getpid()}/rows.parquet"
+    packpipe.open_packed(rows).to_parquet(tmp_path / "rows.parquet")
+    content = (tmp_path / "rows.parquet").read_bytes()
+    fsspec.filesystem("memory").pipe_file(table, content)
+    asked = ["--model", "Ti/8", "--steps", 1, "--batch-size", 2, "--dry-run", "--json"]
+    assert json.loads(told("train", table, tmp_path / "run", *asked))["images"] == 18
+
+
+@pytest.mark.usefixtures("online")
+def test_a_folder_of_parquet_files_in_a_store_is_a_source(images, tmp_path):
     dataset = open_source(str(images), "train")
     for part in range(2):
         dataset.shard(2, part, contiguous=True).to_parquet(tmp_path / f"{part}.parquet")
     folder = f"memory://parquet-{os.getpid()}/train"
     for name, content in contents(tmp_path).items():
         fsspec.filesystem("memory").pipe_file(f"{folder}/{name}", content)
-    # Whether something may be asked for of the Hub; here it is not asked.
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     found = open_source(folder, "train")
     assert found["label"] == dataset["label"]
     assert packpipe.ImageFiles(folder).block_rows.sum() == len(found) == 18

@@ -43,6 +43,17 @@ def test_what_was_put_is_listed_and_read_until_it_is_removed(storage):
     assert storage.listed() == {}
 
 
+def test_a_file_that_is_replaced_has_another_version_and_others_keep_theirs(storage):
+    assert storage.version("a") is None
+    storage.put("a", b"one")
+    storage.put("b", b"one")
+    first = [storage.version(name) for name in ("a", "b")]
+    storage.put("a", b"other")
+    assert storage.version("a") not in first
+    assert storage.version("a") == storage.version("a")
+    assert storage.version("b") == first[1]
+
+
 def test_of_many_who_put_one_file_if_absent_one_does_and_all_get_it(storage):
     contents = [bytes([number]) * 1000 for number in range(16)]
     with ThreadPoolExecutor(8) as executor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from itertools import count
+from types import SimpleNamespace
 
 import datasets
 import fsspec
@@ -53,6 +55,19 @@ def test_nothing_is_wrong_with_what_pack_wrote_and_all_that_is_damaged_is_named(
     assert found[two].startswith("xxh3_128 is ")
     assert found[three] == "is missing"
     assert found["data-stray.arrow"] == found["x.partial"] == "is not in the manifest"
+
+
+def test_without_room_for_a_copy_nothing_is_copied_and_what_is_needed_is_said(
+    files, tmp_path, monkeypatch
+):
+    url = in_store(files)
+    assert verify(url, cache=tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=99))
+    expected = rf"free space of {tmp_path} is '0.1 kB', expected .* kB for a copy of {url}; free"
+    with pytest.raises(OSError, match=expected):
+        verify(url, cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_both_folders_of_pairs_are_verified(tmp_path):

@@ -1,0 +1,237 @@
+"""Reads the columns of segments of a file of rows in a store, and keeps them in a file here.
+
+In a file of rows, each record batch has its columns one after the other. Lists of one length, the
+tokens, lie at a constant stride: row r of a column is one run of bytes. The other columns, the
+segments, say what the rows hold; they are about a thousandth of the file. They are read once, batch
+by batch: a request gets the segments of a batch, which lie at its end, with the head of the next
+one, so a file takes one request a batch and one more, and no tokens are read. They are kept in a
+file beside the manifest, with the places of the tokens.
+
+A manifest has checksums of whole files, and these bytes are a part of one. So only what does not
+fit together is found: lists of other lengths than the others, more tokens than a row has. Labels,
+sizes and other values are what the store has answered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from packpipe import checks
+from packpipe.rows.files import write_table
+from packpipe.rows.own_columns import ROW, has_labels, is_of_segments, own_segments
+from packpipe.rows.text import joined
+from packpipe.storage.reading import bytes_of, version_of
+from packpipe.storage.storage import Storage
+
+# How the names of the files of segments begin.
+_PREFIX = "segments-"
+# What the schema of such a file says of the tokens: their places, and the schema of their columns.
+_KEY, _TOKENS = b"packpipe", b"packpipe_tokens"
+# Bytes that are read beside what is asked for, which the head of the next batch usually lies in.
+_AHEAD = 16 * 2**10
+# Where a message of Arrow's begins, and the body's length in its table of fields.
+_CONTINUES, _BODY = -1, 10
+
+
+class Column(NamedTuple):
+    """A column of tokens of a record batch: where its first row begins, and bits a row."""
+
+    start: int
+    row_bits: int
+
+
+class Stored(NamedTuple):
+    """A record batch of a file: how many rows it has, and its columns of tokens."""
+
+    num_rows: int
+    columns: dict[str, Column]
+
+
+def segments_of(
+    storage: Storage, name: str, record: dict[str, Any]
+) -> tuple[pa.Table, pa.Schema, list[Stored]]:
+    """Return the columns of segments of a file in a store, and which the others are, and where.
+
+    Raises:
+        ConnectionError, FileNotFoundError: as of `bytes_of`; or the file is not what its record
+            says.
+    """
+    reader = ReadAhead(lambda start, stop: bytes_of(storage, name, start, stop), record["bytes"])
+    try:
+        found, tokens, batches, end = _read(reader)
+        whole = end == record["bytes"] and found.num_rows == record["rows"]
+        _check(found, tokens)
+    except (pa.ArrowException, struct.error, ValueError) as error:
+        raise ConnectionError(damaged(storage, name, str(error))) from error
+    if not whole:
+        what = f"{found.num_rows} rows in {end} bytes"
+        raise ConnectionError(damaged(storage, name, what))
+    return found, tokens, batches
+
+
+def _read(reader: ReadAhead) -> tuple[pa.Table, pa.Schema, list[Stored], int]:
+    head, _ = _message(reader, 0)
+    if head is None:
+        raise ValueError("no schema")
+    schema = pa.ipc.read_schema(pa.py_buffer(head))
+    fixed = [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
+    others = [name for name in schema.names if name not in fixed]
+    tables, batches, position = [], [], len(head)
+    while True:
+        head, body = _message(reader, position)
+        if head is None:  # the end of the stream
+            break
+        start = position + len(head)
+        # The body as far as it is read: the columns of tokens are zeros that no memory is used for.
+        memory = np.zeros(len(head) + body, np.uint8)
+        memory[: len(head)] = np.frombuffer(head, np.uint8)
+        buffer = pa.py_buffer(memory)
+        message = pa.ipc.read_message(pa.BufferReader(buffer))
+        batch = pa.ipc.read_record_batch(message, schema)
+        rows, first = batch.num_rows, buffer.address + len(head)
+        columns, tail = {}, 0
+        for column in fixed:
+            kind, values = schema.field(column).type, batch.column(column).buffers()[-1]
+            size = kind.list_size * kind.value_type.bit_width
+            place = values.address - first if values is not None and values.size else 0
+            columns[column] = Column(start + place, size)
+            tail = max(tail, place + -(-rows * size // 8))
+        # Arrow has not copied: what comes into this memory now are the columns of segments.
+        memory[len(head) + tail :] = np.frombuffer(reader(start + tail, start + body), np.uint8)
+        tables.append(pa.Table.from_batches([batch]).select(others))
+        batches.append(Stored(rows, columns))
+        position = start + body
+    empty = schema.empty_table().select(others)
+    tokens = pa.schema([schema.field(name) for name in fixed])
+    return pa.concat_tables([empty, *tables]), tokens, batches, position + 8
+
+
+def _check(found: pa.Table, tokens: pa.Schema) -> None:
+    """Raise ValueError if columns of segments do not belong together."""
+    found.validate(full=True)
+    has_labels(found)  # raises if they are not one a segment
+    for name in own_segments(found.schema):
+        if not is_of_segments(found, name):
+            raise ValueError(f"lists in {name!r} of other lengths than seq_lens")
+    lists = joined(found.column("seq_lens"))
+    lens = lists.flatten().to_numpy()
+    rows = np.repeat(np.arange(len(lists)), lists.value_lengths().to_numpy())
+    most = tokens.field("segment_ids").type.list_size if "segment_ids" in tokens.names else 2**62
+    if lens.min(initial=1) < 1 or np.bincount(rows, lens).max(initial=0) > most:
+        raise ValueError(f"seq_lens of more than the {most} tokens of a row, or of none")
+
+
+class ReadAhead:
+    """Reads a file from front to back, a little more than is asked for at a time."""
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+        self._read, self.size = read, size
+        self._start, self._held = 0, b""
+
+    def __call__(self, start: int, stop: int) -> bytes:
+        """Return the bytes start..stop - 1."""
+        if stop > self.size:
+            raise ValueError(f"byte {stop - 1} of {self.size}")
+        if not self._start <= start <= stop <= self._start + len(self._held):
+            self._held = self._read(start, min(stop + _AHEAD, self.size))
+            self._start = start
+        return self._held[start - self._start : stop - self._start]
+
+
+def _message(reader: ReadAhead, position: int) -> tuple[bytes | None, int]:
+    """Return the head of a message of Arrow's and the bytes of its body; None at the end.
+
+    Source: Arrow columnar format, encapsulated messages; flatbuffers internals.
+    """
+    mark, length = struct.unpack("<iI", reader(position, position + 8))
+    if mark != _CONTINUES:
+        raise ValueError(f"no message at byte {position}")
+    if not length:
+        return None, 0
+    head = reader(position, position + 8 + length)
+    table = 8 + struct.unpack_from("<I", head, 8)[0]
+    fields = table - struct.unpack_from("<i", head, table)[0]
+    known = struct.unpack_from("<H", head, fields)[0] > _BODY
+    place = struct.unpack_from("<H", head, fields + _BODY)[0] if known else 0
+    return head, struct.unpack_from("<q", head, table + place)[0] if place else 0
+
+
+def damaged(storage: Storage, name: str, what: str) -> str:
+    """Return the message of a file that is not what its manifest says."""
+    expected, remedy = "the rows of its manifest", "copy or pack the folder again"
+    return checks.sentence(f"{storage.url}/{name}", what, expected, remedy)
+
+
+def segments_path(storage: Storage, name: str, version: str, folder: Path) -> Path:
+    """Return where the segments of a version of a file are kept, in the folder of a copy."""
+    digest = hashlib.sha256(f"{storage.url}/{name} {version}".encode()).hexdigest()[:16]
+    return folder / f"{_PREFIX}{digest}-{name}"
+
+
+def write_segments(
+    storage: Storage, name: str, record: dict[str, Any], first: int, version: str, path: Path
+) -> None:
+    """Write what `segments_of` returns to a file, unless it is there.
+
+    Args:
+        storage: the folder.
+        name: of a file in it.
+        record: what the manifest says of it.
+        first: number of its first row in the folder.
+        version: of the file.
+        path: of the file to write.
+
+    Raises:
+        ConnectionError, FileNotFoundError: as of `segments_of`; or the file was replaced meanwhile.
+    """
+    if path.exists():
+        return
+    found, tokens, batches = segments_of(storage, name, record)
+    check_version(storage, name, version)
+    numbers = pa.array(np.arange(first, first + found.num_rows))
+    # In the schema, since a file is mapped: what is not looked at takes no memory.
+    known = {_KEY: json.dumps(batches).encode(), _TOKENS: tokens.serialize().to_pybytes()}
+    known |= found.schema.metadata or {}
+    found = found.append_column(ROW, numbers).replace_schema_metadata(known)
+    write_table(path, found.schema, [found])
+
+
+def check_version(storage: Storage, name: str, version: str) -> None:
+    """Raise ConnectionError if a file was replaced since it had a version."""
+    found = version_of(storage, name)
+    if found != version:
+        what = f"version of {storage.url}/{name}"
+        remedy = "it was replaced since: open the folder again"
+        raise ConnectionError(checks.sentence(what, found, repr(version), remedy))
+
+
+class KeptSegments(NamedTuple):
+    """What `write_segments` has written beside the segments.
+
+    Attributes:
+        tokens: the schema of the columns that are not in the file.
+        batches: the record batches of the file in the store.
+    """
+
+    tokens: pa.Schema
+    batches: list[Stored]
+
+
+def kept_segments(path: Path) -> KeptSegments:
+    """Return where the tokens are of the segments in a file that `write_segments` has written."""
+    metadata = pa.ipc.open_stream(pa.memory_map(str(path))).schema.metadata
+    tokens = pa.ipc.read_schema(pa.py_buffer(metadata[_TOKENS]))
+    return KeptSegments(tokens, list(map(_stored, json.loads(metadata[_KEY]))))
+
+
+def _stored(found: list[Any]) -> Stored:
+    num_rows, columns = found
+    return Stored(num_rows, {name: Column(*place) for name, place in columns.items()})
