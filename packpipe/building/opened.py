@@ -247,9 +247,10 @@ def _segments(storage: Storage, records: dict[str, Any], folder: Path) -> Datase
     if not all(path.exists() for path in paths):
         first, tasks = 0, []
         with alone_in(folder, wait=True), ThreadPoolExecutor(_AT_ONCE) as executor:
-            for (name, record), *where in zip(records.items(), versions, paths, strict=True):
-                tasks.append(executor.submit(write_segments, storage, name, record, first, *where))
-                first += record["rows"]
+            for name, version, path in zip(records, versions, paths, strict=True):
+                asked = (storage, name, records[name], first, version, path)
+                tasks.append(executor.submit(write_segments, *asked))
+                first += records[name]["rows"]
             try:
                 for task in tasks:
                     task.result()
