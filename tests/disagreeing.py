@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import broken
@@ -181,6 +182,27 @@ class Unforeseen(StoredPacks):
         return rows
 
 
+class Ending(PackedLoader):
+    """A loader whose passes end in another way than they are to."""
+
+    def _batches(self):
+        yield from islice(super()._batches(), 4 if self.how == "early" else None)
+        if self.how == "error":
+            raise OSError("the last file is gone")
+
+
+def train_to_another_end(rank, how):
+    """Train for two passes of five steps; those of rank 1 end otherwise."""
+    loader = Ending(learning.table(), 1, seed=3, max_segments=4)
+    loader.how = how if rank else None
+    steps = []
+    try:
+        for record in train(learning.model_of(), loader, learning.config_of(steps=9)):
+            steps.append(record.step)
+    except ValueError as error:
+        raise ValueError(f"after {len(steps)} steps: {error}") from error
+
+
 def train_on_unforeseen(rank, fails, **options):
     """Train, with workers that fill batches ahead; rank 0 has nothing wrong."""
     packs = Unforeseen(fails if rank else None)
@@ -229,6 +251,8 @@ def disagreements(rank, checkpoint):
         "no log": lambda folder: train_where_no_log_can_be(rank, folder),
         "a label of a stream": lambda _: train_on_unforeseen(rank, "label"),
         "an image": lambda _: train_on_unforeseen(rank, "image", accumulate=2, workers=1),
+        "an error at the end of a pass": lambda _: train_to_another_end(rank, "error"),
+        "a pass that ends early": lambda _: train_to_another_end(rank, "early"),
         "too large a batch": lambda folder: train_on(rank, folder, batch_size=11),
         "nothing": lambda folder: train_on(rank, folder, checkpoint=checkpoint),
         "ranks that are told": lambda _: go_through(rank, rank=rank, world_size=2),

@@ -13,8 +13,8 @@ DataLoader that accelerate makes of the loader would start processes around its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 from packpipe import checks
@@ -328,6 +328,15 @@ class PackedLoader:
             ValueError: an epoch has no batch.
             RuntimeError: as of a loop.
         """
+        with closing(self.passes_and_ends()) as found:
+            yield from (one for one in found if one is not None)
+
+    def passes_and_ends(self) -> Generator[tuple[Any, Key] | None, None, None]:
+        """Yield the same as `passes`, and None after the last batch of each epoch.
+
+        Ranks that tell each other what they found before they go on never begin an epoch, about
+        which they ask each other, while another one has failed at the end of the one before.
+        """
         is_threaded = self._num_workers and self.workers == "threads"
         threads = Threads(self._num_workers, self.prefetch) if is_threaded else None
         self._threads = threads
@@ -344,6 +353,7 @@ class PackedLoader:
                     remedy = "look for what filters or rejects all images"
                     raise ValueError(checks.sentence("batches of the loader", 0, expected, remedy))
                 was_empty = is_empty
+                yield None
         finally:
             self._threads = None
             if threads is not None:

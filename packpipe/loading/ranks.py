@@ -99,32 +99,41 @@ def together(action: Callable[[], T], group: Any = None) -> T:
     Args:
         action: what every rank does.
         group: of `host_group`, through which a number tells whether it failed anywhere: for what is
-            done at every step. None gathers the errors themselves, through the current GPU.
+            done at every step. It may return None there, where a pass is over. Without a group the
+            errors themselves are gathered, through the current GPU.
 
     Raises:
         ValueError: the action failed on some ranks, or in different ways; has each one's error. If
-            it failed everywhere in the same way, its own error is raised.
+            it failed everywhere in the same way, its own error is raised. Or a pass is over on some
+            ranks alone.
     """
     try:
         result = action()
     except Exception as error:
-        if _failed_somewhere(True, group):
-            agree({"error": f"{type(error).__name__}: {error}"})
+        _least_and_most(_FAILED, group)
+        agree({"error": f"{type(error).__name__}: {error}"})
         raise
-    if _failed_somewhere(False, group):
+    is_over = group is not None and result is None
+    least, most = _least_and_most(_OVER if is_over else _UNDER_WAY, group)
+    if most == _FAILED:
         agree({"error": None})
+    elif least != most:
+        agree({"the pass": "over" if is_over else "under way"})
     return result
 
 
-def _failed_somewhere(failed: bool, group: Any) -> bool:
-    """Return whether any rank failed, or nobody knows, since there is no group to ask."""
+_UNDER_WAY, _OVER, _FAILED = range(3)
+
+
+def _least_and_most(found: int, group: Any) -> tuple[int, int]:
+    """Return the ends of what all ranks found; without a group, failed, since nobody knows."""
     if group is None:
-        return True
+        return _FAILED, _FAILED
     import torch
 
-    number = torch.tensor(int(failed))
-    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=group)
-    return bool(number)
+    ends = torch.tensor([-found, found])
+    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, group=group)
+    return -int(ends[0]), int(ends[1])
 
 
 @contextmanager

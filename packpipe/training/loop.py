@@ -246,17 +246,23 @@ def _together_given(
 
     What fails on one rank, such as an image, or a label of a stream, is raised on every rank: the
     others would wait for its gradients. So ranks ask each other about every batch, not every step,
-    since one of them may be the first of an epoch, about which they ask each other, too.
+    since one of them may be the first of an epoch, about which they ask each other, too; and about
+    the end of an epoch, at which one may fail while others have one more batch, or begin the next.
     """
-    batches = loader.passes()
+    batches = loader.passes_and_ends()
 
-    def one() -> tuple[_Part, int]:
-        batch, key = next(batches)
+    def one() -> tuple[_Part, int] | None:
+        found = next(batches)
+        if found is None:
+            return None
+        batch, key = found
         return _prepared(batch, key, model, config), batch.segment_ids.shape[1]
 
     with host_group() as group:
         while True:
-            yield together(one, group)
+            given = together(one, group)
+            if given is not None:
+                yield given
 
 
 def _prepared(batch: PackedBatch, key: Key, model: NaViT, config: TrainConfig) -> _Part:

@@ -525,6 +525,10 @@ TOLD = {
     f"expected 0..4, or -100 for a segment that does not count; *' (rank 1), expected {NONE}",
     "an image": "after 2 steps: error is None (rank 0), 'TooManyRejects: rejected is 2 of 9 "
     f"examples (22.22%), expected at most 1.00%' (rank 1), expected {NONE}",
+    "an error at the end of a pass": "after 5 steps: error is None (rank 0), 'OSError: the last "
+    f"file is gone' (rank 1), expected {NONE}",
+    "a pass that ends early": "after 4 steps: the pass is 'under way' (rank 0), 'over' (rank 1), "
+    f"expected {SAME}",
     # What fails everywhere in the same way is said as it is.
     "too large a batch": "num_packs is 10, expected 22 (batch_size times world_size) or more; "
     "choose a smaller batch, or tail='pad'",
