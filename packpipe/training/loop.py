@@ -68,7 +68,9 @@ def train(
 ) -> Iterator[Record]:
     """Train a model in place; yield a record every log_every steps, and after every validation.
 
-    A record's figures are means over the steps since the one before; the last step has one, too.
+    A record's figures are means over the steps since the one before; the last step has one, too,
+    and each step that a checkpoint is saved of, since no checkpoint holds sums that are not over:
+    the records after a kill are those of a training that was not.
 
     Args:
         model: on the device it is trained on. With ``ema`` it has the weights of the last step; the
@@ -200,7 +202,8 @@ def train(
         ends = stop() or done == config.steps
         # Not where stop ends the training: it may go on, as if it had not been stopped.
         measures = validator is not None and config.validates(done)
-        if done % config.log_every == 0 or ends or measures:
+        saves = folder is not None and config.save_every and done % config.save_every == 0
+        if done % config.log_every == 0 or ends or measures or saves:
             record = figures.record(done, learning_rate)
             if validator and measures:
                 record = _measured(validator, record, files)
@@ -210,7 +213,7 @@ def train(
             yield record
         is_best = measures and validator is not None and done in validator.best_steps
         # After the yield: a caller that stops at a record leaves without this step's checkpoint.
-        if ends or is_best or (config.save_every and done % config.save_every == 0):
+        if ends or is_best or saves:
             files.save(done)
         if ends:
             return

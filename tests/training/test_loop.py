@@ -360,6 +360,31 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(stop, tmp_path):
     assert len(losses_of(tmp_path / "parts")) == learning.STEPS
 
 
+def test_the_records_after_a_kill_are_those_of_a_training_that_was_not(tmp_path):
+    config = learning.config_of(save_every=3, log_every=5)
+    asked = iter([False] * 4)
+
+    def run(folder, stop):
+        list(train(learning.model_of(), learning.loader_of(), config, folder=folder, stop=stop))
+
+    def killed():
+        if next(asked, None) is None:  # at the fifth step, before its record
+            raise KeyboardInterrupt
+        return False
+
+    run(tmp_path / "whole", lambda: False)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", killed)
+    assert [line["step"] for line in read_log(tmp_path / "killed")] == [3]
+    run(tmp_path / "killed", lambda: False)
+    found, wanted = (
+        [(line["step"], line["loss"], line["accuracy"], line["fill"]) for line in read_log(folder)]
+        for folder in (tmp_path / "killed", tmp_path / "whole")
+    )
+    assert found == wanted
+    assert [step for step, *_ in found] == [3, 5, 6, 9, 10, 12]
+
+
 def test_the_last_checkpoints_are_kept_and_a_half_written_one_is_none(tmp_path):
     trained(tmp_path)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000010", "step-00000012"]
