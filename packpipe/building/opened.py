@@ -248,9 +248,11 @@ def _segments(storage: Storage, records: dict[str, Any], folder: Path) -> Datase
         first, tasks = 0, []
         with alone_in(folder, wait=True), ThreadPoolExecutor(_AT_ONCE) as executor:
             for name, version, path in zip(records, versions, paths, strict=True):
-                asked = (storage, name, records[name], first, version, path)
-                tasks.append(executor.submit(write_segments, *asked))
-                first += records[name]["rows"]
+                record = records[name]
+                tasks.append(
+                    executor.submit(write_segments, storage, name, record, first, version, path)
+                )
+                first += record["rows"]
             try:
                 for task in tasks:
                     task.result()

@@ -52,8 +52,12 @@ def packed_source(
         label_column: that of labels; None finds it, ``"none"`` is none.
     """
     columns: dict[str, Any]
-    columns = {"image_column": image_column or "auto", "label_column": label_column or "auto"}
-    found = open_source(source, split or "train", **columns)
+    found = open_source(
+        source,
+        split or "train",
+        image_column=image_column or "auto",
+        label_column=label_column or "auto",
+    )
     # Texts that were stored are of a column that was named: by the caller, or to pack by windows.
     as_named = _is_source(manifest, found) or "windows" in manifest
     if label_column is not None or as_named:

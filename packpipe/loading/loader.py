@@ -13,11 +13,7 @@ DataLoader that accelerate makes of the loader would start processes around its 
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from collections.abc import Callable, Iterator
-=======
 from collections.abc import Callable, Generator, Iterator
->>>>>>> 25f4a66325d226183e9d650f2652b2ddc29a79ae
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -339,11 +335,7 @@ class PackedLoader:
         with closing(self.passes_and_ends()) as found:
             yield from (one for one in found if one is not None)
 
-<<<<<<< HEAD
-    def passes_and_ends(self) -> Iterator[tuple[Any, Key] | None]:
-=======
     def passes_and_ends(self) -> Generator[tuple[Any, Key] | None, None, None]:
->>>>>>> 25f4a66325d226183e9d650f2652b2ddc29a79ae
         """Yield the same as `passes`, and None after the last batch of each epoch.
 
         Ranks that tell each other what they found before they go on never begin an epoch, about
