@@ -51,7 +51,6 @@ def packed_source(
         image_column: its column of images, or of their paths; None finds it.
         label_column: that of labels; None finds it, ``"none"`` is none.
     """
-    columns: dict[str, Any]
     found = open_source(
         source,
         split or "train",
