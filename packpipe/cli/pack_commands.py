@@ -195,7 +195,8 @@ def pack(
         else:
             print_table(output, [(n, f"{value}") for n, value in manifest["counts"].items()])
         return
-    dataset = source_to_pack(source, split, image_column, label_column)
+    columns = {"image_column": image_column, "label_column": label_column}
+    dataset = source_to_pack(source, split, columns, tokens=bool(token_column))
     if is_text(dataset.features.get(image_column)):  # of paths: the images are beside it
         where["image_column"] = "auto"
     if dry_run:

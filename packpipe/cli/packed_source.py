@@ -13,14 +13,26 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def source_to_pack(source: str, split: str, image_column: str, label_column: str) -> Dataset:
+def source_to_pack(source: str, split: str, columns: dict[str, str], *, tokens: bool) -> Dataset:
     """Return what ``pack`` packs: as `open_source` does, and labels that are found are no texts.
 
     Texts become classes, named and sorted by their value. A column of labels that is named is
     stored as it is.
+
+    Args:
+        source: the dataset, as `open_source` takes it.
+        split: its split.
+        columns: the names ``image_column`` and ``label_column``, or ``"auto"``.
+        tokens: whether columns of tokens are asked for, whatever images lie beside them.
     """
-    found = open_source(source, split, image_column=image_column, label_column=label_column)
-    return _with_classes(found) if label_column == "auto" else found
+    from packpipe.sources.columns import AskedColumns
+    from packpipe.sources.image_columns import label_column_of
+
+    named: dict[str, Any] = columns
+    found = open_source(source, split, **named)
+    if tokens or columns["label_column"] != "auto" or AskedColumns().hold_tokens(found.features):
+        return found
+    return _with_classes(found, label_column_of(found.features, "auto"))
 
 
 def packed_source(
@@ -39,11 +51,14 @@ def packed_source(
         image_column: its column of images, or of their paths; None finds it.
         label_column: that of labels; None finds it, ``"none"`` is none.
     """
+    columns: dict[str, Any]
     columns = {"image_column": image_column or "auto", "label_column": label_column or "auto"}
     found = open_source(source, split or "train", **columns)
     # Texts that were stored are of a column that was named: by the caller, or to pack by windows.
     as_named = _is_source(manifest, found) or "windows" in manifest
-    return found if label_column is not None or as_named else _with_classes(found)
+    if label_column is not None or as_named:
+        return found
+    return _with_classes(found, manifest.get("label_column"))
 
 
 def check_source(manifest: dict[str, Any], dataset: Dataset) -> None:
@@ -72,18 +87,13 @@ def _is_source(manifest: dict[str, Any], dataset: Dataset) -> bool:
     return bool(manifest.get("source_fingerprint") == dataset._fingerprint)
 
 
-def _with_classes(dataset: Dataset) -> Dataset:
-    """Return a dataset of images whose labels, if they are texts, are classes."""
+def _with_classes(dataset: Dataset, label: str | None) -> Dataset:
+    """Return a dataset whose labels, if they are texts, are classes; label names their column."""
     import datasets
 
-    from packpipe.sources.columns import AskedColumns
-    from packpipe.sources.image_columns import label_column_of
     from packpipe.sources.kinds import is_text
 
-    if AskedColumns().hold_tokens(dataset.features):
-        return dataset
-    label = label_column_of(dataset.features, "auto")
-    if label is None or not is_text(dataset.features[label]):
+    if label is None or not is_text(dataset.features.get(label)):
         return dataset
     found = with_labels(dataset, label, stripped=False, texts=False)
     # The same in every process, so that a build that was stopped goes on.

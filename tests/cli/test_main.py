@@ -198,6 +198,15 @@ def test_what_a_source_is_said_to_be_is_refused_without_one(packed):
             assert expected in result.stderr
 
 
+def test_texts_beside_tokens_stay_texts(tmp_path):
+    columns = {"input_ids": [[1, 2], [3]], "label": ["a", "b"], "blob": [b"x", b"y"]}
+    Dataset.from_dict(columns).to_parquet(tmp_path / "rows.parquet")
+    options = ["--seq-len", 8, "--token-column", "input_ids"]
+    told("pack", tmp_path / "rows.parquet", tmp_path / "rows", *options)
+    assert sorted(packpipe.open_packed(str(tmp_path / "rows"))["label"][0]) == ["a", "b"]
+    told("verify", tmp_path / "rows", "--source", tmp_path / "rows.parquet")
+
+
 def test_labels_that_are_texts_are_packed_and_verified_as_classes(few, tmp_path):
     """Of a folder whose metadata says them; and a column that is named is stored as it is."""
     (tmp_path / "images").mkdir()
