@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -329,7 +329,7 @@ def _fill(
             table = rows_table(planned, stored)
             yield FilledRows(table, [], len(planned.seq_lens), Counter())
         return
-    kept = KeptImages(read)
+    kept = KeptImages(read, _views(plan, packs))
     filled = filled_ahead(
         plan,
         packs,
@@ -347,6 +347,13 @@ def _fill(
             found = Counter(flags.values())
             held = kept.beside(rows, failed) if images.encodes else rows
             yield FilledRows(rows_table(held, stored), failed, num_images, found)
+
+
+def _views(plan: EpochPlan, packs: list[range]) -> Iterator[int]:
+    """Yield which view each segment of ranges of packs is, in their order."""
+    for some in packs:
+        members = plan.order[plan.offsets[some.start] : plan.offsets[some.stop]]
+        yield from (members % plan.config.num_views).tolist()
 
 
 def _counts(

@@ -143,9 +143,10 @@ class EncodedRows:
             ValueError: an image is not as it was packed, or cannot be decoded here; names its row.
         """
         check_settings()
-        images = {one.example: self._checked(one) for one in self._encoded_in(stored)}
+        # One a segment, in the order in which they are asked for.
+        images = iter([self._checked(one) for one in self._encoded_in(stored)])
         planned = table_segments(stored)
-        rows, rejects, _ = fill_rows(planned, images.__getitem__, self.config, self.key)
+        rows, rejects, _ = fill_rows(planned, lambda _: next(images), self.config, self.key)
         for reject in rejects:
             raise ValueError(self._undecodable(reject))
         return rows

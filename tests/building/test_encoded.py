@@ -27,10 +27,11 @@ from hypothesis import strategies as st
 
 import packpipe
 from packpipe.building.shards import data_files
+from packpipe.images.content import content_of
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.stored import StoredPacks
 from packpipe.philox import Key
-from packpipe.rows import files
+from packpipe.rows import files, kept_images
 
 NUM_IMAGES, SIZES = 37, pictures.SIZES  # of which one more cannot be decoded
 OPTIONS = {"seq_len": 32, "num_workers": 0, "progress": False, "max_bad_fraction": 1.0}
@@ -260,6 +261,31 @@ def test_images_in_files_are_held_by_the_rows_whichever_process_decodes_them(tmp
         path.unlink()
     assert batches(again(found)) == batches(pixels)
     assert packpipe.rejects(found)["reason"][:] == ["missing"]
+
+
+def test_every_view_holds_what_was_read_for_it_though_its_file_changes(tmp_path, monkeypatch):
+    path, read = tmp_path / "0", []
+
+    def of_a_changing_file(data):
+        path.write_bytes(pictures.encoded_image(48, 31, len(read)))
+        read.append(content_of(data))
+        return read[-1]
+
+    path.write_bytes(pictures.encoded_image(48, 31, 0))
+    names = {"image": [{"bytes": None, "path": "0"}, {"bytes": None, "path": "missing"}]}
+    source = Dataset.from_dict(names, features=Features({"image": Image()}))
+    monkeypatch.setattr(kept_images, "content_of", of_a_changing_file)
+    monkeypatch.setattr(files, "BATCH_BYTES", 1)  # a row a batch, and several at once
+    options = {**OPTIONS, "seq_len": 6, "views": 3, "image_root": tmp_path}
+    options |= {"num_workers": 1, "store": "encoded"}
+    packed = packpipe.pack(source, output=tmp_path / "out", **options)
+    stored = packed.with_format("arrow")[:].column("encoded").to_pylist()
+    assert [image for row in stored for image in row] == read
+    assert len(set(read)) == 3
+    assert len(packed) > 1
+    together = packpipe.read_rows(packed).patches
+    for row in range(len(packed)):
+        np.testing.assert_array_equal(packpipe.read_rows(packed, row).patches[0], together[row])
 
 
 def test_windows_of_files_hold_encoded_images(tmp_path):
