@@ -11,19 +11,16 @@ from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
-import PIL
 import pyarrow as pa
 from datasets import Dataset, Features
 from numpy.typing import NDArray
-from PIL import features as codecs
 
 from packpipe import checks
-from packpipe._version import __version__
 from packpipe.building.job import FilledRows, Job, PlannedRows
-from packpipe.images.decode import engine_versions, pixel_rules
-from packpipe.images.extras import extra_versions
+from packpipe.images.decode import pixel_rules
 from packpipe.images.image_data import ImageData
 from packpipe.images.pillow_settings import changed_settings, check_limit, check_settings
+from packpipe.images.versions import decoder_versions
 from packpipe.philox import Key
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
@@ -46,8 +43,6 @@ from packpipe.sources.survey import Sizes, survey
 
 # Processor time that decoding an image may take, if the caller does not say.
 IMAGE_SECONDS = 60.0
-# What Pillow decodes with: other versions may give other pixels, so the record names them.
-_CODECS = ("jpg", "libjpeg_turbo", "webp", "zlib", "zlib_ng", "libtiff", "jpg_2000", "avif")
 
 
 def checked_resources(num_workers: Any, image_seconds: Any) -> tuple[int, float]:
@@ -407,19 +402,11 @@ def record_of_images(images: Images) -> dict[str, Any]:
     pixel_rules(images.config)  # raises if they need a package that is not installed
     # Not num_workers, which changes no row; nor the limits on rejects, which every call checks for
     # itself.
-    supported, columns, changed = codecs.get_supported(), images.columns, changed_settings()
-    # Nothing is converted otherwise, and records of rows made before this option do not name it.
-    converter = () if images.config.profiles == "ignore" else ("littlecms2",)
+    columns, changed = images.columns, changed_settings()
     seconds = float(images.image_seconds)
     return {
         "schema_version": schema.VERSION,
-        "packpipe": __version__,
-        "pillow": PIL.__version__,
-        "codecs": {
-            name: codecs.version(name) for name in (*_CODECS, *converter) if name in supported
-        }
-        | extra_versions()
-        | engine_versions(images.config.pixels),
+        **decoder_versions(images.config),
         "source_fingerprint": images.dataset._fingerprint,
         # A dataset's fingerprint knows the paths of files, not what they hold.
         "source_files": images.source.files_digest(),

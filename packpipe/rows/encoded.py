@@ -17,10 +17,12 @@ many decoders make noise, without an error. To look costs a thousandth of decodi
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,7 @@ from packpipe import checks
 from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import pixel_rules, probe
 from packpipe.images.pillow_settings import check_settings
+from packpipe.images.versions import decoder_versions
 from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows import schema, text
@@ -41,7 +44,7 @@ from packpipe.rows.digests import files_digest, hexdigest
 from packpipe.rows.files import MANIFEST
 from packpipe.rows.fill_images import fill_rows
 from packpipe.rows.from_arrow import table_segments
-from packpipe.rows.own_columns import holds_rows, holds_tokens
+from packpipe.rows.own_columns import holds_tokens
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
 
@@ -50,6 +53,12 @@ PIXELS, ENCODED = STORES = ("pixels", "encoded")
 _IMAGES, _SUMS = "encoded", "encoded_xxh3"
 _TYPES = {_IMAGES: pa.list_(pa.large_binary()), _SUMS: pa.list_(pa.uint64())}
 _REMEDY = "verify the folder, and pack it again"
+# Bytes that are those that were packed have passed the search for damage.
+_SOUND = {"damaged_scans": "keep"}
+# Manifests of folders that are open, with what tells whether a file has been written again.
+_MANIFESTS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {}
+
+log = logging.getLogger(__name__)
 
 
 def checked_store(store: Any) -> str:
@@ -77,8 +86,12 @@ class Encoded(NamedTuple):
     image: memoryview | None
 
 
-def encoded_in(table: pa.Table) -> Iterator[Encoded]:
+def encoded_in(table: pa.Table, only: int | None = None) -> Iterator[Encoded]:
     """Yield the image of each segment of rows of encoded images, in their order.
+
+    Args:
+        table: the rows.
+        only: the segment that is wanted; None for all.
 
     Raises:
         pyarrow.ArrowInvalid: the table says that bytes are where there is no memory.
@@ -88,7 +101,8 @@ def encoded_in(table: pa.Table) -> Iterator[Encoded]:
     images, sums = (text.joined(table.column(name)).flatten() for name in _TYPES)
     views = np.broadcast_to(rows.views, len(images)).tolist()
     segments = zip(rows.example_index.tolist(), views, images, sums.to_pylist(), strict=True)
-    for example, view, image, known in segments:
+    wanted = segments if only is None else islice(segments, only, only + 1)
+    for example, view, image, known in wanted:
         data = memoryview(image.as_buffer()) if image.is_valid else None
         is_sound = data is not None and xxhash.xxh3_64_intdigest(data) == known
         yield Encoded(example, view, data if is_sound else None)
@@ -146,16 +160,18 @@ class EncodedRows:
         # One a segment, in the order in which they are asked for.
         images = iter([self._checked(one) for one in self._encoded_in(stored)])
         planned = table_segments(stored)
-        rows, rejects, _ = fill_rows(planned, lambda _: next(images), self.config, self.key)
+        config = replace(self.config, **_SOUND)
+        rows, rejects, _ = fill_rows(planned, lambda _: next(images), config, self.key)
         for reject in rejects:
             raise ValueError(self._undecodable(reject))
         return rows
 
     def contents(self) -> dict[str, str | None]:
-        """Return digests of what decides the pixels: the files of the folder, and the options."""
+        """Return what decides the pixels: digests of the files and of the options, and versions."""
         options = json.dumps([self.config.to_dict(), *self.key], sort_keys=True)
         files = files_digest(map(str, self._files()))
-        return {"files": files, "options": hexdigest(options.encode())}
+        versions = ", ".join(map(" ".join, _flat(decoder_versions(self.config)).items()))
+        return {"files": files, "options": hexdigest(options.encode()), "decoders": versions}
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Return the columns of packed rows: a NumPy array a row, its dtype kept."""
@@ -183,8 +199,9 @@ class EncodedRows:
 
     def _undecodable(self, reject: Reject) -> str:
         where = self._where(reject.example_index, reject.view)
-        found = f"undecodable here ({reject.reason}: {reject.exception})"
-        remedy = "install the versions that its manifest names, or pack it again"
+        why = reject.exception.partition("; ")[0]  # its remedy is for those who pack
+        found = f"undecodable here ({reject.reason}: {why})"
+        remedy = "install the packages and versions that its manifest names"
         what = f"image of example {reject.example_index} ({where})"
         return checks.sentence(what, found, "one that decodes, as when it was packed", remedy)
 
@@ -211,45 +228,97 @@ class EncodedRows:
 def decoding(dataset: Any) -> Any:
     """Return rows of encoded images with the transform that computes them; others as they are.
 
+    Raises:
+        ValueError: see `reader_of`.
+    """
+    reader = reader_of(dataset)
+    return dataset if reader is None else dataset.with_transform(reader)
+
+
+def reader_of(dataset: Any) -> EncodedRows | None:
+    """Return what computes rows of encoded images; None of others, or if their transform does.
+
     The options are those of the manifest in the folder that the rows lie in.
 
     Raises:
-        ValueError: the rows lie in no such folder, or in several; or they are decoded with a
-            package that is not installed.
+        ValueError: columns are missing, or there are pixels, too; the rows lie in no such folder,
+            or in several; or they are decoded by an engine that is not installed.
     """
     names = getattr(dataset, "column_names", ())
-    if not holds_rows(names) or holds_tokens(names) or _IMAGES not in names:
-        return dataset
+    if holds_tokens(names) or not _TYPES.keys() & {*names} or "seq_lens" not in names:
+        return None
+    missing = sorted({*schema.IMAGE_SEGMENTS, *_TYPES} - {*names})
+    if missing or "patches" in names:
+        found = f"without {missing}" if missing else "joined with rows of pixels"
+        expected, remedy = (
+            "all their columns, and no others' patches",
+            "read them as they were opened",
+        )
+        raise ValueError(checks.sentence("rows of encoded images", found, expected, remedy))
     if not hasattr(dataset, "with_transform"):  # a pyarrow.Table
         expected, remedy = "rows with their folder", "pass the Dataset that it is a table of"
         raise ValueError(checks.sentence("rows", "a table of encoded images", expected, remedy))
     if dataset.format["type"] == "custom":
-        return dataset
+        return None
     kinds = dataset.data.schema
     label = kinds.field("labels").type.value_type if "labels" in names else None
-    rows = partial(EncodedRows, label=label, weighted="weight" in names)
-    return dataset.with_transform(_opened(dataset, rows))
+    folder, manifest = _folder_of(dataset)
+    config = PackConfig.from_dict(manifest["config"])
+    pixel_rules(replace(config, **_SOUND))  # raises if they need a package that is not installed
+    key = Key(manifest["seed"], manifest["epoch"])
+    return EncodedRows(folder, config, key, label, weighted="weight" in names)
 
 
-def _opened(dataset: Any, rows: Any) -> EncodedRows:
-    folders = sorted({Path(file["filename"]).parent for file in dataset.cache_files})
+def _folder_of(dataset: Any) -> tuple[str, dict[str, Any]]:
+    """Return the one folder of encoded images that rows lie in, and its manifest."""
+    folders = sorted({os.path.dirname(file["filename"]) for file in dataset.cache_files})
     found = [(folder, manifest) for folder in folders if (manifest := _manifest(folder))]
     if len(found) != 1:
-        value = [str(folder) for folder, _ in found or zip(folders, folders, strict=True)]
+        value = [folder for folder, _ in found] or folders
         expected = "one that packpipe.pack wrote, with its manifest"
         remedy = "open it with datasets.load_from_disk; encoded rows are not joined or saved again"
         raise ValueError(checks.sentence("folders of encoded rows", value, expected, remedy))
-    ((folder, manifest),) = found
-    config = PackConfig.from_dict(manifest["config"])
-    pixel_rules(config)  # raises if they need a package that is not installed
-    opened: EncodedRows = rows(str(folder), config, Key(manifest["seed"], manifest["epoch"]))
-    return opened
+    return found[0]
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of rows of encoded images, None of anything else."""
+def _manifest(folder: str) -> dict[str, Any] | None:
+    """Return the manifest of rows of encoded images, None of anything else.
+
+    It is read again when it changes. One that is gone is as it was: rows that are open can be read
+    after their folder has moved.
+    """
+    known = _MANIFESTS.get(folder)
     with suppress(OSError, ValueError):
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if isinstance(found, dict) and found.get("store") == ENCODED:
-            return found
-    return None
+        path = Path(folder, MANIFEST)
+        status = path.stat()
+        stamp = status.st_ino, status.st_mtime_ns, status.st_size
+        if known is None or known[0] != stamp:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict) or found.get("store") != ENCODED:
+                return None
+            known = _MANIFESTS[folder] = stamp, found
+            _warn_of_versions(folder, found)
+    return None if known is None else known[1]
+
+
+def _warn_of_versions(folder: str, manifest: dict[str, Any]) -> None:
+    """Say so if pixels are made by other versions here than `pack` checked the images with."""
+    own = _flat(decoder_versions(PackConfig.from_dict(manifest["config"])))
+    packed = _flat({name: manifest.get(name) for name in ("packpipe", "pillow", "codecs")})
+    differing = [
+        f"{name} {own.get(name, 'missing')} instead of {packed.get(name, 'none')}"
+        for name in sorted(own.keys() | packed.keys())
+        if own.get(name) != packed.get(name)
+    ]
+    if differing:
+        log.warning(
+            "the images in %s are decoded here by %s: pixels may differ from those of the versions "
+            "in its manifest",
+            folder,
+            ", ".join(differing),
+        )
+
+
+def _flat(versions: dict[str, Any]) -> dict[str, Any]:
+    """Return versions by the names of all packages."""
+    return {"packpipe": versions["packpipe"], "pillow": versions["pillow"], **versions["codecs"]}

@@ -16,7 +16,7 @@ from packpipe.rows.rows import Rows
 
 @dataclass(frozen=True, eq=False)
 class KeptImages:
-    """Reads encoded images, as `filled_ahead` asks for them, and keeps each until its row is filled.
+    """Reads encoded images, as `filled_ahead` asks for them, and keeps them for their rows.
 
     So what rows hold is what was decoded, whatever becomes of a file in between. Each view of an
     image is read, and kept, by itself: they may be filled at different times.

@@ -15,6 +15,7 @@ import datasets
 import fsspec
 import numpy as np
 import pictures
+import PIL
 import pyarrow as pa
 import pytest
 import strategies
@@ -288,6 +289,48 @@ def test_every_view_holds_what_was_read_for_it_though_its_file_changes(tmp_path,
         np.testing.assert_array_equal(packpipe.read_rows(packed, row).patches[0], together[row])
 
 
+def test_other_versions_of_what_decodes_are_told_of(both, tmp_path, caplog):
+    folder = copied(folder_of(both[1]), tmp_path / "copy")
+    state = PackedLoader(again(both[1]), 2, as_numpy=True).state_dict()
+    assert caplog.text == ""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["pillow"] = "9.0.0"
+    manifest["codecs"]["pillow-heif of old"] = "1"
+    path.write_text(json.dumps(manifest))
+    packed = datasets.load_from_disk(str(folder))
+    packpipe.read_rows(packed, 0)
+    packpipe.read_rows(packed, 1)
+    (said,) = caplog.messages  # once
+    assert (
+        f"the images in {folder} are decoded here by pillow {PIL.__version__} instead of " in said
+    )
+    assert "9.0.0, pillow-heif of old missing instead of 1: pixels may differ" in said
+    found = state["contents"]["decoders"]
+    assert f"pillow {PIL.__version__}, " in found
+    state["contents"]["decoders"] = "pillow 9.0.0"
+    loader = PackedLoader(again(both[1]), 2, as_numpy=True)
+    loader.load_state_dict(state)
+    said = f"state['contents']['decoders'] is 'pillow 9.0.0', expected {found!r}; pixels may be oth"
+    assert caplog.messages[-1].startswith(said)
+
+
+def test_the_manifest_is_read_once_and_again_when_it_changes(both, tmp_path, monkeypatch):
+    folder, read = copied(folder_of(both[1]), tmp_path / "copy"), []
+    packed = datasets.load_from_disk(str(folder))
+    expected = packpipe.read_rows(packed, 1).patches
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "loads", read.append)
+        np.testing.assert_array_equal(packpipe.read_rows(packed, 1).patches, expected)
+    assert read == []
+    moved = folder.rename(tmp_path / "moved")
+    np.testing.assert_array_equal(packpipe.read_rows(packed, 1).patches, expected)
+    moved.rename(folder)
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="folders of encoded rows is"):
+        packpipe.read_rows(packed, 1)
+
+
 def test_windows_of_files_hold_encoded_images(tmp_path):
     windowed.write(tmp_path / "source")
     found = {}
@@ -373,6 +416,17 @@ def test_what_has_no_encoded_rows_is_refused_by_name(both, source, tmp_path):
         with pytest.raises(ValueError, match=re.escape(said)):
             packpipe.pack(dataset, output=tmp_path / "out", **asked)
     rows = again(both[1])
+    for changed, said in (
+        (rows.remove_columns("encoded_xxh3"), "without ['encoded_xxh3']"),
+        (
+            rows.select_columns(["seq_lens", "encoded"]),
+            "without ['encoded_xxh3', 'example_index', ",
+        ),
+        (datasets.concatenate_datasets([again(both[0]), rows]), "joined with rows of pixels"),
+    ):
+        for read in (packpipe.read_rows, StoredPacks):
+            with pytest.raises(ValueError, match=re.escape(said)):
+                read(changed)
     with pytest.raises(ValueError, match="rows is 'a table of encoded images', expected rows with"):
         packpipe.read_rows(rows.with_format("arrow")[:])
     rows.save_to_disk(tmp_path / "saved")
