@@ -277,7 +277,7 @@ def plan_images(
         cut_size=config.row_bytes if images.stores_pixels else stored,
         row_size=row_size,
         segment_size=segment_size,
-        text_sizes=image_bytes,
+        varying_sizes=image_bytes,
         fill_size=config.row_bytes if images.encodes else 0,
         fill=partial(_fill, images, plan, labels, weight, read, masks),
         counts=partial(_counts, images, plan, found.broken_exif),
