@@ -70,8 +70,8 @@ class PlannedRows:
     def files(self, packs: range, most: int) -> list[range]:
         """Return consecutive ranges of packs of at most so many bytes, or of one pack.
 
-        They depend on the plan and the sizes of what its rows hold alone, so that a build that is started again
-        has the same ones. None without packs.
+        They depend on the plan and the sizes of what its rows hold alone, so that a build that is
+        started again has the same ones. None without packs.
         """
         return cut_packs(packs, self.cut_size + self.varying_sizes, most)
 

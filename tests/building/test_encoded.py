@@ -289,6 +289,46 @@ def test_every_view_holds_what_was_read_for_it_though_its_file_changes(tmp_path,
         np.testing.assert_array_equal(packpipe.read_rows(packed, row).patches[0], together[row])
 
 
+def test_rows_of_turbo_decode_to_the_batches_and_rejects_of_rows_of_pixels(tmp_path):
+    images = [pictures.encoded_image(*SIZES[n % 9], n, "JPEG") for n in range(9)]
+    images += [header_of(images[1]), pictures.encoded_image(48, 31, 1), images[8][:-40]]
+    source = pictures.dataset_of(images)
+    options = {**OPTIONS, "views": 2, "pixels": "turbo"}
+    pixels = packpipe.pack(source, output=tmp_path / "pixels", **options)
+    options |= {"store": "encoded", "num_workers": 1}
+    encoded = packpipe.pack(source, output=tmp_path / "encoded", **options)
+    assert batches(again(encoded)) == batches(pixels)
+    rejects = packpipe.rejects(pixels)[:]
+    assert packpipe.rejects(encoded)[:] == rejects
+    assert {9, 11} == {*rejects["example_index"]}
+    assert packpipe.manifest(encoded)["codecs"]["turbo_resize"] == "2"
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "text", "cut short", "header alone"])
+def test_broken_files_are_the_same_rejects_in_both_stores(damage, tmp_path):
+    jpeg = pictures.encoded_image(48, 31, 50, "JPEG")
+    broken = {
+        "empty": b"",
+        "text": b"no image",
+        "cut short": jpeg[: len(jpeg) // 2],
+        "header alone": header_of(jpeg),
+    }
+    for name, content in {"0": jpeg, "1": broken.get(damage), "2": jpeg}.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+    names = {"image": [{"bytes": None, "path": name} for name in "012"]}
+    source = Dataset.from_dict(names, features=Features({"image": Image()}))
+    options = {**OPTIONS, "image_root": tmp_path}
+    pixels, encoded = (
+        packpipe.pack(source, output=tmp_path / store, store=store, **options)
+        for store in ("pixels", "encoded")
+    )
+    rejects = packpipe.rejects(pixels)[:]
+    assert rejects["example_index"] == [1]
+    assert packpipe.rejects(encoded)[:] == rejects
+    assert batches(again(encoded)) == batches(pixels)
+
+
 def test_other_versions_of_what_decodes_are_told_of(both, tmp_path, caplog):
     folder = copied(folder_of(both[1]), tmp_path / "copy")
     state = PackedLoader(again(both[1]), 2, as_numpy=True).state_dict()
