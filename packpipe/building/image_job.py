@@ -26,7 +26,8 @@ from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import plan_epoch
 from packpipe.rows import schema
-from packpipe.rows.encoded import ENCODED, PIXELS, decoding
+from packpipe.rows.encoded import ENCODED, PIXELS
+from packpipe.rows.encoded_rows import decoding
 from packpipe.rows.fill_ahead import filled_ahead
 from packpipe.rows.fill_images import Masks, planned_images
 from packpipe.rows.kept_images import KeptImages

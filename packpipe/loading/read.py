@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from packpipe import checks
-from packpipe.rows.encoded import reader_of
+from packpipe.rows.encoded_rows import reader_of
 from packpipe.rows.files import picked_rows
 from packpipe.rows.from_arrow import table_rows
 from packpipe.rows.rows import Rows
