@@ -32,8 +32,6 @@ from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
 
 _REMEDY = "verify the folder, and pack it again"
-# Bytes that are those that were packed have passed the search for damage.
-_SOUND = {"damaged_scans": "keep"}
 # Manifests of folders that are open, with what tells whether a file has been written again.
 _MANIFESTS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {}
 
@@ -69,7 +67,7 @@ class EncodedRows:
         # One a segment, in the order in which they are asked for.
         images = iter([self._checked(one) for one in self._encoded_in(stored)])
         planned = table_segments(stored)
-        config = replace(self.config, **_SOUND)
+        config = _of_sound_images(self.config)
         rows, rejects, _ = fill_rows(planned, lambda _: next(images), config, self.key)
         for reject in rejects:
             raise ValueError(self._undecodable(reject))
@@ -173,9 +171,14 @@ def reader_of(dataset: Any) -> EncodedRows | None:
     label = kinds.field("labels").type.value_type if "labels" in names else None
     folder, manifest = _folder_of(dataset)
     config = PackConfig.from_dict(manifest["config"])
-    pixel_rules(replace(config, **_SOUND))  # raises if they need a package that is not installed
+    pixel_rules(_of_sound_images(config))  # raises if they need a package that is not installed
     key = Key(manifest["seed"], manifest["epoch"])
     return EncodedRows(folder, config, key, label, weighted="weight" in names)
+
+
+def _of_sound_images(config: PackConfig) -> PackConfig:
+    """Return the options for bytes that were packed, so have passed the search for damage."""
+    return replace(config, damaged_scans="keep")
 
 
 def _folder_of(dataset: Any) -> tuple[str, dict[str, Any]]:
