@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 import packpipe
 from packpipe.building.shards import data_files
+from packpipe.images import decode
 from packpipe.images.content import content_of
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.stored import StoredPacks
@@ -329,6 +330,17 @@ def test_broken_files_are_the_same_rejects_in_both_stores(damage, tmp_path):
     assert batches(again(encoded)) == batches(pixels)
 
 
+def test_rows_judged_strictly_are_read_without_what_judged_them(tmp_path, monkeypatch):
+    source = pictures.dataset_of([pictures.encoded_image(48, 31, n, "JPEG") for n in range(3)])
+    options = {**OPTIONS, "damaged_scans": "strict"}
+    pixels = packpipe.pack(source, output=tmp_path / "pixels", **options)
+    encoded = packpipe.pack(source, output=tmp_path / "encoded", store="encoded", **options)
+    monkeypatch.setattr(decode, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="damaged_scans is 'strict', expected simplejpeg to be in"):
+        packpipe.pack(source, output=tmp_path / "new", **options)
+    assert batches(again(encoded)) == batches(pixels)
+
+
 def test_other_versions_of_what_decodes_are_told_of(both, tmp_path, caplog):
     folder = copied(folder_of(both[1]), tmp_path / "copy")
     state = PackedLoader(again(both[1]), 2, as_numpy=True).state_dict()
@@ -427,6 +439,7 @@ def test_an_image_that_does_not_decode_here_is_named(both, source, tmp_path):
     ((name, row, number),) = places
     place = re.escape(f"(row {row} of {folder / name})")
     said = rf"^image of example 2 {place} is 'undecodable here \(undecodable: OSError: .*\)', exp"
+    said += "[^;]*; install the packages and versions that its manifest names$"
     with pytest.raises(ValueError, match=said):
         packpipe.read_rows(datasets.load_from_disk(str(folder)))
     assert packpipe.verify(folder) == []  # nothing but the source tells that it is another one
