@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,25 +11,23 @@ from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
-import PIL
 import pyarrow as pa
 from datasets import Dataset, Features
 from numpy.typing import NDArray
-from PIL import features as codecs
 
 from packpipe import checks
-from packpipe._version import __version__
 from packpipe.building.job import FilledRows, Job, PlannedRows
-from packpipe.images.decode import engine_versions, pixel_rules
-from packpipe.images.extras import extra_versions
+from packpipe.images.decode import pixel_rules
 from packpipe.images.image_data import ImageData
 from packpipe.images.pillow_settings import changed_settings, check_limit, check_settings
+from packpipe.images.versions import decoder_versions
 from packpipe.philox import Key
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.plan import plan_epoch
 from packpipe.rows import schema
-from packpipe.rows.encoded import ENCODED, PIXELS, decoding
+from packpipe.rows.encoded import ENCODED, PIXELS
+from packpipe.rows.encoded_rows import decoding
 from packpipe.rows.fill_ahead import filled_ahead
 from packpipe.rows.fill_images import Masks, planned_images
 from packpipe.rows.kept_images import KeptImages
@@ -46,8 +44,6 @@ from packpipe.sources.survey import Sizes, survey
 
 # Processor time that decoding an image may take, if the caller does not say.
 IMAGE_SECONDS = 60.0
-# What Pillow decodes with: other versions may give other pixels, so the record names them.
-_CODECS = ("jpg", "libjpeg_turbo", "webp", "zlib", "zlib_ng", "libtiff", "jpg_2000", "avif")
 
 
 def checked_resources(num_workers: Any, image_seconds: Any) -> tuple[int, float]:
@@ -282,7 +278,7 @@ def plan_images(
         cut_size=config.row_bytes if images.stores_pixels else stored,
         row_size=row_size,
         segment_size=segment_size,
-        text_sizes=image_bytes,
+        varying_sizes=image_bytes,
         fill_size=config.row_bytes if images.encodes else 0,
         fill=partial(_fill, images, plan, labels, weight, read, masks),
         counts=partial(_counts, images, plan, found.broken_exif),
@@ -329,7 +325,7 @@ def _fill(
             table = rows_table(planned, stored)
             yield FilledRows(table, [], len(planned.seq_lens), Counter())
         return
-    kept = KeptImages(read)
+    kept = KeptImages(read, _views(plan, packs))
     filled = filled_ahead(
         plan,
         packs,
@@ -347,6 +343,13 @@ def _fill(
             found = Counter(flags.values())
             held = kept.beside(rows, failed) if images.encodes else rows
             yield FilledRows(rows_table(held, stored), failed, num_images, found)
+
+
+def _views(plan: EpochPlan, packs: list[range]) -> Iterator[int]:
+    """Yield which view each segment of ranges of packs is, in their order."""
+    for some in packs:
+        members = plan.order[plan.offsets[some.start] : plan.offsets[some.stop]]
+        yield from (members % plan.config.num_views).tolist()
 
 
 def _counts(
@@ -400,19 +403,11 @@ def record_of_images(images: Images) -> dict[str, Any]:
     pixel_rules(images.config)  # raises if they need a package that is not installed
     # Not num_workers, which changes no row; nor the limits on rejects, which every call checks for
     # itself.
-    supported, columns, changed = codecs.get_supported(), images.columns, changed_settings()
-    # Nothing is converted otherwise, and records of rows made before this option do not name it.
-    converter = () if images.config.profiles == "ignore" else ("littlecms2",)
+    columns, changed = images.columns, changed_settings()
     seconds = float(images.image_seconds)
     return {
         "schema_version": schema.VERSION,
-        "packpipe": __version__,
-        "pillow": PIL.__version__,
-        "codecs": {
-            name: codecs.version(name) for name in (*_CODECS, *converter) if name in supported
-        }
-        | extra_versions()
-        | engine_versions(images.config.pixels),
+        **decoder_versions(images.config),
         "source_fingerprint": images.dataset._fingerprint,
         # A dataset's fingerprint knows the paths of files, not what they hold.
         "source_files": images.source.files_digest(),

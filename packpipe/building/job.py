@@ -42,7 +42,7 @@ class PlannedRows:
             or about all that it takes if neither is stored.
         row_size: about how many bytes a row takes on the disk.
         segment_size: about how many bytes each of its segments adds, without texts.
-        text_sizes: int64[rows], bytes of texts, or of encoded images, of each.
+        varying_sizes: int64[rows], bytes of texts, or of encoded images, of each.
         fill: yields the rows of each range of packs. The next ones may overwrite their memory.
         counts: the manifest's counts, given all rejects and flags; no flags (None) are known before
             rows are filled.
@@ -57,7 +57,7 @@ class PlannedRows:
     cut_size: int
     row_size: int
     segment_size: int
-    text_sizes: NDArray[np.int64]
+    varying_sizes: NDArray[np.int64]
     fill: Callable[[list[range]], Generator[FilledRows, None, None]]
     counts: Callable[[list[Reject], Counter[str] | None], dict[str, int]]
     facts: Callable[[list[Reject]], dict[str, Any]] = lambda _: {}
@@ -70,21 +70,21 @@ class PlannedRows:
     def files(self, packs: range, most: int) -> list[range]:
         """Return consecutive ranges of packs of at most so many bytes, or of one pack.
 
-        They depend on the plan and the size of rows alone, so that a build that is started again
-        has the same ones. None without packs.
+        They depend on the plan and the sizes of what its rows hold alone, so that a build that is
+        started again has the same ones. None without packs.
         """
-        return cut_packs(packs, self.cut_size + self.text_sizes, most)
+        return cut_packs(packs, self.cut_size + self.varying_sizes, most)
 
     def batches(self, packs: range, most: int) -> list[range]:
         """Return such ranges of packs that take at most so many bytes while they are filled."""
-        return cut_packs(packs, self.cut_size + self.text_sizes + self.fill_size, most)
+        return cut_packs(packs, self.cut_size + self.varying_sizes + self.fill_size, most)
 
     def stored_bytes(self, packs: list[range]) -> int:
         """Return about how many bytes some packs take on the disk."""
         # An estimate to ask for room before a row is made: what Arrow adds to a batch is left out.
         segments = sum(map(self.num_examples, packs))
-        texts = sum(int(self.text_sizes[some.start : some.stop].sum()) for some in packs)
-        return self.row_size * sum(map(len, packs)) + self.segment_size * segments + texts
+        varying = sum(int(self.varying_sizes[some.start : some.stop].sum()) for some in packs)
+        return self.row_size * sum(map(len, packs)) + self.segment_size * segments + varying
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,8 @@ from packpipe.building.shards import (
     read_manifest,
 )
 from packpipe.building.stored_segments import segments_path, write_segments
-from packpipe.rows.encoded import ENCODED, decoding
+from packpipe.rows.encoded import ENCODED
+from packpipe.rows.encoded_rows import decoding
 from packpipe.rows.rejects import Reject
 from packpipe.storage.reading import found_file, found_folders, version_of
 from packpipe.storage.storage import Storage, storage_at

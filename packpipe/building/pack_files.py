@@ -24,7 +24,8 @@ from packpipe.philox import checked_key
 from packpipe.planning.block_windows import WINDOW_ROWS, block_windows, runs_of
 from packpipe.planning.image_config import config_from
 from packpipe.rows import files
-from packpipe.rows.encoded import PIXELS, checked_store, decoding
+from packpipe.rows.encoded import PIXELS, checked_store
+from packpipe.rows.encoded_rows import decoding
 from packpipe.rows.rejects import Tolerance
 from packpipe.sources.columns import AskedColumns
 from packpipe.sources.file_columns import file_columns

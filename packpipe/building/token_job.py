@@ -112,7 +112,7 @@ def plan_sequences(sequences: Sequences, numbers: NDArray[np.int64] | None = Non
         row_size=sequences.row_bytes,
         # Length, fragment, index, and a guess at the source's other values.
         segment_size=4 + 4 + 8 + 8 * len(source.values),
-        text_sizes=_text_sizes(plan, source),
+        varying_sizes=_text_sizes(plan, source),
         fill=partial(_fill, sequences, plan, numbers),
         counts=partial(_counts, plan, sequences),
     )

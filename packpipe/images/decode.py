@@ -95,6 +95,10 @@ class Probe(NamedTuple):
     broken_exif: bool
 
 
+# Raised when `resize` makes other bytes.
+_TURBO_RESIZE = "2"
+
+
 class PixelRules(NamedTuple):
     """The options of `PackConfig` that decide how pixels are made, by the same names."""
 
@@ -150,8 +154,10 @@ def prepare(rules: PixelRules) -> None:
 
 
 def engine_versions(pixels: str) -> dict[str, str]:
-    """Return the versions of what decodes besides Pillow, by the name of the engine."""
-    return {"simplejpeg": version("simplejpeg")} if pixels == "turbo" else {}
+    """Return the versions of what decodes and resizes besides Pillow, by name."""
+    if pixels != "turbo":
+        return {}
+    return {"simplejpeg": version("simplejpeg"), "turbo_resize": _TURBO_RESIZE}
 
 
 @rejecting_giants()

@@ -1,21 +1,26 @@
 """Resizes pixels of 8 bits: antialiased, turned upright, and cut into tiles, without Pillow.
 
-One filter an axis, down the columns and then across the rows, as Pillow does it; across first only
-where down first would leave more than `_WIDE` times as much between them. Both passes read whole
+One filter an axis, with Pillow's weights: down the columns and then across the rows, where Pillow
+goes across first; across first only where down first would leave more than `_WIDE` times as much
+between them. Both passes read whole
 rows, one after the other, so they run at the speed of vectors: between them the pixels are turned,
 and the last step turns them back, or not, while it cuts them into tiles. So an EXIF orientation
 costs nothing: a mirrored axis has its weights in reverse, and a quarter turn saves a turn. Some
 rows at a time go through all steps: what lies between stays in the cache, and takes little memory,
 which a system hands out anew, and slowly, where it is large.
 
-Sums are of integers: a weight is a whole number of 2**-bits, and the weights of a pixel sum to 1.
+Sums are of integers: a weight is a whole number of 2**-bits, and the weights of a pixel sum to 1
+(with weights of 14 bits to a little less, on purpose: products by 0 then sum to what others do).
 So one colour stays that colour, and the bytes are the same on every machine, whatever its vectors
 (the sines of "lanczos" and "hamming" are the C library's, and their last bit is far below a
 weight's). A pixel of up to 8 weights, as after decoding at a fraction, has weights of 14 bits and
 sums of 16, which takes about half as long as others, with up to 22 bits and sums of 32.
 
-A result may differ from Pillow's, whose weights have 22 bits, by one level in each pass; on noise
-up to 6 % of them do. Weights are made anew for each image, in .01 to .02 ms an axis.
+A result may differ from that of Pillow's weights, of 22 bits, by one level in each pass: on noise
+up to 6 % of levels do, if Pillow is told to go the same way. From a single resize of Pillow's,
+which goes across first and rounds in between, up to 38 % of noise differ: most by a level, some by
+up to 44 where it grows, since a level beyond 0 or 255 is cut off in between. Weights are made anew
+for each image, in .01 to .02 ms an axis.
 """
 
 from __future__ import annotations
@@ -160,7 +165,9 @@ def _weights(n_in, low, high, n_out, kind, is_flipped):  # type: ignore[no-untyp
             weights[o, k] += step
             rest -= step
         weights[o, best] += rest
-        if bits == _FEW_BITS:  # products of every other 0 are a unit too low, as others in the mean
+        if (
+            taps == _FEW and bits == _FEW_BITS
+        ):  # products of every other 0 are a unit too low, as others in the mean
             is_low = False
             for k in range(taps):
                 if weights[o, k] == 0:

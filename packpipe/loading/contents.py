@@ -20,12 +20,17 @@ _REMEDIES = {
     "files": "the files hold others: use the folder of the state, or a copy of it",
     "masks": "the masks, or the target_stride, are others: use the data of the state",
     "images": "the images are others, in length or in 16 MB of them: use the data of the state",
+    "decoders": "pixels may be others: use the versions of the state for the same",
     "options": "the rows are computed in another way: use the options of the state",
 }
+# What is told of, and not refused.
+_TOLD = ("decoders",)
 
 
 def check_contents(own: dict[str, Any], known: Any) -> None:
     """Raise ValueError if the contents of a state are others, as far as it says what they are.
+
+    Versions of what decodes are warned of.
 
     States of earlier versions say nothing, and rows in other files may be known by other names.
 
@@ -40,7 +45,10 @@ def check_contents(own: dict[str, Any], known: Any) -> None:
         if known[name] != own[name]:
             where, expected = f"state['contents'][{name!r}]", repr(own[name])
             remedy = _REMEDIES.get(name, "use the data of the state")
-            raise ValueError(checks.sentence(where, known[name], expected, remedy))
+            said = checks.sentence(where, known[name], expected, remedy)
+            if name not in _TOLD:
+                raise ValueError(said)
+            log.warning("%s", said)
     data = own.keys() - {"max_segments", "labels", "weights", "values"}
     if data and not data & known.keys():
         log.warning(

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from packpipe import checks
-from packpipe.rows.encoded import decoding
+from packpipe.rows.encoded_rows import reader_of
 from packpipe.rows.files import picked_rows
 from packpipe.rows.from_arrow import table_rows
 from packpipe.rows.rows import Rows
@@ -22,7 +22,8 @@ def read_rows(dataset: Any, rows: Any = None) -> Rows:
     Args:
         dataset: what `pack` or ``map(Packer(...))`` returned (selections and shuffles of it
             too), or a ``pyarrow.Table`` with the same columns.
-        rows: an int, a slice, or int[n] row numbers; None for all.
+        rows: an int, a slice, or int[n] row numbers; None for all. Rows that are computed when they
+            are read, as those of encoded images, then all take memory, as rows of pixels do not.
 
     Raises:
         IndexError: a row number is out of range.
@@ -30,8 +31,10 @@ def read_rows(dataset: Any, rows: Any = None) -> Rows:
             has a transform of the caller's. An encoded image is damaged, or cannot be decoded here.
         TypeError: dataset is something else.
     """
-    dataset = decoding(dataset)
+    reader = reader_of(dataset)
     table = picked_rows(dataset, rows)
+    if reader is not None:
+        return reader.rows(table)
     # With materialize=False, the dataset's transform (`LazyRows`) computes the tokens; of encoded
     # images it is `EncodedRows`, of rows in a store `RemoteRows`.
     kwargs = {} if isinstance(dataset, pa.Table) else dataset.format["format_kwargs"]

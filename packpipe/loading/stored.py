@@ -28,7 +28,7 @@ from packpipe.rows.digests import (
     labels_digest,
     sample_digest,
 )
-from packpipe.rows.encoded import decoding
+from packpipe.rows.encoded_rows import decoding
 from packpipe.rows.from_arrow import table_rows, table_segments
 from packpipe.rows.own_columns import has_labels, holds_tokens, is_number, packed_columns
 from packpipe.rows.rows import Rows, gather

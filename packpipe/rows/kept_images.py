@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from packpipe.images.content import content_of
 from packpipe.images.image_data import ImageData
@@ -14,17 +16,20 @@ from packpipe.rows.rows import Rows
 
 @dataclass(frozen=True, eq=False)
 class KeptImages:
-    """Reads encoded images, as `fill_rows` asks for them, and keeps them; threads may share it.
+    """Reads encoded images, as `filled_ahead` asks for them, and keeps them for their rows.
 
-    So a file is read once, and what rows hold is what was decoded.
+    So what rows hold is what was decoded, whatever becomes of a file in between. Each view of an
+    image is read, and kept, by itself: they may be filled at different times.
 
     Attributes:
         read: returns the image of a source row.
-        held: the images of rows that are being filled, by source row.
+        views: which view each of the images is, in the order in which they are asked for.
+        held: the images of rows that are being filled, by source row and view.
     """
 
     read: Callable[[int], ImageData]
-    held: dict[int, bytes | memoryview] = field(default_factory=dict)
+    views: Iterator[int]
+    held: dict[tuple[int, int], bytes | memoryview] = field(default_factory=dict)
 
     def __call__(self, example: int) -> bytes | memoryview:
         """Return the bytes of an image.
@@ -32,7 +37,8 @@ class KeptImages:
         Raises:
             BadImage: there are none.
         """
-        self.held[example] = content = content_of(self.read(example))
+        view = next(self.views)
+        self.held[example, view] = content = content_of(self.read(example))
         return content
 
     def beside(self, rows: Rows, rejects: list[Reject]) -> Rows:
@@ -42,9 +48,9 @@ class KeptImages:
             rows: without the images that could not be decoded.
             rejects: these.
         """
-        examples = rows.example_index.tolist()
-        # Of several views in rows that are filled at once, the first one takes it along.
-        images = [self.held[one] if one in self.held else self(one) for one in examples]
-        for example in {*examples, *(reject.example_index for reject in rejects)}:
-            self.held.pop(example, None)
+        views = np.broadcast_to(rows.views, len(rows.example_index))
+        segments = zip(rows.example_index.tolist(), views.tolist(), strict=True)
+        images = [self.held.pop(segment) for segment in segments]
+        for reject in rejects:
+            self.held.pop((reject.example_index, reject.view), None)
         return with_encoded(rows, images)

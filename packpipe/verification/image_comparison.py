@@ -342,7 +342,7 @@ def _encoded_difference(row: pa.Table, number: int, source: ImageSource) -> str 
         number: of the segment in it.
         source: the images.
     """
-    found = list(encoded_in(row))[number]
+    (found,) = encoded_in(row, number)
     try:
         expected = content_of(source(found.example))
     except BadImage as error:

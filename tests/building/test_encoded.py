@@ -15,6 +15,7 @@ import datasets
 import fsspec
 import numpy as np
 import pictures
+import PIL
 import pyarrow as pa
 import pytest
 import strategies
@@ -27,10 +28,12 @@ from hypothesis import strategies as st
 
 import packpipe
 from packpipe.building.shards import data_files
+from packpipe.images import decode
+from packpipe.images.content import content_of
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.stored import StoredPacks
 from packpipe.philox import Key
-from packpipe.rows import files
+from packpipe.rows import files, kept_images
 
 NUM_IMAGES, SIZES = 37, pictures.SIZES  # of which one more cannot be decoded
 OPTIONS = {"seq_len": 32, "num_workers": 0, "progress": False, "max_bad_fraction": 1.0}
@@ -262,6 +265,124 @@ def test_images_in_files_are_held_by_the_rows_whichever_process_decodes_them(tmp
     assert packpipe.rejects(found)["reason"][:] == ["missing"]
 
 
+def test_every_view_holds_what_was_read_for_it_though_its_file_changes(tmp_path, monkeypatch):
+    path, read = tmp_path / "0", []
+
+    def of_a_changing_file(data):
+        path.write_bytes(pictures.encoded_image(48, 31, len(read)))
+        read.append(content_of(data))
+        return read[-1]
+
+    path.write_bytes(pictures.encoded_image(48, 31, 0))
+    names = {"image": [{"bytes": None, "path": "0"}, {"bytes": None, "path": "missing"}]}
+    source = Dataset.from_dict(names, features=Features({"image": Image()}))
+    monkeypatch.setattr(kept_images, "content_of", of_a_changing_file)
+    monkeypatch.setattr(files, "BATCH_BYTES", 1)  # a row a batch, and several at once
+    options = {**OPTIONS, "seq_len": 6, "views": 3, "image_root": tmp_path}
+    options |= {"num_workers": 1, "store": "encoded"}
+    packed = packpipe.pack(source, output=tmp_path / "out", **options)
+    stored = packed.with_format("arrow")[:].column("encoded").to_pylist()
+    assert [image for row in stored for image in row] == read
+    assert len(set(read)) == 3
+    assert len(packed) > 1
+    together = packpipe.read_rows(packed).patches
+    for row in range(len(packed)):
+        np.testing.assert_array_equal(packpipe.read_rows(packed, row).patches[0], together[row])
+
+
+def test_rows_of_turbo_decode_to_the_batches_and_rejects_of_rows_of_pixels(tmp_path):
+    images = [pictures.encoded_image(*SIZES[n % 9], n, "JPEG") for n in range(9)]
+    images += [header_of(images[1]), pictures.encoded_image(48, 31, 1), images[8][:-40]]
+    source = pictures.dataset_of(images)
+    options = {**OPTIONS, "views": 2, "pixels": "turbo"}
+    pixels = packpipe.pack(source, output=tmp_path / "pixels", **options)
+    options |= {"store": "encoded", "num_workers": 1}
+    encoded = packpipe.pack(source, output=tmp_path / "encoded", **options)
+    assert batches(again(encoded)) == batches(pixels)
+    rejects = packpipe.rejects(pixels)[:]
+    assert packpipe.rejects(encoded)[:] == rejects
+    assert {9, 11} == {*rejects["example_index"]}
+    assert packpipe.manifest(encoded)["codecs"]["turbo_resize"] == "2"
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "text", "cut short", "header alone"])
+def test_broken_files_are_the_same_rejects_in_both_stores(damage, tmp_path):
+    jpeg = pictures.encoded_image(48, 31, 50, "JPEG")
+    broken = {
+        "empty": b"",
+        "text": b"no image",
+        "cut short": jpeg[: len(jpeg) // 2],
+        "header alone": header_of(jpeg),
+    }
+    for name, content in {"0": jpeg, "1": broken.get(damage), "2": jpeg}.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+    names = {"image": [{"bytes": None, "path": name} for name in "012"]}
+    source = Dataset.from_dict(names, features=Features({"image": Image()}))
+    options = {**OPTIONS, "image_root": tmp_path}
+    pixels, encoded = (
+        packpipe.pack(source, output=tmp_path / store, store=store, **options)
+        for store in ("pixels", "encoded")
+    )
+    rejects = packpipe.rejects(pixels)[:]
+    assert rejects["example_index"] == [1]
+    assert packpipe.rejects(encoded)[:] == rejects
+    assert batches(again(encoded)) == batches(pixels)
+
+
+def test_rows_judged_strictly_are_read_without_what_judged_them(tmp_path, monkeypatch):
+    source = pictures.dataset_of([pictures.encoded_image(48, 31, n, "JPEG") for n in range(3)])
+    options = {**OPTIONS, "damaged_scans": "strict"}
+    pixels = packpipe.pack(source, output=tmp_path / "pixels", **options)
+    encoded = packpipe.pack(source, output=tmp_path / "encoded", store="encoded", **options)
+    monkeypatch.setattr(decode, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="damaged_scans is 'strict', expected simplejpeg to be in"):
+        packpipe.pack(source, output=tmp_path / "new", **options)
+    assert batches(again(encoded)) == batches(pixels)
+
+
+def test_other_versions_of_what_decodes_are_told_of(both, tmp_path, caplog):
+    folder = copied(folder_of(both[1]), tmp_path / "copy")
+    state = PackedLoader(again(both[1]), 2, as_numpy=True).state_dict()
+    assert caplog.text == ""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["pillow"] = "9.0.0"
+    manifest["codecs"]["pillow-heif of old"] = "1"
+    path.write_text(json.dumps(manifest))
+    packed = datasets.load_from_disk(str(folder))
+    packpipe.read_rows(packed, 0)
+    packpipe.read_rows(packed, 1)
+    (said,) = caplog.messages  # once
+    assert (
+        f"the images in {folder} are decoded here by pillow {PIL.__version__} instead of " in said
+    )
+    assert "9.0.0, pillow-heif of old missing instead of 1: pixels may differ" in said
+    found = state["contents"]["decoders"]
+    assert f"pillow {PIL.__version__}, " in found
+    state["contents"]["decoders"] = "pillow 9.0.0"
+    loader = PackedLoader(again(both[1]), 2, as_numpy=True)
+    loader.load_state_dict(state)
+    said = f"state['contents']['decoders'] is 'pillow 9.0.0', expected {found!r}; pixels may be oth"
+    assert caplog.messages[-1].startswith(said)
+
+
+def test_the_manifest_is_read_once_and_again_when_it_changes(both, tmp_path, monkeypatch):
+    folder, read = copied(folder_of(both[1]), tmp_path / "copy"), []
+    packed = datasets.load_from_disk(str(folder))
+    expected = packpipe.read_rows(packed, 1).patches
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "loads", read.append)
+        np.testing.assert_array_equal(packpipe.read_rows(packed, 1).patches, expected)
+    assert read == []
+    moved = folder.rename(tmp_path / "moved")
+    np.testing.assert_array_equal(packpipe.read_rows(packed, 1).patches, expected)
+    moved.rename(folder)
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="folders of encoded rows is"):
+        packpipe.read_rows(packed, 1)
+
+
 def test_windows_of_files_hold_encoded_images(tmp_path):
     windowed.write(tmp_path / "source")
     found = {}
@@ -318,6 +439,7 @@ def test_an_image_that_does_not_decode_here_is_named(both, source, tmp_path):
     ((name, row, number),) = places
     place = re.escape(f"(row {row} of {folder / name})")
     said = rf"^image of example 2 {place} is 'undecodable here \(undecodable: OSError: .*\)', exp"
+    said += "[^;]*; install the packages and versions that its manifest names$"
     with pytest.raises(ValueError, match=said):
         packpipe.read_rows(datasets.load_from_disk(str(folder)))
     assert packpipe.verify(folder) == []  # nothing but the source tells that it is another one
@@ -347,6 +469,17 @@ def test_what_has_no_encoded_rows_is_refused_by_name(both, source, tmp_path):
         with pytest.raises(ValueError, match=re.escape(said)):
             packpipe.pack(dataset, output=tmp_path / "out", **asked)
     rows = again(both[1])
+    for changed, said in (
+        (rows.remove_columns("encoded_xxh3"), "without ['encoded_xxh3']"),
+        (
+            rows.select_columns(["seq_lens", "encoded"]),
+            "without ['encoded_xxh3', 'example_index', ",
+        ),
+        (datasets.concatenate_datasets([again(both[0]), rows]), "joined with rows of pixels"),
+    ):
+        for read in (packpipe.read_rows, StoredPacks):
+            with pytest.raises(ValueError, match=re.escape(said)):
+                read(changed)
     with pytest.raises(ValueError, match="rows is 'a table of encoded images', expected rows with"):
         packpipe.read_rows(rows.with_format("arrow")[:])
     rows.save_to_disk(tmp_path / "saved")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from packpipe.images.orientation import TRANSPOSE
-from packpipe.images.resize import FILTERS, resize
+from packpipe.images.resize import FILTERS, _weights, resize
 
 SUPPORT = {"box": 0.5, "bilinear": 1, "hamming": 1, "bicubic": 2, "lanczos": 3}
 
@@ -141,7 +141,7 @@ def test_tiles_are_the_result_cut(case, side, rows, columns):
 
 @pytest.mark.parametrize("name", [name for name in FILTERS if name != "nearest"])
 @pytest.mark.parametrize("size", [(30, 44), (64, 90), (101, 130), (200, 23)])
-def test_it_is_pillows_resize_but_for_rounding(name, size):
+def test_it_is_pillows_resize_in_the_same_order_but_for_rounding(name, size):
     pixels = noise(64, 90)
     height, width = size
     one, box = Image.fromarray(pixels), (0.0, 0.0, 90.0, 64.0)
@@ -153,6 +153,37 @@ def test_it_is_pillows_resize_but_for_rounding(name, size):
     wrong = np.abs(np.asarray(one).astype(int) - resized(pixels, box, size, name))
     assert wrong.max() <= 2
     assert wrong.mean() < 0.06
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "most", "share"),
+    [
+        ("bilinear", (101, 130), 1, 0.24),
+        ("bicubic", (30, 44), 3, 0.22),
+        ("bicubic", (101, 130), 18, 0.30),
+        ("lanczos", (101, 130), 44, 0.39),
+    ],
+)
+def test_of_noise_pillows_single_resize_is_so_far(name, size, most, share):
+    one = Image.fromarray(noise(64, 90))
+    single = np.asarray(one.resize(size[::-1], Image.Resampling[name.upper()])).astype(int)
+    wrong = np.abs(single - resized(np.asarray(one), (0, 0, 90, 64), size, name))
+    assert wrong.max() <= most
+    assert share - 0.05 < (wrong > 0).mean() <= share
+
+
+@pytest.mark.parametrize("n_in", [3, 7, 8, 9, 40])
+@pytest.mark.parametrize("n_out", [3, 17, 60])
+@pytest.mark.parametrize("kind", range(1, len(FILTERS)))
+def test_weights_of_wide_sums_sum_to_one_and_of_narrow_ones_to_hardly_less(n_in, n_out, kind):
+    _, weights, bits = _weights(n_in, 0.0, float(n_in), n_out, kind, False)
+    taps, sums = weights.shape[1], weights.astype(int).sum(axis=1)
+    if taps == 1:
+        return
+    if (taps, bits) == (8, 14):
+        assert (((1 << bits) - 4 <= sums) & (sums <= 1 << bits)).all()
+    else:
+        assert (sums == 1 << bits).all()
 
 
 def test_filters_are_chosen_for_each_axis():
