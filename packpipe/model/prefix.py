@@ -18,7 +18,8 @@ def check_prefix(batch: PackedBatch, prefix_tokens: int) -> None:
     present = batch.present
     # Of padding, segment 0, there are none.
     found = torch.zeros(len(present), present.shape[1] + 1, dtype=torch.int64)
-    found.scatter_add_(1, batch.segment_ids.long(), (batch.coords[..., 0] < 0).long())
+    is_prefix = (batch.coords[..., 0] < 0).to(found.dtype)
+    found.scatter_add_(1, batch.segment_ids.to(found.dtype), is_prefix)
     wrong = present & (found[:, 1:] != prefix_tokens)
     if wrong.any():
         row, segment = wrong.nonzero()[0].tolist()

@@ -66,7 +66,7 @@ def encoder(tmp_path_factory):
     shape = {"dim": 32, "depth": 2, "heads": 2, "position": "resized", "max_side": 4}
     config = packpipe.NaViTConfig(num_classes=3, pooling="mean", norm_pooled=True, **shape)
     packing = packpipe.PackConfig(seq_len=64, resolution="budget", max_tokens=16)
-    packpipe.save_pretrained(packpipe.NaViT(config), packing, folder)
+    packpipe.save_pretrained(packpipe.NaViT(config), packing, folder, loss="softmax")
     return folder
 
 

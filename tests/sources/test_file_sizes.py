@@ -16,6 +16,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from packpipe.images.bad_images import SizeChanged
 from packpipe.rows.rejects import Tolerance, TooManyRejects
@@ -258,10 +259,10 @@ def test_of_images_that_could_not_be_read_by_their_paths_every_opening_warns(tmp
 
 
 def test_a_bar_counts_the_images_that_are_read(files, tmp_path, monkeypatch):
-    seen, real = [], module.datasets.utils.tqdm
+    seen = []
 
-    def bar(**options):
-        seen.append(real(**{**options, "disable": False}))
+    def bar(**options):  # that of `datasets` shows nothing where another test has turned it off
+        seen.append(tqdm(**{**options, "disable": False}))
         return seen[0]
 
     monkeypatch.setattr(module.datasets.utils, "tqdm", bar)
