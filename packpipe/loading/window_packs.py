@@ -52,9 +52,9 @@ class OpenWindow:
     Attributes:
         plan: its plan.
         images: encoded, of all rows of its blocks.
-        masks: likewise; None without.
+        masks: encoded class maps of the same rows; None without.
         labels: one an image of the plan; None without.
-        weight: likewise.
+        weight: float32, one an image of the plan; None without.
     """
 
     plan: EpochPlan
@@ -70,7 +70,7 @@ class TakenPacks(NamedTuple):
     Attributes:
         planned: the packs as rows without tokens.
         images: those of the packs.
-        masks: likewise; None without.
+        masks: class maps of the packs; None without.
     """
 
     planned: Rows

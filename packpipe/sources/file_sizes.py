@@ -63,7 +63,7 @@ class FileSizes:
     Attributes:
         path: the file.
         digest: 32 hexadecimal digits, of the sizes.
-        values: likewise, of the labels and weights of all rows that are no rejects.
+        values: 32 hexadecimal digits, of the labels and weights of all rows that are no rejects.
         rejects: rows that have none, by row: their header, size, label or weight is bad.
         by_path: how many of them are images that their rows name by paths, and whose header is bad.
         num_rows: rows of the source.

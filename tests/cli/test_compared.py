@@ -7,12 +7,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from commands import run, told
 from PIL import Image
-from typer.testing import CliRunner
 
 import packpipe
 from packpipe.cli.compared import Compared, class_weights_of
-from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
 from packpipe.training.checkpoints import checkpoints
 from packpipe.training.evaluation import measure
@@ -45,17 +44,6 @@ def squares(tmp_path_factory):
     (folder / "table.csv").write_text(text)
     (folder / "names.txt").write_text("ground\nsquare\n")
     return folder
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, list(map(str, arguments)))
-
-
-def told(*arguments):
-    """Return what a command that is fine has printed."""
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.fixture(scope="module")

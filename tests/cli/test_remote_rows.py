@@ -9,25 +9,13 @@ import datasets
 import fsspec
 import numpy as np
 import pytest
+from commands import run, told
 from crashing import contents
 from PIL import Image
-from typer.testing import CliRunner
 
 import packpipe
-from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
 from packpipe.training.log import read_log
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, list(map(str, arguments)))
-
-
-def told(*arguments):
-    """Return what a command that is fine has printed."""
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import run, told
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 import packpipe
 from packpipe import Constant, NaViTConfig, PackConfig, Side, Square, Uniform
 from packpipe.cli.layouts import EncoderLayout
-from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
 from packpipe.cli.starting import start_of
 from packpipe.model.navit import NaViT
@@ -30,17 +29,6 @@ from packpipe.training.loop import read_log
 
 DIM, WIDTH, PATCH = 32, 48, 8
 FROZEN = ("embed.", "position.", "blocks.0.")
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, list(map(str, arguments)))
-
-
-def told(*arguments):
-    """Return what a command that is fine has printed."""
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from commands import run, told
 from datasets import Dataset
 from PIL import Image
-from typer.testing import CliRunner
 
 import packpipe
 from packpipe.cli.labels import classes_of, divided, labelled, with_classes_of
-from packpipe.cli.main import app
 from packpipe.cli.open_source import manifest_in, open_source
 from packpipe.cli.trained_rows import TrainedRows
 from packpipe.loading.stored import StoredPacks
@@ -22,17 +21,6 @@ from packpipe.training.checkpoints import checkpoints
 from packpipe.training.log import read_log
 
 NAMES = ("ant", "bee", "cat")
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, list(map(str, arguments)))
-
-
-def told(*arguments):
-    """Return what a command that is fine has printed."""
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
