@@ -84,8 +84,7 @@ def _unpack(archive: Path, folder: Path) -> None:
             _check_end(opened)
             sizes = [(one.name, one.size) for one in members if not one.isdir()]
             _check(archive, [one.name for one in members], sizes, folder)
-            # The filter refuses links that lead out, devices and owners.
-            opened.extractall(folder, filter="data")
+            _extract(opened, members, folder)
     else:
         with zipfile.ZipFile(archive) as opened:
             sizes = [(one.filename, one.file_size) for one in opened.infolist() if not one.is_dir()]
@@ -96,6 +95,23 @@ def _unpack(archive: Path, folder: Path) -> None:
     if written != len(sizes):  # on a disk that takes A for a, for example
         expected, remedy = f"{len(sizes)}, as in {archive.name}", "rename files, or unpack it"
         raise ValueError(checks.sentence("files unpacked", written, expected, remedy))
+
+
+def _extract(tar: tarfile.TarFile, members: list[tarfile.TarInfo], folder: Path) -> None:
+    """Write the members of a tar, but no owners, no devices and no links that lead out.
+
+    Raises:
+        ValueError: a member is a link or a device, and this Python has no filter for them.
+    """
+    if hasattr(tarfile, "data_filter"):
+        tar.extractall(folder, filter="data")
+        return
+    for member in members:  # Python 3.11.3 and before
+        if not (member.isreg() or member.isdir()):
+            what, expected = f"{member.name} in a tar", "a file or a folder"
+            remedy = "unpack it, or take Python 3.11.4 or later, which checks where links lead"
+            raise ValueError(checks.sentence(what, "a link or a device", expected, remedy))
+        tar.extract(member, folder, set_attrs=False)
 
 
 def _check_end(tar: tarfile.TarFile) -> None:

@@ -206,3 +206,17 @@ def test_of_two_that_unpack_at_once_one_is_taken(tmp_path, monkeypatch):
 
     monkeypatch.setattr(archives, "_unpack", with_another)
     assert [one.name for one in unpacked(path).rglob("*.png")] == ["1.png"]
+
+
+@pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filter:DeprecationWarning")
+def test_a_python_without_filters_unpacks_files_and_refuses_links(tmp_path, monkeypatch):
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)  # as before Python 3.11.4
+    path = tar_of(tmp_path / "some.tar", IN_FOLDERS.items())
+    assert open_source(str(path), "train")["label"][:] == [0, 0, 1]
+    with tarfile.open(tmp_path / "linked.tar", "w") as tar:
+        link = tarfile.TarInfo("a.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    message = "a.png in a tar is 'a link or a device', expected a file or a folder; unpack it, or"
+    with pytest.raises(ValueError, match=message):
+        unpacked(tmp_path / "linked.tar")
