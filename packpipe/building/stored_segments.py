@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from packpipe import checks
 from packpipe.rows.files import write_table
 from packpipe.rows.own_columns import ROW, has_labels, is_of_segments, own_segments
 from packpipe.rows.text import joined
+from packpipe.storage.messages import ReadAhead, head_at
 from packpipe.storage.reading import bytes_of, version_of
 from packpipe.storage.storage import Storage
 
@@ -35,10 +35,6 @@ from packpipe.storage.storage import Storage
 _PREFIX = "segments-"
 # What the schema of such a file says of the tokens: their places, and the schema of their columns.
 _KEY, _TOKENS = b"packpipe", b"packpipe_tokens"
-# Bytes that are read beside what is asked for, which the head of the next batch usually lies in.
-_AHEAD = 16 * 2**10
-# Where a message of Arrow's begins, and the body's length in its table of fields.
-_CONTINUES, _BODY = -1, 10
 
 
 class Column(NamedTuple):
@@ -78,17 +74,15 @@ def segments_of(
 
 
 def _read(reader: ReadAhead) -> tuple[pa.Table, pa.Schema, list[Stored], int]:
-    head, _ = _message(reader, 0)
-    if head is None:
+    opening = head_at(reader, 0)
+    if opening is None:
         raise ValueError("no schema")
-    schema = pa.ipc.read_schema(pa.py_buffer(head))
+    schema = pa.ipc.read_schema(pa.py_buffer(opening.content))
     fixed = [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
     others = [name for name in schema.names if name not in fixed]
-    tables, batches, position = [], [], len(head)
-    while True:
-        head, body = _message(reader, position)
-        if head is None:  # the end of the stream
-            break
+    tables, batches, position = [], [], len(opening.content)
+    while (found := head_at(reader, position)) is not None:
+        head, body = found.content, found.body
         start = position + len(head)
         # The body as far as it is read: the columns of tokens are zeros that no memory is used for.
         memory = np.zeros(len(head) + body, np.uint8)
@@ -127,41 +121,6 @@ def _check(found: pa.Table, tokens: pa.Schema) -> None:
     most = tokens.field("segment_ids").type.list_size if "segment_ids" in tokens.names else 2**62
     if lens.min(initial=1) < 1 or np.bincount(rows, lens).max(initial=0) > most:
         raise ValueError(f"seq_lens of more than the {most} tokens of a row, or of none")
-
-
-class ReadAhead:
-    """Reads a file from front to back, a little more than is asked for at a time."""
-
-    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
-        self._read, self.size = read, size
-        self._start, self._held = 0, b""
-
-    def __call__(self, start: int, stop: int) -> bytes:
-        """Return the bytes start..stop - 1."""
-        if stop > self.size:
-            raise ValueError(f"byte {stop - 1} of {self.size}")
-        if not self._start <= start <= stop <= self._start + len(self._held):
-            self._held = self._read(start, min(stop + _AHEAD, self.size))
-            self._start = start
-        return self._held[start - self._start : stop - self._start]
-
-
-def _message(reader: ReadAhead, position: int) -> tuple[bytes | None, int]:
-    """Return the head of a message of Arrow's and the bytes of its body; None at the end.
-
-    Source: Arrow columnar format, encapsulated messages; flatbuffers internals.
-    """
-    mark, length = struct.unpack("<iI", reader(position, position + 8))
-    if mark != _CONTINUES:
-        raise ValueError(f"no message at byte {position}")
-    if not length:
-        return None, 0
-    head = reader(position, position + 8 + length)
-    table = 8 + struct.unpack_from("<I", head, 8)[0]
-    fields = table - struct.unpack_from("<i", head, table)[0]
-    known = struct.unpack_from("<H", head, fields)[0] > _BODY
-    place = struct.unpack_from("<H", head, fields + _BODY)[0] if known else 0
-    return head, struct.unpack_from("<q", head, table + place)[0] if place else 0
 
 
 def damaged(storage: Storage, name: str, what: str) -> str:

@@ -77,11 +77,13 @@ def _unpack(archive: Path, folder: Path) -> None:
             the archive is damaged.
         RuntimeError: it is encrypted.
     """
+    from packpipe.sources.tar_blocks import check_end
+
     opened: Any
     if archive.name.lower().endswith(_TARS):
         with tarfile.open(archive) as opened:
             members = opened.getmembers()
-            _check_end(opened)
+            check_end(opened)
             sizes = [(one.name, one.size) for one in members if not one.isdir()]
             _check(archive, [one.name for one in members], sizes, folder)
             # The filter refuses links that lead out, devices and owners.
@@ -96,22 +98,6 @@ def _unpack(archive: Path, folder: Path) -> None:
     if written != len(sizes):  # on a disk that takes A for a, for example
         expected, remedy = f"{len(sizes)}, as in {archive.name}", "rename files, or unpack it"
         raise ValueError(checks.sentence("files unpacked", written, expected, remedy))
-
-
-def _check_end(tar: tarfile.TarFile) -> None:
-    """Raise ReadError if a tar goes on behind its last member, or is cut there.
-
-    `tarfile` takes a header that it cannot read for the end. Every tar ends with two blocks of
-    zeros, and no less than zeros may follow. Compressed streams are read to their checksum.
-    """
-    stream: Any = tar.fileobj
-    stream.seek(tar.offset)
-    end = stream.read(2 * tarfile.BLOCKSIZE)
-    is_end = end == bytes(2 * tarfile.BLOCKSIZE)
-    while is_end and (more := stream.read(1 << 20)):
-        is_end = more.count(0) == len(more)
-    if not is_end:
-        raise tarfile.ReadError(f"neither a file nor the end of a tar follows byte {tar.offset}")
 
 
 def _check(archive: Path, names: list[str], sizes: list[tuple[str, int]], folder: Path) -> None:
