@@ -10,13 +10,19 @@ file beside the manifest, with the places of the tokens.
 A manifest has checksums of whole files, and these bytes are a part of one. So only what does not
 fit together is found: lists of other lengths than the others, more tokens than a row has. Labels,
 sizes and other values are what the store has answered.
+
+Of rows of encoded images the images are what is not read. They are one buffer of a batch, between
+the segments; the place of each in the file is kept in a column of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 
 from packpipe import checks
+from packpipe.rows.encoded import COLUMNS, IMAGES
 from packpipe.rows.files import write_table
 from packpipe.rows.own_columns import ROW, has_labels, is_of_segments, own_segments
 from packpipe.rows.text import joined
@@ -31,8 +38,12 @@ from packpipe.storage.messages import ReadAhead, head_at
 from packpipe.storage.reading import bytes_of, version_of
 from packpipe.storage.storage import Storage
 
+# Seconds that a file is taken for the same, once its store has said so.
+_CHECKED_FOR = 60.0
 # How the names of the files of segments begin.
 _PREFIX = "segments-"
+# Of rows of encoded images, the column of (first byte in the file, bytes) of each image.
+PLACES, _PLACES = "packpipe_places", pa.list_(pa.list_(pa.int64(), 2))
 # What the schema of such a file says of the tokens: their places, and the schema of their columns.
 _KEY, _TOKENS = b"packpipe", b"packpipe_tokens"
 
@@ -79,40 +90,71 @@ def _read(reader: ReadAhead) -> tuple[pa.Table, pa.Schema, list[Stored], int]:
         raise ValueError("no schema")
     schema = pa.ipc.read_schema(pa.py_buffer(opening.content))
     fixed = [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
-    others = [name for name in schema.names if name not in fixed]
+    others = [name for name in schema.names if name not in (*fixed, IMAGES)]
     tables, batches, position = [], [], len(opening.content)
-    while (found := head_at(reader, position)) is not None:
-        head, body = found.content, found.body
+    while (message_head := head_at(reader, position)) is not None:
+        head, body = message_head.content, message_head.body
         start = position + len(head)
-        # The body as far as it is read: the columns of tokens are zeros that no memory is used for.
+        # The body as far as it is read: what is not read are zeros that no memory is used for.
         memory = np.zeros(len(head) + body, np.uint8)
         memory[: len(head)] = np.frombuffer(head, np.uint8)
         buffer = pa.py_buffer(memory)
         message = pa.ipc.read_message(pa.BufferReader(buffer))
         batch = pa.ipc.read_record_batch(message, schema)
         rows, first = batch.num_rows, buffer.address + len(head)
-        columns, tail = {}, 0
+        columns, left_out = {}, range(0)
         for column in fixed:
             kind, values = schema.field(column).type, batch.column(column).buffers()[-1]
             size = kind.list_size * kind.value_type.bit_width
             place = values.address - first if values is not None and values.size else 0
             columns[column] = Column(start + place, size)
-            tail = max(tail, place + -(-rows * size // 8))
+            left_out = range(max(left_out.stop, place + -(-rows * size // 8)))
+        if IMAGES in schema.names:
+            values = batch.column(IMAGES).buffers()[-1]
+            if values is not None and values.size:
+                left_out = range(values.address - first, values.address - first + values.size)
         # Arrow has not copied: what comes into this memory now are the columns of segments.
-        memory[len(head) + tail :] = np.frombuffer(reader(start + tail, start + body), np.uint8)
-        tables.append(pa.Table.from_batches([batch]).select(others))
+        for part in (range(left_out.start), range(left_out.stop, body)):
+            if part:
+                found = reader(start + part.start, start + part.stop)
+                memory[len(head) :][part.start : part.stop] = np.frombuffer(found, np.uint8)
+        table = pa.Table.from_batches([batch]).select(others)
+        if IMAGES in schema.names:
+            places = _places(batch.column(IMAGES), start + left_out.start, len(left_out))
+            table = table.append_column(PLACES, places)
+        tables.append(table)
         batches.append(Stored(rows, columns))
         position = start + body
     empty = schema.empty_table().select(others)
+    if IMAGES in schema.names:
+        empty = empty.append_column(PLACES, pa.array([], _PLACES))
     tokens = pa.schema([schema.field(name) for name in fixed])
     return pa.concat_tables([empty, *tables]), tokens, batches, position + 8
+
+
+def _places(images: pa.ListArray, start: int, size: int) -> pa.ListArray:
+    """Return where the images of a batch lie, given the place and the bytes of them all.
+
+    Raises:
+        ValueError: one lies elsewhere.
+    """
+    images.validate()  # of lists alone: the images are not there
+    flat = images.flatten()
+    ends = np.frombuffer(flat.buffers()[1], np.int64, len(flat) + 1, 8 * flat.offset)
+    lens = np.diff(ends)
+    if len(flat) and (lens.min() < 0 or ends[0] < 0 or ends[-1] > size):
+        raise ValueError("images outside of their column")
+    places = pa.array(np.stack([start + ends[:-1], lens], axis=1).ravel())
+    pairs = pa.FixedSizeListArray.from_arrays(places, 2)
+    offsets = np.cumsum([0, *images.value_lengths().to_numpy()])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pairs).cast(_PLACES)
 
 
 def _check(found: pa.Table, tokens: pa.Schema) -> None:
     """Raise ValueError if columns of segments do not belong together."""
     found.validate(full=True)
     has_labels(found)  # raises if they are not one a segment
-    for name in own_segments(found.schema):
+    for name in (*own_segments(found.schema), *({PLACES, *COLUMNS} & {*found.column_names})):
         if not is_of_segments(found, name):
             raise ValueError(f"lists in {name!r} of other lengths than seq_lens")
     lists = joined(found.column("seq_lens"))
@@ -170,6 +212,31 @@ def check_version(storage: Storage, name: str, version: str) -> None:
         what = f"version of {storage.url}/{name}"
         remedy = "it was replaced since: open the folder again"
         raise ConnectionError(checks.sentence(what, found, repr(version), remedy))
+
+
+@dataclass(frozen=True, eq=False)
+class Versions:
+    """The versions of files whose segments are here, compared with the store's now and then.
+
+    Attributes:
+        storage: the folder.
+        known: the version of each file.
+    """
+
+    storage: Storage
+    known: dict[str, str]
+    _checked: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+
+    def check(self, name: str) -> None:
+        """Raise ConnectionError if a file was replaced, unless that was asked a short time ago."""
+        now = time.monotonic()
+        if now - self._checked.get(name, -math.inf) >= _CHECKED_FOR:
+            check_version(self.storage, name, self.known[name])
+            self._checked[name] = now
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The clock of another machine has another beginning.
+        return {**vars(self), "_checked": {}}
 
 
 class KeptSegments(NamedTuple):
