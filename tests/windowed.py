@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import crashing
+import pyarrow as pa
 import pyarrow.parquet as pq
 from traps import say
 
@@ -43,11 +46,40 @@ def write(folder: Path, *, per_file: int = 25, per_block: int = 5) -> None:
         pq.write_table(rows.slice(first, per_file), path, row_group_size=per_block)
 
 
-def build_of(source: str | Path, output: Any, **asked: Any) -> FilesBuild:
+def write_as(ending: str, folder: Path, *, per_file: int = 25, per_block: int = 5) -> None:
+    """Write the same images as Arrow files, or as tar files whose blocks are as patched."""
+    dataset = crashing.source(NUM_ROWS)
+    for first in range(0, NUM_ROWS, per_file):
+        some = dataset.select(range(first, min(first + per_file, NUM_ROWS)))
+        path = folder / f"part-{first:03}.{ending}"
+        rows = some.with_format("arrow")[:].cast(dataset.features.arrow_schema)
+        if ending == "arrow":
+            with pa.ipc.new_stream(path, rows.schema) as writer:
+                writer.write_table(rows, max_chunksize=per_block)
+        else:
+            members = {}
+            for number, row in enumerate(rows.to_pylist()):
+                members[f"{number:03}.png"] = row["image"]["bytes"]
+                members[f"{number:03}.cls"] = str(row["label"]).encode()
+            write_tar(path, members)
+
+
+def write_tar(path: Path, members: dict[str, bytes], **options: Any) -> None:
+    """Write files as a tar."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def build_of(
+    source: str | Path, output: Any, *, ending: str = "parquet", **asked: Any
+) -> FilesBuild:
     """A build of small files: three windows or four, several files each."""
     options = {key: OPTIONS[key] for key in ("patch_size",)}
     asked = {"num_workers": 0, "window_rows": 15, **asked}
-    files = ImageFiles(f"{source}/*.parquet")
+    files = ImageFiles(f"{source}/*.{ending}")
     build = files_build(files, OPTIONS["seq_len"], options, TOLERANCE, output=output, **asked)
     small = {name.lower(): size for name, size in crashing.SMALL.items()}
     return replace(build, job=replace(build.job, **small))

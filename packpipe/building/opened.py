@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,18 @@ from datasets import Dataset
 from packpipe import checks
 from packpipe.building.build import read_rejects, stored_rows
 from packpipe.building.copies import Cache, bring, cache_at, is_whole
+from packpipe.building.remote_encoded import RemoteEncoded
 from packpipe.building.remote_rows import remote_rows
 from packpipe.building.shards import (
     MANIFEST,
     REJECTS,
     alone_in,
     data_files,
-    format_bytes,
     read_manifest,
 )
-from packpipe.building.stored_segments import segments_path, write_segments
+from packpipe.building.stored_segments import Versions, segments_path, write_segments
 from packpipe.rows.encoded import ENCODED
-from packpipe.rows.encoded_rows import decoding
+from packpipe.rows.encoded_rows import decoder_of, decoding
 from packpipe.rows.rejects import Reject
 from packpipe.storage.reading import found_file, found_folders, version_of
 from packpipe.storage.storage import Storage, storage_at
@@ -63,7 +63,8 @@ def open_packed(
     have them. Another format, and rows of several folders that are joined, are refused; such rows
     are not saved. That a file is replaced in the store is noticed within a minute, and is an error.
     No checksum is of a single row, as `verify` has them: other pixels, labels and sizes in what the
-    store answers are not noticed. Rows of encoded images are copied, or refused.
+    store answers are not noticed. Encoded images have one each: their rows are read by a request a
+    row, and an image that is not the one that was packed is an error.
 
     Args:
         folder: a path, or a URL that fsspec knows, such as ``"s3://bucket/rows"``. Of `pack_pairs`,
@@ -79,8 +80,7 @@ def open_packed(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: `pack` has not written this folder, or not completed it, or with
-            ``materialize=False``; there is no room for a copy of encoded images; or nothing is
-            installed that opens the URL.
+            ``materialize=False``; or nothing is installed that opens the URL.
         ConnectionError: the store does not answer; or a file that is copied is not what the
             manifest says, or what is read of it does not fit together.
         FileNotFoundError: a file of the manifest is not there.
@@ -123,20 +123,11 @@ class PackedFolder:
         records = {name: self.manifest["files"][name] for name in data_files(self.manifest)}
         size = sum(record["bytes"] for record in records.values())
         whole = is_whole(records, self.folder)
-        # Encoded images lie beside the segments, so to read these is to read nearly all.
-        is_encoded = self.manifest.get("store") == ENCODED
-        may_copy = may_copy or is_encoded
         if whole or (may_copy and self.cache.has_room(self.folder, size)):
             bring(self.storage, records, self.folder)
             return _decoding(stored_rows(self.folder))
-        if is_encoded:
-            what = f"{self.place}, of encoded images, {format_bytes(size)}"
-            expected = (
-                f"room for a copy in {self.cache.folder}, of {format_bytes(self.cache.limit)}"
-            )
-            remedy = "raise cache_bytes, or pass a cache on another disk: they are not read by row"
-            raise ValueError(checks.sentence("folder", what, expected, remedy))
-        return _segments(self.storage, records, self.folder)
+        is_encoded = self.manifest.get("store") == ENCODED
+        return _segments(self.storage, records, self.folder, is_encoded=is_encoded)
 
     def rejects(self) -> list[Reject]:
         """Return the source examples that are in no row."""
@@ -239,8 +230,10 @@ def _check_names(place: str, manifest: dict[str, Any]) -> None:
             raise ValueError(checks.sentence(where, name, expected, remedy))
 
 
-def _segments(storage: Storage, records: dict[str, Any], folder: Path) -> Dataset:
-    """Return a dataset of the segments of rows, whose tokens are read from the store."""
+def _segments(
+    storage: Storage, records: dict[str, Any], folder: Path, *, is_encoded: bool
+) -> Dataset:
+    """Return a dataset of the segments of rows, whose tokens or images are read from the store."""
     with ThreadPoolExecutor(_AT_ONCE) as executor:
         versions = list(executor.map(partial(version_of, storage), records))
     named = zip(records, versions, strict=True)
@@ -261,4 +254,8 @@ def _segments(storage: Storage, records: dict[str, Any], folder: Path) -> Datase
                 executor.shutdown(cancel_futures=True)
                 raise
     found = datasets.concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
-    return found.with_transform(remote_rows(storage, records, versions, paths, found.data.schema))
+    known, schema = Versions(storage, dict(zip(records, versions, strict=True))), found.data.schema
+    if is_encoded:
+        decoder = replace(decoder_of(found), folder=storage.url)
+        return found.with_transform(RemoteEncoded(storage, records, known, decoder, schema))
+    return found.with_transform(remote_rows(storage, records, known, paths, schema))

@@ -13,11 +13,9 @@ error. Pixels that changed in a file that stayed are not noticed, nor labels and
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise, repeat
 from pathlib import Path
@@ -28,7 +26,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe import checks
-from packpipe.building.stored_segments import Stored, check_version, damaged, kept_segments
+from packpipe.building.stored_segments import Stored, Versions, damaged, kept_segments
 from packpipe.rows.computed import row_values
 from packpipe.rows.files import CHECKSUM
 from packpipe.rows.from_arrow import table_rows
@@ -40,8 +38,6 @@ from packpipe.storage.storage import Storage
 
 # Requests at once.
 _AT_ONCE = 16
-# Seconds that a file is taken for the same, once its store has said so.
-_CHECKED_FOR = 60.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +51,7 @@ class RemoteRows:
         segments: the schema of the dataset.
         tokens: the schema of the columns that are not in it.
         batches: the record batches of each file.
-        versions: of each file, as its store calls the one whose segments are here.
+        versions: of the files, as their store calls those whose segments are here.
     """
 
     storage: Storage
@@ -64,8 +60,7 @@ class RemoteRows:
     segments: pa.Schema
     tokens: pa.Schema
     batches: tuple[list[Stored], ...]
-    versions: tuple[str, ...]
-    _checked: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    versions: Versions
 
     def rows(self, segments: pa.Table) -> Rows:
         """Return the rows of some segments, in memory of their own.
@@ -89,7 +84,7 @@ class RemoteRows:
         with ThreadPoolExecutor(max(1, min(_AT_ONCE, len(asked)))) as executor:
             parts = list(executor.map(lambda one: self._read(*one), asked))
             files = sorted({self._flat[batch][0] for batch, _, _ in runs})
-            list(executor.map(self._check_file, files if asked else []))
+            list(executor.map(self.versions.check, files if asked else []))
         columns = {}
         for number, column in enumerate(self.tokens):
             values = parts[number * len(runs) : (number + 1) * len(runs)]
@@ -110,10 +105,6 @@ class RemoteRows:
         lists = [one.name for one in table.schema if hasattr(one.type, "value_type")]
         found = {name: list(map(row_values, table.column(name))) for name in lists}
         return found | {name: batch[name] for name in batch if name not in (*found, ROW)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The clock of another machine has another beginning.
-        return {**vars(self), "_checked": {}}
 
     @cached_property
     def _flat(self) -> list[tuple[str, Stored]]:
@@ -148,13 +139,6 @@ class RemoteRows:
         skipped = bits.start % 8
         return np.unpackbits(values, bitorder="little")[skipped : skipped + len(bits)]
 
-    def _check_file(self, name: str) -> None:
-        """Raise ConnectionError if a file was replaced, unless that was asked a short time ago."""
-        now = time.monotonic()
-        if now - self._checked.get(name, -math.inf) >= _CHECKED_FOR:
-            check_version(self.storage, name, self.versions[self.names.index(name)])
-            self._checked[name] = now
-
     def _check(self, table: pa.Table, numbers: NDArray[np.int64]) -> None:
         """Raise ConnectionError unless tokens are of the segments beside them."""
         if not len(numbers) or not {"segment_ids", "seq_lens"} <= {*table.column_names}:
@@ -184,7 +168,7 @@ class RemoteRows:
 def remote_rows(
     storage: Storage,
     records: dict[str, Any],
-    versions: Sequence[str],
+    versions: Versions,
     paths: Sequence[Path],
     schema: pa.Schema,
 ) -> RemoteRows:
@@ -205,7 +189,7 @@ def remote_rows(
         schema,
         kept[0].tokens,
         tuple(one.batches for one in kept),
-        tuple(versions),
+        versions,
     )
 
 

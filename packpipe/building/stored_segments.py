@@ -10,14 +10,19 @@ file beside the manifest, with the places of the tokens.
 A manifest has checksums of whole files, and these bytes are a part of one. So only what does not
 fit together is found: lists of other lengths than the others, more tokens than a row has. Labels,
 sizes and other values are what the store has answered.
+
+Of rows of encoded images the images are what is not read. They are one buffer of a batch, between
+the segments; the place of each in the file is kept in a column of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
-from collections.abc import Callable
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,20 +30,22 @@ import numpy as np
 import pyarrow as pa
 
 from packpipe import checks
+from packpipe.rows.encoded import COLUMNS, IMAGES
 from packpipe.rows.files import write_table
 from packpipe.rows.own_columns import ROW, has_labels, is_of_segments, own_segments
 from packpipe.rows.text import joined
+from packpipe.storage.messages import ReadAhead, head_at
 from packpipe.storage.reading import bytes_of, version_of
 from packpipe.storage.storage import Storage
 
+# Seconds that a file is taken for the same, once its store has said so.
+_CHECKED_FOR = 60.0
 # How the names of the files of segments begin.
 _PREFIX = "segments-"
+# Of rows of encoded images, the column of (first byte in the file, bytes) of each image.
+PLACES, _PLACES = "packpipe_places", pa.list_(pa.list_(pa.int64(), 2))
 # What the schema of such a file says of the tokens: their places, and the schema of their columns.
 _KEY, _TOKENS = b"packpipe", b"packpipe_tokens"
-# Bytes that are read beside what is asked for, which the head of the next batch usually lies in.
-_AHEAD = 16 * 2**10
-# Where a message of Arrow's begins, and the body's length in its table of fields.
-_CONTINUES, _BODY = -1, 10
 
 
 class Column(NamedTuple):
@@ -78,47 +85,76 @@ def segments_of(
 
 
 def _read(reader: ReadAhead) -> tuple[pa.Table, pa.Schema, list[Stored], int]:
-    head, _ = _message(reader, 0)
-    if head is None:
+    opening = head_at(reader, 0)
+    if opening is None:
         raise ValueError("no schema")
-    schema = pa.ipc.read_schema(pa.py_buffer(head))
+    schema = pa.ipc.read_schema(pa.py_buffer(opening.content))
     fixed = [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
-    others = [name for name in schema.names if name not in fixed]
-    tables, batches, position = [], [], len(head)
-    while True:
-        head, body = _message(reader, position)
-        if head is None:  # the end of the stream
-            break
+    others = [name for name in schema.names if name not in (*fixed, IMAGES)]
+    tables, batches, position = [], [], len(opening.content)
+    while (message_head := head_at(reader, position)) is not None:
+        head, body = message_head.content, message_head.body
         start = position + len(head)
-        # The body as far as it is read: the columns of tokens are zeros that no memory is used for.
+        # The body as far as it is read: what is not read are zeros that no memory is used for.
         memory = np.zeros(len(head) + body, np.uint8)
         memory[: len(head)] = np.frombuffer(head, np.uint8)
         buffer = pa.py_buffer(memory)
         message = pa.ipc.read_message(pa.BufferReader(buffer))
         batch = pa.ipc.read_record_batch(message, schema)
         rows, first = batch.num_rows, buffer.address + len(head)
-        columns, tail = {}, 0
+        columns, left_out = {}, range(0)
         for column in fixed:
             kind, values = schema.field(column).type, batch.column(column).buffers()[-1]
             size = kind.list_size * kind.value_type.bit_width
             place = values.address - first if values is not None and values.size else 0
             columns[column] = Column(start + place, size)
-            tail = max(tail, place + -(-rows * size // 8))
+            left_out = range(max(left_out.stop, place + -(-rows * size // 8)))
+        if IMAGES in schema.names:
+            values = batch.column(IMAGES).buffers()[-1]
+            if values is not None and values.size:
+                left_out = range(values.address - first, values.address - first + values.size)
         # Arrow has not copied: what comes into this memory now are the columns of segments.
-        memory[len(head) + tail :] = np.frombuffer(reader(start + tail, start + body), np.uint8)
-        tables.append(pa.Table.from_batches([batch]).select(others))
+        for part in (range(left_out.start), range(left_out.stop, body)):
+            if part:
+                found = reader(start + part.start, start + part.stop)
+                memory[len(head) :][part.start : part.stop] = np.frombuffer(found, np.uint8)
+        table = pa.Table.from_batches([batch]).select(others)
+        if IMAGES in schema.names:
+            places = _places(batch.column(IMAGES), start + left_out.start, len(left_out))
+            table = table.append_column(PLACES, places)
+        tables.append(table)
         batches.append(Stored(rows, columns))
         position = start + body
     empty = schema.empty_table().select(others)
+    if IMAGES in schema.names:
+        empty = empty.append_column(PLACES, pa.array([], _PLACES))
     tokens = pa.schema([schema.field(name) for name in fixed])
     return pa.concat_tables([empty, *tables]), tokens, batches, position + 8
+
+
+def _places(images: pa.ListArray, start: int, size: int) -> pa.ListArray:
+    """Return where the images of a batch lie, given the place and the bytes of them all.
+
+    Raises:
+        ValueError: one lies elsewhere.
+    """
+    images.validate()  # of lists alone: the images are not there
+    flat = images.flatten()
+    ends = np.frombuffer(flat.buffers()[1], np.int64, len(flat) + 1, 8 * flat.offset)
+    lens = np.diff(ends)
+    if len(flat) and (lens.min() < 0 or ends[0] < 0 or ends[-1] > size):
+        raise ValueError("images outside of their column")
+    places = pa.array(np.stack([start + ends[:-1], lens], axis=1).ravel())
+    pairs = pa.FixedSizeListArray.from_arrays(places, 2)
+    offsets = np.cumsum([0, *images.value_lengths().to_numpy()])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pairs).cast(_PLACES)
 
 
 def _check(found: pa.Table, tokens: pa.Schema) -> None:
     """Raise ValueError if columns of segments do not belong together."""
     found.validate(full=True)
     has_labels(found)  # raises if they are not one a segment
-    for name in own_segments(found.schema):
+    for name in (*own_segments(found.schema), *({PLACES, *COLUMNS} & {*found.column_names})):
         if not is_of_segments(found, name):
             raise ValueError(f"lists in {name!r} of other lengths than seq_lens")
     lists = joined(found.column("seq_lens"))
@@ -127,41 +163,6 @@ def _check(found: pa.Table, tokens: pa.Schema) -> None:
     most = tokens.field("segment_ids").type.list_size if "segment_ids" in tokens.names else 2**62
     if lens.min(initial=1) < 1 or np.bincount(rows, lens).max(initial=0) > most:
         raise ValueError(f"seq_lens of more than the {most} tokens of a row, or of none")
-
-
-class ReadAhead:
-    """Reads a file from front to back, a little more than is asked for at a time."""
-
-    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
-        self._read, self.size = read, size
-        self._start, self._held = 0, b""
-
-    def __call__(self, start: int, stop: int) -> bytes:
-        """Return the bytes start..stop - 1."""
-        if stop > self.size:
-            raise ValueError(f"byte {stop - 1} of {self.size}")
-        if not self._start <= start <= stop <= self._start + len(self._held):
-            self._held = self._read(start, min(stop + _AHEAD, self.size))
-            self._start = start
-        return self._held[start - self._start : stop - self._start]
-
-
-def _message(reader: ReadAhead, position: int) -> tuple[bytes | None, int]:
-    """Return the head of a message of Arrow's and the bytes of its body; None at the end.
-
-    Source: Arrow columnar format, encapsulated messages; flatbuffers internals.
-    """
-    mark, length = struct.unpack("<iI", reader(position, position + 8))
-    if mark != _CONTINUES:
-        raise ValueError(f"no message at byte {position}")
-    if not length:
-        return None, 0
-    head = reader(position, position + 8 + length)
-    table = 8 + struct.unpack_from("<I", head, 8)[0]
-    fields = table - struct.unpack_from("<i", head, table)[0]
-    known = struct.unpack_from("<H", head, fields)[0] > _BODY
-    place = struct.unpack_from("<H", head, fields + _BODY)[0] if known else 0
-    return head, struct.unpack_from("<q", head, table + place)[0] if place else 0
 
 
 def damaged(storage: Storage, name: str, what: str) -> str:
@@ -211,6 +212,31 @@ def check_version(storage: Storage, name: str, version: str) -> None:
         what = f"version of {storage.url}/{name}"
         remedy = "it was replaced since: open the folder again"
         raise ConnectionError(checks.sentence(what, found, repr(version), remedy))
+
+
+@dataclass(frozen=True, eq=False)
+class Versions:
+    """The versions of files whose segments are here, compared with the store's now and then.
+
+    Attributes:
+        storage: the folder.
+        known: the version of each file.
+    """
+
+    storage: Storage
+    known: dict[str, str]
+    _checked: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+
+    def check(self, name: str) -> None:
+        """Raise ConnectionError if a file was replaced, unless that was asked a short time ago."""
+        now = time.monotonic()
+        if now - self._checked.get(name, -math.inf) >= _CHECKED_FOR:
+            check_version(self.storage, name, self.known[name])
+            self._checked[name] = now
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The clock of another machine has another beginning.
+        return {**vars(self), "_checked": {}}
 
 
 class KeptSegments(NamedTuple):

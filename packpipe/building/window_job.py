@@ -29,7 +29,8 @@ from packpipe.building.shards import naming_full_disks
 from packpipe.planning.block_windows import first_pack
 from packpipe.rows import files
 from packpipe.rows.rejects import Reject, Tolerance
-from packpipe.sources.image_files import Block, BlockReader
+from packpipe.sources.blocks import Block
+from packpipe.sources.image_files import BlockReader
 from packpipe.sources.sizes import column_sizes
 from packpipe.sources.survey import probe_sizes
 from packpipe.storage.storage import LocalFolder, Storage

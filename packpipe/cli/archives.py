@@ -77,11 +77,13 @@ def _unpack(archive: Path, folder: Path) -> None:
             the archive is damaged.
         RuntimeError: it is encrypted.
     """
+    from packpipe.sources.tar_blocks import check_end
+
     opened: Any
     if archive.name.lower().endswith(_TARS):
         with tarfile.open(archive) as opened:
             members = opened.getmembers()
-            _check_end(opened)
+            check_end(opened)
             sizes = [(one.name, one.size) for one in members if not one.isdir()]
             _check(archive, [one.name for one in members], sizes, folder)
             _extract(opened, members, folder)
@@ -112,22 +114,6 @@ def _extract(tar: tarfile.TarFile, members: list[tarfile.TarInfo], folder: Path)
             remedy = "unpack it, or take Python 3.11.4 or later, which checks where links lead"
             raise ValueError(checks.sentence(what, "a link or a device", expected, remedy))
         tar.extract(member, folder, set_attrs=False)
-
-
-def _check_end(tar: tarfile.TarFile) -> None:
-    """Raise ReadError if a tar goes on behind its last member, or is cut there.
-
-    `tarfile` takes a header that it cannot read for the end. Every tar ends with two blocks of
-    zeros, and no less than zeros may follow. Compressed streams are read to their checksum.
-    """
-    stream: Any = tar.fileobj
-    stream.seek(tar.offset)
-    end = stream.read(2 * tarfile.BLOCKSIZE)
-    is_end = end == bytes(2 * tarfile.BLOCKSIZE)
-    while is_end and (more := stream.read(1 << 20)):
-        is_end = more.count(0) == len(more)
-    if not is_end:
-        raise tarfile.ReadError(f"neither a file nor the end of a tar follows byte {tar.offset}")
 
 
 def _check(archive: Path, names: list[str], sizes: list[tuple[str, int]], folder: Path) -> None:

@@ -1,15 +1,14 @@
 """What `packpipe embed` writes: vectors of each image of a dataset, in one Parquet file.
 
-The examples are taken in parts of part_size, each planned alone and written to a file of its own in
-the folder OUTPUT.parts. A part is complete or not there, so a run that was killed goes on after the
-last one, unless an image of a part has changed. When all are there they become OUTPUT, one row
-group each, and the folder is removed.
+The examples, or the packed rows, are taken in parts, each computed alone and written to a file of
+its own in the folder OUTPUT.parts. A part is complete or not there, so a run that was killed goes
+on after the last one, unless an image of a part has changed. When all are there they become OUTPUT,
+one row group each, and the folder is removed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -19,36 +18,30 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import xxhash
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, List, Value
 from torch import Tensor
 
 from packpipe import __version__, checks
 from packpipe.building.shards import alone_in
-from packpipe.cli.asking import ALL_MAY_BE_BAD, in_rejects_alone
-from packpipe.cli.layouts import packs_of
+from packpipe.cli.embedded import REJECTED, EmbeddedImages, EmbeddedRows
 from packpipe.cli.starting import trained_model
 from packpipe.cli.training_run import device_of_this_rank
 from packpipe.durable import commit, partial_of, write_json
-from packpipe.images.remote import is_remote
-from packpipe.loading.image_packs import check_whole
 from packpipe.model.navit import NaViT
 from packpipe.model.precision import is_half
-from packpipe.model.predict import predict_packs
-from packpipe.planning.image_config import PackConfig
+from packpipe.model.predict import Answers, predict_packs
+from packpipe.rows.own_columns import holds_rows
 from packpipe.rows.rejects import Reject, Tolerance
-from packpipe.rows.rejects_table import REJECTS_SCHEMA, rejects_table
+from packpipe.rows.rejects_table import REJECTS_SCHEMA
 from packpipe.sources.kinds import holds_images
 
 DTYPES = ("float32", "float16")
 # Examples a part. Vectors of all tokens take some hundred times the memory of one an image.
 _PART_SIZE, _PART_SIZE_OF_TOKENS = 4096, 256
 _RECORD = "record.json"
-_REJECTS = REJECTS_SCHEMA.append(pa.field("path", pa.string()))
-_LOOKED_AT = 100  # first examples, by which a dataset is one of files
 
 
 def embed(
@@ -73,6 +66,9 @@ def embed(
     can be kept, their ``path``, unless it has one of that name. The rejects are in a table beside
     it, each with the path of its file, if it has one.
 
+    Images of packed rows are embedded as they were packed, part by part as the rows lie, and within
+    a part by their example_index. Their only column that can be kept is ``labels``.
+
     With tokens, in place of ``embedding``: ``tokens`` (list<fixed_size_list<dtype>[channels]>), all
     of the image's, before they are pooled, and ``coords`` (list<fixed_size_list<int16>[2]>), the
     (y, x) of each in the image's patch grid. They go row by row: a map is
@@ -81,14 +77,13 @@ def embed(
     Args:
         run: a training's folder, one that `packpipe.from_pretrained` reads, or the name of a model
             of the Hugging Face Hub.
-        dataset: images; labels are not asked for.
+        dataset: images; labels are not asked for. Or packed rows of them.
         output: the file.
-        columns: of the dataset, that are kept; None keeps all but images,
-            and the path.
+        columns: of the dataset, that are kept; None keeps all but images, and the path.
         tokens: whether each image gets the vectors of its tokens, in place of one.
         dtype: ``"float32"`` or ``"float16"``.
-        part_size: examples a part: what a kill may cost, and what is in memory at once; None is
-            4096, or 256 with tokens.
+        part_size: images a part: what a kill may cost, and what is in memory at once; None is
+            4096, or 256 with tokens. Of packed rows as many whole rows as hold about so many.
         batch_size: rows a step.
         num_workers: threads that decode ahead.
         max_bad_fraction: a larger share of images that cannot be read is an error.
@@ -98,6 +93,7 @@ def embed(
         FileExistsError: the file is there already, or other vectors are in its parts, or those of
             images that have changed, or another process is writing them.
         TooManyRejects: too many images cannot be read.
+        ValueError: the rows are not of the model's patches, or lack tokens that are asked for.
     """
     output = checks.local_path("OUTPUT", output)
     checks.choice("dtype", dtype, DTYPES, "choose a type of the vectors")
@@ -108,10 +104,15 @@ def embed(
     model, options = trained_model(str(run), "RUN")
     packing = options.packing
     model = model.to(device_of_this_rank()).eval()
+    source: EmbeddedRows | EmbeddedImages
+    if holds_rows(dataset.column_names):
+        source = EmbeddedRows(dataset, packing)
+    else:
+        source = EmbeddedImages(dataset, packing, num_workers)
     if tokens:
-        check_whole(packing)  # all tokens of a grid are there
+        source.check_whole()  # all tokens of a grid are there
     trunk = _without_head(model, tokens=tokens)
-    schema = _schema(dataset, columns, _features(dtype, trunk.config.dim, tokens=tokens))
+    schema = _schema(source.features, columns, _features(dtype, trunk.config.dim, tokens=tokens))
     half = is_half(precision, next(trunk.parameters()).device)
     if part_size is None:
         part_size = _PART_SIZE_OF_TOKENS if tokens else _PART_SIZE
@@ -123,19 +124,17 @@ def embed(
         "batch_size": batch_size,
         "precision": "bfloat16" if half else "float32",
         "packing": packing.to_dict(),
-        "dataset": dataset._fingerprint,
+        "dataset": source.fingerprint,
         "weights": _digest(trunk),
     }
-    part = partial(
-        _part,
+    ask = partial(
+        predict_packs,
         trunk,
-        dataset,
-        schema,
-        packing=packing,
         batch_size=batch_size,
         num_workers=num_workers,
         precision=precision,
     )
+    part = partial(_part, source, schema, ask, prefix_tokens=packing.prefix_tokens)
     tolerance = Tolerance(len(dataset), max_bad_fraction, 2**62)
     output.parent.mkdir(parents=True, exist_ok=True)
     with alone_in(parts, wait=False):
@@ -144,12 +143,14 @@ def embed(
             rejects = _rejects(rejects_path(output))
         else:
             rejects, names = [], []
-            for first in range(0, len(dataset), part_size):
+            step = source.step(part_size)
+            for first in range(0, len(dataset), step):
                 names.append(parts / f"{first:012d}.parquet")
-                _complete(names[-1], dataset, (first, min(first + part_size, len(dataset))), part)
+                span = (first, min(first + step, len(dataset)))
+                _complete(names[-1], source.states(span), partial(part, span))
                 rejects += _rejects(rejects_path(names[-1]))
                 tolerance.check(rejects)
-            _write(rejects_path(output), _one_table(map(rejects_path, names)), _REJECTS)
+            _write(rejects_path(output), _one_table(map(rejects_path, names)), REJECTED)
             _write(output, map(pq.read_table, names), schema)
     shutil.rmtree(parts)
     return rejects
@@ -165,21 +166,25 @@ def _rejects(path: Path) -> list[Reject]:
 
 
 def _one_table(rejects: Iterable[Path]) -> list[pa.Table]:
-    return [pa.concat_tables([_REJECTS.empty_table(), *map(pq.read_table, rejects)])]
+    return [pa.concat_tables([REJECTED.empty_table(), *map(pq.read_table, rejects)])]
 
 
 def _complete(
     name: Path,
-    dataset: Dataset,
-    span: tuple[int, int],
-    part: Callable[[tuple[int, int]], tuple[pa.Table, pa.Table]],
+    found: dict[str, list[int] | None],
+    part: Callable[[], tuple[pa.Table, pa.Table]],
 ) -> None:
     """Write a part, unless it is there; then check that it is of the files as they are.
+
+    Args:
+        name: the part's file.
+        found: the states of the files that it is of.
+        part: computes its rows and rejects.
 
     Raises:
         FileExistsError: a file has changed since.
     """
-    known, found = name.with_suffix(".files.json"), _states(dataset.select(range(*span)))
+    known = name.with_suffix(".files.json")
     if name.exists() and known.exists():
         before = json.loads(known.read_bytes())
         for path, state in found.items():
@@ -190,72 +195,27 @@ def _complete(
         return
     # Their states are those of before they were read: what changes meanwhile is noticed.
     write_json(known, found)
-    rows, rejects = part(span)
-    _write(rejects_path(name), [rejects], _REJECTS)
+    rows, rejects = part()
+    _write(rejects_path(name), [rejects], REJECTED)
     _write(name, [rows], rows.schema)
 
 
-def _states(examples: Dataset) -> dict[str, list[int] | None]:
-    """Return [bytes, time of change] of each local file; None of one that is not there."""
-    found: dict[str, list[int] | None] = {}
-    for path in _files(examples):
-        if path is not None and not is_remote(path):
-            try:
-                about = os.stat(path)
-                found[path] = [about.st_size, about.st_mtime_ns]
-            except OSError:
-                found[path] = None
-    return found
-
-
-def _files(examples: Dataset) -> list[str | None]:
-    """Return the path of each image; None where the dataset itself holds the image."""
-    names = [name for name, feature in examples.features.items() if isinstance(feature, Image)]
-    if not names:
-        return [None] * len(examples)
-    column = examples.select_columns(names[:1]).with_format("arrow")[:].column(0)
-    held = pc.is_valid(pc.struct_field(column, "bytes"))
-    return list(pc.if_else(held, None, pc.struct_field(column, "path")).to_pylist())
-
-
 def _part(
-    trunk: NaViT,
-    dataset: Dataset,
+    source: EmbeddedRows | EmbeddedImages,
     schema: pa.Schema,
+    ask: Callable[[Any], Answers],
     span: tuple[int, int],
     *,
-    packing: PackConfig,
-    batch_size: int,
-    num_workers: int,
-    precision: str,
+    prefix_tokens: int,
 ) -> tuple[pa.Table, pa.Table]:
-    """Return the rows of some neighbouring examples, and their rejects."""
-    first, last = span
-    images = dataset.select(range(first, last))
-    packs = packs_of(images, packing, num_workers, label_column=None, **ALL_MAY_BE_BAD)
-    with in_rejects_alone():
-        answers = predict_packs(
-            trunk, packs, batch_size=batch_size, num_workers=num_workers, precision=precision
-        )
-    index = answers.example_index.numpy()
-    own = {
-        "example_index": pa.array(first + index),
-        "num_tokens": pa.array(answers.seq_lens.numpy() - packing.prefix_tokens),  # patches
-    }
+    """Return the rows of some neighbouring examples or packed rows, and their rejects."""
+    answers, own, bad = source.answered(span, ask)
+    own["num_tokens"] = pa.array(answers.seq_lens.numpy() - prefix_tokens)  # patches
     if "tokens" in schema.names:
         own |= _maps(answers.outputs, schema.field("tokens").type)
     else:
         own["embedding"] = _vectors(answers.outputs, schema.field("embedding").type)
-    kept, paths = images.with_format("arrow")[:], pa.array(_files(images), pa.string())
-    if "path" not in kept.column_names:
-        own["path"] = paths.take(pa.array(index))
-    every = [own[n] if n in own else kept.column(n).take(pa.array(index)) for n in schema.names]
-    rows = pa.table(every, schema.names).cast(schema)
-    rejects = [r._replace(example_index=first + r.example_index) for r in packs.rejects]
-    rejects += [r._replace(example_index=first + r.example_index) for r in packs.undecodable]
-    bad = rejects_table(rejects)
-    files = paths.take(pc.subtract(bad["example_index"], first).combine_chunks())
-    return rows, bad.append_column("path", files)
+    return pa.table([own[name] for name in schema.names], schema.names).cast(schema), bad
 
 
 def _vectors(values: Tensor, kind: pa.DataType) -> pa.Array:
@@ -288,10 +248,7 @@ def _features(dtype: str, dim: int, *, tokens: bool) -> dict[str, Any]:
     return {"tokens": List(vector), "coords": pairs, "num_tokens": number}
 
 
-def _schema(dataset: Dataset, columns: list[str] | None, own: dict[str, Any]) -> pa.Schema:
-    features = dict(dataset.features)
-    if any(_files(dataset.select(range(min(_LOOKED_AT, len(dataset)))))):
-        features.setdefault("path", Value("string"))
+def _schema(features: dict[str, Any], columns: list[str] | None, own: dict[str, Any]) -> pa.Schema:
     chosen = columns
     if chosen is None:
         chosen = [name for name, feature in features.items() if not holds_images(feature)]

@@ -32,8 +32,6 @@ _TABLES = (".parquet", ".arrow")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Of files that hold a class, in webdataset.
 _CLASS = ".cls"
-# Formats that Pillow reads with a plugin, or when it is built with a library.
-_MORE_SUFFIXES = (".avif", ".heic", ".heif", ".hif", ".jxl")
 
 
 class FolderFiles(NamedTuple):
@@ -69,6 +67,8 @@ def files_of(folder: Path) -> FolderFiles:
     Raises:
         OSError: a folder cannot be read.
     """
+    from packpipe.sources.kinds import image_suffixes  # loads `datasets`
+
     suffixes = image_suffixes()
     found = FolderFiles([], [], [], [])
     for path in sorted(_files(str(folder), frozenset())):
@@ -192,15 +192,3 @@ def _files(folder: str, above: frozenset[str]) -> Iterator[str]:
 
 def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
-
-
-def image_suffixes() -> frozenset[str]:
-    """Return the suffixes of images: those of `datasets`, of Pillow's formats and some more."""
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-    from PIL import Image
-
-    from packpipe.images.opening import known_formats
-
-    known = known_formats()
-    own = {name for name, format_ in Image.registered_extensions().items() if format_ in known}
-    return frozenset({*ImageFolder.EXTENSIONS, *own, *_MORE_SUFFIXES})

@@ -153,7 +153,12 @@ def chosen(
 
 
 def with_one_image(dataset: Dataset, image_column: str) -> Dataset:
-    """Return a dataset without other columns of images than the one that is asked for."""
+    """Return a dataset without other columns of images than the one that is asked for.
+
+    Packed rows have their own columns.
+    """
+    if holds_rows(dataset.column_names):
+        return dataset
     asked = dataset.features.get(image_column)
     if image_column == "auto" or is_text(asked):  # of a table of paths it is the only one
         return dataset

@@ -13,6 +13,7 @@ from packpipe.cli.errors import one_line_errors
 from packpipe.cli.open_source import file_of, naming_files, open_source, say_rejected, with_files
 from packpipe.cli.options import (
     AsJson,
+    CacheBytes,
     ImageColumn,
     LabelColumn,
     MaskColumn,
@@ -49,6 +50,7 @@ def eval_(
     num_workers: NumWorkers = 4,
     precision: Precision = "auto",
     max_bad_fraction: MaxBadFraction = 0.01,
+    cache_bytes: CacheBytes = None,
     image_column: ImageColumn = "auto",
     label_column: LabelColumn = "auto",
     mask_column: MaskColumn = None,
@@ -66,7 +68,7 @@ def eval_(
     asked = None if budgets is None else _numbers(budgets)
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     columns |= {"mask_column": mask_column}
-    found = open_source(source, split, **columns, rows=True, texts=True)
+    found = open_source(source, split, **columns, rows=True, texts=True, cache_bytes=cache_bytes)
     dataset = chosen(found, **columns)
     with naming_files(dataset):
         found, rejected = evaluate(
@@ -154,7 +156,8 @@ def embed(
     columns: Annotated[
         str | None,
         typer.Option(
-            help="Kept of the source, such as label,path.  [all but images; of files, their path]"
+            help="Kept of the source, such as label,path.  [all but images; of files, their path; "
+            "of packed rows labels]"
         ),
     ] = None,
     tokens: Annotated[
@@ -169,16 +172,24 @@ def embed(
     num_workers: NumWorkers = 4,
     precision: Precision = "auto",
     max_bad_fraction: MaxBadFraction = 0.01,
+    cache_bytes: CacheBytes = None,
     image_column: ImageColumn = "auto",
     split: Split = "train",
     as_json: AsJson = False,
 ) -> None:
-    """Write the features of each image to a Parquet file; killed, the same command goes on."""
+    """Write the features of each image to a Parquet file; killed, the same command goes on.
+
+    Images of packed rows are taken as they were packed.
+    """
     from packpipe.cli.embedding import embed as write_vectors
     from packpipe.cli.embedding import rejects_path
     from packpipe.cli.labels import with_one_image
+    from packpipe.cli.measured import num_images
 
-    dataset = with_one_image(open_source(source, split, image_column=image_column), image_column)
+    opened = open_source(
+        source, split, image_column=image_column, rows=True, cache_bytes=cache_bytes
+    )
+    dataset = with_one_image(opened, image_column)
     with naming_files(dataset):
         rejects = write_vectors(
             run,
@@ -193,7 +204,7 @@ def embed(
             precision=precision,
             max_bad_fraction=max_bad_fraction,
         )
-    number = len(dataset) - len(rejects)
+    number = num_images(dataset) - len(rejects)
     if as_json:
         print_json({"output": str(output), "images": number, "rejects": len(rejects)})
     else:

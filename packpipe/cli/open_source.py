@@ -289,7 +289,8 @@ def _check_built(folder: Path) -> None:
 
 def _check_some(path: Path, name: str, source: str) -> None:
     """Raise ValueError if this is a folder without files, or an image alone."""
-    from packpipe.cli.image_folder import files_of, image_suffixes
+    from packpipe.cli.image_folder import files_of
+    from packpipe.sources.kinds import image_suffixes
 
     expected = "a folder of images, a table or an archive"
     if path.is_dir() and not any(files_of(path)):

@@ -16,6 +16,14 @@ Source = Annotated[
     ),
 ]
 Folder = Annotated[str, typer.Argument(help="What pack wrote; also a URL.")]
+CacheBytes = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Most bytes of copies of packed rows in a store; what does not fit is read row by "
+        "row.  [half of what the disk has for them]",
+    ),
+]
 SeqLen = Annotated[int, typer.Option(help="Tokens a row.")]
 PrefixTokens = Annotated[
     int | None,

@@ -111,8 +111,8 @@ def pack(
     window_rows: Annotated[
         int | None,
         typer.Option(
-            help="Pack Parquet files (a folder or a pattern, also s3://) by windows of so many "
-            "images, each by itself.  [16384 with --ray, --part, --finish]"
+            help="Pack Parquet, tar or Arrow files (a folder or a pattern, also s3://) by windows "
+            "of so many images, each by itself.  [16384 with --ray, --part, --finish]"
         ),
     ] = None,
     ray: Annotated[
@@ -170,7 +170,7 @@ def pack(
     }
     if by_windows:
         if dry_run:
-            expected, remedy = "none with windows", "plan a Parquet file of them by itself"
+            expected, remedy = "none with windows", "plan one of the files by itself"
             raise ValueError(checks.sentence("--dry-run", dry_run, expected, remedy))
         if split != "train":
             expected, remedy = "none with windows", "name its files, by a pattern"

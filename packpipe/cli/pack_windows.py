@@ -1,4 +1,4 @@
-"""`packpipe pack` of Parquet files by windows: here, on Ray, or by processes that know no other."""
+"""`packpipe pack` of files by windows: here, on Ray, or by processes that know no other."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pack_windows(
     progress: bool,
     **asked: Any,
 ) -> dict[str, Any] | None:
-    """Pack Parquet files into a folder; return its manifest, None if it is not complete.
+    """Pack files of images into a folder; return its manifest, None if it is not complete.
 
     Args:
         source: a file, a folder of them or a pattern, also behind a scheme.

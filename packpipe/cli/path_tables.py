@@ -271,7 +271,7 @@ def _holds_paths(rows: Dataset, column: str) -> bool:
 
 
 def _look_like_images(texts: list[str]) -> list[bool]:
-    from packpipe.cli.image_folder import image_suffixes
+    from packpipe.sources.kinds import image_suffixes
 
     suffixes = image_suffixes()
     return [os.path.splitext(text)[1].lower() in suffixes for text in texts]

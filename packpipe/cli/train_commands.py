@@ -13,6 +13,7 @@ from packpipe.cli.errors import one_line_errors
 from packpipe.cli.open_source import is_packed, manifest_in, naming_files, open_source, say_rejected
 from packpipe.cli.options import (
     AsJson,
+    CacheBytes,
     CropArea,
     CropAspect,
     DamagedScans,
@@ -207,14 +208,7 @@ def train(
         str | None, typer.Option(help="Log to this project of Weights & Biases, too.")
     ] = None,
     max_bad_fraction: MaxBadFraction = 0.01,
-    cache_bytes: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Most bytes of copies of packed rows in a store; what does not fit is read row by "
-            "row.  [half of what the disk has for them]",
-        ),
-    ] = None,
+    cache_bytes: CacheBytes = None,
     image_column: ImageColumn = "auto",
     label_column: LabelColumn = "auto",
     mask_column: MaskColumn = None,

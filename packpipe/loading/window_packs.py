@@ -41,7 +41,7 @@ from packpipe.sources.image_columns import check_labels, target_rules_of
 from packpipe.sources.image_files import ImageFiles
 from packpipe.sources.labels import labels_of, weights_of
 
-# Threads that read sizes if nobody says how many: each holds a row group, of 2 GiB at most.
+# Threads that read sizes if nobody says how many: each holds a block, of 2 GiB at most.
 _MOST_READERS = 16
 
 
@@ -106,7 +106,7 @@ class WindowPacks:
         image_root: the only folder that paths may lead into; None follows every path, as in `pack`.
         cache_dir: the folder of the files of sizes (8 bytes an image) and of counts (8 bytes a
             window of each epoch); None is one in the cache of `datasets`.
-        num_workers: threads that read sizes, each of which holds a row group, and count packs; None
+        num_workers: threads that read sizes, each of which holds a block, and count packs; None
             is one a processor, but 16 at most that read.
         on_error, max_bad_fraction, max_consecutive_bad, transform: as in `EpochPacks`.
         **options: the options of `PackConfig`.

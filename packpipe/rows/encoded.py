@@ -36,8 +36,8 @@ from packpipe.rows.rows import Rows
 
 # What a row may hold of its images: their pixels, or their files.
 PIXELS, ENCODED = STORES = ("pixels", "encoded")
-_IMAGES, _SUMS = "encoded", "encoded_xxh3"
-COLUMNS = {_IMAGES: pa.list_(pa.large_binary()), _SUMS: pa.list_(pa.uint64())}
+IMAGES, _SUMS = "encoded", "encoded_xxh3"
+COLUMNS = {IMAGES: pa.list_(pa.large_binary()), _SUMS: pa.list_(pa.uint64())}
 
 
 def checked_store(store: Any) -> str:
@@ -53,7 +53,7 @@ def encoded_schema(segments: pa.Schema) -> pa.Schema:
 def with_encoded(rows: Rows, images: Sequence[bytes | memoryview]) -> Rows:
     """Return rows with the bytes of each segment's image, and no tokens."""
     sums = np.array([xxhash.xxh3_64_intdigest(image) for image in images], np.uint64)
-    held = {_IMAGES: pa.array(images, pa.large_binary()), _SUMS: sums}
+    held = {IMAGES: pa.array(images, pa.large_binary()), _SUMS: sums}
     return replace(rows, segments={**rows.segments, **held}, tokens={})
 
 

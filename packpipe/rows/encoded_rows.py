@@ -27,7 +27,7 @@ from packpipe.rows.encoded import COLUMNS, ENCODED, Encoded, encoded_in, encoded
 from packpipe.rows.files import MANIFEST
 from packpipe.rows.fill_images import fill_rows
 from packpipe.rows.from_arrow import table_segments
-from packpipe.rows.own_columns import holds_tokens
+from packpipe.rows.own_columns import ROW, holds_tokens
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
 
@@ -154,6 +154,8 @@ def reader_of(dataset: Any) -> EncodedRows | None:
     names = getattr(dataset, "column_names", ())
     if holds_tokens(names) or not COLUMNS.keys() & {*names} or "seq_lens" not in names:
         return None
+    if ROW in names:  # in a store, with a transform of their own
+        return None
     missing = sorted({*schema.IMAGE_SEGMENTS, *COLUMNS} - {*names})
     if missing or "patches" in names:
         found = f"without {missing}" if missing else "joined with rows of pixels"
@@ -165,9 +167,20 @@ def reader_of(dataset: Any) -> EncodedRows | None:
     if not hasattr(dataset, "with_transform"):  # a pyarrow.Table
         expected, remedy = "rows with their folder", "pass the Dataset that it is a table of"
         raise ValueError(checks.sentence("rows", "a table of encoded images", expected, remedy))
-    if dataset.format["type"] == "custom":
-        return None
-    kinds = dataset.data.schema
+    return None if dataset.format["type"] == "custom" else decoder_of(dataset)
+
+
+def decoder_of(dataset: Any) -> EncodedRows:
+    """Return what computes rows of encoded images, by the manifest in their folder.
+
+    Args:
+        dataset: their segments, with the images or without.
+
+    Raises:
+        ValueError: the rows lie in no such folder, or in several; or they are decoded by an engine
+            that is not installed.
+    """
+    kinds, names = dataset.data.schema, dataset.column_names
     label = kinds.field("labels").type.value_type if "labels" in names else None
     folder, manifest = _folder_of(dataset)
     config = PackConfig.from_dict(manifest["config"])

@@ -42,8 +42,9 @@ from packpipe.images.bad_images import SizeChanged
 from packpipe.images.pillow_settings import changed_settings
 from packpipe.rows.digests import hexdigest, labels_digest
 from packpipe.rows.rejects import NAMED, Reject, Tally, Tolerance
+from packpipe.sources.blocks import Block
 from packpipe.sources.image_columns import ImageColumns
-from packpipe.sources.image_files import Block, BlockReader, ImageFiles
+from packpipe.sources.image_files import BlockReader, ImageFiles
 from packpipe.sources.image_source import ImageSource
 from packpipe.sources.labels import labels_of, weights_of
 from packpipe.sources.sizes import column_sizes

@@ -1,7 +1,9 @@
-"""`ImageFiles`: images in Parquet files, read block by block, where they lie.
+"""`ImageFiles`: images in files, read block by block, where they lie.
 
-A block is a row group. Which blocks there are is known from the ends of the files alone, so that a
-source of any size is opened without reading it, and every machine reads its own blocks only.
+A block is a row group of a Parquet file, a record batch of an Arrow file, or a run of members of a
+tar. Which blocks there are is known from the ends of Parquet files and the heads of record batches
+alone, so that a source of any size is opened without reading it, and every machine reads its own
+blocks only. Tar files are read through once, for the headers of their members.
 """
 
 from __future__ import annotations
@@ -12,51 +14,58 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby, repeat, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, Features, Image
+from datasets import Dataset, Features
 from datasets.table import InMemoryTable
 from numpy.typing import NDArray
 
 from packpipe import checks
+from packpipe.sources import arrow_blocks, parquet_blocks, tar_blocks
+from packpipe.sources.blocks import Block, Known
 from packpipe.storage.reading import patiently
 
 # What is read at once: waiting for an object store takes no processor.
 _AT_ONCE = 16
 # Blocks of a file that are read one after the other: the end of the file is read once for them.
 _TOGETHER = 4
-# Arrow holds a column of a row group with offsets of 32 bits.
-_MOST_BYTES = 2**31
 # What a file is told from a later one by, by the names that file systems of fsspec give it.
 _VERSIONS = (
     *("ETag", "etag", "generation", "blob_id"),
     *("mtime", "LastModified", "last_modified", "created"),
 )
-_REMEDY = "pass Parquet files, or a pattern such as 'train/*.parquet'"
+_REMEDY = "pass Parquet, tar or Arrow files, or a pattern such as 'train/*.parquet'"
 
 
-class Block(NamedTuple):
-    """A row group.
+class _Format(Protocol):
+    """A format of files: what is known of one, and how its blocks are read."""
 
-    Attributes:
-        file: path or URL of its file.
-        group: its number in the file.
-        first: number of its first row in the whole source.
-        num_rows: its rows.
-    """
+    BLOCK: str
 
-    file: str
-    group: int
-    first: int
-    num_rows: int
+    def known(self, filesystem: Any, file: str) -> Known:
+        """Return what is known of a file before it is read."""
+
+    def tables(self, filesystem: Any, blocks: list[Block], schema: pa.Schema) -> list[pa.Table]:
+        """Return the rows of blocks of one file, with the columns of a schema."""
+
+
+# By the endings of names, in the order in which a folder is searched.
+_FORMATS: dict[str, _Format] = {
+    ".parquet": parquet_blocks,
+    ".tar": tar_blocks,
+    ".arrow": arrow_blocks,
+}
+
+
+def _format_of(file: str) -> _Format:
+    endings = (ending for ending in _FORMATS if file.lower().endswith(ending))
+    return _FORMATS[next(endings, ".parquet")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,31 +114,32 @@ class BlockReader:
     def _run(self, blocks: list[Block], schema: pa.Schema) -> list[pa.Table]:
         """Return the rows of blocks of one file, which is opened once."""
         file, groups = blocks[0].file, ", ".join(str(block.group) for block in blocks)
-
-        def read() -> list[pa.Table]:
-            with _opened(file, self.storage_options) as parquet:
-                return [_row_group(parquet, block, schema) for block in blocks]
-
-        return patiently(f"row group {groups} of {file}", read)
+        filesystem, found = _filesystem(file, self.storage_options), _format_of(file)
+        ask = partial(found.tables, filesystem, blocks, schema)
+        return patiently(f"{found.BLOCK} {groups} of {file}", ask)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """Images and labels in Parquet files, for `pack`: nothing is converted, copied or downloaded.
+    """Images and labels in files, for `pack`: nothing is converted, copied or downloaded.
 
-    Rows are numbered file by file. Paths are local or of any scheme that fsspec knows (``s3://``,
-    ``gs://``, ``https://``), and must lead to the same files on every machine that packs.
+    They are Parquet; tar, as WebDataset writes it: an image and a ``.cls`` with the number of its
+    class, of one name; or Arrow, as `datasets` writes it. The ending of a name tells: ``.tar``,
+    ``.arrow``, and others are Parquet. Rows are numbered file by file. Paths are local or of any
+    scheme that fsspec knows (``s3://``, ``gs://``, ``https://``), and must lead to the same files
+    on every machine that packs.
 
     Args:
-        paths: a file, a folder, whose ``*.parquet`` are taken at any depth, a pattern with ``*``,
-            ``?`` or ``[ ]``, or several of them. Files of one are in the order of their names.
+        paths: a file, a folder, whose ``*.parquet`` are taken at any depth, or else ``*.tar``, or
+            else ``*.arrow``; a pattern with ``*``, ``?`` or ``[ ]``, or several of them. Files of
+            one are in the order of their names.
         storage_options: passed to fsspec, for example credentials; they are sent to the machines
             that pack, and written nowhere.
 
     Raises:
         TypeError: paths are no texts or paths.
-        ValueError: there are no such files, one is named twice or is no Parquet file, or one has
-            other columns, other classes, or a row group above 2 GiB.
+        ValueError: there are no such files, one is named twice, is damaged or of another format, or
+            one has other columns, other classes, or a row group above 2 GiB.
 
     >>> packpipe.ImageFiles("s3://bucket/train/*.parquet")  # doctest: +SKIP
     ImageFiles(2 files, 20 blocks, 18,431 rows)
@@ -159,25 +169,27 @@ class ImageFiles:
     @cached_property
     def files_blocks(self) -> list[tuple[int, list[int]]]:
         """Of each file its size in bytes, and the rows of each of its blocks."""
-        for file, end in zip(self.files, self._ends, strict=True):
-            if end.features != self.features:
-                raise ValueError(_other_column(file, end.features, self.files[0], self.features))
-        return [(end.size, end.rows) for end in self._ends]
+        for file, (known, _) in zip(self.files, self._ends, strict=True):
+            if known.features != self.features:
+                raise ValueError(_other_column(file, known.features, self.files[0], self.features))
+        return [(known.size, known.rows) for known, _ in self._ends]
 
     @cached_property
     def fingerprint(self) -> str:
         """32 hexadecimal digits, of the files' names, sizes, rows of blocks, and their footers.
 
         The folder that all files lie in is left out: machines may see it in different places. A
-        footer has the size of every column and, as a rule, its least and largest value. So it
-        differs when a file is written anew with other content, unless that has all of them alike:
-        two labels that changed places are not noticed, and `versions` tells of those.
+        footer has the size of every column and, as a rule, its least and largest value; instead of
+        it, the heads of record batches have the sizes of columns, and the headers of a tar name,
+        size and time of each member. So it differs when a file is written anew with other content,
+        unless that has all of them alike: two labels that changed places are not noticed, and
+        `versions` tells of those.
         """
         parts = [file.split("/") for file in self.files]
         levels = zip(*(folders for *folders, _ in parts), strict=False)
         shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
         names = ["/".join(part[shared:]) for part in parts]
-        known = json.dumps([names, self.files_blocks, [end.footer for end in self._ends]])
+        known = json.dumps([names, self.files_blocks, [known.digest for known, _ in self._ends]])
         return hashlib.sha256(known.encode()).hexdigest()[:32]
 
     @cached_property
@@ -186,7 +198,7 @@ class ImageFiles:
 
         They differ when a file is written anew, and may differ between two copies of it.
         """
-        known = json.dumps([end.version for end in self._ends])
+        known = json.dumps([version for _, version in self._ends])
         return hashlib.sha256(known.encode()).hexdigest()[:32]
 
     @cached_property
@@ -198,9 +210,10 @@ class ImageFiles:
     def features(self) -> Features:
         """The features of `datasets` that the files name, or that their types give.
 
-        A column of ``bytes`` and ``path`` holds images, as `datasets` stores them.
+        A column of ``bytes`` and ``path`` holds images, as `datasets` stores them. Of a tar,
+        ``image`` and, if there are labels, ``label``.
         """
-        return self._ends[0].features
+        return self._ends[0][0].features
 
     @property
     def reader(self) -> BlockReader:
@@ -211,8 +224,9 @@ class ImageFiles:
         """Return a block by its number, 0 or more."""
         file = int(np.searchsorted(self._first_block, number, side="right")) - 1
         group = number - int(self._first_block[file])
-        rows = int(self.block_rows[number])
-        return Block(self.files[file], group, int(self._first_row[number]), rows)
+        rows, spans = int(self.block_rows[number]), self._ends[file][0].spans
+        span = spans[group] if spans else (0, 0)
+        return Block(self.files[file], group, int(self._first_row[number]), rows, *span)
 
     def rows_of(self, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return int64[rows], the numbers of the rows of some blocks, block after block."""
@@ -236,41 +250,33 @@ class ImageFiles:
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.block_rows)])
 
     @cached_property
-    def _ends(self) -> list[_End]:
+    def _ends(self) -> list[tuple[Known, str]]:
         with ThreadPoolExecutor(_AT_ONCE) as executor:
             ask = [partial(self._end, file) for file in self.files]
             return list(executor.map(patiently, self.files, ask))
 
-    def _end(self, file: str) -> _End:
-        """Return what the end of a file says."""
+    def _end(self, file: str) -> tuple[Known, str]:
+        """Return what is known of a file before it is read, and its version."""
         filesystem = _filesystem(file, self.storage_options)
-        with filesystem.open(file, "rb") as source:
-            parquet = _parquet(source, file)
-            # Files of most stores have asked for it when they are opened.
-            details = getattr(source, "details", None) or filesystem.info(file)
-            version = next((str(details[name]) for name in _VERSIONS if details.get(name)), "")
-            found = parquet.metadata
-            rows = []
-            for group in range(found.num_row_groups):
-                _check_bytes(found.row_group(group), group, file)
-                rows.append(found.row_group(group).num_rows)
-            # The last eight bytes are the length of the footer, and a word.
-            size = source.seek(-8, os.SEEK_END) + 8
-            source.seek(-8 - int.from_bytes(source.read(4), "little"), os.SEEK_END)
-            footer = hashlib.sha256(source.read()).hexdigest()
-        return _End(size, rows, footer, version, _features(parquet.schema_arrow))
+        found = _format_of(file).known(filesystem, file)
+        details = filesystem.info(file)
+        return found, next((str(details[name]) for name in _VERSIONS if details.get(name)), "")
 
     def _found(self, path: str) -> list[str]:
         """Return the files of a path, folder or pattern, sorted; local ones as absolute paths."""
         path = checks.url_or_path("paths", path)
         filesystem = _filesystem(path, self.storage_options)
+
+        def matching(pattern: str) -> list[str]:
+            found = filesystem.glob(pattern, detail=True)
+            return [n for n in found if found[n]["type"] == "file" or filesystem.isfile(n)]
+
         if filesystem.isfile(path):
             names = [path]
         else:
             is_pattern = any(one in path for one in "*?[")
-            pattern = path if is_pattern else f"{path.rstrip('/')}/**/*.parquet"
-            found = filesystem.glob(pattern, detail=True)
-            names = [n for n in found if found[n]["type"] == "file" or filesystem.isfile(n)]
+            each = (f"{path.rstrip('/')}/**/*{ending}" for ending in _FORMATS)
+            names = next(filter(None, map(matching, [path] if is_pattern else each)), [])
         if not names:
             raise ValueError(checks.sentence("paths", path, "files that there are", _REMEDY))
         remote = checks.has_scheme(path)
@@ -278,66 +284,6 @@ class ImageFiles:
             filesystem.unstrip_protocol(name) if remote else os.path.abspath(name)
             for name in sorted(names)
         ]
-
-
-class _End(NamedTuple):
-    """What the end of a file says: its bytes, the rows of its blocks, a digest, its columns.
-
-    And its version, which the end does not say.
-    """
-
-    size: int
-    rows: list[int]
-    footer: str
-    version: str
-    features: Features
-
-
-@contextmanager
-def _opened(file: str, options: dict[str, Any]) -> Iterator[pq.ParquetFile]:
-    with _filesystem(file, options).open(file, "rb") as source:
-        yield _parquet(source, file)
-
-
-def _parquet(source: Any, file: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(source, pre_buffer=True)
-    except (pa.ArrowInvalid, OSError) as error:
-        if _is_of_system(error):
-            raise
-        raise ValueError(checks.sentence("paths", file, "Parquet files", str(error))) from error
-
-
-def _row_group(parquet: pq.ParquetFile, block: Block, schema: pa.Schema) -> pa.Table:
-    try:
-        found = parquet.read_row_group(block.group, columns=schema.names)
-        found = found.select(schema.names).cast(schema)
-    except (pa.ArrowException, OSError, KeyError) as error:
-        if _is_of_system(error):
-            raise
-        what, expected = f"row group {block.group} of {block.file}", "the images it had"
-        remedy = "repair the file, or pack the files anew to another output"
-        raise ValueError(checks.sentence(what, str(error), expected, remedy)) from error
-    if found.num_rows != block.num_rows:
-        what = f"rows of row group {block.group} of {block.file}"
-        remedy = "the file was changed: pack the files anew, to another output"
-        raise ValueError(checks.sentence(what, found.num_rows, str(block.num_rows), remedy))
-    return found
-
-
-def _is_of_system(error: Exception) -> bool:
-    """Return whether a disk or a network failed; of a damaged file Arrow raises a bare OSError."""
-    return isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None)
-
-
-def _check_bytes(group: Any, number: int, file: str) -> None:
-    """Raise for a column of a row group that Arrow cannot hold as one."""
-    columns = range(group.num_columns)
-    largest = max((group.column(one).total_uncompressed_size for one in columns), default=0)
-    if largest >= _MOST_BYTES:
-        what, expected = f"largest column of row group {number} of {file}", "less than 2 GiB"
-        remedy = "write smaller row groups, of about a thousand images"
-        raise ValueError(checks.sentence(what, f"{largest:,} bytes", expected, remedy))
 
 
 def _other_column(file: str, theirs: Features, first: str, ours: Features) -> str:
@@ -350,17 +296,7 @@ def _other_column(file: str, theirs: Features, first: str, ours: Features) -> st
     return checks.sentence(f"column {name!r} of {file}", theirs.get(name), expected, remedy)
 
 
-def _features(schema: pa.Schema) -> Features:
-    found = Features.from_arrow_schema(schema)
-    images = [name for name, kind in found.items() if _is_image(kind)]
-    return Features({**found, **dict.fromkeys(images, Image())})
-
-
 def _filesystem(path: str, options: dict[str, Any]) -> Any:
     import fsspec  # loads on first use
 
     return fsspec.url_to_fs(path, **options)[0]
-
-
-def _is_image(kind: Any) -> bool:
-    return isinstance(kind, dict) and kind.keys() == {"bytes", "path"}

@@ -6,6 +6,12 @@ from typing import Any
 
 import numpy as np
 from datasets import Array2D, Array3D, ClassLabel, Image, LargeList, List, Value
+from PIL.Image import registered_extensions
+
+from packpipe.images.opening import known_formats
+
+# Formats that Pillow reads with a plugin, or when it is built with a library.
+_MORE_SUFFIXES = (".avif", ".heic", ".heif", ".hif", ".jxl")
 
 
 def is_text(feature: Any) -> bool:
@@ -49,3 +55,12 @@ def holds_numbers(feature: Any) -> bool:
     if not isinstance(feature, List | LargeList) or not isinstance(inner, ClassLabel | Value):
         return False
     return inner.dtype == "bool" or np.dtype(inner.pa_type.to_pandas_dtype()).kind in "iuf"
+
+
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes of images: those of `datasets`, of Pillow's formats and some more."""
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    known = known_formats()
+    own = {name for name, format_ in registered_extensions().items() if format_ in known}
+    return frozenset({*ImageFolder.EXTENSIONS, *own, *_MORE_SUFFIXES})

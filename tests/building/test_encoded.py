@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -27,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import packpipe
+from packpipe.building import remote_encoded, stored_segments
 from packpipe.building.shards import data_files
 from packpipe.images import decode
 from packpipe.images.content import content_of
@@ -69,26 +71,78 @@ def again(packed):
     return datasets.load_from_disk(str(folder_of(packed)))
 
 
-def test_a_folder_is_opened_decoding_here_and_as_a_copy_of_a_store_and_not_row_by_row(
-    both, tmp_path
-):
+@pytest.fixture
+def url(both):
+    """The folder of encoded images in a store."""
+    found = f"memory://encoded-{os.getpid()}/rows"
+    for name, content in contents(folder_of(both[1])).items():
+        fsspec.filesystem("memory").pipe_file(f"{found}/{name}", content)
+    return found
+
+
+def test_a_folder_is_opened_decoding_here_as_a_copy_of_a_store_and_row_by_row(both, url, tmp_path):
     pixels, encoded = both
-    url = f"memory://encoded-{os.getpid()}/rows"
-    for name, content in contents(folder_of(encoded)).items():
-        fsspec.filesystem("memory").pipe_file(f"{url}/{name}", content)
-    expected = (
-        rf"folder is '{url}, of encoded images, .* kB', expected room for a copy in {tmp_path}"
-    )
-    with pytest.raises(ValueError, match=expected):
-        packpipe.open_packed(url, cache=tmp_path, cache_bytes=0)
-    assert not list(tmp_path.rglob("*data-*"))
-    for rows in (
-        packpipe.open_packed(folder_of(encoded)),
-        packpipe.open_packed(url, cache=tmp_path),
-    ):
+    by_row = packpipe.open_packed(url, cache=tmp_path / "rows", cache_bytes=0)
+    assert not list((tmp_path / "rows").rglob("data-*"))
+    copy = packpipe.open_packed(url, cache=tmp_path / "copy")
+    for rows in (packpipe.open_packed(folder_of(encoded)), copy, by_row):
         assert np.array_equal(np.ravel(rows[3]["patches"]), np.ravel(pixels[3]["patches"]))
         found = packpipe.read_rows(rows, [5, 0, 2]).patches
         np.testing.assert_array_equal(found, packpipe.read_rows(pixels, [5, 0, 2]).patches)
+    assert packpipe.manifest(by_row) == packpipe.manifest(copy)
+    assert batches(by_row, num_workers=2) == batches(copy) == batches(pixels)
+    some = [rows.select([4, 1, 1, 3]) for rows in (by_row, copy)]
+    assert batches(some[0]) == batches(some[1])
+    states = [PackedLoader(rows, 2).state_dict() for rows in (by_row, copy)]
+    assert states[0] == states[1]
+    assert pickle.loads(pickle.dumps(by_row))[2].keys() == pixels[2].keys()  # noqa: S301
+    assert "patches" not in by_row.select_columns(["labels"])[0]
+    with pytest.raises(ValueError, match=r"columns is .*, expected 'packpipe_places' among them"):
+        packpipe.read_rows(by_row.remove_columns("packpipe_places"), 0)
+
+
+def test_of_rows_in_a_store_each_image_is_asked_for_once_an_epoch_and_with_its_row(
+    both, url, tmp_path, monkeypatch
+):
+    asked, real = [], remote_encoded.bytes_of
+
+    def counting(storage, name, start, stop):
+        asked.append((name, start, stop))
+        return real(storage, name, start, stop)
+
+    monkeypatch.setattr(remote_encoded, "bytes_of", counting)
+    rows = packpipe.open_packed(url, cache=tmp_path, cache_bytes=0)
+    assert batches(rows)
+    assert len(asked) == len(set(asked)) == len(rows)
+    images = [image for row in both[1].data.column("encoded").to_pylist() for image in row]
+    assert sum(stop - start for _, start, stop in asked) == sum(map(len, images))
+    ordered = sorted(asked)
+    assert all(a[0] < b[0] or a[2] <= b[1] for a, b in itertools.pairwise(ordered))
+
+
+def test_an_image_that_changed_in_a_store_is_named_and_segments_that_do_not_fit_are_refused(
+    both, url, tmp_path, monkeypatch
+):
+    rows = packpipe.open_packed(url, cache=tmp_path / "a", cache_bytes=0)
+    assert len(packpipe.read_rows(rows, 0))  # its file is that of the segments, for a minute
+    store, first = fsspec.filesystem("memory"), both[1].data.column("encoded")[0].as_py()[0]
+    name = min(name for name in store.ls(url, detail=False) if "data-" in name)
+    content = store.cat_file(name)
+    place = content.index(first) + len(first) // 2
+    store.pipe_file(name, content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    example = int(both[1][0]["example_index"][0])
+    expected = rf"image of example {example} \({url}\) is 'damaged', expected the bytes that were "
+    with pytest.raises(ValueError, match=expected):
+        packpipe.read_rows(rows, 0)
+    monkeypatch.setattr(stored_segments, "_CHECKED_FOR", 0.0)
+    with pytest.raises(ConnectionError, match="it was replaced since: open the folder again"):
+        packpipe.read_rows(rows, 0)
+    batch = both[1].data.column("encoded").to_pylist()[:2]
+    sizes = np.cumsum([0, *(len(image) for row in batch for image in row)])
+    place = content.index(sizes.astype("<i8").tobytes()) + 8
+    store.pipe_file(name, content[:place] + b"\xff" * 8 + content[place + 8 :])
+    with pytest.raises(ConnectionError, match="images outside of their column', expected the rows"):
+        packpipe.open_packed(url, cache=tmp_path / "b", cache_bytes=0)
 
 
 def batches(packs, **options):

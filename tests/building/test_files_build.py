@@ -25,6 +25,8 @@ import pytest
 import windowed
 from crashing import contents
 from forked import CONTEXT, Forked
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from windowed import (
@@ -46,6 +48,7 @@ from packpipe.building import window_job
 from packpipe.building.pack_files import checked_executor, files_build
 from packpipe.durable import json_text
 from packpipe.rows.rejects import Tolerance, TooManyRejects
+from packpipe.sources import tar_blocks
 from packpipe.storage.storage import LocalFolder
 
 NUM_WINDOWS = 4
@@ -123,6 +126,45 @@ def test_each_block_is_read_once(source, tmp_path, monkeypatch):
     built(build_of(source, tmp_path / "out"))
     assert len(read) == NUM_ROWS // 5
     assert set(read.values()) == {1}
+
+
+@pytest.mark.parametrize("ending", ["tar", "arrow"])
+def test_tar_and_arrow_files_give_the_rows_of_parquet_whoever_builds_and_are_read_once(
+    ending, tmp_path, folder, monkeypatch
+):
+    monkeypatch.setattr(tar_blocks, "_BLOCK_ROWS", 5)
+    windowed.write_as(ending, tmp_path)
+    build, asked = build_of(tmp_path, tmp_path / "0", ending=ending), []
+
+    def counting(self, path, start=None, end=None, **options):
+        asked.append((path, start, end))
+        return AbstractFileSystem.cat_file(self, path, start, end, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "cat_file", counting)
+        built(build)
+    files = ImageFiles(f"{tmp_path}/*.{ending}")
+    blocks = [files.block(number) for number in range(len(files.block_rows))]
+    assert [block.num_rows for block in blocks] == [5] * (NUM_ROWS // 5)
+    schemas = {one for one in asked if one[1] == 0 and ending == "arrow"}
+    assert sorted(one for one in asked if one not in schemas) == [
+        (block.file, block.start, block.stop) for block in blocks
+    ]
+    assert all(end <= 2**14 + 8 for _, _, end in schemas)
+
+    class Sending(ThreadPoolExecutor):
+        """Gives its threads what a process would be sent."""
+
+        def submit(self, function, *args):
+            return super().submit(function, *pickle.loads(pickle.dumps(args)))  # noqa: S301
+
+    with Sending(2) as executor:
+        built(build_of(tmp_path, tmp_path / "1", ending=ending), executor)
+    assert contents(tmp_path / "1") == contents(tmp_path / "0")
+    known, rows = map(packpipe.read_rows, map(datasets.load_from_disk, (folder, tmp_path / "0")))
+    for name, values in {**known.tokens, **known.segments}.items():
+        assert np.array_equal(np.asarray(getattr(rows, name)), np.asarray(values)), name
+    assert len(known.labels) == NUM_ROWS - 7
 
 
 def test_two_parts_in_any_order_and_then_the_end_give_the_same_folder(source, tmp_path, whole):

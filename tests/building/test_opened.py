@@ -23,7 +23,7 @@ from windowed import Failing, Memory, Watched
 
 import packpipe
 from packpipe import PackedLoader, open_packed, read_rows, summarize
-from packpipe.building import opened, remote_rows
+from packpipe.building import opened, stored_segments
 from packpipe.storage import reading
 
 NUMBERS = count()
@@ -368,7 +368,7 @@ def test_rows_of_a_file_that_was_replaced_are_refused_until_the_folder_is_opened
             rows[7]
         # Asked for a moment ago; the next time is when it has been a minute.
         read_rows(later, [7, 1, 2])
-        monkeypatch.setattr(remote_rows, "_CHECKED_FOR", 0.0)
+        monkeypatch.setattr(stored_segments, "_CHECKED_FOR", 0.0)
         with pytest.raises(ConnectionError, match=expected):
             read_rows(later, [7, 1, 2])
     new = read(memory, tmp_path, cache_bytes=0)
@@ -452,8 +452,6 @@ def test_what_is_no_complete_packed_folder_is_refused_by_name(small, tmp_path):
     refused(with_manifest(files=outside), tmp_path, expected)
     expected = "memory://unused, packed with materialize=False', expected rows with their tokens"
     refused(with_manifest(materialized=False), tmp_path, expected)
-    expected = "unused, of encoded images, .* kB', expected room for a copy in .*, of 0.0 kB; raise"
-    refused(with_manifest(store="encoded"), tmp_path, expected, cache_bytes=0)
     pairs = {f"{part}/manifest.json": small["manifest.json"] for part in ("images", "texts")}
     expected = "folder is 'memory://unused, of pairs', expected .*; open memory://unused/images and"
     refused(Memory(files=pairs), tmp_path, expected)

@@ -74,11 +74,15 @@ def test_train_learns_the_same_row_by_row_and_eval_measures_the_same_of_a_copy(r
     assert len(losses[0]) == 1
     found = [json.loads(told("eval", tmp_path / "0", where, "--json")) for where in (rows, url)]
     assert found[0]["budgets"] == found[1]["budgets"]
+    files = [tmp_path / "here.parquet", tmp_path / "there.parquet"]
+    told("embed", tmp_path / "0", rows, files[0], "--part-size", 7)
+    told("embed", tmp_path / "0", url, files[1], "--part-size", 7, "--cache-bytes", 0)
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_what_takes_no_packed_rows_says_so_of_those_in_a_store(url, tmp_path):
     expected = f"SOURCE is '{url}, packed rows', expected images or sequences, not packed yet"
-    for command in (("pack", url, tmp_path / "out"), ("embed", "run", url, tmp_path / "a.parquet")):
+    for command in (("pack", url, tmp_path / "out"), ("zero-shot", "model", url), ("bench", url)):
         said = run(*command)
         assert said.exit_code == 2
         assert expected in " ".join(said.stderr.split())

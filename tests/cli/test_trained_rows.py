@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 from commands import run, told
 from datasets import Dataset
 from PIL import Image
@@ -16,6 +19,7 @@ from packpipe.cli.labels import classes_of, divided, labelled, with_classes_of
 from packpipe.cli.open_source import manifest_in, open_source
 from packpipe.cli.trained_rows import TrainedRows
 from packpipe.loading.stored import StoredPacks
+from packpipe.model.predict import predict_packs
 from packpipe.philox import Key
 from packpipe.training.checkpoints import checkpoints
 from packpipe.training.log import read_log
@@ -265,12 +269,50 @@ def test_what_rows_cannot_be_asked_for_is_said(arguments, message, packed, other
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(
-    ("command", "more"), [("pack", ["o"]), ("plan", []), ("bench", []), ("embed", ["v.parquet"])]
-)
+def test_embed_writes_the_features_of_the_images_in_rows_as_they_were_packed(
+    packed, trained, tmp_path
+):
+    """In parts of whole rows, each in the order of its examples."""
+    out, rows = tmp_path / "v.parquet", datasets.load_from_disk(str(packed))
+    result = run("embed", trained, packed, out, "--columns", "label")
+    assert "columns is 'label', expected one of ['labels'], and none of" in result.stderr
+    found = json.loads(told("embed", trained, packed, out, "--part-size", 9, "--json"))
+    assert found == {"output": str(out), "images": 24, "rejects": 0}
+    table = pq.read_table(out)
+    assert table.column_names == ["example_index", "labels", "embedding", "num_tokens"]
+    order, step = [], 9 * len(rows) // 24
+    for first in range(0, len(rows), step):
+        order += sorted(np.concatenate(rows["example_index"][first : first + step]).tolist())
+    assert table["example_index"].to_pylist() == order
+    assert sorted(order) == list(range(24)) != order
+    model, _ = packpipe.load_model(trained)
+    head, model.head = model.head.weight, None
+    model.config = replace(model.config, num_classes=None)
+    answers = predict_packs(model, StoredPacks(rows))
+    assert table["labels"].to_pylist() == answers.labels[order].tolist()
+    assert table["num_tokens"].to_pylist() == answers.seq_lens[order].tolist()
+    vectors = torch.tensor(table["embedding"].to_pylist())
+    assert (vectors - answers.outputs[order]).abs().max() < 1e-5
+    assert vectors.shape == (24, head.shape[1])
+
+
+def test_embed_of_rows_that_lack_tokens_or_have_other_patches_is_refused(
+    images, packed, trained, tmp_path
+):
+    told("embed", trained, packed, tmp_path / "maps.parquet", "--tokens")
+    maps = pq.read_table(tmp_path / "maps.parquet")
+    assert list(map(len, maps["tokens"].to_pylist())) == maps["num_tokens"].to_pylist()
+    told("pack", images, tmp_path / "rows", *PACKING, "--drop-rate", 0.5)
+    result = run("embed", trained, tmp_path / "rows", tmp_path / "a.parquet", "--tokens")
+    assert "in the rows is 4, expected all 9 of its grid; pass images, or" in result.stderr
+    told("pack", images, tmp_path / "large", "--seq-len", 16, "--num-workers", 0)
+    result = run("embed", trained, tmp_path / "large", tmp_path / "a.parquet")
+    assert "patch size of the rows is 16, expected 8 (of the model); take a" in result.stderr
+
+
+@pytest.mark.parametrize(("command", "more"), [("pack", ["o"]), ("plan", []), ("bench", [])])
 def test_rows_are_no_source_of_other_commands(command, more, packed, trained, tmp_path):
-    before = [trained] if command == "embed" else []
-    result = run(command, *before, packed, *(tmp_path / name for name in more))
+    result = run(command, packed, *(tmp_path / name for name in more))
     assert result.exit_code == 2
     assert "packed rows', expected images or sequences, not packed yet" in result.stderr
     result = run("eval", trained, packed, "--budgets", "4")

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from packpipe.sources import image_files
+from packpipe.sources import parquet_blocks
 from packpipe.sources.image_files import ImageFiles
 from packpipe.storage import reading
 
@@ -83,13 +83,13 @@ def test_only_the_columns_that_are_named_are_read(folder):
 
 
 def test_blocks_are_read_side_by_side_and_returned_in_order(folder, monkeypatch):
-    files, real, both = ImageFiles(folder), image_files._opened, Barrier(3)
+    files, real, both = ImageFiles(folder), parquet_blocks.tables, Barrier(3)
 
     def waiting(*args):
         both.wait(timeout=60)  # for the two others
         return real(*args)
 
-    monkeypatch.setattr(image_files, "_opened", waiting)
+    monkeypatch.setattr(parquet_blocks, "tables", waiting)
     # Four of a file, one more of it, and one of another.
     blocks = [files.block(number) for number in (2, 1, 0, 0, 1, 4)]
     found = files.reader.dataset(blocks, ["label"])["label"][:]
@@ -156,7 +156,7 @@ def test_files_that_name_their_classes_otherwise_are_refused(tmp_path):
 
 
 def test_a_row_group_that_arrow_cannot_hold_is_named(folder, monkeypatch):
-    monkeypatch.setattr(image_files, "_MOST_BYTES", 300)
+    monkeypatch.setattr(parquet_blocks, "_MOST_BYTES", 300)
     expected = (
         r"largest column of row group 0 of .*part-000\.parquet is '1,030 bytes', expected less"
     )
@@ -240,7 +240,7 @@ def test_a_file_that_was_changed_since_is_named(tmp_path):
 @pytest.mark.parametrize("what", ["_row_group", "_parquet"])
 def test_a_store_that_fails_is_asked_four_times_and_then_named(folder, monkeypatch, what):
     monkeypatch.setattr(reading, "WAITS", (0.0, 0.0, 0.0))
-    fails, real = [3], getattr(image_files, what)
+    fails, real = [3], getattr(parquet_blocks, what)
 
     def failing(*args):
         if "part-010" in repr(args) and fails[0]:
@@ -248,7 +248,7 @@ def test_a_store_that_fails_is_asked_four_times_and_then_named(folder, monkeypat
             raise ConnectionResetError(104, "reset by peer")
         return real(*args)
 
-    monkeypatch.setattr(image_files, what, failing)
+    monkeypatch.setattr(parquet_blocks, what, failing)
     files = ImageFiles(folder)  # ends are read by _parquet alone
     blocks = [files.block(number) for number in (0, 3, 4, 6)]
     wanted = [label for b in blocks for label in range(b.first, b.first + b.num_rows)]

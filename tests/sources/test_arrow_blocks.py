@@ -1,0 +1,108 @@
+"""Arrow files of images: their record batches, and that what is no such file is named."""
+
+from __future__ import annotations
+
+import pictures
+import pyarrow as pa
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, load_from_disk
+
+from packpipe.sources.image_files import ImageFiles
+from packpipe.storage.messages import ReadAhead
+
+
+def source() -> Dataset:
+    images = [pictures.encoded_image(4, 4 + 4 * (i % 3), i) for i in range(11)]
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    rows = {"image": [{"bytes": one, "path": None} for one in images], "label": [0, 1] * 5 + [1]}
+    return Dataset.from_dict(rows, features=features)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    found = source()
+    return found.with_format("arrow")[:].cast(found.features.arrow_schema)
+
+
+def write(path, rows, form=pa.ipc.new_stream, **options) -> None:
+    with form(path, rows.schema, **options) as writer:
+        writer.write_table(rows, max_chunksize=4)
+
+
+@pytest.mark.parametrize("form", [pa.ipc.new_stream, pa.ipc.new_file])
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_blocks_are_the_record_batches_of_streams_and_of_files(form, compression, rows, tmp_path):
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    write(tmp_path / "a.arrow", rows, form, options=options)
+    write(tmp_path / "b.arrow", rows.slice(0, 3), form, options=options)
+    files = ImageFiles(tmp_path)
+    assert files.block_rows.tolist() == [4, 4, 3, 3]
+    assert files.features == source().features
+    found = files.reader.dataset([files.block(number) for number in (3, 1, 0, 2)])
+    numbers = pa.array([0, 1, 2, 4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10])
+    assert found.data.table.to_pylist() == rows.take(numbers).to_pylist()
+    assert found.features == source().features
+
+
+def test_what_save_to_disk_wrote_is_taken_where_it_lies(tmp_path):
+    source().save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    files = ImageFiles(tmp_path / "saved")
+    assert len(files) == 11
+    found = files.reader.dataset([files.block(number) for number in range(len(files.block_rows))])
+    known = load_from_disk(str(tmp_path / "saved")).with_format("arrow")[:]
+    assert found.data.table.to_pylist() == known.to_pylist()
+
+
+def test_rows_are_not_read_to_open_a_file(rows, tmp_path, monkeypatch):
+    large = rows.slice(0, 1)
+    image = [{"bytes": bytes(2**20), "path": None}]
+    large = large.set_column(0, rows.schema.field(0), pa.array(image, rows.schema.field(0).type))
+    with pa.ipc.new_stream(tmp_path / "a.arrow", rows.schema) as writer:
+        for _ in range(8):
+            writer.write_table(large)
+    read, real = [], ReadAhead.__init__
+
+    def counting(self, ask, size):
+        real(self, lambda start, stop: read.append(stop - start) or ask(start, stop), size)
+
+    monkeypatch.setattr(ReadAhead, "__init__", counting)
+    assert ImageFiles(tmp_path).block_rows.tolist() == [1] * 8
+    assert len(read) <= 10
+    assert sum(read) < 2**18 < (tmp_path / "a.arrow").stat().st_size
+
+
+def test_what_is_no_whole_arrow_file_is_refused_by_name(rows, tmp_path):
+    path = tmp_path / "a.arrow"
+    write(path, rows)
+    content = path.read_bytes()
+    for wrong in (b"", b"text" * 99, content[:-8], content[:-60], content[:300], content[:9]):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=r"paths is '.*a\.arrow', expected whole Arrow files"):
+            ImageFiles(path)
+    labels = pa.table({"image": rows["image"], "label": rows["label"].dictionary_encode()})
+    write(path, labels)
+    with pytest.raises(ValueError, match=r"a\.arrow', expected whole .*; a dictionary, which the"):
+        ImageFiles(path)
+
+
+def test_a_file_that_was_damaged_or_changed_since_is_named(rows, tmp_path):
+    path = tmp_path / "a.arrow"
+    write(path, rows)
+    content, files = path.read_bytes(), ImageFiles(path)
+    block = files.block(1)
+    path.write_bytes(content[: block.start] + b"\xff" * 40 + content[block.start + 40 :])
+    expected = r"record batch 1 of .*a\.arrow is .*, expected the images it had; repair the file"
+    with pytest.raises(ValueError, match=expected):
+        files.reader.dataset([block])
+    assert len(files.reader.dataset([files.block(0)])) == 4
+    path.write_bytes(content[: block.start + 100])
+    with pytest.raises(ValueError, match=expected):
+        files.reader.dataset([block])
+    path.write_bytes(b"\0" * 8 + content[8:])
+    with pytest.raises(ValueError, match=r"schema of .*a\.arrow is 'no message at byte 0', expec"):
+        files.reader.dataset([block])
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"rows of record batch 1 of .* is 4, expected 5; the file"
+    ):
+        files.reader.dataset([block._replace(num_rows=5)])
