@@ -23,7 +23,9 @@ import numpy as np
 import pyarrow as pa
 
 from packpipe import checks, durable
-from packpipe.building.image_job import Images, plan_images, record_of_images
+from packpipe.building.image_job import plan_images
+from packpipe.building.image_record import record_of_images
+from packpipe.building.images import Images
 from packpipe.building.job import FilledRows, PlannedRows
 from packpipe.building.shards import naming_full_disks
 from packpipe.planning.block_windows import first_pack

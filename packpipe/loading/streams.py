@@ -24,9 +24,9 @@ from datasets import iterable_dataset as sources
 
 from packpipe import checks
 from packpipe.images.bad_images import BadImage
-from packpipe.images.decode import pixel_rules, probe
-from packpipe.images.pillow_settings import check_settings
-from packpipe.images.transform import PixelFunction, checked_transform, name_of
+from packpipe.images.decode import probe
+from packpipe.images.transform import PixelFunction
+from packpipe.loading.decoding import Decoding
 from packpipe.loading.reading import Anchor, Held, Reading
 from packpipe.loading.stream_examples import check_label, image_data, label_values, length_of
 from packpipe.packing.online import OnlinePacker
@@ -34,8 +34,8 @@ from packpipe.philox import Key
 from packpipe.planning.decisions import decide
 from packpipe.planning.image_config import PackConfig, config_from
 from packpipe.planning.image_options import PackOptions
-from packpipe.rows.fill_images import fill_rows, with_boxes
-from packpipe.rows.rejects import NAMED, Flagged, Reject, StreamReadFailures, Tally, tolerance_of
+from packpipe.rows.fill_images import with_boxes
+from packpipe.rows.rejects import NAMED, Reject, StreamReadFailures, Tally, tolerance_of
 from packpipe.rows.rows import Rows
 from packpipe.sources.image_columns import check_labels, image_column_of, label_column_of
 from packpipe.sources.image_source import checked_root
@@ -100,12 +100,10 @@ class PackedStream:
         if not isinstance(dataset, IterableDataset):
             name, remedy = type(dataset).__name__, "pass a Dataset to EpochPacks instead"
             raise TypeError(checks.sentence("type(dataset)", name, "IterableDataset", remedy))
-        self._transform = checked_transform(transform)
-        check_settings()
         options.setdefault("strategy", "best_fit")
         options.setdefault("window", 16384)
         self.config: PackConfig = config_from(seq_len, dict(options))
-        pixel_rules(self.config)  # raises if they need a package that is not installed
+        self._decoding = Decoding(self.config, transform)
         if self.config.fit_last is not None:
             remedy = "the open packs of a stream are nearly full"
             raise ValueError(checks.sentence("fit_last", self.config.fit_last, "None", remedy))
@@ -131,7 +129,7 @@ class PackedStream:
         self._open_packs = open_packs
         self._packer()  # raises if one of its options is wrong
         self._tolerance = tolerance_of(0, on_error, max_bad_fraction, max_consecutive_bad)
-        self._undecodable, self._flagged = StreamReadFailures(), Flagged()
+        self._undecodable = StreamReadFailures()
         features = dataset.features
         self._length: int | None = None  # numbers of a label that is a list
         if features is None:
@@ -178,7 +176,7 @@ class PackedStream:
     @property
     def transform_name(self) -> str | None:
         """Qualified name of the transform; None without any. Says nothing of what it does."""
-        return None if self._transform is None else name_of(self._transform)
+        return self._decoding.transform_name
 
     def fingerprint(self, key: Key) -> str:  # noqa: ARG002
         """Return a text that identifies the packing options; it cannot identify the data."""
@@ -254,10 +252,7 @@ class PackedStream:
         """Return packs as rows, their images decoded."""
         images = {held.number: held.data for pack in packs for held in pack}
         planned = self._planned(key, packs)
-        rows, rejects, flags = fill_rows(
-            planned, images.__getitem__, self.config, key, self._transform
-        )
-        self._flagged.add(flags)
+        rows, rejects = self._decoding.filled(planned, images.__getitem__, key)
         self._undecodable.add(key.epoch, len(images), rejects, self._tolerance)
         return rows
 
