@@ -1,4 +1,4 @@
-"""What the bytes of a folder of images depend on: of its record a digest is its name."""
+"""The record of a folder of images: all that its bytes depend on. Its digest tells builds apart."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def build_window(job: WindowJob, window: Window) -> dict[str, Any]:
 
 
 def _written_at(storage: Storage) -> Path:
-    """Return where files are written before they are put: what is uploaded is on a disk first."""
+    """Return where files are written before they are put in place: uploads need a disk first."""
     return Path(storage.url if isinstance(storage, LocalFolder) else gettempdir())
 
 

@@ -1,4 +1,4 @@
-"""`Compared`: what images are compared with besides labels, which a user names: masks, weights."""
+"""`Compared`: the columns of masks and of weights that a user names, for a loss or a measure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`measured_packs`: images, or packed rows, as packs that a trained model is measured on."""
+"""`measured_packs`: makes packs of images, or takes packed rows, to measure a model on."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def measured_packs(
 def validation_packs(
     dataset: Dataset, classes: ClassLabel | None, packing: PackConfig, **options: Any
 ) -> NamingPacks | StoredPacks:
-    """Return what `measured_packs` does, for a training: errors say that it is of validation.
+    """Return `measured_packs` of the validation images; errors say that they are of those.
 
     Raises:
         TooManyRejects: too many images cannot be read. Without the rejects, whose numbers are not

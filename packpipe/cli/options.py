@@ -108,13 +108,14 @@ def crop_of(
         ValueError: both a random box and the middle are asked for, or a number is out of range.
     """
     from packpipe import CenterCrop, Crop
+    from packpipe.planning.distributions import between
 
     if middle is not None:
         if area is not None or aspect is not None:
             what = f"--center-crop is {middle}, expected none beside --crop-area and --crop-aspect"
             raise ValueError(f"{what}; pass one or the others")
         return CenterCrop(middle)
-    bounds = given(area=None if area is None else _within(*area), aspect=aspect)
+    bounds = given(area=None if area is None else between(*area), aspect=aspect)
     return Crop(**bounds) if bounds else None
 
 
@@ -135,13 +136,6 @@ def resolution_of(name: str | None, sides: tuple[int, int] | None) -> Any:
     if name is not None:
         raise ValueError(f"--sides is {sides}, expected none beside --resolution; pass one of them")
     from packpipe import Side
+    from packpipe.planning.distributions import between
 
-    return Side(_within(*sides))
-
-
-def _within(low: float, high: float) -> Any:
-    """Return the distribution between two bounds."""
-    from packpipe import Constant, Uniform
-
-    # `Uniform` refuses an empty range.
-    return Uniform(low, high) if low != high else Constant(high)
+    return Side(between(*sides))

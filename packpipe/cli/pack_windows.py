@@ -1,4 +1,4 @@
-"""`packpipe pack` of Parquet files by windows: here, on Ray, or by processes that know no other."""
+"""`packpipe pack` of Parquet files by windows: here, on Ray, or part by part on any machines."""
 
 from __future__ import annotations
 

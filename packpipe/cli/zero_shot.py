@@ -1,4 +1,4 @@
-"""What `packpipe zero-shot` asks of a SigLIP: which of some classes, told by name, an image is."""
+"""`packpipe zero-shot`: a SigLIP chooses among classes by their names alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Encoder`: what a family's files become, and what families have in common."""
+"""`Encoder`: what reading a pretrained model gives, and what readers of all families share."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _wrong(name: str, value: object, expected: str, remedy: str) -> ValueError:
 
 
 def tower_of(settings: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    """Return what config.json says of the image tower, and what is usual of all it leaves out.
+    """Return config.json's settings of the image tower, and the usual ones where it has none.
 
     Args:
         settings: of both towers or of this one.

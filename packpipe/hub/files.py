@@ -116,7 +116,7 @@ class Weights:
             self._files |= {key: (file, key) for key in list(file.keys())}
 
     def rename(self, parts: dict[str, str]) -> None:
-        """Call tensors otherwise: in each name the first text of a pair becomes the second.
+        """Rename tensors: in each name the first text of a pair becomes the second.
 
         Raises:
             ValueError: two would have one name.

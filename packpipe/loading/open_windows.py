@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from packpipe.loading.encoded import Encoded, encoded, in_one
+from packpipe.loading.encoded import EncodedImages, encoded, in_one
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.rows.fill_images import planned_images
 from packpipe.rows.rows import Rows, gather
@@ -31,8 +31,8 @@ class OpenWindow:
     """
 
     plan: EpochPlan
-    images: Encoded
-    masks: Encoded | None
+    images: EncodedImages
+    masks: EncodedImages | None
     labels: pa.Array | None
     weight: NDArray[np.float32] | None
 
@@ -47,8 +47,8 @@ class TakenPacks(NamedTuple):
     """
 
     planned: Rows
-    images: Encoded
-    masks: Encoded | None
+    images: EncodedImages
+    masks: EncodedImages | None
 
 
 def open_window(
@@ -86,7 +86,7 @@ def taken_packs(windows: list[tuple[OpenWindow, NDArray[np.int64]]]) -> TakenPac
     Args:
         windows: each with the numbers of the packs to take of it.
     """
-    planned, images, masks = list[Rows](), list[Encoded](), list[Encoded]()
+    planned, images, masks = list[Rows](), list[EncodedImages](), list[EncodedImages]()
     for window, packs in windows:
         rows = planned_images(window.plan, packs, window.labels, window.weight)
         examples = np.unique(rows.example_index)

@@ -1,4 +1,4 @@
-"""Labels of images in Arrow: numbers of classes, numbers to be met, or lists of numbers.
+"""Labels of images in Arrow: numbers of classes, numbers to predict, or lists of numbers.
 
 Lists of K numbers are stored as ``fixed_size_list<float32>[K]``: several labels (0 or 1 a class),
 shares of classes, or what a regression is to give. A number that is missing is NaN, and an image

@@ -93,7 +93,7 @@ def _surplus(logits: Tensor, labels: Tensor, bins: int) -> Tensor:
 
 
 class Measures(NamedTuple):
-    """What a model is worth on some images.
+    """How good a model is on some images.
 
     Attributes:
         loss: mean over the labelled images.
@@ -178,7 +178,7 @@ def measure(
 
 
 def _of_all_ranks(ranked: _Ranked) -> _Ranked:
-    """Return what all ranks have, of the first rank first."""
+    """Return the values of all ranks, those of the first rank first."""
     if not ranked:  # of all ranks or of none, since their labels are of one dataset
         return ranked
     everyone: list[_Ranked] = [[]] * torch.distributed.get_world_size()

@@ -87,7 +87,7 @@ class Validator:
         self.due: dict[str, Any] | None = None
 
     def measure(self, step: int) -> Measures:
-        """Return what the model is worth after a step, and take it into account.
+        """Measure the model after a step, note it in the standing, and return the figures.
 
         Raises:
             TooManyRejects: too many of the images cannot be decoded.
