@@ -142,6 +142,7 @@ class Weights:
             what, expected = f"{self.folder}: {name}", "a tensor of the weights"
             remedy = "the weights are of another model than config.json says"
             raise ValueError(checks.sentence(what, None, expected, remedy))
+        # Taken once, so that what is left at the end is what nothing has used.
         file, stored = self._files.pop(name)
         tensor: Tensor = file.get_tensor(stored).float()
         return tensor

@@ -119,6 +119,7 @@ def model_of(folder: Path, encoder: Encoder, num_classes: int | None = None) -> 
     """
     config, found = encoder.config, encoder.weights
     if num_classes is not None:
+        # The old head is dropped even where it has the shape: its classes are others.
         config = replace(config, num_classes=num_classes)
         found = {name: value for name, value in found.items() if not name.startswith("head.")}
     with torch.device("meta"):  # sizes that are wrong may be too large for memory
