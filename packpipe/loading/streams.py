@@ -104,28 +104,8 @@ class PackedStream:
         options.setdefault("window", 16384)
         self.config: PackConfig = config_from(seq_len, dict(options))
         self._decoding = Decoding(self.config, transform)
-        if self.config.fit_last is not None:
-            remedy = "the open packs of a stream are nearly full"
-            raise ValueError(checks.sentence("fit_last", self.config.fit_last, "None", remedy))
-        if self.config.num_views > 1:
-            remedy = "pass a Dataset to EpochPacks"
-            raise ValueError(
-                checks.sentence("views", self.config.num_views, "1, of a stream", remedy)
-            )
-        if dataset._distributed is not None:
-            remedy = "each rank takes its own packs of all examples"
-            raise ValueError(
-                checks.sentence("dataset", "split by node", "the whole dataset", remedy)
-            )
-        if num_examples is not None:
-            remedy = "pass about as many as an epoch has"
-            num_examples = checks.whole_number("num_examples", num_examples, 1, 2**62, remedy)
-        elif self.config.uses_progress:
-            remedy = "pass about as many as an epoch has"
-            raise ValueError(
-                checks.sentence("num_examples", None, "a number, for OverTraining", remedy)
-            )
-        self._num_examples = num_examples
+        _check_streams(self.config, dataset)
+        self._num_examples = _checked_number(num_examples, self.config)
         self._open_packs = open_packs
         self._packer()  # raises if one of its options is wrong
         self._tolerance = tolerance_of(0, on_error, max_bad_fraction, max_consecutive_bad)
@@ -361,6 +341,30 @@ class PackedStream:
             segments["labels"] = label_values(labels, feature, self._length)
         segments = with_boxes(segments, self.config, key)
         return Rows(np.cumsum([0, *map(len, packs)]), segments)
+
+
+def _check_streams(config: PackConfig, dataset: IterableDataset) -> None:
+    """Raise ValueError if options, or the dataset, do not go with a stream."""
+    if config.fit_last is not None:
+        remedy = "the open packs of a stream are nearly full"
+        raise ValueError(checks.sentence("fit_last", config.fit_last, "None", remedy))
+    if config.num_views > 1:
+        expected, remedy = "1, of a stream", "pass a Dataset to EpochPacks"
+        raise ValueError(checks.sentence("views", config.num_views, expected, remedy))
+    if dataset._distributed is not None:
+        expected, remedy = "the whole dataset", "each rank takes its own packs of all examples"
+        raise ValueError(checks.sentence("dataset", "split by node", expected, remedy))
+
+
+def _checked_number(num_examples: Any, config: PackConfig) -> int | None:
+    """Return about how many examples an epoch has; None where no option asks for it."""
+    remedy = "pass about as many as an epoch has"
+    if num_examples is not None:
+        return checks.whole_number("num_examples", num_examples, 1, 2**62, remedy)
+    if config.uses_progress:
+        expected = "a number, for OverTraining"
+        raise ValueError(checks.sentence("num_examples", None, expected, remedy))
+    return None
 
 
 def _up_to(examples: Iterator[dict[str, Any]], most: int) -> Iterator[dict[str, Any]]:
