@@ -99,6 +99,7 @@ class Training:
         """What is drawn for each image of an epoch."""
         if self.augment is None and not any(self.mixing.values()):
             return None
+        # An Augment by itself flips: whoever asks for mixing alone did not ask for that.
         named = Augment(flip=0) if self.augment is None else Augment.preset(self.augment)
         drawn = replace(named, **self.mixing)
         if drawn.mixes and self.data.layout_name != "packed":
@@ -131,6 +132,7 @@ class Training:
 
     def _check_rows(self, rows: int) -> None:
         """Raise ValueError if the rows of an epoch do not fill a step."""
+        # Of torchrun, since there is no process group yet.
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         if rows < self.batch_size * ranks:
             expected = f"at least {self.batch_size * ranks}, those of a step (--batch-size x ranks)"

@@ -154,6 +154,7 @@ def measure(
                 raise
             raise TooManyRejects(f"of {called}, {error}", []) from error
 
+    # Sums, not means: ranks hold different numbers of images, and are weighed by them.
     sums, ranked = together(summed)
     if has_group():
         torch.distributed.all_reduce(sums)
@@ -161,6 +162,7 @@ def measure(
     total, agreed, compared, number, num_images, of_classes, *rest = sums.tolist()
     _check_any(number)
     mean = agreed / compared
+    # Absolute values after the sum over ranks: a bin's surplus may change its sign there.
     ece = float(torch.tensor(rest[:_BINS], dtype=torch.float64).abs().sum()) / number
     dense = is_dense(model.config)
     classes = int(model.config.num_classes or 0)

@@ -93,6 +93,7 @@ class Validator:
             TooManyRejects: too many of the images cannot be decoded.
         """
         self._loader.set_epoch(self._epoch)
+        # Always the same epoch, so that two measures differ by the model alone.
         called = "the validation images"
         found = measure(self._model, self._loader, self._loss, half=self._half, called=called)
         self.standing = self.standing.after(step, found.loss, keep=self._keep_best)
