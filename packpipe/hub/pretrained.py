@@ -142,7 +142,7 @@ def _check_shapes(folder: Path, found: dict[str, Tensor], wanted: dict[str, Tens
 
 
 def tell_unused(source: str | Path, left: list[str]) -> None:
-    """Log the tensors of other towers; refuse those that nobody knows."""
+    """Log the tensors of other towers; refuse those of no known part."""
     # Older versions stored the numbers of positions, which hold nothing.
     unknown = [k for k in left if not k.startswith(_OTHERS) and not k.endswith("position_ids")]
     if unknown:
