@@ -159,7 +159,12 @@ def pack(
         "num_workers": num_workers,
     }
     if by_windows:
-        _refuse_with_windows(dry_run, split)
+        if dry_run:
+            expected, remedy = "none with windows", "plan a Parquet file of them by itself"
+            raise ValueError(checks.sentence("--dry-run", dry_run, expected, remedy))
+        if split != "train":
+            expected, remedy = "none with windows", "name its files, by a pattern"
+            raise ValueError(checks.sentence("--split", split, expected, remedy))
         manifest = pack_windows(
             source,
             output,
@@ -247,16 +252,6 @@ def plan(
     where: dict[str, Any] = {"label_column": None, "seed": seed, "epoch": epoch}
     say_if_kernels_compile()
     _print_plan(open_source(source, split), seq_len, where, options, as_json)
-
-
-def _refuse_with_windows(dry_run: bool, split: str) -> None:
-    """Raise ValueError if options were given that packing by windows has not."""
-    if dry_run:
-        expected, remedy = "none with windows", "plan a Parquet file of them by itself"
-        raise ValueError(checks.sentence("--dry-run", dry_run, expected, remedy))
-    if split != "train":
-        expected, remedy = "none with windows", "name its files, by a pattern"
-        raise ValueError(checks.sentence("--split", split, expected, remedy))
 
 
 def _print_plan(

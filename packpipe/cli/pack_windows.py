@@ -1,4 +1,4 @@
-"""`packpipe pack` of Parquet files by windows: here, on Ray, or part by part on any machines."""
+"""`packpipe pack` of files by windows: here, on Ray, or by processes that know no other."""
 
 from __future__ import annotations
 
