@@ -32,6 +32,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from tables import table
 
 import packpipe
 from packpipe import Beta, PackConfig, PackedLoader, Side, Uniform, plan_epoch, samples
@@ -56,17 +57,6 @@ def seconds(*works: Callable[[], object], rounds: int = 5) -> list[float]:
             work()
             taken.append(time.perf_counter() - started)
     return [statistics.median(taken[1:]) for taken in times]
-
-
-def table(rows: Iterator[list[str]], columns: list[str]) -> str:
-    """Return a Markdown table, printed row by row as it is made."""
-    lines = ["| " + " | ".join(columns) + " |", "| --- " + "| ---: " * (len(columns) - 1) + "|"]
-    print("\n".join(lines), flush=True)
-    for row in rows:
-        lines.append("| " + " | ".join(row) + " |")
-        print(lines[-1], flush=True)
-    print(flush=True)
-    return "\n".join(lines) + "\n"
 
 
 def shapes(num_images: int) -> np.ndarray:

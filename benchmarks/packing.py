@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import peers
 from numpy.typing import NDArray
+from tables import table
 
 from packpipe import OnlinePacker, count_lengths, pack_lengths, plan_histogram
 from packpipe.packing.histogram import HistogramPlan
@@ -112,17 +113,6 @@ def peak_bytes(work: Callable[[], object]) -> int:
     tracemalloc.stop()
     del kept
     return peak
-
-
-def table(rows: Iterator[list[str]], columns: list[str]) -> str:
-    """Return a Markdown table, printed row by row as it is made."""
-    lines = ["| " + " | ".join(columns) + " |", "| --- " + "| ---: " * (len(columns) - 1) + "|"]
-    print("\n".join(lines), flush=True)
-    for row in rows:
-        lines.append("| " + " | ".join(row) + " |")
-        print(lines[-1], flush=True)
-    print(flush=True)
-    return "\n".join(lines) + "\n"
 
 
 def published() -> Iterator[list[str]]:

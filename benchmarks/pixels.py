@@ -27,7 +27,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -43,6 +43,7 @@ import pyarrow as pa
 from datasets import Dataset
 from PIL import Image, features
 from pixel_peers import PATCH, PATCH_BYTES, SEQ_LEN, Job, Way, resized
+from tables import table
 
 import packpipe
 from packpipe.images.decode import PixelRules, decode, pixel_rules, probe
@@ -96,17 +97,6 @@ def _made(result: Any, folder: Path) -> Made:
         np.count_nonzero(chunk.flatten()) for chunk in result.data.column("segment_ids").chunks
     )
     return Made(int(tokens), len(result), num_bytes)
-
-
-def table(rows: Iterable[Row], columns: str) -> str:
-    """Return a Markdown table, printed row by row as it is made."""
-    lines = [f"| {columns} |", "| --- " + "| ---: " * columns.count("|") + "|"]
-    print("\n".join(lines), flush=True)
-    for row in rows:
-        lines.append("| " + " | ".join(row) + " |")
-        print(lines[-1], flush=True)
-    print(flush=True)
-    return "\n".join(lines) + "\n"
 
 
 def measured(
@@ -559,7 +549,7 @@ def main() -> None:
     def add(part: str, title: str, note: str, rows: Iterator[Row], columns: str) -> None:
         if part in only:
             print(f"## {title}\n\n{note}\n", flush=True)
-            parts.extend([f"## {title}\n", note + "\n", table(rows, columns)])
+            parts.extend([f"## {title}\n", note + "\n", table(rows, columns.split(" | "))])
             (options.out / "pixels.md").write_text("\n".join(parts), encoding="utf-8")
 
     with tempfile.TemporaryDirectory() as cache:

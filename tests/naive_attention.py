@@ -1,9 +1,23 @@
 """Plain twins of the attention kernels that run on a GPU alone: dense masks, any device."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from packpipe.model import attention
 from packpipe.model.positions import rotate
+
+
+@contextmanager
+def in_place_of_kernels():
+    """Within it, models call these twins where they would call the kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "varlen_kernel", varlen_kernel)
+        patch.setattr(attention, "flex_kernel", flex_kernel)
+        patch.setattr(attention, "fused_kernel", fused_kernel)
+        yield
 
 
 def varlen_kernel(q, k, v, bounds, longest):

@@ -37,6 +37,18 @@ def dataset_of(images, labels=None, names=("cat", "dog", "owl")):
     return Dataset.from_dict(columns, features=features)
 
 
+def two_classes(folder, dark, light):
+    """Write 8 images of each of two classes, of several sizes and of two mean levels."""
+    draw = np.random.default_rng(0)
+    for name, level in (("dark", dark), ("light", light)):
+        (folder / name).mkdir()
+        for number in range(8):
+            size = (int(draw.integers(20, 90)), int(draw.integers(20, 90)), 3)
+            pixels = np.clip(draw.normal(level, 20, size), 0, 255).astype(np.uint8)
+            PillowImage.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
 def row_bytes(rows):
     """Return every byte of some Rows, column by column."""
     names = ("offsets", "seq_lens", "grid_hw", "image_hw", "example_index")

@@ -217,6 +217,7 @@ class Augment:
         key = checked_key(seed, epoch)
         remedy = "pass a row of the source"
         index = checks.whole_number("example_index", example_index, 0, 2**63 - 1, remedy)
+        # One alone is drawn as among others, since a draw is a function of its own index.
         found = self.drawn(key, np.array([index]), view)
         plain = {name: values[0].tolist() for name, values in found._asdict().items()}
         box = dict(zip(("area", "aspect", "top", "left"), plain.pop("box"), strict=True))
@@ -234,6 +235,8 @@ class Augment:
         def uniform(stream: int) -> NDArray[np.float64]:
             return philox.uniform(key, index=index, stream=stream, view=view)
 
+        # Every kind of change has a stream of its own, so that one that is left out alters no
+        # other.
         def happens(chance: float, stream: int) -> NDArray[np.bool_]:
             return uniform(stream) < chance if chance else np.zeros(len(index), np.bool_)
 
@@ -250,6 +253,7 @@ class Augment:
         erase = happens(self.erase, philox.ERASE)
         box = np.zeros((len(index), 4))
         if self.erase:
+            # For all images, erased or not: what is drawn for one does not depend on the chance.
             ranges = (_AREA, _ASPECT, (0.0, 1.0), (0.0, 1.0))
             for column, (low, high) in enumerate(ranges):
                 box[:, column] = low + (high - low) * uniform(philox.ERASED_BOX[column])

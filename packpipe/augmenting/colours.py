@@ -27,6 +27,7 @@ def matrices(draws: Draws) -> NDArray[np.float32]:
     saturation = np.where(draws.grey, 0.0, draws.saturation)[:, None, None]
     scale = (draws.brightness * draws.contrast)[:, None, None]
     mixed = (saturation * np.eye(3) + (1 - saturation) * _GREY) * scale
+    # Brightness before contrast, c · (b · level) + (1 - c) · middle: no brightness in the shift.
     shift = np.repeat((1 - draws.contrast) * _MIDDLE, 3).reshape(-1, 3, 1)
     return np.concatenate([mixed, shift], 2).astype(np.float32)
 

@@ -163,7 +163,7 @@ def mixed(rows: Rows, augment: Augment, key: Key) -> Rows:
 def _weighed(
     weights: NDArray[np.float64], shares: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return what mixtures weigh in the loss, and which share of that is of their own label.
+    """Return how much each mixture counts in the loss, and the share that its own label has of it.
 
     Args:
         weights: float64[2, n], of the images of pairs.

@@ -119,6 +119,7 @@ def _moved(rows: Rows, augment: Augment, draws: Draws) -> Rows:
                 cells[sources[real]], ways[owner]
             )
     if augment.erase:
+        # After the turns: the box lies where it was drawn in the picture as it is seen.
         flat[_erased(draws, lens, starts, grid_hw, places)] = _ERASED
     segments = {**rows.segments, "grid_hw": grid_hw}
     return replace(rows, segments=segments, tokens={**rows.tokens, **moved})
@@ -138,6 +139,7 @@ def _erased(
     size = np.clip(np.rint(grid_hw[some] * share), 1, grid_hw[some])
     # An image that would be grey all over stays as it is: it would have its label and nothing else.
     size *= (size < grid_hw[some]).any(1, keepdims=True)
+    # Every place at which the box lies inside is as likely, the last one too.
     first = np.floor((grid_hw[some] - size + 1) * np.stack(corner, 1))
     tokens, owner = tokens_of(starts[some], lens[some])
     inside = (coords[tokens] >= first[owner]) & (coords[tokens] < (first + size)[owner])

@@ -53,6 +53,7 @@ def turned_coords(
     """
     last = grid_hw.astype(np.int64) - 1
     y, x = coords.astype(np.int64).T
+    # Mirrored before it is turned, the order in which ways are numbered.
     x = np.where(ways >= 4, last[:, 1] - x, x)
     turns = ways % 4
     down = np.choose(turns, [y, last[:, 1] - x, last[:, 0] - y, x])

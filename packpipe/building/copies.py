@@ -238,7 +238,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 @contextmanager
 def _alone(copy: Path) -> Iterator[bool]:
-    """Return a context: whether nobody holds a copy, which nobody gets to hold in it then."""
+    """Yield whether nobody holds a copy; if so, nobody can take hold of it within the block."""
     # To close a file that this process holds, too, would let go of it on some file systems.
     if copy / _USED in _HELD:
         yield False

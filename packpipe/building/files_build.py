@@ -254,7 +254,7 @@ class FilesBuild:
         return Window(number, tuple(map(self.source.block, self.windows[number].tolist())))
 
     def _remove_strays(self, found: Iterable[str], kept: Collection[str]) -> None:
-        """Remove what was being written by who was killed, of the files in the folder."""
+        """Remove files that a killed process left half-written, or without their commit."""
         storage = self.job.storage
         for name in found:
             stray = fnmatch(name, "data-*.arrow") and name not in kept

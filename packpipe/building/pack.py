@@ -10,7 +10,8 @@ from datasets import Dataset
 
 from packpipe import checks
 from packpipe.building.build import Build, read_rejects
-from packpipe.building.image_job import IMAGE_SECONDS, Images, checked_resources, image_job
+from packpipe.building.image_job import image_job
+from packpipe.building.images import IMAGE_SECONDS, Images, checked_resources
 from packpipe.building.job import Job
 from packpipe.building.pack_files import files_build, pack_files
 from packpipe.building.shards import MANIFEST, REJECTS, read_manifest, tidy

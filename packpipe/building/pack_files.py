@@ -12,16 +12,17 @@ from datasets import Dataset
 from packpipe import checks
 from packpipe.building.build import cache_folder_of, stored_rows
 from packpipe.building.files_build import FilesBuild
-from packpipe.building.image_job import (
-    IMAGE_SECONDS,
-    Images,
-    checked_resources,
-    record_of_images,
-)
+from packpipe.building.image_record import record_of_images
+from packpipe.building.images import IMAGE_SECONDS, Images, checked_resources
 from packpipe.building.shards import digest_of
 from packpipe.building.window_job import WindowJob
 from packpipe.philox import checked_key
-from packpipe.planning.block_windows import WINDOW_ROWS, block_windows, runs_of
+from packpipe.planning.block_windows import (
+    block_windows,
+    check_constant_drops,
+    checked_window_rows,
+    runs_of,
+)
 from packpipe.planning.image_config import config_from
 from packpipe.rows import files
 from packpipe.rows.encoded import PIXELS, checked_store
@@ -95,11 +96,8 @@ def files_build(
         expected, remedy = "a column of images", "pass a Dataset to pack tokens"
         raise ValueError(checks.sentence("columns", list(source.features), expected, remedy))
     config = config_from(seq_len, options)
-    if config.uses_progress:
-        expected, remedy = "one that does not change over the training", "pass a Dataset for it"
-        raise ValueError(checks.sentence("drop_rate", config.drop_rate, expected, remedy))
-    window_rows = WINDOW_ROWS if window_rows is None else window_rows
-    window_rows = checks.whole_number("window_rows", window_rows, 1, 2**62, "16,384 is usual")
+    check_constant_drops(config)
+    window_rows = checked_window_rows(window_rows)
     windows = block_windows(source.block_rows, window_rows, key)
     # A source without rows has the columns, and its digest is that of the files.
     none = source.reader.dataset(())

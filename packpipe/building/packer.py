@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from packpipe import checks
 from packpipe._version import __version__
-from packpipe.building.image_job import Images, plan_images
+from packpipe.building.image_job import plan_images
+from packpipe.building.images import Images
 from packpipe.building.job import PlannedRows
 from packpipe.building.token_job import Sequences, plan_sequences
 from packpipe.images.pillow_settings import check_settings

@@ -18,7 +18,8 @@ import numpy as np
 from datasets import Dataset
 
 from packpipe import checks
-from packpipe.building.image_job import IMAGE_SECONDS, Images, PairedTexts, image_job
+from packpipe.building.image_job import image_job
+from packpipe.building.images import IMAGE_SECONDS, Images, PairedTexts
 from packpipe.building.job import Job
 from packpipe.building.pack import build_or_open
 from packpipe.building.token_job import Sequences, token_job, token_record

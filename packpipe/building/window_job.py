@@ -23,7 +23,9 @@ import numpy as np
 import pyarrow as pa
 
 from packpipe import checks, durable
-from packpipe.building.image_job import Images, plan_images, record_of_images
+from packpipe.building.image_job import plan_images
+from packpipe.building.image_record import record_of_images
+from packpipe.building.images import Images
 from packpipe.building.job import FilledRows, PlannedRows
 from packpipe.building.shards import naming_full_disks
 from packpipe.planning.block_windows import first_pack
@@ -126,7 +128,7 @@ def build_window(job: WindowJob, window: Window) -> dict[str, Any]:
 
 
 def _written_at(storage: Storage) -> Path:
-    """Return where files are written before they are put: what is uploaded is on a disk first."""
+    """Return where files are written before they are put in place: uploads need a disk first."""
     return Path(storage.url if isinstance(storage, LocalFolder) else gettempdir())
 
 

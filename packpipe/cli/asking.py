@@ -1,4 +1,4 @@
-"""What `packpipe eval` and `predict` ask of a trained model, and `embed` with them."""
+"""Loads a trained model and runs it on images: for the commands eval, predict and embed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def evaluate(
     precision: str = "auto",
     mask_column: str | None = None,
 ) -> tuple[list[tuple[int | None, Measures]], list[Reject]]:
-    """Return what a trained model is worth on labelled images, by the most tokens of an image.
+    """Return how good a trained model is on labelled images, for each budget of tokens an image.
 
     And the images whose header or label is bad. Of packed rows, which are measured as they are, the
     most tokens are None.

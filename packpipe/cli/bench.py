@@ -158,9 +158,8 @@ def compare_layouts(
         expected, remedy = "no rank: one device is measured", "run it without torchrun"
         raise ValueError(checks.sentence("RANK", os.environ["RANK"], expected, remedy))
     device = device_of_this_rank()
-    if (
-        label_column_of(dataset.features, "auto") is None
-    ):  # of what class images are changes no time
+    # Which classes images have changes no time, so without labels all are of one.
+    if label_column_of(dataset.features, "auto") is None:
         one = ClassLabel(names=["image"])
         dataset = dataset.add_column("label", [0] * len(dataset), feature=one)
     # The precision that training takes here, so that mfu divides by the rate of the same dtype.
@@ -197,6 +196,7 @@ def compare_layouts(
         is_late = time.perf_counter() - first > _SECONDS
         if steps is None and is_late and step >= warm_up + 2:
             break
+        # One step of each by turns, so that whatever slows the machine slows both.
         for name, run in runs.items():
             # Not by the record, whose time begins with the record before it: a step of the other
             # layout lies in between.

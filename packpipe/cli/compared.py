@@ -1,4 +1,4 @@
-"""`Compared`: what images are compared with besides labels, which a user names: masks, weights."""
+"""`Compared`: the columns of masks and of weights that a user names, for a loss or a measure."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ class Compared:
             raise ValueError(checks.sentence("examples", 0, expected, remedy))
         is_wide = self.num_classes is not None and self.num_classes > _NO_CLASS
         if is_wide and self.mask is not None and isinstance(dataset.features[self.mask], Image):
+            # A PNG says how many bits it has only when it is read; the plan asks before.
             return dataset.cast_column(self.mask, Image(mode="I;16"))
         return dataset
 
@@ -102,6 +103,7 @@ def compared_of(
         if classes.isdecimal()
         else names_in(Path(classes), "a whole number, or a file of text in UTF-8")
     )
+    # 65535 is no class in a mask of 16 bits.
     number = int(classes) if names is None else len(names)
     checks.whole_number("--classes", number, 2, 2**16 - 1, "count class 0, too")
     told = None if names is None else tuple(names)

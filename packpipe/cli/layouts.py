@@ -14,7 +14,7 @@ from datasets import Dataset
 from packpipe import checks
 from packpipe.loading.epochs import EpochPacks
 from packpipe.planning.crops import Crop
-from packpipe.planning.distributions import Constant, Distribution, Uniform
+from packpipe.planning.distributions import Constant, between
 from packpipe.planning.evaluation import evaluation_of
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.resolution import Side, Square
@@ -62,7 +62,7 @@ class Layout:
             **columns: what it is, as options of `EpochPacks`.
         """
         checks.choice("layout", self.name, LAYOUTS, "choose a layout")
-        drawn = Side(_between(self.sides))
+        drawn = Side(between(*self.sides))
         options: dict[str, Any] = {"resolution": drawn, "drop_rate": self.drop_rate}
         seq_len = self.seq_len
         if self.name != "packed":
@@ -111,7 +111,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class EncoderLayout:
-    """How images become rows for a model that was trained before: as they did for it.
+    """How images become rows for a pretrained model: as in its own training.
 
     Attributes:
         packing: its options.
@@ -140,7 +140,7 @@ class EncoderLayout:
         square = isinstance(packing.resolution, Square)
         changes: dict[str, Any] = {"drop_rate": self.drop_rate}
         if self.sides is not None:
-            drawn = _between(self.sides)
+            drawn = between(*self.sides)
             changes["resolution"] = Square(drawn) if square else Side(drawn)
             changes["max_tokens"] = None
         if self.crop is not None:
@@ -154,12 +154,6 @@ class EncoderLayout:
         del patch_size, max_tokens  # the encoder's
         seq_len = self.packing.seq_len if self.seq_len is None else self.seq_len
         return evaluation_of(replace(self.packing, seq_len=seq_len))
-
-
-def _between(sides: tuple[int, int]) -> Distribution:
-    """Return the law of a side; `Uniform` refuses an empty range, so two equal ones are one."""
-    low, high = sides
-    return Uniform(low, high) if low < high else Constant(high)
 
 
 def _shaped(crop: Crop, *, square: bool) -> Crop:

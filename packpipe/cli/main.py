@@ -17,8 +17,9 @@ except ModuleNotFoundError:
 
 from packpipe.cli import errors
 from packpipe.cli.errors import name_of
+from packpipe.cli.folder_commands import show, stats, verify
 from packpipe.cli.model_commands import embed, eval_, export, predict, zero_shot
-from packpipe.cli.pack_commands import pack, plan, show, stats, verify
+from packpipe.cli.pack_commands import pack, plan
 from packpipe.cli.train_commands import bench, demo, train
 
 _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {

@@ -1,4 +1,4 @@
-"""`measured_packs`: images, or packed rows, as packs that a trained model is measured on."""
+"""`measured_packs`: makes packs of images, or takes packed rows, to measure a model on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset
 
 from packpipe import checks
 from packpipe.cli.compared import LABELS, Compared
+from packpipe.cli.labelled_data import LabelledData
 from packpipe.cli.labels import labelled, with_classes_of
 from packpipe.cli.layouts import packs_of
 from packpipe.cli.open_source import naming_files
@@ -88,17 +89,27 @@ def measured_packs(
 
 
 def validation_packs(
-    dataset: Dataset, classes: ClassLabel | None, packing: PackConfig, **options: Any
-) -> NamingPacks | StoredPacks:
-    """Return what `measured_packs` does, for a training: errors say that it is of validation.
+    data: LabelledData, packing: PackConfig, **options: Any
+) -> NamingPacks | StoredPacks | None:
+    """Return what a training is validated on as packs; None without any.
+
+    Errors say that they are of the validation images.
+
+    Args:
+        data: what is trained and validated on.
+        packing: how images become rows.
+        **options: of `measured_packs`.
 
     Raises:
         TooManyRejects: too many images cannot be read. Without the rejects, whose numbers are not
             those of the images that are trained on.
     """
+    dataset = data.validated
+    if dataset is None:
+        return None
     try:
         with naming_files(dataset):
-            found = measured_packs(dataset, classes, packing, **options)
+            found = measured_packs(dataset, data.classes, packing, loss=data.loss, **options)
     except TooManyRejects as error:
         raise TooManyRejects(f"of the validation images, {error}", []) from error
     return NamingPacks(found, dataset) if isinstance(found, EpochPacks) else found

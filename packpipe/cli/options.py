@@ -115,16 +115,35 @@ def crop_of(
     Raises:
         ValueError: both a random box and the middle are asked for, or a number is out of range.
     """
-    from packpipe import CenterCrop, Constant, Crop, Uniform
+    from packpipe import CenterCrop, Crop
+    from packpipe.planning.distributions import between
 
     if middle is not None:
         if area is not None or aspect is not None:
             what = f"--center-crop is {middle}, expected none beside --crop-area and --crop-aspect"
             raise ValueError(f"{what}; pass one or the others")
         return CenterCrop(middle)
-    given: dict[str, Any] = {} if aspect is None else {"aspect": aspect}
-    if area is not None:
-        low, high = area
-        # `Uniform` refuses an empty range.
-        given["area"] = Uniform(low, high) if low != high else Constant(high)
-    return Crop(**given) if given else None
+    bounds = given(area=None if area is None else between(*area), aspect=aspect)
+    return Crop(**bounds) if bounds else None
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given; the others keep the defaults of `pack`."""
+    # Options of images are refused for tokens and the reverse, so defaults may not be passed.
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def resolution_of(name: str | None, sides: tuple[int, int] | None) -> Any:
+    """Return the resolution that options ask for; None if they ask for none.
+
+    Raises:
+        ValueError: both a name and sides are given.
+    """
+    if sides is None:
+        return name  # None if neither was given
+    if name is not None:
+        raise ValueError(f"--sides is {sides}, expected none beside --resolution; pass one of them")
+    from packpipe import Side
+    from packpipe.planning.distributions import between
+
+    return Side(between(*sides))

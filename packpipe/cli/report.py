@@ -74,9 +74,8 @@ def draw_rows(folder: str | Path, rows: Sequence[int], *, mask: bool = False) ->
         ValueError: `pack` has not completed the folder, or it holds no tokens.
     """
     opened = packed_at(folder)
-    if not opened.manifest.get(
-        "materialized", True
-    ):  # rows of token sequences always hold their tokens
+    # Manifests of token sequences have no such entry: their rows always hold their tokens.
+    if not opened.manifest.get("materialized", True):
         expected, remedy = "rows with their tokens", "pack with materialize=True"
         raise ValueError(checks.sentence("folder", str(folder), expected, remedy))
     packed = opened.rows(may_copy=False)
@@ -130,6 +129,7 @@ def draw_epochs(
     remedy = "pass a row of the source"
     example = checks.whole_number("example", example, 0, len(dataset) - 1, remedy)
     column = image_column_of(dataset.features, "auto")
+    # Header and pixels of this one image: whatever else is wrong with the source is not asked.
     images = ImageSource(dataset.select_columns([column]).with_format("arrow"))
     image_hw = probe(images(example), max_pixels=config.max_pixels).image_hw
     draws = draws_of_source(images, example, config, drawn, keys)
@@ -187,6 +187,7 @@ def report(summary: Summary, names: Sequence[str] | None = None) -> str:
             image = _image(picture, "packed rows", as_photo=True)
             # On a telephone it is scrolled, since its words could not be read so narrow.
             parts += [f"<h2>Rows {named}</h2>", f'<div class="wide photo">{image}</div>']
+    # Not all: a page that lists a million of them opens nowhere.
     if summary.rejects:
         shown = summary.rejects[:_SHOWN_REJECTS]
         called = names or [f"example {reject.example_index}" for reject in shown]

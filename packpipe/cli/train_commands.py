@@ -28,6 +28,7 @@ from packpipe.cli.options import (
     Split,
     ValueRange,
     crop_of,
+    given,
 )
 from packpipe.cli.output import print_json, print_table, say_if_kernels_compile
 from packpipe.cli.validation_source import check_validates, validation_of
@@ -318,19 +319,18 @@ def train(
         )
         data = TrainedImages(dataset, encoder_layout, patch_size, compared=compared, **where)
     else:
-        of_pixels = {
-            "profiles": profiles,
-            "damaged_scans": damaged_scans,
-            "pixels": pixels,
-            "value_range": value_range,
-        }
         layout_of_images = Layout(
             layout,
             seq_len,
             sides,
             drop_rate,
             max_bad_fraction,
-            pixels={name: value for name, value in of_pixels.items() if value is not None},
+            pixels=given(
+                profiles=profiles,
+                damaged_scans=damaged_scans,
+                pixels=pixels,
+                value_range=value_range,
+            ),
             crop=crop_of(crop_area, crop_aspect),
             prefix_tokens=shape.prefix_tokens,
         )

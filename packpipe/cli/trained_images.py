@@ -98,10 +98,10 @@ class TrainedImages:
             # Without the rejects, whose numbers are not those of the images that are trained on.
             raise TooManyRejects(str(error), []) from error
 
-    def _allowed_in(self, part: Dataset) -> float:
+    def _allowed_in(self, part: Dataset | None) -> float:
         """Return the share of a part's images that may be bad: as many as of those undivided."""
         allowed = self.layout.max_bad_fraction
-        if not isinstance(self.val, float):
+        if part is None or not isinstance(self.val, float):
             return allowed
         number = int(allowed * len(self.labelled.whole) + 1e-9)
         # Half an image more, so that rounding decides nothing.
@@ -115,16 +115,11 @@ class TrainedImages:
     @cached_property
     def validation_packs(self) -> Any:
         """What is validated on as packs; None without any."""
-        validated = self.labelled.validated
-        if validated is None:
-            return None
         return validation_packs(
-            validated,
-            self.labelled.classes,
+            self.labelled,
             self.evaluation,
-            loss=self.loss,
             num_workers=self.num_workers,
-            max_bad_fraction=self._allowed_in(validated),
+            max_bad_fraction=self._allowed_in(self.labelled.validated),
             compared=self.compared,
         )
 

@@ -117,14 +117,9 @@ class TrainedRows:
     @cached_property
     def validation_packs(self) -> Any:
         """What is validated on as packs; None without any."""
-        validated = self.labelled.validated
-        if validated is None:
-            return None
         return validation_packs(
-            validated,
-            self.labelled.classes,
+            self.labelled,
             self.evaluation,
-            loss=self.loss,
             num_workers=self.num_workers,
             max_bad_fraction=self.max_bad_fraction,
         )

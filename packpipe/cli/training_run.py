@@ -99,6 +99,7 @@ class Training:
         """What is drawn for each image of an epoch."""
         if self.augment is None and not any(self.mixing.values()):
             return None
+        # An Augment by itself flips: whoever asks for mixing alone did not ask for that.
         named = Augment(flip=0) if self.augment is None else Augment.preset(self.augment)
         drawn = replace(named, **self.mixing)
         if drawn.mixes and self.data.layout_name != "packed":
@@ -131,6 +132,7 @@ class Training:
 
     def _check_rows(self, rows: int) -> None:
         """Raise ValueError if the rows of an epoch do not fill a step."""
+        # Of torchrun, since there is no process group yet.
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         if rows < self.batch_size * ranks:
             expected = f"at least {self.batch_size * ranks}, those of a step (--batch-size x ranks)"
@@ -196,37 +198,11 @@ class Training:
         if self.start is not None:
             self.start.load_into(navit)
         navit = navit.to(device)
-        loader = PackedLoader(
-            self.data.packs,
-            self.batch_size,
-            seed=self.seed,
-            balance=self.data.layout_name == "bucketed",
-            num_workers=self.num_workers,
-            pin_memory=device.type == "cuda",
-            augment=self.drawn,
-        )
-        measured = self.data.validation_packs
-        validate = (
-            None
-            if measured is None
-            else PackedLoader(
-                measured,
-                self.batch_size,
-                tail="pad",
-                num_workers=self.num_workers,
-                pin_memory=device.type == "cuda",
-            )
-        )
+        loader, validate = self._loaders(pin_memory=device.type == "cuda")
         with ExitStack() as stack, _interrupted() as stopped:
             if is_first:
                 stack.enter_context(alone_in(output, wait=False))
-            trackers: list[Track] = []
-            if is_first and tensorboard:
-                trackers.append(stack.enter_context(to_tensorboard(output / "tensorboard")))
-            if is_first and wandb:
-                name = self.model if self.start is None else self.start.init
-                asked = {"model": name, **asdict(options)}
-                trackers.append(stack.enter_context(to_wandb(output, wandb, config=asked)))
+            trackers = self._trackers(stack, output, tensorboard, wandb) if is_first else []
             # Signals reach ranks at different steps, and a rank that stops alone leaves the others
             # waiting. So ranks do not stop by themselves, and resume from the last checkpoint.
             stop = stopped.is_set if "RANK" not in os.environ else lambda: False
@@ -251,12 +227,42 @@ class Training:
             plot_training(log).savefig(picture, dpi=100)
             write_bytes(output / "training.png", picture.getvalue())
             if not as_json:
-                if (last := log[-1]["step"]) < options.steps and not stopped.is_set():
+                last = log[-1]["step"]
+                if last < options.steps and not stopped.is_set():
                     times = f"{options.patience} times"
                     said = f"ended after step {last}: no lower loss in validation {times}\n"
                     sys.stdout.write(said)
                 sys.stdout.write(f"checkpoints, log and plot are in {output}\n")
         return not stopped.is_set()
+
+    def _loaders(self, *, pin_memory: bool) -> tuple[PackedLoader, PackedLoader | None]:
+        """Return what is trained on, and what it is validated on; None without any."""
+        workers: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": pin_memory}
+        loader = PackedLoader(
+            self.data.packs,
+            self.batch_size,
+            seed=self.seed,
+            balance=self.data.layout_name == "bucketed",
+            augment=self.drawn,
+            **workers,
+        )
+        measured = self.data.validation_packs
+        if measured is None:
+            return loader, None
+        return loader, PackedLoader(measured, self.batch_size, tail="pad", **workers)
+
+    def _trackers(
+        self, stack: ExitStack, output: Path, tensorboard: bool, wandb: str | None
+    ) -> list[Track]:
+        """Return the functions that each record is passed to; they end with the stack."""
+        trackers: list[Track] = []
+        if tensorboard:
+            trackers.append(stack.enter_context(to_tensorboard(output / "tensorboard")))
+        if wandb:
+            name = self.model if self.start is None else self.start.init
+            asked = {"model": name, **asdict(self.train_config)}
+            trackers.append(stack.enter_context(to_wandb(output, wandb, config=asked)))
+        return trackers
 
 
 def trim_of(seq_len: int, *, validates: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""What `packpipe zero-shot` asks of a SigLIP: which of some classes, told by name, an image is."""
+"""`packpipe zero-shot`: a SigLIP chooses among classes by their names alone."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ class ZeroShot(NamedTuple):
 
     def best(self, top: int) -> list[list[tuple[str, float]]]:
         """Return the likeliest classes of each image with their shares, the likeliest first."""
+        # Sigmoids, as SigLIP is trained: shares of classes need not add up to 1.
         shares = self.logits.double().sigmoid()
         order = shares.argsort(dim=1, descending=True, stable=True)[:, :top].tolist()
         return [
@@ -104,6 +105,7 @@ def zero_shot(
     if not names:
         expected, remedy = "names", "pass --classes FILE, a name a line"
         raise ValueError(checks.sentence("classes", names, expected, remedy))
+    # After the checks above, which need none of its seconds.
     import transformers
 
     model, packing = image_text_model(source)

@@ -1,4 +1,4 @@
-"""The model card: README.md of a model's folder, what a reader of the Hub sees of it.
+"""Writes the model card: README.md of a model's folder, which the Hub shows to readers.
 
 It says what is known of the model here: its shape, how images are packed for it, and the figures it
 was given. Nothing is claimed that was not measured or told.
@@ -97,7 +97,7 @@ def card_of(
 
 
 def _said(meaning: Meaning) -> list[str]:
-    """Return what is told of the outputs, as paragraphs; none if nothing is."""
+    """Return paragraphs on the outputs; none if nothing is known of them."""
     parts = []
     if meaning.class_names is not None:
         # As JSON, so that a name of several words, or with a comma, is read as one.

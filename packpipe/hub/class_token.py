@@ -32,7 +32,9 @@ from packpipe.hub.folding import channels_last, fold_pixels
 from packpipe.model.config import NaViTConfig
 from packpipe.model.presets import CLIP, DINOV2, DINOV2_REGISTERS, DINOV3, VIT
 
+# Pillow's numbers of these filters, which image processors store.
 _BILINEAR, _BICUBIC = 2, 3
+# Mean and deviation of red, green and blue, over ImageNet and over CLIP's own pictures.
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _OF_CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -252,6 +254,7 @@ def shape_of(settings: dict[str, Any], name: str) -> NaViTConfig:
             f"image_size in {CONFIG}", own["image_size"], 1, 2**15, "correct it"
         )
         switches["max_side"] = side // own["patch_size"]
+    # Families write the MLP's width, or its ratio to the model's, or both.
     ratio = own.get("mlp_ratio")
     width = own["intermediate_size"] if ratio is None else int(own["hidden_size"] * ratio)
     return NaViTConfig(
@@ -281,6 +284,7 @@ def _weights(
     if family.table is not None:
         table = take(family.table).reshape(-1, config.dim)
         check_size("image_size ÷ patch_size,", config.side, isqrt(max(0, len(table) - 1)))
+        # The class token's place is the same in every image, so it is added here once.
         prefix, found["position.table"] = prefix + table[:1], table[1:]
     if family.registers is not None:
         prefix = torch.cat([prefix, take(family.registers)[0]])
@@ -291,6 +295,7 @@ def _weights(
         if config.gated:
             parts = {own: name for own, name in family.parts.items() if own != "widen"}
             for kind in ("weight", "bias"):
+                # NaViT computes gate and other half in one product.
                 halves = [take(f"{theirs}{name}.{kind}") for name in family.wide]
                 found[f"{ours}widen.{kind}"] = torch.cat(halves)
         else:

@@ -1,4 +1,4 @@
-"""`Encoder`: what a family's files become, and what families have in common."""
+"""`Encoder`: what reading a pretrained model gives, and what readers of all families share."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def filters(processing: dict[str, Any], patch_size: int) -> dict[str, Any]:
         if processing.get(name, False) is not False:
             remedy = "packed images are resized as a whole, so set it to false if that is meant"
             raise _wrong(name, processing[name], "False", remedy)
+    # A decimal number in JSON, of which not every writer keeps all digits.
     scale = processing.get("rescale_factor", 1 / 255)
     if not isinstance(scale, float) or not math.isclose(scale, 1 / 255, rel_tol=1e-6):
         raise _wrong("rescale_factor", scale, "1/255", remedy)
@@ -120,7 +121,7 @@ def _wrong(name: str, value: object, expected: str, remedy: str) -> ValueError:
 
 
 def tower_of(settings: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    """Return what config.json says of the image tower, and what is usual of all it leaves out.
+    """Return config.json's settings of the image tower, and the usual ones where it has none.
 
     Args:
         settings: of both towers or of this one.
@@ -136,6 +137,7 @@ def tower_of(settings: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
     found = usual | said
     for setting, known in usual.items():
         value, name = found[setting], f"{setting} in {CONFIG}"
+        # Before int: to Python a bool is an int.
         if isinstance(known, bool):
             checks.boolean(name, value)
         elif isinstance(known, int):
@@ -217,7 +219,9 @@ def squares(config: NaViTConfig, processing: dict[str, Any], usual: int) -> Pack
         if size % patch:
             expected = f"a multiple of {patch} (patch_size) of an encoder"
             raise _wrong("crop_size", size, expected, "set it to whole patches")
+        # CenterCrop takes a share of the area, and cuts before it resizes; they cut afterwards.
         crop = CenterCrop(min(1.0, (size / shorter) ** 2), shape="square")
+        # Done by the crop above, so `filters`, which refuses crops, need not know of it.
         processing = {**processing, "do_center_crop": False}
     else:
         size = side_of(processing, usual, patch)

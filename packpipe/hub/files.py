@@ -116,7 +116,7 @@ class Weights:
             self._files |= {key: (file, key) for key in list(file.keys())}
 
     def rename(self, parts: dict[str, str]) -> None:
-        """Call tensors otherwise: in each name the first text of a pair becomes the second.
+        """Rename tensors: in each name the first text of a pair becomes the second.
 
         Raises:
             ValueError: two would have one name.
@@ -142,6 +142,7 @@ class Weights:
             what, expected = f"{self.folder}: {name}", "a tensor of the weights"
             remedy = "the weights are of another model than config.json says"
             raise ValueError(checks.sentence(what, None, expected, remedy))
+        # Taken once, so that what is left at the end is what nothing has used.
         file, stored = self._files.pop(name)
         tensor: Tensor = file.get_tensor(stored).float()
         return tensor

@@ -1,4 +1,4 @@
-"""Folding: what is linear in an encoder becomes one map with its neighbour, in double precision."""
+"""Folding: multiplies neighbouring linear maps of an encoder into one, in double precision."""
 
 from __future__ import annotations
 

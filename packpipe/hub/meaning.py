@@ -27,7 +27,7 @@ LOSSES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Meaning:
-    """What the outputs of a model are, as far as somebody told.
+    """What the outputs of a model mean, as far as it is known.
 
     Attributes:
         class_names: by the number of their output; None if nobody knows them.

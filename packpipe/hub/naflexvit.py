@@ -106,6 +106,7 @@ def shape_of(settings: dict[str, Any]) -> NaViTConfig:
     said = settings.get("architecture", settings.get("model_type"))
     remedy = "others are not known"
     architecture = checks.choice(f"architecture in {CONFIG}", said, NAFLEXVIT, remedy)
+    # timm writes 0 classes for no head.
     shape = NaViTConfig.preset(architecture, num_classes=classes or None)
     pool = arguments.pop("global_pool", settings.get("global_pool"))
     if pool not in (None, *(name for name, own in _POOLS.items() if own == shape.pooling)):
@@ -121,6 +122,7 @@ def shape_of(settings: dict[str, Any]) -> NaViTConfig:
     checks.known_options(arguments, list(_ARGUMENTS), f"model_args in {CONFIG}")
     shape = replace(shape, **{_ARGUMENTS[name]: value for name, value in arguments.items()})
     if ratio is None and "embed_dim" in arguments:
+        # timm keeps the ratio of an architecture where its width alone is changed.
         was = NaViTConfig.preset(architecture, num_classes=None)
         ratio = was.mlp_width / was.dim
     return shape if ratio is None else replace(shape, mlp_dim=int(shape.dim * ratio))

@@ -119,6 +119,7 @@ def model_of(folder: Path, encoder: Encoder, num_classes: int | None = None) -> 
     """
     config, found = encoder.config, encoder.weights
     if num_classes is not None:
+        # The old head is dropped even where it has the shape: its classes are others.
         config = replace(config, num_classes=num_classes)
         found = {name: value for name, value in found.items() if not name.startswith("head.")}
     with torch.device("meta"):  # sizes that are wrong may be too large for memory
@@ -141,7 +142,7 @@ def _check_shapes(folder: Path, found: dict[str, Tensor], wanted: dict[str, Tens
 
 
 def tell_unused(source: str | Path, left: list[str]) -> None:
-    """Log the tensors of other towers; refuse those that nobody knows."""
+    """Log the tensors of other towers; refuse those of no known part."""
     # Older versions stored the numbers of positions, which hold nothing.
     unknown = [k for k in left if not k.startswith(_OTHERS) and not k.endswith("position_ids")]
     if unknown:

@@ -144,6 +144,7 @@ def _weights(
             for kind in ("weight", "bias")
         }
         found[f"{ours}queries_keys_values.weight"] = torch.cat([parts[p, "weight"] for p in "qkv"])
+        # A bias of keys adds the same to all products of a query, which softmax takes away again.
         biases = torch.stack([parts[part, "bias"] for part in "qv"])
         found[f"{ours}bias_queries_values"] = biases.unflatten(1, (config.heads, -1))
     found |= weights.pairs({"norm": "post_layernorm"}, theirs=within)

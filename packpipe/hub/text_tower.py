@@ -97,6 +97,7 @@ def read_text_tower(settings: dict[str, Any], weights: Weights) -> TextTower:
         # Older versions stored the numbers of positions, which hold nothing.
         if key.startswith(PREFIX) and not key.endswith("position_ids")
     }
+    # Checked by name, where `load_state_dict` would list hundreds in one error.
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     for key in [*wanted, *(found.keys() - wanted.keys())]:
         have = tuple(found[key].shape) if key in found else None
@@ -167,6 +168,7 @@ def class_vectors(
     _check_tokens(found, names, len(templates), tower.vocabulary)
     input_ids = torch.tensor(found, device=next(tower.parameters()).device)
     with torch.inference_mode():
+        # In parts: activations for all texts of a thousand classes may not fit into memory.
         vectors = torch.cat([tower.encode(some) for some in input_ids.split(_AT_ONCE)])
         return F.normalize(vectors.unflatten(0, (len(names), -1)).mean(1), dim=-1)
 

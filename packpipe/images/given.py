@@ -1,4 +1,4 @@
-"""Images as callers hand them over, outside of a table: what a stream yields, what is predicted."""
+"""`given`: an image that a caller passes by itself, in a form that can be decoded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds processes that have come to a standstill.
+"""Finds processes that no longer run.
 
 A process may be stopped by a signal, or wait for a file system that hangs; it then takes no
 processor time, so a limit on that never ends it. Time alone proves nothing, since a busy machine

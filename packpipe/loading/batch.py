@@ -26,7 +26,7 @@ _Batch = TypeVar("_Batch", bound=type)
 def _made_of_columns(
     fields_of: Callable[[Mapping[str, Any]], dict[str, Any]],
 ) -> Callable[[_Batch], _Batch]:
-    """Let a class of batches be made of its columns, too, and be a tree of tensors to torch.
+    """Make a class of batches, so that it takes its columns by name and torch finds its tensors.
 
     Training frameworks change the tensors of a mapping with ``type(batch)({name: ..., ...})``.
 

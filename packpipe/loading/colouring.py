@@ -54,7 +54,7 @@ def drawn_pixels(pixels: Tensor, segments: Tensor, offsets: Tensor | None, drawn
 
 
 def mixed(pixels: Tensor, segments: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """Return pixels of which those that meet others are blended with them.
+    """Return pixels in which each mixed token is blended with the one that it meets.
 
     Args:
         pixels: float[T, D], rows one after the other, with padding at their ends or without any.

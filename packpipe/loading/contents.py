@@ -28,7 +28,7 @@ _TOLD = ("decoders",)
 
 
 def check_contents(own: dict[str, Any], known: Any) -> None:
-    """Raise ValueError if the contents of a state are others, as far as it says what they are.
+    """Raise ValueError if a state was saved with other contents, of those that it names.
 
     Versions of what decodes are warned of.
 

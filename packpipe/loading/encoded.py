@@ -1,4 +1,4 @@
-"""`Encoded`: images, or masks, as files hold them, until their packs need their pixels."""
+"""`EncodedImages`: images, or masks, as files hold them, until their packs need their pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from packpipe.images.image_data import ImageData
 from packpipe.sources.image_source import image_data
 
 
-class Encoded(NamedTuple):
+class EncodedImages(NamedTuple):
     """Images, or masks, as files hold them.
 
     Attributes:
@@ -26,7 +26,7 @@ class Encoded(NamedTuple):
     examples: NDArray[np.int64]
     values: pa.ChunkedArray
 
-    def of(self, examples: NDArray[np.int64]) -> Encoded:
+    def of(self, examples: NDArray[np.int64]) -> EncodedImages:
         """Return those of some rows, ascending, in memory of their own."""
         at = np.searchsorted(self.examples, examples)
         chunks, start = [], 0
@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
             if len(own):
                 chunks.append(chunk.take(pa.array(own - start)))
             start += len(chunk)
-        return Encoded(examples, pa.chunked_array(chunks, self.values.type))
+        return EncodedImages(examples, pa.chunked_array(chunks, self.values.type))
 
     def reader(self, root: str | None) -> partial[ImageData]:
         """Return a function that returns the image of a row of the source."""
@@ -44,17 +44,17 @@ class Encoded(NamedTuple):
         return partial(_image_of, self.values, places, root)
 
 
-def encoded(dataset: Dataset, rows: NDArray[np.int64], column: str) -> Encoded:
+def encoded(dataset: Dataset, rows: NDArray[np.int64], column: str) -> EncodedImages:
     """Return a column of a dataset, whose rows have these numbers in the source."""
     # The Arrow table, since `datasets` decodes images.
-    return Encoded(rows, dataset.data.column(column))
+    return EncodedImages(rows, dataset.data.column(column))
 
 
-def in_one(parts: Sequence[Encoded]) -> Encoded:
+def in_one(parts: Sequence[EncodedImages]) -> EncodedImages:
     """Return the images of several parts, one at least, part after part."""
     chunks = [chunk for part in parts for chunk in part.values.chunks]
     values = pa.chunked_array(chunks, parts[0].values.type)
-    return Encoded(np.concatenate([part.examples for part in parts]), values)
+    return EncodedImages(np.concatenate([part.examples for part in parts]), values)
 
 
 def _image_of(

@@ -22,29 +22,20 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from packpipe import checks
-from packpipe.images.decode import pixel_rules
-from packpipe.images.pillow_settings import check_settings
-from packpipe.images.transform import PixelFunction, checked_transform, name_of
+from packpipe.images.transform import PixelFunction
+from packpipe.loading.decoding import Decoding
 from packpipe.philox import Key, checked_key
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.planning.image_config import PackConfig, config_from
 from packpipe.planning.image_options import PackOptions
 from packpipe.planning.plan import plan_epoch
 from packpipe.rows.digests import hexdigest, labels_digest
-from packpipe.rows.fill_images import Masks, fill_rows, planned_images
-from packpipe.rows.rejects import Flagged, ReadFailures, Reject, tolerance_of
+from packpipe.rows.fill_images import planned_images
+from packpipe.rows.rejects import ReadFailures, Reject, tolerance_of
 from packpipe.rows.rows import Rows
-from packpipe.sources.columns import check_dataset
-from packpipe.sources.image_columns import (
-    check_labels,
-    image_column_of,
-    label_column_of,
-    mask_column_of,
-    target_rules_of,
-    weight_column_of,
-)
-from packpipe.sources.image_source import ImageSource, checked_root
-from packpipe.sources.labels import labels_of, weights_of
+from packpipe.sources.column_images import images_of, masks_of
+from packpipe.sources.columns import AskedColumns, check_dataset
+from packpipe.sources.labels import bad_values, labels_of, weights_of
 from packpipe.sources.sizes import forgetting_wrong_sizes, sizes_of
 from packpipe.sources.survey import survey
 
@@ -108,43 +99,38 @@ class EpochPacks:
         **options: Unpack[PackOptions],
     ) -> None:
         self.config: PackConfig = config_from(seq_len, dict(options))
-        pixel_rules(self.config)  # raises if they need a package that is not installed
-        self._transform = checked_transform(transform)
+        self._decoding = Decoding(self.config, transform)
         check_dataset(dataset)
-        check_settings()
         if num_workers is not None:
             remedy = "None is one thread a processor"
             num_workers = checks.whole_number("num_workers", num_workers, 1, 1024, remedy)
         self._tolerance = tolerance_of(
             len(dataset), on_error, max_bad_fraction, max_consecutive_bad
         )
-        self._undecodable, self._flagged = ReadFailures(), Flagged()
-        mask_column = mask_column_of(dataset.features, mask_column)
-        image_column = image_column_of(dataset.features, image_column, mask=mask_column)
-        label_column = label_column_of(dataset.features, label_column)
-        check_labels(dataset.features, label_column, "pass label_column=None")
-        rows = dataset.select_columns([image_column]).with_format("arrow")
-        root = checked_root(image_root)
-        self._source = ImageSource(rows, root)
-        rules = target_rules_of(
-            dataset.features, mask_column, target_stride, self.config.patch_size
+        self._undecodable = ReadFailures()
+        asked = AskedColumns(
+            image_column=image_column,
+            label_column=label_column,
+            size_columns=size_columns,
+            image_root=image_root,
+            weight_column=weight_column,
+            mask_column=mask_column,
+            target_stride=target_stride,
         )
-        self._masks = None
-        if rules is not None:
-            of_masks = dataset.select_columns([mask_column]).with_format("arrow")
-            self._masks = Masks(ImageSource(of_masks, root), rules)
-        labels = labels_of(dataset, label_column)
-        weights = weights_of(dataset, weight_column_of(dataset.features, weight_column))
+        columns = asked.of_images(dataset, stored=False)
+        self._source = images_of(dataset, columns)
+        self._masks = masks_of(dataset, columns, self.config.patch_size)
+        labels = labels_of(dataset, columns.label)
+        weights = weights_of(dataset, columns.weight)
         with ThreadPoolExecutor(num_workers or os.cpu_count()) as executor:
             sizes = sizes_of(
                 dataset,
                 self._source,
-                size_columns,
+                columns.sizes,
                 max_pixels=self.config.max_pixels,
                 executor=executor,
             )
-        values = [values for values in (labels, weights) if values is not None]
-        found = survey(sizes, [reject for value in values for reject in value.rejects])
+        found = survey(sizes, bad_values(labels, weights))
         self._tolerance.check(found.rejects)
         self.rejects: list[Reject] = found.rejects
         self._image_hw, self._index = found.image_hw, found.index
@@ -199,7 +185,7 @@ class EpochPacks:
     @property
     def transform_name(self) -> str | None:
         """Qualified name of the transform; None without any. Says nothing of what it does."""
-        return None if self._transform is None else name_of(self._transform)
+        return self._decoding.transform_name
 
     def num_packs(self, key: Key) -> int:
         """Return the number of packs of an epoch."""
@@ -253,10 +239,7 @@ class EpochPacks:
         """
         planned = packs if isinstance(packs, Rows) else self.planned(key, packs)
         with forgetting_wrong_sizes(self._source, self.config.max_pixels):
-            rows, rejects, flags = fill_rows(
-                planned, self._source, self.config, key, self._transform, self._masks
-            )
-        self._flagged.add(flags)
+            rows, rejects = self._decoding.filled(planned, self._source, key, self._masks)
         self._undecodable.add(rejects, self._tolerance, self._source.file_of)
         return rows
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from packpipe import checks
@@ -30,17 +31,23 @@ from packpipe.loading.cursors import (
     StreamedPacks,
     checked_place,
 )
+from packpipe.loading.filling import WORKERS, Filling
 from packpipe.loading.lanes import LaneCursor, WindowedPacks, check_lanes
 from packpipe.loading.loader_checks import check_augment, check_without_torch, imported_torch
 from packpipe.loading.numbered import NumberedBatches, NumberedSteps
 from packpipe.loading.pairs import StoredPairs
-from packpipe.loading.ranks import agree, import_before_groups, rank_of_world, together
-from packpipe.loading.states import FORM, check_agrees, check_form, packs_taken
+from packpipe.loading.ranks import (
+    agree,
+    check_own_rank,
+    import_before_groups,
+    rank_of_world,
+    together,
+)
+from packpipe.loading.states import FORM, check_agrees, check_form, former_options, packs_taken
 from packpipe.loading.steps import TAILS
 from packpipe.loading.stored import StoredPacks
-from packpipe.loading.workers import Fill, Part, Pass, Processes, Threads, as_it_is
+from packpipe.loading.workers import Fill, Pass, as_it_is
 from packpipe.philox import Key, checked_key
-from packpipe.planning.image_options import BEFORE
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +59,6 @@ if TYPE_CHECKING:
 with suppress(ModuleNotFoundError):
     import torch
 import_before_groups()
-
-WORKERS = ("threads", "processes")
 
 
 class PackedLoader:
@@ -162,6 +167,7 @@ class PackedLoader:
         self.workers = checks.choice("workers", workers, WORKERS, "choose who fills batches")
         self.prefetch = checks.whole_number("prefetch", prefetch, 1, 1024, "2 is usual")
         self.persistent = checks.boolean("persistent", persistent)
+        self._filling = Filling(self._num_workers, self.workers, self.prefetch, self.persistent)
         self.pin_memory = checks.boolean("pin_memory", pin_memory)
         self.as_numpy = checks.boolean("as_numpy", as_numpy)
         if as_numpy:
@@ -190,8 +196,6 @@ class PackedLoader:
         self._taken = 0  # packs taken by now
         self._finished = False  # whether the pass has ended
         self._pass: object | None = None  # the loop that the above speak of
-        self._processes: Processes | None = None  # that wait for the next pass
-        self._threads: Threads | None = None  # of `passes`
 
     def __repr__(self) -> str:
         where = f"seed={self.seed}, epoch={self._epoch}"
@@ -300,7 +304,7 @@ class PackedLoader:
         steps = self._cursor.steps(self._key, self._share)
         global_batch = self.global_batch
         end = None if steps is None else steps * global_batch
-        for batch in self._batches():
+        for batch in self._batches(is_counted=steps is not None):
             # Before the yield: a state that is saved inside the loop counts this batch.
             self._taken += global_batch
             self._finished = self._taken == end
@@ -341,11 +345,8 @@ class PackedLoader:
         Ranks that tell each other what they found before they go on never begin an epoch, about
         which they ask each other, while another one has failed at the end of the one before.
         """
-        is_threaded = self._num_workers and self.workers == "threads"
-        threads = Threads(self._num_workers, self.prefetch) if is_threaded else None
-        self._threads = threads
         was_empty = False
-        try:
+        with self._filling.over_passes():
             while True:
                 is_empty = True
                 for batch in self:
@@ -358,10 +359,6 @@ class PackedLoader:
                     raise ValueError(checks.sentence("batches of the loader", 0, expected, remedy))
                 was_empty = is_empty
                 yield None
-        finally:
-            self._threads = None
-            if threads is not None:
-                threads.close()
 
     def from_step(self, step: int) -> Iterator[Any]:
         """Return the batches of the epoch from a step on, 0 being its first."""
@@ -402,7 +399,7 @@ class PackedLoader:
         """
         check_form(state)
         key = checked_key(self.seed, state.get("epoch"))
-        check_agrees(state, self._must_agree(key), lambda found: self._former_options(found, key))
+        check_agrees(state, self._must_agree(key), partial(former_options, self.packs, key))
         check_contents(self._contents(), state.get("contents", {}))
         most = self._cursor.check(state, key, self._share)
         taken = packs_taken(state, most, self.global_batch)
@@ -411,15 +408,6 @@ class PackedLoader:
         self._finished = bool(state.get("finished"))
         self._cursor.load(state)
         self._pass = None
-
-    def _former_options(self, fingerprint: Any, key: Key) -> str | None:
-        """Return the options with which the packs are those of a state, made before they were."""
-        former = getattr(self.packs, "former_fingerprint", None)
-        if former is None or fingerprint != former(key):
-            return None
-        packs: Any = self.packs
-        before = {name: old for name, old in BEFORE.items() if getattr(packs.config, name) != old}
-        return ", ".join(f"{name}={old!r}" for name, old in before.items())
 
     def _must_agree(self, key: Key) -> dict[str, Any]:
         """Return what a state must agree in: all that decides the batches, besides the place."""
@@ -462,13 +450,7 @@ class PackedLoader:
         Raises:
             ValueError: this rank was given another rank's place.
         """
-        own, _ = rank_of_world()
-        if self.rank != own:
-            expected, remedy = (
-                f"{own}, as torch.distributed counts",
-                "leave rank and world_size out",
-            )
-            raise ValueError(checks.sentence("rank", self.rank, expected, remedy))
+        check_own_rank(self.rank)
         return {
             "epoch": self._epoch,
             "packs taken": self._taken,
@@ -487,8 +469,13 @@ class PackedLoader:
         rank, world_size = rank_of_world() if self._place is None else self._place
         return Share(self.batch_size, rank, world_size)
 
-    def _batches(self) -> Iterator[Batch]:
-        """Return this rank's batches of the epoch, from the start on."""
+    def _batches(self, *, is_counted: bool) -> Iterator[Batch]:
+        """Return this rank's batches of the epoch, from the start on.
+
+        Args:
+            is_counted: whether the epoch's steps are known; a stream is known no further than it is
+                read, so that nothing of its next epoch can be filled while one ends.
+        """
         fill = Fill(
             self.packs,
             self._batch_of,
@@ -497,45 +484,14 @@ class PackedLoader:
             self.pin_memory,
             self.augment,
         )
-        parts = self._cursor.parts(self._key, self._share, self._start)
-        if not self._num_workers:
-            return map(fill, parts)
-        if self.workers == "threads":
-            return self._threaded(fill, parts)
-        return self._processes_for(fill).batches(parts)
-
-    def _threaded(self, fill: Fill, parts: Iterator[Part]) -> Iterator[Batch]:
-        """Yield a pass's batches, by threads of its own or by those of `passes`, which go on."""
-        key, share, threads = self._key, self._share, self._threads
+        key, share = self._key, self._share
 
         def following() -> Pass:
             after = checked_key(key.seed, key.epoch + 1)
             return Pass((after, share, 0), self._cursor.parts(after, share, 0))
 
-        # A stream is known no further than it is read.
-        goes_on = threads is not None and self._cursor.steps(key, share) is not None
-        some = threads or Threads(self._num_workers, self.prefetch)
-        own = Pass((key, share, self._start), parts)
-        try:
-            yield from some.batches(fill, own, following if goes_on else None)
-        finally:
-            # Reached, too, when the caller leaves its loop, which closes this generator.
-            if threads is None:
-                some.close()
-
-    def _processes_for(self, fill: Fill) -> Processes:
-        """Return the processes of the last pass if they can go on, others if not."""
-        processes = self._processes
-        if processes is None or not processes.can_go_on():
-            self._processes = None  # ends the old ones, before there are others beside them
-            del processes
-            processes = Processes(fill, self._num_workers, self.prefetch)
-        self._processes = processes if self.persistent else None
-        return processes
-
-    # A copy, or a loader that is sent to another process, starts processes of its own.
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_processes": None, "_threads": None}
+        own = Pass((key, share, self._start), self._cursor.parts(key, share, self._start))
+        return self._filling.batches(fill, own, following if is_counted else None)
 
 
 def _cursor_of(packs: Any, balance: bool, tail: str) -> Cursor:

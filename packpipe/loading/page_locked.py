@@ -1,4 +1,4 @@
-"""Page-locked memory, which a GPU copies from without waiting: batches are gathered into it.
+"""Gathers batches into page-locked memory, from which a GPU copies without waiting.
 
 Rows go from the mapped file straight to where the GPU reads them, and memory that was read is used
 again: a copy less, and no new pages.

@@ -26,6 +26,8 @@ from itertools import groupby
 from types import ModuleType
 from typing import Any, TypeVar
 
+from packpipe import checks
+
 T = TypeVar("T")
 
 
@@ -58,6 +60,14 @@ def rank_of_world() -> tuple[int, int]:
     import torch
 
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def check_own_rank(rank: int) -> None:
+    """Raise ValueError if a loader was given another rank than this process has."""
+    own, _ = rank_of_world()
+    if rank != own:
+        expected, remedy = f"{own}, as torch.distributed counts", "leave rank and world_size out"
+        raise ValueError(checks.sentence("rank", rank, expected, remedy))
 
 
 def agree(values: dict[str, Any]) -> None:

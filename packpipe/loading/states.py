@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from packpipe import checks
+from packpipe.philox import Key
+from packpipe.planning.image_options import BEFORE
 
 # What every state says of itself.
 FORM = {"version": 1, "unit": "packs"}
@@ -28,23 +30,40 @@ def check_form(state: Any) -> None:
 
 
 def check_agrees(
-    state: dict[str, Any], own: dict[str, Any], former_options: Callable[[Any], str | None]
+    state: dict[str, Any], own: dict[str, Any], former: Callable[[Any], str | None]
 ) -> None:
     """Raise ValueError if a state belongs to other batches than a loader's.
 
     Args:
         state: the state.
         own: what decides the loader's batches, by name.
-        former_options: returns the options, as text, with which the packs would have a fingerprint
-            of before those options were there; None if the packs are others.
+        former: returns what `former_options` does of a fingerprint.
     """
     # A state says nothing of what there was none of.
     for name, expected in {"augment": None, "transform": None, **own}.items():
         remedy = _REMEDIES.get(name, "make the loader with the options of the state")
-        options = former_options(state.get(name)) if name == "fingerprint" else None
+        options = former(state.get(name)) if name == "fingerprint" else None
         if options is not None:
             remedy = f"it comes from before some options were there: pass {options}"
         _check_equal(state, name, expected, remedy)
+
+
+def former_options(packs: Any, key: Key, fingerprint: Any) -> str | None:
+    """Return the options, as text, that make packs those of a state from before the options.
+
+    Args:
+        packs: the loader's packs.
+        key: (seed, epoch) of the state.
+        fingerprint: of the state.
+
+    Returns:
+        None if the state's packs are others, or packs of this kind had no options before.
+    """
+    former = getattr(packs, "former_fingerprint", None)
+    if former is None or fingerprint != former(key):
+        return None
+    before = {name: old for name, old in BEFORE.items() if getattr(packs.config, name) != old}
+    return ", ".join(f"{name}={old!r}" for name, old in before.items())
 
 
 def packs_taken(state: dict[str, Any], most: int, global_batch: int) -> int:

@@ -305,7 +305,7 @@ class StoredPacks:
         return hexdigest(*(np.ascontiguousarray(values).data for values in arrays))
 
     def _labels(self, none: Rows) -> pa.Array | None:
-        """Return the labels of all rows of images, or None; none are rows without any."""
+        """Return the labels of all rows of images, or None; ``none`` has no row, but types."""
         if self._batches and "labels" in none.segments:
             return self._all_segments(["seq_lens", "labels"]).labels
         return none.segments.get("labels")

@@ -24,9 +24,9 @@ from datasets import iterable_dataset as sources
 
 from packpipe import checks
 from packpipe.images.bad_images import BadImage
-from packpipe.images.decode import pixel_rules, probe
-from packpipe.images.pillow_settings import check_settings
-from packpipe.images.transform import PixelFunction, checked_transform, name_of
+from packpipe.images.decode import probe
+from packpipe.images.transform import PixelFunction
+from packpipe.loading.decoding import Decoding
 from packpipe.loading.reading import Anchor, Held, Reading
 from packpipe.loading.stream_examples import check_label, image_data, label_values, length_of
 from packpipe.packing.online import OnlinePacker
@@ -34,8 +34,8 @@ from packpipe.philox import Key
 from packpipe.planning.decisions import decide
 from packpipe.planning.image_config import PackConfig, config_from
 from packpipe.planning.image_options import PackOptions
-from packpipe.rows.fill_images import fill_rows, with_boxes
-from packpipe.rows.rejects import NAMED, Flagged, Reject, StreamReadFailures, Tally, tolerance_of
+from packpipe.rows.fill_images import with_boxes
+from packpipe.rows.rejects import NAMED, Reject, StreamReadFailures, Tally, tolerance_of
 from packpipe.rows.rows import Rows
 from packpipe.sources.image_columns import check_labels, image_column_of, label_column_of
 from packpipe.sources.image_source import checked_root
@@ -100,38 +100,16 @@ class PackedStream:
         if not isinstance(dataset, IterableDataset):
             name, remedy = type(dataset).__name__, "pass a Dataset to EpochPacks instead"
             raise TypeError(checks.sentence("type(dataset)", name, "IterableDataset", remedy))
-        self._transform = checked_transform(transform)
-        check_settings()
         options.setdefault("strategy", "best_fit")
         options.setdefault("window", 16384)
         self.config: PackConfig = config_from(seq_len, dict(options))
-        pixel_rules(self.config)  # raises if they need a package that is not installed
-        if self.config.fit_last is not None:
-            remedy = "the open packs of a stream are nearly full"
-            raise ValueError(checks.sentence("fit_last", self.config.fit_last, "None", remedy))
-        if self.config.num_views > 1:
-            remedy = "pass a Dataset to EpochPacks"
-            raise ValueError(
-                checks.sentence("views", self.config.num_views, "1, of a stream", remedy)
-            )
-        if dataset._distributed is not None:
-            remedy = "each rank takes its own packs of all examples"
-            raise ValueError(
-                checks.sentence("dataset", "split by node", "the whole dataset", remedy)
-            )
-        if num_examples is not None:
-            remedy = "pass about as many as an epoch has"
-            num_examples = checks.whole_number("num_examples", num_examples, 1, 2**62, remedy)
-        elif self.config.uses_progress:
-            remedy = "pass about as many as an epoch has"
-            raise ValueError(
-                checks.sentence("num_examples", None, "a number, for OverTraining", remedy)
-            )
-        self._num_examples = num_examples
+        self._decoding = Decoding(self.config, transform)
+        _check_streams(self.config, dataset)
+        self._num_examples = _checked_number(num_examples, self.config)
         self._open_packs = open_packs
         self._packer()  # raises if one of its options is wrong
         self._tolerance = tolerance_of(0, on_error, max_bad_fraction, max_consecutive_bad)
-        self._undecodable, self._flagged = StreamReadFailures(), Flagged()
+        self._undecodable = StreamReadFailures()
         features = dataset.features
         self._length: int | None = None  # numbers of a label that is a list
         if features is None:
@@ -178,7 +156,7 @@ class PackedStream:
     @property
     def transform_name(self) -> str | None:
         """Qualified name of the transform; None without any. Says nothing of what it does."""
-        return None if self._transform is None else name_of(self._transform)
+        return self._decoding.transform_name
 
     def fingerprint(self, key: Key) -> str:  # noqa: ARG002
         """Return a text that identifies the packing options; it cannot identify the data."""
@@ -254,10 +232,7 @@ class PackedStream:
         """Return packs as rows, their images decoded."""
         images = {held.number: held.data for pack in packs for held in pack}
         planned = self._planned(key, packs)
-        rows, rejects, flags = fill_rows(
-            planned, images.__getitem__, self.config, key, self._transform
-        )
-        self._flagged.add(flags)
+        rows, rejects = self._decoding.filled(planned, images.__getitem__, key)
         self._undecodable.add(key.epoch, len(images), rejects, self._tolerance)
         return rows
 
@@ -366,6 +341,30 @@ class PackedStream:
             segments["labels"] = label_values(labels, feature, self._length)
         segments = with_boxes(segments, self.config, key)
         return Rows(np.cumsum([0, *map(len, packs)]), segments)
+
+
+def _check_streams(config: PackConfig, dataset: IterableDataset) -> None:
+    """Raise ValueError if options, or the dataset, do not go with a stream."""
+    if config.fit_last is not None:
+        remedy = "the open packs of a stream are nearly full"
+        raise ValueError(checks.sentence("fit_last", config.fit_last, "None", remedy))
+    if config.num_views > 1:
+        expected, remedy = "1, of a stream", "pass a Dataset to EpochPacks"
+        raise ValueError(checks.sentence("views", config.num_views, expected, remedy))
+    if dataset._distributed is not None:
+        expected, remedy = "the whole dataset", "each rank takes its own packs of all examples"
+        raise ValueError(checks.sentence("dataset", "split by node", expected, remedy))
+
+
+def _checked_number(num_examples: Any, config: PackConfig) -> int | None:
+    """Return about how many examples an epoch has; None where no option asks for it."""
+    remedy = "pass about as many as an epoch has"
+    if num_examples is not None:
+        return checks.whole_number("num_examples", num_examples, 1, 2**62, remedy)
+    if config.uses_progress:
+        expected = "a number, for OverTraining"
+        raise ValueError(checks.sentence("num_examples", None, expected, remedy))
+    return None
 
 
 def _up_to(examples: Iterator[dict[str, Any]], most: int) -> Iterator[dict[str, Any]]:

@@ -10,72 +10,34 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import datasets
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe import checks
-from packpipe.images.decode import pixel_rules
-from packpipe.images.pillow_settings import check_settings
-from packpipe.images.transform import PixelFunction, checked_transform, name_of
-from packpipe.loading.encoded import Encoded, encoded, in_one
+from packpipe.images.transform import PixelFunction
+from packpipe.loading.decoding import Decoding
+from packpipe.loading.open_windows import OpenWindow, TakenPacks, open_window, taken_packs
 from packpipe.loading.window_plans import WindowPlans
 from packpipe.philox import Key
-from packpipe.planning.block_windows import WINDOW_ROWS, EpochWindows
-from packpipe.planning.epoch_plan import EpochPlan
+from packpipe.planning.block_windows import EpochWindows, check_constant_drops, checked_window_rows
 from packpipe.planning.image_config import PackConfig, config_from
 from packpipe.planning.image_options import PackOptions
 from packpipe.rows.digests import hexdigest
-from packpipe.rows.fill_images import Masks, fill_rows, planned_images
-from packpipe.rows.rejects import Flagged, ReadFailures, Reject, tolerance_of
-from packpipe.rows.rows import Rows, gather
+from packpipe.rows.fill_images import Masks
+from packpipe.rows.rejects import ReadFailures, Reject, tolerance_of
+from packpipe.rows.rows import Rows
 from packpipe.sources.columns import AskedColumns
 from packpipe.sources.file_columns import file_columns
 from packpipe.sources.file_sizes import file_sizes
-from packpipe.sources.image_columns import check_labels, target_rules_of
+from packpipe.sources.image_columns import target_rules_of
 from packpipe.sources.image_files import ImageFiles
-from packpipe.sources.labels import labels_of, weights_of
 
 # Threads that read sizes if nobody says how many: each holds a block, of 2 GiB at most.
 _MOST_READERS = 16
-
-
-@dataclass(frozen=True, eq=False)
-class OpenWindow:
-    """A window that is planned, and its images.
-
-    Attributes:
-        plan: its plan.
-        images: encoded, of all rows of its blocks.
-        masks: encoded class maps of the same rows; None without.
-        labels: one an image of the plan; None without.
-        weight: float32, one an image of the plan; None without.
-    """
-
-    plan: EpochPlan
-    images: Encoded
-    masks: Encoded | None
-    labels: pa.Array | None
-    weight: NDArray[np.float32] | None
-
-
-class TakenPacks(NamedTuple):
-    """Packs with the images they need and no others, which may be sent to another process.
-
-    Attributes:
-        planned: the packs as rows without tokens.
-        images: those of the packs.
-        masks: class maps of the packs; None without.
-    """
-
-    planned: Rows
-    images: Encoded
-    masks: Encoded | None
 
 
 class WindowPacks:
@@ -149,21 +111,16 @@ class WindowPacks:
             name, remedy = type(files).__name__, "pass a Dataset to EpochPacks"
             raise TypeError(checks.sentence("type(files)", name, "ImageFiles", remedy))
         self.config: PackConfig = config_from(seq_len, dict(options))
-        if self.config.uses_progress:
-            expected, remedy = "one that does not change over the training", "pass a Dataset for it"
-            raise ValueError(checks.sentence("drop_rate", self.config.drop_rate, expected, remedy))
-        pixel_rules(self.config)  # raises if they need a package that is not installed
-        self._transform = checked_transform(transform)
-        check_settings()
-        rows = WINDOW_ROWS if window_rows is None else window_rows
-        rows = checks.whole_number("window_rows", rows, 1, 2**62, "16,384 is usual")
+        check_constant_drops(self.config)
+        self._decoding = Decoding(self.config, transform)
+        rows = checked_window_rows(window_rows)
         remedy = "as many as there will be ranks is usual"
         self.lanes = checks.whole_number("lanes", lanes, 1, 2**31, remedy)
         if num_workers is not None:
             remedy = "None is one thread a processor"
             num_workers = checks.whole_number("num_workers", num_workers, 1, 1024, remedy)
         self._tolerance = tolerance_of(len(files), on_error, max_bad_fraction, max_consecutive_bad)
-        self._undecodable, self._flagged = ReadFailures(), Flagged()
+        self._undecodable = ReadFailures()
         asked = AskedColumns(
             image_column=image_column,
             label_column=label_column,
@@ -173,8 +130,7 @@ class WindowPacks:
             mask_column=mask_column,
             target_stride=target_stride,
         )
-        self._columns = columns = file_columns(files, asked)
-        check_labels(files.features, columns.label, "pass label_column=None")
+        self._columns = columns = file_columns(files, asked, stored=False)
         self._target_rules = target_rules_of(
             files.features, columns.mask, target_stride, self.config.patch_size
         )
@@ -220,7 +176,7 @@ class WindowPacks:
     @property
     def transform_name(self) -> str | None:
         """Qualified name of the transform; None without any. Says nothing of what it does."""
-        return None if self._transform is None else name_of(self._transform)
+        return self._decoding.transform_name
 
     def num_packs(self, key: Key) -> int:
         """Return the number of packs of an epoch."""
@@ -243,24 +199,7 @@ class WindowPacks:
     def opened(self, key: Key, window: int) -> OpenWindow:
         """Return a window of an epoch, planned, and its blocks, which are read."""
         plan = self._plans.window(key, window)
-        return self._read(plan, self.windows(key).blocks[window])
-
-    def _read(self, plan: EpochPlan, blocks: NDArray[np.int64]) -> OpenWindow:
-        columns = self._columns
-        named = [columns.image, columns.label, columns.weight, columns.mask]
-        names = list(dict.fromkeys(name for name in named if name is not None))
-        some = [self._files.block(number) for number in blocks.tolist()]
-        dataset = self._files.reader.dataset(some, names)
-        rows = self._files.rows_of(blocks)
-        at = np.searchsorted(rows, plan.index)
-        labels, weights = labels_of(dataset, columns.label), weights_of(dataset, columns.weight)
-        return OpenWindow(
-            plan=plan,
-            images=encoded(dataset, rows, columns.image),
-            masks=None if columns.mask is None else encoded(dataset, rows, columns.mask),
-            labels=None if labels is None else labels.values.take(pa.array(at)),
-            weight=None if weights is None else weights.values[at],
-        )
+        return open_window(self._files, self._columns, plan, self.windows(key).blocks[window])
 
     def taken(self, key: Key, windows: list[tuple[OpenWindow, NDArray[np.int64]]]) -> TakenPacks:
         """Return packs with their images.
@@ -271,16 +210,9 @@ class WindowPacks:
         """
         if not windows:
             none = np.empty(0, np.int64)
-            windows = [(self._read(self._plans.nothing(key), none), none)]
-        planned, images, masks = list[Rows](), list[Encoded](), list[Encoded]()
-        for one, packs in windows:
-            rows = planned_images(one.plan, packs, one.labels, one.weight)
-            examples = np.unique(rows.example_index)
-            planned.append(rows)
-            images.append(one.images.of(examples))
-            if one.masks is not None:
-                masks.append(one.masks.of(examples))
-        return TakenPacks(_in_one(planned), in_one(images), in_one(masks) if masks else None)
+            nothing = self._plans.nothing(key)
+            windows = [(open_window(self._files, self._columns, nothing, none), none)]
+        return taken_packs(windows)
 
     def rows(self, key: Key, packs: TakenPacks) -> Rows:
         """Return packs that were taken, their images decoded.
@@ -294,10 +226,7 @@ class WindowPacks:
             masks = Masks(packs.masks.reader(root), self._target_rules)
         read = packs.images.reader(root)
         with self._sizes.forgotten_if_wrong():
-            rows, rejects, flags = fill_rows(
-                packs.planned, read, self.config, key, self._transform, masks
-            )
-        self._flagged.add(flags)
+            rows, rejects = self._decoding.filled(packs.planned, read, key, masks)
         self._undecodable.add(rejects, self._tolerance)
         return rows
 
@@ -317,11 +246,3 @@ def _folder(cache_dir: Any) -> Path:
         expected = "a folder that can be written to"
         raise ValueError(checks.sentence("cache_dir", str(folder), expected, remedy))
     return folder
-
-
-def _in_one(planned: list[Rows]) -> Rows:
-    """Return the rows of several parts as one."""
-    if len(planned) == 1:
-        return planned[0]
-    each = [(part, row) for part in planned for row in range(len(part))]
-    return gather([part for part, _ in each], [row for _, row in each])

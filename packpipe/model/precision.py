@@ -1,4 +1,4 @@
-"""The precision in which a trained model answers."""
+"""The precision in which a trained model runs: bfloat16 where it is fast, or float32."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _means_half(precision: str, device: torch.device) -> bool:
 
 
 def _slow(precision: str, device: torch.device) -> str | None:
-    """Return what is to be said of bfloat16 on a CPU without instructions for it; else None."""
+    """Return the warning about bfloat16 on a CPU without instructions for it; else None."""
     if precision != "bfloat16" or device.type != "cpu" or has_instructions():
         return None
     expected = f"'float32' on a CPU that has none of {', '.join(_INSTRUCTIONS)}"

@@ -27,10 +27,28 @@ from packpipe.planning.plan import plan_epoch
 # Images that are planned together: enough that a window pads as little as all images would, few
 # enough that a machine holds their encoded bytes (2 GB at 120 kB an image).
 WINDOW_ROWS = 16_384
+_USUAL = "16,384 is usual"
 # Packs of a window have numbers of their own; no window has as many.
 _MOST_PACKS = 2**32
 # Of a manifest, which may come from anywhere: a gigabyte of numbers.
 _MOST_BLOCKS = 2**27
+
+
+def checked_window_rows(window_rows: Any) -> int:
+    """Return about how many rows are planned together, checked; None is `WINDOW_ROWS`.
+
+    Raises:
+        TypeError, ValueError: window_rows is no whole number of 1 or more.
+    """
+    rows = WINDOW_ROWS if window_rows is None else window_rows
+    return checks.whole_number("window_rows", rows, 1, 2**62, _USUAL)
+
+
+def check_constant_drops(config: PackConfig) -> None:
+    """Raise ValueError if drop rates change over the training, by the place among all images."""
+    if config.uses_progress:
+        expected, remedy = "one that does not change over the training", "pass a Dataset for it"
+        raise ValueError(checks.sentence("drop_rate", config.drop_rate, expected, remedy))
 
 
 def block_windows(block_rows: ArrayLike, window_rows: int, key: Key) -> list[NDArray[np.int64]]:
@@ -52,9 +70,8 @@ def block_windows(block_rows: ArrayLike, window_rows: int, key: Key) -> list[NDA
     >>> [blocks.tolist() for blocks in block_windows([10] * 6, 20, Key(0, 0))]
     [[1, 3], [0, 5], [2, 4]]
     """
-    remedy = "16,384 is usual"
-    window_rows = checks.whole_number("window_rows", window_rows, 1, 2**62, remedy)
-    rows = checks.integer_array("block_rows", np.asarray(block_rows, np.int64), 1, remedy)
+    window_rows = checked_window_rows(window_rows)
+    rows = checks.integer_array("block_rows", np.asarray(block_rows, np.int64), 1, _USUAL)
     order = philox.permutation(key, index=np.arange(len(rows)), stream=philox.BLOCK_ORDER)
     ends = np.cumsum(rows[order])
     total = int(ends[-1]) if len(ends) else 0

@@ -227,6 +227,11 @@ Distribution: TypeAlias = Constant | Uniform | TruncatedNormal | Beta | Choice
 DISTRIBUTIONS = (Constant, Uniform, TruncatedNormal, Beta, Choice)
 
 
+def between(low: float, high: float) -> Uniform | Constant:
+    """Return the uniform distribution from low to high; of two equal numbers, the one number."""
+    return Constant(high) if low == high else Uniform(low, high)  # which refuses an empty range
+
+
 def distribution(name: str, value: Any) -> Distribution:
     """Return a distribution as it is, a number as a Constant, and a list or tuple as a Choice.
 

@@ -1,4 +1,4 @@
-"""How a model is asked that was trained on rows of a configuration: nothing is drawn or dropped."""
+"""The options by which images are packed to evaluate a model: nothing is drawn or dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a transform of a `datasets.Dataset` returns that computes packed rows when they are read."""
+"""Computes packed rows when they are read: what a transform of a `datasets.Dataset` returns."""
 
 from __future__ import annotations
 

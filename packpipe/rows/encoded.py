@@ -1,4 +1,4 @@
-"""Rows of encoded images: the columns of their segments and, of each, the file that the image is.
+"""Rows of encoded images: columns of segments and, beside them, the bytes of each image's file.
 
 They take about what their source does for each view; rows of pixels took 13 times that, of the
 photographs measured. `pack` decodes every view once, so that an image that is bad is in the rejects

@@ -1,4 +1,4 @@
-"""Labels of images in Arrow: numbers of classes, numbers to be met, or lists of numbers.
+"""Labels of images in Arrow: numbers of classes, numbers to predict, or lists of numbers.
 
 Lists of K numbers are stored as ``fixed_size_list<float32>[K]``: several labels (0 or 1 a class),
 shares of classes, or what a regression is to give. A number that is missing is NaN, and an image
@@ -39,22 +39,23 @@ def is_vector(kind: pa.DataType) -> bool:
     return any(is_so(inner) for is_so in numbers)
 
 
-def vectors(lists: pa.Array, length: int | None = None) -> Vectors:
-    """Return lists of numbers as one array; a list of another length is NaN throughout.
+def vectors(lists: pa.Array) -> Vectors:
+    """Return lists of numbers as one array; a list of another length than K is NaN throughout.
+
+    K is the length that their type says or, of lists of any length, the commonest.
 
     Args:
         lists: of integers, floats or bools.
-        length: K; None takes that of the type or, of lists of any length, the commonest.
 
     Raises:
         ValueError: there is no list, or lists are empty, so that K is unknown.
     """
     given = pc.list_value_length(lists)
-    if pa.types.is_fixed_size_list(lists.type):
-        length = lists.type.list_size
     there = np.asarray(given.is_valid())
     lens = np.asarray(pc.fill_null(given, -1)).astype(np.int64)
-    if length is None:
+    if pa.types.is_fixed_size_list(lists.type):
+        length = lists.type.list_size
+    else:
         found, times = np.unique(lens[there], return_counts=True)
         length = int(found[times.argmax()]) if len(found) else 0  # of equal ones the shortest
     if not length:

@@ -76,12 +76,15 @@ class AskedColumns:
             return False
         return any(map(holds_numbers, features.values()))
 
-    def of_images(self, dataset: Dataset, *, beside_texts: bool = False) -> ImageColumns:
+    def of_images(
+        self, dataset: Dataset, *, beside_texts: bool = False, stored: bool = True
+    ) -> ImageColumns:
         """Return the columns of a dataset of images: as named, or found.
 
         Args:
             dataset: the images.
             beside_texts: whether lists of tokens are expected beside them.
+            stored: whether rows are stored, which may hold any labels; batches alone may not.
 
         Raises:
             TypeError, ValueError: an argument or a column is wrong.
@@ -94,7 +97,9 @@ class AskedColumns:
             remedy = "pass label_column, or None"
             raise ValueError(checks.sentence(name, features[label], expected, remedy))
         # A column that was named is stored whatever it holds, for `read_rows`: captions, say.
-        if self.label_column == "auto":
+        if not stored:
+            check_labels(features, label, "pass label_column=None")
+        elif self.label_column == "auto":
             remedy = f"pass label_column=None, or {label!r} to store it for read_rows alone"
             check_labels(features, label, remedy)
         return ImageColumns(

@@ -10,15 +10,20 @@ from packpipe.sources.image_columns import ImageColumns
 from packpipe.sources.image_files import ImageFiles
 
 
-def file_columns(source: ImageFiles, asked: AskedColumns) -> ImageColumns:
+def file_columns(source: ImageFiles, asked: AskedColumns, *, stored: bool = True) -> ImageColumns:
     """Return the columns of files of images: as named, or found.
+
+    Args:
+        source: the files.
+        asked: the arguments that name columns.
+        stored: whether rows are stored, as `AskedColumns.of_images` takes it.
 
     Raises:
         TypeError, ValueError: an argument or a column is wrong; or labels are lists, whose length
             is the commonest of all rows, which no window knows.
     """
     try:
-        columns = asked.of_images(source.reader.dataset(()))
+        columns = asked.of_images(source.reader.dataset(()), stored=stored)
     except (TypeError, ValueError) as error:
         remedy = (
             "of ImageFiles: when the files are written, or of a Dataset that they are loaded as"

@@ -44,6 +44,11 @@ class Labels(NamedTuple):
     rejects: list[Reject]
 
 
+def bad_values(*columns: Labels | Weights | None) -> list[Reject]:
+    """Return the rows whose label, or whose weight, is bad."""
+    return [reject for column in columns if column is not None for reject in column.rejects]
+
+
 def labels_of(dataset: Any, label_column: str | None) -> Labels | None:
     """Return the labels of a dataset, or None without a label column.
 

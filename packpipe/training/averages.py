@@ -37,6 +37,6 @@ def kept_share(ema: float, step: int) -> float:
 
 
 def average(averaged: NaViT, model: NaViT, kept: float) -> None:
-    """Change the averaged weights, in place: kept of themselves, the rest of the model's."""
+    """Make the averaged weights, in place, kept · themselves + (1 - kept) · the model's."""
     parameters = [list(one.parameters()) for one in (averaged, model)]
     get_ema_multi_avg_fn(kept)(*parameters, 0)

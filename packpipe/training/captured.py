@@ -44,7 +44,7 @@ class CapturedStep:
         self._found: Any = None
 
     def __call__(self, batches: Any) -> Any:
-        """Return what the step does of the batches; the next call may overwrite it."""
+        """Take a step and return what it returns; the next call may overwrite that."""
         given, tree = pytree.tree_flatten(batches)
         form = tree, [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in given]
         if self._form is None:
@@ -70,7 +70,7 @@ class CapturedStep:
         return self._found
 
     def _aside(self, fixed: Any) -> Any:
-        """Return what the step does on a stream of its own, as steps before a capture have to."""
+        """Take the step on a stream of its own, as torch demands of the steps before a capture."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -93,7 +93,7 @@ def _surplus(logits: Tensor, labels: Tensor, bins: int) -> Tensor:
 
 
 class Measures(NamedTuple):
-    """What a model is worth on some images.
+    """How good a model is on some images.
 
     Attributes:
         loss: mean over the labelled images.
@@ -154,6 +154,7 @@ def measure(
                 raise
             raise TooManyRejects(f"of {called}, {error}", []) from error
 
+    # Sums, not means: ranks hold different numbers of images, and are weighed by them.
     sums, ranked = together(summed)
     if has_group():
         torch.distributed.all_reduce(sums)
@@ -161,6 +162,7 @@ def measure(
     total, agreed, compared, number, num_images, of_classes, *rest = sums.tolist()
     _check_any(number)
     mean = agreed / compared
+    # Absolute values after the sum over ranks: a bin's surplus may change its sign there.
     ece = float(torch.tensor(rest[:_BINS], dtype=torch.float64).abs().sum()) / number
     dense = is_dense(model.config)
     classes = int(model.config.num_classes or 0)
@@ -178,7 +180,7 @@ def measure(
 
 
 def _of_all_ranks(ranked: _Ranked) -> _Ranked:
-    """Return what all ranks have, of the first rank first."""
+    """Return the values of all ranks, those of the first rank first."""
     if not ranked:  # of all ranks or of none, since their labels are of one dataset
         return ranked
     everyone: list[_Ranked] = [[]] * torch.distributed.get_world_size()

@@ -153,6 +153,7 @@ def train(
         if validator.is_exhausted:
             return
     run: nn.Module = model.train()
+    # The averaged weights are measured in a model of their own, which is compiled, too.
     for one in (model, averaged):
         if compiled and one is not None and not one.keep_padding:  # or it is compiled already
             compile_parts(one)
@@ -180,6 +181,7 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
 
+    # A captured step counts its figures inside the graph, which replays that as well.
     updated = CapturedStep(update, device) if captured else update
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
     given = _together_given(loader, model, config)
@@ -321,6 +323,7 @@ def _backward(
         *(objective.counts(part.batch, own) for part, own in zip(parts, labels, strict=True))
     )
     for number, (part, own) in enumerate(zip(parts, labels, strict=True), 1):
+        # Ranks add up their gradients once a step, with its last batch.
         with _apart(run) if number < len(parts) else nullcontext():
             # A graph must cast weights anew each time, since they change.
             with torch.autocast(
@@ -365,6 +368,7 @@ def _measured(validator: Validator, record: Record, files: Files) -> Record:
     try:
         found = validator.measure(record.step)
     except Exception:
+        # Kept in the checkpoint, so that the continued training measures this step first.
         validator.due = asdict(record)
         files.save(record.step)
         raise

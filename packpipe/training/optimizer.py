@@ -91,6 +91,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         scaled = rate * group["scale"]
         if isinstance(group["lr"], torch.Tensor):
+            # In place, since the graph reads the rate from this memory.
             group["lr"].fill_(scaled)
         else:
             group["lr"] = scaled

@@ -1,4 +1,4 @@
-"""A training's folder as a model: its weights, and how it is asked.
+"""Loads the model of a training's folder, and the options by which images are packed for it.
 
 model.json, beside the checkpoints, says what the outputs mean and how images become rows for them.
 It is written whole or not at all, before the first checkpoint.
@@ -29,7 +29,7 @@ _NAME, _VERSION = "model.json", 1
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How the model of a training is asked.
+    """How images are packed for the model of a training, and what its outputs mean.
 
     Attributes:
         class_names: by the number of their output; None if nobody knows them.

@@ -187,7 +187,7 @@ class TrainConfig:
         return done == self.steps or (self.val_every is not None and done % self.val_every == 0)
 
     def must_agree(self) -> dict[str, Any]:
-        """Return what all ranks must have the same of, by name: log_every is not among it.
+        """Return the options that must be equal on all ranks, by name; log_every need not be.
 
         Functions are told apart by the rates of a thousand steps, as a digest.
         """

@@ -87,12 +87,13 @@ class Validator:
         self.due: dict[str, Any] | None = None
 
     def measure(self, step: int) -> Measures:
-        """Return what the model is worth after a step, and take it into account.
+        """Measure the model after a step, note it in the standing, and return the figures.
 
         Raises:
             TooManyRejects: too many of the images cannot be decoded.
         """
         self._loader.set_epoch(self._epoch)
+        # Always the same epoch, so that two measures differ by the model alone.
         called = "the validation images"
         found = measure(self._model, self._loader, self._loss, half=self._half, called=called)
         self.standing = self.standing.after(step, found.loss, keep=self._keep_best)

@@ -33,7 +33,7 @@ from packpipe.rows.rows import Rows
 from packpipe.rows.text import wide
 from packpipe.sources.image_source import ImageSource
 from packpipe.sources.kinds import holds_images, holds_labels, holds_numbers
-from packpipe.sources.labels import labels_of, weights_of
+from packpipe.sources.labels import bad_values, labels_of, weights_of
 from packpipe.sources.sizes import column_sizes
 from packpipe.sources.survey import Sizes, probe_sizes, survey
 from packpipe.sources.token_columns import TokenColumns
@@ -81,8 +81,7 @@ class ImageComparison:
             labels = None
         sizes = self._sizes()
         weights = weights_of(self.dataset, self.manifest.get("weight_column"))
-        values = [values for values in (of_source, weights) if values is not None]
-        usable = survey(sizes, [reject for value in values for reject in value.rejects])
+        usable = survey(sizes, bad_values(of_source, weights))
         num_broken = usable.broken_exif
         if self.texts is not None:
             of_texts = token_source(self.dataset, self.texts)

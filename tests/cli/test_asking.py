@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from golden_naflexvit import FOLDER
-from PIL import Image
+from pictures import two_classes
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -32,15 +32,7 @@ STRIDE = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 3  # of the
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     """A folder of two classes of images: dark and light ones, of several sizes."""
-    folder = tmp_path_factory.mktemp("shapes")
-    draw = np.random.default_rng(0)
-    for name, level in (("dark", 40), ("light", 210)):
-        (folder / name).mkdir()
-        for number in range(8):
-            size = (int(draw.integers(20, 90)), int(draw.integers(20, 90)), 3)
-            pixels = np.clip(draw.normal(level, 20, size), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{number}.png")
-    return folder
+    return two_classes(tmp_path_factory.mktemp("shapes"), 40, 210)
 
 
 @pytest.fixture(scope="module")

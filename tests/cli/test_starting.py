@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import run, told
 from huggingface_hub.errors import LocalEntryNotFoundError
-from PIL import Image
+from pictures import two_classes
 from safetensors.torch import save_file
 
 import packpipe
@@ -34,15 +33,7 @@ FROZEN = ("embed.", "position.", "blocks.0.")
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     """A folder of two classes of images: dark and light ones, of several sizes."""
-    folder = tmp_path_factory.mktemp("shapes")
-    draw = np.random.default_rng(0)
-    for name, level in (("dark", 60), ("light", 190)):
-        (folder / name).mkdir()
-        for number in range(8):
-            size = (int(draw.integers(20, 90)), int(draw.integers(20, 90)), 3)
-            pixels = np.clip(draw.normal(level, 20, size), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{number}.png")
-    return folder
+    return two_classes(tmp_path_factory.mktemp("shapes"), 60, 190)
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,11 @@ def test_images_are_cropped_in_training_and_stay_undistorted(layout, shape, few)
     assert f"{packs.plan(0, 0).quality.num_tokens:,}" in said.stdout
 
 
+def test_sides_in_the_wrong_order_are_refused(few):
+    with pytest.raises(ValueError, match=r"high is 64, expected above 256 \(low\)"):
+        Layout("packed", 64, (256, 64), 0.0).packs(open_source(str(few), "train"), 32, 0)
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded", "bucketed", "square"])
 def test_every_layout_trains(layout, few, tmp_path):
     result = run(few, tmp_path / "out", *SMALL, *QUICK, "--layout", layout)

@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 import packpipe
 from packpipe import Crop, EpochPacks, ImageFiles, PackedLoader, Side, Uniform
 from packpipe.loading import window_plans
-from packpipe.loading.window_packs import OpenWindow, WindowPacks
+from packpipe.loading.open_windows import OpenWindow
+from packpipe.loading.window_packs import WindowPacks
 from packpipe.philox import Key
 from packpipe.rows.rejects import TooManyRejects
 

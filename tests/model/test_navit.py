@@ -46,10 +46,7 @@ precisions = pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 
 @pytest.fixture(autouse=True, scope="module")
 def plain_kernels():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "varlen_kernel", naive_attention.varlen_kernel)
-        patch.setattr(attention, "flex_kernel", naive_attention.flex_kernel)
-        patch.setattr(attention, "fused_kernel", naive_attention.fused_kernel)
+    with naive_attention.in_place_of_kernels():
         yield
 
 

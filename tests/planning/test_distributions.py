@@ -23,6 +23,7 @@ from packpipe.planning.distributions import (
     Constant,
     TruncatedNormal,
     Uniform,
+    between,
     distribution,
 )
 
@@ -69,6 +70,13 @@ def test_a_larger_share_never_gives_a_smaller_value(law, shares):
 def test_a_value_depends_on_its_own_share_only(law, shares):
     together = law.quantile(np.array(shares))
     assert together.tolist() == [value_of(law, u) for u in shares]
+
+
+def test_between_two_numbers_lies_a_uniform_and_between_equal_ones_the_number():
+    assert between(64, 256) == Uniform(64, 256)
+    assert between(64, 64) == Constant(64)
+    with pytest.raises(ValueError, match=re.escape("high is 64, expected above 256 (low)")):
+        between(256, 64)
 
 
 def test_the_ends_are_reached():

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from laws import MANY, Setting, close
 
 from packpipe.loading.batch import PackedBatch
-from packpipe.model import attention
 from packpipe.model.attention import BACKENDS
 from packpipe.model.navit import compile_parts
 from packpipe.philox import DROP_PATH, Key
@@ -27,10 +26,7 @@ KEY = Key(3, 1)
 
 @pytest.fixture(autouse=True, scope="module")
 def plain_kernels():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "varlen_kernel", naive_attention.varlen_kernel)
-        patch.setattr(attention, "flex_kernel", naive_attention.flex_kernel)
-        patch.setattr(attention, "fused_kernel", naive_attention.fused_kernel)
+    with naive_attention.in_place_of_kernels():
         yield
 
 
