@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import xxhash
 
 from packpipe.building.build import state_of
 from packpipe.building.shards import data_files, digest_of, record_of
@@ -229,6 +230,33 @@ def _tables(name: str, column: str, how: str, change: Callable[[pa.Table], pa.Ta
             records(folder)
 
     return Harm(f"column {column}", f"{name}: {how}", do)
+
+
+def image_harm(folder: Path) -> Iterator[Harm]:
+    """The encoded image of each segment changed, its checksum made to agree."""
+
+    def harm(name: str, path: tuple[int, int], how: str, image: bytes) -> Harm:
+        def change(table: pa.Table) -> pa.Table:
+            new = {"encoded": image, "encoded_xxh3": xxhash.xxh3_64_intdigest(image)}
+            for column, value in new.items():
+                place, field = table.schema.get_field_index(column), table.schema.field(column)
+                values = _with(table[column].to_pylist(), {path: value})
+                table = table.set_column(place, field, pa.array(values, field.type))
+            return table
+
+        return _tables(name, "encoded", f"{path} {how}, and its checksum", change)
+
+    for name, table in data(folder).items():
+        images = table["encoded"].to_pylist() if "encoded" in table.column_names else []
+        every = [(row, at) for row, some in enumerate(images) for at in range(len(some))]
+        for path, other in zip(every, every[1:] + every[:1], strict=True):
+            image = _at(images, path)
+            flipped = bytearray(image)
+            flipped[len(image) // 2] ^= 1
+            yield harm(name, path, "is another image", _at(images, other))
+            yield harm(name, path, "has another bit", bytes(flipped))
+            yield harm(name, path, "is cut short", image[:-1])
+            yield harm(name, path, "is longer", image + b"\0")
 
 
 def records(folder: Path) -> None:

@@ -40,7 +40,7 @@ from packpipe.sources.token_columns import TokenColumns
 from packpipe.sources.token_source import token_source
 from packpipe.verification.problems import FoundRows, Problem, named
 from packpipe.verification.reject_checks import depth_of, reject_problems
-from packpipe.verification.row_checks import rows_with, same_values
+from packpipe.verification.row_checks import rows_with, same_numbers, same_values
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def _different_columns(
             columns.append(("labels", ours, theirs, same_values(ours, theirs)))
         if weight is not None and "weight" in part.segments:
             ours, theirs = part.weight[at], weight[known]
-            columns.append(("weight", ours, theirs, ours == theirs))
+            columns.append(("weight", ours, theirs, same_numbers(ours, theirs)))
         for name, ours, theirs, same in columns:
             if same.all():
                 continue
