@@ -40,7 +40,7 @@ from packpipe.cli.options import (
     ViewsTogether,
     crop_of,
 )
-from packpipe.cli.output import plain, print_json, print_table, say_if_kernels_compile
+from packpipe.cli.output import print_json, print_table, say_if_kernels_compile
 from packpipe.cli.pack_windows import pack_windows
 from packpipe.cli.packed_source import (
     check_names_source,
@@ -298,7 +298,7 @@ def stats(
         print_table(folder, found.rows())
         say_rejected(rejected)
         if html is not None:
-            typer.echo(plain(f"report: {html}"))
+            typer.echo(checks.plain(f"report: {html}"))
 
 
 @one_line_errors
@@ -369,7 +369,7 @@ def show(
             folder, numbers[0], augment, epochs or 8, seed or 0, split=split, options=options
         )
     figure.savefig(output, dpi=110)
-    typer.echo(plain(output))
+    typer.echo(checks.plain(output))
 
 
 @one_line_errors
@@ -406,11 +406,11 @@ def verify(
         print_json({"folder": folder, "ok": not found, "problems": found, "counts": counts})
     else:
         for problem in problems:
-            typer.echo(plain(problem), err=True)
+            typer.echo(checks.plain(problem), err=True)
     if problems:
         raise typer.Exit(1)
     if not as_json:
-        typer.echo(plain(f"{folder}: nothing is wrong"))
+        typer.echo(checks.plain(f"{folder}: nothing is wrong"))
 
 
 def _counts_of(folder: str) -> dict[str, Any]:

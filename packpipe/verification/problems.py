@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from packpipe import checks
 from packpipe.rows.rows import Rows
 
 _NAMED = 3  # rows, or examples, of one problem
@@ -24,7 +25,7 @@ class Problem(NamedTuple):
     what: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
+        return checks.plain(f"{self.where}: {self.what}")
 
 
 class Broken(NamedTuple):
