@@ -24,7 +24,7 @@ from packpipe.building.shards import (
 from packpipe.philox import checked_key
 from packpipe.rows import files
 from packpipe.verification.image_checks import ImageChecks
-from packpipe.verification.problems import FoundRows, Problem
+from packpipe.verification.problems import FoundRows, Problem, same_json
 from packpipe.verification.row_checks import RowChecks
 from packpipe.verification.token_checks import TokenChecks
 
@@ -83,6 +83,10 @@ def checks_of(folder: Path) -> RowChecks | str:
                 return f"{key} is {value!r}, expected {expected[0].__name__}"
             if key in _NAMES and value and not all(isinstance(name, str) for name in value):
                 return f"{key} is {value!r}, expected names"
+            # One column may hold both sides of square images.
+            names = value if key in _NAMES and key != "size_columns" and value else []
+            if len(set(names)) < len(names):
+                return f"{key} is {value!r}, expected each name once"
         checked_key(manifest["seed"], manifest["epoch"])
         if manifest.get("token_columns") == []:
             return "token_columns is [], expected one name at least"
@@ -161,8 +165,3 @@ def _feature_problems(info: DatasetInfo, found: FoundRows) -> Iterator[Problem]:
         yield Problem(INFO, f"has the features {info.features}, expected those of the files")
     elif info != DatasetInfo(features=features):
         yield Problem(INFO, "says more than the features of the files")
-
-
-def same_json(one: Any, other: Any) -> bool:
-    """Return whether two values are the same JSON; in Python 1, 1.0 and True are equal, too."""
-    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)

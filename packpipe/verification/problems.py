@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -102,3 +103,8 @@ def named(what: str, numbers: list[int]) -> str:
     first = ", ".join(map(str, numbers[:_NAMED]))
     more = f" and {len(numbers) - _NAMED:,} more" if len(numbers) > _NAMED else ""
     return f"{what}{'s' if len(numbers) > 1 else ''} {first}{more}"
+
+
+def same_json(one: Any, other: Any) -> bool:
+    """Return whether two values are the same JSON; in Python 1, 1.0 and True are equal, too."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)

@@ -216,7 +216,7 @@ def same_values(found: pa.Array, expected: pa.Array) -> NDArray[np.bool_]:
         numbers = (array.to_numpy(zero_copy_only=False) for array in (found, expected))
         # Nulls are NaN there.
         same_nulls = np.asarray(pc.equal(found.is_null(), expected.is_null()))
-        return same_numbers(*numbers) & same_nulls
+        return np.asarray(same_numbers(*numbers) & same_nulls)
     if found.equals(expected):
         return np.ones(len(found), np.bool_)
     # For Arrow null = null is null.

@@ -26,9 +26,9 @@ from packpipe.rows.rows import Rows
 from packpipe.verification.copy_for_check import copy_for_check
 from packpipe.verification.folder import Opened, read_folder
 from packpipe.verification.image_checks import ImageChecks
-from packpipe.verification.manifest import same_json, sidecar_problems
+from packpipe.verification.manifest import sidecar_problems
 from packpipe.verification.plan_checks import plan_problems
-from packpipe.verification.problems import Problem, named
+from packpipe.verification.problems import Problem, named, same_json
 from packpipe.verification.reject_checks import order_problems
 from packpipe.verification.row_checks import Again, RowChecks
 from packpipe.verification.token_checks import TokenChecks

@@ -298,6 +298,9 @@ MANIFEST_HARM = {
     "cannot be read: ValueError: seq_len is 0, .*": lambda found: found["config"].update(seq_len=0),
     r"files is \[\], expected dict": lambda found: found.update(files=[]),
     "counts is None, expected dict": lambda found: found.update(counts=None),
+    r"bool_columns is \['a', 'a'\], expected each name once": (
+        lambda found: found.update(bool_columns=["a", "a"])
+    ),
     "seed is '0', expected int": lambda found: found.update(seed="0"),
     r"files\['data-00000.arrow'\] is {}, expected rows, bytes and checksum": (
         lambda found: found["files"].update({FIRST: {}})
