@@ -19,11 +19,12 @@ from packpipe.packing.quality import fill
 from packpipe.rows import files
 from packpipe.rows.rejects_table import REJECTS_SCHEMA
 
-MANIFEST, REJECTS, STATE, INFO = (
+MANIFEST, REJECTS, STATE, INFO, JOB = (
     "manifest.json",
     "rejects.arrow",
     "state.json",
     "dataset_info.json",
+    "job.json",
 )
 # A segment is its values by column, those of its tokens as a list; a row is a list of segments.
 Row = list[dict[str, Any]]
@@ -51,6 +52,10 @@ def write(path: Path, table: pa.Table) -> None:
 
 def load(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def jsons(folder: Path) -> list[str]:
+    return [name for name in (MANIFEST, STATE, INFO, JOB) if (folder / name).exists()]
 
 
 def save(path: Path, value: Any) -> None:
@@ -426,7 +431,7 @@ def _put_rejects(folder: Path, rejects: list[Any]) -> None:
 def contents(folder: Path) -> str:
     """What a folder says, apart from the bytes it says it with."""
     tables = {path.name: read(path).to_pydict() for path in sorted(folder.glob("*.arrow"))}
-    said = {name: load(folder / name) for name in (MANIFEST, STATE, INFO)}
+    said = {name: load(folder / name) for name in jsons(folder)}
     # As text, since in Python 1, 1.0 and True are equal.
     return json.dumps([tables, said], sort_keys=True, default=str)
 

@@ -12,6 +12,7 @@ import datasets
 from datasets import Dataset, DatasetInfo, Features
 
 from packpipe.building.build import INFO, STATE, state_of
+from packpipe.building.files_build import JOB
 from packpipe.building.shards import (
     MANIFEST,
     NOTES,
@@ -147,6 +148,22 @@ def sidecar_problems(folder: Path, manifest: dict[str, Any], found: FoundRows) -
             what = f"{name} is {short(state.get(name))}, expected {short(value)}"
             yield Problem(STATE, what)
     yield from _feature_problems(info, found)
+
+
+def job_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[Problem]:
+    """Yield how what a build by windows has said it packs differs from what the manifest says."""
+    if not (folder / JOB).exists():
+        return
+    try:
+        found = dict(json.loads((folder / JOB).read_bytes()))
+    except (ValueError, TypeError) as error:
+        yield Problem(JOB, f"cannot be read: {error}")
+        return
+    record = record_of(manifest)
+    names = sorted(found.keys() | record.keys())
+    differing = [name for name in names if not same_json(found.get(name), record.get(name))]
+    if differing:
+        yield Problem(JOB, f"says other {', '.join(differing)} than {MANIFEST}")
 
 
 def _feature_problems(info: DatasetInfo, found: FoundRows) -> Iterator[Problem]:

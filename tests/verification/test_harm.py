@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, List, Value
-from harming import INFO, MANIFEST, STATE, Harm
+from harming import INFO, MANIFEST, Harm
 from hypothesis import settings
 from PIL import Image as PillowImage
 
@@ -247,7 +247,7 @@ KINDS = {
 IN_SHORT = {
     "images": "",
     "encoded images": f"column encoded|{MANIFEST} store",
-    "images by windows": f"{MANIFEST} windows|rows|column exception",
+    "images by windows": f"{MANIFEST} windows|{harming.JOB} w|rows|column exception",
     "tokens": "",
 }
 
@@ -289,9 +289,7 @@ def harm_of(kind: str, folder: Path) -> Iterator[Harm]:
     for part in parts(folder):
         of_texts = part.name == "texts"
         padding, stages = KINDS[kind].padding, _TEXTS_LOST if of_texts else KINDS[kind].stages
-        every = [
-            harming.json_harm(harming.load(part / name), name) for name in (MANIFEST, STATE, INFO)
-        ]
+        every = [harming.json_harm(harming.load(part / name), name) for name in harming.jsons(part)]
         every += [harming.column_harm(part), harming.row_harm(part, padding)]
         every += [harming.reject_harm(part, stages, padding), harming.image_harm(part)]
         yield from (one.within(part.relative_to(folder)) for some in every for one in some)
