@@ -160,9 +160,10 @@ def job_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(JOB, f"cannot be read: {error}")
         return
     record = record_of(manifest)
-    names = sorted(found.keys() | record.keys())
-    differing = [name for name in names if not same_json(found.get(name), record.get(name))]
-    if differing:
+    unlike = {
+        name for name in found.keys() & record.keys() if not same_json(found[name], record[name])
+    }
+    if differing := sorted(unlike | (found.keys() ^ record.keys())):
         yield Problem(JOB, f"says other {', '.join(differing)} than {MANIFEST}")
 
 

@@ -115,6 +115,7 @@ def test_rows_that_changed_places_or_windows_that_were_changed_are_found(folder,
     job = json.loads((tmp_path / "job.json").read_text())
     for said, what in (
         (json.dumps({**job, "seed": 0.0, "x": 1}), "says other seed, x than manifest.json"),
+        (json.dumps({**job, "x": None}), "says other x than manifest.json"),
         ("[", "cannot be read: Expecting value: line 1 column 2 (char 1)"),
         ("5", "cannot be read: 'int' object is not iterable"),
     ):
