@@ -28,8 +28,6 @@ from PIL import Image as PillowImage
 
 import packpipe
 from packpipe import Crop, OverTraining, Side, Uniform
-from packpipe.philox import Key
-from packpipe.planning.block_windows import block_rows_of, block_windows
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.token_config import TokenConfig
 
@@ -380,18 +378,6 @@ def gives_the_same_rows(kind: str, folder: Path, one: Harm, tmp: Path) -> bool:
     return first == second
 
 
-def is_cut_the_same(folder: Path, one: Harm, tmp: Path) -> bool:
-    """Whether a harmed manifest cuts the same windows: other sizes of them may be rounded alike."""
-    copy = harming.copied(folder, tmp / "harmed")
-    one.do(copy)
-    before, after = (harming.load(some / MANIFEST)["windows"] for some in (folder, copy))
-    if before["blocks"] != after["blocks"]:
-        return False
-    rows, key = block_rows_of(before["blocks"]), Key(0, 0)
-    cut = [block_windows(rows, windows["rows"], key) for windows in (before, after)]
-    return [blocks.tolist() for blocks in cut[0]] == [blocks.tolist() for blocks in cut[1]]
-
-
 def config_of(folder: Path) -> PackConfig | TokenConfig:
     manifest = harming.load(folder / MANIFEST)
     of_tokens = "token_columns" in manifest
@@ -430,7 +416,6 @@ def test_harm_whose_digest_agrees_is_silent_only_where_nothing_follows_from_it(h
     for one in found.silent:
         field = place_of(one).removeprefix(f"{MANIFEST} ")
         same = field == "config" and gives_the_same_rows(kind, folder, one, tmp_path)
-        same |= field == "windows" and is_cut_the_same(folder, one, tmp_path)
         if field not in NAMED_ONLY and not same and (one.what, one.how) not in HARMLESS:
             left.append(f"{one.what}: {one.how}")
     assert left == []
