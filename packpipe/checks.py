@@ -29,6 +29,16 @@ def sentence(name: str, value: object, expected: str, remedy: str) -> str:
     return f"{name} is {value!r}, expected {expected}; {remedy}"
 
 
+def plain(text: object) -> str:
+    """Return a text of one line without what a terminal would obey: escapes for such characters.
+
+    Names of files may hold any; half of a broken character cannot even be printed.
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text)
+    )
+
+
 def whole_number(name: str, value: Any, low: int, high: int, remedy: str) -> int:
     """Return value as an int in low..high; bools, floats and strings are refused."""
     expected = f"an integer in {low}..{high}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import xxhash
 
 from packpipe.building.build import state_of
 from packpipe.building.shards import data_files, digest_of, record_of
@@ -18,11 +19,12 @@ from packpipe.packing.quality import fill
 from packpipe.rows import files
 from packpipe.rows.rejects_table import REJECTS_SCHEMA
 
-MANIFEST, REJECTS, STATE, INFO = (
+MANIFEST, REJECTS, STATE, INFO, JOB = (
     "manifest.json",
     "rejects.arrow",
     "state.json",
     "dataset_info.json",
+    "job.json",
 )
 # A segment is its values by column, those of its tokens as a list; a row is a list of segments.
 Row = list[dict[str, Any]]
@@ -50,6 +52,10 @@ def write(path: Path, table: pa.Table) -> None:
 
 def load(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def jsons(folder: Path) -> list[str]:
+    return [name for name in (MANIFEST, STATE, INFO, JOB) if (folder / name).exists()]
 
 
 def save(path: Path, value: Any) -> None:
@@ -231,6 +237,33 @@ def _tables(name: str, column: str, how: str, change: Callable[[pa.Table], pa.Ta
     return Harm(f"column {column}", f"{name}: {how}", do)
 
 
+def image_harm(folder: Path) -> Iterator[Harm]:
+    """The encoded image of each segment changed, its checksum made to agree."""
+
+    def harm(name: str, path: tuple[int, int], how: str, image: bytes) -> Harm:
+        def change(table: pa.Table) -> pa.Table:
+            new = {"encoded": image, "encoded_xxh3": xxhash.xxh3_64_intdigest(image)}
+            for column, value in new.items():
+                place, field = table.schema.get_field_index(column), table.schema.field(column)
+                values = _with(table[column].to_pylist(), {path: value})
+                table = table.set_column(place, field, pa.array(values, field.type))
+            return table
+
+        return _tables(name, "encoded", f"{path} {how}, and its checksum", change)
+
+    for name, table in data(folder).items():
+        images = table["encoded"].to_pylist() if "encoded" in table.column_names else []
+        every = [(row, at) for row, some in enumerate(images) for at in range(len(some))]
+        for path, other in zip(every, every[1:] + every[:1], strict=True):
+            image = _at(images, path)
+            flipped = bytearray(image)
+            flipped[len(image) // 2] ^= 1
+            yield harm(name, path, "is another image", _at(images, other))
+            yield harm(name, path, "has another bit", bytes(flipped))
+            yield harm(name, path, "is cut short", image[:-1])
+            yield harm(name, path, "is longer", image + b"\0")
+
+
 def records(folder: Path) -> None:
     """Make the records of files alone follow from what they are."""
     manifest = load(folder / MANIFEST)
@@ -398,7 +431,7 @@ def _put_rejects(folder: Path, rejects: list[Any]) -> None:
 def contents(folder: Path) -> str:
     """What a folder says, apart from the bytes it says it with."""
     tables = {path.name: read(path).to_pydict() for path in sorted(folder.glob("*.arrow"))}
-    said = {name: load(folder / name) for name in (MANIFEST, STATE, INFO)}
+    said = {name: load(folder / name) for name in jsons(folder)}
     # As text, since in Python 1, 1.0 and True are equal.
     return json.dumps([tables, said], sort_keys=True, default=str)
 

@@ -55,6 +55,9 @@ def make(folder: Path, number: int) -> None:
         dataset.save_to_disk(folder / name)
         dataset = datasets.load_from_disk(folder / name)
         packpipe.pack(dataset, output=folder / f"rows of {name}", progress=False, **options)
+        if name == "images":
+            options["store"] = "encoded"
+            packpipe.pack(dataset, output=folder / "rows of encoded", progress=False, **options)
     EpochPacks(datasets.load_from_disk(folder / "images"), **IMAGES)  # its sizes are kept
 
 
@@ -89,16 +92,21 @@ def calls(folder: Path) -> dict[str, int]:
         found, measured[name] = added(lambda: call(*arguments, **options))
         return found
 
-    for kind in ("images", "tokens"):
+    for kind in ("images", "encoded", "tokens"):
         place = folder / f"rows of {kind}"
         rows = measure(f"{kind}: load_from_disk", datasets.load_from_disk, place)
-        dataset = datasets.load_from_disk(folder / kind)
-        options = IMAGES if kind == "images" else {"seq_len": LENGTH}
+        dataset = datasets.load_from_disk(folder / ("tokens" if kind == "tokens" else "images"))
+        options = {"seq_len": LENGTH} if kind == "tokens" else IMAGES
+        if kind == "encoded":
+            options = {**options, "store": "encoded"}
+            rows = measure("encoded: open_packed", packpipe.open_packed, place)
         measure(f"{kind}: pack again", packpipe.pack, dataset, output=place, **options)
         measure(f"{kind}: summarize", packpipe.summarize, place)
         measure(f"{kind}: rejects", packpipe.rejects, rows)
-        measure(f"{kind}: read_rows", packpipe.read_rows, rows, 0)
-        found = {"rows": rows, "shuffled": rows.shuffle(seed=1), "table": rows.data.table}
+        found = {"rows": rows, "shuffled": rows.shuffle(seed=1)}
+        if kind != "encoded":  # whose row takes what its image does, and whose table is refused
+            measure(f"{kind}: read_rows", packpipe.read_rows, rows, 0)
+            found["table"] = rows.data.table
         for name, some in found.items():
             packs = measure(f"{kind}: {name}: StoredPacks", StoredPacks, some)
             of_packs(f"{kind}: {name}", packs, measure)

@@ -8,7 +8,8 @@ from typing import ParamSpec
 
 import typer
 
-from packpipe.cli.output import nobody_reads, plain
+from packpipe import checks
+from packpipe.cli.output import nobody_reads
 
 _Given = ParamSpec("_Given")
 _GOING_ON = ("pack", "train", "embed", "demo")  # commands that keep what they have done
@@ -45,7 +46,7 @@ def one_line_errors(command: Callable[_Given, None]) -> Callable[_Given, None]:
                 raise typer.Exit(141) from None  # 128 + SIGPIPE, as shells have it; all is well
             if _debug:
                 raise
-            typer.echo(f"packpipe {name_of(command)}: {plain(in_a_line(error))}", err=True)
+            typer.echo(f"packpipe {name_of(command)}: {checks.plain(in_a_line(error))}", err=True)
             raise typer.Exit(2 if call_is_wrong(error) else 1) from None
 
     return run

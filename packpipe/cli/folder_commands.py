@@ -25,7 +25,7 @@ from packpipe.cli.options import (
     given,
     resolution_of,
 )
-from packpipe.cli.output import plain, print_json, print_table
+from packpipe.cli.output import print_json, print_table
 from packpipe.cli.packed_source import check_names_source, check_source, packed_source
 
 SourceSplit = Annotated[str | None, typer.Option(help="Of the dataset.  [train]")]
@@ -69,7 +69,7 @@ def stats(
         print_table(folder, found.rows())
         say_rejected(rejected)
         if html is not None:
-            typer.echo(plain(f"report: {html}"))
+            typer.echo(checks.plain(f"report: {html}"))
 
 
 @one_line_errors
@@ -140,7 +140,7 @@ def show(
             folder, numbers[0], augment, epochs or 8, seed or 0, split=split, options=options
         )
     figure.savefig(output, dpi=110)
-    typer.echo(plain(output))
+    typer.echo(checks.plain(output))
 
 
 @one_line_errors
@@ -177,11 +177,11 @@ def verify(
         print_json({"folder": folder, "ok": not found, "problems": found, "counts": counts})
     else:
         for problem in problems:
-            typer.echo(plain(problem), err=True)
+            typer.echo(checks.plain(problem), err=True)
     if problems:
         raise typer.Exit(1)
     if not as_json:
-        typer.echo(plain(f"{folder}: nothing is wrong"))
+        typer.echo(checks.plain(f"{folder}: nothing is wrong"))
 
 
 def _counts_of(folder: str) -> dict[str, Any]:

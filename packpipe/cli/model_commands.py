@@ -21,7 +21,7 @@ from packpipe.cli.options import (
     Source,
     Split,
 )
-from packpipe.cli.output import plain, print_json, print_table
+from packpipe.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from packpipe.training.evaluation import Measures
@@ -136,10 +136,10 @@ def predict(
         )
     elif found:
         texts = [(n.image, "  ".join(f"{name} {p:.3f}" for name, p in n.classes)) for n in found]
-        print_table(str(run), [(plain(image), said) for image, said in texts])
+        print_table(str(run), [(checks.plain(image), said) for image, said in texts])
     if rejects:
         for image, reject in rejects:
-            typer.echo(plain(f"{image}: {reject.reason}: {reject.exception}"), err=True)
+            typer.echo(checks.plain(f"{image}: {reject.reason}: {reject.exception}"), err=True)
         raise typer.Exit(1)
 
 
@@ -209,8 +209,8 @@ def embed(
         print_json({"output": str(output), "images": number, "rejects": len(rejects)})
     else:
         what = "images' tokens" if tokens else "vectors"
-        typer.echo(f"{number:,} {what} are in {plain(output)}")
-        typer.echo(f"{len(rejects):,} rejects are in {plain(rejects_path(output))}")
+        typer.echo(f"{number:,} {what} are in {checks.plain(output)}")
+        typer.echo(f"{len(rejects):,} rejects are in {checks.plain(rejects_path(output))}")
 
 
 @one_line_errors
@@ -281,7 +281,7 @@ def zero_shot(
         print_json({**said, "images": lines})
     else:
         texts = ["  ".join(f"{name} {share:.3f}" for name, share in ranked) for _, ranked in best]
-        print_table(title, list(zip(map(plain, images), texts, strict=True)))
+        print_table(title, list(zip(map(checks.plain, images), texts, strict=True)))
 
 
 @one_line_errors

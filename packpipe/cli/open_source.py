@@ -14,7 +14,6 @@ import typer
 
 from packpipe import checks
 from packpipe.cli.archives import ARCHIVE_ENDINGS, is_archive, unpacked
-from packpipe.cli.output import plain
 from packpipe.cli.path_tables import (
     TEXT_ENDINGS,
     WrongTable,
@@ -221,7 +220,7 @@ def with_files(dataset: Dataset | None, rejects: list[Reject]) -> list[tuple[str
 def say_rejected(rejected: list[tuple[str, Reject]]) -> None:
     """Print the first rejects, and how many more there are, on stderr."""
     for name, reject in rejected[:_SHOWN_REJECTS]:
-        typer.echo(plain(f"rejected {name}: {reject.exception}"), err=True)
+        typer.echo(checks.plain(f"rejected {name}: {reject.exception}"), err=True)
     if (more := len(rejected) - _SHOWN_REJECTS) > 0:
         typer.echo(f"and {more:,} more are rejected", err=True)
 
@@ -262,7 +261,7 @@ def _say_left_out(folder: Path, split: str, there: list[str], loaded: set[str]) 
         named = ", ".join(left[:_NAMED]) + (", ..." if len(left) > _NAMED else "")
         many = len(there) - len(left)
         said = f"{folder.name}: {many} of {len(there)} files are in split {split}; not {named}"
-        typer.echo(plain(said), err=True)
+        typer.echo(checks.plain(said), err=True)
 
 
 def _paths_in(rows: Dataset) -> Iterator[str]:

@@ -8,18 +8,10 @@ import select
 import sys
 from typing import TYPE_CHECKING, Any
 
+from packpipe import checks
+
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-def plain(text: object) -> str:
-    """Return a text of one line without what a terminal would obey: escapes for such characters.
-
-    Names of files may hold any; half of a broken character cannot even be printed.
-    """
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text)
-    )
 
 
 def console(**options: Any) -> Console:
@@ -39,10 +31,10 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
 
     # Nothing is wrapped or coloured by rich's guess, nor is [text] in a value taken for markup.
     told = console(soft_wrap=True, highlight=False)
-    told.print(Text(plain(title)))
+    told.print(Text(checks.plain(title)))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        told.print(Text.assemble("  ", (f"{name:<{width}}", "bold"), "  ", plain(value)))
+        told.print(Text.assemble("  ", (f"{name:<{width}}", "bold"), "  ", checks.plain(value)))
 
 
 def print_json(value: Any) -> None:

@@ -10,7 +10,6 @@ import typer
 
 from packpipe import checks
 from packpipe.cli.open_source import file_of, open_source, splits_in
-from packpipe.cli.output import plain
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,7 +86,7 @@ def _say_shared(found: Dataset, shared: list[int]) -> None:
         return
     first = file_of(found, shared[0]) or f"example {shared[0]}"
     said = f"--val: {len(shared)} of {len(found)} images are trained on, too, the first is {first}"
-    typer.echo(plain(said), err=True)
+    typer.echo(checks.plain(said), err=True)
 
 
 def _number(text: str) -> float | None:

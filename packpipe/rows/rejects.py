@@ -179,7 +179,7 @@ class ReadFailures:
             for reject in rejects:
                 if reject.example_index not in self._rejects:
                     file = file_of(reject.example_index)
-                    where = "" if file is None else f" ({file})"
+                    where = "" if file is None else f" ({checks.plain(file)})"
                     text = "example %d left out: %s%s"
                     log.warning(text, reject.example_index, reject.exception, where)
                     self._rejects[reject.example_index] = reject

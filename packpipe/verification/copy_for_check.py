@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from packpipe import checks
 from packpipe.building.build import INFO, STATE
 from packpipe.building.copies import cache_at
+from packpipe.building.files_build import JOB
 from packpipe.building.opened import PAIR, file_names, manifest_in
 from packpipe.building.shards import MANIFEST, format_bytes, naming_full_disks
 from packpipe.storage.reading import found_file, found_files, found_folders, pieces_of
@@ -75,7 +76,7 @@ def _asked(storage: Storage, folder: Path) -> Iterator[_Asked]:
     if (manifest := found_file(storage, MANIFEST)) is None:
         return
     (folder / MANIFEST).write_bytes(manifest)
-    names = {*file_names(manifest_in(manifest) or {}), INFO, STATE}
+    names = {*file_names(manifest_in(manifest) or {}), INFO, STATE, JOB}
     for name, size in found_files(storage).items():
         if name in names:
             yield _Asked(storage, name, folder, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from packpipe.planning.block_windows import (
     block_windows,
     joined,
     plan_window,
+    runs_of,
     windows_of,
 )
 from packpipe.planning.decisions import boxes, decide, decide_all
@@ -36,7 +38,7 @@ from packpipe.sources.kinds import holds_numbers
 from packpipe.sources.token_columns import TokenColumns
 from packpipe.sources.token_source import token_source
 from packpipe.verification.image_comparison import ImageComparison
-from packpipe.verification.problems import FoundRows, Problem
+from packpipe.verification.problems import FoundRows, Problem, same_json
 from packpipe.verification.row_checks import Again, Check, rows_with, value_type_of
 
 
@@ -248,6 +250,9 @@ class ImageChecks:
         if self.windows is None:
             return [plan_epoch(image_hw, self.config, **self.key._asdict(), index=index, also=also)]
         block_rows, read = block_rows_of(self.windows["blocks"]), self.manifest["counts"]["read"]
+        written = {"rows": self.windows["rows"], "blocks": runs_of(block_rows)}
+        if not same_json(self.windows, written):
+            raise ValueError(f"windows is {short(self.windows)}, expected {short(written)}")
         if block_rows.sum() != read:
             raise ValueError(f"windows are of {block_rows.sum()} examples, expected {read}")
         windows = block_windows(block_rows, self.windows["rows"], self.key)

@@ -39,8 +39,8 @@ from packpipe.sources.survey import Sizes, probe_sizes, survey
 from packpipe.sources.token_columns import TokenColumns
 from packpipe.sources.token_source import token_source
 from packpipe.verification.problems import FoundRows, Problem, named
-from packpipe.verification.reject_checks import depth_of, reject_problems
-from packpipe.verification.row_checks import rows_with, same_values
+from packpipe.verification.reject_checks import reject_problems
+from packpipe.verification.row_checks import rows_with, same_numbers, same_values
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class ImageComparison:
         )
         if rejects is not None:
             lost, unknown = self._lost_again(rejects, sizes)
-            bad, depth = [*usable.rejects, *lost], depth_of(self.manifest, self.dataset)
-            yield from reject_problems(rejects, bad, depth, unknown)
+            bad = [*usable.rejects, *lost]
+            yield from reject_problems(rejects, bad, unknown, self.manifest, self.dataset)
         if undecoded is not None:
             inside = undecoded[undecoded[:, 0] < len(self.dataset)]
             known = sizes.image_hw[inside[:, 0]]
@@ -268,7 +268,7 @@ def _different_columns(
             columns.append(("labels", ours, theirs, same_values(ours, theirs)))
         if weight is not None and "weight" in part.segments:
             ours, theirs = part.weight[at], weight[known]
-            columns.append(("weight", ours, theirs, ours == theirs))
+            columns.append(("weight", ours, theirs, same_numbers(ours, theirs)))
         for name, ours, theirs, same in columns:
             if same.all():
                 continue

@@ -12,6 +12,7 @@ import datasets
 from datasets import Dataset, DatasetInfo, Features
 
 from packpipe.building.build import INFO, STATE, state_of
+from packpipe.building.files_build import JOB
 from packpipe.building.shards import (
     MANIFEST,
     NOTES,
@@ -24,7 +25,7 @@ from packpipe.building.shards import (
 from packpipe.philox import checked_key
 from packpipe.rows import files
 from packpipe.verification.image_checks import ImageChecks
-from packpipe.verification.problems import FoundRows, Problem
+from packpipe.verification.problems import FoundRows, Problem, same_json
 from packpipe.verification.row_checks import RowChecks
 from packpipe.verification.token_checks import TokenChecks
 
@@ -83,6 +84,10 @@ def checks_of(folder: Path) -> RowChecks | str:
                 return f"{key} is {value!r}, expected {expected[0].__name__}"
             if key in _NAMES and value and not all(isinstance(name, str) for name in value):
                 return f"{key} is {value!r}, expected names"
+            # One column may hold both sides of square images.
+            names = value if key in _NAMES and key != "size_columns" and value else []
+            if len(set(names)) < len(names):
+                return f"{key} is {value!r}, expected each name once"
         checked_key(manifest["seed"], manifest["epoch"])
         if manifest.get("token_columns") == []:
             return "token_columns is [], expected one name at least"
@@ -145,6 +150,23 @@ def sidecar_problems(folder: Path, manifest: dict[str, Any], found: FoundRows) -
     yield from _feature_problems(info, found)
 
 
+def job_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[Problem]:
+    """Yield how what a build by windows has said it packs differs from what the manifest says."""
+    if not (folder / JOB).exists():
+        return
+    try:
+        found = dict(json.loads((folder / JOB).read_bytes()))
+    except (ValueError, TypeError) as error:
+        yield Problem(JOB, f"cannot be read: {error}")
+        return
+    record = record_of(manifest)
+    unlike = {
+        name for name in found.keys() & record.keys() if not same_json(found[name], record[name])
+    }
+    if differing := sorted(unlike | (found.keys() ^ record.keys())):
+        yield Problem(JOB, f"says other {', '.join(differing)} than {MANIFEST}")
+
+
 def _feature_problems(info: DatasetInfo, found: FoundRows) -> Iterator[Problem]:
     """Yield which files are of other columns than the first, and whether the sidecar is."""
     first = next(iter(found.schemas.values()))
@@ -161,8 +183,3 @@ def _feature_problems(info: DatasetInfo, found: FoundRows) -> Iterator[Problem]:
         yield Problem(INFO, f"has the features {info.features}, expected those of the files")
     elif info != DatasetInfo(features=features):
         yield Problem(INFO, "says more than the features of the files")
-
-
-def same_json(one: Any, other: Any) -> bool:
-    """Return whether two values are the same JSON; in Python 1, 1.0 and True are equal, too."""
-    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from packpipe import checks
 from packpipe.rows.rows import Rows
 
 _NAMED = 3  # rows, or examples, of one problem
@@ -24,7 +26,7 @@ class Problem(NamedTuple):
     what: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
+        return checks.plain(f"{self.where}: {self.what}")
 
 
 class Broken(NamedTuple):
@@ -101,3 +103,8 @@ def named(what: str, numbers: list[int]) -> str:
     first = ", ".join(map(str, numbers[:_NAMED]))
     more = f" and {len(numbers) - _NAMED:,} more" if len(numbers) > _NAMED else ""
     return f"{what}{'s' if len(numbers) > 1 else ''} {first}{more}"
+
+
+def same_json(one: Any, other: Any) -> bool:
+    """Return whether two values are the same JSON; in Python 1, 1.0 and True are equal, too."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)

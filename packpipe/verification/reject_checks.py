@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -43,15 +44,20 @@ def order_problems(rejects: list[Reject], stages: set[str]) -> Iterator[Problem]
 
 
 def reject_problems(
-    stored: list[Reject], bad: list[Reject], depth: int, unknown: set[int]
+    stored: list[Reject],
+    bad: list[Reject],
+    unknown: set[int],
+    manifest: dict[str, Any],
+    dataset: Dataset,
 ) -> Iterator[Problem]:
     """Yield how rejects differ from the examples that are bad now.
 
     Args:
         stored: the rejects of the folder.
         bad: the examples of the source that cannot be packed, each once.
-        depth: how many fields of a reject are compared; see `depth_of`.
         unknown: examples of which nobody knows whether they are bad.
+        manifest: of the folder.
+        dataset: the source.
     """
     now = {reject.example_index: reject for reject in bad}
     there = {reject.example_index: reject for reject in stored}
@@ -64,19 +70,21 @@ def reject_problems(
         first = "" if len(lost) == 1 else f"example {lost[0]} "
         what = f"is bad ({first}{reason}: {exception}), but not among the rejects"
         yield Problem(named("example", lost), what)
-    unlike = [
-        example
-        for example in sorted((there.keys() & now.keys()) - unknown)
-        if there[example][1:depth] != now[example][1:depth]
-    ]
+    both = sorted((there.keys() & now.keys()) - unknown)
+    depths = {example: _depth(now[example], manifest, dataset) for example in both}
+    told = {
+        example: (there[example][1:depth], now[example][1:depth])
+        for example, depth in depths.items()
+    }
+    unlike = [example for example, (found, expected) in told.items() if found != expected]
     if unlike:
-        found, expected = there[unlike[0]][1:depth], now[unlike[0]][1:depth]
+        found, expected = told[unlike[0]]
         what = f"{named('example', unlike)}: rejected as {found}, expected {expected}"
         yield Problem(REJECTS, what + ", the first of them" * (len(unlike) > 1))
 
 
-def depth_of(manifest: dict[str, Any], dataset: Dataset) -> int:
-    """Return how many fields of rejects follow from the source: 1, 3 or 4.
+def _depth(reject: Reject, manifest: dict[str, Any], dataset: Dataset) -> int:
+    """Return how many fields of a reject follow from the source: 1, 3 or 4.
 
     Other versions and settings of Pillow may say otherwise why an image is bad, and a copy
     elsewhere has other paths.
@@ -87,4 +95,5 @@ def depth_of(manifest: dict[str, Any], dataset: Dataset) -> int:
         PIL.__version__
     ):
         return 1
-    return 4 if manifest.get("source_fingerprint") == dataset._fingerprint else 3
+    is_here = manifest.get("source_fingerprint") == dataset._fingerprint
+    return 4 if is_here or not {"/", os.sep} & {*reject.exception} else 3

@@ -209,17 +209,28 @@ def has_nulls(column: pa.ChunkedArray | pa.Array) -> bool:
 
 def same_values(found: pa.Array, expected: pa.Array) -> NDArray[np.bool_]:
     """Return bool[values], which are the same; null is the same as null, and NaN as NaN."""
-    if found.equals(expected):
-        return np.ones(len(found), np.bool_)
     if pa.types.is_fixed_size_list(found.type):  # of labels that are lists of numbers
         each = same_values(found.flatten(), expected.flatten())
         return np.asarray(each.reshape(-1, found.type.list_size).all(axis=1))
-    # For Arrow null = null is null, and NaN = NaN is false.
-    same = pc.fill_null(pc.equal(found, expected), False).to_numpy(zero_copy_only=False)
-    for is_so in (pc.is_null, pc.is_nan)[: 1 + pa.types.is_floating(found.type)]:
-        both = pc.and_(is_so(found), is_so(expected))
-        same |= pc.fill_null(both, False).to_numpy(zero_copy_only=False)
-    return np.asarray(same)
+    if pa.types.is_floating(found.type):
+        numbers = (array.to_numpy(zero_copy_only=False) for array in (found, expected))
+        # Nulls are NaN there.
+        same_nulls = np.asarray(pc.equal(found.is_null(), expected.is_null()))
+        return np.asarray(same_numbers(*numbers) & same_nulls)
+    if found.equals(expected):
+        return np.ones(len(found), np.bool_)
+    # For Arrow null = null is null.
+    same = pc.fill_null(pc.equal(found, expected), False)
+    return np.asarray(pc.or_(same, pc.and_(found.is_null(), expected.is_null())))
+
+
+def same_numbers(found: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return bool[...], which numbers are the same; NaN is the same as NaN, 0.0 is not as -0.0."""
+    same: NDArray[np.bool_] = found == expected
+    if np.issubdtype(found.dtype, np.floating):
+        same &= np.signbit(found) == np.signbit(expected)
+        same |= np.isnan(found) & np.isnan(expected)
+    return same
 
 
 def value_type_of(rows: pa.Table, name: str) -> pa.DataType:

@@ -24,7 +24,7 @@ from packpipe.sources.kinds import holds_numbers
 from packpipe.sources.token_columns import TokenColumns, bools_of, value_type
 from packpipe.sources.token_source import TokenSource, token_source
 from packpipe.verification.problems import FoundRows, Problem, named
-from packpipe.verification.reject_checks import depth_of, reject_problems
+from packpipe.verification.reject_checks import reject_problems
 from packpipe.verification.row_checks import (
     Again,
     Check,
@@ -242,7 +242,7 @@ class TokenChecks:
         if rejects is not None:
             of_images = {one.example_index for one in rejects if one.stage in _OF_IMAGES}
             bad = source.rejects + self._too_long(source)
-            yield from reject_problems(rejects, bad, depth_of(self.manifest, dataset), of_images)
+            yield from reject_problems(rejects, bad, of_images, self.manifest, dataset)
         packed = np.unique(held.example_index)
         packed = packed[(packed >= 0) & (packed < len(source.lens))]
         masked = {} if columns.mask is None else {"masked_tokens": source.num_masked}

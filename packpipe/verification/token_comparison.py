@@ -16,7 +16,7 @@ from packpipe.rows.from_arrow import table_segments
 from packpipe.rows.rows import Rows
 from packpipe.sources.token_source import TokenSource
 from packpipe.verification.problems import Problem, named
-from packpipe.verification.row_checks import Check, lengths_of, rows_with, same_values
+from packpipe.verification.row_checks import Check, lengths_of, rows_with, same_numbers, same_values
 
 
 def differing_pieces(
@@ -41,9 +41,7 @@ def differing_pieces(
         return
     held = lengths_of(rows, next(iter(types)))
     for name, expected in fill_tokens(segments, source.columns, config).items():
-        found = flat_tokens(rows, name)
-        # NaN differs from itself, and here is what it should be.
-        differing = (found != expected) & ~((found != found) & (expected != expected))
+        differing = ~same_numbers(flat_tokens(rows, name), expected)
         if differing.any():
             bad = np.zeros(len(segments), np.bool_)
             bad[np.repeat(np.arange(len(segments)), held)[differing]] = True

@@ -26,9 +26,9 @@ from packpipe.rows.rows import Rows
 from packpipe.verification.copy_for_check import copy_for_check
 from packpipe.verification.folder import Opened, read_folder
 from packpipe.verification.image_checks import ImageChecks
-from packpipe.verification.manifest import same_json, sidecar_problems
+from packpipe.verification.manifest import job_problems, sidecar_problems
 from packpipe.verification.plan_checks import plan_problems
-from packpipe.verification.problems import Problem, named
+from packpipe.verification.problems import Problem, named, same_json
 from packpipe.verification.reject_checks import order_problems
 from packpipe.verification.row_checks import Again, RowChecks
 from packpipe.verification.token_checks import TokenChecks
@@ -56,9 +56,10 @@ def verify(
 
     What nothing else in a folder tells is not seen: labels, weights, pixels, targets, tokens, and
     what is said of rejects, without the source; pixels and targets outside the sample; the
-    versions, paths and fingerprints that the manifest names, if ``state.json`` has their digest; an
-    option that makes no difference to these rows; how many colour profiles could not be used; and
-    where rows are cut into files.
+    versions, paths and fingerprints that the manifest names, if ``state.json`` has their digest,
+    and an option that makes no difference to these rows, such as one of pixels where rows have none
+    (encoded images, or none at all); how many colour profiles could not be used; and where rows are
+    cut into files.
 
     Args:
         folder: the folder that `pack` or `pack_pairs` was given as ``output``. Of `pack_pairs`,
@@ -210,6 +211,7 @@ def _content_problems(
     if whole:
         yield from _count_problems(row_checks, counts)
         yield from sidecar_problems(opened.folder, opened.manifest, found)
+        yield from job_problems(opened.folder, opened.manifest)
     return again
 
 

@@ -105,12 +105,25 @@ def test_rows_that_changed_places_or_windows_that_were_changed_are_found(folder,
         ({"rows": 20}, "not what the plan puts there"),
         ({"blocks": [[5, 11]]}, "windows are of 55 examples, expected 60"),
         ({"blocks": [[5, -12]]}, "pairs of (rows, times)"),
+        ({"blocks": [[5, 11], [5, 1]]}, "expected {'blocks': [[5, 12]], 'rows': 15}"),
+        ({"blocks": [[5.0, 12]]}, "windows is {'blocks': [[5.0, 12]], 'rows': 15}, expected"),
+        ({"x": 1}, "'x': 1}, expected {'blocks': [[5, 12]], 'rows': 15}"),
         ({"rows": "20"}, "window_rows is '20'"),
         ({"blocks": None}, "gives no plan"),
     ):
         changed = {**manifest, "windows": {**manifest["windows"], **change}}
         (tmp_path / "manifest.json").write_text(json.dumps(changed))
         assert any(what in problem.what for problem in packpipe.verify(tmp_path)), change
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    job = json.loads((tmp_path / "job.json").read_text())
+    for said, what in (
+        (json.dumps({**job, "seed": 0.0, "x": 1}), "says other seed, x than manifest.json"),
+        (json.dumps({**job, "x": None}), "says other x than manifest.json"),
+        ("[", "cannot be read: Expecting value: line 1 column 2 (char 1)"),
+        ("5", "cannot be read: 'int' object is not iterable"),
+    ):
+        (tmp_path / "job.json").write_text(said)
+        assert [*map(str, packpipe.verify(tmp_path))] == [f"job.json: {what}"]
 
 
 def test_each_block_is_read_once(source, tmp_path, monkeypatch):

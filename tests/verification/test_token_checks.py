@@ -253,6 +253,29 @@ def test_nan_is_what_the_source_holds_too(tmp_path):
     assert said(tmp_path / "a", other) == [f"{FIRST}, row 0: value is not that of the source"]
 
 
+def test_minus_zero_is_not_what_a_source_of_zeros_holds(tmp_path):
+    columns = {"input_ids": [[1, 2], [4, 5]], "score": [[0.5, 0.0], [0.0, 2.0]]}
+    columns["value"] = [0.0, None]
+    packpipe.pack(Dataset.from_dict(columns), SEQ_LEN, output=tmp_path / "a", progress=False)
+    assert said(tmp_path / "a", Dataset.from_dict(columns)) == []
+    for name, other, what in (
+        ("score", [[0.5, -0.0], [0.0, 2.0]], "score are not those of the source"),
+        ("value", [-0.0, None], "value is not that of the source"),
+    ):
+        changed = Dataset.from_dict({**columns, name: other})
+        assert said(tmp_path / "a", changed) == [f"{FIRST}, row 0: {what}"]
+    features = Features({"image": Image(), "label": List(Value("float32"))})
+    image = {"bytes": pictures.encoded_image(4, 4), "path": None}
+    zero, minus = (
+        Dataset.from_dict({"image": [image], "label": [[1.0, number]]}, features)
+        for number in (0.0, -0.0)
+    )
+    packpipe.pack(zero, 4, patch_size=4, output=tmp_path / "b", progress=False)
+    assert said(tmp_path / "b", zero) == []
+    (found,) = said(tmp_path / "b", minus)
+    assert "labels are not those of the source (example 0: [1.0, 0.0], expected" in found
+
+
 _ANY = [None, -5, 2**70, 1.5, "x", True, [], {}, [None], ["name"], ["name", "name"]]
 
 

@@ -139,10 +139,10 @@ def test_a_file_that_is_cut_short_missing_or_left_over(folder):
     (folder / FIRST).write_bytes(whole)
     (folder / REJECTS).unlink()
     assert said(folder) == [f"{REJECTS}: is missing"]
-    (folder / "data-00099.arrow").touch()
+    (folder / "data-\x1bc.arrow").touch()
     (folder / "data-00003.arrow.partial").touch()
     assert said(folder)[1:] == [
-        "data-00099.arrow: is not in the manifest",
+        r"data-\x1bc.arrow: is not in the manifest",
         "data-00003.arrow.partial: is not in the manifest",
     ]
 
@@ -298,6 +298,9 @@ MANIFEST_HARM = {
     "cannot be read: ValueError: seq_len is 0, .*": lambda found: found["config"].update(seq_len=0),
     r"files is \[\], expected dict": lambda found: found.update(files=[]),
     "counts is None, expected dict": lambda found: found.update(counts=None),
+    r"bool_columns is \['a', 'a'\], expected each name once": (
+        lambda found: found.update(bool_columns=["a", "a"])
+    ),
     "seed is '0', expected int": lambda found: found.update(seed="0"),
     r"files\['data-00000.arrow'\] is {}, expected rows, bytes and checksum": (
         lambda found: found["files"].update({FIRST: {}})
