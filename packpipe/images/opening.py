@@ -37,6 +37,8 @@ LONGEST_SIDE = 2**24
 
 # Those that say of what format a file is.
 _START_BYTES = 64
+# What Pillow says of TIFF files for whose samples it has no mode, or fewer letters than planes.
+_UNREAD_SAMPLES = ("unknown pixel mode", "string index out of range")
 # Values of an entry of a TIFF file; Pillow makes four Python objects of each place of a strip.
 _MOST_VALUES = 2**18
 
@@ -116,7 +118,7 @@ def _of_known_format(file: BinaryIO) -> ImageFile.ImageFile:
                 file.seek(0)
                 return factory(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error) as error:
-            if str(error) == "unknown pixel mode":  # of TIFF files
+            if str(error) in _UNREAD_SAMPLES and name == "TIFF":
                 raise unread_samples(file) from error
     raise UnidentifiedImageError(file)
 

@@ -25,7 +25,7 @@ from test_kinds import traced
 from packpipe.images.bad_images import BadImage, message_of
 from packpipe.images.decode import probe
 from packpipe.images.opening import LONGEST_SIDE
-from packpipe.images.regular_files import MOST_READS, Counted
+from packpipe.images.regular_files import MOST_EXIF, MOST_READS, Counted
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.image_options import MAX_PIXELS, MOST_PIXELS
 
@@ -85,6 +85,10 @@ def costly():
             reads,
         ),
         "PPM, comment": (b"P6 #" + b"a" * MANY + b"\n4 4 255\n" + bytes(48), reads),
+        "JPEG, EXIF": (
+            b"\xff\xd8" + (b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)) * 65,
+            f"its EXIF has more than {MOST_EXIF} bytes",
+        ),
         "JPEG, filling": (b"\xff\xd8\xff" + b"\xff" * MANY, reads),
         "PNG, chunks": (plain[:33] + empty * MANY + plain[33:], reads),
         "GIF, comment": (gif, reads),
