@@ -19,6 +19,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from packpipe.images.bad_images import BadImage, rejecting
+from packpipe.images.boxes import check_items
 from packpipe.images.extras import coded_hw, extra_kind, open_extra
 from packpipe.images.headers import HEAD_BYTES, ICON, icon_hw, most_values
 from packpipe.images.image_data import Confined, ImageData
@@ -39,6 +40,8 @@ LONGEST_SIDE = 2**24
 _START_BYTES = 64
 # What Pillow says of TIFF files for whose samples it has no mode, or fewer letters than planes.
 _UNREAD_SAMPLES = ("unknown pixel mode", "string index out of range")
+# Files of boxes that Pillow reads, by the first of them.
+_BOXED = {b"ftyp": "an AVIF file", b"jP  ": "a JPEG 2000 file"}
 # Values of an entry of a TIFF file; Pillow makes four Python objects of each place of a strip.
 _MOST_VALUES = 2**18
 
@@ -91,6 +94,8 @@ def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Ima
         _check_hw(*icon_hw(file), max_pixels)
     if extra_kind(start) == "HEIC":
         _check_hw(*coded_hw(file), max_pixels, "an image in the HEIC file has ")
+    elif start[4:8] in _BOXED:
+        check_items(_BOXED[start[4:8]], file)
     values = most_values(file)
     if values > _MOST_VALUES:
         expected = f"at most {_MOST_VALUES} strips, tiles or other values in an entry"

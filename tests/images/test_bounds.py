@@ -16,7 +16,7 @@ import loading
 import numpy as np
 import pytest
 import starving
-from fuzz_seeds import heic_floods
+from fuzz_seeds import box, heic_floods
 from PIL import Image
 from strategies import encode
 from test_decode import decoded, png
@@ -111,7 +111,35 @@ def flooded():
     }
 
 
-COSTLY = costly() | (flooded() if find_spec("pillow_heif") else {})
+def boxed():
+    """Descriptions that name an image 65,536 times, or are of as many boxes."""
+    most, none = 2**14, box(b"free")
+    start = struct.pack(">I4s4sI4s", 20, b"ftyp", b"avif", 0, b"mif1")
+    many = struct.pack(">IIHH", 0, 6 + 2**17, 1, 2**16 - 1) + bytes(2**17)
+    entries, places, shares = (bytes(2**16 * size) for size in (16, 6, 3))
+    signature = struct.pack(">I4sI", 12, b"jP  ", 0x0D0A870A)
+    items = f"an AVIF file of {{}} items, expected at most {most}"
+    boxes = f"of more than {most} boxes"
+    meta = {
+        "references": (box(b"iref", many), items.format(len(many) // 2)),
+        "entries": (box(b"iinf", entries), items.format(2**16)),
+        "places": (box(b"iloc", places), items.format(2**16)),
+        "shares of properties": (box(b"iprp", box(b"ipma", shares)), items.format(2**16)),
+        "properties": (box(b"iprp", box(b"ipco", none * 2**15)), f"an AVIF file {boxes}"),
+    }
+    found = {
+        f"AVIF, {name}": (start + box(b"meta", bytes(4), content), message)
+        for name, (content, message) in meta.items()
+    }
+    found["AVIF, references in a film"] = (
+        start + box(b"moov", box(b"trak", box(b"meta", bytes(4), meta["references"][0]))),
+        meta["references"][1],
+    )
+    jp2 = signature + box(b"ftyp", b"jp2 ", bytes(4), b"jp2 ") + box(b"jp2h", none * 2**15)
+    return found | {"JPEG 2000, boxes": (jp2, f"a JPEG 2000 file {boxes}")}
+
+
+COSTLY = costly() | boxed() | (flooded() if find_spec("pillow_heif") else {})
 
 
 @pytest.mark.parametrize("by_path", [False, True])
