@@ -229,8 +229,8 @@ def run(seed: int, cases: range, workers: int) -> list[Line]:
             for worker, process in list(children.items()):
                 (case,) = STATE.unpack_from(states[worker])
                 polls[worker, case] += 1  # no clock, which goes on while the machine sleeps
-                taken = _processor_seconds(process.pid)
-                taken -= busy.setdefault((worker, case), taken)
+                now = _processor_seconds(process.pid)
+                taken = 0.0 if now is None else now - busy.setdefault((worker, case), now)
                 waited = polls[worker, case] > WAIT / POLL
                 hung = case < cases.stop and (taken > SECONDS or waited)
                 if process.is_alive() and not hung:
@@ -256,12 +256,12 @@ def run(seed: int, cases: range, workers: int) -> list[Line]:
     return sorted([*ended, *(Line(*json.loads(line)) for lines in files for line in lines)])
 
 
-def _processor_seconds(process: int) -> float:
-    """Return the processor time that a process has taken, 0 of one that is no more."""
+def _processor_seconds(process: int) -> float | None:
+    """Return the processor time that a process has taken, None where nobody can say."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0.0
+        return None
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 

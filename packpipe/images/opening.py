@@ -81,7 +81,7 @@ def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Ima
     if isinstance(source, str | Confined):
         source = stack.enter_context(open_file(source))
     if isinstance(source, FileIO):
-        file = stack.enter_context(Clipped(source, HEAD_BYTES))
+        file = stack.enter_context(Clipped(source))
     else:
         # Counting takes half as long again as opening, and few bytes are few reads.
         file = (BytesIO if len(source) <= HEAD_BYTES else CountedBytes)(source)

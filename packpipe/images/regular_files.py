@@ -68,6 +68,11 @@ class Clipped(Counted, BufferedReader):
     Damaged headers ask for both; so files and bytes give the same pixels or the same error.
     """
 
+    def __init__(self, raw: FileIO) -> None:
+        super().__init__(raw, HEAD_BYTES)
+        if self._size() <= HEAD_BYTES:
+            self.reads_left = None  # few bytes are few reads
+
     def read(self, size: int | None = -1, /) -> bytes:
         """Read at most what there is."""
         if size is None or size > HEAD_BYTES:

@@ -24,6 +24,7 @@ from test_kinds import traced
 
 from packpipe.images.bad_images import BadImage, message_of
 from packpipe.images.decode import probe
+from packpipe.images.headers import HEAD_BYTES
 from packpipe.images.opening import LONGEST_SIDE
 from packpipe.images.regular_files import MOST_EXIF, MOST_READS, Counted
 from packpipe.planning.image_config import PackConfig
@@ -179,6 +180,16 @@ def test_pixels_may_take_any_number_of_reads():
     found = decoded(file, (300, 300))
     assert (found[..., 2] == np.asarray(image)).all()
     assert (found[..., 0] == 255 - np.asarray(image)).all()
+
+
+def test_a_small_file_may_take_any_number_of_reads_of_its_bytes_and_by_its_path(tmp_path):
+    jpeg = encode(Image.new("RGB", (16, 8), (9, 8, 7)), "JPEG")
+    file = jpeg[:2] + b"\xff" * 40_000 + jpeg[2:]
+    assert MOST_READS < len(file) <= HEAD_BYTES
+    (tmp_path / "file").write_bytes(file)
+    for data in (file, str(tmp_path / "file")):
+        assert probe(data, max_pixels=MAX_PIXELS).image_hw == (8, 16)
+        assert (decoded(data, (8, 16)) == decoded(jpeg, (8, 16))).all()
 
 
 HIGH, WIDE = 12_800, 16_000  # 205 million pixels
