@@ -266,16 +266,25 @@ CHANGES = (
 )
 
 
+@cache
+def _names() -> tuple[list[str], dict[str, list[str]]]:
+    """Return the names of all files, and those of each format."""
+    by_format: dict[str, list[str]] = {}
+    for name in corpus():
+        by_format.setdefault(name.split()[0], []).append(name)
+    return list(corpus()), by_format
+
+
 def damaged(seed: int, case: int) -> tuple[str, bytes, list[str]]:
     """Return (the undamaged file's name, a case, what was done); the first cases are undamaged."""
     files = corpus()
-    names = list(files)
+    names, by_format = _names()
     if case < len(names):
         return names[case], files[names[case]], []
     dice = Dice(seed, case)
     name = dice.pick(names)
     data, done = files[name], []
-    like = [some for some in names if some.split()[0] == name.split()[0]]
+    like = by_format[name.split()[0]]
     for _ in range(dice.pick((1, 1, 1, 2, 3, 5))):
         other = files[dice.pick(dice.pick((like, names)))]
         change = dice.pick(CHANGES)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -250,7 +251,38 @@ def in_s3(asked: dict[str, Any]) -> None:
     }
     say(json.dumps({name: content.hex() for name, content in held.items()}))
     say(json.dumps(opened_from(calls, "s3://bucket/rows", Path(asked["cache"]))))
+    say(json.dumps(images_in(store)))
     server.stop()
+
+
+def images_in(store: Any) -> list[list[int]]:
+    """Say how many tokens each image has in rows of paths in a store, packed in several ways."""
+    from zipfile import ZipFile
+
+    from datasets import Dataset, Features
+    from datasets import Image as ImageFeature
+    from PIL import Image
+
+    import packpipe
+
+    image, archive = BytesIO(), BytesIO()
+    Image.new("RGB", (32, 16), (9, 8, 7)).save(image, "JPEG")
+    with ZipFile(archive, "w") as file:
+        file.writestr("in.jpg", image.getvalue())
+    store.pipe_file("bucket/images/in.jpg", image.getvalue())
+    store.pipe_file("bucket/images/in.zip", archive.getvalue())
+    paths = ["s3://bucket/images/in.jpg", "zip://in.jpg::s3://bucket/images/in.zip"]
+    rows = {"image": [{"bytes": None, "path": path} for path in paths]}
+    source = Dataset.from_dict(rows, features=Features({"image": ImageFeature()}))
+    small = {"seq_len": 8, "patch_size": 16}
+    epochs = packpipe.EpochPacks(source, **small)
+    stream = packpipe.PackedStream(source.to_iterable_dataset(), **small)
+    loaded = (
+        next(iter(packpipe.PackedLoader(some, 1, as_numpy=True, tail="pad")))
+        for some in (epochs, stream)
+    )
+    packed = packpipe.pack(source, num_workers=1, progress=False, **small)
+    return [packed[0]["seq_lens"], *(batch["seq_lens"][0, :2].tolist() for batch in loaded)]
 
 
 def opened_from(calls: list[tuple[str, str, dict[str, Any]]], url: str, cache: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Reads the boxes of which HEIC and JPEG XL files consist.
+"""Reads the boxes of which HEIC, AVIF, JPEG XL and JPEG 2000 files consist.
 
 A box says how long it is and what it is, and holds other boxes, or bytes. Source: ISO/IEC 14496-12.
 """
@@ -9,30 +9,79 @@ from collections.abc import Iterator
 from struct import unpack
 from typing import BinaryIO
 
+# Where AVIF and JPEG 2000 files describe their images: boxes by the one that holds them.
+_WITHIN = {
+    b"": (b"meta", b"moov", b"jp2h"),
+    b"moov": (b"trak",),
+    b"trak": (b"meta",),
+    b"meta": (b"iprp",),
+    b"iprp": (b"ipco",),
+}
+# The fewest bytes in which a box names an item: its entry, place, reference and properties.
+_ITEM_BYTES = {b"iinf": 16, b"iloc": 6, b"iref": 2, b"ipma": 3}
+# Items, and boxes in a box. libavif looks through all items for each that is named: 16,384 took
+# 0.3 s, 60,000 took 6 s. A photograph of 2,000 tiles has fewer.
+_MOST_NAMED = 2**14
 
-def boxes(kind: str, file: BinaryIO, at: int, most: int) -> Iterator[tuple[bytes, int, int]]:
+
+def boxes(
+    kind: str, file: BinaryIO, at: int, most: int, end: int | None = None
+) -> Iterator[tuple[bytes, int, int]]:
     """Yield the name of each box from a place on, and where what it holds starts and ends.
 
     Both lie within the file, also where a box says otherwise.
 
+    Args:
+        kind: of file, for the message.
+        file: an open file; its position is changed.
+        at: where the first box starts.
+        most: boxes that there may be.
+        end: where the last one ends; None for the end of the file.
+
     Raises:
         ValueError: there are more than most; the message begins with the kind of file.
     """
-    whole = file.seek(0, 2)
+    whole = file.seek(0, 2) if end is None else end
     for _ in range(most):
         file.seek(at)
-        head = file.read(16)
+        head = file.read(min(16, whole - at))
         if len(head) < 8:
             return
         size, name = unpack(">I4s", head[:8])
         start = at + 8
         if size == 1 and len(head) == 16:  # its length follows, in 64 bits
             (size,), start = unpack(">Q", head[8:]), at + 16
-        end = min(at + size, whole) if size else whole
-        if end < start:
+        stop = min(at + size, whole) if size else whole
+        if stop < start:
             return
-        yield name, start, end
-        at = end
-    file.seek(at)
-    if len(file.read(8)) == 8:
+        yield name, start, stop
+        at = stop
+    if whole - at >= 8:
         raise ValueError(f"{kind} of more than {most} boxes")
+
+
+def check_items(kind: str, file: BinaryIO) -> None:
+    """Check that a file names no more items than a decoder goes through in a moment.
+
+    Args:
+        kind: of file, for the message: AVIF or JPEG 2000.
+        file: an open file; its position is changed.
+
+    Raises:
+        ValueError: it may name more, or has more boxes in a box.
+    """
+    items = _items(kind, file, b"", 0, None)
+    if items > _MOST_NAMED:
+        raise ValueError(f"{kind} of {items} items, expected at most {_MOST_NAMED}")
+
+
+def _items(kind: str, file: BinaryIO, name: bytes, at: int, end: int | None) -> int:
+    """Return how many items the boxes within one may name, by their bytes."""
+    found = 0
+    for inner, start, stop in boxes(kind, file, at, _MOST_NAMED, end):
+        if inner in _ITEM_BYTES:
+            found += (stop - start) // _ITEM_BYTES[inner]
+        elif inner in _WITHIN.get(name, ()):
+            # After version and flags.
+            found += _items(kind, file, inner, start + 4 * (inner == b"meta"), stop)
+    return found

@@ -134,7 +134,8 @@ def unread_samples(file: BinaryIO) -> NoRule:
     kind = {1: "unsigned", 2: "signed", 3: "floating point"}.get(kinds[0], "unknown")
     # Pillow knows some samples in one order of their bytes alone.
     order = "big-endian" if head.startswith(b"MM") else "little-endian"
-    what = f"{tags.get(SAMPLESPERPIXEL, 1)} samples of {bits[0]} bits, {kind}, {order}"
+    where = " in planes" if tags.get(PLANAR_CONFIGURATION) == _PLANES else ""
+    what = f"{tags.get(SAMPLESPERPIXEL, 1)} samples of {bits[0]} bits{where}, {kind}, {order}"
     return NoRule(f"a TIFF of {what}, has no rule to become RGB")
 
 

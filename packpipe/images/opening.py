@@ -19,6 +19,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from packpipe.images.bad_images import BadImage, rejecting
+from packpipe.images.boxes import check_items
 from packpipe.images.extras import coded_hw, extra_kind, open_extra
 from packpipe.images.headers import HEAD_BYTES, ICON, icon_hw, most_values
 from packpipe.images.image_data import Confined, ImageData
@@ -37,6 +38,10 @@ LONGEST_SIDE = 2**24
 
 # Those that say of what format a file is.
 _START_BYTES = 64
+# What Pillow says of TIFF files for whose samples it has no mode, or fewer letters than planes.
+_UNREAD_SAMPLES = ("unknown pixel mode", "string index out of range")
+# Files of boxes that Pillow reads, by the first of them.
+_BOXED = {b"ftyp": "an AVIF file", b"jP  ": "a JPEG 2000 file"}
 # Values of an entry of a TIFF file; Pillow makes four Python objects of each place of a strip.
 _MOST_VALUES = 2**18
 
@@ -76,7 +81,7 @@ def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Ima
     if isinstance(source, str | Confined):
         source = stack.enter_context(open_file(source))
     if isinstance(source, FileIO):
-        file = stack.enter_context(Clipped(source, HEAD_BYTES))
+        file = stack.enter_context(Clipped(source))
     else:
         # Counting takes half as long again as opening, and few bytes are few reads.
         file = (BytesIO if len(source) <= HEAD_BYTES else CountedBytes)(source)
@@ -89,6 +94,8 @@ def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Ima
         _check_hw(*icon_hw(file), max_pixels)
     if extra_kind(start) == "HEIC":
         _check_hw(*coded_hw(file), max_pixels, "an image in the HEIC file has ")
+    elif start[4:8] in _BOXED:
+        check_items(_BOXED[start[4:8]], file)
     values = most_values(file)
     if values > _MOST_VALUES:
         expected = f"at most {_MOST_VALUES} strips, tiles or other values in an entry"
@@ -116,7 +123,7 @@ def _of_known_format(file: BinaryIO) -> ImageFile.ImageFile:
                 file.seek(0)
                 return factory(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error) as error:
-            if str(error) == "unknown pixel mode":  # of TIFF files
+            if str(error) in _UNREAD_SAMPLES and name == "TIFF":
                 raise unread_samples(file) from error
     raise UnidentifiedImageError(file)
 

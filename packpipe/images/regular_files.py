@@ -19,6 +19,9 @@ from packpipe.images.image_data import Confined, name_of
 
 # More than any header needs; some can be made to take the time of as many reads as they have bytes.
 MOST_READS = 2**15
+# Pillow puts the blocks of a JPEG file together one by one, copying all that it has each time.
+MOST_EXIF = 2**22
+_EXIF = b"Exif\0\0"
 
 _FARTHEST = 2**40  # below the limit of file systems: a seek beyond that is an error, not with bytes
 
@@ -34,17 +37,24 @@ class Counted:
 
     Attributes:
         reads_left: how often; None for any number of times.
+        exif_left: bytes that its blocks of EXIF may have meanwhile.
     """
 
     reads_left: int | None = MOST_READS
+    exif_left = MOST_EXIF
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read as any file does; raises `BadImage` where no read is left."""
-        if self.reads_left is not None:
-            if self.reads_left == 0:
-                raise BadImage("unreadable", f"its header takes more than {MOST_READS} reads")
-            self.reads_left -= 1
+        """Read as any file does; raises `BadImage` where no read is left, or EXIF is too long."""
         found: bytes = super().read(size)  # type: ignore[misc]
+        if self.reads_left is None:
+            return found
+        if self.reads_left == 0:
+            raise BadImage("unreadable", f"its header takes more than {MOST_READS} reads")
+        self.reads_left -= 1
+        if found.startswith(_EXIF):
+            self.exif_left -= len(found)
+            if self.exif_left < 0:
+                raise BadImage("unreadable", f"its EXIF has more than {MOST_EXIF} bytes")
         return found
 
 
@@ -57,6 +67,11 @@ class Clipped(Counted, BufferedReader):
 
     Damaged headers ask for both; so files and bytes give the same pixels or the same error.
     """
+
+    def __init__(self, raw: FileIO) -> None:
+        super().__init__(raw, HEAD_BYTES)
+        if self._size() <= HEAD_BYTES:
+            self.reads_left = None  # few bytes are few reads
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Read at most what there is."""

@@ -12,6 +12,7 @@ host of the web that does not answer, since the next address may lead to another
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import IO, Any
@@ -25,7 +26,7 @@ _LOCAL = ("file://", "local://")
 _ARCHIVE = "zip://"
 _WEB = ("http://", "https://")
 # Errors that say that nobody answers, whatever their number.
-_SILENCE = (ConnectionError, TimeoutError)
+_SILENCE = (ConnectionError, TimeoutError, socket.gaierror)
 # Files that this process alone has.
 _OWN = "memory://"
 # More than the most pixels that are packed unless asked for take in any format, uncompressed.

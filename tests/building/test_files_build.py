@@ -249,7 +249,7 @@ def test_an_object_store_holds_the_same_and_is_asked_for_no_copy_and_few_lists(
         pytest.importorskip(name)
     run = forked("s3", source, "", cache=str(tmp_path))
     assert run.wait() == 0, run.complaint
-    left, refused, calls, held, loaded = map(json.loads, run.said.splitlines())
+    left, refused, calls, held, loaded, images = map(json.loads, run.said.splitlines())
     assert "manifest.json" not in left
     assert any(name.startswith("data-") for name in left)
     assert "expected rows made with the same seed" in refused
@@ -263,6 +263,8 @@ def test_an_object_store_holds_the_same_and_is_asked_for_no_copy_and_few_lists(
     assert sum(call == ["list_objects_v2", "rows/"] for call in calls) <= 8
     assert held == {name: content.hex() for name, content in whole.items()}
     assert_read_once(loaded, folder, whole)
+    # Images by their paths in it, one of them in an archive: packed, by epochs and as a stream.
+    assert images == [[2, 2]] * 3
 
 
 def assert_read_once(loaded, folder, whole):

@@ -16,7 +16,7 @@ import loading
 import numpy as np
 import pytest
 import starving
-from fuzz_seeds import heic_floods
+from fuzz_seeds import box, heic_floods
 from PIL import Image
 from strategies import encode
 from test_decode import decoded, png
@@ -24,8 +24,9 @@ from test_kinds import traced
 
 from packpipe.images.bad_images import BadImage, message_of
 from packpipe.images.decode import probe
+from packpipe.images.headers import HEAD_BYTES
 from packpipe.images.opening import LONGEST_SIDE
-from packpipe.images.regular_files import MOST_READS, Counted
+from packpipe.images.regular_files import MOST_EXIF, MOST_READS, Counted
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.image_options import MAX_PIXELS, MOST_PIXELS
 
@@ -85,6 +86,10 @@ def costly():
             reads,
         ),
         "PPM, comment": (b"P6 #" + b"a" * MANY + b"\n4 4 255\n" + bytes(48), reads),
+        "JPEG, EXIF": (
+            b"\xff\xd8" + (b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)) * 65,
+            f"its EXIF has more than {MOST_EXIF} bytes",
+        ),
         "JPEG, filling": (b"\xff\xd8\xff" + b"\xff" * MANY, reads),
         "PNG, chunks": (plain[:33] + empty * MANY + plain[33:], reads),
         "GIF, comment": (gif, reads),
@@ -107,7 +112,35 @@ def flooded():
     }
 
 
-COSTLY = costly() | (flooded() if find_spec("pillow_heif") else {})
+def boxed():
+    """Descriptions that name an image 65,536 times, or are of as many boxes."""
+    most, none = 2**14, box(b"free")
+    start = struct.pack(">I4s4sI4s", 20, b"ftyp", b"avif", 0, b"mif1")
+    many = struct.pack(">IIHH", 0, 6 + 2**17, 1, 2**16 - 1) + bytes(2**17)
+    entries, places, shares = (bytes(2**16 * size) for size in (16, 6, 3))
+    signature = struct.pack(">I4sI", 12, b"jP  ", 0x0D0A870A)
+    items = f"an AVIF file of {{}} items, expected at most {most}"
+    boxes = f"of more than {most} boxes"
+    meta = {
+        "references": (box(b"iref", many), items.format(len(many) // 2)),
+        "entries": (box(b"iinf", entries), items.format(2**16)),
+        "places": (box(b"iloc", places), items.format(2**16)),
+        "shares of properties": (box(b"iprp", box(b"ipma", shares)), items.format(2**16)),
+        "properties": (box(b"iprp", box(b"ipco", none * 2**15)), f"an AVIF file {boxes}"),
+    }
+    found = {
+        f"AVIF, {name}": (start + box(b"meta", bytes(4), content), message)
+        for name, (content, message) in meta.items()
+    }
+    found["AVIF, references in a film"] = (
+        start + box(b"moov", box(b"trak", box(b"meta", bytes(4), meta["references"][0]))),
+        meta["references"][1],
+    )
+    jp2 = signature + box(b"ftyp", b"jp2 ", bytes(4), b"jp2 ") + box(b"jp2h", none * 2**15)
+    return found | {"JPEG 2000, boxes": (jp2, f"a JPEG 2000 file {boxes}")}
+
+
+COSTLY = costly() | boxed() | (flooded() if find_spec("pillow_heif") else {})
 
 
 @pytest.mark.parametrize("by_path", [False, True])
@@ -147,6 +180,16 @@ def test_pixels_may_take_any_number_of_reads():
     found = decoded(file, (300, 300))
     assert (found[..., 2] == np.asarray(image)).all()
     assert (found[..., 0] == 255 - np.asarray(image)).all()
+
+
+def test_a_small_file_may_take_any_number_of_reads_of_its_bytes_and_by_its_path(tmp_path):
+    jpeg = encode(Image.new("RGB", (16, 8), (9, 8, 7)), "JPEG")
+    file = jpeg[:2] + b"\xff" * 40_000 + jpeg[2:]
+    assert MOST_READS < len(file) <= HEAD_BYTES
+    (tmp_path / "file").write_bytes(file)
+    for data in (file, str(tmp_path / "file")):
+        assert probe(data, max_pixels=MAX_PIXELS).image_hw == (8, 16)
+        assert (decoded(data, (8, 16)) == decoded(jpeg, (8, 16))).all()
 
 
 HIGH, WIDE = 12_800, 16_000  # 205 million pixels

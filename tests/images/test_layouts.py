@@ -116,6 +116,21 @@ def test_a_tiff_of_planes_that_pillow_mixes_up_is_refused_by_name(name):
     assert found.value.reason == "unsupported mode"
 
 
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize(
+    ("photometric", "samples", "bits", "extra"),
+    [(1, 2, 8, 0), (2, 4, 8, 0), (2, 5, 8, 0), (1, 2, 16, 2)],
+)
+def test_a_tiff_of_planes_that_pillow_cannot_open_is_refused_by_name(
+    photometric, samples, bits, extra, tiled
+):
+    file, _ = planes(photometric, samples, bits, extra=extra, tiled=tiled)
+    layout = f"a TIFF of {samples} samples of {bits} bits in planes, unsigned, little-endian"
+    with pytest.raises(BadImage, match=f"^{layout}, has no rule to become RGB$") as found:
+        probe(file, max_pixels=1000)
+    assert found.value.reason == "unsupported mode"
+
+
 @pytest.mark.parametrize("deflated", [False, True])
 @pytest.mark.parametrize(("photometric", "samples", "kind"), [(2, 3, {}), (2, 4, {"extra": 2})])
 def test_a_tiff_of_planes_of_8_bits_is_what_it_was(photometric, samples, kind, deflated):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import socket
 import sys
 import zipfile
 
@@ -39,6 +40,7 @@ def failing():
         ("zip://a.png::b.zip", True),
         ("memory://a.png", True),
         ("https://host/a.png", True),
+        ("hf://datasets/somebody/photos/a.png", True),
         ("file:///a.png", True),
         ("a.png", False),
         ("folder/a:b.png", False),
@@ -68,7 +70,13 @@ def test_a_scheme_without_its_opener_is_an_error_that_names_what_to_install(monk
 
 
 @pytest.mark.parametrize(
-    "error", [ConnectionResetError(104, "reset"), TimeoutError("late"), OSError(28, "no space")]
+    "error",
+    [
+        ConnectionResetError(104, "reset"),
+        TimeoutError("late"),
+        socket.gaierror(-2, "Name or service not known"),
+        OSError(28, "no space"),
+    ],
 )
 def test_a_storage_that_does_not_answer_is_no_fault_of_the_image(failing, monkeypatch, error):
     monkeypatch.setattr(failing, "error", error)

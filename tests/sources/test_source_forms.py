@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -546,15 +547,24 @@ def test_with_a_root_a_path_with_a_scheme_is_refused_by_name(root, tmp_path, pat
 
 @pytest.fixture
 def far(root) -> Iterator[list[str]]:
-    """Paths with a scheme of the same image: in memory, in an archive, in an archive in memory."""
+    """Paths with a scheme of the same image: in memory, in archives there and here, on the web."""
     memory = fsspec.filesystem("memory")
     memory.pipe("/packpipe/in.png", FILE)
     memory.pipe("/packpipe/in.zip", (root / "in.zip").read_bytes())
-    yield [
-        *("memory://packpipe/in.png", f"file://{root}/in.png"),
-        *("zip://in.png::in.zip", "zip://in.png::memory://packpipe/in.zip"),
-    ]
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(root))) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield [
+            *("memory://packpipe/in.png", f"file://{root}/in.png"),
+            *("zip://in.png::in.zip", "zip://in.png::memory://packpipe/in.zip"),
+            f"http://127.0.0.1:{server.server_port}/in.png",
+        ]
+        server.shutdown()
     memory.rm("/packpipe", recursive=True)
+
+
+class Silent(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
