@@ -297,7 +297,7 @@ def _by_turbo(data: ImageData, planned: _Planned, rules: PixelRules) -> _Stored 
     is_fit = max(size) <= LONGEST_SIDE and 0 < size[0] * size[1] <= rules.max_pixels
     if not is_fit or upright_hw(*size, head.orientation) != planned.image_hw:
         return None
-    if not turbo.is_taken(head, scans_of(content)):
+    if not turbo.is_taken(head, scans_of(content, head)):
         return None
     conversion, parts = Conversion(None, False), 1
     if rules.profiles != "ignore":
