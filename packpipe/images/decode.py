@@ -235,18 +235,17 @@ def decode(
         if rules.pixels == "turbo" and pixels.mode in ("L", "RGB"):
             pixels = np.asarray(pixels)
     if isinstance(pixels, np.ndarray):
-        if conversion.transform is None:
-            _resize_into(whole, pixels, area, orientation, rules)
-            return answer
-        upright = np.empty((1, 1, *target_hw, 3), np.uint8)
-        _resize_into(upright, pixels, area, orientation, rules)
-        result = Image.fromarray(upright[0, 0])
-    else:
-        if orientation in TRANSPOSE:
-            area = turned(area, pixels.size, orientation)
-            pixels = pixels.transpose(TRANSPOSE[orientation])
-        # Turned before, so that width and height are those of the target.
-        result = _resized(pixels, area, target_hw[::-1], rules)
+        _resize_into(whole, pixels, area, orientation, rules)
+        if conversion.transform is not None:  # of pixels one by one, so their order is any
+            tall = whole.reshape(*target_hw, 3)
+            converted = to_srgb(Image.fromarray(tall), conversion.transform, rules.background)
+            tall[...] = np.asarray(converted)
+        return answer
+    if orientation in TRANSPOSE:
+        area = turned(area, pixels.size, orientation)
+        pixels = pixels.transpose(TRANSPOSE[orientation])
+    # Turned before, so that width and height are those of the target.
+    result = _resized(pixels, area, target_hw[::-1], rules)
     if conversion.transform is not None:
         result = to_srgb(result, conversion.transform, rules.background)
     rows, columns, height, width, _ = whole.shape
