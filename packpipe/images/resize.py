@@ -249,7 +249,10 @@ def _resized(source, first, last, down, across, is_turned, tiles):  # type: igno
 @njit(cache=True, nogil=True)
 def _is_kept(starts, weights):  # type: ignore[no-untyped-def]
     """Return whether pixels of an axis become one pixel each, in their order."""
-    return weights.shape[1] == 1 and np.all(starts[1:] - starts[:-1] == 1)
+    for o in range(len(starts)):
+        if starts[o] != starts[0] + o:
+            return False
+    return weights.shape[1] == 1
 
 
 @njit(cache=True, nogil=True)
