@@ -235,18 +235,17 @@ def decode(
         if rules.pixels == "turbo" and pixels.mode in ("L", "RGB"):
             pixels = np.asarray(pixels)
     if isinstance(pixels, np.ndarray):
-        if conversion.transform is None:
-            _resize_into(whole, pixels, area, orientation, rules)
-            return answer
-        upright = np.empty((1, 1, *target_hw, 3), np.uint8)
-        _resize_into(upright, pixels, area, orientation, rules)
-        result = Image.fromarray(upright[0, 0])
-    else:
-        if orientation in TRANSPOSE:
-            area = turned(area, pixels.size, orientation)
-            pixels = pixels.transpose(TRANSPOSE[orientation])
-        # Turned before, so that width and height are those of the target.
-        result = _resized(pixels, area, target_hw[::-1], rules)
+        _resize_into(whole, pixels, area, orientation, rules)
+        if conversion.transform is not None:  # of pixels one by one, so their order is any
+            tall = whole.reshape(*target_hw, 3)
+            converted = to_srgb(Image.fromarray(tall), conversion.transform, rules.background)
+            tall[...] = np.asarray(converted)
+        return answer
+    if orientation in TRANSPOSE:
+        area = turned(area, pixels.size, orientation)
+        pixels = pixels.transpose(TRANSPOSE[orientation])
+    # Turned before, so that width and height are those of the target.
+    result = _resized(pixels, area, target_hw[::-1], rules)
     if conversion.transform is not None:
         result = to_srgb(result, conversion.transform, rules.background)
     rows, columns, height, width, _ = whole.shape
@@ -297,7 +296,7 @@ def _by_turbo(data: ImageData, planned: _Planned, rules: PixelRules) -> _Stored 
     is_fit = max(size) <= LONGEST_SIDE and 0 < size[0] * size[1] <= rules.max_pixels
     if not is_fit or upright_hw(*size, head.orientation) != planned.image_hw:
         return None
-    if not turbo.is_taken(head, scans_of(content)):
+    if not turbo.is_taken(head, scans_of(content, head)):
         return None
     conversion, parts = Conversion(None, False), 1
     if rules.profiles != "ignore":

@@ -66,12 +66,18 @@ class JpegHead(NamedTuple):
         layers: 1 of grey, 3 of colours, or 4.
         orientation: EXIF orientation, 1..8.
         profiles: its ICC profile, None if its parts do not fit together; empty if it has none.
+        frame: where the marker of its frame is.
+        scan: where the marker of its first scan is.
+        interval: units between two restarts; 0 without them.
     """
 
     size: tuple[int, int]
     layers: int
     orientation: int
     profiles: tuple[bytes | None, ...]
+    frame: int
+    scan: int
+    interval: int
 
 
 def jpeg_head(content: bytes) -> JpegHead | None:
@@ -249,7 +255,7 @@ def _plain_orientation(exif: bytes) -> int | None:
 def _jpeg_head(head: bytes) -> JpegHead | None:
     """Return what the segments up to the scan say; None to leave it to Pillow."""
     shape, orientation, end = None, None, 2
-    layers, turned_by_xmp = 0, False
+    layers, frame, interval, turned_by_xmp = 0, 0, 0, False
     parts: list[bytes] = []
     profiles: tuple[bytes | None, ...] = ()
     while True:
@@ -265,6 +271,7 @@ def _jpeg_head(head: bytes) -> JpegHead | None:
             if shape or bits != 8 or layers not in (1, 3, 4) or length != 8 + 3 * layers:
                 return None
             shape, profiles = (width, height), _joined(parts)  # later parts do not count
+            frame = start - 4
         elif marker == 0xFFE1 and head.startswith(b"Exif\x00\x00", start):
             if orientation is not None:
                 return None
@@ -277,7 +284,9 @@ def _jpeg_head(head: bytes) -> JpegHead | None:
             # Pillow goes by XMP if EXIF has no orientation.
             if shape is None or (turned_by_xmp and not orientation):
                 return None
-            return JpegHead(shape, layers, orientation or 1, profiles)
+            return JpegHead(shape, layers, orientation or 1, profiles, frame, start - 4, interval)
+        elif marker == 0xFFDD:
+            (interval,) = unpack_from(">H", head, start)
         elif (
             # Anything but tables of 8-bit values, each after its number.
             (marker == 0xFFDB and (length % 65 != 2 or max(head[start:end:65], default=16) > 15))

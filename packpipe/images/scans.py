@@ -15,15 +15,17 @@ seen, too, at the cost of another decode. ``benchmarks/damage.py`` measures both
 
 from __future__ import annotations
 
+import re
 import struct
 from bisect import bisect_left
 from io import BytesIO
 from struct import unpack_from
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
+
+from packpipe.images.headers import JpegHead
 
 _RESTARTS, _END, _SCAN, _INTERVAL = range(0xD0, 0xD8), 0xD9, 0xDA, 0xDD
 _ALONE = {0x01, *_RESTARTS, 0xD8}  # markers without a length
@@ -31,6 +33,7 @@ _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SEQUENTIAL, _PROGRESSIVE, _LOSSLESS = (0xC0, 0xC1), (0xC2, 0xCA), (0xC3, 0xCB)
 # What may follow a scan: tables, a number of lines, an interval, applications, a comment, a scan.
 _FOLLOWING = {0xC4, 0xCC, 0xDB, 0xDC, _INTERVAL, *range(0xE0, 0xF0), 0xFE, _SCAN}
+_MARKER = re.compile(rb"\xff[^\x00\xff]")
 _COEFFICIENTS = 64
 _SPARE = 16
 _FILLING = bytes(range(1, 251)) * 2
@@ -59,10 +62,15 @@ class Scans(NamedTuple):
         return self.frame in _LOSSLESS
 
 
-def scans_of(content: bytes) -> Scans:
-    """Return what the markers of a JPEG file say."""
+def scans_of(content: bytes, head: JpegHead | None = None) -> Scans:
+    """Return what the markers of a JPEG file say.
+
+    Args:
+        content: the file.
+        head: what it says before its first scan, if that is known; the result is the same without.
+    """
     try:
-        return _walked(content)
+        return _walked(content, head)
     except (struct.error, LookupError, ValueError, ArithmeticError):
         return Scans(damage="markers that lead nowhere")  # unless Pillow has refused it
 
@@ -86,11 +94,14 @@ class _Layout(NamedTuple):
         return int(-(-columns * rows // interval) - 1)
 
 
-def _walked(content: bytes) -> Scans:
+def _walked(content: bytes, head: JpegHead | None) -> Scans:
     frame = number = interval = at = end = 0
     layout = _Layout()
     markers: list[int] = []
     low_bits: dict[int, list[int]] = {}  # lowest bit that came, of each coefficient
+    if head is not None:
+        frame, layout = content[head.frame + 1], _layout(content, head.frame + 4)
+        low_bits, interval, at = _no_bits(layout), head.interval, head.scan
     while True:
         if number and at == len(content):  # Pillow needs no marker at the end
             break
@@ -109,13 +120,13 @@ def _walked(content: bytes) -> Scans:
         start, at = at + 2, at + unpack_from(">H", content, at)[0]
         if code in _FRAMES:
             frame, layout = code, _layout(content, start)
-            low_bits = {layer: [_COEFFICIENTS] * _COEFFICIENTS for layer in layout.samples}
+            low_bits = _no_bits(layout)
         elif code == _INTERVAL:
             (interval,) = unpack_from(">H", content, start)
         elif code == _SCAN:
             number += 1
             layers = content[start + 1 : start + 1 + 2 * content[start] : 2]
-            first, last, bits = content[(head := start + 1 + 2 * len(layers)) : head + 3]
+            first, last, bits = content[(said := start + 1 + 2 * len(layers)) : said + 3]
             if frame not in _PROGRESSIVE:
                 first, last, bits = 0, _COEFFICIENTS - 1, 0
             for layer in layers:
@@ -136,6 +147,10 @@ def _walked(content: bytes) -> Scans:
     return Scans(frame, number, end)
 
 
+def _no_bits(layout: _Layout) -> dict[int, list[int]]:
+    return {layer: [_COEFFICIENTS] * _COEFFICIENTS for layer in layout.samples}
+
+
 def _layout(content: bytes, start: int) -> _Layout:
     height, width, layers = unpack_from(">HHB", content, start + 1)
     parts = content[start + 6 : start + 6 + 3 * layers]
@@ -145,11 +160,7 @@ def _layout(content: bytes, start: int) -> _Layout:
 
 def _markers(content: bytes, start: int) -> list[int]:
     """Return where FF stands from a place on, but for those of a scan: before 00, and before FF."""
-    codes = np.frombuffer(content, np.uint8)
-    places = start + np.flatnonzero(codes[start:-1] == 0xFF)
-    after = codes[places + 1]
-    found: list[int] = places[(after != 0x00) & (after != 0xFF)].tolist()
-    return found
+    return [found.start() for found in _MARKER.finditer(content, start)]
 
 
 def _restarts(content: bytes, start: int, markers: list[int]) -> tuple[list[int], int]:

@@ -30,6 +30,7 @@ from packpipe.images.headers import (
 )
 from packpipe.images.opening import opened
 from packpipe.images.orientation import orientation_of
+from packpipe.images.scans import scans_of
 
 MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow refuses more
 BUNDLED = sorted(
@@ -60,7 +61,9 @@ def agrees(encoded):
         with opened(encoded, MOST_PIXELS) as image:
             profiles = (image.info["icc_profile"],) if "icc_profile" in image.info else ()
             said = image.size, len(image.getbands()), orientation_of(image)[0], profiles
-        assert jpeg_head(encoded) == said
+        head = jpeg_head(encoded)
+        assert head[:4] == said
+        assert scans_of(encoded, head) == scans_of(encoded)
     return found is not None
 
 

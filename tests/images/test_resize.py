@@ -129,6 +129,18 @@ def test_one_colour_stays_that_colour_and_its_own_size_keeps_every_pixel(case, l
     assert np.array_equal(own, np.asarray(Image.fromarray(pixels).convert("RGB")))
 
 
+@pytest.mark.parametrize("height", [1104, 2000])
+def test_columns_that_stay_as_they_are_become_those_of_turned_pixels(height):
+    pixels = noise(1200, 64)
+    tall = resized(pixels, (8, 3, 56, 1190), (height, 48), "bicubic")
+    turned = resized(pixels.swapaxes(0, 1), (3, 8, 1190, 56), (height, 48), "bicubic", 5)
+    assert np.array_equal(tall, turned)
+    tiles = np.empty((height // 16, 3, 16, 16, 3), np.uint8)
+    same = {"downscale_filter": "bicubic", "upscale_filter": "bicubic"}
+    resize(pixels, (8, 3, 56, 1190), tiles, **same)
+    assert np.array_equal(tiles.transpose(0, 2, 1, 3, 4).reshape(height, 48, 3), tall)
+
+
 @given(cases(), st.sampled_from([1, 4, 8]), st.integers(1, 4), st.integers(1, 4))
 def test_tiles_are_the_result_cut(case, side, rows, columns):
     pixels, box, _, name, orientation = case

@@ -99,6 +99,9 @@ def test_it_calls_those_files_damaged_that_pillows_engine_does(name):
     for place in random.integers(start, end - 1, 12).tolist():
         damaged += [file[:place] + b"\xff\xd9", file[:place]]
         damaged += [file[:place] + bytes([file[place] ^ 64]) + file[place + 1 :]]
+    heads = [(one, head) for one in damaged if (head := jpeg_head(one))]
+    assert heads
+    assert all(scans_of(one, head) == scans_of(one) for one, head in heads)
     rules = [{"damaged_scans": way} for way in ("reject", "strict", "keep")]
     found = [[reason(one, **rule, pixels="pillow") for rule in rules] for one in damaged]
     assert sum(one[0] is not None for one in found) >= 12
