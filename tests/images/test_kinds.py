@@ -78,6 +78,8 @@ MODES = [*test_modes.BANDS, "I", "F"]
 
 
 def saved(image: Image.Image, format: str, **options: object) -> bytes:  # noqa: A002
+    if format == "ICO" and "sizes" not in options:  # before Pillow 13, no small one was written
+        options["sizes"] = [image.size]
     return encode(image, format, **SAVED.get(format, {}), **options)
 
 
