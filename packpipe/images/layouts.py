@@ -7,6 +7,8 @@ TIFF, one sample in planes of its own  read as samples side by side, which is th
 TIFF, 16-bit RGB(A) planes, no codec   each plane read with its 16 bits
 TIFF, other planes, marked below       refused: Pillow puts them into wrong channels
 TIFF, signed bytes                     refused: no rule says which of them is white
+TIFF, YCbCr, no codec                  read as such (RGB to Pillow before 13), but refused if its
+                                       colours are subsampled, which no Pillow knows
 BMP of 4 or 8 bits, two or grey        its palette used, which Pillow drops along with the depth
 colours; in icons and cursors          refused
 PSD in bitmap mode                     0 is white
@@ -31,9 +33,11 @@ from PIL.PsdImagePlugin import PsdImageFile
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     EXTRASAMPLES,
+    PHOTOMETRIC_INTERPRETATION,
     PLANAR_CONFIGURATION,
     SAMPLEFORMAT,
     SAMPLESPERPIXEL,
+    YCBCRSUBSAMPLING,
     ImageFileDirectory_v2,
     TiffImageFile,
 )
@@ -42,7 +46,7 @@ from packpipe.images.extras import load_heic
 from packpipe.images.jpegxl import JpegXLFile, codestream_of, header_of
 from packpipe.images.modes import NoRule
 
-_SIGNED, _PLANES = 2, 2
+_SIGNED, _PLANES, _YCBCR = 2, 2, 6
 # Uncompressed planes that Pillow knows by the letters of their mode, and those that it mixes up
 # when libtiff reads them.
 _PLANES_READ, _PLANES_LOST = ("RGB", "RGBA", "CMYK"), ("LA", "La", "PA", "LAB")
@@ -97,13 +101,20 @@ def _mend_tiff(image: Any) -> None:
     bits, samples = tags.get(BITSPERSAMPLE, (1,))[0], tags.get(SAMPLESPERPIXEL, 1)
     if _SIGNED in tags.get(SAMPLEFORMAT, ()) and bits == 8:
         raise NoRule("a TIFF of signed bytes has no rule to become RGB")
+    is_raw = image.tile[0].codec_name != "libtiff"
+    if is_raw and tags.get(PHOTOMETRIC_INTERPRETATION) == _YCBCR:
+        image._mode = "YCbCr"
+        image.tile = [tile._replace(args=("YCbCr", *tile.args[1:])) for tile in image.tile]
     if tags.get(PLANAR_CONFIGURATION) != _PLANES:
+        across, down = tags.get(YCBCRSUBSAMPLING, (2, 2))[:2]  # unless it says, it has a quarter
+        if image.mode == "YCbCr" and (across, down) != (1, 1):
+            what = f"a TIFF of YCbCr without compression, its colours in {across} x {down} pixels,"
+            raise NoRule(f"{what} has no rule to become RGB")
         return
     if samples == 1:
         del tags[PLANAR_CONFIGURATION]
         image._setup()  # finds the samples anew
         return
-    is_raw = image.tile[0].codec_name != "libtiff"
     has_padded_tiles = is_raw and any(tile.args[1] for tile in image.tile)
     unmarked = image.mode == "RGBA" and EXTRASAMPLES not in tags
     if unmarked and (bits != 8 or not is_raw or has_padded_tiles):
@@ -143,7 +154,7 @@ def _mend_bitmap(image: Any) -> None:
     """Give a bitmap the palette that Pillow dropped as grey, and its samples their bits."""
     file, mode = image.fp, image.mode
     if image.format == "CUR":
-        mode = image._rawmode if image._masked else mode
+        mode = image._rawmode if getattr(image, "_masked", False) else mode  # since Pillow 12.3
         file.seek(_cursor_at(file))
     else:
         file.seek(0 if image.format == "DIB" else _BMP_HEAD)

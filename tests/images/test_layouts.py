@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from importlib.metadata import version
 from io import BytesIO
 
 import numpy as np
@@ -16,6 +17,7 @@ from test_decode import BACKGROUND, decoded
 from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import probe
 
+PILLOW = int(version("pillow").partition(".")[0])
 HIGH, WIDE = 2, 3
 RNG = np.random.default_rng(0)
 
@@ -109,8 +111,11 @@ LOST = {
 def test_a_tiff_of_planes_that_pillow_mixes_up_is_refused_by_name(name):
     photometric, samples, bits, options, mode = LOST[name]
     file, _ = planes(photometric, samples, bits, **options)
-    assert probe(file, max_pixels=1000).image_hw == (HIGH, WIDE)
     layout = f"a TIFF of {samples} samples of {bits} bits in planes (mode {mode})"
+    if mode == "La" and PILLOW < 13:  # which does not open it
+        layout = f"a TIFF of {samples} samples of {bits} bits, unsigned, little-endian,"
+    else:
+        assert probe(file, max_pixels=1000).image_hw == (HIGH, WIDE)
     with pytest.raises(BadImage, match=f"^{re.escape(layout)} has no rule to become RGB$") as found:
         decoded(file, (HIGH, WIDE))
     assert found.value.reason == "unsupported mode"
@@ -144,6 +149,23 @@ def test_a_tiff_of_signed_bytes_is_refused_by_name():
     message = "a TIFF of signed bytes has no rule to become RGB"
     with pytest.raises(BadImage, match=f"^{message}$"):
         decoded(file, (HIGH, WIDE))
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_a_tiff_of_ycbcr_is_that_whatever_follows_its_strips(order):
+    tags = {258: [8] * 3, 259: 1, 262: 6, 277: 3, 278: 1, 530: [1, 1]}
+    file = tiff(order, tags, [bytes([76, 85, 255] * WIDE)] * HIGH) + bytes(100)
+    assert np.abs(decoded(file, (HIGH, WIDE)) - [255, 0, 0]).max() <= 3
+
+
+@pytest.mark.parametrize(("said", "places"), [({}, "2 x 2"), ({530: [2, 1]}, "2 x 1")])
+def test_a_tiff_of_ycbcr_of_fewer_colours_is_refused_by_name(said, places):
+    tags = {258: [8] * 3, 259: 1, 262: 6, 277: 3, **said}
+    file = tiff("<", tags, [bytes(3 * HIGH * WIDE)])
+    layout = f"a TIFF of YCbCr without compression, its colours in {places} pixels,"
+    with pytest.raises(BadImage, match=f"^{layout} has no rule to become RGB$") as found:
+        decoded(file, (HIGH, WIDE))
+    assert found.value.reason == "unsupported mode"
 
 
 INDICES = RNG.integers(0, 2, (HIGH, WIDE))
@@ -278,7 +300,7 @@ def test_a_picture_of_the_callers_that_is_not_loaded_is_mended_too():
 def gif(canvas_hw, place, transparency=None):
     """A GIF file whose one frame lies at (left, top) of a larger canvas, and the frame's pixels."""
     palette = RNG.integers(0, 256, (4, 3), np.uint8)
-    frame = Image.fromarray(RNG.integers(0, 4, (HIGH, WIDE), np.uint8), "P")
+    frame = Image.frombytes("P", (WIDE, HIGH), RNG.integers(0, 4, (HIGH, WIDE), np.uint8).tobytes())
     frame.putpalette(palette.tobytes())
     options = {} if transparency is None else {"transparency": transparency}
     file = encode(frame, "GIF", **options)
