@@ -75,6 +75,9 @@ PACKAGES = (
 )
 RAY = {"num_cpus": 2, "object_store_memory": 200 * 2**20, "include_dashboard": False}
 RAY |= {"_node_ip_address": "127.0.0.1", "logging_level": "ERROR"}
+# Ray puts a machine's outer address in place of 127.0.0.1, where the cluster then does not listen.
+HEAD, SECOND = "127.0.0.2", "127.0.0.3"
+NODES_KILLED = 3
 BILLION, BLOCK = 10**9, 1000
 DRAWN = random.Random(0)  # noqa: S311
 
@@ -129,6 +132,35 @@ def dask() -> Iterator[Any]:
 
 
 @contextmanager
+def two_nodes() -> Iterator[Any]:
+    """Two nodes of Ray on this machine, of one processor each, and an executor that joins them."""
+    with cluster() as (_, executor):
+        yield executor
+
+
+@contextmanager
+def cluster() -> Iterator[tuple[Any, Any]]:
+    """A Ray cluster whose head and second node have addresses, raylets and workers of their own."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster()
+    try:
+        node_of(made, HEAD, include_dashboard=False)
+        node_of(made, SECOND)
+        joined = {"_node_ip_address": HEAD, "logging_level": "ERROR"}
+        with packpipe.RayExecutor(made.address, **joined) as executor:
+            yield made, executor
+    finally:
+        made.shutdown()
+
+
+def node_of(made: Any, address: str, **options: Any) -> Any:
+    """Add a node of one processor to a cluster."""
+    store = RAY["object_store_memory"]
+    return made.add_node(num_cpus=1, node_ip_address=address, object_store_memory=store, **options)
+
+
+@contextmanager
 def here() -> Iterator[Any]:
     """No executor."""
     yield None
@@ -142,6 +174,7 @@ def engines(source: str, work: Path) -> list[tuple[str, float, str]]:
         "pool of 2 processes": processes,
         "Dask, 2 workers": dask,
         "Ray, 2 CPUs": lambda: packpipe.RayExecutor(**RAY),
+        "Ray, 2 nodes": two_nodes,
     }
     for number, (name, context) in enumerate(made.items()):
         output = work / f"engine-{number}"
@@ -240,6 +273,37 @@ def killed_workers(source: str, work: Path, kills: int, seconds: float) -> Count
             pack(source, str(output), executor)
             thread.join()
             found[digest_of(output)] += 1
+            shutil.rmtree(output)
+    return found
+
+
+def killed_nodes(source: str, work: Path, kills: int, seconds: float) -> Counter[str]:
+    """Kill the second node of a Ray cluster while it builds a window; the head ends the build."""
+    found: Counter[str] = Counter()
+    with cluster() as (made, executor):
+        while found["killed"] < kills:
+            output = work / f"node-{found.total()}"
+            (node,) = made.worker_nodes or [node_of(made, SECOND)]
+            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+            def kill(output: Path = output, raylet: psutil.Process = raylet) -> None:
+                while not list(output.glob("_commits/*.json")):
+                    time.sleep(0.01)
+                time.sleep(DRAWN.uniform(0, seconds))
+                processes = [raylet, *raylet.children(recursive=True)]
+                found["killed"] += any(map(is_busy, processes))
+                found["processes of nodes"] += len(processes)
+                found["commits when killed"] += left_in(output)[0]
+                for process in processes:
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
+
+            thread = Thread(target=kill)
+            thread.start()
+            pack(source, str(output), executor)
+            thread.join()
+            found[digest_of(output)] += 1
+            made.remove_node(node, allow_graceful=False)
             shutil.rmtree(output)
     return found
 
@@ -413,6 +477,10 @@ then continued: {told(found["drivers"], reference)}.
 Ray workers killed with SIGKILL at such moments, one a build, which goes on by itself:
 {told(found["workers"], reference)}.
 
+Nodes of Ray killed with SIGKILL (raylet, workers and what they had started) at such moments, one a
+build, of a cluster of a head and a second node, which is killed; the head ends the build:
+{told(found["nodes"], reference)}.
+
 From a stand-in of S3 (moto) to the same, by a pool of 2 processes: folder
 {"same" if digest == reference else "DIFFERS"}; all requests: {asked}.
 
@@ -466,6 +534,8 @@ def main() -> None:
         print(found["drivers"], flush=True)
         found["workers"] = killed_workers(source, work, arguments.kills, seconds / 2)
         print(found["workers"], flush=True)
+        found["nodes"] = killed_nodes(source, work, NODES_KILLED, seconds / 2)
+        print(found["nodes"], flush=True)
         found["s3"] = in_s3(source, work)
         print(found["s3"], flush=True)
         found["dispatch"] = dispatch(source, work)
