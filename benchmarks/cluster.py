@@ -52,6 +52,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Dataset
 
 import packpipe
 from packpipe import ImageFiles, PackConfig
@@ -75,6 +76,9 @@ PACKAGES = (
 )
 RAY = {"num_cpus": 2, "object_store_memory": 200 * 2**20, "include_dashboard": False}
 RAY |= {"_node_ip_address": "127.0.0.1", "logging_level": "ERROR"}
+# Ray puts a machine's outer address in place of 127.0.0.1, where the cluster then does not listen.
+HEAD, SECOND = "127.0.0.2", "127.0.0.3"
+NODES_KILLED = 3
 BILLION, BLOCK = 10**9, 1000
 DRAWN = random.Random(0)  # noqa: S311
 
@@ -129,34 +133,86 @@ def dask() -> Iterator[Any]:
 
 
 @contextmanager
+def two_nodes() -> Iterator[Any]:
+    """Two nodes of Ray on this machine, of one processor each, and an executor that joins them."""
+    with cluster() as (_, executor):
+        yield executor
+
+
+@contextmanager
+def cluster() -> Iterator[tuple[Any, Any]]:
+    """A Ray cluster whose head and second node have addresses, raylets and workers of their own."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster()
+    try:
+        node_of(made, HEAD, include_dashboard=False)
+        node_of(made, SECOND)
+        joined = {"_node_ip_address": HEAD, "logging_level": "ERROR"}
+        with packpipe.RayExecutor(made.address, **joined) as executor:
+            yield made, executor
+    finally:
+        made.shutdown()
+
+
+def node_of(made: Any, address: str, **options: Any) -> Any:
+    """Add a node of one processor to a cluster."""
+    store = RAY["object_store_memory"]
+    return made.add_node(num_cpus=1, node_ip_address=address, object_store_memory=store, **options)
+
+
+@contextmanager
 def here() -> Iterator[Any]:
     """No executor."""
     yield None
 
 
-def engines(source: str, work: Path) -> list[tuple[str, float, str]]:
-    """Return (engine, seconds, digest) of each engine."""
+def processor_seconds() -> float:
+    """Return the processor time of this process and all that it has started and that still runs."""
+    found = 0.0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            found += sum(process.cpu_times()[:4])  # with children that ended
+    return found
+
+
+def pack_whole(source: str, output: str) -> None:
+    """Pack the same images as one `Dataset`, by two processes that decode."""
+    rows = Dataset.from_parquet(f"{source}/*.parquet", cache_dir=f"{output}-cache")
+    table.FILE_BYTES, table.BATCH_BYTES = 32 * 2**20, 16 * 2**20
+    packpipe.pack(rows, 1024, output=output, num_workers=2, progress=False)
+
+
+def engines(source: str, work: Path) -> list[tuple[str, float, float, str]]:
+    """Return (engine, seconds, processor seconds, digest) of each engine."""
     found = []
     made: dict[str, Callable[[], Any]] = {
         "`executor=None`": here,
         "pool of 2 processes": processes,
         "Dask, 2 workers": dask,
         "Ray, 2 CPUs": lambda: packpipe.RayExecutor(**RAY),
+        "Ray, 2 nodes": two_nodes,
     }
     for number, (name, context) in enumerate(made.items()):
         output = work / f"engine-{number}"
+        used = processor_seconds()
         with context() as executor:
             began = time.perf_counter()
             pack(source, str(output), executor)
             seconds = time.perf_counter() - began
-        found.append((name, seconds, digest_of(output)))
-    output, began = work / "parts", time.perf_counter()
+            used = processor_seconds() - used
+        found.append((name, seconds, used, digest_of(output)))
+    output, began, used = work / "parts", time.perf_counter(), processor_seconds()
     for some in (["1/2", "2/2"], ["finish"]):
         drivers = [driver(source, output, part) for part in some]
         if any(process.wait() for process in drivers):
             raise SystemExit(f"{some} failed")
-    seconds = time.perf_counter() - began
-    return [*found, ("two `--part` and `--finish`", seconds, digest_of(output))]
+    seconds, used = time.perf_counter() - began, processor_seconds() - used
+    found.append(("two `--part` and `--finish`", seconds, used, digest_of(output)))
+    began, used = time.perf_counter(), processor_seconds()
+    pack_whole(source, str(work / "whole"))
+    seconds, used = time.perf_counter() - began, processor_seconds() - used
+    return [*found, ("`pack(Dataset, num_workers=2)`", seconds, used, "")]
 
 
 def driver(source: str, output: Path, what: str = "all") -> subprocess.Popen[bytes]:
@@ -240,6 +296,37 @@ def killed_workers(source: str, work: Path, kills: int, seconds: float) -> Count
             pack(source, str(output), executor)
             thread.join()
             found[digest_of(output)] += 1
+            shutil.rmtree(output)
+    return found
+
+
+def killed_nodes(source: str, work: Path, kills: int, seconds: float) -> Counter[str]:
+    """Kill the second node of a Ray cluster while it builds a window; the head ends the build."""
+    found: Counter[str] = Counter()
+    with cluster() as (made, executor):
+        while found["killed"] < kills:
+            output = work / f"node-{found.total()}"
+            (node,) = made.worker_nodes or [node_of(made, SECOND)]
+            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+            def kill(output: Path = output, raylet: psutil.Process = raylet) -> None:
+                while not list(output.glob("_commits/*.json")):
+                    time.sleep(0.01)
+                time.sleep(DRAWN.uniform(0, seconds))
+                processes = [raylet, *raylet.children(recursive=True)]
+                found["killed"] += any(map(is_busy, processes))
+                found["processes of nodes"] += len(processes)
+                found["commits when killed"] += left_in(output)[0]
+                for process in processes:
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
+
+            thread = Thread(target=kill)
+            thread.start()
+            pack(source, str(output), executor)
+            thread.join()
+            found[digest_of(output)] += 1
+            made.remove_node(node, allow_graceful=False)
             shutil.rmtree(output)
     return found
 
@@ -377,7 +464,7 @@ def told(match: Counter[str], reference: str) -> str:
 
 def report(found: dict[str, Any], arguments: argparse.Namespace) -> str:
     """Return the page of results."""
-    reference = found["engines"][0][2]
+    reference = found["engines"][0][-1]
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(": ")[1] for line in cpuinfo if "model name" in line), "?").strip()
@@ -385,8 +472,9 @@ def report(found: dict[str, Any], arguments: argparse.Namespace) -> str:
     asked = ", ".join(f"{number} {what}" for what, number in sorted(requests.items()))
     b, (micro, sent) = found["billion"], found["dispatch"]
     engines = "\n".join(
-        f"| {name} | {seconds:.1f} | {'same' if own == reference else 'DIFFERS'} |"
-        for name, seconds, own in found["engines"]
+        f"| {name} | {seconds:.1f} | {used:.1f} | "
+        f"{'' if not own else 'same' if own == reference else 'DIFFERS'} |"
+        for name, seconds, used, own in found["engines"]
     )
     losses = "\n".join(
         f"| {order} | {rows:,} | {packs:,} | {whole:,} | {packs / whole - 1:+.3%} |"
@@ -400,11 +488,12 @@ def report(found: dict[str, Any], arguments: argparse.Namespace) -> str:
 
 {NUM_IMAGES:,} real images in row groups of {PER_BLOCK}, windows of about {WINDOW_ROWS},
 `seq_len=1024`, one process that decodes beside each that packs. Folders are compared byte for
-byte, with their commits. Seconds are of one build each, on a machine that was not idle, and
-hold the starts of processes and their imports.
+byte, with their commits. Seconds are of one build each, on a machine that was not idle. Processor
+seconds are of all processes, with their starts and imports, the scheduler's own too, up to the end
+of the build. The last line packs the same images without windows.
 
-| engine | s | folder |
-| --- | ---: | --- |
+| engine | s | processor s | folder |
+| --- | ---: | ---: | --- |
 {engines}
 
 Drivers killed with SIGKILL, with all that they had started, at moments drawn from their builds,
@@ -412,6 +501,10 @@ then continued: {told(found["drivers"], reference)}.
 
 Ray workers killed with SIGKILL at such moments, one a build, which goes on by itself:
 {told(found["workers"], reference)}.
+
+Nodes of Ray killed with SIGKILL (raylet, workers and what they had started) at such moments, one a
+build, of a cluster of a head and a second node, which is killed; the head ends the build:
+{told(found["nodes"], reference)}.
 
 From a stand-in of S3 (moto) to the same, by a pool of 2 processes: folder
 {"same" if digest == reference else "DIFFERS"}; all requests: {asked}.
@@ -466,6 +559,8 @@ def main() -> None:
         print(found["drivers"], flush=True)
         found["workers"] = killed_workers(source, work, arguments.kills, seconds / 2)
         print(found["workers"], flush=True)
+        found["nodes"] = killed_nodes(source, work, NODES_KILLED, seconds / 2)
+        print(found["nodes"], flush=True)
         found["s3"] = in_s3(source, work)
         print(found["s3"], flush=True)
         found["dispatch"] = dispatch(source, work)

@@ -227,7 +227,7 @@ def report(found: dict[str, Any], options: argparse.Namespace) -> str:
     out = io.StringIO()
     windows, files, workers = found["windows"], found["files"], options.workers
     work = found["photographs"] * options.images / workers
-    out.write(f"""# Ten billion images on a thousand workers: the driver
+    out.write(f"""# {options.images:,} images on {workers:,} workers: the driver
 
 {datetime.date.today()}, `python benchmarks/ten_billion.py --data FOLDER --images {options.images}
 --workers {workers}`: one core of {os.cpu_count()} ({cpu}), shared with others, CPython
@@ -253,8 +253,26 @@ comes back to the driver. It is sent {found["sent"] / windows:,.0f} bytes a wind
 What it waits for, at an assumed {ANSWER * 1e3:.0f} ms an answer: {reading / 60:,.0f} minutes to
 read all commits, {AT_ONCE} at once, when it starts again at the very end; {listing / 60:,.1f}
 minutes to list all names once, {LISTED:,} at a time.
+
+{bottleneck(found, options)}
 """)
     return out.getvalue()
+
+
+def bottleneck(found: dict[str, Any], options: argparse.Namespace) -> str:
+    """Return what limits a driver: how many workers it serves, and the memory that it ends with."""
+    steps = {name: value for name, value in found.items() if isinstance(value, tuple)}
+    cut, dispatched, completed, _ = steps.values()
+    busiest = max(steps, key=lambda name: steps[name][0])
+    total = sum(seconds for seconds, _ in steps.values())
+    own = dispatched[0] / found["windows"]
+    served = found["photographs"] * options.images / found["windows"] / own
+    grown = (completed[1] - cut[1]) / options.images * 1e9
+    return f"""Most of the {total:,.0f} processor seconds go to one step: {busiest}. Dispatch and
+commits take {own * 1e3:.2f} ms a window together, so one core of a driver would serve {served:,.0f}
+workers that decode as fast as this machine. The bottleneck is the manifest, by its memory: the
+records of all files of rows are held until it names them, {grown:.2f} GiB a billion images, so
+{cut[1] + 10 * grown:.1f} GiB at ten billion."""
 
 
 def main() -> None:

@@ -203,6 +203,7 @@ def on_ray(asked: dict[str, Any]) -> None:
     with short, packpipe.RayExecutor(**options) as executor:
         built(build_of(Path(asked["source"]), asked["output"]), executor)
         error = executor.submit(int, "three").exception()
+        found["data"] = packed_by_ray_data(Path(asked["source"]))
         found["error"] = [isinstance(error, ValueError), str(error).splitlines()[-1]]
         waiting = [executor.submit(time.sleep, 3600) for _ in range(4)]
         executor.shutdown(cancel_futures=True)
@@ -212,6 +213,28 @@ def on_ray(asked: dict[str, Any]) -> None:
         except RuntimeError as error_after:
             found["after"] = str(error_after)
     say(json.dumps(found))
+
+
+def packed_by_ray_data(source: Path) -> dict[str, bool]:
+    """Say whether Ray Data's batches, of each format, are packed to the rows of their table."""
+    import numpy as np
+    import ray.data
+
+    import packpipe
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    packer = packpipe.Packer(**OPTIONS, on_error="drop")
+    path = str(min(source.glob("*.parquet")))
+    pixels = [np.full((4 + row, 8, 3), row, np.uint8) for row in range(3)]
+    data = {"encoded": ray.data.read_parquet(path)}
+    data["pixels"] = ray.data.from_items([{"image": one} for one in pixels], override_num_blocks=1)
+    wanted = {"encoded": packer(pq.read_table(path)), "pixels": packer({"image": pixels})}
+    found = {}
+    for name, form in ((name, form) for name in data for form in ("pyarrow", "numpy")):
+        rows = data[name].map_batches(packer, batch_format=form, batch_size=None)
+        tables = ray.get(rows.to_arrow_refs())
+        found[f"{name}, {form}"] = pa.concat_tables(tables).to_pydict() == wanted[name].to_pydict()
+    return found
 
 
 def in_s3(asked: dict[str, Any]) -> None:

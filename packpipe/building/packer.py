@@ -37,6 +37,9 @@ from packpipe.sources.survey import probe_sizes
 
 # Raised whenever the rows of a batch change, so that `map` does not take those of before.
 _OUTPUT = 2
+_IMAGE_FIELDS = {"bytes", "path"}  # of the struct that an encoded image is
+# What Spark lacks: uint64 is left as it is, since no signed number holds it.
+_SIGNED = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64()}
 log = logging.getLogger(__name__)
 
 ON_ERROR = ("raise", "drop")
@@ -52,6 +55,8 @@ class Packer:
 
     It also packs Arrow tables, record batches and iterators of them, data frames, and dicts of
     NumPy arrays or lists: the batches of Ray Data's ``map_batches`` and Spark's ``mapInArrow``.
+    Spark knows neither lists of one size nor unsigned numbers, so the rows of an iterator have
+    plain lists and signed numbers; ``cast`` to the schema of any other rows makes them packed rows.
     Arrays are packed as the pixels they are. In its own formats (numpy, torch) `datasets` decodes
     images by rules of its own, which know no palettes and no CMYK: pack those without a format.
     Padding of sequences (``attention_mask`` 0) and empty sequences are left out, as in `pack`.
@@ -112,10 +117,10 @@ class Packer:
 
         Returns:
             a ``pyarrow.Table``, of several chunks where a column has more than 2 GiB of texts or
-            2**31 tokens; for an iterator, an iterator of record batches.
+            2**31 tokens; for an iterator, an iterator of record batches of plain types.
         """
         if isinstance(batch, Iterator):
-            return (rows for one in batch for rows in self(one).to_batches())
+            return (_plain(rows) for one in batch for rows in self(one).to_batches())
         numbers = None if indices is None else np.asarray(indices, np.int64)
         planned = self._planned(_as_dataset(batch), numbers)
         self._settle(planned.rejects, numbers is not None)
@@ -184,10 +189,37 @@ def _as_dataset(batch: Any) -> Dataset:
         expected = "a batch of Dataset.map, Arrow's table, or a dict of columns"
         remedy = "use map(packer, batched=True)"
         raise TypeError(checks.sentence("type(batch)", type(batch).__name__, expected, remedy))
+    if features is None:
+        table = _in_known_types(table)
     known = Features.from_arrow_schema(table.schema) if features is None else features
     found = Features({name: _feature(known[name]) for name in table.column_names})
     # Without a given fingerprint `datasets` would hash all that the batch holds.
     return Dataset(table, DatasetInfo(features=found), fingerprint="batch")
+
+
+def _in_known_types(table: pa.Table) -> pa.Table:
+    """Return a table with its tensors as lists and its encoded images as `datasets` has them."""
+    for place, field in enumerate(table.schema):
+        column = table.column(place)
+        if isinstance(field.type, pa.BaseExtensionType) and "tensor" in field.type.extension_name:
+            table = table.set_column(place, field.name, _column(field.name, _tensors(column)))
+        # Where all paths are None, Arrow makes of dicts a struct whose paths have no type.
+        elif (
+            pa.types.is_struct(field.type) and {inner.name for inner in field.type} == _IMAGE_FIELDS
+        ):
+            chunks = [Image().cast_storage(chunk) for chunk in column.chunks]
+            whole = pa.chunked_array(chunks, Image().pa_type)
+            table = table.set_column(place, field.with_type(whole.type), whole)
+    return table
+
+
+def _tensors(column: pa.ChunkedArray) -> Iterator[NDArray[Any]]:
+    """Yield the arrays of a column of tensors, as Arrow has them, and Ray in types of its own."""
+    for chunk in column.chunks:
+        if isinstance(chunk, pa.FixedShapeTensorArray):
+            yield from chunk.to_numpy_ndarray()
+        else:
+            yield from chunk.to_numpy(zero_copy_only=False)
 
 
 def _table(data: Any) -> pa.Table:
@@ -258,7 +290,18 @@ def _nested(arrays: list[NDArray[Any]], ndim: int) -> pa.Array:
 
 def _feature(feature: Any) -> Any:
     """Return a column's feature; encoded images outside `datasets` are plain structs."""
-    return Image() if isinstance(feature, dict) and set(feature) == {"bytes", "path"} else feature
+    return Image() if isinstance(feature, dict) and set(feature) == _IMAGE_FIELDS else feature
+
+
+def _plain(rows: pa.RecordBatch) -> pa.RecordBatch:
+    """Return rows in types that Spark has: lists of any size, and signed numbers that hold them."""
+    return rows.cast(pa.schema([(field.name, _plain_type(field.type)) for field in rows.schema]))
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.list_(_plain_type(kind.value_type))
+    return _SIGNED.get(kind, kind)
 
 
 def _without_numbers(rows: pa.Table) -> pa.Table:

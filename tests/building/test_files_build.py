@@ -237,6 +237,8 @@ def test_ray_gives_the_same_folder_and_its_errors_are_those_of_the_task(source, 
     found = json.loads(run.said.splitlines()[-1])
     assert found["error"][0]
     assert "invalid literal for int() with base 10: 'three'" in found["error"][1]
+    forms = [f"{what}, {form}" for what in ("encoded", "pixels") for form in ("pyarrow", "numpy")]
+    assert found["data"] == dict.fromkeys(forms, True)
     assert found["cancelled"] == [True] * 4
     assert found["after"] == "cannot schedule new futures after shutdown"
     assert contents(tmp_path / "out") == whole
