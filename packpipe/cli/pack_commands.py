@@ -46,6 +46,9 @@ from packpipe.cli.pack_windows import pack_windows
 from packpipe.cli.packed_source import source_to_pack
 
 _MOST_IN_A_ROW = 100  # bad examples, as `packpipe.pack` has it
+# What the table of `suggest_seq_len` is read by.
+_CHOICES = """<  the shortest that pads 1% at most, or else the one that pads least
+masked ÷ segment attention: work of attention over whole rows, beside that within segments"""
 
 
 @one_line_errors
@@ -278,4 +281,4 @@ def _print_plan(
     print_table(planned.what, found)
     if len(planned.plan.packs.lengths):
         choices = suggest_seq_len(planned.plan.packs.lengths)
-        typer.echo(f"\nother seq_len for these token counts:\n{choices}")
+        typer.echo(f"\nother seq_len for these token counts:\n{choices}\n\n{_CHOICES}")

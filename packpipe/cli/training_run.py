@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from datasets.utils import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from packpipe import checks
 from packpipe.augmenting.augment import Augment
@@ -280,7 +281,11 @@ def with_bar(run: Iterator[Record], steps: int, output: Path) -> Iterator[Record
     """Yield records; meanwhile a terminal shows the steps, their rate and the time that is left."""
     before = [int(path.name.removeprefix("step-")) for path in checkpoints(output)]
     # disable=None: where stderr is no terminal, nothing is shown.
-    with tqdm(total=steps, initial=max(before, default=0), unit="step", disable=None) as bar:
+    with ExitStack() as stack:
+        first = max(before, default=0)
+        bar = stack.enter_context(tqdm(total=steps, initial=first, unit="step", disable=None))
+        if not bar.disable:  # or else a warning is written into the bar
+            stack.enter_context(logging_redirect_tqdm(tqdm_class=tqdm))
         for record in run:
             bar.update(record.step - bar.n)
             yield record

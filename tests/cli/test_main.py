@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -175,7 +176,9 @@ def test_a_plan_is_what_packing_gives(few, packed):
     summary = packpipe.summarize(packed)
     assert found["fill"] == summary.quality.fill
     assert found["gap"] == summary.quality.gap
-    assert "other seq_len" in told("plan", few, "--seq-len", 256)
+    said = told("plan", few, "--seq-len", 256)
+    assert "other seq_len" in said
+    assert re.search(r" <\n.*^<  the shortest that pads 1% at most", said, re.DOTALL | re.MULTILINE)
 
 
 def test_token_sequences_are_planned_and_packed(texts, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import shutil
 import sys
@@ -294,6 +295,14 @@ def test_a_terminal_shows_steps_and_the_time_that_is_left(tmp_path, monkeypatch)
     shown = sys.stderr.getvalue()
     assert re.search(r"60%.*6/10", shown)
     assert re.search(r"100%.*10/10 \[\d\d:\d\d<00:00, .*step", shown)
+
+    def warned():
+        logging.getLogger("packpipe.loading").warning("example 3 left out")
+        yield from records
+
+    assert list(with_bar(warned(), 10, tmp_path)) == records
+    assert re.search(r"^(.*\r)?example 3 left out\n", sys.stderr.getvalue(), re.MULTILINE)
+    assert not re.search(r"step\S* *example", sys.stderr.getvalue())
     monkeypatch.setattr("sys.stderr", io.StringIO())
     assert list(with_bar(iter(records), 10, tmp_path)) == records
     assert sys.stderr.getvalue() == ""
