@@ -280,5 +280,7 @@ def _print_plan(
     ]
     print_table(planned.what, found)
     if len(planned.plan.packs.lengths):
-        choices = suggest_seq_len(planned.plan.packs.lengths)
-        typer.echo(f"\nother seq_len for these token counts:\n{choices}\n\n{_CHOICES}")
+        limit = options.get("max_segments")
+        choices = suggest_seq_len(planned.plan.packs.lengths, max_segments=limit)
+        heading = "other seq_len for these token counts, each by --strategy ffd"
+        typer.echo(f"\n{heading}:\n{choices}\n\n{_CHOICES}")

@@ -178,6 +178,10 @@ def test_a_plan_is_what_packing_gives(few, packed):
     assert found["gap"] == summary.quality.gap
     said = told("plan", few, "--seq-len", 256)
     assert "other seq_len" in said
+    alone = told("plan", few, "--seq-len", 256, "--max-segments", 1)
+    table = alone.split("each by --strategy ffd:\n")[1].split("\n\n")[0].splitlines()[1:]
+    assert len(table) > 1
+    assert all(line.split()[3:5] == ["1.00", "(1)"] for line in table)
     assert re.search(r" <\n.*^<  the shortest that pads 1% at most", said, re.DOTALL | re.MULTILINE)
 
 
