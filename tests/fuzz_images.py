@@ -63,6 +63,7 @@ ADDRESS_BYTES = 2 * 2**30  # beyond what it starts with, the system refuses a pr
 M_PERTURB = -6  # glibc: fill what is allocated and freed
 LIBC = ctypes.CDLL(None)
 WORDS = "decode printed"  # no breach
+_ADDRESS = re.compile(r"\b0x[0-9a-f]{7,}\b(?! pixels)")  # not a size of no height
 FORK = multiprocessing.get_context("fork")
 STATE = struct.Struct("q")  # the case a child is at
 TURBO = PixelRules((0, 0, 0), MAX_PIXELS, None, "bicubic", "bicubic", "srgb", pixels="turbo")
@@ -143,7 +144,7 @@ class Examiner:
             found: tuple[Any, ...] = ("rows", pixels.tobytes())
         except BadImage as error:
             found = error.reason, error.exception
-            if error.reason not in REASONS or re.search(r"\b0x[0-9a-f]{7}", error.exception):
+            if error.reason not in REASONS or _ADDRESS.search(error.exception):
                 self._problems.append(("unlisted reject", f"{error.reason}: {error.exception}"))
         except BaseException as error:  # noqa: BLE001
             frame = traceback.extract_tb(error.__traceback__)[-1]
