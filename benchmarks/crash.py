@@ -1,9 +1,10 @@
 """Builds that are killed at random moments, and on disks that fill: do they end in the same bytes?
 
     pip install -c tests/constraints.txt -e .
-    python benchmarks/crash.py --data FOLDER [--builds 100]
+    python benchmarks/crash.py --data FOLDER [--builds 100] [--pixels turbo]
 
-FOLDER holds pictures.parquet and jpegs.parquet (column image). Writes benchmarks/results/crash.md.
+FOLDER holds pictures.parquet and jpegs.parquet (column image). Writes benchmarks/results/crash.md,
+or crash_turbo.md of rows made with that engine.
 Each build is killed with SIGKILL at a moment drawn from all of it, started again, killed again with
 probability 1/2, and so on; whatever it ends in is compared, byte for byte, with a build that nobody
 has killed. Then a build runs on a small tmpfs, mounted in a namespace of its own, that another file
@@ -73,7 +74,7 @@ def source_of(data: Path, num_images: int) -> Dataset:
     return Dataset.from_dict({"image": stored}, features=Features(image=Image()))
 
 
-def build(source: str | Path, folder: str | Path, num_workers: int) -> None:
+def build(source: str | Path, folder: str | Path, num_workers: int, pixels: str) -> None:
     """Build in shards of five rows and batches of two."""
     table.BATCH_BYTES, table.FILE_BYTES = 2 * ROW_BYTES, 5 * ROW_BYTES
     packpipe.pack(
@@ -81,6 +82,7 @@ def build(source: str | Path, folder: str | Path, num_workers: int) -> None:
         SEQ_LEN,
         output=folder,
         num_workers=num_workers,
+        pixels=pixels,
         max_bad_fraction=1.0,
         progress=False,
     )
@@ -154,22 +156,24 @@ class Reference:
     folder: Path
     num_shards: int
     seconds: dict[int, float]
+    pixels: str
 
 
-def undisturbed(source: Path, work: Path) -> Reference:
+def undisturbed(source: Path, work: Path, pixels: str) -> Reference:
     """Return the reference, after a build with each number of workers."""
     seconds = {}
     for number, num_workers in enumerate((2, 0, 1, 2)):  # the first one warms up
         own = Path(shutil.copytree(source, work / f"source {number}"))
         folder = work / f"out {number}"
-        process = started({"source": str(own), "folder": str(folder), "num_workers": num_workers})
+        task = {"source": str(own), "folder": str(folder), "pixels": pixels}
+        process = started({**task, "num_workers": num_workers})
         begun = time.perf_counter()
         said = process.communicate()[0]
         seconds[num_workers] = time.perf_counter() - begun
         if said != "done\n" or differences(folder, work / "out 0"):
             raise RuntimeError(f"a build that nobody kills gives no or other bytes: {said}")
     num_shards = len(list(folder.glob("data-*")))
-    return Reference(folder, num_shards, seconds)
+    return Reference(folder, num_shards, seconds, pixels)
 
 
 @dataclass
@@ -224,7 +228,7 @@ def killed(number: int, source: Path, work: Path, reference: Reference) -> Outco
     own, folder = work / "source", work / "out"
     whole_session = bool(number % 2)
     num_workers = (2, 0, 2, 1)[number // 2 % 4]
-    task = {"source": str(own), "folder": str(folder)}
+    task = {"source": str(own), "folder": str(folder), "pixels": reference.pixels}
     num_kills = 0
     while num_kills == 0 or draw.random() < 0.5:
         if num_kills == 0:  # the first time, or finished before its kill
@@ -304,7 +308,7 @@ def report(outcome: Outcome, num_builds: int) -> list[str]:
     return [*lines, ""]
 
 
-def fill_up(source: str, disk: str, reference: str) -> dict[str, Any]:
+def fill_up(source: str, disk: str, reference: str, pixels: str) -> dict[str, Any]:
     """Build where there is no room, where another file takes it meanwhile, and where it is back."""
     folder, other = Path(disk, "out"), Path(disk, "other")
     num_files = len(list(Path(reference).glob("data-*")))
@@ -321,7 +325,7 @@ def fill_up(source: str, disk: str, reference: str) -> dict[str, Any]:
 
     def error_of_build() -> str:
         try:
-            build(source, folder, 2)
+            build(source, folder, 2, pixels)
         except OSError as error:
             return str(error).replace(disk, "DISK")
         return "none"
@@ -359,6 +363,7 @@ def full_disk(source: Path, work: Path, reference: Reference) -> str:
     disk.mkdir()
     taken = sum(path.stat().st_size for path in reference.folder.iterdir())
     task = {"source": str(source), "disk": str(disk), "reference": str(reference.folder)}
+    task["pixels"] = reference.pixels
     mounted = ["unshare", "-rm", "sh", "-c", MOUNT, str(disk), str(taken * 5 // 4)]
     found = json.loads(started(task, mounted).communicate()[0])
     size, refused_after = found["disk"] / 1e6, found["refused after"]
@@ -378,13 +383,14 @@ def full_disk(source: Path, work: Path, reference: Reference) -> str:
     )
 
 
-def about(num_builds: int) -> str:
+def about(num_builds: int, num_images: int, pixels: str) -> str:
     """Return where and with what this ran."""
     cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     names = ("packpipe", "numpy", "pyarrow", "datasets", "pillow", "filelock", "xxhash")
     return (
         f"{datetime.date.today()}, `python benchmarks/crash.py --data FOLDER --builds "
-        f"{num_builds}`: {os.cpu_count()} cores ({cpu}), shared with others, Linux "
+        f"{num_builds} --images {num_images} --pixels {pixels}`: "
+        f"{os.cpu_count()} cores ({cpu}), shared with others, Linux "
         f"{platform.release()}. CPython {platform.python_version()}, "
         f"{', '.join(f'{name} {version(name)}' for name in names)}.\n"
     )
@@ -396,6 +402,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path())
     parser.add_argument("--builds", type=int, default=100)
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--pixels", choices=("pillow", "turbo"), default="pillow")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -413,7 +420,7 @@ def main() -> None:
         work, source = Path(folder), Path(folder, "source")
         datasets.config.HF_DATASETS_CACHE = work / "cache"
         source_of(options.data, options.images).save_to_disk(source)
-        reference = undisturbed(source, work)
+        reference = undisturbed(source, work, options.pixels)
         begun = time.perf_counter()
         outcome = killed_builds(options.builds, source, work, reference)
         took = time.perf_counter() - begun
@@ -428,12 +435,16 @@ def main() -> None:
             f"Half of the builds begin with 2 such processes, the others with 0 or 1; a restart "
             f"draws anew. Two builds at a time, {took / 60:.1f} minutes.\n"
         )
-        parts = ["# Killed builds and full disks\n", about(options.builds)]
+        parts = [
+            "# Killed builds and full disks\n",
+            about(options.builds, options.images, options.pixels),
+        ]
         parts += ["## Killed at random moments\n", note, *report(outcome, options.builds)]
         parts += ["## A disk that fills\n", full_disk(source, work, reference)]
     print("\n".join(parts))
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "crash.md").write_text("\n".join(parts), encoding="utf-8")
+    name = "crash.md" if options.pixels == "pillow" else f"crash_{options.pixels}.md"
+    (options.out / name).write_text("\n".join(parts), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import tempfile
 import threading
@@ -50,7 +51,10 @@ from packpipe.images.decode import PixelRules, decode, pixel_rules, probe
 from packpipe.images.fill import ImageTask, fill_row
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("engines", "apart", "floor", "build", "moved", "curve", "memory", "compression")
+PARTS = (
+    *("engines", "decoders", "shares", "apart", "floor", "build", "moved", "curve", "memory"),
+    "compression",
+)
 TARGETS = {"cap 128²": 64, "cap 224²": 196, "native": None}
 CURVE = {64: 16, 96: 36, 128: 64, 224: 196, 320: 400, 416: 676, 512: None}
 ONE_WORKER = "`packpipe.pack`, 1 worker"
@@ -216,6 +220,68 @@ def engines(sets: dict[str, Dataset], rounds: int) -> Iterator[Row]:
             for way, taken in times.items():
                 row = [f"{name}, {target}: {way}", f"{1e3 * taken / len(job.encoded):.2f}"]
                 yield [*row, f"{times['loop, Pillow'] / taken:.2f}", f"{best / taken:.2f}"]
+
+
+def decoders(dataset: Dataset, rounds: int) -> Iterator[Row]:
+    """Processor time of decoding pictures, as WebP and as PNG, and whether pixels are equal."""
+    import cv2
+
+    cv2.setNumThreads(1)
+
+    def by_opencv(encoded: bytes) -> np.ndarray:
+        return cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+
+    def by_pillow(encoded: bytes) -> np.ndarray:
+        return np.asarray(Image.open(BytesIO(encoded)).convert("RGB"))
+
+    def as_png(encoded: bytes) -> bytes:
+        file = BytesIO()
+        Image.open(BytesIO(encoded)).convert("RGB").save(file, "PNG")
+        return file.getvalue()
+
+    webp = planned(dataset, None).encoded
+    for name, files in {"WebP": webp, "PNG": [as_png(file) for file in webp]}.items():
+        equal = sum(np.array_equal(by_opencv(file), by_pillow(file)) for file in files)
+
+        def each(work: Callable[[bytes], np.ndarray], _: Path, files: list[bytes] = files) -> None:
+            for file in files:
+                work(file)
+
+        ways: dict[str, Way] = {"P": partial(each, by_pillow), "O": partial(each, by_opencv)}
+        times, _ = take_turns(ways, rounds, time.process_time)
+        row = [f"{1e3 * taken / len(files):.3f}" for taken in times.values()]
+        yield [name, *row, f"{times['P'] / times['O']:.2f}", f"{equal} of {len(files)}"]
+
+
+def shares(dataset: Dataset, rounds: int) -> Iterator[Row]:
+    """What the process that writes takes of an image, beside its worker; starting left out."""
+    for target, max_tokens in TARGETS.items():
+        jobs = [
+            planned(datasets.concatenate_datasets([dataset] * times), max_tokens)
+            for times in (1, 3)
+        ]
+        taken = []
+        for turn in range(rounds + 1):
+            small, large = (_taken(job) for job in jobs)
+            if turn:
+                taken.append(large - small)
+        parent, worker = np.median(taken, axis=0) / (2 * len(dataset))
+        most = [min(workers, worker / parent) for workers in (2, 8, 16)]
+        times = [f"{1e3 * share:.2f}" for share in (parent, worker)]
+        yield [target, *times, *(f"{gain:.1f}" for gain in most)]
+
+
+def _taken(job: Job) -> np.ndarray:
+    """Return the processor time of a build with turbo on one worker: parent, worker."""
+
+    def now() -> np.ndarray:
+        both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return np.array([usage.ru_utime + usage.ru_stime for usage in both])
+
+    with tempfile.TemporaryDirectory() as folder:
+        begun = now()
+        pixel_peers.pack(job, 1, Path(folder), pixels="turbo")
+        return now() - begun
 
 
 def apart(dataset: Dataset) -> Iterator[Row]:
@@ -564,6 +630,24 @@ def main() -> None:
             "writes rows to the disk besides.",
             engines(sets, rounds),
             "way | ms an image | × Pillow's loop | × the best loop",
+        )
+        add(
+            "decoders",
+            "PNG and WebP",
+            f"{len(sets['pictures'])} pictures, as WebP and saved as PNG; ms of processor time an "
+            "image, to an array of RGB.",
+            decoders(sets["pictures"], rounds),
+            "format | Pillow | OpenCV | times as fast | equal pixels",
+        )
+        add(
+            "shares",
+            "More workers",
+            "JPEGs, turbo, one worker: ms of processor time an image of the process that plans, "
+            "sends and writes, and of its worker. With as many cores as processes, builds are at "
+            "most so many times as fast as with one worker, since one process writes: the second "
+            "divided by the first.",
+            shares(sets["jpegs"], rounds),
+            "target | process that writes | worker | 2 workers | 8 | 16",
         )
         add(
             "apart",

@@ -90,6 +90,20 @@ def test_it_is_close_to_pillow_however_an_image_is_turned_or_cut(orientation, bo
             assert np.abs(ours - theirs).mean() < 0.7
 
 
+# Pillow's engine also averages pixels within the gap, which is up to a level on one column.
+@pytest.mark.parametrize(("gap", "most"), [(1.0, 1.1), (None, 0.7)])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_kind_of_file_is_close_to_pillow_made_smaller_and_larger(size, gap, most):
+    for content in (*files_of(*size), encode(soft(*size, "CMYK"), "JPEG")):
+        for target_hw in [(16, 32), (96, 128)]:
+            ours, theirs = (
+                decoded(content, size, target_hw, reducing_gap=gap, pixels=pixels).astype(int)
+                for pixels in ("turbo", "pillow")
+            )
+            assert ours.std() > 3
+            assert np.abs(ours - theirs).mean() < most
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_it_calls_those_files_damaged_that_pillows_engine_does(name):
     file = written(name)
