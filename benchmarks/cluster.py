@@ -52,7 +52,6 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset
 
 import packpipe
 from packpipe import ImageFiles, PackConfig
@@ -167,24 +166,8 @@ def here() -> Iterator[Any]:
     yield None
 
 
-def processor_seconds() -> float:
-    """Return the processor time of this process and all that it has started and that still runs."""
-    found = 0.0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess):
-            found += sum(process.cpu_times()[:4])  # with children that ended
-    return found
-
-
-def pack_whole(source: str, output: str) -> None:
-    """Pack the same images as one `Dataset`, by two processes that decode."""
-    rows = Dataset.from_parquet(f"{source}/*.parquet", cache_dir=f"{output}-cache")
-    table.FILE_BYTES, table.BATCH_BYTES = 32 * 2**20, 16 * 2**20
-    packpipe.pack(rows, 1024, output=output, num_workers=2, progress=False)
-
-
-def engines(source: str, work: Path) -> list[tuple[str, float, float, str]]:
-    """Return (engine, seconds, processor seconds, digest) of each engine."""
+def engines(source: str, work: Path) -> list[tuple[str, float, str]]:
+    """Return (engine, seconds, digest) of each engine."""
     found = []
     made: dict[str, Callable[[], Any]] = {
         "`executor=None`": here,
@@ -195,24 +178,18 @@ def engines(source: str, work: Path) -> list[tuple[str, float, float, str]]:
     }
     for number, (name, context) in enumerate(made.items()):
         output = work / f"engine-{number}"
-        used = processor_seconds()
         with context() as executor:
             began = time.perf_counter()
             pack(source, str(output), executor)
             seconds = time.perf_counter() - began
-            used = processor_seconds() - used
-        found.append((name, seconds, used, digest_of(output)))
-    output, began, used = work / "parts", time.perf_counter(), processor_seconds()
+        found.append((name, seconds, digest_of(output)))
+    output, began = work / "parts", time.perf_counter()
     for some in (["1/2", "2/2"], ["finish"]):
         drivers = [driver(source, output, part) for part in some]
         if any(process.wait() for process in drivers):
             raise SystemExit(f"{some} failed")
-    seconds, used = time.perf_counter() - began, processor_seconds() - used
-    found.append(("two `--part` and `--finish`", seconds, used, digest_of(output)))
-    began, used = time.perf_counter(), processor_seconds()
-    pack_whole(source, str(work / "whole"))
-    seconds, used = time.perf_counter() - began, processor_seconds() - used
-    return [*found, ("`pack(Dataset, num_workers=2)`", seconds, used, "")]
+    seconds = time.perf_counter() - began
+    return [*found, ("two `--part` and `--finish`", seconds, digest_of(output))]
 
 
 def driver(source: str, output: Path, what: str = "all") -> subprocess.Popen[bytes]:
@@ -464,7 +441,7 @@ def told(match: Counter[str], reference: str) -> str:
 
 def report(found: dict[str, Any], arguments: argparse.Namespace) -> str:
     """Return the page of results."""
-    reference = found["engines"][0][-1]
+    reference = found["engines"][0][2]
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(": ")[1] for line in cpuinfo if "model name" in line), "?").strip()
@@ -472,9 +449,8 @@ def report(found: dict[str, Any], arguments: argparse.Namespace) -> str:
     asked = ", ".join(f"{number} {what}" for what, number in sorted(requests.items()))
     b, (micro, sent) = found["billion"], found["dispatch"]
     engines = "\n".join(
-        f"| {name} | {seconds:.1f} | {used:.1f} | "
-        f"{'' if not own else 'same' if own == reference else 'DIFFERS'} |"
-        for name, seconds, used, own in found["engines"]
+        f"| {name} | {seconds:.1f} | {'same' if own == reference else 'DIFFERS'} |"
+        for name, seconds, own in found["engines"]
     )
     losses = "\n".join(
         f"| {order} | {rows:,} | {packs:,} | {whole:,} | {packs / whole - 1:+.3%} |"
@@ -488,12 +464,11 @@ def report(found: dict[str, Any], arguments: argparse.Namespace) -> str:
 
 {NUM_IMAGES:,} real images in row groups of {PER_BLOCK}, windows of about {WINDOW_ROWS},
 `seq_len=1024`, one process that decodes beside each that packs. Folders are compared byte for
-byte, with their commits. Seconds are of one build each, on a machine that was not idle. Processor
-seconds are of all processes, with their starts and imports, the scheduler's own too, up to the end
-of the build. The last line packs the same images without windows.
+byte, with their commits. Seconds are of one build each, on a machine that was not idle, and
+hold the starts of processes and their imports.
 
-| engine | s | processor s | folder |
-| --- | ---: | ---: | --- |
+| engine | s | folder |
+| --- | ---: | --- |
 {engines}
 
 Drivers killed with SIGKILL, with all that they had started, at moments drawn from their builds,
