@@ -98,7 +98,7 @@ def resize(
         make = _kept_weights if n_in <= _MOST_KEPT else _weights
         kind = FILTERS.index(upscale_filter if n_out > high - low else downscale_filter)
         weights.append(make(n_in, low, high, n_out, kind, is_flipped))
-    _resized(source, first, last, *weights, is_turned, tiles)
+    _resized(source, first, last, weights[0], weights[1], is_turned, tiles)
 
 
 @njit(cache=True, nogil=True)
