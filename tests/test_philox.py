@@ -208,7 +208,7 @@ def test_equal_and_clustered_keys_are_sorted_too_and_equal_ones_as_they_come(key
         np.zeros,  # all alike
         lambda size: np.arange(size)[::-1] // 3,  # in one bucket, more than fit into the cache
         lambda size: np.arange(size) % 7 * 2**61,
-        lambda size: np.where(np.arange(size) % 100, 2**63, np.arange(size)),
+        lambda size: np.where(np.arange(size) % 100, np.uint64(2**63), np.arange(size)),
         lambda size: np.random.default_rng(1).integers(0, 2**44, size) << 20,
     ],
     ids=["equal", "falling", "seven", "one in a hundred", "even"],
