@@ -2,13 +2,12 @@
 
 One filter an axis, with Pillow's weights: down the columns and then across the rows, where Pillow
 goes across first; across first only where down first would leave more than `_WIDE` times as much
-between them. Both passes read whole
-rows, one after the other, so they run at the speed of vectors: between them the pixels are turned,
-and the last step turns them back, or not, while it cuts them into tiles. So an EXIF orientation
-costs nothing: a mirrored axis has its weights in reverse, and a quarter turn saves a turn. Columns
-that keep their size are not turned, which takes a quarter of the time. Some
-rows at a time go through all steps: what lies between stays in the cache, and takes little memory,
-which a system hands out anew, and slowly, where it is large.
+between them. Both passes read whole rows, one after the other, so they run at the speed of vectors:
+between them the pixels are turned, and the last step turns them back, or not, while it cuts them
+into tiles. So an EXIF orientation costs nothing: a mirrored axis has its weights in reverse, and a
+quarter turn saves a turn. Columns that keep their size are not turned, which takes a quarter of the
+time. Some rows at a time go through all steps: what lies between stays in the cache, and takes
+little memory, which a system hands out anew, and slowly, where it is large.
 
 Sums are of integers: a weight is a whole number of 2**-bits, and the weights of a pixel sum to 1
 (with weights of 14 bits to a little less, on purpose: products by 0 then sum to what others do).
@@ -26,7 +25,9 @@ up to 44 where it grows, since a level beyond 0 or 255 is cut off in between.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -95,7 +96,7 @@ def resize(
     for n_in, (low, high, n_out), is_flipped in zip(
         (len(source), last - first), (down, across), flips, strict=True
     ):
-        make = _kept_weights if n_in <= _MOST_KEPT else _weights
+        make: Callable[..., Any] = _kept_weights if n_in <= _MOST_KEPT else _weights
         kind = FILTERS.index(upscale_filter if n_out > high - low else downscale_filter)
         weights.append(make(n_in, low, high, n_out, kind, is_flipped))
     _resized(source, first, last, weights[0], weights[1], is_turned, tiles)
