@@ -185,8 +185,8 @@ class Unforeseen(StoredPacks):
 class Ending(PackedLoader):
     """A loader whose passes end in another way than they are to."""
 
-    def _batches(self):
-        yield from islice(super()._batches(), 4 if self.how == "early" else None)
+    def _batches(self, **options):
+        yield from islice(super()._batches(**options), 4 if self.how == "early" else None)
         if self.how == "error":
             raise OSError("the last file is gone")
 

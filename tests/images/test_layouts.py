@@ -113,7 +113,7 @@ def test_a_tiff_of_planes_that_pillow_mixes_up_is_refused_by_name(name):
     file, _ = planes(photometric, samples, bits, **options)
     layout = f"a TIFF of {samples} samples of {bits} bits in planes (mode {mode})"
     if mode == "La" and PILLOW < 13:  # which does not open it
-        layout = f"a TIFF of {samples} samples of {bits} bits, unsigned, little-endian,"
+        layout = f"a TIFF of {samples} samples of {bits} bits in planes, unsigned, little-endian,"
     else:
         assert probe(file, max_pixels=1000).image_hw == (HIGH, WIDE)
     with pytest.raises(BadImage, match=f"^{re.escape(layout)} has no rule to become RGB$") as found:

@@ -645,7 +645,7 @@ AFTERWARDS = {
 PLANS = {
     "pack": "packpipe.building.image_job.plan_epoch",
     "map": "packpipe.building.packer.plan_images",
-    "stream": "packpipe.loading.streams.fill_rows",
+    "stream": "packpipe.loading.decoding.fill_rows",
 }
 
 
