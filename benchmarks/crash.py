@@ -411,10 +411,12 @@ def main() -> None:
         logging.disable(logging.WARNING)  # that there are rejects
         print("ready", flush=True)
         if "disk" in options.task:
-            print(json.dumps(fill_up(**options.task)), flush=True)
+            said = json.dumps(fill_up(**options.task))
         else:
             build(**options.task)
-            print("done", flush=True)
+            said = "done"
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # it has nobody to tell: it ends, and quietly
+        print(said, flush=True)
         return
     with tempfile.TemporaryDirectory() as folder:
         work, source = Path(folder), Path(folder, "source")

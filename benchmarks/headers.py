@@ -122,7 +122,7 @@ def large(size: int) -> Iterator[tuple[str, bytes]]:
         yield f"WebP, {name}", part(b"RIFF", body)
     avif = encode(PICTURE, "AVIF", speed=10)
     yield "AVIF, a box behind it", avif + box(b"free", whole)
-    yield "AVIF, 16,000 references", with_references(avif, 16_000)
+    yield "AVIF, 30,000 items in four kinds of boxes", avif_of_items(8_000, 6_000)
     j2k = encode(PICTURE, "JPEG2000")
     yield "JPEG 2000, a box before it", j2k[:12] + box(b"uuid", whole) + j2k[12:]
     extras = test_bounds.find_spec("pillow_heif")
@@ -169,14 +169,27 @@ def part(name: bytes, content: bytes = b"") -> bytes:
     return name + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
 
 
-def with_references(avif: bytes, number: int) -> bytes:
-    """Return an AVIF file that names so many other images, none of which is there."""
-    start = struct.unpack(">I", avif[:4])[0]
-    end = start + struct.unpack_from(">I", avif, start)[0]
-    ids: Any = range(10, 11 + number)
-    one = box(b"dimg", struct.pack(f">HH{number}H", ids[0], number, *ids[1:]))
-    meta = box(b"meta", avif[start + 8 : end], box(b"iref", bytes(4), one))
-    return avif[:start] + meta + avif[end:]
+def avif_of_items(number: int, entries: int) -> bytes:
+    """Return an AVIF file whose boxes name so many items each, none of them the same."""
+    ids: Any = iter(range(1, 2**16))
+    places = b"".join(struct.pack(">HHH", next(ids), 0, 0) for _ in range(number))
+    infe = [
+        box(b"infe", struct.pack(">IHH4sB", 2 << 24, next(ids), 0, b"av01", 0))
+        for _ in range(entries)
+    ]
+    referred = struct.pack(f">{number}H", *(next(ids) for _ in range(number)))
+    shares = b"".join(struct.pack(">HB", next(ids), 0) for _ in range(number))
+    meta = box(
+        b"meta",
+        bytes(4),
+        box(b"hdlr", struct.pack(">II4s", 0, 0, b"pict"), bytes(13)),
+        box(b"pitm", struct.pack(">IH", 0, 1)),
+        box(b"iloc", struct.pack(">IHH", 0, 0, number), places),
+        box(b"iinf", struct.pack(">IH", 0, entries), *infe),
+        box(b"iref", bytes(4), box(b"dimg", struct.pack(">HH", 1, number), referred)),
+        box(b"iprp", box(b"ipco"), box(b"ipma", struct.pack(">II", 0, number), shares)),
+    )
+    return box(b"ftyp", b"avif", bytes(4), b"mif1", b"avif") + meta
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ import pyarrow.parquet as pq
 
 from packpipe import ImageFiles, durable
 from packpipe.building.files_build import FilesBuild
-from packpipe.building.pack_files import WINDOW_ROWS, files_build
+from packpipe.building.pack_files import files_build
 from packpipe.building.window_job import COMMITS, Window, build_window, commit_name, data_name
 from packpipe.philox import Key
-from packpipe.planning.block_windows import block_windows, runs_of
+from packpipe.planning.block_windows import WINDOW_ROWS, block_windows, runs_of
 from packpipe.rows import files as table
 from packpipe.rows.rejects import Tolerance
 
@@ -264,14 +264,14 @@ def bottleneck(found: dict[str, Any], options: argparse.Namespace) -> str:
     steps = {name: value for name, value in found.items() if isinstance(value, tuple)}
     cut, dispatched, completed, _ = steps.values()
     busiest = max(steps, key=lambda name: steps[name][0])
-    total = sum(seconds for seconds, _ in steps.values())
+    total = sum(round(seconds) for seconds, _ in steps.values())  # as the table says
     own = dispatched[0] / found["windows"]
     served = found["photographs"] * options.images / found["windows"] / own
     grown = (completed[1] - cut[1]) / options.images * 1e9
     return f"""Most of the {total:,.0f} processor seconds go to one step: {busiest}. Dispatch and
 commits take {own * 1e3:.2f} ms a window together, so one core of a driver would serve {served:,.0f}
-workers that decode as fast as this machine. The bottleneck is the manifest, by its memory: the
-records of all files of rows are held until it names them, {grown:.2f} GiB a billion images, so
+workers that decode as fast as this machine. The bottleneck is memory: what the driver holds until
+the manifest is written grows by {grown:.2f} GiB a billion images, so it takes
 {cut[1] + 10 * grown:.1f} GiB at ten billion."""
 
 

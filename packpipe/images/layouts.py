@@ -106,10 +106,8 @@ def _mend_tiff(image: Any) -> None:
         image._mode = "YCbCr"
         image.tile = [tile._replace(args=("YCbCr", *tile.args[1:])) for tile in image.tile]
     if tags.get(PLANAR_CONFIGURATION) != _PLANES:
-        across, down = tags.get(YCBCRSUBSAMPLING, (2, 2))[:2]  # unless it says, it has a quarter
-        if image.mode == "YCbCr" and (across, down) != (1, 1):
-            what = f"a TIFF of YCbCr without compression, its colours in {across} x {down} pixels,"
-            raise NoRule(f"{what} has no rule to become RGB")
+        if image.mode == "YCbCr":
+            _check_colours(tags.get(YCBCRSUBSAMPLING, (2, 2)))  # unless it says, it has a quarter
         return
     if samples == 1:
         del tags[PLANAR_CONFIGURATION]
@@ -132,6 +130,16 @@ def _mend_tiff(image: Any) -> None:
         image.tile = [
             tile._replace(args=(f"{tile.args[0]};{order}", *tile.args[1:])) for tile in image.tile
         ]
+
+
+def _check_colours(places: Any) -> None:
+    """Refuse colours of which there are fewer than pixels; they are two numbers of pixels."""
+    what = "a TIFF of YCbCr without compression, its colours in"
+    if len(places) != 2:
+        raise NoRule(f"{what} {len(places)} numbers of pixels, has no rule to become RGB")
+    across, down = places
+    if (across, down) != (1, 1):
+        raise NoRule(f"{what} {across} x {down} pixels, has no rule to become RGB")
 
 
 def unread_samples(file: BinaryIO) -> NoRule:

@@ -40,8 +40,11 @@ LONGEST_SIDE = 2**24
 _START_BYTES = 64
 # What Pillow says of TIFF files for whose samples it has no mode, or fewer letters than planes.
 _UNREAD_SAMPLES = ("unknown pixel mode", "string index out of range")
-# Files of boxes that Pillow reads, by the first of them.
-_BOXED = {b"ftyp": "an AVIF file", b"jP  ": "a JPEG 2000 file"}
+# Files of boxes that Pillow reads, by the name of the first one and the next four bytes.
+_BOXED = {
+    **dict.fromkeys((b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1"), "an AVIF file"),
+    b"jP  \r\n\x87\n": "a JPEG 2000 file",
+}
 # Values of an entry of a TIFF file; Pillow makes four Python objects of each place of a strip.
 _MOST_VALUES = 2**18
 
@@ -94,8 +97,8 @@ def _image(source: ImageData | FileIO, stack: ExitStack, max_pixels: int) -> Ima
         _check_hw(*icon_hw(file), max_pixels)
     if extra_kind(start) == "HEIC":
         _check_hw(*coded_hw(file), max_pixels, "an image in the HEIC file has ")
-    elif start[4:8] in _BOXED:
-        check_items(_BOXED[start[4:8]], file)
+    elif start[4:12] in _BOXED:
+        check_items(_BOXED[start[4:12]], file)
     values = most_values(file)
     if values > _MOST_VALUES:
         expected = f"at most {_MOST_VALUES} strips, tiles or other values in an entry"

@@ -253,8 +253,10 @@ class ImageChecks:
         written = {"rows": self.windows["rows"], "blocks": runs_of(block_rows)}
         if not same_json(self.windows, written):
             raise ValueError(f"windows is {short(self.windows)}, expected {short(written)}")
-        if block_rows.sum() != read:
-            raise ValueError(f"windows are of {block_rows.sum()} examples, expected {read}")
+        # In Python's integers, which are of any size.
+        total = sum(rows * times for rows, times in self.windows["blocks"])
+        if total != read:
+            raise ValueError(f"windows are of {total} examples, expected {read}")
         windows = block_windows(block_rows, self.windows["rows"], self.key)
         window = windows_of(index, block_rows, windows)
         ends = np.cumsum(np.bincount(window, minlength=len(windows)))

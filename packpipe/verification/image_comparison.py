@@ -22,6 +22,7 @@ from packpipe.images.decode import pixel_rules
 from packpipe.images.fill import Failure, ImageTask, Outcome, fill_row
 from packpipe.images.masks import TargetRules
 from packpipe.images.pool import ENDED
+from packpipe.images.versions import decoder_versions
 from packpipe.philox import Key
 from packpipe.planning.decisions import decide_all
 from packpipe.planning.image_config import PackConfig
@@ -92,7 +93,8 @@ class ImageComparison:
         if rejects is not None:
             lost, unknown = self._lost_again(rejects, sizes)
             bad = [*usable.rejects, *lost]
-            yield from reject_problems(rejects, bad, unknown, self.manifest, self.dataset)
+            codecs = decoder_versions(self.config)["codecs"]
+            yield from reject_problems(rejects, bad, unknown, self.manifest, self.dataset, codecs)
         if undecoded is not None:
             inside = undecoded[undecoded[:, 0] < len(self.dataset)]
             known = sizes.image_hw[inside[:, 0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as short
@@ -113,7 +114,7 @@ def checks_of(folder: Path) -> RowChecks | str:
         return kind(manifest)
     except FileNotFoundError:
         return "is missing: the folder is none that pack wrote"
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"cannot be read: {type(error).__name__}: {error}"
 
 
@@ -152,12 +153,15 @@ def sidecar_problems(folder: Path, manifest: dict[str, Any], found: FoundRows) -
 
 def job_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[Problem]:
     """Yield how what a build by windows has said it packs differs from what the manifest says."""
-    if not (folder / JOB).exists():
+    if not os.path.lexists(folder / JOB):  # a link that leads nowhere is there, too
         return
     try:
-        found = dict(json.loads((folder / JOB).read_bytes()))
-    except (ValueError, TypeError) as error:
+        found = json.loads((folder / JOB).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         yield Problem(JOB, f"cannot be read: {error}")
+        return
+    if not isinstance(found, dict):
+        yield Problem(JOB, f"is {short(found)}, expected an object")
         return
     record = record_of(manifest)
     unlike = {

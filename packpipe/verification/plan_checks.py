@@ -37,7 +37,7 @@ def plan_problems(
     """
     try:
         again = checks.plan_again(held, rejects, beside)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         yield Problem(MANIFEST, f"gives no plan: {error}")
         return None
     if again is None:

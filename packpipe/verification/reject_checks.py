@@ -49,6 +49,7 @@ def reject_problems(
     unknown: set[int],
     manifest: dict[str, Any],
     dataset: Dataset,
+    codecs: dict[str, str],
 ) -> Iterator[Problem]:
     """Yield how rejects differ from the examples that are bad now.
 
@@ -58,6 +59,7 @@ def reject_problems(
         unknown: examples of which nobody knows whether they are bad.
         manifest: of the folder.
         dataset: the source.
+        codecs: versions of what decodes images here, as a manifest names them.
     """
     now = {reject.example_index: reject for reject in bad}
     there = {reject.example_index: reject for reject in stored}
@@ -71,7 +73,7 @@ def reject_problems(
         what = f"is bad ({first}{reason}: {exception}), but not among the rejects"
         yield Problem(named("example", lost), what)
     both = sorted((there.keys() & now.keys()) - unknown)
-    depths = {example: _depth(now[example], manifest, dataset) for example in both}
+    depths = {example: _depth(now[example], manifest, dataset, codecs) for example in both}
     told = {
         example: (there[example][1:depth], now[example][1:depth])
         for example, depth in depths.items()
@@ -83,11 +85,13 @@ def reject_problems(
         yield Problem(REJECTS, what + ", the first of them" * (len(unlike) > 1))
 
 
-def _depth(reject: Reject, manifest: dict[str, Any], dataset: Dataset) -> int:
+def _depth(
+    reject: Reject, manifest: dict[str, Any], dataset: Dataset, codecs: dict[str, str]
+) -> int:
     """Return how many fields of a reject follow from the source: 1, 3 or 4.
 
-    Other versions and settings of Pillow may say otherwise why an image is bad, and a copy
-    elsewhere has other paths.
+    Other versions and settings of Pillow may say otherwise why an image is bad, other codecs say
+    it in other words, and a copy elsewhere has other paths.
     """
     if manifest.get("pillow_settings", {}) != changed_settings():
         return 1
@@ -96,4 +100,5 @@ def _depth(reject: Reject, manifest: dict[str, Any], dataset: Dataset) -> int:
     ):
         return 1
     is_here = manifest.get("source_fingerprint") == dataset._fingerprint
-    return 4 if is_here or not {"/", os.sep} & {*reject.exception} else 3
+    same_text = is_here or not {"/", os.sep} & {*reject.exception}
+    return 4 if same_text and manifest.get("codecs", codecs) == codecs else 3

@@ -242,7 +242,7 @@ class TokenChecks:
         if rejects is not None:
             of_images = {one.example_index for one in rejects if one.stage in _OF_IMAGES}
             bad = source.rejects + self._too_long(source)
-            yield from reject_problems(rejects, bad, of_images, self.manifest, dataset)
+            yield from reject_problems(rejects, bad, of_images, self.manifest, dataset, {})
         packed = np.unique(held.example_index)
         packed = packed[(packed >= 0) & (packed < len(source.lens))]
         masked = {} if columns.mask is None else {"masked_tokens": source.num_masked}

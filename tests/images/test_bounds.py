@@ -119,13 +119,16 @@ def boxed():
     many = struct.pack(">IIHH", 0, 6 + 2**17, 1, 2**16 - 1) + bytes(2**17)
     entries, places, shares = (bytes(2**16 * size) for size in (16, 6, 3))
     signature = struct.pack(">I4sI", 12, b"jP  ", 0x0D0A870A)
-    items = f"an AVIF file of {{}} items, expected at most {most}"
+    items = "an AVIF file with room for {} items in {!r}, expected at most 8192"
     boxes = f"of more than {most} boxes"
     meta = {
-        "references": (box(b"iref", many), items.format(len(many) // 2)),
-        "entries": (box(b"iinf", entries), items.format(2**16)),
-        "places": (box(b"iloc", places), items.format(2**16)),
-        "shares of properties": (box(b"iprp", box(b"ipma", shares)), items.format(2**16)),
+        "references": (box(b"iref", many), items.format(len(many) // 2, "iref")),
+        "entries": (box(b"iinf", entries), items.format(2**16, "iinf")),
+        "places": (box(b"iloc", places), items.format(2**16, "iloc")),
+        "shares of properties": (
+            box(b"iprp", box(b"ipma", shares)),
+            items.format(2**16, "ipma"),
+        ),
         "properties": (box(b"iprp", box(b"ipco", none * 2**15)), f"an AVIF file {boxes}"),
     }
     found = {
@@ -162,6 +165,62 @@ def test_a_header_costs_so_much_and_no_more(name, by_path, tmp_path, monkeypatch
     assert found.value.reason == "unreadable"
     assert reads[0] <= MOST_READS + 2
     assert peak() < 40 * 2**20
+
+
+def grid(side):
+    """An AVIF photograph of side x side tiles of 64 x 64 pixels, which all have the same bytes."""
+    tile, tiles = encode(Image.new("RGB", (64, 64), "red"), "AVIF"), range(2, 2 + side * side)
+    properties, coded = (tile[tile.index(name) + 4 :] for name in (b"ipco", b"mdat"))
+    properties = properties[: struct.unpack(">I", tile[tile.index(b"ipco") - 4 :][:4])[0] - 8]
+    kinds, rest = [], properties
+    while rest:
+        kinds.append(rest[4:8])
+        rest = rest[struct.unpack(">I", rest[:4])[0] :]
+    shares = [number | (name == b"av1C") << 7 for number, name in enumerate(kinds, 1)]
+    size = struct.pack(">III", 0, 64 * side, 64 * side)
+    how = struct.pack(">BBBBHH", 0, 0, side - 1, side - 1, 64 * side, 64 * side)
+    ids = struct.pack(f">{len(tiles)}H", *tiles)
+
+    def described(at):
+        places = [(1, at, len(how)), *((tile, at + len(how), len(coded)) for tile in tiles)]
+        iloc = b"".join(struct.pack(">HHHII", item, 0, 1, *place) for item, *place in places)
+        entries = [(1, b"grid"), *((tile, b"av01") for tile in tiles)]
+        infe = [
+            box(b"infe", struct.pack(">IHH4sB", 2 << 24, item, 0, name, 0))
+            for item, name in entries
+        ]
+        ipma = [struct.pack(">HBB", 1, 1, len(kinds) + 1)]
+        ipma += [struct.pack(">HB", tile, len(shares)) + bytes(shares) for tile in tiles]
+        return box(
+            b"meta",
+            bytes(4),
+            box(b"hdlr", struct.pack(">II4s", 0, 0, b"pict"), bytes(13)),
+            box(b"pitm", struct.pack(">IH", 0, 1)),
+            box(b"iloc", struct.pack(">IHH", 0, 0x4400, len(places)), iloc),
+            box(b"iinf", struct.pack(">IH", 0, len(entries)), *infe),
+            box(b"iref", bytes(4), box(b"dimg", struct.pack(">HH", 1, len(tiles)), ids)),
+            box(
+                b"iprp",
+                box(b"ipco", properties, box(b"ispe", size)),
+                box(b"ipma", struct.pack(">II", 0, len(ipma)), *ipma),
+            ),
+        )
+
+    start = box(b"ftyp", b"avif", bytes(4), b"mif1", b"avif")
+    at = len(start) + len(described(0)) + 8
+    return start + described(at) + box(b"mdat", how, coded)
+
+
+def test_a_photograph_of_2500_tiles_is_no_costly_header():
+    assert (decoded(grid(2), (128, 128))[::9, ::9] == decoded(grid(1), (64, 64))[0, 0]).all()
+    assert probe(grid(50), max_pixels=MAX_PIXELS).image_hw == (50 * 64, 50 * 64)
+
+
+def test_a_film_of_many_boxes_is_no_image():
+    film = box(b"ftyp", b"isom", bytes(4), b"isom") + (box(b"moof") + box(b"mdat")) * 9000
+    with pytest.raises(BadImage, match=r"^no known image format$") as found:
+        probe(film, max_pixels=MAX_PIXELS)
+    assert found.value.reason == "unreadable"
 
 
 def test_pixels_may_take_any_number_of_reads():

@@ -168,6 +168,23 @@ def test_a_tiff_of_ycbcr_of_fewer_colours_is_refused_by_name(said, places):
     assert found.value.reason == "unsupported mode"
 
 
+@pytest.mark.parametrize("places", [[1], [2, 2], [1, 1, 1]])
+def test_a_tiff_without_ycbcr_may_say_anything_of_its_colours(places):
+    tags = {258: 8, 259: 1, 262: 1, 277: 1, 530: places}
+    assert (decoded(tiff("<", tags, [bytes([7] * HIGH * WIDE)]), (HIGH, WIDE)) == 7).all()
+
+
+@pytest.mark.parametrize("places", [[1], [1, 1, 1]])
+def test_a_tiff_of_ycbcr_that_does_not_say_two_numbers_is_refused_by_name(places):
+    tags = {258: [8] * 3, 259: 1, 262: 6, 277: 3, 530: places}
+    file = tiff("<", tags, [bytes(3 * HIGH * WIDE)])
+    layout = "a TIFF of YCbCr without compression, its colours in"
+    message = f"^{layout} {len(places)} numbers of pixels, has no rule to become RGB$"
+    with pytest.raises(BadImage, match=message) as found:
+        decoded(file, (HIGH, WIDE))
+    assert found.value.reason == "unsupported mode"
+
+
 INDICES = RNG.integers(0, 2, (HIGH, WIDE))
 
 

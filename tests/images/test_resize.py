@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from packpipe.images.orientation import TRANSPOSE
-from packpipe.images.resize import FILTERS, _weights, resize
+from packpipe.images.resize import FILTERS, _kept_weights, _weights, resize
 
 SUPPORT = {"box": 0.5, "bilinear": 1, "hamming": 1, "bicubic": 2, "lanczos": 3}
 
@@ -233,3 +233,12 @@ def test_its_bytes_are_these_on_every_machine():
         "bicubic": 2308691905,
         "lanczos": 1614568710,
     }
+
+
+def test_weights_of_long_axes_are_not_kept():
+    _kept_weights.cache_clear()
+    for width in (4096, 4097):
+        resized(noise(1, 64), (0, 0, 64, 1), (1, width), "bicubic")
+        assert _kept_weights.cache_info().currsize == 2  # of the columns, and of 4,096 pixels
+    kept = _kept_weights(4096, 0.5, 4095.5, 4096, FILTERS.index("lanczos"), False)
+    assert sum(part.nbytes for part in kept[:2]) <= 98304  # a pixel has 8 weights, and a start

@@ -13,6 +13,7 @@ import harming
 import pictures
 import pyarrow as pa
 import pytest
+import windowed
 from datasets import Dataset, Features, Image, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -132,6 +133,21 @@ def test_a_folder_without_the_sizes_of_what_was_lost_is_compared_with_the_rest(p
     assert len(manifest.pop("undecoded")) == manifest["counts"]["rejected"] == 4
     (packed / "manifest.json").write_text(json.dumps(manifest))
     assert said(packed) == said(packed, crashing.source(), sample=None) == []
+
+
+def test_windows_of_more_rows_than_64_bits_count_are_a_problem(tmp_path):
+    windowed.write(tmp_path / "train")
+    assert not windowed.built(windowed.build_of(tmp_path / "train", tmp_path / "rows"))
+    before = harming.load(tmp_path / "rows" / "manifest.json")
+    for blocks, what in (
+        ([[2**70, 2]], ""),  # what NumPy says
+        ([[2**62, 4]], f"windows are of {2**64} examples, expected 60"),
+        ([[2**62, 4], [5, 12]], f"windows are of {2**64 + 60} examples, expected 60"),
+    ):
+        changed = {**before, "windows": {**before["windows"], "blocks": blocks}}
+        (tmp_path / "rows" / "manifest.json").write_text(json.dumps(changed))
+        found = "\n".join(said(tmp_path / "rows"))
+        assert f"manifest.json: gives no plan: {what}" in found
 
 
 @pytest.fixture

@@ -380,6 +380,48 @@ def test_a_manifest_that_is_none(folder):
     assert said(folder) == ["manifest.json: is missing: the folder is none that pack wrote"]
 
 
+DEEP = "[" * 100_000
+
+
+def test_a_manifest_that_is_too_deep_or_a_folder_cannot_be_read(folder):
+    (folder / "manifest.json").write_text(DEEP)
+    (problem,) = said(folder)
+    assert problem.startswith("manifest.json: cannot be read: RecursionError: ")
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()
+    (problem,) = said(folder)
+    assert problem.startswith("manifest.json: cannot be read: IsADirectoryError: ")
+
+
+@pytest.mark.parametrize("text", ["[[1, 2]]", "[[null, 2]]", "[]", "7"])
+def test_a_job_that_is_no_object(folder, text):
+    (folder / "job.json").write_text(text)
+    assert said(folder) == [f"job.json: is {text.replace('null', 'None')}, expected an object"]
+
+
+@pytest.mark.parametrize("how", ["too deep", "a folder", "a link that leads nowhere", "no JSON"])
+def test_a_job_that_cannot_be_read(folder, how):
+    job = folder / "job.json"
+    if how == "a folder":
+        job.mkdir()
+    elif how == "a link that leads nowhere":
+        job.symlink_to(folder / "nowhere")
+    else:
+        job.write_text(DEEP if how == "too deep" else "{")
+    (problem,) = said(folder)
+    assert problem.startswith("job.json: cannot be read: ")
+
+
+def test_texts_of_other_codecs_are_not_compared(source, folder):
+    rejects = stored(folder, REJECTS)
+    place = rejects.schema.get_field_index("exception")
+    words = pa.array(["other words"] * len(rejects), rejects.schema.field(place).type)
+    write(folder, REJECTS, rejects.set_column(place, rejects.schema.field(place), words))
+    assert re.search("rejected as .*other words", "".join(said(folder, source, sample=0)))
+    change_manifest(folder, lambda found: found["codecs"].update(zlib="0.0"))
+    assert "rejected as" not in "".join(said(folder, source, sample=0))
+
+
 def test_a_complete_folder_without_rejects(folder):
     (folder / "rejects.arrow").unlink()
     change_manifest(folder, lambda found: found["files"].pop("rejects.arrow"))
