@@ -119,7 +119,7 @@ def test_of_rows_in_a_store_each_image_is_asked_for_once_an_epoch_and_with_its_r
     monkeypatch.setattr(remote_encoded, "bytes_of", counting)
     rows = packpipe.open_packed(url, cache=tmp_path, cache_bytes=0)
 
-    def checking(storage, name, version):
+    def checking(_, name, __):
         checked.append(name)
         sleep(0.02)  # as long as a store may take, in which other rows are read
 
