@@ -39,6 +39,11 @@ def plain(text: object) -> str:
     )
 
 
+def counted(number: int, name: str) -> str:
+    """Return a number with what it counts: ``1 file``, ``2,000 files``."""
+    return f"{number:,} {name}" if number == 1 else f"{number:,} {name}s"
+
+
 def whole_number(name: str, value: Any, low: int, high: int, remedy: str) -> int:
     """Return value as an int in low..high; bools, floats and strings are refused."""
     expected = f"an integer in {low}..{high}"

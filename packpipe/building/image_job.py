@@ -110,12 +110,17 @@ def plan_images(
     labels = None if images.labels is None else images.labels.values.take(pa.array(found.index))
     weight = None if images.weights is None else images.weights.values[found.index]
     each = f" of {config.num_views} views" if config.num_views > 1 else ""
+    of_rows = row_sizes(images, plan, found.index)
     return PlannedRows(
         plan=plan,
         rejects=rejects,
         unit="image",
         what=f"{len(index):,} images{each} in {len(plan):,} rows",
-        **row_sizes(images, plan, found.index)._asdict(),
+        cut_size=of_rows.cut_size,
+        row_size=of_rows.row_size,
+        segment_size=of_rows.segment_size,
+        varying_sizes=of_rows.varying_sizes,
+        fill_size=of_rows.fill_size,
         fill=partial(_fill, images, plan, labels, weight, read, masks),
         counts=partial(_counts, images, plan, found.broken_exif),
         facts=partial(_facts, plan),

@@ -56,7 +56,8 @@ class Packer:
     It also packs Arrow tables, record batches and iterators of them, data frames, and dicts of
     NumPy arrays or lists: the batches of Ray Data's ``map_batches`` and Spark's ``mapInArrow``.
     Spark knows neither lists of one size nor unsigned numbers, so the rows of an iterator have
-    plain lists and signed numbers; ``cast`` to the schema of any other rows makes them packed rows.
+    plain lists and signed numbers: to make them packed rows, ``cast`` them to the schema of the
+    rows that `Packer` returns for a table.
     Arrays are packed as the pixels they are. In its own formats (numpy, torch) `datasets` decodes
     images by rules of its own, which know no palettes and no CMYK: pack those without a format.
     Padding of sequences (``attention_mask`` 0) and empty sequences are left out, as in `pack`.

@@ -32,7 +32,7 @@ import pyarrow as pa
 from packpipe import checks
 from packpipe.rows.encoded import COLUMNS, IMAGES
 from packpipe.rows.files import write_table
-from packpipe.rows.own_columns import ROW, has_labels, is_of_segments, own_segments
+from packpipe.rows.own_columns import PLACES, ROW, has_labels, is_of_segments, own_segments
 from packpipe.rows.text import joined
 from packpipe.storage.messages import ReadAhead, head_at
 from packpipe.storage.reading import bytes_of, version_of
@@ -42,8 +42,8 @@ from packpipe.storage.storage import Storage
 _CHECKED_FOR = 60.0
 # How the names of the files of segments begin.
 _PREFIX = "segments-"
-# Of rows of encoded images, the column of (first byte in the file, bytes) of each image.
-PLACES, _PLACES = "packpipe_places", pa.list_(pa.list_(pa.int64(), 2))
+# The type of `PLACES`.
+_PLACES = pa.list_(pa.list_(pa.int64(), 2))
 # What the schema of such a file says of the tokens: their places, and the schema of their columns.
 _KEY, _TOKENS = b"packpipe", b"packpipe_tokens"
 

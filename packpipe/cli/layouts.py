@@ -12,9 +12,10 @@ from typing import Any
 from datasets import Dataset
 
 from packpipe import checks
+from packpipe.cli.options import between_given
 from packpipe.loading.epochs import EpochPacks
 from packpipe.planning.crops import Crop
-from packpipe.planning.distributions import Constant, between
+from packpipe.planning.distributions import Constant
 from packpipe.planning.evaluation import evaluation_of
 from packpipe.planning.image_config import PackConfig
 from packpipe.planning.resolution import Side, Square
@@ -62,7 +63,7 @@ class Layout:
             **columns: what it is, as options of `EpochPacks`.
         """
         checks.choice("layout", self.name, LAYOUTS, "choose a layout")
-        drawn = Side(between(*self.sides))
+        drawn = Side(between_given("--sides", self.sides))
         options: dict[str, Any] = {"resolution": drawn, "drop_rate": self.drop_rate}
         seq_len = self.seq_len
         if self.name != "packed":
@@ -140,7 +141,7 @@ class EncoderLayout:
         square = isinstance(packing.resolution, Square)
         changes: dict[str, Any] = {"drop_rate": self.drop_rate}
         if self.sides is not None:
-            drawn = between(*self.sides)
+            drawn = between_given("--sides", self.sides)
             changes["resolution"] = Square(drawn) if square else Side(drawn)
             changes["max_tokens"] = None
         if self.crop is not None:

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from packpipe import checks
+
 Source = Annotated[
     str,
     typer.Argument(
@@ -116,14 +118,13 @@ def crop_of(
         ValueError: both a random box and the middle are asked for, or a number is out of range.
     """
     from packpipe import CenterCrop, Crop
-    from packpipe.planning.distributions import between
 
     if middle is not None:
         if area is not None or aspect is not None:
             what = f"--center-crop is {middle}, expected none beside --crop-area and --crop-aspect"
             raise ValueError(f"{what}; pass one or the others")
         return CenterCrop(middle)
-    bounds = given(area=None if area is None else between(*area), aspect=aspect)
+    bounds = given(area=None if area is None else between_given("--crop-area", area), aspect=aspect)
     return Crop(**bounds) if bounds else None
 
 
@@ -137,13 +138,27 @@ def resolution_of(name: str | None, sides: tuple[int, int] | None) -> Any:
     """Return the resolution that options ask for; None if they ask for none.
 
     Raises:
-        ValueError: both a name and sides are given.
+        ValueError: both a name and sides are given, or the first side is the larger one.
     """
     if sides is None:
         return name  # None if neither was given
     if name is not None:
         raise ValueError(f"--sides is {sides}, expected none beside --resolution; pass one of them")
     from packpipe import Side
+
+    return Side(between_given("--sides", sides))
+
+
+def between_given(option: str, bounds: tuple[float, float]) -> Any:
+    """Return the distribution that draws between the two numbers of an option.
+
+    Raises:
+        ValueError: the first number is the larger one.
+    """
     from packpipe.planning.distributions import between
 
-    return Side(between(*sides))
+    low, high = bounds
+    if low > high:
+        expected, remedy = "the smaller number first", f"pass {option} {high} {low}"
+        raise ValueError(checks.sentence(option, bounds, expected, remedy))
+    return between(low, high)

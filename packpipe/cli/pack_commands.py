@@ -127,7 +127,7 @@ def pack(
     from packpipe.sources.kinds import is_text
 
     say_if_kernels_compile()
-    by_windows = finish or any(given is not None for given in (window_rows, ray, part))
+    by_windows = finish or any(one is not None for one in (window_rows, ray, part))
     if not by_windows:
         checks.local_path("OUTPUT", output)
     options = given(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from packpipe.loading.workers import Fill, Pass, Processes, Threads
@@ -14,21 +15,25 @@ if TYPE_CHECKING:
 WORKERS = ("threads", "processes")
 
 
+@dataclass(eq=False)
 class Filling:
     """Fills the batches of one pass after the other.
 
-    Args:
+    Attributes:
         num_workers: workers that fill batches ahead; 0 fills each batch when it is asked for.
         workers: one of `WORKERS`.
         prefetch: batches that each worker fills ahead.
         persistent: whether processes wait for the next pass.
     """
 
-    def __init__(self, num_workers: int, workers: str, prefetch: int, persistent: bool) -> None:
-        self._num_workers, self._prefetch, self._persistent = num_workers, prefetch, persistent
-        self._has_threads = bool(num_workers) and workers == "threads"
-        self._processes: Processes | None = None  # that wait for the next pass
-        self._threads: Threads | None = None  # that go on from pass to pass
+    num_workers: int
+    workers: str
+    prefetch: int
+    persistent: bool
+    # That wait for the next pass.
+    _processes: Processes | None = field(default=None, init=False)
+    # That go on from pass to pass.
+    _threads: Threads | None = field(default=None, init=False)
 
     def batches(
         self, fill: Fill, own: Pass, following: Callable[[], Pass] | None
@@ -39,17 +44,19 @@ class Filling:
             fill: makes a batch.
             own: the pass.
             following: returns the pass that probably comes next; None where it is not known yet.
+                Only threads within `over_passes` use it.
         """
-        if not self._num_workers:
+        if not self.num_workers:
             return map(fill, own.parts)
-        if self._has_threads:
+        if self.workers == "threads":
             return self._threaded(fill, own, following)
         return self._processes_for(fill).batches(own.parts)
 
     @contextmanager
     def over_passes(self) -> Iterator[None]:
         """Within it, threads fill the first batches of the next pass while one ends."""
-        self._threads = threads = self._new_threads() if self._has_threads else None
+        has_threads = self.num_workers and self.workers == "threads"
+        self._threads = threads = self._new_threads() if has_threads else None
         try:
             yield
         finally:
@@ -72,7 +79,7 @@ class Filling:
             threads.close()
 
     def _new_threads(self) -> Threads:
-        return Threads(self._num_workers, self._prefetch)
+        return Threads(self.num_workers, self.prefetch)
 
     def _processes_for(self, fill: Fill) -> Processes:
         """Return the processes of the last pass if they can go on, others if not."""
@@ -80,8 +87,8 @@ class Filling:
         if processes is None or not processes.can_go_on():
             self._processes = None  # ends the old ones, before there are others beside them
             del processes
-            processes = Processes(fill, self._num_workers, self._prefetch)
-        self._processes = processes if self._persistent else None
+            processes = Processes(fill, self.num_workers, self.prefetch)
+        self._processes = processes if self.persistent else None
         return processes
 
     # A copy, or one that is sent to another process, starts workers of its own.

@@ -13,6 +13,7 @@ DataLoader that accelerate makes of the loader would start processes around its 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from functools import partial
@@ -163,15 +164,16 @@ class PackedLoader:
         self.balance = checks.boolean("balance", balance)
         self.tail = checks.choice("tail", tail, TAILS, "choose what an unfilled step becomes")
         remedy = "0 reads when asked"
-        self._num_workers = checks.whole_number("num_workers", num_workers, 0, 1024, remedy)
-        self.workers = checks.choice("workers", workers, WORKERS, "choose who fills batches")
-        self.prefetch = checks.whole_number("prefetch", prefetch, 1, 1024, "2 is usual")
-        self.persistent = checks.boolean("persistent", persistent)
-        self._filling = Filling(self._num_workers, self.workers, self.prefetch, self.persistent)
+        self._filling = Filling(
+            checks.whole_number("num_workers", num_workers, 0, 1024, remedy),
+            checks.choice("workers", workers, WORKERS, "choose who fills batches"),
+            checks.whole_number("prefetch", prefetch, 1, 1024, "2 is usual"),
+            checks.boolean("persistent", persistent),
+        )
         self.pin_memory = checks.boolean("pin_memory", pin_memory)
         self.as_numpy = checks.boolean("as_numpy", as_numpy)
         if as_numpy:
-            check_without_torch(self.workers, self.pin_memory)
+            check_without_torch(workers, self.pin_memory)
         else:
             torch = imported_torch()
             self.pin_memory = pin_memory and torch.cuda.is_available()
@@ -200,6 +202,25 @@ class PackedLoader:
     def __repr__(self) -> str:
         where = f"seed={self.seed}, epoch={self._epoch}"
         return f"{type(self).__name__}({self.packs!r}, batch_size={self.batch_size}, {where})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy starts workers of its own, and takes none of this loader's.
+        return {**vars(self), "_filling": copy.copy(self._filling)}
+
+    @property
+    def workers(self) -> str:
+        """Who fills batches ahead."""
+        return self._filling.workers
+
+    @property
+    def prefetch(self) -> int:
+        """Batches that each worker fills ahead."""
+        return self._filling.prefetch
+
+    @property
+    def persistent(self) -> bool:
+        """Whether worker processes are kept for the next pass."""
+        return self._filling.persistent
 
     @property
     def epoch(self) -> int:

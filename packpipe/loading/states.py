@@ -37,7 +37,7 @@ def check_agrees(
     Args:
         state: the state.
         own: what decides the loader's batches, by name.
-        former: returns what `former_options` does of a fingerprint.
+        former: `former_options` of the loader's packs, which takes a fingerprint.
     """
     # A state says nothing of what there was none of.
     for name, expected in {"augment": None, "transform": None, **own}.items():
@@ -49,7 +49,7 @@ def check_agrees(
 
 
 def former_options(packs: Any, key: Key, fingerprint: Any) -> str | None:
-    """Return the options, as text, that make packs those of a state from before the options.
+    """Return, as text, the options that make packs those of a state saved before they existed.
 
     Args:
         packs: the loader's packs.

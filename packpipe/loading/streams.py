@@ -357,7 +357,11 @@ def _check_streams(config: PackConfig, dataset: IterableDataset) -> None:
 
 
 def _checked_number(num_examples: Any, config: PackConfig) -> int | None:
-    """Return about how many examples an epoch has; None where no option asks for it."""
+    """Return num_examples, checked; None if it is not given and no option needs it.
+
+    Raises:
+        TypeError, ValueError: it is no whole number from 1; or an option needs it, and it is None.
+    """
     remedy = "pass about as many as an epoch has"
     if num_examples is not None:
         return checks.whole_number("num_examples", num_examples, 1, 2**62, remedy)

@@ -150,8 +150,10 @@ class WindowPacks:
         self._plans = WindowPlans(files, self._sizes, self.config, rows, folder, num_workers)
 
     def __repr__(self) -> str:
-        what = f"{self._files!r} in rows of {self.config.seq_len} tokens, {self.lanes} lanes"
-        return f"{type(self).__name__}({what}, {len(self.rejects)} rejects)"
+        what = f"{self._files!r} in rows of {self.config.seq_len} tokens"
+        lanes, rejects = self.lanes, len(self.rejects)
+        counts = f"{checks.counted(lanes, 'lane')}, {checks.counted(rejects, 'reject')}"
+        return f"{type(self).__name__}({what}, {counts})"
 
     @property
     def undecodable(self) -> list[Reject]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from packpipe.rows.encoded import COLUMNS, ENCODED, Encoded, encoded_in, encoded
 from packpipe.rows.files import MANIFEST
 from packpipe.rows.fill_images import fill_rows
 from packpipe.rows.from_arrow import table_segments
-from packpipe.rows.own_columns import ROW, holds_tokens
+from packpipe.rows.own_columns import PLACES, ROW, holds_tokens
 from packpipe.rows.rejects import Reject
 from packpipe.rows.rows import Rows
 
@@ -49,6 +49,7 @@ class EncodedRows:
         config, key: the options and (seed, epoch) they were packed with.
         label: type of the labels, or None.
         weighted: whether the rows have weights.
+        where: returns text that names the row of (example, view); None looks in the folder.
     """
 
     folder: str
@@ -56,6 +57,7 @@ class EncodedRows:
     key: Key
     label: pa.DataType | None = None
     weighted: bool = False
+    where: Callable[[int, int], str] | None = None
 
     def rows(self, stored: pa.Table) -> Rows:
         """Return the rows that `pack` would have stored as pixels.
@@ -118,18 +120,25 @@ class EncodedRows:
 
     def _where(self, example: int, view: int) -> str:
         """Return text that names the row of a segment, which is looked for in all files."""
+        if self.where is not None:
+            return self.where(example, view)
         for path in self._files():
             first = 0
             # Another file may be damaged, too.
             with suppress(pa.ArrowException, OSError), pa.memory_map(str(path)) as file:
                 for batch in pa.ipc.open_stream(file):
-                    rows = table_segments(pa.Table.from_batches([batch]))
-                    at = np.flatnonzero((rows.example_index == example) & (rows.views == view))
-                    if len(at):
-                        row = int(np.searchsorted(rows.offsets, at[0], side="right")) - 1
+                    row = row_with(pa.Table.from_batches([batch]), example, view)
+                    if row is not None:
                         return f"row {first + row} of {path}"
                     first += batch.num_rows
         return self.folder
+
+
+def row_with(table: pa.Table, example: int, view: int) -> int | None:
+    """Return the first row that holds a view of an example; None if none does."""
+    rows = table_segments(table)
+    at = np.flatnonzero((rows.example_index == example) & (rows.views == view))
+    return int(np.searchsorted(rows.offsets, at[0], side="right")) - 1 if len(at) else None
 
 
 def decoding(dataset: Any) -> Any:
@@ -154,7 +163,7 @@ def reader_of(dataset: Any) -> EncodedRows | None:
     names = getattr(dataset, "column_names", ())
     if holds_tokens(names) or not COLUMNS.keys() & {*names} or "seq_lens" not in names:
         return None
-    if ROW in names:  # in a store, with a transform of their own
+    if {ROW, PLACES} & {*names}:  # in a store, with a transform of their own
         return None
     missing = sorted({*schema.IMAGE_SEGMENTS, *COLUMNS} - {*names})
     if missing or "patches" in names:

@@ -20,6 +20,8 @@ from packpipe.rows.schema import (
 
 # Of rows whose tokens stay in a store, the column that says which row of their folder each is.
 ROW = "packpipe_row"
+# Of those of encoded images, the column of (first byte in the file, bytes) of each image.
+PLACES = "packpipe_places"
 
 
 def holds_rows(names: Any) -> bool:
@@ -113,7 +115,7 @@ def has_targets(schema: pa.Schema) -> bool:
 def check_columns(schema: pa.Schema) -> None:
     """Raise ValueError if these are not the columns of packed rows of one length."""
     found = {field.name: field.type for field in schema}
-    if ROW in found:
+    if found.keys() & {ROW, PLACES}:
         expected = "as open_packed returned them, which reads their tokens from the store"
         remedy = "drop the other format, or join no folders, or let open_packed copy them"
         raise ValueError(

@@ -25,10 +25,8 @@ def file_columns(source: ImageFiles, asked: AskedColumns, *, stored: bool = True
     try:
         columns = asked.of_images(source.reader.dataset(()), stored=stored)
     except (TypeError, ValueError) as error:
-        remedy = (
-            "of ImageFiles: when the files are written, or of a Dataset that they are loaded as"
-        )
-        raise type(error)(f"{error} ({remedy})") from error
+        where = "when the files are written, or in a Dataset that they are loaded as"
+        raise type(error)(f"{error} (columns of ImageFiles are changed {where})") from error
     label = columns.label
     if label is not None and isinstance(source.features[label], List | LargeList):
         expected = "one value an image"

@@ -238,8 +238,8 @@ class ImageFiles:
         return int(self._first_row[-1])
 
     def __repr__(self) -> str:
-        blocks = len(self.block_rows)
-        return f"ImageFiles({len(self.files)} files, {blocks} blocks, {len(self):,} rows)"
+        counts = {"file": len(self.files), "block": len(self.block_rows), "row": len(self)}
+        return f"ImageFiles({', '.join(checks.counted(n, name) for name, n in counts.items())})"
 
     @cached_property
     def _first_block(self) -> NDArray[np.int64]:

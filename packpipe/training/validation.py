@@ -92,8 +92,8 @@ class Validator:
         Raises:
             TooManyRejects: too many of the images cannot be decoded.
         """
-        self._loader.set_epoch(self._epoch)
         # Always the same epoch, so that two measures differ by the model alone.
+        self._loader.set_epoch(self._epoch)
         called = "the validation images"
         found = measure(self._model, self._loader, self._loss, half=self._half, called=called)
         self.standing = self.standing.after(step, found.loss, keep=self._keep_best)

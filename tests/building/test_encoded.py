@@ -10,6 +10,7 @@ import re
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import sleep
 
 import crashing
 import datasets
@@ -97,14 +98,19 @@ def test_a_folder_is_opened_decoding_here_as_a_copy_of_a_store_and_row_by_row(bo
     assert states[0] == states[1]
     assert pickle.loads(pickle.dumps(by_row))[2].keys() == pixels[2].keys()  # noqa: S301
     assert "patches" not in by_row.select_columns(["labels"])[0]
-    with pytest.raises(ValueError, match=r"columns is .*, expected 'packpipe_places' among them"):
-        packpipe.read_rows(by_row.remove_columns("packpipe_places"), 0)
+    for name in ("packpipe_places", "packpipe_row", "encoded_xxh3", "grid_hw"):
+        with pytest.raises(ValueError, match=f"columns is .*, expected '{name}' among them; keep"):
+            packpipe.read_rows(by_row.remove_columns(name), 0)
+    some = [rows.remove_columns("labels")[0] for rows in (by_row, copy)]
+    assert some[0] == some[1]
+    assert "encoded" in some[0]
+    assert by_row.select_columns(["labels", "packpipe_row"])[0].keys() == {"labels"}
 
 
 def test_of_rows_in_a_store_each_image_is_asked_for_once_an_epoch_and_with_its_row(
     both, url, tmp_path, monkeypatch
 ):
-    asked, real = [], remote_encoded.bytes_of
+    asked, real, checked = [], remote_encoded.bytes_of, []
 
     def counting(storage, name, start, stop):
         asked.append((name, start, stop))
@@ -112,6 +118,16 @@ def test_of_rows_in_a_store_each_image_is_asked_for_once_an_epoch_and_with_its_r
 
     monkeypatch.setattr(remote_encoded, "bytes_of", counting)
     rows = packpipe.open_packed(url, cache=tmp_path, cache_bytes=0)
+
+    def checking(_, name, __):
+        checked.append(name)
+        sleep(0.02)  # as long as a store may take, in which other rows are read
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stored_segments, "check_version", checking)
+        packpipe.read_rows(rows)
+    assert sorted(checked) == sorted(data_files(packpipe.manifest(rows)))
+    asked.clear()
     assert batches(rows)
     assert len(asked) == len(set(asked)) == len(rows)
     images = [image for row in both[1].data.column("encoded").to_pylist() for image in row]
@@ -124,20 +140,24 @@ def test_an_image_that_changed_in_a_store_is_named_and_segments_that_do_not_fit_
     both, url, tmp_path, monkeypatch
 ):
     rows = packpipe.open_packed(url, cache=tmp_path / "a", cache_bytes=0)
-    assert len(packpipe.read_rows(rows, 0))  # its file is that of the segments, for a minute
-    store, first = fsspec.filesystem("memory"), both[1].data.column("encoded")[0].as_py()[0]
-    name = min(name for name in store.ls(url, detail=False) if "data-" in name)
+    manifest, store = packpipe.manifest(rows), fsspec.filesystem("memory")
+    start, second = (manifest["files"][name]["rows"] for name in data_files(manifest)[:2])
+    assert second > 1
+    assert len(packpipe.read_rows(rows, start))  # its file is that of the segments, for a minute
+    image = both[1].data.column("encoded")[start + 1].as_py()[0]
+    name = f"{url}/{data_files(manifest)[1]}"
     content = store.cat_file(name)
-    place = content.index(first) + len(first) // 2
+    place = content.index(image) + len(image) // 2
     store.pipe_file(name, content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-    example = int(both[1][0]["example_index"][0])
-    expected = rf"image of example {example} \({url}\) is 'damaged', expected the bytes that were "
-    with pytest.raises(ValueError, match=expected):
-        packpipe.read_rows(rows, 0)
+    example = int(both[1][start + 1]["example_index"][0])
+    expected = rf"image of example {example} \(row 1 of {name}\) is 'damaged', "
+    for read in (lambda: packpipe.read_rows(rows, [0, start + 1]), lambda: rows[start + 1]):
+        with pytest.raises(ValueError, match=expected):
+            read()
     monkeypatch.setattr(stored_segments, "_CHECKED_FOR", 0.0)
     with pytest.raises(ConnectionError, match="it was replaced since: open the folder again"):
-        packpipe.read_rows(rows, 0)
-    batch = both[1].data.column("encoded").to_pylist()[:2]
+        packpipe.read_rows(rows, start)
+    batch = both[1].data.column("encoded").to_pylist()[start : start + 2]
     sizes = np.cumsum([0, *(len(image) for row in batch for image in row)])
     place = content.index(sizes.astype("<i8").tobytes()) + 8
     store.pipe_file(name, content[:place] + b"\xff" * 8 + content[place + 8 :])

@@ -721,7 +721,7 @@ def test_what_files_cannot_do_is_refused_at_the_front_door(source, tmp_path):
         packpipe.pack(ImageFiles(tmp_path / "tokens.parquet"), 6, output=tmp_path / "out")
     words = crashing.source(3).data.table.append_column("weight", pa.array(["a", "b", "c"]))
     pq.write_table(words, tmp_path / "words.parquet")
-    expected = r"features\['weight'\] is .*; cast_column it .*\(of ImageFiles: when the files"
+    expected = r"features\['weight'\] is .*; cast_column it .*\(columns of ImageFiles are changed "
     with pytest.raises(ValueError, match=expected):
         packpipe.pack(ImageFiles(tmp_path / "words.parquet"), 6, weight_column="weight")
     for kind in (pa.list_, pa.large_list):

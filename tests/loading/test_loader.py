@@ -7,7 +7,7 @@ import pickle
 import re
 import signal
 import time
-from copy import deepcopy
+from copy import copy, deepcopy
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -222,16 +222,27 @@ def test_another_loop_ends_the_one_that_the_same_processes_fill(packs):
     assert [loading.digest(batch) for batch in second] == alone[1:]
 
 
+@pytest.mark.parametrize("name", ["workers", "prefetch", "persistent"])
+def test_who_fills_batches_is_not_changed_later(name, packs):
+    loader = PackedLoader(packs["planned"], 8, workers="threads", prefetch=3, persistent=False)
+    with pytest.raises(AttributeError):
+        setattr(loader, name, 1)
+    assert (loader.workers, loader.prefetch, loader.persistent) == ("threads", 3, False)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_copy_and_a_forked_process_have_workers_of_their_own(packs):
     alone = uninterrupted(packs["planned"], 2, tail="pad")
     loader = PackedLoader(packs["planned"], 8, tail="pad", **PROCESSES)
-    assert [loading.digest(batch) for batch in loader] == alone[0]
+    shallow, this_pass = copy(loader), iter(loader)
+    found = [loading.digest(next(this_pass))]
     own = set(children())
+    assert [loading.digest(batch) for batch in shallow] == alone[0]
+    assert [*found, *(loading.digest(batch) for batch in this_pass)] == alone[0]
     state = loader.state_dict()
-    for copy in (deepcopy(loader), pickle.loads(pickle.dumps(loader))):  # noqa: S301
-        assert copy.state_dict() == state
-        assert [loading.digest(batch) for batch in copy] == alone[1]
+    for other in (deepcopy(loader), pickle.loads(pickle.dumps(loader))):  # noqa: S301
+        assert other.state_dict() == state
+        assert [loading.digest(batch) for batch in other] == alone[1]
 
     def goes_on(found: Any) -> None:
         found.put([loading.digest(batch) for batch in loader])

@@ -258,6 +258,8 @@ def test_windows_are_planned_and_read_once_an_epoch_and_few_are_held(
 
 def test_what_is_taken_holds_its_own_images_and_may_be_sent(many, cache):
     packs = WindowPacks(many, 6, patch_size=4, window_rows=100, cache_dir=cache)
+    what = "ImageFiles(1 file, 30 blocks, 240 rows) in rows of 6 tokens"
+    assert repr(packs) == f"WindowPacks({what}, 1 lane, 0 rejects)"
     key = Key(0, 0)
     opened = packs.opened(key, 1)
     taken = packs.taken(key, [(opened, np.array([2, 0]))])

@@ -54,6 +54,8 @@ def test_the_blocks_are_the_row_groups_of_the_files_in_order(folder):
     assert len({block.file for block in blocks}) == 3
     assert len(files) == NUM_ROWS
     assert repr(files) == "ImageFiles(3 files, 7 blocks, 23 rows)"
+    (first, *_) = files.files
+    assert repr(ImageFiles(first)) == "ImageFiles(1 file, 3 blocks, 10 rows)"
 
 
 def test_a_block_has_the_rows_of_its_numbers_and_the_features_of_the_source(folder):
