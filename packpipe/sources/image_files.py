@@ -225,7 +225,7 @@ class ImageFiles:
         file = int(np.searchsorted(self._first_block, number, side="right")) - 1
         group = number - int(self._first_block[file])
         rows, spans = int(self.block_rows[number]), self._ends[file][0].spans
-        span = spans[group] if spans else (0, 0)
+        span = spans[group] if spans else ()
         return Block(self.files[file], group, int(self._first_row[number]), rows, *span)
 
     def rows_of(self, blocks: NDArray[np.int64]) -> NDArray[np.int64]:

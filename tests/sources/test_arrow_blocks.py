@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import struct
+
 import pictures
 import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, load_from_disk
+from fsspec.implementations.local import LocalFileSystem
 
+from packpipe.sources import arrow_blocks
 from packpipe.sources.image_files import ImageFiles
-from packpipe.storage.messages import ReadAhead
+from packpipe.storage.messages import ReadAhead, head_at
 
 
 def source() -> Dataset:
@@ -81,8 +85,53 @@ def test_what_is_no_whole_arrow_file_is_refused_by_name(rows, tmp_path):
             ImageFiles(path)
     labels = pa.table({"image": rows["image"], "label": rows["label"].dictionary_encode()})
     write(path, labels)
-    with pytest.raises(ValueError, match=r"a\.arrow', expected whole .*; a dictionary, which the"):
+    with pytest.raises(
+        ValueError, match=r"a\.arrow is 'a dictionary', expected plain values; write the col"
+    ):
         ImageFiles(path)
+    write(path, rows.append_column("label", rows["label"]))
+    expected = r"columns 'label' of .*a\.arrow is 2, expected one of a name; rename the others"
+    with pytest.raises(ValueError, match=expected):
+        ImageFiles(path)
+
+
+@pytest.mark.parametrize("field", ["num_rows", "body"])
+def test_a_batch_of_less_than_no_rows_or_bytes_is_damage_not_an_endless_loop(field, rows, tmp_path):
+    path = tmp_path / "a.arrow"
+    with pa.ipc.new_stream(path, rows.schema) as writer:
+        writer.write_table(rows)
+    content = path.read_bytes()
+    block = ImageFiles(path).block(0)
+    head = head_at(ReadAhead(lambda start, stop: content[start:stop], len(content)), block.start)
+    known = struct.pack("<q", getattr(head, field))
+    at = content.index(known, block.start)
+    assert at < block.start + len(head.content)
+    wrong = struct.pack("<q", -len(head.content))
+    path.write_bytes(content[:at] + wrong + content[at + 8 :])
+    expected = r"expected whole Arrow files, .*; a message of -?\d+ bytes and -?\d+ rows at byte"
+    with pytest.raises(ValueError, match=expected):
+        ImageFiles(path)
+
+
+def test_columns_that_are_asked_for_do_not_keep_the_others_in_memory(rows, tmp_path):
+    write(tmp_path / "a.arrow", rows)
+    files, read = ImageFiles(tmp_path), []
+
+    class Local(LocalFileSystem):
+        cachable = False
+
+        def cat_file(self, *args, **options):
+            read.append(super().cat_file(*args, **options))
+            return read[-1]
+
+    for names in (["label"], ["image", "label"]):
+        schema = rows.select(names).schema
+        (found,) = arrow_blocks.tables(Local(), [files.block(1)], schema)
+        assert found.to_pylist() == rows.select(names).slice(4, 4).to_pylist()
+        batch = pa.py_buffer(read[-1])
+        (label,) = found["label"].chunks
+        lies_in_it = 0 <= label.buffers()[1].address - batch.address < len(batch)
+        assert lies_in_it == ("image" in names)  # all of it is not copied
 
 
 def test_a_file_that_was_damaged_or_changed_since_is_named(rows, tmp_path):
@@ -91,7 +140,7 @@ def test_a_file_that_was_damaged_or_changed_since_is_named(rows, tmp_path):
     content, files = path.read_bytes(), ImageFiles(path)
     block = files.block(1)
     path.write_bytes(content[: block.start] + b"\xff" * 40 + content[block.start + 40 :])
-    expected = r"record batch 1 of .*a\.arrow is .*, expected the images it had; repair the file"
+    expected = r"record batch 1 of .*a\.arrow is .*, expected what it was when the file was o"
     with pytest.raises(ValueError, match=expected):
         files.reader.dataset([block])
     assert len(files.reader.dataset([files.block(0)])) == 4
