@@ -41,6 +41,8 @@ from packpipe.sources.kinds import decoded_suffixes
 BLOCK = "block"
 # A block has as many samples, and as many bytes unless a sample alone has more.
 _BLOCK_ROWS, _BLOCK_BYTES = 256, 2**25
+# Bytes that are asked for to see whether parts of a file can be had.
+_PROBE = 512
 # Bytes that are read at once to find the headers.
 _PIECE = 2**22
 # Arrow holds the images of a block with offsets of 32 bits.
@@ -86,7 +88,7 @@ def known(filesystem: Any, file: str) -> Known:
             number; or the file's server gives no parts of files.
     """
     size, first_label = size_of(filesystem, file), None
-    check_answer(filesystem.cat_file(file, start=0, end=1), 1, file)
+    check_answer(filesystem.cat_file(file, start=0, end=_PROBE), _PROBE, file)
     rows: list[int] = []
     spans: list[tuple[int, int, bytes]] = []
     digest = hashlib.sha256()

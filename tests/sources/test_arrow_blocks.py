@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import UnsupportedOperation
 
 import pictures
 import pyarrow as pa
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_from_disk
 from fsspec.implementations.local import LocalFileSystem
+from windowed import write_tar
 
-from packpipe.sources import arrow_blocks
+from packpipe.sources import arrow_blocks, tar_blocks
 from packpipe.sources.image_files import ImageFiles
 from packpipe.storage.messages import ReadAhead, head_at
 
@@ -55,6 +61,68 @@ def test_what_save_to_disk_wrote_is_taken_where_it_lies(tmp_path):
     found = files.reader.dataset([files.block(number) for number in range(len(files.block_rows))])
     known = load_from_disk(str(tmp_path / "saved")).with_format("arrow")[:]
     assert found.data.table.to_pylist() == known.to_pylist()
+
+
+def test_what_datasets_computed_beside_the_data_is_not_packed_again(tmp_path):
+    folder = tmp_path / "saved"
+    source().save_to_disk(str(folder))
+    for name in ("cache-0123456789abcdef.arrow", "mine.arrow"):
+        shutil.copy(folder / "data-00000-of-00001.arrow", folder / name)
+    assert len(ImageFiles(folder)) == len(ImageFiles(tmp_path)) == 11
+    assert len(ImageFiles(f"{folder}/*.arrow")) == 22
+    (folder / "state.json").unlink()
+    assert len(ImageFiles(folder)) == 22
+    (folder / "state.json").write_text("{}")
+    expected = r"state\.json is \"'_data_files'\", expected what save_to_disk writes; save the data"
+    with pytest.raises(ValueError, match=expected):
+        ImageFiles(folder)
+
+
+def test_a_folder_of_splits_or_of_packed_rows_is_refused(rows, tmp_path):
+    DatasetDict({"train": source(), "test": source()}).save_to_disk(str(tmp_path / "splits"))
+    expected = r"splits', expected no folder of splits; pass one split's folder, such as .*test"
+    for folder in (tmp_path, tmp_path / "splits"):
+        with pytest.raises(ValueError, match=expected):
+            ImageFiles(folder)
+    assert len(ImageFiles(tmp_path / "splits" / "train")) == 11
+    write(tmp_path / "splits" / "train" / "a.arrow", rows)
+    (tmp_path / "splits" / "train" / "manifest.json").write_text('{"packpipe": "0.1.0"}')
+    expected = r"paths is '.*train, packed rows', expected images or sequences; pass packed rows to"
+    with pytest.raises(ValueError, match=expected):
+        ImageFiles(tmp_path / "splits" / "train")
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "a.tar"])
+def test_a_server_that_gives_no_parts_of_files_is_named(name, rows, tmp_path):
+    if name == "a.tar":
+        write_tar(tmp_path / name, {"a.png": b""})
+    else:  # a smaller one would be read whole
+        write(tmp_path / name, pa.concat_tables([rows] * 40))
+    expected = r"answer to a request for a part of http://.* is '[\d,]+ bytes', expected [\d,]+ b"
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        with pytest.raises(UnsupportedOperation, match=expected):
+            ImageFiles(f"http://127.0.0.1:{server.server_port}/{name}?X-Signature=1")
+        server.shutdown()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_file_whose_size_is_not_told_is_named():
+    class Silent(LocalFileSystem):
+        cachable = False
+
+        def size(self, path):  # noqa: ARG002
+            return None
+
+    for one in (arrow_blocks, tar_blocks):
+        with pytest.raises(
+            UnsupportedOperation, match=r"size of a is 'not told', expected a number"
+        ):
+            one.known(Silent(), "a")
 
 
 def test_rows_are_not_read_to_open_a_file(rows, tmp_path, monkeypatch):

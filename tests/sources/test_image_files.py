@@ -198,6 +198,19 @@ def test_what_are_no_such_files_is_refused_by_name(folder, tmp_path):
         ImageFiles([first, tmp_path / "other.parquet"])
 
 
+def test_endings_are_of_any_case_and_compressed_tars_are_refused(folder, tmp_path):
+    for number, path in enumerate(sorted(folder.iterdir())):
+        (tmp_path / f"{number}.PARQUET").write_bytes(path.read_bytes())
+    assert len(ImageFiles(tmp_path)) == NUM_ROWS
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    for paths in (tmp_path / "a.tar.gz", f"{tmp_path}/*.gz"):
+        expected = (
+            r"paths is '.*a\.tar\.gz', expected a tar that is not compressed; unpack it to one"
+        )
+        with pytest.raises(ValueError, match=expected):
+            ImageFiles(paths)
+
+
 def test_a_folder_and_every_kind_of_pattern_are_the_files_in_them(folder, tmp_path):
     (tmp_path / "deep.parquet").mkdir()
     memory = fsspec.filesystem("memory")
