@@ -34,10 +34,10 @@ import pyarrow.parquet as pq
 
 from packpipe import ImageFiles, durable
 from packpipe.building.files_build import FilesBuild
-from packpipe.building.pack_files import WINDOW_ROWS, files_build
+from packpipe.building.pack_files import files_build
 from packpipe.building.window_job import COMMITS, Window, build_window, commit_name, data_name
 from packpipe.philox import Key
-from packpipe.planning.block_windows import block_windows, runs_of
+from packpipe.planning.block_windows import WINDOW_ROWS, block_windows, runs_of
 from packpipe.rows import files as table
 from packpipe.rows.rejects import Tolerance
 
