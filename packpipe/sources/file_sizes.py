@@ -53,7 +53,7 @@ from packpipe.sources.survey import probe_sizes, survey
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 # Blocks that are read before the sizes of earlier ones are written.
 _AHEAD = 64
 

@@ -113,8 +113,6 @@ class Quiet(SimpleHTTPRequestHandler):
 
 def test_a_file_whose_size_is_not_told_is_named():
     class Silent(LocalFileSystem):
-        cachable = False
-
         def size(self, path):  # noqa: ARG002
             return None
 
@@ -186,8 +184,6 @@ def test_columns_that_are_asked_for_do_not_keep_the_others_in_memory(rows, tmp_p
     files, read = ImageFiles(tmp_path), []
 
     class Local(LocalFileSystem):
-        cachable = False
-
         def cat_file(self, *args, **options):
             read.append(super().cat_file(*args, **options))
             return read[-1]

@@ -161,12 +161,11 @@ def test_members_that_lie_apart_are_no_rows_of_their_own(tmp_path):
     assert [(row["image"]["path"], row["label"]) for row in rows] == [("1.png", 3), ("3.jpg", None)]
 
 
-@pytest.mark.parametrize("name", ["a.png", "b.png"])
-@pytest.mark.parametrize("size", [-512, -1024, -(2**40)])
-def test_a_member_of_less_than_no_bytes_is_damage_not_an_endless_loop(name, size, tmp_path):
+@pytest.mark.parametrize("size", [-512, -(2**40)])
+def test_a_member_of_less_than_no_bytes_is_damage_not_an_endless_loop(size, tmp_path):
     write_tar(tmp_path / "a.tar", {"a.png": b"1" * 600, "b.png": b"2"})
     content = bytearray((tmp_path / "a.tar").read_bytes())
-    header = content[: (place := content.index(name.encode())) + 512][place:]
+    header = content[: (place := content.index(b"b.png")) + 512][place:]
     header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
     header[148:156] = b"        "
     header[148:156] = b"%06o\0 " % sum(header)
