@@ -175,7 +175,7 @@ def source_of(real: ImageFiles, images: int) -> ImageFiles:
         files_blocks=[(10**8, rows)] * number,
         block_rows=np.full(blocks, ROWS_OF_BLOCK, np.int64),
         fingerprint=real.fingerprint,
-        _ends=real._ends,
+        _ends=real._ends * number,
     )
     return source
 

@@ -214,13 +214,16 @@ def _in_known_types(table: pa.Table) -> pa.Table:
     return table
 
 
-def _tensors(column: pa.ChunkedArray) -> Iterator[NDArray[Any]]:
+def _tensors(column: pa.ChunkedArray) -> Iterator[NDArray[Any] | None]:
     """Yield the arrays of a column of tensors, as Arrow has them, and Ray in types of its own."""
     for chunk in column.chunks:
-        if isinstance(chunk, pa.FixedShapeTensorArray):
-            yield from chunk.to_numpy_ndarray()
+        there = chunk.filter(chunk.is_valid()) if chunk.null_count else chunk
+        if isinstance(there, pa.FixedShapeTensorArray):
+            arrays = iter(there.to_numpy_ndarray())
         else:
-            yield from chunk.to_numpy(zero_copy_only=False)
+            arrays = iter(there.to_numpy(zero_copy_only=False))
+        for is_there in chunk.is_valid().to_pylist():
+            yield next(arrays) if is_there else None
 
 
 def _table(data: Any) -> pa.Table:

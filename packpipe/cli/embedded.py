@@ -122,6 +122,12 @@ class EmbeddedRows:
 
     def __post_init__(self) -> None:
         check_patches(self.dataset, self.packing.patch_size, "of the model")
+        numbers = segments_of(self.dataset).example_index
+        if len(numbers) and numbers.min() < 0:
+            expected = "the number of each image in its source"
+            remedy = "pack with map(packer, batched=True, with_indices=True), or packpipe.pack"
+            where = "example_index of the rows"
+            raise ValueError(checks.sentence(where, int(numbers.min()), expected, remedy))
 
     def check_whole(self) -> None:
         """Raise ValueError unless the rows hold all tokens of each image."""
@@ -145,6 +151,11 @@ class EmbeddedRows:
         """What the vectors depend on, beside the model: the same here and in a store."""
         packs = StoredPacks(self.dataset, shuffle=False)
         known = {"rows": packs.fingerprint(Key(0, 0)), **packs.contents()}
+        labels = packs.labels
+        if labels is not None and known["labels"] == str(labels.type):  # texts, which batches lack
+            known["labels"] = hexdigest(json.dumps(labels.to_pylist(), default=repr).encode())
+        if "files" not in known:  # of pixels a sample alone is in the contents
+            known["dataset"] = self.dataset._fingerprint
         return hexdigest(json.dumps(known, sort_keys=True).encode())
 
     @property

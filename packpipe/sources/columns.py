@@ -14,6 +14,7 @@ from packpipe import checks
 from packpipe.planning.image_options import PackOptions
 from packpipe.planning.token_config import TokenConfig
 from packpipe.rows.own_columns import holds_rows
+from packpipe.sources.file_search import packed_rows
 from packpipe.sources.image_columns import (
     ImageColumns,
     check_labels,
@@ -45,11 +46,7 @@ def check_dataset(dataset: Any) -> None:
             remedy = "packpipe.pack and packpipe.WindowPacks take files"
         raise TypeError(checks.sentence("type(dataset)", name, "Dataset", remedy))
     if holds_rows(dataset.column_names):
-        expected, remedy = (
-            "images or sequences",
-            "pass packed rows to PackedLoader, or their source",
-        )
-        raise ValueError(checks.sentence("dataset", "packed rows", expected, remedy))
+        raise packed_rows("dataset")
     checks.untransformed("dataset", dataset)
 
 

@@ -12,7 +12,8 @@ removed.
 
 Of several processes on one file system, such as the ranks of a training, the first reads the
 source, and the others wait for it. To read headers the whole column of images is read, since
-Parquet stores it in one piece; to read columns of sizes, only those.
+Parquet stores it in one piece; to read columns of sizes, only those of Parquet files. Blocks of tar
+and Arrow files are always read whole, and what was not asked for is let go of.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from packpipe.sources.survey import probe_sizes, survey
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 # Blocks that are read before the sizes of earlier ones are written.
 _AHEAD = 64
 

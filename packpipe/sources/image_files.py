@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from packpipe import checks
 from packpipe.sources import arrow_blocks, parquet_blocks, tar_blocks
 from packpipe.sources.blocks import Block, Known
+from packpipe.sources.file_search import ending_of, searched
 from packpipe.storage.reading import patiently
 
 # What is read at once: waiting for an object store takes no processor.
@@ -64,8 +65,7 @@ _FORMATS: dict[str, _Format] = {
 
 
 def _format_of(file: str) -> _Format:
-    endings = (ending for ending in _FORMATS if file.lower().endswith(ending))
-    return _FORMATS[next(endings, ".parquet")]
+    return _FORMATS[ending_of(file, tuple(_FORMATS)) or ".parquet"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,14 +132,16 @@ class ImageFiles:
     Args:
         paths: a file, a folder, whose ``*.parquet`` are taken at any depth, or else ``*.tar``, or
             else ``*.arrow``; a pattern with ``*``, ``?`` or ``[ ]``, or several of them. Files of
-            one are in the order of their names.
+            one are in the order of their names. Left out are Arrow files that `datasets` computed
+            beside the data: those called ``cache-*``, and in a folder all that its list has not.
         storage_options: passed to fsspec, for example credentials; they are sent to the machines
             that pack, and written nowhere.
 
     Raises:
         TypeError: paths are no texts or paths.
         ValueError: there are no such files, one is named twice, is damaged or of another format, or
-            one has other columns, other classes, or a row group above 2 GiB.
+            one has other columns, other classes, or a row group above 2 GiB; or a folder is one of
+            packed rows or of several splits.
 
     >>> packpipe.ImageFiles("s3://bucket/train/*.parquet")  # doctest: +SKIP
     ImageFiles(2 files, 20 blocks, 18,431 rows)
@@ -225,7 +227,7 @@ class ImageFiles:
         file = int(np.searchsorted(self._first_block, number, side="right")) - 1
         group = number - int(self._first_block[file])
         rows, spans = int(self.block_rows[number]), self._ends[file][0].spans
-        span = spans[group] if spans else (0, 0)
+        span = spans[group] if spans else ()
         return Block(self.files[file], group, int(self._first_row[number]), rows, *span)
 
     def rows_of(self, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -266,23 +268,12 @@ class ImageFiles:
         """Return the files of a path, folder or pattern, sorted; local ones as absolute paths."""
         path = checks.url_or_path("paths", path)
         filesystem = _filesystem(path, self.storage_options)
-
-        def matching(pattern: str) -> list[str]:
-            found = filesystem.glob(pattern, detail=True)
-            return [n for n in found if found[n]["type"] == "file" or filesystem.isfile(n)]
-
-        if filesystem.isfile(path):
-            names = [path]
-        else:
-            is_pattern = any(one in path for one in "*?[")
-            each = (f"{path.rstrip('/')}/**/*{ending}" for ending in _FORMATS)
-            names = next(filter(None, map(matching, [path] if is_pattern else each)), [])
+        names = searched(filesystem, path, tuple(_FORMATS))
         if not names:
             raise ValueError(checks.sentence("paths", path, "files that there are", _REMEDY))
         remote = checks.has_scheme(path)
         return [
-            filesystem.unstrip_protocol(name) if remote else os.path.abspath(name)
-            for name in sorted(names)
+            filesystem.unstrip_protocol(name) if remote else os.path.abspath(name) for name in names
         ]
 
 

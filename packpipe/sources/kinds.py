@@ -61,6 +61,11 @@ def image_suffixes() -> frozenset[str]:
     """Return the suffixes of images: those of `datasets`, of Pillow's formats and some more."""
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+    return decoded_suffixes().union(ImageFolder.EXTENSIONS)
+
+
+def decoded_suffixes() -> frozenset[str]:
+    """Return the suffixes of the formats that packpipe decodes; films and drawings are none."""
     known = known_formats()
     own = {name for name, format_ in registered_extensions().items() if format_ in known}
-    return frozenset({*ImageFolder.EXTENSIONS, *own, *_MORE_SUFFIXES})
+    return frozenset({*own, *_MORE_SUFFIXES})

@@ -34,7 +34,7 @@ def known(filesystem: Any, file: str) -> Known:
         size = source.seek(-8, os.SEEK_END) + 8
         source.seek(-8 - int.from_bytes(source.read(4), "little"), os.SEEK_END)
         footer = hashlib.sha256(source.read()).hexdigest()
-    return Known(size, rows, footer, features_of(parquet.schema_arrow), [])
+    return Known(size, rows, footer, features_of(parquet.schema_arrow, file), [])
 
 
 def tables(filesystem: Any, blocks: list[Block], schema: pa.Schema) -> list[pa.Table]:

@@ -1,12 +1,14 @@
 """Tar files of images and labels, as WebDataset writes them: a block is a run of their members.
 
-A sample is made of members that follow each other and have one name up to the first dot behind the
-last slash: ``0001.jpg`` and ``0001.cls``. It has one image, by its ending, and a label if there are
-``.cls`` in the file: a whole number; what is none is null, a bad label. Other members are not read.
+A sample is made of members that follow each other and have one name, which is the path up to the
+first dot behind the last slash: ``0001.jpg`` and ``0001.cls``. It has one image, told by its
+ending, and a label if any sample of the file has a ``.cls``: a whole number. A text that is no
+whole number is null, a bad label. Other members are not read, and a name that has others alone is
+no sample.
 
-Where members lie, their headers say, which stand before each. So a file is read through once, in
-pieces of 4 MiB, to open it: what lies between is kept of none, and members that are larger are
-skipped. Then a block is one request for its bytes.
+Only the headers, which stand before the members, say where these lie. So a file is read through
+once, in pieces of 4 MiB, to open it; nothing of that is kept, and members that are larger than a
+piece are skipped. Then a block is one request for its bytes.
 """
 
 from __future__ import annotations
@@ -23,29 +25,58 @@ import pyarrow as pa
 from datasets import Features, Image, Value
 
 from packpipe import checks
-from packpipe.sources.blocks import Block, Known, check_rows, damaged
-from packpipe.sources.kinds import image_suffixes
+from packpipe.sources.blocks import (
+    Block,
+    Known,
+    bytes_of,
+    check_answer,
+    check_rows,
+    damaged,
+    digest_of,
+    is_of_system,
+    size_of,
+)
+from packpipe.sources.kinds import decoded_suffixes
 
 BLOCK = "block"
-# A block ends when it has as many samples, or bytes.
+# A block has as many samples, and as many bytes unless a sample alone has more.
 _BLOCK_ROWS, _BLOCK_BYTES = 256, 2**25
+# Bytes that are asked for to see whether parts of a file can be had.
+_PROBE = 512
 # Bytes that are read at once to find the headers.
 _PIECE = 2**22
 # Arrow holds the images of a block with offsets of 32 bits.
 _MOST_BYTES = 2**31
 _CLASS = ".cls"
+_NUMBER = re.compile(rb"\s*[+-]?0*\d{1,19}\s*")
 # The name of a sample, and the ending of a member, from the first dot on.
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)(\.[^/]*)", re.DOTALL)
 # What WebDataset writes about a file itself.
 _ABOUT = re.compile(r"__[^/]*__($|/)")
 
 
-class _Sample(NamedTuple):
-    """Members of one name: where the first begins, the image, and the label if there is one."""
+class _Member(NamedTuple):
+    """A file in a tar, whose headers and content are the bytes start..stop - 1."""
 
     start: int
-    image: tarfile.TarInfo | None
+    stop: int
+    info: tarfile.TarInfo
+
+
+class _Sample(NamedTuple):
+    """Members of one name, from start to stop - 1: the image, and the label if there is one."""
+
+    start: int
+    stop: int
+    image: tarfile.TarInfo
     label: tarfile.TarInfo | None
+
+    @property
+    def headers(self) -> bytes:
+        """What the headers of the image and of the label say."""
+        parts = [part for part in (self.image, self.label) if part is not None]
+        said = "".join(f"{part.name}\0{part.size}\0{part.mtime}\0" for part in parts)
+        return said.encode(errors="surrogateescape")
 
 
 def known(filesystem: Any, file: str) -> Known:
@@ -53,33 +84,36 @@ def known(filesystem: Any, file: str) -> Known:
 
     Raises:
         ValueError: it is no whole tar, or a compressed one; a sample has several images or labels,
-            or is above 2 GiB; there is no image; or the first label is no number.
+            a label and no image, or is above 2 GiB; there is no image; the first label is no
+            number; or the file's server gives no parts of files.
     """
+    size, first_label = size_of(filesystem, file), None
+    check_answer(filesystem.cat_file(file, start=0, end=_PROBE), _PROBE, file)
     rows: list[int] = []
-    starts: list[int] = []
-    digest, has_images, first_label = hashlib.sha256(), False, None
+    spans: list[tuple[int, int, bytes]] = []
+    digest = hashlib.sha256()
     with filesystem.open(file, "rb", block_size=_PIECE) as source:
         try:
             with tarfile.open(fileobj=source, mode="r:") as tar:
-                for sample in _samples(tar, file, digest):
-                    if not rows or rows[-1] == _BLOCK_ROWS or _is_full(starts[-1], sample):
+                for sample in _samples(tar, file):
+                    is_full = bool(rows) and sample.stop - spans[-1][0] > _BLOCK_BYTES
+                    if not rows or rows[-1] == _BLOCK_ROWS or is_full:
                         rows.append(0)
-                        starts.append(sample.start)
+                        spans.append((sample.start, 0, b""))
                     rows[-1] += 1
-                    has_images |= sample.image is not None
+                    start, _, before = spans[-1]
+                    spans[-1] = (start, sample.stop, digest_of(before + sample.headers))
+                    digest.update(sample.headers)
                     if first_label is None and sample.label is not None:
                         first_label = sample.label
                         _check_label(tar, first_label, file)
-                end = tar.offset
                 check_end(tar)
-                size = source.seek(0, io.SEEK_END)
         except tarfile.TarError as error:
             expected = "whole tar files, not compressed"
             raise ValueError(checks.sentence("paths", file, expected, str(error))) from error
-    if not has_images:
+    if not rows:
         expected, remedy = "one at least", "name them NAME.jpg, and labels NAME.cls"
         raise ValueError(checks.sentence(f"images in {file}", "none", expected, remedy))
-    spans = list(zip(starts, [*starts[1:], end], strict=True))
     columns = {"image": Image()} | ({"label": Value("int64")} if first_label is not None else {})
     return Known(size, rows, digest.hexdigest(), Features(columns), spans)
 
@@ -95,82 +129,100 @@ def tables(filesystem: Any, blocks: list[Block], schema: pa.Schema) -> list[pa.T
 
 def _table(filesystem: Any, block: Block, schema: pa.Schema) -> pa.Table:
     what = f"block {block.group} of {block.file}"
-    content = filesystem.cat_file(block.file, start=block.start, end=block.stop)
-    images: list[dict[str, Any] | None] = []
-    labels = []
+    try:
+        content = bytes_of(filesystem, block.file, block.start, block.stop)
+    except ValueError as error:
+        if is_of_system(error):
+            raise
+        raise damaged(what, error) from error
+    images: list[dict[str, Any]] = []
+    labels, digest = [], b""
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            for sample in _samples(tar, block.file, hashlib.sha256()):
+            for sample in _samples(tar, block.file):
                 images.append(_image_in(content, sample.image))
                 label = sample.label
                 labels.append(None if label is None else _label_in(_bytes(content, label)))
-            if tar.offset != block.stop - block.start:
+                digest = digest_of(digest + sample.headers)
+            if tar.offset != len(content):
                 raise tarfile.ReadError(f"no member at byte {block.start + tar.offset}")
     except tarfile.TarError as error:
         raise damaged(what, error) from error
-    check_rows(what, len(images), block)
+    check_rows(what, len(images), block, digest)
     columns = {"image": images, "label": labels}
     arrays = [pa.array(columns[name], schema.field(name).type) for name in schema.names]
     return pa.table(arrays, schema=schema)
 
 
-def _samples(tar: tarfile.TarFile, file: str, digest: Any) -> Iterator[_Sample]:
-    """Yield the samples of a tar; of each member's header, the digest is updated."""
-    name, start, suffixes = "", 0, image_suffixes()
-    parts: dict[str, tarfile.TarInfo] = {}
+def _samples(tar: tarfile.TarFile, file: str) -> Iterator[_Sample]:
+    """Yield the samples of a tar."""
+    name, suffixes = "", decoded_suffixes()
+    parts: dict[str, _Member] = {}  # by their endings, in lower case
     for member in _members(tar, file):
-        digest.update(
-            f"{member.name}\0{member.size}\0{member.mtime}\0".encode(errors="surrogateescape")
-        )
-        found = _NAME.fullmatch(member.name)
-        if found is None or _ABOUT.match(member.name):
+        found = _NAME.fullmatch(member.info.name)
+        if found is None or _ABOUT.match(member.info.name):
             continue
         if found[1] != name:
-            if parts:
-                yield _sample(start, parts, suffixes, file)
-            name, start, parts = found[1], member.offset, {}
-        if found[2] in parts:
+            yield from _sample(name, parts, suffixes, file)
+            name, parts = found[1], {}
+        ending = found[2].lower()
+        if ending in parts:
+            what = f"{member.info.name!r} in {file}"
             expected, remedy = "one file of each name", "write the tar anew"
-            raise ValueError(checks.sentence(f"{member.name} in {file}", "twice", expected, remedy))
-        parts[found[2]] = member
-    if parts:
-        yield _sample(start, parts, suffixes, file)
+            raise ValueError(checks.sentence(what, "twice", expected, remedy))
+        parts[ending] = member
+    yield from _sample(name, parts, suffixes, file)
 
 
-def _members(tar: tarfile.TarFile, file: str) -> Iterator[tarfile.TarInfo]:
+def _members(tar: tarfile.TarFile, file: str) -> Iterator[_Member]:
     """Yield the files in a tar, of which none is kept.
 
     Raises:
-        ValueError: a member is a link, whose content is elsewhere, or above 2 GiB.
+        ValueError: a member is a link, whose content is elsewhere, or a sparse file.
+        ReadError: a member is of less than no bytes: `tarfile` would read it again and again.
     """
-    while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-        if member.isdir():
-            continue
-        if not member.isreg() or member.issparse():
-            expected, remedy = "a plain file", "write the tar anew, with tar --hard-dereference -h"
-            what = f"{member.name} in {file}"
-            raise ValueError(checks.sentence(what, "a link or a device", expected, remedy))
-        if member.size >= _MOST_BYTES:
-            what, expected = f"{member.name} in {file}", "less than 2 GiB"
-            remedy = "leave it out"
-            raise ValueError(checks.sentence(what, f"{member.size:,} bytes", expected, remedy))
-        yield member
+    start = 0
+    while (info := tar.next()) is not None:
+        # It would keep all members, and what global headers say, which a block may not have.
+        tar.members, tar.pax_headers = [], {}  # type: ignore[attr-defined]
+        if info.size < 0 or tar.offset <= info.offset:
+            raise tarfile.ReadError(f"a member of {info.size} bytes at byte {info.offset}")
+        if not info.isdir():
+            what, expected = f"{info.name!r} in {file}", "a plain file"
+            if info.issparse():
+                remedy = "write the tar anew, without --sparse"
+                raise ValueError(checks.sentence(what, "a sparse file", expected, remedy))
+            if not info.isreg():
+                remedy = "write the tar anew, with tar --hard-dereference -h"
+                raise ValueError(checks.sentence(what, "a link or a device", expected, remedy))
+            yield _Member(start, tar.offset, info)
+        start = tar.offset
 
 
 def _sample(
-    start: int, parts: dict[str, tarfile.TarInfo], suffixes: frozenset[str], file: str
-) -> _Sample:
-    images = [part for ending, part in parts.items() if ending.lower() in suffixes]
+    name: str, parts: dict[str, _Member], suffixes: frozenset[str], file: str
+) -> Iterator[_Sample]:
+    """Yield the sample that members of one name are; none if there is no image and no label."""
+    images = [part.info for ending, part in parts.items() if ending in suffixes]
     if len(images) > 1:
         expected, remedy = "one of a name", "leave others out, or call them NAME.mask.png"
         found = " and ".join(one.name for one in images[:2])
         raise ValueError(checks.sentence(f"images in {file}", found, expected, remedy))
-    return _Sample(start, images[0] if images else None, parts.get(_CLASS))
-
-
-def _is_full(start: int, sample: _Sample) -> bool:
-    return sample.start - start >= _BLOCK_BYTES
+    label = parts.get(_CLASS)
+    if not images:
+        if label is not None:
+            expected = f"one that stands beside {label.info.name!r}"
+            remedy = "if its members lie apart, write them one after the other: tar --sort=name"
+            what = f"image of {name!r} in {file}"
+            raise ValueError(checks.sentence(what, "missing", expected, remedy))
+        return
+    members = list(parts.values())  # as they follow each other
+    start, stop = members[0].start, members[-1].stop
+    if stop - start >= _MOST_BYTES:
+        what, expected = f"size of {name!r} in {file}", "less than 2 GiB"
+        remedy = "leave it out, or some of its members"
+        raise ValueError(checks.sentence(what, f"{stop - start:,} bytes", expected, remedy))
+    yield _Sample(start, stop, images[0], None if label is None else label.info)
 
 
 def _check_label(tar: tarfile.TarFile, member: tarfile.TarInfo, file: str) -> None:
@@ -178,23 +230,18 @@ def _check_label(tar: tarfile.TarFile, member: tarfile.TarInfo, file: str) -> No
     text = b"" if stream is None else stream.read()
     if _label_in(text) is None:
         expected, remedy = "a whole number", "write the number of the class"
-        what = f"{member.name} in {file}"
+        what = f"{member.name!r} in {file}"
         said = text[:40].decode(errors="replace")
         raise ValueError(checks.sentence(what, said, expected, remedy))
 
 
 def _label_in(text: bytes) -> int | None:
     """Return the number that a text is; None if it is none that fits."""
-    try:
-        found = int(text)
-    except ValueError:
-        return None
+    found = int(text) if _NUMBER.fullmatch(text) else 2**63
     return found if abs(found) < 2**63 else None
 
 
-def _image_in(content: bytes, member: tarfile.TarInfo | None) -> dict[str, Any] | None:
-    if member is None:
-        return None
+def _image_in(content: bytes, member: tarfile.TarInfo) -> dict[str, Any]:
     # Names are bytes in a tar, and texts in Arrow.
     name = posixpath.basename(member.name).encode(errors="replace").decode()
     return {"bytes": _bytes(content, member), "path": name}

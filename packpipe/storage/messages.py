@@ -25,7 +25,7 @@ class ReadAhead:
     def __call__(self, start: int, stop: int) -> bytes:
         """Return the bytes start..stop - 1."""
         if stop > self.size:
-            raise ValueError(f"byte {stop - 1} of {self.size}")
+            raise ValueError(f"it ends at byte {self.size}, and byte {stop - 1} is missing")
         if not self._start <= start <= stop <= self._start + len(self._held):
             self._held = self._read(start, min(stop + _AHEAD, self.size))
             self._start = start
@@ -52,7 +52,7 @@ def head_at(reader: ReadAhead, position: int) -> Head | None:
     """Return the head of the message at a place of a stream; None at the end.
 
     Raises:
-        ValueError, struct.error: there is no message.
+        ValueError, struct.error: there is no message, or one of less than no bytes or rows.
 
     Source: Arrow columnar format, encapsulated messages; flatbuffers internals.
     """
@@ -69,6 +69,8 @@ def head_at(reader: ReadAhead, position: int) -> Head | None:
         place = table + _field(content, table, _CONTENTS)
         batch = place + struct.unpack_from("<I", content, place)[0]
         num_rows = _number(content, batch, _ROWS, "<q")
+    if body < 0 or num_rows < 0:  # what goes on behind the body would never end
+        raise ValueError(f"a message of {body} bytes and {num_rows} rows at byte {position}")
     return Head(content, body, kind, num_rows)
 
 

@@ -377,6 +377,17 @@ def test_tensors_of_arrow_are_pixels():
     table = pa.table({"image": pa.chunked_array(chunks), "label": range(5)})
     wanted = packpipe.Packer(seq_len=12)({"image": pixels, "label": range(5)})
     assert packpipe.Packer(seq_len=12)(table).equals(wanted)
+    kind = chunks[0].type
+    nulls = pa.ExtensionArray.from_storage(kind, pa.array([None], kind.storage_type))
+    table = pa.table({"image": pa.chunked_array([nulls, *chunks]), "label": [9, *range(5)]})
+    packer = packpipe.Packer(seq_len=12, on_error="drop")
+    wanted = packer({"image": [None, *pixels], "label": [9, *range(5)]})
+    assert packer(table).equals(wanted)
+    assert sum(map(len, wanted["labels"].to_pylist())) == 5
+    with pytest.raises(
+        ValueError, match=r"^example 0 of the batch .*; pass on_error='drop', or use"
+    ):
+        packpipe.Packer(seq_len=12)(table)
 
 
 MIXED = {

@@ -15,6 +15,7 @@ from datasets import Dataset
 from PIL import Image
 
 import packpipe
+from packpipe.cli.embedded import EmbeddedRows
 from packpipe.cli.labels import classes_of, divided, labelled, with_classes_of
 from packpipe.cli.open_source import manifest_in, open_source
 from packpipe.cli.trained_rows import TrainedRows
@@ -308,6 +309,28 @@ def test_embed_of_rows_that_lack_tokens_or_have_other_patches_is_refused(
     told("pack", images, tmp_path / "large", "--seq-len", 16, "--num-workers", 0)
     result = run("embed", trained, tmp_path / "large", tmp_path / "a.parquet")
     assert "patch size of the rows is 16, expected 8 (of the model); take a" in result.stderr
+
+
+def test_what_embed_knows_of_rows_tells_others_apart_and_rows_know_their_images(images):
+    source = datasets.load_dataset("imagefolder", data_dir=str(images), split="train[:4]")
+    packer = packpipe.Packer(64, patch_size=8, label_column="label")
+
+    def rows(labels, fingerprint="same", *, with_indices=True):
+        found = source.remove_columns("label").add_column("label", labels)
+        found = found.map(
+            packer, batched=True, with_indices=with_indices, remove_columns=["image", "label"]
+        )
+        found._fingerprint = fingerprint
+        return EmbeddedRows(found, packer.config).fingerprint
+
+    texts = [*"abcd"]
+    known = rows(texts)
+    assert known == rows(texts)
+    assert len({known, rows([*"abdc"]), rows(texts, "another")}) == 3
+    with pytest.raises(
+        ValueError, match=r"example_index of the rows is -1, expected the number of"
+    ):
+        rows(texts, with_indices=False)
 
 
 @pytest.mark.parametrize(("command", "more"), [("pack", ["o"]), ("plan", []), ("bench", [])])

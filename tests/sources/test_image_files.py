@@ -200,6 +200,19 @@ def test_what_are_no_such_files_is_refused_by_name(folder, tmp_path):
         ImageFiles([first, tmp_path / "other.parquet"])
 
 
+def test_endings_are_of_any_case_and_compressed_tars_are_refused(folder, tmp_path):
+    for number, path in enumerate(sorted(folder.iterdir())):
+        (tmp_path / f"{number}.PARQUET").write_bytes(path.read_bytes())
+    assert len(ImageFiles(tmp_path)) == NUM_ROWS
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    for paths in (tmp_path / "a.tar.gz", f"{tmp_path}/*.gz"):
+        expected = (
+            r"paths is '.*a\.tar\.gz', expected a tar that is not compressed; unpack it to one"
+        )
+        with pytest.raises(ValueError, match=expected):
+            ImageFiles(paths)
+
+
 def test_a_folder_and_every_kind_of_pattern_are_the_files_in_them(folder, tmp_path):
     (tmp_path / "deep.parquet").mkdir()
     memory = fsspec.filesystem("memory")
@@ -225,7 +238,7 @@ def test_a_file_that_was_damaged_or_lost_a_column_since_is_named(tmp_path):
     path = tmp_path / "part-020.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["label"]), path)
     for block, group in ((3, r"0 of .*part-010"), (6, r"0 of .*part-020")):
-        expected = rf"row group {group}\.parquet is .*, expected the images it had; repair the file"
+        expected = rf"row group {group}\.parquet is .*, expected what it was when the file was o"
         with pytest.raises(ValueError, match=expected):
             files.reader.dataset([files.block(block)])
 

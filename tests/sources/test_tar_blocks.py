@@ -52,7 +52,7 @@ def test_members_of_one_name_are_a_sample_and_blocks_are_runs_of_them(
     labels = files.reader.dataset([files.block(2), files.block(0)], ["label"])
     assert labels["label"][:] == [8, 9, 10, 0, 1, 2, 3]
     # The blocks are all that is read of the file.
-    spans = [files.block(number)[-2:] for number in range(3)]
+    spans = [(one.start, one.stop) for one in map(files.block, range(3))]
     assert [stop for _, stop in spans[:2]] == [start for start, _ in spans[1:]]
 
 
@@ -64,14 +64,15 @@ def test_a_block_ends_at_so_many_bytes_too(tmp_path, monkeypatch):
     assert dataset_in(tmp_path)["label"][:] == list(range(11))
 
 
-def test_a_sample_without_an_image_or_a_number_is_null_and_so_is_its_row(tmp_path):
+def test_a_sample_without_a_whole_number_has_null_for_a_label(tmp_path):
     there = members("abcdefghijk")
-    del there["c.PNG"], there["d.cls"]
+    del there["d.cls"]
     there["e.cls"], there["f.cls"], there["g.cls"] = b"ant", b"9" * 20, b"\xff"
+    there["h.cls"], there["i.cls"] = b"1_0", b" +08\n"
     write_tar(tmp_path / "a.tar", there)
     rows = dataset_in(tmp_path).data.table.to_pylist()
-    assert [row["image"] is None for row in rows] == [number == 2 for number in range(11)]
-    assert [row["label"] for row in rows] == [0, 1, 2, *[None] * 4, 7, 8, 9, 10]
+    assert [row["image"]["bytes"] for row in rows] == IMAGES
+    assert [row["label"] for row in rows] == [0, 1, 2, *[None] * 5, 8, 9, 10]
     images = {name: content for name, content in there.items() if name.endswith("PNG")}
     write_tar(tmp_path / "a.tar", images)
     assert dataset_in(tmp_path).column_names == ["image"]
@@ -103,13 +104,17 @@ def test_a_tar_that_is_cut_is_named(at, tmp_path):
 def test_what_is_no_tar_of_images_is_refused_by_name(tmp_path):
     path, there = tmp_path / "a.tar", members("abcdefghijk")
     for wrong, message in (
-        ({"a.cls": b"ant"}, r"a\.cls in .*a\.tar is 'ant', expected a whole number; write the num"),
+        ({"a.cls": b"ant"}, r"'a\.cls' in .*a\.tar is 'ant', expected a whole number; write the"),
+        (
+            {"k.Cls": b"1"},
+            r"'k\.Cls' in .*a\.tar is 'twice', expected one file of each name; write",
+        ),
         ({"k.jpg": b""}, r"images in .*a\.tar is 'k\.PNG and k\.jpg', expected one of a name"),
     ):
         write_tar(path, there | wrong)
         with pytest.raises(ValueError, match=message):
             ImageFiles(path)
-    write_tar(path, {"a.txt": b"", "a.cls": b"1"})
+    write_tar(path, {"a.txt": b"", "a.eps": b""})
     with pytest.raises(ValueError, match=r"images in .*a\.tar is 'none', expected one at least"):
         ImageFiles(path)
     with tarfile.open(path, "w:gz") as tar:
@@ -119,23 +124,84 @@ def test_what_is_no_tar_of_images_is_refused_by_name(tmp_path):
     with tarfile.open(path, "w") as tar:
         tar.addfile(tarfile.TarInfo("a.png"))
         tar.addfile(tarfile.TarInfo("a.png"))
-    with pytest.raises(ValueError, match=r"a\.png in .*a\.tar is 'twice', expected one file of ea"):
+    with pytest.raises(ValueError, match=r"'a\.png' in .*a\.tar is 'twice', expected one file of"):
         ImageFiles(path)
     link = tarfile.TarInfo("b.png")
     link.type, link.linkname = tarfile.LNKTYPE, "a.png"
     with tarfile.open(path, "w") as tar:
         tar.addfile(tarfile.TarInfo("a.png"))
         tar.addfile(link)
-    with pytest.raises(ValueError, match=r"b\.png in .* is 'a link or a device', expected a plain"):
+    with pytest.raises(
+        ValueError, match=r"'b\.png' in .* is 'a link or a device', expected a plai"
+    ):
         ImageFiles(path)
 
 
-def test_a_member_that_arrow_cannot_hold_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_blocks, "_MOST_BYTES", 60)
-    write_tar(tmp_path / "a.tar", {"a.png": b"0" * 60})
-    expected = r"a\.png in .*a\.tar is '60 bytes', expected less than 2 GiB; leave it out"
+def test_a_sample_that_arrow_cannot_hold_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_blocks, "_MOST_BYTES", 2048)
+    large = b"0" * 4096  # between samples, of which no block has it
+    write_tar(tmp_path / "a.tar", {"a.png": b"", "b.bin": large, "c.png": b"", "c.txt": b""})
+    assert len(dataset_in(tmp_path)) == 2
+    write_tar(tmp_path / "a.tar", {"a.png": b"", "c.png": b"", "c.bin": b"0" * 600})
+    expected = r"size of 'c' in .*a\.tar is '2,048 bytes', expected less than 2 GiB; leave it out"
     with pytest.raises(ValueError, match=expected):
         ImageFiles(tmp_path)
+
+
+def test_members_that_lie_apart_are_no_rows_of_their_own(tmp_path):
+    path = tmp_path / "a.tar"
+    write_tar(path, {"0.png": b"", "1.png": b"", "0.cls": b"0", "1.cls": b"1"})
+    expected = (
+        r"image of '0' in .*a\.tar is 'missing', expected one that stands beside '0\.cls'; if"
+    )
+    with pytest.raises(ValueError, match=expected):
+        ImageFiles(path)
+    write_tar(path, {"0.json": b"", "1.png": IMAGES[0], "1.CLS": b"3", "2.mpg": b"", "3.jpg": b""})
+    rows = dataset_in(path).data.table.to_pylist()
+    assert [(row["image"]["path"], row["label"]) for row in rows] == [("1.png", 3), ("3.jpg", None)]
+
+
+@pytest.mark.parametrize("size", [-512, -(2**40)])
+def test_a_member_of_less_than_no_bytes_is_damage_not_an_endless_loop(size, tmp_path):
+    write_tar(tmp_path / "a.tar", {"a.png": b"1" * 600, "b.png": b"2"})
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    header = content[: (place := content.index(b"b.png")) + 512][place:]
+    header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    content[place : place + 512] = header
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"paths is '.*a\.tar', expected whole tar files, not com"):
+        ImageFiles(tmp_path)
+
+
+def test_global_headers_between_blocks_are_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_blocks, "_BLOCK_ROWS", 1)
+    said = tarfile.TarInfo.create_pax_global_header({"comment": "a", "mtime": "7"})
+    for number in range(2):
+        write_tar(tmp_path / "part", {f"{number}.png": IMAGES[number]})
+        with (tmp_path / "a.tar").open("ab") as file:
+            file.write(said + (tmp_path / "part").read_bytes()[: 512 * 2])
+            assert len(IMAGES[number]) <= 512
+    with (tmp_path / "a.tar").open("ab") as file:
+        file.write(bytes(1024))
+    rows = dataset_in(tmp_path / "a.tar").data.table.to_pylist()
+    assert [row["image"]["bytes"] for row in rows] == IMAGES[:2]
+
+
+def test_names_and_sparse_files_are_said_so_that_a_terminal_obeys_nothing(tmp_path):
+    link = tarfile.TarInfo("\x1b[31mb.png")
+    for kind, what, remedy in (
+        (tarfile.SYMTYPE, "a link or a device", "with tar --hard-dereference -h"),
+        (tarfile.GNUTYPE_SPARSE, "a sparse file", "without --sparse"),
+    ):
+        link.type = kind
+        with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+            tar.addfile(link)
+        with pytest.raises(ValueError, match=rf"{what}', expected a plain file; .*{remedy}") as no:
+            ImageFiles(tmp_path)
+        assert "\\x1b[31mb.png" in str(no.value)
+        assert "\x1b" not in str(no.value)
 
 
 def test_a_tar_that_was_damaged_or_changed_since_is_named(tmp_path, monkeypatch):
@@ -145,15 +211,28 @@ def test_a_tar_that_was_damaged_or_changed_since_is_named(tmp_path, monkeypatch)
     content, files = path.read_bytes(), ImageFiles(path)
     start = files.block(1).start
     for place, message in (
-        (start, r"block 1 of .*a\.tar is .*, expected the images it had; repair the file"),
-        (start + 1024, r"block 1 of .*a\.tar is 'no member at byte \d+', expected the images it"),
+        (
+            start,
+            r"block 1 of .*a\.tar is .*, expected what it was when the file was o",
+        ),
+        (start + 1024, r"block 1 of .*a\.tar is 'no member at byte \d+', expected what it was"),
     ):
         path.write_bytes(content[:place] + b"\xff" * 8 + content[place + 8 :])
         with pytest.raises(ValueError, match=message):
             files.reader.dataset([files.block(0), files.block(1)])
         assert len(files.reader.dataset([files.block(0)])) == 4
+    write_tar(path, members("abcdefghijk") | {"g.cls": b"7\n\n"})
+    assert len(path.read_bytes()) == len(content)
+    expected = (
+        r"digest of block 1 of .*a\.tar is '\w{16}', expected \w{16}, as when the file was op"
+    )
+    with pytest.raises(ValueError, match=expected):
+        files.reader.dataset([files.block(1)])
+    assert len(files.reader.dataset([files.block(0)])) == 4
     path.write_bytes(content[: start + 700])
-    with pytest.raises(ValueError, match=r"block 1 of .* expected the images it had; repair"):
+    with pytest.raises(
+        ValueError, match=r"block 1 of .* expected what it was when the file was opened; repair"
+    ):
         files.reader.dataset([files.block(1)])
     path.write_bytes(content)
     block = files.block(1)._replace(num_rows=5)
