@@ -52,6 +52,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Image, load_dataset
 
 import packpipe
 from packpipe import ImageFiles, PackConfig
@@ -78,6 +79,7 @@ RAY |= {"_node_ip_address": "127.0.0.1", "logging_level": "ERROR"}
 # Ray puts a machine's outer address in place of 127.0.0.1, where the cluster then does not listen.
 HEAD, SECOND = "127.0.0.2", "127.0.0.3"
 NODES_KILLED = 3
+BUILDS = 3  # by each way, after one that warms it up
 BILLION, BLOCK = 10**9, 1000
 DRAWN = random.Random(0)  # noqa: S311
 
@@ -190,6 +192,44 @@ def engines(source: str, work: Path) -> list[tuple[str, float, str]]:
             raise SystemExit(f"{some} failed")
     seconds = time.perf_counter() - began
     return [*found, ("two `--part` and `--finish`", seconds, digest_of(output))]
+
+
+def overhead(source: str, work: Path) -> list[tuple[str, float, float]]:
+    """Return (way, seconds, the machine's processor seconds) of a build by two workers.
+
+    Medians of builds by executors that are warm, on a machine that does nothing else: whatever a
+    scheduler does in processes of its own counts.
+    """
+    options = {"split": "train", "cache_dir": str(work / "cache")}
+    dataset = load_dataset("parquet", data_files=f"{source}/*.parquet", **options)
+    dataset = dataset.cast_column("image", Image())
+
+    def of_a_dataset(_: str, output: str, __: Any) -> None:
+        packpipe.pack(dataset, 1024, output=output, num_workers=2, progress=False)
+
+    ways: dict[str, tuple[Callable[[], Any], Callable[[str, str, Any], Any]]] = {
+        "`pack(Dataset, num_workers=2)`": (here, of_a_dataset),
+        "windows, pool of 2 processes": (processes, pack),
+        "windows, Dask, 2 workers": (dask, pack),
+        "windows, Ray, 2 CPUs": (lambda: packpipe.RayExecutor(**RAY), pack),
+    }
+    found = []
+    for number, (name, (context, build)) in enumerate(ways.items()):
+        took = []
+        with context() as executor:
+            for again in range(1 + BUILDS):
+                began, before = time.perf_counter(), machine_seconds()
+                build(source, str(work / f"overhead-{number}-{again}"), executor)
+                took.append((time.perf_counter() - began, machine_seconds() - before))
+        seconds, busy = zip(*took[1:], strict=True)
+        found.append((name, statistics.median(seconds), statistics.median(busy)))
+    return found
+
+
+def machine_seconds() -> float:
+    """Return the processor seconds of all processes of this machine since its start."""
+    taken = psutil.cpu_times()
+    return taken.user + taken.nice + taken.system + taken.irq + taken.softirq
 
 
 def driver(source: str, output: Path, what: str = "all") -> subprocess.Popen[bytes]:
@@ -514,6 +554,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=100)
     parser.add_argument("--drive", nargs=3)
     parser.add_argument("--billion", nargs=3)
+    parser.add_argument("--overhead", action="store_true", help="that part alone; prints its table")
     arguments = parser.parse_args()
     if arguments.drive:
         drive(*arguments.drive)
@@ -527,6 +568,11 @@ def main() -> None:
         source = str(work / "source")
         write_source(arguments.data, Path(source))
         pack(source, str(work / "warm"))  # kernels are compiled, modules read
+        if arguments.overhead:
+            print("| way | s | processor s |", "| --- | ---: | ---: |", sep="\n")
+            for name, seconds, busy in overhead(source, work):
+                print(f"| {name} | {seconds:.1f} | {busy:.1f} |")
+            return
         found: dict[str, Any] = {"engines": engines(source, work)}
         seconds = found["engines"][0][1]
         print(found["engines"], flush=True)
