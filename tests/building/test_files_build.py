@@ -120,7 +120,7 @@ def test_rows_that_changed_places_or_windows_that_were_changed_are_found(folder,
         (json.dumps({**job, "seed": 0.0, "x": 1}), "says other seed, x than manifest.json"),
         (json.dumps({**job, "x": None}), "says other x than manifest.json"),
         ("[", "cannot be read: Expecting value: line 1 column 2 (char 1)"),
-        ("5", "cannot be read: 'int' object is not iterable"),
+        ("5", "is 5, expected an object"),
     ):
         (tmp_path / "job.json").write_text(said)
         assert [*map(str, packpipe.verify(tmp_path))] == [f"job.json: {what}"]

@@ -74,7 +74,7 @@ def test_images_are_cropped_in_training_and_stay_undistorted(layout, shape, few)
 
 
 def test_sides_in_the_wrong_order_are_refused(few):
-    with pytest.raises(ValueError, match=r"high is 64, expected above 256 \(low\)"):
+    with pytest.raises(ValueError, match=r"--sides is \(256, 64\), expected the smaller"):
         Layout("packed", 64, (256, 64), 0.0).packs(open_source(str(few), "train"), 32, 0)
 
 
