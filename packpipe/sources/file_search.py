@@ -99,7 +99,7 @@ def _listed(filesystem: Any, folder: str) -> list[str]:
     try:
         files = json.loads(filesystem.cat_file(state))["_data_files"]
         return [f"{folder}/{file['filename']}" for file in files]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = "save the dataset anew, or pass its files"
         expected = "what save_to_disk writes"
         raise ValueError(checks.sentence(state, str(error), expected, remedy)) from error
@@ -110,7 +110,7 @@ def _check_is_no_rows(filesystem: Any, folder: str) -> None:
     if filesystem.isfile(manifest):
         try:
             found = json.loads(filesystem.cat_file(manifest))
-        except ValueError:  # somebody else's
+        except (ValueError, RecursionError):  # somebody else's
             return
         if isinstance(found, dict) and "packpipe" in found:
             raise packed_rows("paths", f"{folder}, packed rows")

@@ -277,3 +277,11 @@ def test_a_store_that_fails_is_asked_four_times_and_then_named(folder, monkeypat
     with pytest.raises(ConnectionError, match=expected):
         files.reader.dataset(blocks)
     assert fails == [0]
+
+
+def test_lists_beside_files_may_be_nested_too_deep_to_be_read(tmp_path):
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    (tmp_path / "state.json").write_text("[" * 100_000)
+    (tmp_path / "data.arrow").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"state.json is '.*recursion.*, expected what save_to_"):
+        ImageFiles(tmp_path)
