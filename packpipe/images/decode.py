@@ -96,7 +96,7 @@ class Probe(NamedTuple):
 
 
 # Raised when `resize` makes other bytes.
-_TURBO_RESIZE = "2"
+_TURBO_RESIZE = "3"
 
 
 class PixelRules(NamedTuple):

@@ -376,7 +376,7 @@ def test_rows_of_turbo_decode_to_the_batches_and_rejects_of_rows_of_pixels(tmp_p
     rejects = packpipe.rejects(pixels)[:]
     assert packpipe.rejects(encoded)[:] == rejects
     assert {9, 11} == {*rejects["example_index"]}
-    assert packpipe.manifest(encoded)["codecs"]["turbo_resize"] == "2"
+    assert packpipe.manifest(encoded)["codecs"]["turbo_resize"] == "3"
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "text", "cut short", "header alone"])
