@@ -31,7 +31,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 from numpy.typing import NDArray
 
 from packpipe.images.geometry import Box
@@ -51,6 +51,15 @@ _LANES = 4  # bytes that a pixel of RGB takes while it is turned: a word is move
 _BLOCK_BYTES = 2**18  # of rows that are made together: what lies between stays in the cache
 _LEAST = 16  # rows that are made together
 _MOST_KEPT = 4096  # pixels of an axis, before and after, whose weights are kept: 98 KB at most
+# One type for rows that can be written and for those that cannot: each would take 2 s to compile.
+_BLEND = types.void(
+    types.Array(types.uint8, 2, "C", readonly=True),
+    types.int64,
+    types.int64[::1],
+    types.int16[:, ::1],
+    types.int64,
+    types.uint8[:, ::1],
+)
 
 _FLIPPED_ACROSS, _FLIPPED_DOWN, _FIRST_TURNED = (2, 3, 7, 8), (3, 4, 6, 7), 5
 
@@ -335,23 +344,10 @@ def _cut(words, top, left, tiles):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _blend(source, first, starts, weights, bits, out):  # type: ignore[no-untyped-def]
-    """Write rows that are weighted sums of source's, from byte `first` of each on."""
-    size, taps = out.shape[1], weights.shape[1]
-    if taps == 1:
-        for o in range(len(starts)):
-            out[o] = source[starts[o], first : first + size]
-    elif taps == _FEW and bits == _FEW_BITS:
-        _blend_few(source, first, starts, weights, out)
-    else:
-        _blend_many(source, first, starts, weights, bits, out)
-
-
-@njit(cache=True, nogil=True)
 def _blend_few(source, first, starts, weights, out):  # type: ignore[no-untyped-def]
     """Do what `_blend` does for `_FEW` weights, in sums of 16 bits that stay in registers."""
-    size, begin = out.shape[1], starts.min()
-    wide = np.empty((starts.max() + _FEW - begin, source.shape[1]), np.int16)
+    size, begin, last = out.shape[1], min(starts[0], starts[-1]), max(starts[0], starts[-1])
+    wide = np.empty((last + _FEW - begin, source.shape[1]), np.int16)
     levels, narrow = wide.reshape(-1), source.reshape(-1)[begin * source.shape[1] :]
     for i in range(len(levels)):
         levels[i] = np.int16(narrow[i]) << _SHIFT
@@ -419,3 +415,18 @@ def _blend_many(source, first, starts, weights, bits, out):  # type: ignore[no-u
                 sums[i] += weight * np.int32(a[i])
         for i in range(size):
             out[o, i] = min(max(sums[i] >> bits, 0), 255)
+
+
+@njit(_BLEND, cache=True, nogil=True)
+def _blend(source, first, starts, weights, bits, out):  # type: ignore[no-untyped-def]
+    """Write rows that are weighted sums of source's, from byte `first` of each on."""
+    size, taps = out.shape[1], weights.shape[1]
+    if taps == 1:
+        for o in range(len(starts)):
+            line = source[starts[o], first : first + size]
+            for i in range(size):  # the compiler takes 2 s for an assignment of slices
+                out[o, i] = line[i]
+    elif taps == _FEW and bits == _FEW_BITS:
+        _blend_few(source, first, starts, weights, out)
+    else:
+        _blend_many(source, first, starts, weights, bits, out)
