@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 from PIL import Image, features
 
 from packpipe import PackConfig, plan_epoch
-from packpipe.images.decode import decode, pixel_rules, probe
+from packpipe.images.decode import decode, probe
+from packpipe.images.rules import pixel_rules
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [f"{ROOT / 'tests'}"]

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from packpipe import Crop, PackConfig, Uniform, plan_epoch
-from packpipe.images.decode import decode, pixel_rules
+from packpipe.images.decode import decode
+from packpipe.images.rules import pixel_rules
 from packpipe.philox import Key
 from packpipe.planning.crops import crop_boxes
 from packpipe.planning.decisions import decide

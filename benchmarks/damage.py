@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from packpipe.images.bad_images import BadImage
-from packpipe.images.decode import PixelRules, decode, probe
+from packpipe.images.decode import decode, probe
+from packpipe.images.rules import PixelRules
 from packpipe.images.scans import scans_of
 
 RULES = PixelRules((255, 255, 255), 10**9, 1.0, "bicubic", "bicubic", "ignore", "reject")

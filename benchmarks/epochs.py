@@ -36,8 +36,9 @@ from tables import table
 
 import packpipe
 from packpipe import Beta, PackConfig, PackedLoader, Side, Uniform, plan_epoch, samples
-from packpipe.images.decode import decode, pixel_rules
+from packpipe.images.decode import decode
 from packpipe.images.patches import patchify
+from packpipe.images.rules import pixel_rules
 from packpipe.rows.fill_images import planned_images
 from packpipe.sources.image_source import ImageSource
 from packpipe.sources.survey import probe_sizes

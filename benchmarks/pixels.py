@@ -47,8 +47,9 @@ from pixel_peers import PATCH, PATCH_BYTES, SEQ_LEN, Job, Way, resized
 from tables import table
 
 import packpipe
-from packpipe.images.decode import PixelRules, decode, pixel_rules, probe
+from packpipe.images.decode import decode, probe
 from packpipe.images.fill import ImageTask, fill_row
+from packpipe.images.rules import PixelRules, pixel_rules
 
 ROOT = Path(__file__).parent.parent
 PARTS = (

@@ -437,7 +437,8 @@ def poison() -> Iterator[Kind]:
 # Runs in any version: what becomes of each file, as (pixels, text, seconds).
 _DECODES = """
 import pickle, sys, time
-from packpipe.images.decode import PixelRules, decode, probe
+from packpipe.images.decode import decode, probe
+from packpipe.images.rules import PixelRules
 from packpipe.images.opening import BadImage
 cases, options = pickle.load(sys.stdin.buffer)
 found = []

@@ -43,7 +43,8 @@ from fuzz_damage import Dice, corpus, damaged
 
 from packpipe.images import jpegxl
 from packpipe.images.bad_images import BadImage
-from packpipe.images.decode import PixelRules, decode, prepare, probe
+from packpipe.images.decode import decode, prepare, probe
+from packpipe.images.rules import PixelRules
 from packpipe.planning.image_options import FILTERS
 
 MAX_PIXELS = 4_000_000

@@ -13,9 +13,9 @@ from zlib import crc32
 import numpy as np
 from PIL import Image
 
-from packpipe.images.decode import PixelRules
 from packpipe.images.fill import ImageTask, fill_row
 from packpipe.images.pool import Decoders, RowTask
+from packpipe.images.rules import PixelRules
 
 RULES = PixelRules((255, 255, 255), 10**9, 1.0, "bicubic", "bicubic", "srgb")
 MIB = 2**20

@@ -11,9 +11,9 @@ from pathlib import Path
 from PIL import Image
 
 from packpipe.images import pool
-from packpipe.images.decode import PixelRules
 from packpipe.images.fill import ImageTask
 from packpipe.images.pool import Decoders, RowTask
+from packpipe.images.rules import PixelRules
 
 RULES = PixelRules((255, 255, 255), 10_000, 1.0, "bicubic", "bicubic", "srgb")
 # In a process that is so started, an image that begins with #! is Python to run before decoding.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from packpipe.building.images import IMAGE_SECONDS, Images
-from packpipe.images.decode import pixel_rules
 from packpipe.images.pillow_settings import changed_settings
+from packpipe.images.rules import pixel_rules
 from packpipe.images.versions import decoder_versions
 from packpipe.rows import schema
 

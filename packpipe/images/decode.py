@@ -20,10 +20,11 @@ The planned size is known before any pixel is decoded, so the work is done in th
 Compared with decoding in full and resizing in one step, the gap changes pixels a little: tests
 bound the difference and ``benchmarks/pixels.py`` shows it; ``reducing_gap=None`` gives none.
 
-With ``pixels="turbo"`` JPEGs are decoded by `turbo`, to the same bytes; `resize` does steps 3 to 5
-at once: one antialiased resize from what is decoded, without averaging before, straight into the
-tiles. Other formats are decoded by Pillow; pixels that are still CMYK or transparent when they are
-resized, since their colours are converted afterwards, are resized by Pillow, too.
+With ``pixels="turbo"`` plain JPEG, PNG and WebP files are decoded by `turbo`, to the same bytes;
+`resize` does steps 3 to 5 at once: one antialiased resize from what is decoded, without averaging
+before, straight into the tiles. Other files are decoded by Pillow; pixels that are still CMYK or
+transparent when they are resized, since their colours are converted afterwards, are resized by
+Pillow, too.
 
 If the orientation cannot be read, the image counts as upright and is flagged. In PNG files EXIF
 counts behind the pixels, too, but not XMP.
@@ -34,8 +35,6 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import ExitStack
-from importlib.metadata import version
-from importlib.util import find_spec
 from io import FileIO
 from typing import Any, NamedTuple
 
@@ -44,7 +43,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from packpipe import checks
 from packpipe.images.bad_images import (
     BadImage,
     SizeChanged,
@@ -56,17 +54,14 @@ from packpipe.images.bad_images import (
 from packpipe.images.colour import (
     Conversion,
     HighDynamicRange,
-    conversion_by,
     conversion_of,
     to_srgb,
 )
 from packpipe.images.edges import decoded_at, whole_parts
-from packpipe.images.geometry import Box, cut, least_size, scaled, stored_box, turned
+from packpipe.images.geometry import Box, cut, scaled, turned
 from packpipe.images.headers import (
     HEAD_BYTES,
-    JPEG,
     PNG,
-    jpeg_head,
     late_exif,
     quick_probe,
     upright_hw,
@@ -76,9 +71,11 @@ from packpipe.images.layouts import mend
 from packpipe.images.modes import NoRule, plain
 from packpipe.images.opening import LONGEST_SIDE, array_hw, known_formats, opened
 from packpipe.images.orientation import TRANSPOSE, orientation_of, reader_of
-from packpipe.images.pillow_settings import PILLOWS_LIMIT, check_limit, check_settings
+from packpipe.images.pillow_settings import PILLOWS_LIMIT, check_settings
 from packpipe.images.regular_files import open_file
-from packpipe.images.scans import Watched, scans_of
+from packpipe.images.rules import PixelRules
+from packpipe.images.scans import Watched
+from packpipe.images.stored import Planned, Stored, least_for
 
 # Why an image is a reject, by the error that says so.
 _REASONS: dict[type[Exception], str] = {
@@ -95,25 +92,6 @@ class Probe(NamedTuple):
     broken_exif: bool
 
 
-# Raised when `resize` makes other bytes.
-_TURBO_RESIZE = "3"
-
-
-class PixelRules(NamedTuple):
-    """The options of `PackConfig` that decide how pixels are made, by the same names."""
-
-    background: tuple[int, int, int]
-    max_pixels: int
-    reducing_gap: float | None
-    downscale_filter: str
-    upscale_filter: str
-    profiles: str
-    damaged_scans: str = "reject"
-    value_range: tuple[float, float] | None = None
-    jpeg_edges: str = "clean"
-    pixels: str = "pillow"
-
-
 class Decoded(NamedTuple):
     """Result of `decode`.
 
@@ -126,23 +104,6 @@ class Decoded(NamedTuple):
     flag: str | None
 
 
-def pixel_rules(options: Any) -> PixelRules:
-    """Return the `PixelRules` among the attributes of a configuration.
-
-    Raises:
-        ValueError: they need a package that is not installed.
-    """
-    rules = PixelRules(*(getattr(options, name) for name in PixelRules._fields))
-    if rules.damaged_scans == "strict" and find_spec("simplejpeg") is None:
-        expected, remedy = "simplejpeg to be installed", 'pip install simplejpeg, or use "reject"'
-        raise ValueError(checks.sentence("damaged_scans", "strict", expected, remedy))
-    if rules.pixels == "turbo" and find_spec("simplejpeg") is None:
-        expected = "simplejpeg to be installed"
-        remedy = "pip install 'packpipe[turbo]'; rows made with it need it wherever they are made"
-        raise ValueError(checks.sentence("pixels", "turbo", expected, remedy))
-    return rules
-
-
 def prepare(rules: PixelRules) -> None:
     """Load now what rules decode with, so that no image's time limit pays for it."""
     known_formats()
@@ -151,13 +112,6 @@ def prepare(rules: PixelRules) -> None:
 
         square = np.zeros((1, 1), np.uint8)
         _resize_into(np.empty((1, 1, 1, 1, 3), np.uint8), square, (0, 0, 1, 1), 1, rules)
-
-
-def engine_versions(pixels: str) -> dict[str, str]:
-    """Return the versions of what decodes and resizes besides Pillow, by name."""
-    if pixels != "turbo":
-        return {}
-    return {"simplejpeg": version("simplejpeg"), "turbo_resize": _TURBO_RESIZE}
 
 
 @rejecting_giants()
@@ -223,8 +177,12 @@ def decode(
         ValueError: settings of Pillow in this process would give other pixels.
     """
     check_settings()
-    planned = _Planned(image_hw, target_hw, box or (0, 0, *image_hw))
-    found = _by_turbo(data, planned, rules) if rules.pixels == "turbo" else None
+    planned = Planned(image_hw, target_hw, box or (0, 0, *image_hw))
+    found = None
+    if rules.pixels == "turbo":
+        from packpipe.images import turbo
+
+        found = turbo.stored(data, planned, rules)
     pixels, area, orientation, conversion = found or _by_pillow(data, planned, rules)
     flag = "broken profile" if conversion.broken else None
     whole = tiles if tiles is not None else np.empty((1, 1, *target_hw, 3), np.uint8)
@@ -254,84 +212,7 @@ def decode(
     return answer
 
 
-class _Planned(NamedTuple):
-    """What is to be made of an image, in pixels of the upright one, as `decode` is told."""
-
-    image_hw: tuple[int, int]
-    target_hw: tuple[int, int]
-    box: tuple[int, int, int, int]
-
-    def stored(self, orientation: int) -> tuple[Box, tuple[int, int]]:
-        """Return the box and the (width, height) it becomes, for an image before it is turned."""
-        box = stored_box(self.box, self.image_hw, orientation)
-        return box, upright_hw(*self.target_hw[::-1], orientation)[::-1]
-
-
-class _Stored(NamedTuple):
-    """An image as it is stored, decoded: grey or RGB, neither turned nor resized.
-
-    Attributes:
-        pixels: of `turbo` an array.
-        box: where what is needed is in them.
-        orientation: how they are turned upright, as EXIF has it.
-        conversion: of their colours.
-    """
-
-    pixels: Image.Image | NDArray[np.uint8]
-    box: Box
-    orientation: int
-    conversion: Conversion
-
-
-def _by_turbo(data: ImageData, planned: _Planned, rules: PixelRules) -> _Stored | None:
-    """Return an image that `turbo` decodes; None of others, which Pillow decodes or rejects."""
-    from packpipe.images import turbo
-
-    check_limit(rules.max_pixels)
-    content = _jpeg_of(data)
-    head = None if content is None else jpeg_head(content)
-    if content is None or head is None:
-        return None
-    size = head.size
-    is_fit = max(size) <= LONGEST_SIDE and 0 < size[0] * size[1] <= rules.max_pixels
-    if not is_fit or upright_hw(*size, head.orientation) != planned.image_hw:
-        return None
-    if not turbo.is_taken(head, scans_of(content, head)):
-        return None
-    conversion, parts = Conversion(None, False), 1
-    if rules.profiles != "ignore":
-        try:
-            conversion = conversion_by(head.profiles, "L" if head.layers == 1 else "RGB")
-        except HighDynamicRange:
-            return None
-    box, target = planned.stored(head.orientation)
-    if rules.reducing_gap is not None:
-        parts = turbo.parts_of(size, _least(box, size, target, rules.reducing_gap))
-    pixels = turbo.decoded(content, head, parts)
-    if pixels is not None and parts > 1 and rules.jpeg_edges == "clean":
-        finer = whole_parts(pixels, size, parts)
-        if finer != parts and size[0] * size[1] <= PILLOWS_LIMIT * finer**2:
-            parts, pixels = finer, turbo.decoded(content, head, finer)
-    if pixels is None:
-        return None
-    whole = size[0] / parts, size[1] / parts
-    return _Stored(pixels, scaled(box, size, whole), head.orientation, conversion)
-
-
-def _jpeg_of(data: ImageData) -> bytes | None:
-    """Return the bytes of a JPEG file, None if it is none."""
-    if isinstance(data, str | Confined):
-        with rejecting(data), open_file(data) as file:
-            if file.read(len(JPEG)) != JPEG:
-                return None
-            file.seek(0)
-            return file.read()
-    if isinstance(data, bytes | memoryview) and bytes(data[: len(JPEG)]) == JPEG:
-        return bytes(data)
-    return None
-
-
-def _by_pillow(data: ImageData, planned: _Planned, rules: PixelRules) -> _Stored:
+def _by_pillow(data: ImageData, planned: Planned, rules: PixelRules) -> Stored:
     """Return an image that Pillow decodes; raise what `decode` does."""
     with opened(data, rules.max_pixels) as image:
         orientation, _ = orientation_of(image)
@@ -348,7 +229,7 @@ def _by_pillow(data: ImageData, planned: _Planned, rules: PixelRules) -> _Stored
             reraise_faults(error)
             reason = _REASONS.get(type(error), "undecodable")
             raise BadImage(reason, message_of(error, data)) from error
-    return _Stored(pixels, area, orientation, conversion)
+    return Stored(pixels, area, orientation, conversion)
 
 
 def _loaded(
@@ -398,13 +279,8 @@ def _drafted(
     """Have a JPEG decoded smaller, if it can be; return its (width, height) then, else None."""
     if scans is None or scans.scans.is_lossless or rules.reducing_gap is None:
         return None
-    drafted = image.draft(None, _least(box, image.size, target, rules.reducing_gap))
+    drafted = image.draft(None, least_for(box, image.size, target, rules.reducing_gap))
     return None if drafted is None else drafted[1][2:]
-
-
-def _least(box: Box, size: tuple[int, int], target: tuple[int, int], gap: float) -> tuple[int, int]:
-    """Return the (width, height) that an image is to be decoded at, at least."""
-    return least_size((int(target[0] * gap), int(target[1] * gap)), box, size)
 
 
 def _watched(image: Image.Image) -> Watched | None:

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packpipe.images.bad_images import BadImage, SizeChanged
-from packpipe.images.decode import PixelRules, decode
+from packpipe.images.decode import decode
 from packpipe.images.image_data import ImageData
 from packpipe.images.masks import TargetRules, decode_mask, write_targets
 from packpipe.images.patches import patchify, side_of
+from packpipe.images.rules import PixelRules
 
 
 class Failure(NamedTuple):

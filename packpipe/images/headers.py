@@ -116,6 +116,23 @@ def quick_probe(head: bytes | memoryview, size: int) -> tuple[int, int] | None:
     return found
 
 
+def bare_hw(content: bytes) -> tuple[int, int] | None:
+    """Return (height, width) of a PNG or WebP file of grey or RGB in 8 bits and nothing else.
+
+    Without transparency, orientation and animation, with the colours of sRGB: whatever decodes
+    such a file makes the pixels that Pillow makes. None for all other files.
+    """
+    try:
+        if content.startswith(PNG):
+            return _png_hw(content[:HEAD_BYTES]) if _is_bare_png(content) else None
+        if content.startswith(b"RIFF") and _READS_WEBP:
+            found = _webp_hw(content[:HEAD_BYTES], len(content))
+            return found if _is_bare_webp(content) else None
+    except (struct.error, IndexError):  # it ends too early
+        pass
+    return None
+
+
 def icon_hw(file: BinaryIO) -> tuple[int, int]:
     """Return the largest (height, width) that the header of any image in an ICO file gives.
 
@@ -337,6 +354,32 @@ def _png_hw(head: bytes) -> tuple[int, int] | None:
                 return None
             if name in (b"zTXt", b"iCCP") and rest[:1] != b"\x00":
                 return None
+
+
+def _is_bare_png(content: bytes) -> bool:
+    """Return whether nothing of a PNG file but what `_png_hw` reads changes its pixels."""
+    depth, colour = unpack_from(">BB", content, 24)
+    names, at = set(), 8
+    while True:
+        length, name = unpack_from(">I4s", content, at)
+        if name == b"IDAT":
+            break
+        names.add(name)
+        at += 12 + length
+    while name == b"IDAT":
+        at += 12 + length
+        length, name = unpack_from(">I4s", content, at)
+    is_srgb = b"sRGB" in names or not names & {b"gAMA", b"cHRM"}
+    is_opaque = depth == 8 and colour in (0, 2) and b"tRNS" not in names
+    return is_srgb and is_opaque and b"iCCP" not in names and name == b"IEND"
+
+
+def _is_bare_webp(content: bytes) -> bool:
+    """Return whether a WebP file is one picture without alpha; colours need a longer header."""
+    is_lossless, alpha = content[15:16] == b"L", 1 << 28
+    return content[12:16] == b"VP8 " or (
+        is_lossless and not unpack_from("<I", content, 21)[0] & alpha
+    )
 
 
 def _webp_hw(head: bytes, size: int) -> tuple[int, int] | None:

@@ -31,10 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packpipe.images.bad_images import SizeChanged
-from packpipe.images.decode import PixelRules
 from packpipe.images.fill import Failure, ImageTask, Outcome
 from packpipe.images.masks import TargetRules
 from packpipe.images.patches import side_of
+from packpipe.images.rules import PixelRules
 from packpipe.images.watch import STILL_SECONDS, Progress, Watch, run_time
 from packpipe.images.worker import PLACE_BYTES, message_of, parts_of
 

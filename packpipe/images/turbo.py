@@ -1,23 +1,113 @@
-"""Decodes JPEGs with libjpeg-turbo through simplejpeg, with the bytes that Pillow would give.
+"""Decodes JPEG, PNG and WebP faster than Pillow does, with the bytes that Pillow would give.
 
-Taken by ``pixels="turbo"`` for what it decodes alike: grey, YCbCr and RGB of 8 bits, baseline or
-progressive, with a plain header (`headers.jpeg_head`), so that Pillow need not open it. Others,
-such as CMYK and lossless files, are left to Pillow, and so is a file of which libjpeg warns:
-whether it is damaged is then decided as it always is (`scans`).
+Taken by ``pixels="turbo"`` for what is decoded alike, without opening it with Pillow. Of JPEGs,
+with libjpeg-turbo through simplejpeg: grey, YCbCr and RGB of 8 bits, baseline or progressive, with
+a plain header (`headers.jpeg_head`). Of PNG and WebP, with libpng and libwebp through imagecodecs:
+grey and RGB of 8 bits with nothing else in the file (`headers.bare_hw`). Others, such as CMYK,
+lossless JPEGs and pictures with alpha, are left to Pillow, and so is a file that one of these
+libraries refuses or warns of: whether it is damaged is then decided as it always is (`scans`).
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import simplejpeg
+from imagecodecs import spng_decode, webp_decode
 from numpy.typing import NDArray
 
-from packpipe.images.headers import JpegHead
-from packpipe.images.scans import Scans
+from packpipe.images.bad_images import rejecting
+from packpipe.images.colour import Conversion, HighDynamicRange, conversion_by
+from packpipe.images.edges import whole_parts
+from packpipe.images.geometry import scaled
+from packpipe.images.headers import (
+    HEAD_BYTES,
+    JPEG,
+    PNG,
+    JpegHead,
+    bare_hw,
+    jpeg_head,
+    quick_probe,
+    upright_hw,
+)
+from packpipe.images.image_data import Confined, ImageData
+from packpipe.images.opening import LONGEST_SIDE
+from packpipe.images.pillow_settings import PILLOWS_LIMIT, check_limit
+from packpipe.images.regular_files import open_file
+from packpipe.images.rules import PixelRules
+from packpipe.images.scans import Scans, scans_of
+from packpipe.images.stored import Planned, Stored, least_for
 
 _COLOURS = {1: "GRAY", 3: "RGB"}  # by the number of layers
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, all of Huffman's codes
+_STARTS = (JPEG, PNG[:4], b"RIFF")  # of files that may be decoded here
+
+
+def stored(data: ImageData, planned: Planned, rules: PixelRules) -> Stored | None:
+    """Return an image, decoded; None of others, which Pillow decodes or rejects."""
+    check_limit(rules.max_pixels)
+    content = _content_of(data)
+    if content is None:
+        return None
+    if content.startswith(JPEG):
+        return _jpeg(content, planned, rules)
+    if bare_hw(content) != planned.image_hw or not _is_fit(planned.image_hw, rules):
+        return None
+    pixels = picture(content, planned.image_hw)
+    if pixels is None:
+        return None
+    box, _ = planned.stored(1)
+    return Stored(pixels, box, 1, Conversion(None, False))
+
+
+def _is_fit(size: tuple[int, int], rules: PixelRules) -> bool:
+    return max(size) <= LONGEST_SIDE and 0 < size[0] * size[1] <= rules.max_pixels
+
+
+def _jpeg(content: bytes, planned: Planned, rules: PixelRules) -> Stored | None:
+    head = jpeg_head(content)
+    if head is None or not _is_fit(head.size, rules):
+        return None
+    size = head.size
+    if upright_hw(*size, head.orientation) != planned.image_hw:
+        return None
+    if not is_taken(head, scans_of(content, head)):
+        return None
+    conversion, parts = Conversion(None, False), 1
+    if rules.profiles != "ignore":
+        try:
+            conversion = conversion_by(head.profiles, "L" if head.layers == 1 else "RGB")
+        except HighDynamicRange:
+            return None
+    box, target = planned.stored(head.orientation)
+    if rules.reducing_gap is not None:
+        parts = parts_of(size, least_for(box, size, target, rules.reducing_gap))
+    pixels = decoded(content, head, parts)
+    if pixels is not None and parts > 1 and rules.jpeg_edges == "clean":
+        finer = whole_parts(pixels, size, parts)
+        if finer != parts and size[0] * size[1] <= PILLOWS_LIMIT * finer**2:
+            parts, pixels = finer, decoded(content, head, finer)
+    if pixels is None:
+        return None
+    whole = size[0] / parts, size[1] / parts
+    return Stored(pixels, scaled(box, size, whole), head.orientation, conversion)
+
+
+def _content_of(data: ImageData) -> bytes | None:
+    """Return the bytes of a JPEG file, or of a PNG or WebP file with a plain header, else None."""
+    if isinstance(data, str | Confined):
+        with rejecting(data), open_file(data) as file:
+            head, size = file.read(HEAD_BYTES) or b"", os.fstat(file.fileno()).st_size
+            if not head.startswith(JPEG):
+                found = quick_probe(head, size)
+                # A longer file holds more than its pixels, perhaps more than there is memory.
+                if found is None or size > 8 * found[0] * found[1] + HEAD_BYTES:
+                    return None
+            return head + (file.read() or b"")
+    if isinstance(data, bytes | memoryview) and bytes(data[:4]).startswith(_STARTS):
+        return bytes(data)
+    return None
 
 
 def parts_of(size: tuple[int, int], least: tuple[int, int]) -> int:
@@ -60,3 +150,17 @@ def decoded(content: bytes, head: JpegHead, parts: int) -> NDArray[Any] | None:
     if pixels.shape[:2] != (height, width):
         return None
     return pixels[..., 0] if head.layers == 1 else pixels
+
+
+def picture(content: bytes, image_hw: tuple[int, int]) -> NDArray[Any] | None:
+    """Return the pixels of a PNG or WebP file of which `headers.bare_hw` gives image_hw.
+
+    Returns:
+        uint8[height, width] of grey or uint8[height, width, 3]; None if it cannot be decoded.
+    """
+    decode = spng_decode if content.startswith(PNG) else webp_decode
+    try:
+        pixels: NDArray[Any] = decode(content)
+    except (RuntimeError, ValueError):  # an error of either library is a RuntimeError
+        return None
+    return pixels if pixels.shape in (image_hw, (*image_hw, 3)) else None

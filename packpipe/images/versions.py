@@ -8,8 +8,8 @@ import PIL
 from PIL import features
 
 from packpipe._version import __version__
-from packpipe.images.decode import engine_versions
 from packpipe.images.extras import extra_versions
+from packpipe.images.rules import engine_versions
 
 # What Pillow decodes with.
 _CODECS = ("jpg", "libjpeg_turbo", "webp", "zlib", "zlib_ng", "libtiff", "jpg_2000", "avif")

@@ -25,11 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packpipe.images.bad_images import SizeChanged
-from packpipe.images.decode import PixelRules, prepare
+from packpipe.images.decode import prepare
 from packpipe.images.fill import Failure, ImageTask, fill_row
 from packpipe.images.image_data import Confined, ImageData
 from packpipe.images.masks import TargetRules
 from packpipe.images.patches import side_of
+from packpipe.images.rules import PixelRules
 
 # Bytes that each process has at the front of the shared memory, for the place of its image.
 PLACE_BYTES = 8

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from packpipe.images.decode import pixel_rules
 from packpipe.images.image_data import ImageData
 from packpipe.images.pillow_settings import check_settings
+from packpipe.images.rules import pixel_rules
 from packpipe.images.transform import PixelFunction, checked_transform, name_of
 from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig

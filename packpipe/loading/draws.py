@@ -16,8 +16,9 @@ from packpipe import checks
 from packpipe.augmenting.augment import Augment
 from packpipe.augmenting.colours import coloured
 from packpipe.augmenting.rows import augmented
-from packpipe.images.decode import decode, pixel_rules, probe
+from packpipe.images.decode import decode, probe
 from packpipe.images.patches import unpatchify
+from packpipe.images.rules import pixel_rules
 from packpipe.loading.columns import batch_columns
 from packpipe.loading.read import read_rows
 from packpipe.loading.stored import StoredPacks

@@ -95,9 +95,10 @@ class PackConfig:
             in them, such as a class token and registers (`NaViTConfig.prefix_tokens`). They count
             in seq_len and ``seq_lens``; max_tokens, budgets and drop rates are of patches alone.
         pixels: what decodes and resizes: "pillow", or "turbo" (``packpipe[turbo]``), which decodes
-            JPEGs with simplejpeg and resizes everything with a kernel of its own, in one step
-            whatever reducing_gap is; other formats are decoded by Pillow. Rows differ by .1 to .2
-            levels in the mean, and are made again, or verified, with the same engine alone.
+            JPEGs with simplejpeg, plain PNG and WebP files with imagecodecs, and resizes everything
+            with a kernel of its own, in one step whatever reducing_gap is; others are decoded by
+            Pillow. Rows differ by .1 to .2 levels in the mean, and are made again, or verified,
+            with the same engine alone.
 
     Raises:
         TypeError: an option is of a wrong type.

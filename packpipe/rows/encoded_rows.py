@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from packpipe import checks
-from packpipe.images.decode import pixel_rules
 from packpipe.images.pillow_settings import check_settings
+from packpipe.images.rules import pixel_rules
 from packpipe.images.versions import decoder_versions
 from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from packpipe.images.decode import pixel_rules
 from packpipe.images.fill import Outcome
 from packpipe.images.image_data import ImageData
 from packpipe.images.pool import Decoders, RowTask
+from packpipe.images.rules import pixel_rules
 from packpipe.planning.epoch_plan import EpochPlan
 from packpipe.rows.fill_images import (
     Filled,

@@ -17,10 +17,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from packpipe.images.bad_images import BadImage
-from packpipe.images.decode import pixel_rules
 from packpipe.images.fill import Failure, ImageTask, Outcome, fill_row
 from packpipe.images.image_data import ImageData
 from packpipe.images.masks import TargetRules
+from packpipe.images.rules import pixel_rules
 from packpipe.images.transform import PixelFunction, transformed
 from packpipe.philox import Key
 from packpipe.planning.decisions import boxes

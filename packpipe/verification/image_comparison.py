@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from packpipe.building.shards import MANIFEST
 from packpipe.images.bad_images import BadImage
 from packpipe.images.content import content_of
-from packpipe.images.decode import pixel_rules
 from packpipe.images.fill import Failure, ImageTask, Outcome, fill_row
 from packpipe.images.masks import TargetRules
 from packpipe.images.pool import ENDED
+from packpipe.images.rules import pixel_rules
 from packpipe.images.versions import decoder_versions
 from packpipe.philox import Key
 from packpipe.planning.decisions import decide_all

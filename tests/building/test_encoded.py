@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 import packpipe
 from packpipe.building import remote_encoded, stored_segments
 from packpipe.building.shards import data_files
-from packpipe.images import decode
+from packpipe.images import rules
 from packpipe.images.content import content_of
 from packpipe.loading.loader import PackedLoader
 from packpipe.loading.stored import StoredPacks
@@ -409,7 +409,7 @@ def test_rows_judged_strictly_are_read_without_what_judged_them(tmp_path, monkey
     options = {**OPTIONS, "damaged_scans": "strict"}
     pixels = packpipe.pack(source, output=tmp_path / "pixels", **options)
     encoded = packpipe.pack(source, output=tmp_path / "encoded", store="encoded", **options)
-    monkeypatch.setattr(decode, "find_spec", lambda _: None)
+    monkeypatch.setattr(rules, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="damaged_scans is 'strict', expected simplejpeg to be in"):
         packpipe.pack(source, output=tmp_path / "new", **options)
     assert batches(again(encoded)) == batches(pixels)

@@ -21,8 +21,9 @@ from strategies import encode
 import packpipe
 from packpipe.building.shards import Shards, alone_in
 from packpipe.images import modes
-from packpipe.images.decode import decode, pixel_rules
+from packpipe.images.decode import decode
 from packpipe.images.patches import unpatchify
+from packpipe.images.rules import pixel_rules
 from packpipe.philox import Key
 from packpipe.planning.image_config import PackConfig
 from packpipe.rows import files, text

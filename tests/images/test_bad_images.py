@@ -11,8 +11,9 @@ import pytest
 from test_headers import opened_with
 
 from packpipe.images.bad_images import BadImage
-from packpipe.images.decode import PixelRules, decode
+from packpipe.images.decode import decode
 from packpipe.images.headers import HEAD_BYTES
+from packpipe.images.rules import PixelRules
 
 INSIDE = (8, 12)
 RULES = PixelRules((255, 255, 255), 10**6, None, "bicubic", "bicubic", "srgb")

@@ -20,7 +20,8 @@ from strategies import encode
 
 from packpipe.images import decode as decode_module
 from packpipe.images.bad_images import BadImage
-from packpipe.images.decode import PixelRules, Probe, decode, probe
+from packpipe.images.decode import Probe, decode, probe
+from packpipe.images.rules import PixelRules
 from packpipe.planning.image_options import MAX_PIXELS
 
 BACKGROUND = (10, 20, 30)

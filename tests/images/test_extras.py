@@ -381,7 +381,8 @@ def test_pillow_learns_nothing_from_headers_and_heic(plain, tmp_path):
     script = (
         "import sys\nfrom PIL import Image\nImage.init()\n"
         "before = dict(Image.OPEN), dict(Image.SAVE)\n"
-        "from packpipe.images.decode import decode, pixel_rules, probe\n"
+        "from packpipe.images.decode import decode, probe\n"
+        "from packpipe.images.rules import pixel_rules\n"
         "from packpipe.planning.image_config import PackConfig\n"
         "rules = pixel_rules(PackConfig())\n"
         "hw = [probe(path, max_pixels=10**6).image_hw for path in sys.argv[1:]]\n"

@@ -13,8 +13,8 @@ from PIL import Image
 from strategies import encode
 
 from packpipe.images.bad_images import BadImage
-from packpipe.images.decode import PixelRules
 from packpipe.images.fill import Failure, ImageTask, fill_row
+from packpipe.images.rules import PixelRules
 
 RULES = PixelRules((255, 255, 255), 10_000, 1.0, "bicubic", "bicubic", "srgb")
 PATCH = 2

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from packpipe.images.bad_images import BadImage
-from packpipe.images.decode import decode, pixel_rules, probe
+from packpipe.images.decode import decode, probe
+from packpipe.images.rules import pixel_rules
 from packpipe.planning.image_config import PackConfig
 
 FINDS = sorted((Path(__file__).parent.parent / "finds").iterdir())

@@ -19,7 +19,7 @@ from strategies import encode, random_image
 import packpipe
 from packpipe.images import regular_files
 from packpipe.images.bad_images import BadImage
-from packpipe.images.decode import PixelRules, Probe, decode, probe
+from packpipe.images.decode import Probe, decode, probe
 from packpipe.images.headers import (
     HEAD_BYTES,
     JPEG,
@@ -30,6 +30,7 @@ from packpipe.images.headers import (
 )
 from packpipe.images.opening import opened
 from packpipe.images.orientation import orientation_of
+from packpipe.images.rules import PixelRules
 from packpipe.images.scans import scans_of
 
 MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow refuses more

@@ -14,8 +14,9 @@ from test_headers import opened_with
 
 from packpipe.images import regular_files
 from packpipe.images.bad_images import BadImage
-from packpipe.images.decode import PixelRules, decode, probe
+from packpipe.images.decode import decode, probe
 from packpipe.images.image_data import Confined
+from packpipe.images.rules import PixelRules
 from packpipe.sources.image_source import confined
 
 INSIDE, OUTSIDE = (8, 12), (10, 6)

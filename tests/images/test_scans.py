@@ -17,9 +17,9 @@ from PIL import Image
 from strategies import encode
 from test_decode import RULES, decoded
 
-from packpipe.images import decode as decoding
+from packpipe.images import rules
 from packpipe.images.bad_images import BadImage
-from packpipe.images.decode import pixel_rules
+from packpipe.images.rules import pixel_rules
 from packpipe.images.scans import scans_of
 from packpipe.planning.image_config import PackConfig
 
@@ -215,7 +215,7 @@ class TestStrict:
         assert asked == [(file, "GRAY", small)]
 
     def test_it_needs_simplejpeg(self, monkeypatch):
-        monkeypatch.setattr(decoding, "find_spec", lambda _: None)
+        monkeypatch.setattr(rules, "find_spec", lambda _: None)
         message = (
             "damaged_scans is 'strict', expected simplejpeg to be installed; "
             'pip install simplejpeg, or use "reject"'

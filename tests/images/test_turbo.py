@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.metadata import version
 from io import BytesIO
@@ -14,18 +15,20 @@ import pytest
 import simplejpeg
 import strategies
 from hypothesis import given
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, PngImagePlugin
 from strategies import encode
 from test_decode import decoded
 from test_edges import INSIDE, framed
+from test_headers import with_late_chunk
 from test_scans import WRITTEN, reason, scan_of, written
 
 import packpipe
 from packpipe.images import decode as decoding
-from packpipe.images import turbo
-from packpipe.images.decode import pixel_rules
+from packpipe.images import rules, turbo
+from packpipe.images.decode import probe
 from packpipe.images.fill import ImageTask, fill_row
-from packpipe.images.headers import jpeg_head
+from packpipe.images.headers import bare_hw, jpeg_head, quick_probe
+from packpipe.images.rules import pixel_rules
 from packpipe.images.scans import scans_of
 from packpipe.planning.image_config import PackConfig
 
@@ -137,6 +140,93 @@ def test_pillow_opens_nothing_that_it_decodes(form, tmp_path, monkeypatch):
         assert decoded(data, (70, 45), (48, 32), **TURBO).std() > 3
 
 
+def bare_files(height, width):
+    """PNG and WebP files with nothing but pixels of 8 bits, grey or RGB."""
+    image = soft(height, width)
+    for one in (image, image.convert("L")):
+        yield encode(one, "PNG")
+        yield encode(one, "PNG", compress_level=0)
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("Comment", "none")
+    chunks.add(b"sRGB", b"\0")
+    chunks.add(b"gAMA", (45455).to_bytes(4))
+    yield encode(image, "PNG", pnginfo=chunks, dpi=(72, 72))
+    yield encode(image, "WEBP", quality=60)
+    yield encode(image, "WEBP", lossless=True)
+
+
+def other_files(height, width):
+    """PNG and WebP files in which something else decides pixels, too."""
+    image, exif = soft(height, width), Image.Exif()
+    exif[0x112] = 6
+    for mode in ("RGBA", "LA", "P", "1", "I;16"):
+        yield encode(image.convert("L" if mode == "I;16" else mode).convert(mode), "PNG")
+    for form in ("PNG", "WEBP"):
+        yield encode(image, form, exif=exif)
+        yield encode(image, form, icc_profile=naive_profiles.rgb_profile(naive_profiles.ADOBE, 2.2))
+        yield encode(image, form, save_all=True, append_images=[image.transpose(0)])
+    yield encode(image, "PNG", transparency=(1, 2, 3))
+    for lossless in (False, True):
+        yield encode(image.convert("RGBA").rotate(30), "WEBP", lossless=lossless)
+    gamma = PngImagePlugin.PngInfo()
+    gamma.add(b"gAMA", (100_000).to_bytes(4))
+    yield encode(image, "PNG", pnginfo=gamma)
+    yield with_late_chunk(encode(image, "PNG"), b"eXIf", exif.tobytes()[6:])
+
+
+@pytest.mark.parametrize("size", [(45, 70), (1, 33), (50, 1)])
+def test_bare_pictures_have_pillows_pixels_without_pillow(size, tmp_path, monkeypatch):
+    files = list(bare_files(*size))
+    wanted = [np.asarray(Image.open(BytesIO(content))) for content in files]
+    monkeypatch.setattr(decoding, "_by_pillow", None)
+    for content, pixels in zip(files, wanted, strict=True):
+        assert bare_hw(content) == size
+        assert np.array_equal(turbo.picture(content, size), pixels)
+        path = tmp_path / "file"
+        path.write_bytes(content)
+        first = decoded(content, size, (32, 48), **TURBO)
+        assert np.array_equal(first, decoded(str(path), size, (32, 48), **TURBO))
+        assert np.array_equal(first, decoded(memoryview(content), size, (32, 48), **TURBO))
+
+
+def test_other_pictures_are_left_to_pillow_and_come_out_as_close():
+    for content in other_files(45, 70):
+        assert bare_hw(content) is None
+        hw = probe(content, max_pixels=10**6).image_hw
+        ours, theirs = (
+            decoded(content, hw, (32, 48), pixels=pixels).astype(int)
+            for pixels in ("turbo", "pillow")
+        )
+        assert np.abs(ours - theirs).mean() < 0.7
+
+
+def test_a_file_much_longer_than_its_pixels_is_not_read_whole(tmp_path, monkeypatch):
+    content, path = encode(soft(45, 70), "PNG"), tmp_path / "long.png"
+    path.write_bytes(content)
+    os.truncate(path, 2**36)  # of which the disk holds but the first bytes
+    monkeypatch.setattr(turbo, "picture", None)
+    assert decoded(str(path), (45, 70), (32, 48), **TURBO).std() > 3
+
+
+def test_damaged_pictures_get_the_verdicts_of_pillows_engine():
+    random, found = np.random.default_rng(0), []
+    for content in bare_files(45, 70):
+        for place in random.integers(60, len(content), 12).tolist():
+            cut, flipped = content[:place], bytearray(content)
+            flipped[place] ^= 16
+            for one in (cut, bytes(flipped), content + b"tail"):
+                if quick_probe(one, len(one)) != (45, 70):
+                    continue
+                verdict = reason(one, (45, 70))
+                assert reason(one, (45, 70), **TURBO) == verdict
+                found.append(verdict and verdict[0])
+                if verdict is None and bare_hw(one) and turbo.picture(one, (45, 70)) is not None:
+                    pixels = np.asarray(Image.open(BytesIO(one)))
+                    assert np.array_equal(turbo.picture(one, (45, 70)), pixels)
+    assert found.count("undecodable") > 20
+    assert found.count(None) > 100
+
+
 @pytest.mark.parametrize(("gap", "most"), [(1.0, 1.0), (1.5, 0.5)])
 def test_photographs_are_close_to_a_full_decode_and_pillows_resize(gap, most):
     means = []
@@ -193,17 +283,18 @@ def test_a_folder_names_its_engine_and_is_made_and_verified_by_it_alone(tmp_path
     rows = packpipe.pack(dataset, output=tmp_path / "own", num_workers=0, **options)
     record = packpipe.manifest(rows)
     assert record["config"]["pixels"] == "turbo"
-    assert record["codecs"]["simplejpeg"] == version("simplejpeg")
+    for name in ("simplejpeg", "imagecodecs"):
+        assert record["codecs"][name] == version(name)
     other = packpipe.pack(dataset, output=tmp_path / "two", num_workers=1, **options)
     assert rows.to_dict() == other.to_dict()
     assert packpipe.verify(tmp_path / "own", dataset) == []
     plain = packpipe.pack(dataset, output=tmp_path / "plain", **options | {"pixels": "pillow"})
     assert "simplejpeg" not in packpipe.manifest(plain)["codecs"]
     assert plain.to_dict() != rows.to_dict()
-    monkeypatch.setattr(decoding, "find_spec", lambda _: None)
+    monkeypatch.setattr(rules, "find_spec", lambda _: None)
     message = (
-        "pixels is 'turbo', expected simplejpeg to be installed; pip install 'packpipe[turbo]'; "
-        "rows made with it need it wherever they are made"
+        "pixels is 'turbo', expected simplejpeg and imagecodecs to be installed; "
+        "pip install 'packpipe[turbo]'; rows made with it need it wherever they are made"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         packpipe.verify(tmp_path / "own", dataset)

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageFile
 
 from packpipe import CenterCrop, PackConfig, PackedBatch, Side, Uniform, plan_epoch
-from packpipe.images.decode import decode, pixel_rules
+from packpipe.images.decode import decode
+from packpipe.images.rules import pixel_rules
 from packpipe.model.config import NaViTConfig
 from packpipe.model.navit import NaViT
 from packpipe.model.predict import predict
