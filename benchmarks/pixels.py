@@ -33,6 +33,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import distributions, version
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,18 @@ from packpipe.images.rules import PixelRules, pixel_rules
 
 ROOT = Path(__file__).parent.parent
 PARTS = (
-    *("engines", "decoders", "shares", "apart", "floor", "build", "moved", "curve", "memory"),
+    *(
+        "engines",
+        "workers",
+        "decoders",
+        "shares",
+        "apart",
+        "floor",
+        "build",
+        "moved",
+        "curve",
+        "memory",
+    ),
     "compression",
 )
 TARGETS = {"cap 128²": 64, "cap 224²": 196, "native": None}
@@ -194,23 +206,74 @@ def _at_scale(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
     return simplejpeg.decode_jpeg(encoded, "RGB", min_width=size[0], min_height=size[1])
 
 
-def engines(sets: dict[str, Dataset], rounds: int) -> Iterator[Row]:
-    """Processor time an image of both engines, beside loops that throw their pixels away."""
+def _by_vips(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
+    import pyvips
+
+    width, height = size
+    return pyvips.Image.thumbnail_buffer(encoded, width, height=height, size="force").numpy()
+
+
+def _by_dali(job: Job, _: Path) -> None:
+    """Decode and resize in batches of 32 on one thread of NVIDIA DALI, without a GPU."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    files = [np.frombuffer(encoded, np.uint8) for encoded in job.encoded]
+    sides = [np.float32([rows * PATCH, columns * PATCH]) for rows, columns in job.grid_hw]
+
+    def batches(source: list[np.ndarray]) -> Callable[[int], list[np.ndarray]]:
+        def batch(number: int) -> list[np.ndarray]:
+            places = range(32 * number, 32 * number + 32)
+            return [source[place % len(source)] for place in places]
+
+        return batch
+
+    @pipeline_def(batch_size=32, num_threads=1, device_id=None)
+    def pipeline() -> Any:
+        encoded = fn.external_source(batches(files), ndim=1)
+        size = fn.external_source(batches(sides), ndim=1)
+        pixels = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+        return fn.resize(pixels, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
+
+    made = pipeline()
+    made.build()
+    for _ in range(0, len(files), 32):
+        made.run()
+
+
+def loops(job: Job) -> dict[str, Way]:
+    """Return the loops that a user would write."""
     import cv2
     import torch
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    peers = {
+    works = {
         "loop, Pillow": resized,
         "loop, simplejpeg + Pillow": _then_pillow,
         "loop, simplejpeg + torch": _then_torch,
-        "loop, simplejpeg + OpenCV": _then_opencv,
+        "loop, simplejpeg + OpenCV, as ffcv does": _then_opencv,
     }
+    return {way: partial(_each, job, work) for way, work in works.items()}
+
+
+def others(job: Job) -> dict[str, Way]:
+    """Return what libraries do that decode and resize in one go, of those that are installed."""
+    ways: dict[str, Way] = {}
+    if find_spec("pyvips"):
+        os.environ["VIPS_CONCURRENCY"] = "1"  # read when it is loaded
+        ways["loop, pyvips"] = partial(_each, job, _by_vips)
+    if find_spec("nvidia") and find_spec("nvidia.dali"):
+        ways["NVIDIA DALI, CPU"] = partial(_by_dali, job)
+    return ways
+
+
+def engines(sets: dict[str, Dataset], rounds: int) -> Iterator[Row]:
+    """Processor time an image of both engines, beside loops that throw their pixels away."""
     for name, dataset in sets.items():
         for target, max_tokens in TARGETS.items():
             job = planned(dataset, max_tokens)
-            ways: dict[str, Way] = {way: partial(_each, job, work) for way, work in peers.items()}
+            peers = loops(job) | others(job)
+            ways = dict(peers)
             for engine in ("pillow", "turbo"):
                 ways[f"rows in memory, {engine}"] = partial(_rows, job, engine)
                 ways[f"`pack`, no worker, {engine}"] = partial(
@@ -223,9 +286,34 @@ def engines(sets: dict[str, Dataset], rounds: int) -> Iterator[Row]:
                 yield [*row, f"{times['loop, Pillow'] / taken:.2f}", f"{best / taken:.2f}"]
 
 
+def workers(sets: dict[str, Dataset], rounds: int, least_s: float) -> Iterator[Row]:
+    """Images a second to rows on disk with one worker and with two, beside the fastest loop."""
+    for name, dataset in sets.items():
+        for target, max_tokens in TARGETS.items():
+            job = repeated(dataset, max_tokens, least_s)
+            peers = loops(job)
+            ways = dict(peers)
+            for engine in ("pillow", "turbo"):
+                for number in (1, 2):
+                    way = f"`pack`, {number} worker{'s' * (number > 1)}, {engine}"
+                    ways[way] = partial(pixel_peers.pack, job, number, pixels=engine)
+            times, _ = take_turns(ways, rounds)
+            best = min(peers, key=times.__getitem__)
+            pillow, *_ = times
+            for way in (best, pillow, *(way for way in ways if way not in peers)):
+                rate = len(job.grid_hw) / times[way]
+                one = times.get(way.replace("2 workers", "1 worker"), 0.0) / times[way]
+                yield [
+                    *(f"{name}, {target}: {way}", f"{rate:,.0f}"),
+                    *(f"{times[pillow] / times[way]:.2f}", f"{times[best] / times[way]:.2f}"),
+                    f"{one:.2f}" if "2 workers" in way else "-",
+                ]
+
+
 def decoders(dataset: Dataset, rounds: int) -> Iterator[Row]:
     """Processor time of decoding pictures, as WebP and as PNG, and whether pixels are equal."""
     import cv2
+    import imagecodecs
 
     cv2.setNumThreads(1)
 
@@ -241,17 +329,26 @@ def decoders(dataset: Dataset, rounds: int) -> Iterator[Row]:
         return file.getvalue()
 
     webp = planned(dataset, None).encoded
-    for name, files in {"WebP": webp, "PNG": [as_png(file) for file in webp]}.items():
-        equal = sum(np.array_equal(by_opencv(file), by_pillow(file)) for file in files)
+    forms = {
+        "WebP": (webp, imagecodecs.webp_decode),
+        "PNG": ([as_png(file) for file in webp], imagecodecs.spng_decode),
+    }
+    for name, (files, by_imagecodecs) in forms.items():
+        works = {"P": by_pillow, "O": by_opencv, "I": by_imagecodecs}
 
         def each(work: Callable[[bytes], np.ndarray], _: Path, files: list[bytes] = files) -> None:
             for file in files:
                 work(file)
 
-        ways: dict[str, Way] = {"P": partial(each, by_pillow), "O": partial(each, by_opencv)}
+        ways: dict[str, Way] = {way: partial(each, work) for way, work in works.items()}
         times, _ = take_turns(ways, rounds, time.process_time)
         row = [f"{1e3 * taken / len(files):.3f}" for taken in times.values()]
-        yield [name, *row, f"{times['P'] / times['O']:.2f}", f"{equal} of {len(files)}"]
+        equal = (
+            sum(np.array_equal(work(file), by_pillow(file)) for file in files)
+            for work in (by_opencv, by_imagecodecs)
+        )
+        gain = f"{times['P'] / times['I']:.2f}"
+        yield [name, *row, gain, *(f"{number} of {len(files)}" for number in equal)]
 
 
 def shares(dataset: Dataset, rounds: int) -> Iterator[Row]:
@@ -566,7 +663,8 @@ def draw(path: Path, means: Means, rates: Rates) -> None:
 
 def _versions() -> str:
     names = ["packpipe", "numpy", "pillow", "pyarrow", "datasets", "torch", "torchvision", "timm"]
-    names += ["vit-pytorch", "simplejpeg", "opencv-python-headless", "numba"]
+    names += ["vit-pytorch", "simplejpeg", "imagecodecs", "numba"]
+    names += ["opencv-python-headless", "pyvips", "nvidia-dali-cuda120"]
     found = [f"{name} {version(name)}" for name in names if any(distributions(name=name))]
     found += [f"{name} {features.version(name)}" for name in ("libjpeg_turbo", "webp")]
     return ", ".join([f"CPython {platform.python_version()}", *found])
@@ -633,12 +731,22 @@ def main() -> None:
             "way | ms an image | × Pillow's loop | × the best loop",
         )
         add(
+            "workers",
+            "Rows on disk",
+            f"Images a second. `pack` plans, decodes, and writes rows of {SEQ_LEN} tokens to the "
+            "disk with their checksums, workers started anew each time; a *loop*, in one process, "
+            "throws its pixels away, and looks neither at colour profiles, orientation nor damage.",
+            workers(sets, rounds, least_s),
+            "way | images/s | × Pillow's loop | × the best loop | × one worker",
+        )
+        add(
             "decoders",
             "PNG and WebP",
             f"{len(sets['pictures'])} pictures, as WebP and saved as PNG; ms of processor time an "
             "image, to an array of RGB.",
             decoders(sets["pictures"], rounds),
-            "format | Pillow | OpenCV | times as fast | equal pixels",
+            "format | Pillow | OpenCV | imagecodecs | Pillow ÷ imagecodecs | "
+            "OpenCV's pixels equal | imagecodecs' equal",
         )
         add(
             "shares",
