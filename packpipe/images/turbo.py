@@ -36,11 +36,10 @@ from packpipe.images.opening import LONGEST_SIDE
 from packpipe.images.pillow_settings import PILLOWS_LIMIT, check_limit
 from packpipe.images.regular_files import open_file
 from packpipe.images.rules import PixelRules
-from packpipe.images.scans import Scans, scans_of
+from packpipe.images.scans import scans_of
 from packpipe.images.stored import Planned, Stored, least_for
 
 _COLOURS = {1: "GRAY", 3: "RGB"}  # by the number of layers
-_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, all of Huffman's codes
 _STARTS = (JPEG, PNG[:4], b"RIFF")  # of files that may be decoded here
 
 
@@ -67,12 +66,12 @@ def _is_fit(size: tuple[int, int], rules: PixelRules) -> bool:
 
 def _jpeg(content: bytes, planned: Planned, rules: PixelRules) -> Stored | None:
     head = jpeg_head(content)
-    if head is None or not _is_fit(head.size, rules):
+    if head is None or head.layers not in _COLOURS or not _is_fit(head.size, rules):
         return None
     size = head.size
     if upright_hw(*size, head.orientation) != planned.image_hw:
         return None
-    if not is_taken(head, scans_of(content, head)):
+    if rules.damaged_scans != "keep" and scans_of(content, head).damage is not None:
         return None
     conversion, parts = Conversion(None, False), 1
     if rules.profiles != "ignore":
@@ -119,11 +118,6 @@ def parts_of(size: tuple[int, int], least: tuple[int, int]) -> int:
     """
     most = min(whole // max(few, 1) for whole, few in zip(size, least, strict=True))
     return next(parts for parts in (8, 4, 2, 1) if most >= parts or parts == 1)
-
-
-def is_taken(head: JpegHead, scans: Scans) -> bool:
-    """Return whether `decoded` decodes such a file, the markers of which say no damage."""
-    return head.layers in _COLOURS and scans.frame in _FRAMES and scans.damage is None
 
 
 def decoded(content: bytes, head: JpegHead, parts: int) -> NDArray[Any] | None:

@@ -59,7 +59,7 @@ def test_its_decoded_bytes_are_pillows_at_every_fraction(size):
         head = jpeg_head(content)
         for parts in (1, 2, 4, 8):
             image = Image.open(BytesIO(content))
-            assert turbo.is_taken(head, scans_of(content))
+            assert scans_of(content).damage is None
             if parts > 1:
                 image.draft(None, (max(1, width // parts), max(1, height // parts)))
             if image.size != (-(-width // parts), -(-height // parts)):
