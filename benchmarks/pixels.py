@@ -54,19 +54,8 @@ from packpipe.images.rules import PixelRules, pixel_rules
 
 ROOT = Path(__file__).parent.parent
 PARTS = (
-    *(
-        "engines",
-        "workers",
-        "decoders",
-        "shares",
-        "apart",
-        "floor",
-        "build",
-        "moved",
-        "curve",
-        "memory",
-    ),
-    "compression",
+    *("engines", "workers", "live", "decoders", "shares", "apart", "floor", "build", "moved"),
+    *("curve", "memory", "compression"),
 )
 TARGETS = {"cap 128²": 64, "cap 224²": 196, "native": None}
 CURVE = {64: 16, 96: 36, 128: 64, 224: 196, 320: 400, 416: 676, 512: None}
@@ -311,6 +300,25 @@ def workers(sets: dict[str, Dataset], rounds: int, least_s: float) -> Iterator[R
                     *(f"{times[pillow] / times[way]:.2f}", f"{times[best] / times[way]:.2f}"),
                     f"{one:.2f}" if "2 workers" in way else "-",
                 ]
+
+
+def live(dataset: Dataset, rounds: int) -> Iterator[Row]:
+    """Images a second of epochs whose images are decoded as their batches are asked for."""
+    for target, max_tokens in TARGETS.items():
+        limit = {} if max_tokens is None else {"max_tokens": max_tokens}
+        ways: dict[str, Way] = {}
+        for engine in ("pillow", "turbo"):
+            packs = packpipe.EpochPacks(dataset, SEQ_LEN, pixels=engine, **limit)
+            for kind in ("threads", "processes"):
+                options = {"num_workers": 2, "workers": kind, "tail": "pad"}
+                loader = packpipe.PackedLoader(packs, 8, **options)
+                ways[f"{engine}, {kind}"] = partial(_epoch, loader)
+        times, _ = take_turns(ways, rounds)
+        yield [target, *(f"{len(dataset) / taken:,.0f}" for taken in times.values())]
+
+
+def _epoch(loader: Any, _: Path) -> int:
+    return sum(int((batch.segment_ids > 0).sum()) for batch in loader)
 
 
 def decoders(dataset: Dataset, rounds: int) -> Iterator[Row]:
@@ -742,6 +750,14 @@ def main() -> None:
             "throws its pixels away, and looks neither at colour profiles, orientation nor damage.",
             workers(sets, rounds, least_s),
             "way | images/s | × Pillow's loop | × the best loop | × one worker",
+        )
+        add(
+            "live",
+            "Live epochs",
+            "JPEGs, images/s of `PackedLoader(EpochPacks(...), 8, num_workers=2)`, batches of "
+            "tensors that nothing computes on, after an epoch before.",
+            live(sets["jpegs"], rounds),
+            "target | pillow, threads | pillow, processes | turbo, threads | turbo, processes",
         )
         add(
             "decoders",
