@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import math
 import multiprocessing
 import os
@@ -536,10 +537,11 @@ def curve(dataset: Dataset, rounds: int, least_s: float, rates: Rates) -> Iterat
 
 def memory(load: Callable[[], Dataset], big_gb: float) -> Iterator[Row]:
     """Peak memory of builds of many rows, each in a process of its own."""
-    for num_workers in (0, 1, 2):
-        images, num_bytes, taken, before, held = _elsewhere(_write_many, load, big_gb, num_workers)
+    for engine, num_workers in itertools.product(("pillow", "turbo"), (0, 1, 2)):
+        given = load, big_gb, num_workers, engine
+        images, num_bytes, taken, before, held = _elsewhere(_write_many, *given)
         sizes = (before, held, held - before)
-        row = [str(num_workers), f"{images:,}", f"{num_bytes / 1e9:.2f}", f"{taken:.1f}"]
+        row = [engine, str(num_workers), f"{images:,}", f"{num_bytes / 1e9:.2f}", f"{taken:.1f}"]
         yield row + [f"{size / 1e6:,.0f}" for size in sizes]
 
 
@@ -550,7 +552,9 @@ def _elsewhere(work: Callable[..., Any], *given: Any) -> Any:
         return executor.submit(work, *given).result()
 
 
-def _write_many(load: Callable[[], Dataset], big_gb: float, num_workers: int) -> tuple[Any, ...]:
+def _write_many(
+    load: Callable[[], Dataset], big_gb: float, num_workers: int, engine: str
+) -> tuple[Any, ...]:
     datasets.disable_progress_bars()
     dataset = load()
     rows = len(packpipe.EpochPacks(dataset, SEQ_LEN).plan(0, 0))
@@ -567,7 +571,8 @@ def _write_many(load: Callable[[], Dataset], big_gb: float, num_workers: int) ->
     watching.start()
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        packed = pixel_peers.pack(Job(many, [], [], None), num_workers, Path(folder))
+        job = Job(many, [], [], None)
+        packed = pixel_peers.pack(job, num_workers, Path(folder), pixels=engine)
         taken = time.perf_counter() - started
         finished.set()
         watching.join()
@@ -834,7 +839,7 @@ def main() -> None:
             "a file, anonymous and shared (Pss_Anon + Pss_Shmem), of the process and those below "
             "it, shared pages counted once; looked at every 50 ms.",
             memory(partial(load, "jpegs", photos), options.big_gb),
-            "workers | images | GB written | s | before | peak | more than before",
+            "engine | workers | images | GB written | s | before | peak | more than before",
         )
         add(
             "compression",
