@@ -134,8 +134,9 @@ def _short_of_memory() -> Iterator[None]:
         yield
     except (RuntimeError, SyntaxError) as error:
         said = str(error)
-        # Its own limits, which the image breaks, begin alike.
-        if said.startswith("Memory allocation error") and "Security limit" not in said:
+        # What is the image's own fault begins alike: limits that it breaks, a size of 0.
+        of_image = any(words in said for words in ("Security limit", "Invalid image size"))
+        if said.startswith("Memory allocation error") and not of_image:
             raise MemoryError(said) from error
         raise
 
