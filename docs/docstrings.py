@@ -27,6 +27,8 @@ def rendered(paragraph: str) -> str:
     ['```pycon', '>>> 1 + 1', '```']
     >>> table(["=== ==", "a   is", "    b", "=== =="]).splitlines()[2:]
     ['| a | is b |']
+    >>> table(["=== ==", "h   i", "=== ==", "a   is", "=== =="]).splitlines()
+    ['| h | i |', '| --- | --- |', '| a | is |']
     """
     lines = paragraph.strip("\n").splitlines()
     if paragraph.startswith(">>> "):
@@ -37,10 +39,11 @@ def rendered(paragraph: str) -> str:
 
 
 def table(lines: list[str]) -> str:
-    """Return a simple table of reST, borders first and last, in Markdown."""
+    """Return a simple table of reST, borders first, last and maybe below its head, in Markdown."""
     starts = [found.start() for found in re.finditer("=+", lines[0])]
-    rows: list[list[str]] = []
-    for line in lines[1:-1]:
+    headed = lines[2] == lines[0]
+    rows: list[list[str]] = [] if headed else [[""] * len(starts)]
+    for line in [each for each in lines if each != lines[0]]:
         cells = [
             line[start:end].strip() for start, end in zip(starts, [*starts[1:], None], strict=True)
         ]
@@ -50,5 +53,5 @@ def table(lines: list[str]) -> str:
             rows[-1] = [
                 f"{above} {cell}".strip() for above, cell in zip(rows[-1], cells, strict=True)
             ]
-    blank, rule = [""] * len(starts), ["---"] * len(starts)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [blank, rule, *rows])
+    head, *body = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
