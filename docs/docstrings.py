@@ -8,6 +8,8 @@ from typing import Any
 import griffe
 
 BORDER = re.compile(r"=+( +=+)+")
+# Two errors of one cause, of which the parser would make a tuple.
+SEVERAL = re.compile(r"^( +[\w.]+), (\w+):(?= )", re.MULTILINE)
 
 
 class Blocks(griffe.Extension):
@@ -21,10 +23,14 @@ class Blocks(griffe.Extension):
 
 
 def rendered(paragraph: str) -> str:
-    """Return a paragraph, an example as a fenced block and a table of reST as one of Markdown.
+    r"""Return a paragraph, an example as a fenced block and a table of reST as one of Markdown.
 
     >>> rendered(">>> 1 + 1").splitlines()
     ['```pycon', '>>> 1 + 1', '```']
+    >>> rendered("Raises:\n    TypeError, ValueError: it is wrong.").splitlines()
+    ['Raises:', '    TypeError | ValueError: it is wrong.']
+    >>> rendered("It is this::")
+    'It is this:'
     >>> table(["=== ==", "a   is", "    b", "=== =="]).splitlines()[2:]
     ['| a | is b |']
     >>> table(["=== ==", "h   i", "=== ==", "a   is", "=== =="]).splitlines()
@@ -35,7 +41,7 @@ def rendered(paragraph: str) -> str:
         return "\n".join(["```pycon", *lines, "```"])
     if lines and BORDER.fullmatch(lines[0]) and BORDER.fullmatch(lines[-1]):
         return table(lines)
-    return paragraph
+    return re.sub("::$", ":", SEVERAL.sub(r"\1 | \2:", paragraph))
 
 
 def table(lines: list[str]) -> str:
