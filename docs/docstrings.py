@@ -8,8 +8,9 @@ from typing import Any
 import griffe
 
 BORDER = re.compile(r"=+( +=+)+")
-# Two errors of one cause, of which the parser would make a tuple.
-SEVERAL = re.compile(r"^( +[\w.]+), (\w+):(?= )", re.MULTILINE)
+SECTION = re.compile(r"(Args|Attributes|Raises):\n")
+# Several names with one meaning, of which the parser would make one name and its type.
+SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+)(:(?: .*)?(?:\n\1 .*)*)", re.MULTILINE)
 
 
 class Blocks(griffe.Extension):
@@ -28,7 +29,7 @@ def rendered(paragraph: str) -> str:
     >>> rendered(">>> 1 + 1").splitlines()
     ['```pycon', '>>> 1 + 1', '```']
     >>> rendered("Raises:\n    TypeError, ValueError: it is wrong.").splitlines()
-    ['Raises:', '    TypeError | ValueError: it is wrong.']
+    ['Raises:', '    TypeError: it is wrong.', '    ValueError: it is wrong.']
     >>> rendered("It is this::")
     'It is this:'
     >>> table(["=== ==", "a   is", "    b", "=== =="]).splitlines()[2:]
@@ -41,7 +42,15 @@ def rendered(paragraph: str) -> str:
         return "\n".join(["```pycon", *lines, "```"])
     if lines and BORDER.fullmatch(lines[0]) and BORDER.fullmatch(lines[-1]):
         return table(lines)
-    return re.sub("::$", ":", SEVERAL.sub(r"\1 | \2:", paragraph))
+    if SECTION.match(paragraph):
+        return SEVERAL.sub(each_alone, paragraph)
+    return re.sub("::$", ":", paragraph).removeprefix(":")
+
+
+def each_alone(found: re.Match[str]) -> str:
+    """Return what several names mean, once a name."""
+    indent, names, meaning = found.groups()
+    return "\n".join(f"{indent}{name}{meaning}" for name in names.split(", "))
 
 
 def table(lines: list[str]) -> str:
