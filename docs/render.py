@@ -41,11 +41,17 @@ def main(folder: Path) -> None:
 def page(markdown: str) -> str:
     """Put each command's help in its place, and lead links to what lies beside the page here.
 
+    A picture leads to itself, large.
+
+    >>> page("![rows](rows.png)")
+    '[![rows](rows.png)](rows.png)'
     >>> page("[figures](../../benchmarks/results/gpu.md), [a notebook](../../notebooks/04.ipynb)")
     '[figures](results/gpu.md), [a notebook](notebooks/04.md)'
     """
     markdown = re.sub(r"\]\(\.\./\.\./(?:benchmarks/)?(results|notebooks)/", r"](\1/", markdown)
     markdown = re.sub(r"(\]\([^)]*)\.ipynb\)", r"\1.md)", markdown)
+    markdown = markdown.replace("](../docs/pages/", "](../")
+    markdown = re.sub(r"^(!\[[^\]]*\]\((.+)\))$", r"[\1](\2)", markdown, flags=re.MULTILINE)
     markdown = re.sub(r"\{\{ help ?(\S*) \}\}", lambda found: help_of(found[1]), markdown)
     return whole(markdown)
 
@@ -132,8 +138,11 @@ def table(name: str, meaning: str, rows: dict[str, str]) -> str:
 def lay_notebook(path: Path) -> None:
     """Put in a notebook's place a page of what it says and prints, and its pictures."""
     from nbconvert import MarkdownExporter
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
-    markdown, resources = MarkdownExporter().from_filename(str(path))
+    # What was printed now and then is one output, without blank lines between.
+    exporter = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor])
+    markdown, resources = exporter.from_filename(str(path))
     path.unlink()
     for name, content in resources["outputs"].items():
         (path.parent / f"{path.stem}_{name}").write_bytes(content)
