@@ -7,10 +7,12 @@ where the site has what the command prints. Notebooks become pages, their pictur
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import sys
 from html.parser import HTMLParser
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import unquote, urlsplit
@@ -27,20 +29,46 @@ def main(folder: Path) -> None:
         path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")
     for path in pages.rglob("*.ipynb"):
         lay_notebook(path)
+    warned = BufferingHandler(capacity=1_000_000)  # strict is about pages, not about docstrings
+    warned.setLevel(logging.WARNING)
+    logging.getLogger().addHandler(warned)
     zensical.build(str(folder.resolve() / "zensical.toml"), {"clean": True, "strict": True})
-    if broken := broken_links(folder / "site"):
-        raise ValueError("\n".join(broken))
+    wrong = [record.getMessage() for record in warned.buffer]
+    if wrong := wrong + faults(folder / "site"):
+        raise ValueError("\n".join(wrong))
 
 
 def page(markdown: str) -> str:
     """Put each command's help in its place, and lead links to what lies beside the page here.
 
+    A picture leads to itself, large.
+
+    >>> page("![rows](rows.png)")
+    '[![rows](rows.png)](rows.png)'
     >>> page("[figures](../../benchmarks/results/gpu.md), [a notebook](../../notebooks/04.ipynb)")
     '[figures](results/gpu.md), [a notebook](notebooks/04.md)'
     """
     markdown = re.sub(r"\]\(\.\./\.\./(?:benchmarks/)?(results|notebooks)/", r"](\1/", markdown)
     markdown = re.sub(r"(\]\([^)]*)\.ipynb\)", r"\1.md)", markdown)
-    return re.sub(r"\{\{ help ?(\S*) \}\}", lambda found: help_of(found[1]), markdown)
+    markdown = markdown.replace("](../docs/pages/", "](../")
+    markdown = re.sub(r"^(!\[[^\]]*\]\((.+)\))$", r"[\1](\2)", markdown, flags=re.MULTILINE)
+    markdown = re.sub(r"\{\{ help ?(\S*) \}\}", lambda found: help_of(found[1]), markdown)
+    return whole(markdown)
+
+
+def whole(markdown: str) -> str:
+    r"""Mark short code with an option in it, which a line may not end within, behind its hyphens.
+
+    >>> whole("with `train --val 0.1`")
+    'with `train --val 0.1`{ .whole }'
+    """
+    block_or_code = r"^ *```.*?^ *```$|`[^`\n]{1,28}`"
+
+    def marked(found: re.Match[str]) -> str:
+        code = found[0]
+        return code if "--" not in code or "```" in code else f"{code}{{ .whole }}"
+
+    return re.sub(block_or_code, marked, markdown, flags=re.DOTALL | re.MULTILINE)
 
 
 def help_of(name: str) -> str:
@@ -59,12 +87,17 @@ def help_of(name: str) -> str:
     options = [found for found in command.params if found.param_type_name == "option"]
     called = ["packpipe", name or "COMMAND", *(found.name.upper() for found in arguments)]
     examples = (command.epilog or "").removeprefix("[b]Examples[/b]").split("\n\n")
+    described = {f"`{spelled(found)}`": meaning(found) for found in options}
     parts = [
         f"`{' '.join(called)} [OPTIONS]`",
         command.help,
-        "" if name else table("command", first),
-        table("argument", {f"`{found.name.upper()}`": meaning(found) for found in arguments}),
-        table("option", {f"`{spelled(found)}`": meaning(found) for found in options}),
+        "" if name else table("command", "what it does", first),
+        table(
+            "argument",
+            "meaning",
+            {f"`{found.name.upper()}`": meaning(found) for found in arguments},
+        ),
+        table("option", "meaning [default]", described),
         "\n".join(["```console", *filter(None, examples), "```"]) if command.epilog else "",
     ]
     return "\n\n".join(filter(None, parts))
@@ -82,18 +115,20 @@ def spelled(option: Any) -> str:
 def meaning(parameter: Any) -> str:
     """Return a parameter's help, with its default where it has one."""
     default = parameter.default
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
     return f"{parameter.help}{'' if default is None or default is False else f' [{default}]'}"
 
 
-def table(head: str, rows: dict[str, str]) -> str:
+def table(name: str, meaning: str, rows: dict[str, str]) -> str:
     r"""Return names and their meanings as a table, or nothing of no rows.
 
-    >>> print(table("option", {"`--strategy STR`": "ffd|bfd"}))
-    | option |  |
+    >>> print(table("option", "meaning", {"`--strategy STR`": "ffd|bfd"}))
+    | option | meaning |
     | --- | --- |
     | `--strategy STR` | ffd\|bfd |
     """
-    lines = [f"| {head} |  |", "| --- | --- |"]
+    lines = [f"| {name} | {meaning} |", "| --- | --- |"]
     for name, text in rows.items():
         escaped = re.sub(r"([*_`|\[\]<])", r"\\\1", " ".join(text.split()))
         lines.append(f"| {name} | {escaped} |")
@@ -103,8 +138,11 @@ def table(head: str, rows: dict[str, str]) -> str:
 def lay_notebook(path: Path) -> None:
     """Put in a notebook's place a page of what it says and prints, and its pictures."""
     from nbconvert import MarkdownExporter
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
-    markdown, resources = MarkdownExporter().from_filename(str(path))
+    # What was printed now and then is one output, without blank lines between.
+    exporter = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor])
+    markdown, resources = exporter.from_filename(str(path))
     path.unlink()
     for name, content in resources["outputs"].items():
         (path.parent / f"{path.stem}_{name}").write_bytes(content)
@@ -114,24 +152,32 @@ def lay_notebook(path: Path) -> None:
     path.with_suffix(".md").write_text(page(markdown), encoding="utf-8")
 
 
-def broken_links(site: Path) -> list[str]:
-    """Return the links and pictures of a site's pages that lead nowhere within it."""
-    pages = {path: Page(path) for path in site.rglob("*.html")}
+def faults(site: Path) -> list[str]:
+    """Return what is wrong with a site's pages: with links to, from and on them, and with text."""
+    pages = {path: Page(path) for path in site.resolve().rglob("*.html") if path.name != "404.html"}
+    found = {(path, target(path, each)) for path, page in pages.items() for each in page.links}
+    led = {there for here, there in found if there != here}
     return [
-        f"{path.relative_to(site)}: {link} leads nowhere"
+        f"{path.relative_to(site.resolve())}: {fault}"
         for path, page in pages.items()
-        for link in page.links
-        if path.name != "404.html" and not leads_somewhere(path, link, pages)
+        for fault in [
+            *(f"{each} leads nowhere" for each in page.links if not leads(path, each, pages)),
+            *(f"{each} is asked of another host" for each in page.parts if urlsplit(each).netloc),
+            *(f"{each!r} is Markdown" for each in page.markdown),
+            *([] if path in led else ["no page leads here"]),
+        ]
     ]
 
 
 class Page(HTMLParser):
-    """The links and the anchors of a page."""
+    """The links and the anchors of a page, what is a part of it, and Markdown that is left."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.links: list[str] = []
+        self.parts: list[str] = []
         self.anchors: set[str] = set()
+        self.markdown: list[str] = []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -141,18 +187,29 @@ class Page(HTMLParser):
                 self.anchors.add(value)
             elif value and name in ("href", "src"):
                 self.links.append(value)
+                if name == "src" or tag == "link":
+                    self.parts.append(value)
+
+    def handle_data(self, data: str) -> None:
+        """Take down the fences of blocks, as one in a list leaves that is not deep enough."""
+        self.markdown.extend(line.strip() for line in data.splitlines() if "```" in line)
 
 
-def leads_somewhere(path: Path, link: str, pages: dict[Path, Page]) -> bool:
-    """Return whether a page's link is to another host, or to something that is there."""
+def target(path: Path, link: str) -> Path | None:
+    """Return the file that a page's link is to, the page itself too; None if on another host."""
     parts = urlsplit(link)
     if parts.scheme or parts.netloc:
-        return True
-    target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-    if not target.exists():
-        return False
-    anchor = unquote(parts.fragment)
-    return not anchor or target not in pages or anchor in pages[target].anchors
+        return None
+    return (path.parent / unquote(parts.path)).resolve() if parts.path else path
+
+
+def leads(path: Path, link: str, pages: dict[Path, Page]) -> bool:
+    """Return whether a page's link is to another host, or to something that is there."""
+    found = target(path, link)
+    anchor = unquote(urlsplit(link).fragment)
+    if found is None or not (anchor and found in pages):
+        return found is None or found.exists()
+    return anchor in pages[found].anchors
 
 
 if __name__ == "__main__":

@@ -70,7 +70,10 @@ class WindowPacks:
             window of each epoch); None is one in the cache of `datasets`.
         num_workers: threads that read sizes, each of which holds a block, and count packs; None
             is one a processor, but 16 at most that read.
-        on_error, max_bad_fraction, max_consecutive_bad, transform: as in `EpochPacks`.
+        on_error: ``"quarantine"`` or ``"raise"``, as in `EpochPacks`.
+        max_bad_fraction: a larger share of rejects raises an error.
+        max_consecutive_bad: this many rejects in a row raise an error.
+        transform: a function f(pixels, rng) that returns other pixels, as in `EpochPacks`.
         **options: the options of `PackConfig`.
 
     Attributes:
