@@ -152,18 +152,26 @@ def printed(rows: list[Row], *, equal: bool) -> tuple[str, list[str]]:
 
 
 NOTES = """\
-`python benchmarks/consumers.py`: 40 random sequences of 2 to 16 tokens in 23 rows of 16, tiny
-random models in float64, which compute their losses in float32. The loss is the mean over all
-labels; "alone" is the same model, given one sequence at a time. Trainers take one step on a Llama,
-in 3 or 4 micro-batches, DDP in 4 on each rank; their gradients, too, are those of the sequences
-alone, to 1e-6 of the largest of a weight (`tests/loading/test_consumers.py`,
-`tests/loading/test_frameworks.py`). FlexAttention is called without its compiler.
+Each line is a model or a trainer that is given packed rows, and the call that gives them to it: the
+loss is that of the sequences one at a time, to five decimals. How each is set up is in
+`docs/pages/training_frameworks.md`. `to_transformers` and `to_attention_mask` are functions of
+`packpipe.loading.exports`.
+
+`python benchmarks/consumers.py` prints both tables in 2 to 3 minutes on 2 cores, and writes them
+into this page (`--results FOLDER` writes elsewhere). It packs 40 random sequences of 2 to 16 tokens
+into 23 rows of 16, for tiny random models in float64, which compute their losses in float32. The
+loss is the mean over all labels; "alone" is the same model, given one sequence at a time. Trainers
+take one step on a Llama, in 3 or 4 micro-batches, DDP in 4 on each rank. Their gradients, too, are
+those of the sequences alone, to 1e-6 of the largest gradient of each weight
+(`tests/loading/test_consumers.py`, `tests/loading/test_frameworks.py`). FlexAttention is called
+without its compiler.
 """
 
 CONTROLS = """\
 ## Ways that mix sequences
 
-They look right, and say nothing; the table above would notice them.
+Each of these calls looks right, and ends without an error. But the losses differ, because
+sequences that share a row see each other, or predict each other's first tokens:
 """
 
 if __name__ == "__main__":

@@ -162,6 +162,7 @@ def code_and_output(page):
 )
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # of TRL's own option
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec:FutureWarning")  # of Lightning's own call
 def test_a_page_s_code_prints_what_stands_below_it(page, capsys, monkeypatch):
     for code, printed in code_and_output(page):
         # A module, so that functions of the page can be sent to processes.

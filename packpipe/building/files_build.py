@@ -198,7 +198,7 @@ class FilesBuild:
         missing = [window for window in range(len(self.windows)) if window not in known]
         if missing:
             what = f"{len(missing)} of {len(self.windows)}, the first is {missing[0]}"
-            remedy = "pack the parts that they belong to first"
+            remedy = "pack their parts first: window W is of part W % N + 1 of N"
             raise ValueError(checks.sentence("windows without a commit", what, "none", remedy))
         commits = [known[window] for window in range(len(self.windows))]
         rejects = [one for commit in commits for one in rejects_in(commit)]

@@ -28,6 +28,7 @@ class RayExecutor(Executor):
 
     Raises:
         ModuleNotFoundError: Ray is not installed: ``pip install 'packpipe[ray]'``.
+        ConnectionError: there is no cluster at the address.
 
     Example:
         with packpipe.RayExecutor("auto") as executor:
@@ -55,7 +56,13 @@ class RayExecutor(Executor):
         self._call = self._ray.remote(num_cpus=task_cpus, max_retries=max_retries)(_called)
         self._futures: set[Future[Any]] = set()
         if self._began:
-            ray.init(**{"address": address, "log_to_driver": False, **options})
+            try:
+                ray.init(**{"address": address, "log_to_driver": False, **options})
+            except ConnectionError as error:
+                expected = "a Ray cluster that answers"
+                remedy = "start one with ray start --head, or pass 'local'"
+                said = checks.sentence("address of Ray", address, expected, remedy)
+                raise ConnectionError(said) from error
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run a function of a module that all machines have; return its future."""

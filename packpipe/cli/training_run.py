@@ -216,7 +216,9 @@ class Training:
                 validate=validate,
                 run_options=self.run_options,
             )
+            goes_on = False
             for record in with_bar(run, options.steps, output) if is_first else run:
+                goes_on = True
                 if is_first:
                     # Above the bar, if there is one.
                     tqdm.write(_line(record, as_json), file=sys.stdout, end="")
@@ -232,6 +234,9 @@ class Training:
                 if last < options.steps and not stopped.is_set():
                     times = f"{options.patience} times"
                     said = f"ended after step {last}: no lower loss in validation {times}\n"
+                    sys.stdout.write(said)
+                elif not goes_on and not stopped.is_set():
+                    said = f"step {last} was reached before; a larger --steps trains on\n"
                     sys.stdout.write(said)
                 sys.stdout.write(f"checkpoints, log and plot are in {output}\n")
         return not stopped.is_set()

@@ -270,7 +270,7 @@ class ImageFiles:
         filesystem = _filesystem(path, self.storage_options)
         names = searched(filesystem, path, tuple(_FORMATS))
         if not names:
-            raise ValueError(checks.sentence("paths", path, "files that there are", _REMEDY))
+            raise ValueError(checks.sentence("paths", path, "at least one file there", _REMEDY))
         remote = checks.has_scheme(path)
         return [
             filesystem.unstrip_protocol(name) if remote else os.path.abspath(name) for name in names

@@ -279,7 +279,8 @@ def load_checkpoint(
     for name, value in asdict(NaViTConfig.from_dict(state["model"], found / _STATE)).items():
         if own.get(name) != value and name != "attention":
             remedy = "give the model of the checkpoint, or another folder"
-            raise ValueError(checks.sentence(name, own.get(name), f"{value!r}", remedy))
+            said = checks.sentence(name, own.get(name), f"{value!r}", remedy)
+            raise ValueError(f"{found.name} is of a training of another model: {said}")
     validation = state.get("validation")
     if validation and validator is None:
         expected = "the images that the checkpoint was validated on"

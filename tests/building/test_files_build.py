@@ -184,7 +184,8 @@ def test_two_parts_in_any_order_and_then_the_end_give_the_same_folder(source, tm
     build = build_of(source, tmp_path / "out")
     assert not build.claim()
     build.run(None, part=(2, 2), progress=False)
-    expected = r"windows without a commit is '2 of 4, the first is 0', expected none; pack the"
+    expected = r"windows without a commit is '2 of 4, the first is 0', expected none; pack their "
+    expected += r"parts first: window W is of part W % N \+ 1 of N"
     with pytest.raises(ValueError, match=expected):
         build.finish()
     again = build_of(source, tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,3 +23,21 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     with pytest.raises(ModuleNotFoundError) as error:
         packpipe.RayExecutor()
     assert in_a_line(error.value) == "ray is not installed; pip install 'packpipe[ray]'"
+
+
+def test_a_cluster_that_does_not_answer_is_named_with_its_remedy(monkeypatch):
+    def init(**options):
+        assert options["address"] == "auto"
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    ray = SimpleNamespace(
+        init=init, is_initialized=lambda: False, remote=lambda **_: lambda function: function
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    message = (
+        "address of Ray is 'auto', expected a Ray cluster that answers; start one with ray start "
+        "--head, or pass 'local'"
+    )
+    with pytest.raises(ConnectionError, match=message) as error:
+        packpipe.RayExecutor("auto")
+    assert "Could not find any" in str(error.value.__cause__)

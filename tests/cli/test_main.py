@@ -183,6 +183,7 @@ def test_a_plan_is_what_packing_gives(few, packed):
     assert len(table) > 1
     assert all(line.split()[3:5] == ["1.00", "(1)"] for line in table)
     assert re.search(r" <\n.*^<  the shortest that pads 1% at most", said, re.DOTALL | re.MULTILINE)
+    assert "\n(most): segments of the fullest row; ffd packs short examples together" in said
 
 
 def test_token_sequences_are_planned_and_packed(texts, tmp_path):

@@ -170,6 +170,9 @@ def test_it_goes_on_with_the_same_images_held_out_and_with_no_others(few, valida
     result = run(few, folder, *VALIDATED, "--steps", "6")
     assert result.exit_code == 0, result.output
     assert [record["step"] for record in read_log(folder)] == [2, 4, 6]
+    assert "reached before" not in result.stdout
+    said = run(few, folder, *VALIDATED, "--steps", "6").stdout
+    assert said.startswith("step 6 was reached before; a larger --steps trains on\ncheckpoints")
     result = run(few, folder, *VALIDATED, "--steps", "8", "--val", "0.2")
     assert result.exit_code == 2
     assert "fingerprint of the validation images is '" in result.stderr

@@ -186,7 +186,7 @@ def test_what_are_no_such_files_is_refused_by_name(folder, tmp_path):
     (tmp_path / "text.parquet").write_text("no table at all, though it is called so")
     pq.write_table(pa.table({"n": np.arange(3)}), tmp_path / "other.parquet")
     first = f"{folder}/part-000.parquet"
-    with pytest.raises(ValueError, match=r"paths is '.*none-\*', expected files that there are"):
+    with pytest.raises(ValueError, match=r"paths is '.*none-\*', expected at least one file there"):
         ImageFiles(f"{folder}/none-*")
     with pytest.raises(ValueError, match=r"paths is \[\], expected one file at least"):
         ImageFiles([])

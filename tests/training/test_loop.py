@@ -434,7 +434,8 @@ def test_a_trained_model_is_loaded_with_its_shape(tmp_path):
 def test_another_model_or_loader_cannot_go_on(tmp_path):
     trained(tmp_path, stop=4)
     other = packed.model_of("auto", torch.float32, dim=32)
-    message = "dim is 32, expected 16; give the model of the checkpoint, or another folder"
+    message = "step-00000002 is of a training of another model: dim is 32, expected 16; give the "
+    message += "model of the checkpoint, or another folder"
     with pytest.raises(ValueError, match=re.escape(message)):
         next(train(other, learning.loader_of(), learning.config_of(), folder=tmp_path))
     with pytest.raises(ValueError, match=r"state\['global_batch'\] is 2, expected 3"):
