@@ -70,7 +70,7 @@ def run(folder: Path, seq_len: int, steps: int, num_workers: int, *, as_json: bo
     from packpipe import samples
     from packpipe.cli.output import console as console_of
     from packpipe.cli.output import print_json
-    from packpipe.plots import plot_rows
+    from packpipe.plots import plot_rows, rows_of_many
 
     console = console_of(stderr=as_json)
     # Loading some files needs no bars; `pack` shows one, which is why they come back.
@@ -93,12 +93,11 @@ def run(folder: Path, seq_len: int, steps: int, num_workers: int, *, as_json: bo
     in_source_order = rows.seq_lens[np.argsort(rows.example_index)]
     figures = _figures(packpipe.manifest(packed), in_source_order, seconds)
     console.print(_table(figures, seq_len))
-    by_segments = np.argsort(-rows.num_segments, kind="stable")
-    # Rows with the most segments, and three towards fewer.
-    chosen = by_segments[np.array([0, 1, 3, 6]) * len(by_segments) // 32]
+    chosen = rows_of_many(rows.num_segments)
     picture = folder / "rows.png"
     names = images.features["label"].names
-    plot_rows(packpipe.read_rows(packed, chosen), class_names=names).savefig(picture, dpi=100)
+    drawn = plot_rows(packpipe.read_rows(packed, chosen), class_names=names, numbers=chosen)
+    drawn.savefig(picture, dpi=100)
     console.print(f"rows     {output}\npicture  {picture}")
     figures |= {"folder": str(output), "picture": str(picture)}
     if steps:

@@ -79,7 +79,10 @@ def show(
     ],
     rows: Annotated[
         list[int] | None,
-        typer.Argument(help="Numbers of rows; with --augment, the row of one image in its source."),
+        typer.Argument(
+            help="Numbers of rows; with --augment, the row of one image in its source.  [a few "
+            "rows of several images; with --augment 0]"
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")] = Path(
         "rows.png"
@@ -123,16 +126,16 @@ def show(
         max_tokens=max_tokens,
         drop_rate=drop_rate,
     )
-    numbers = rows or [0]
     if augment is None:
         for name, value in {**options, **told}.items():
             expected, remedy = "left out without augment", "pass --augment"
             raise ValueError(checks.sentence(name, value, expected, remedy))
-        figure = draw_rows(folder, numbers, mask=mask)
+        figure = draw_rows(folder, rows, mask=mask)
     else:
         if mask:
             expected, remedy = "left out with augment", "ask for one of them"
             raise ValueError(checks.sentence("mask", mask, expected, remedy))
+        numbers = rows or [0]
         if len(numbers) > 1:
             expected, remedy = "one image, with augment", "call it once for each"
             raise ValueError(checks.sentence("rows", numbers, expected, remedy))

@@ -290,7 +290,7 @@ def test_stats_are_those_of_the_summary(packed):
 def test_rows_are_drawn(packed, tmp_path):
     assert "rows.png" in told("show", packed, 0, 1, "--output", tmp_path / "rows.png")
     rows = picture(tmp_path / "rows.png")
-    told("show", packed, 1, "--mask", "--output", tmp_path / "mask.png")
+    told("show", packed, "--mask", "--output", tmp_path / "mask.png")
     mask = picture(tmp_path / "mask.png")
     assert rows.size != mask.size
     assert len(rows.getcolors(2**24)) > 1000
