@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TRAINING_SECONDS = 55
 # What the table calls figures whose names do not say it.
 _SAID = {
+    "packs": "rows",
     "shrunk": "images shrunk to fit",
     "padding": "padding, packed",
     "padding_alone": "padding, one image a row",
@@ -138,7 +139,7 @@ def _table(figures: dict[str, Any], seq_len: int) -> Table:
     table.add_column("", justify="right")
     for name, value in figures.items():
         if name == "bound":
-            gap = f"{figures['packs'] - value} of {value} packs"
+            gap = f"{figures['packs'] - value} of {value} rows"
             table.add_row("gap to the lower bound", gap)
         elif name.startswith("padding"):
             table.add_row(_SAID[name], f"{value:.2%}")

@@ -186,7 +186,7 @@ def pack(
         elif as_json:
             print_json(manifest["counts"])
         else:
-            print_table(output, [(n, f"{value}") for n, value in manifest["counts"].items()])
+            print_table(output, [_said(*count) for count in manifest["counts"].items()])
         return
     columns = {"image_column": image_column, "label_column": label_column}
     dataset = source_to_pack(source, split, columns, tokens=bool(token_column))
@@ -257,6 +257,14 @@ def plan(
     _print_plan(open_source(source, split), seq_len, where, options, as_json)
 
 
+def _said(name: str, count: Any) -> tuple[str, str]:
+    """Return a count of a manifest as (name, value), ready to print."""
+    if isinstance(count, dict):
+        by_reason = ", ".join(f"{number:,} {reason}" for reason, number in count.items())
+        return name.replace("_", " "), by_reason or "none"
+    return ("rows" if name == "packs" else name.replace("_", " ")), f"{count:,}"
+
+
 def _print_plan(
     dataset: Any, seq_len: int, where: dict[str, Any], options: dict[str, Any], as_json: bool
 ) -> None:
@@ -273,10 +281,12 @@ def _print_plan(
         counts["rejected"] = len(planned.rejects)
         print_json({"seq_len": seq_len, "counts": counts, **figures, "bytes": size})
         return
+    kept = len(dataset) - len(planned.rejects)
     found = [
-        *quality.rows(),
+        (f"{planned.unit}s", f"{kept:,} of {len(dataset):,}"),
         ("rejected", f"{len(planned.rejects):,}"),
-        ("rows", format_bytes(size)),
+        *quality.rows("row")[1:],
+        ("stored", format_bytes(size)),
     ]
     print_table(planned.what, found)
     if len(planned.plan.packs.lengths):

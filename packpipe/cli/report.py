@@ -173,7 +173,7 @@ def report(summary: Summary, names: Sequence[str] | None = None) -> str:
         _table(summary.rows()),
         "<h2>Some rows, and what they hold</h2>",
         f'<p class="note">A bar a row; colours tell {summary.unit}s apart, grey is padding.</p>',
-        bars(summary.seq_lens, summary.offsets, quality.seq_len),
+        bars(summary.seq_lens, summary.offsets, quality.seq_len, "row"),
     ]
     if len(summary.seq_lens):
         charts = [

@@ -185,6 +185,17 @@ def test_a_plan_is_what_packing_gives(few, packed):
     assert re.search(r" <\n.*^<  the shortest that pads 1% at most", said, re.DOTALL | re.MULTILINE)
 
 
+def test_rows_are_called_rows_wherever_a_command_speaks_of_them(few, packed):
+    helps = [told(name, "--help") for name in ("plan", "pack", "stats", "show", "train", "bench")]
+    tables = [told("plan", few, "--seq-len", 256), told("stats", packed)]
+    for said in tables:
+        assert re.search(r"^  images    14 of 14\n", said, re.MULTILINE)
+        assert re.search(r"^  rows      \d+ of 256 tokens .*gap", said, re.MULTILINE)
+        assert re.search(r"^  segments  [\d.]+ a row, \d+ at most\n", said, re.MULTILINE)
+    for said in (*helps, *tables):
+        assert not re.search(r"\bpacks\b|\ba pack\b", said)
+
+
 def test_token_sequences_are_planned_and_packed(texts, tmp_path):
     assert "3 too long" not in told("plan", texts, "--seq-len", 32)
     told("pack", texts, tmp_path / "a", "--seq-len", 8, "--overflow", "split", "--mask-first-label")

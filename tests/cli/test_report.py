@@ -109,9 +109,10 @@ def test_rows_plans_and_summaries_have_a_picture_in_a_notebook(folder, tokens):
 
     of_tokens = plan_tokens([3, 4, 5], packpipe.TokenConfig(seq_len=8))
     packs = packpipe.pack_lengths([3, 4, 5], 8)
-    for found in (plan, of_tokens, packs, packpipe.summarize(tokens)):
+    drawn = [(plan, "pack", 5), (of_tokens, "pack", 3), (packs, "pack", 3)]
+    for found, called, segments in (*drawn, (packpipe.summarize(tokens), "row", 4)):
         picture = found._repr_html_()
-        assert picture.count("<title>pack ") == 5 if found is plan else 3
+        assert picture.count(f"<title>{called} ") == picture.count("<title>") == segments
         assert "padding" in picture
 
 

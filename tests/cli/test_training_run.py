@@ -376,7 +376,7 @@ def test_validation_images_that_cannot_be_decoded_are_named_by_their_files(few, 
         (["--patience", "5"], "--patience is 5, expected none without --val; pass --val, such as"),
         (
             ["--val", "0.5", "--val-tokens", "65"],
-            "max_tokens is 65, expected an integer in 1..64; an image must fit into a pack",
+            "max_tokens is 65, expected an integer in 1..64; an image must fit into a row",
         ),
         (
             ["--layout", "tight"],
