@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset
+from datasets.utils import tqdm
 
 from packpipe import checks
 from packpipe.cli.layouts import Layout
@@ -192,7 +193,8 @@ def compare_layouts(
         epochs[name] = data.packs.plan(0, 0).quality, rows
     found: dict[str, list[tuple[float, Record]]] = {name: [] for name in runs}
     first = time.perf_counter()
-    for step in range(most):
+    # disable=None: where stderr is no terminal, nothing is shown.
+    for step in tqdm(range(most), unit="step", leave=False, disable=None):
         is_late = time.perf_counter() - first > _SECONDS
         if steps is None and is_late and step >= warm_up + 2:
             break

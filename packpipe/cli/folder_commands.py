@@ -25,7 +25,7 @@ from packpipe.cli.options import (
     given,
     resolution_of,
 )
-from packpipe.cli.output import print_json, print_table
+from packpipe.cli.output import print_json, print_table, saying
 from packpipe.cli.packed_source import check_names_source, check_source, packed_source
 
 SourceSplit = Annotated[str | None, typer.Option(help="Of the dataset.  [train]")]
@@ -173,7 +173,8 @@ def verify(
     dataset = None
     if source is not None:
         dataset = packed_source(_manifest_of(folder), source, split, image_column, label_column)
-    problems = packpipe.verify(folder, dataset, sample=sample)
+    with saying(f"checking every row of {folder}"):
+        problems = packpipe.verify(folder, dataset, sample=sample)
     if as_json:
         found = [problem._asdict() for problem in problems]
         counts = _counts_of(folder)

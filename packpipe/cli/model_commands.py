@@ -21,7 +21,7 @@ from packpipe.cli.options import (
     Source,
     Split,
 )
-from packpipe.cli.output import print_json, print_table
+from packpipe.cli.output import print_json, print_table, saying
 
 if TYPE_CHECKING:
     from packpipe.training.evaluation import Measures
@@ -70,7 +70,7 @@ def eval_(
     columns |= {"mask_column": mask_column}
     found = open_source(source, split, **columns, rows=True, texts=True, cache_bytes=cache_bytes)
     dataset = chosen(found, **columns)
-    with naming_files(dataset):
+    with naming_files(dataset), saying(f"measuring {run} on {source}"):
         found, rejected = evaluate(
             run,
             dataset,
@@ -110,14 +110,15 @@ def predict(
     from packpipe.cli.asking import predictions
 
     paths = [path for image in images for path in _files(image)]
-    found, rejects = predictions(
-        run,
-        paths,
-        top=top,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        precision=precision,
-    )
+    with saying(f"asking {run} about {len(paths):,} images"):
+        found, rejects = predictions(
+            run,
+            paths,
+            top=top,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            precision=precision,
+        )
     if as_json:
         print_json(
             {
@@ -249,7 +250,7 @@ def zero_shot(
 
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     dataset = chosen(open_source(source, split, **columns), **columns)
-    with naming_files(dataset):
+    with naming_files(dataset), saying(f"asking {model} about {source}"):
         found = ask(
             model,
             dataset,
@@ -305,7 +306,8 @@ def export(
     model = model.cpu()
     asked = options if max_tokens is None else options.at(max_tokens)
     seq_len = asked.packing.seq_len if seq_len is None else seq_len
-    difference = export_onnx(model, asked, output, batch_size=batch_size, seq_len=seq_len)
+    with saying(f"writing {output}, and comparing its outputs with the model's"):
+        difference = export_onnx(model, asked, output, batch_size=batch_size, seq_len=seq_len)
     written = replace(asked, packing=replace(asked.packing, seq_len=seq_len))
     shape = {"seq_len": seq_len, "max_tokens": written.max_tokens, "batch_size": batch_size}
     if as_json:

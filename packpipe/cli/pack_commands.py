@@ -41,7 +41,7 @@ from packpipe.cli.options import (
     given,
     resolution_of,
 )
-from packpipe.cli.output import print_json, print_table, say_if_kernels_compile
+from packpipe.cli.output import print_json, print_table, say_what_is_done_once
 from packpipe.cli.pack_windows import pack_windows
 from packpipe.cli.packed_source import source_to_pack
 
@@ -126,7 +126,7 @@ def pack(
     import packpipe
     from packpipe.sources.kinds import is_text
 
-    say_if_kernels_compile()
+    say_what_is_done_once()
     by_windows = finish or any(one is not None for one in (window_rows, ray, part))
     if not by_windows:
         checks.local_path("OUTPUT", output)
@@ -253,7 +253,7 @@ def plan(
     )
     # From sizes alone, so labels of any type will do.
     where: dict[str, Any] = {"label_column": None, "seed": seed, "epoch": epoch}
-    say_if_kernels_compile()
+    say_what_is_done_once()
     _print_plan(open_source(source, split), seq_len, where, options, as_json)
 
 

@@ -30,7 +30,7 @@ from packpipe.cli.options import (
     crop_of,
     given,
 )
-from packpipe.cli.output import print_json, print_table, say_if_kernels_compile
+from packpipe.cli.output import print_json, print_table, say_what_is_done_once
 from packpipe.cli.validation_source import check_validates, validation_of
 
 # Options of `train` that decide how images become rows: packed rows have their own.
@@ -66,9 +66,13 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Train on your own images, packed and padded by turns, and say what an epoch takes."""
+    many = "at most 10" if steps is None else f"{steps:,}"
+    what = f"training {model} on {source}, packed and padded by turns, {many} steps of each, after"
+    # At once, also where nobody sits at a terminal: imports and first steps take seconds.
+    typer.echo(checks.plain(f"{what} one or two that are not counted ..."), err=True)
     from packpipe.cli.bench import compare_layouts  # torch is imported by commands that need it
 
-    say_if_kernels_compile()
+    say_what_is_done_once()
     dataset = open_source(source, split)
     with naming_files(dataset):
         found = compare_layouts(
@@ -253,7 +257,7 @@ def train(
     from packpipe.model.config import NaViTConfig
     from packpipe.rows.own_columns import holds_rows
 
-    say_if_kernels_compile()
+    say_what_is_done_once()
     checks.local_path("OUTPUT", output)
     validation = {
         "val_split": val_split,
@@ -408,6 +412,6 @@ def demo(
     """Pack the bundled images, draw some rows and train a small NaViT, in about a minute."""
     from packpipe.demo import prepare, run
 
-    say_if_kernels_compile()
+    say_what_is_done_once()
     prepare(folder)  # before `run` imports the packages whose caches it moves
     run(folder.absolute(), seq_len, steps, num_workers, as_json=as_json)

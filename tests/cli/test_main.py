@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pictures
 import pytest
 import typer
 from datasets import Dataset
@@ -28,12 +32,15 @@ from typer.testing import CliRunner
 import packpipe
 from packpipe import CenterCrop, Crop, Uniform
 from packpipe.cli import bench as bench_module
+from packpipe.cli import labels
 from packpipe.cli.bench import Comparison, LayoutFigures
 from packpipe.cli.errors import in_a_line, one_line_errors
 from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
-from packpipe.cli.output import print_json, print_table, say_if_kernels_compile
+from packpipe.cli.output import print_json, print_table, say_what_is_done_once, saying
 from packpipe.samples import images_folder
+from packpipe.sources import sizes
+from packpipe.sources.image_source import ImageSource
 from packpipe.training.loop import Record, read_log
 
 QUICK = ["--model", "Ti/32", "--seq-len", 64, "--sides", 32, 128, "--batch-size", 2]
@@ -391,7 +398,10 @@ def test_bench_compares_packed_with_padded(few, monkeypatch):
     monkeypatch.setattr("packpipe.cli.bench.matrix_rate", lambda *_: rate)
     options = ["--model", "Ti/32", "--seq-len", 128, "--sides", 64, 256, "--steps", 2]
     options += ["--batch-size", 1, "--num-workers", 0]
-    found = json.loads(told("bench", few, *options, "--json"))
+    result = run("bench", few, *options, "--json")
+    found = json.loads(result.stdout)
+    said = f"training Ti/32 on {few}, packed and padded by turns, 2 steps of each, after one or two"
+    assert result.stderr.splitlines() == [f"{said} that are not counted ..."]
     packed, padded = found["layouts"]
     assert (packed["layout"], padded["layout"]) == ("packed", "padded")
     assert packed["fill"] > padded["fill"]
@@ -681,23 +691,69 @@ def test_another_broken_pipe_is_an_error(capsys):
     assert capsys.readouterr().err == "packpipe stats: [Errno 32] Broken pipe\n"
 
 
-def test_who_waits_is_told_once_that_kernels_compile(monkeypatch):
-    from numba import njit
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+
+def test_who_waits_is_told_what_takes_more_than_a_moment(monkeypatch):
+    with saying("what no terminal shows", after=0):
+        time.sleep(0.02)
+    monkeypatch.setattr("sys.stderr", shown := Terminal())
+    with saying("what takes no time"):
+        pass
+    with saying("what\x1b takes long", after=0):
+        deadline = time.monotonic() + 60
+        while not shown.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert shown.getvalue() == "what\\x1b takes long ...\n"
+
+
+def test_labels_that_are_soon_classes_have_no_bar(monkeypatch):
+    images = [{"bytes": b"", "path": None}] * 2
+    texts = Dataset.from_dict({"image": images, "label": ["b", "a"]}).cast_column(
+        "image", datasets.Image()
+    )
+    datasets.enable_progress_bars()
+    monkeypatch.setattr("sys.stderr", shown := Terminal())
+    assert labels.labelled(texts)["label"][:] == [1, 0]
+    assert shown.getvalue() == ""
+    assert not datasets.are_progress_bars_disabled()
+    monkeypatch.setattr(labels, "_QUICK", 0)
+    assert labels.labelled(texts.select([1]))["label"][:] == [0]
+    assert "Casting to class labels" in shown.getvalue()
+
+
+@pytest.fixture
+def own_log():
+    """The log of sizes, which a terminal changes; as it was afterwards."""
+    log = logging.getLogger("packpipe.sources.sizes")
+    yield
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("own_log")
+def test_who_waits_is_told_once_that_kernels_compile_and_sizes_are_read(monkeypatch):
+    from numba import njit
 
     monkeypatch.setattr("sys.stderr", shown := Terminal())
     listeners = []
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr("numba.core.event.register", lambda *told: listeners.append(told))
-        say_if_kernels_compile()
+        say_what_is_done_once()
     ((kind, listener),) = listeners
     with event.install_listener(kind, listener):
         for add in (1, 2):
             njit(lambda x, add=add: x + add)(1)
-    assert shown.getvalue() == "compiling kernels, at the first start alone ...\n"
+    compiles = "compiling kernels, at the first start alone ...\n"
+    assert shown.getvalue() == compiles
+    images = [{"bytes": image, "path": None} for image in pictures.encoded_images()]
+    source = Dataset.from_dict({"image": images}).cast_column("image", datasets.Image())
+    sizes.kept_sizes(ImageSource(source.with_format("arrow")), max_pixels=10**6)
+    said = f"reading the sizes of {len(images)} images, which are kept ...\n"
+    assert shown.getvalue() == compiles + said
 
 
 @pytest.mark.slow
