@@ -63,7 +63,7 @@ def nobody_reads() -> bool:
 @contextmanager
 def saying(what: str, after: float = 1.0) -> Iterator[None]:
     """Let a person who waits know what a block does, once it has taken longer than some seconds."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":  # one rank says it for all
         yield
         return
     from tqdm import tqdm  # whose `write` leaves a bar whole that is shown meanwhile

@@ -30,7 +30,7 @@ from packpipe.cli.options import (
     crop_of,
     given,
 )
-from packpipe.cli.output import print_json, print_table, say_what_is_done_once
+from packpipe.cli.output import print_json, print_table, say_what_is_done_once, saying
 from packpipe.cli.validation_source import check_validates, validation_of
 
 # Options of `train` that decide how images become rows: packed rows have their own.
@@ -66,11 +66,8 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Train on your own images, packed and padded by turns, and say what an epoch takes."""
-    many = "at most 10" if steps is None else f"{steps:,}"
-    what = f"training {model} on {source}, packed and padded by turns, {many} steps of each, after"
-    # At once, also where nobody sits at a terminal: imports and first steps take seconds.
-    typer.echo(checks.plain(f"{what} one or two that are not counted ..."), err=True)
-    from packpipe.cli.bench import compare_layouts  # torch is imported by commands that need it
+    with saying("importing torch", after=0):  # the first seconds, in which all else is silent
+        from packpipe.cli.bench import compare_layouts  # imported by commands that need it
 
     say_what_is_done_once()
     dataset = open_source(source, split)

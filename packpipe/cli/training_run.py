@@ -349,7 +349,7 @@ def _line(record: Record, as_json: bool) -> str:
     )
     return (
         f"step {record.step}  loss {record.loss:.4f}  {figure}  "
-        f"{record.images_per_s:,.0f} images/s  fill {record.fill:.3f}  "
+        f"{record.images_per_s:,.0f} images/s  padding {1 - record.fill:.1%}  "
         f"waited {record.data_wait:.0%}{measured}\n"
     )
 

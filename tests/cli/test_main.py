@@ -400,8 +400,8 @@ def test_bench_compares_packed_with_padded(few, monkeypatch):
     options += ["--batch-size", 1, "--num-workers", 0]
     result = run("bench", few, *options, "--json")
     found = json.loads(result.stdout)
-    said = f"training Ti/32 on {few}, packed and padded by turns, 2 steps of each, after one or two"
-    assert result.stderr.splitlines() == [f"{said} that are not counted ..."]
+    said = "training Ti/32 on packed and on padded rows by turns, 2 steps of each"
+    assert result.stderr == f"{said}, after 1 not counted ...\n"
     packed, padded = found["layouts"]
     assert (packed["layout"], padded["layout"]) == ("packed", "padded")
     assert packed["fill"] > padded["fill"]
@@ -424,6 +424,11 @@ def test_bench_says_what_its_figures_mean_for_an_epoch():
         "An epoch of these 100,000 images takes 67 min packed and 2.8 h padded: packed gives 2.50 "
         "times the images a second of padded, where 57% of the tokens are padding (packed: 2%)."
     )
+    header, first, second = str(found).splitlines()[1:4]
+    assert header.split()[:3] == ["layout", "padding", "images/s"]
+    assert first.split()[:3] == ["packed", "2.0%", "25.0"]
+    assert second.split()[:3] == ["padded", "57.0%", "10.0"]
+    assert [first.index("%"), second.index("%")] == [header.index("padding") + 6] * 2
     assert str(found).endswith(found.sentence)
     assert found.to_dict()["sentence"] == found.sentence
 

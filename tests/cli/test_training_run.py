@@ -141,6 +141,7 @@ def validated(few, tmp_path_factory):
     assert result.exit_code == 0, result.output
     line = r"step 4  .*waited .*  val loss \d\.\d{4}  val accuracy \d\.\d{3}  val ECE \d\.\d{3}\n"
     assert re.search(line, result.stdout)
+    assert re.search(r"step 4  .*/s  padding \d+\.\d%  waited", result.stdout)
     return folder
 
 
