@@ -70,16 +70,15 @@ def run(folder: Path, seq_len: int, steps: int, num_workers: int, *, as_json: bo
     import packpipe
     from packpipe import samples
     from packpipe.cli.output import console as console_of
-    from packpipe.cli.output import print_json
+    from packpipe.cli.output import print_json, say_what_is_done_once, saying, without_bars
     from packpipe.plots import plot_rows, rows_of_many
 
     console = console_of(stderr=as_json)
-    # Loading some files needs no bars; `pack` shows one, which is why they come back.
-    datasets.disable_progress_bars()
-    images = datasets.load_dataset(
-        "imagefolder", data_dir=str(samples.images_folder()), split="train"
-    ).class_encode_column("label")
-    datasets.enable_progress_bars()
+    say_what_is_done_once()
+    with without_bars(), saying("reading the bundled images"):
+        images = datasets.load_dataset(
+            "imagefolder", data_dir=str(samples.images_folder()), split="train"
+        ).class_encode_column("label")
     # Compile the kernels first, so that the rate below is the rate of the work.
     packpipe.plan_epoch([[16, 16]], packpipe.PackConfig(seq_len=seq_len))
 

@@ -409,6 +409,5 @@ def demo(
     """Pack the bundled images, draw some rows and train a small NaViT, in about a minute."""
     from packpipe.demo import prepare, run
 
-    say_what_is_done_once()
     prepare(folder)  # before `run` imports the packages whose caches it moves
     run(folder.absolute(), seq_len, steps, num_workers, as_json=as_json)

@@ -100,7 +100,7 @@ def _completed(
     asked = np.flatnonzero(image_hw[:, 0] == 0)
     if not asked.size:
         return Sizes(image_hw, broken_exif, [])
-    log.info("reading the sizes of %s images, which are kept ...", f"{len(asked):,}")
+    log.info("reading the sizes of %s images, once ...", f"{len(asked):,}")
     found = probe_sizes(
         lambda place: source(int(asked[place])),
         len(asked),
