@@ -62,8 +62,9 @@ def eval_(
     Of a regression, its mean absolute error; of masks, the mean IoU; of several labels an image,
     the mean average precision (mAP).
     """
-    from packpipe.cli.asking import evaluate
-    from packpipe.cli.labels import chosen
+    with saying("importing torch"):
+        from packpipe.cli.asking import evaluate
+        from packpipe.cli.labels import chosen
 
     asked = None if budgets is None else _numbers(budgets)
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
@@ -107,7 +108,8 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Ask a trained model for the classes of images; status 1 if one cannot be read."""
-    from packpipe.cli.asking import predictions
+    with saying("importing torch"):
+        from packpipe.cli.asking import predictions
 
     paths = [path for image in images for path in _files(image)]
     with saying(f"asking {run} about {len(paths):,} images"):
@@ -182,10 +184,11 @@ def embed(
 
     Images of packed rows are taken as they were packed.
     """
-    from packpipe.cli.embedding import embed as write_vectors
-    from packpipe.cli.embedding import rejects_path
-    from packpipe.cli.labels import with_one_image
-    from packpipe.cli.measured import num_images
+    with saying("importing torch"):
+        from packpipe.cli.embedding import embed as write_vectors
+        from packpipe.cli.embedding import rejects_path
+        from packpipe.cli.labels import with_one_image
+        from packpipe.cli.measured import num_images
 
     opened = open_source(
         source, split, image_column=image_column, rows=True, cache_bytes=cache_bytes
@@ -244,9 +247,10 @@ def zero_shot(
 
     The classes are in the order of the labels' numbers: of folders, by name.
     """
-    from packpipe.cli.labels import chosen, names_in
-    from packpipe.cli.zero_shot import TEMPLATE
-    from packpipe.cli.zero_shot import zero_shot as ask
+    with saying("importing torch"):
+        from packpipe.cli.labels import chosen, names_in
+        from packpipe.cli.zero_shot import TEMPLATE
+        from packpipe.cli.zero_shot import zero_shot as ask
 
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     dataset = chosen(open_source(source, split, **columns), **columns)
@@ -299,8 +303,9 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a trained model as an ONNX file, once onnxruntime gives the model's outputs with it."""
-    from packpipe.cli.asking import loaded
-    from packpipe.training.export import export_onnx
+    with saying("importing torch"):
+        from packpipe.cli.asking import loaded
+        from packpipe.training.export import export_onnx
 
     model, options = loaded(run)
     model = model.cpu()

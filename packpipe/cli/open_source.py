@@ -70,7 +70,8 @@ def open_source(
         ValueError: there is no such source or split, or `datasets` cannot load it; or it is one of
             packed rows, and they will not do; or a table has no such column.
     """
-    import datasets  # here, since it is slow to import and --help does without
+    with saying("importing datasets"):  # here, since it is slow, and --help does without
+        import datasets
 
     from packpipe.images.remote import is_remote
     from packpipe.rows.own_columns import holds_rows

@@ -240,19 +240,20 @@ def train(
 
     Stopped, the same command resumes.
     """
-    from datasets import Dataset
+    with saying("importing torch"):
+        from datasets import Dataset
 
-    from packpipe.building.pack import manifest as record_of
-    from packpipe.cli.compared import class_weights_of, compared_of
-    from packpipe.cli.labels import chosen
-    from packpipe.cli.layouts import EncoderLayout, Layout
-    from packpipe.cli.starting import start_of
-    from packpipe.cli.trained_images import TrainedImages
-    from packpipe.cli.trained_rows import TrainedRows
-    from packpipe.cli.training_run import Training
-    from packpipe.images.remote import is_remote
-    from packpipe.model.config import NaViTConfig
-    from packpipe.rows.own_columns import holds_rows
+        from packpipe.building.pack import manifest as record_of
+        from packpipe.cli.compared import class_weights_of, compared_of
+        from packpipe.cli.labels import chosen
+        from packpipe.cli.layouts import EncoderLayout, Layout
+        from packpipe.cli.starting import start_of
+        from packpipe.cli.trained_images import TrainedImages
+        from packpipe.cli.trained_rows import TrainedRows
+        from packpipe.cli.training_run import Training
+        from packpipe.images.remote import is_remote
+        from packpipe.model.config import NaViTConfig
+        from packpipe.rows.own_columns import holds_rows
 
     say_what_is_done_once()
     checks.local_path("OUTPUT", output)
