@@ -54,15 +54,17 @@ def stats(
     if html is not None:
         checks.local_path("--html", html)
     check_names_source(source, split=split, image_column=image_column, label_column=label_column)
-    found, dataset = packpipe.summarize(folder), None
+    with saying(f"reading {folder}"):
+        found, dataset = packpipe.summarize(folder), None
     if source is not None:
         dataset = packed_source(found.manifest, source, split, image_column, label_column)
         check_source(found.manifest, dataset)
     rejected = with_files(dataset, found.rejects)
     if html is not None:
-        from packpipe.cli.report import write_report
+        with saying(f"drawing {html}"):
+            from packpipe.cli.report import write_report
 
-        write_report(found, html, [name for name, _ in rejected])
+            write_report(found, html, [name for name, _ in rejected])
     if as_json:
         print_json(found.to_dict())
     else:
@@ -114,9 +116,10 @@ def show(
     With --augment, one image in several epochs: its crop, flip, colours and kept tokens. The other
     options but --output and --mask are for that; those of sizes and crops for a source alone.
     """
-    from packpipe.cli.report import draw_epochs, draw_rows
+    with saying("importing matplotlib"):
+        from packpipe.cli.report import draw_epochs, draw_rows
 
-    _check_picture(output)
+        _check_picture(output)
     told = given(epochs=epochs, seed=seed, split=split)
     options = given(
         seq_len=seq_len,
@@ -130,7 +133,8 @@ def show(
         for name, value in {**options, **told}.items():
             expected, remedy = "left out without augment", "pass --augment"
             raise ValueError(checks.sentence(name, value, expected, remedy))
-        figure = draw_rows(folder, rows, mask=mask)
+        with saying(f"drawing rows of {folder}"):
+            figure = draw_rows(folder, rows, mask=mask)
     else:
         if mask:
             expected, remedy = "left out with augment", "ask for one of them"

@@ -93,7 +93,7 @@ def without_bars() -> Iterator[None]:
 
 
 def say_what_is_done_once() -> None:
-    """Let a person who waits know that kernels compile, and sizes are read, at the first start."""
+    """Let a person who waits know that kernels compile, or that many sizes are read."""
     if not sys.stderr.isatty():
         return
     log = logging.getLogger("packpipe.sources.sizes")
