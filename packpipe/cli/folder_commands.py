@@ -28,7 +28,7 @@ from packpipe.cli.options import (
 from packpipe.cli.output import print_json, print_table, saying
 from packpipe.cli.packed_source import check_names_source, check_source, packed_source
 
-SourceSplit = Annotated[str | None, typer.Option(help="Of the dataset.  [train]")]
+SourceSplit = Annotated[str | None, typer.Option(help="Of the dataset.  \\[train]")]
 SourceImages = Annotated[
     str | None, typer.Option("--image-column", help="Its images, or their paths, as in pack.")
 ]
@@ -82,7 +82,7 @@ def show(
     rows: Annotated[
         list[int] | None,
         typer.Argument(
-            help="Numbers of rows; with --augment, the row of one image in its source.  [a few "
+            help="Numbers of rows; with --augment, the row of one image in its source.  \\[a few "
             "rows of several images; with --augment 0]"
         ),
     ] = None,
@@ -108,7 +108,7 @@ def show(
     center_crop: CenterCropArea = None,
     max_tokens: MaxTokens = None,
     drop_rate: DropRate = None,
-    split: Annotated[str | None, typer.Option(help="Of a source.  [train]")] = None,
+    split: Annotated[str | None, typer.Option(help="Of a source.  \\[train]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything that is drawn.  [0]")] = None,
 ) -> None:
     """Draw packed rows: patches in place, segments coloured, padding hatched.

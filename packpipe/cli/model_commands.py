@@ -43,7 +43,7 @@ def eval_(
     budgets: Annotated[
         str | None,
         typer.Option(
-            help="Most tokens of an image, by turns, such as 64,128,256.  [as in validation]"
+            help="Most tokens of an image, by turns, such as 64,128,256.  \\[as in validation]"
         ),
     ] = None,
     batch_size: BatchSize = 8,
@@ -159,8 +159,8 @@ def embed(
     columns: Annotated[
         str | None,
         typer.Option(
-            help="Kept of the source, such as label,path.  [all but images; of files, their path; "
-            "of packed rows labels]"
+            help="Kept of the source, such as label,path.  \\[all but images; of files, their "
+            "path; of packed rows labels]"
         ),
     ] = None,
     tokens: Annotated[
@@ -225,7 +225,7 @@ def zero_shot(
     source: Source,
     classes: Annotated[
         Path | None,
-        typer.Option(help="A file of the classes' names, a line each.  [the labels' own]"),
+        typer.Option(help="A file of the classes' names, a line each.  \\[the labels' own]"),
     ] = None,
     template: Annotated[
         list[str] | None,
@@ -294,10 +294,10 @@ def export(
     run: Run,
     output: Annotated[Path, typer.Argument(dir_okay=False, help="An ONNX file.")],
     seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a row.  [as in training]")
+        int | None, typer.Option(min=1, help="Tokens a row.  \\[as in training]")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of an image.  [as in validation]")
+        int | None, typer.Option(min=1, help="Most tokens of an image.  \\[as in validation]")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a call.")] = 1,
     as_json: AsJson = False,

@@ -183,7 +183,7 @@ def train(
     val_split: Annotated[
         str | None,
         typer.Option(
-            help="Split of the source of --val.  [train; of SOURCE itself validation or test]"
+            help="Split of the source of --val.  \\[train; of SOURCE itself validation or test]"
         ),
     ] = None,
     val_every: Annotated[
@@ -192,7 +192,7 @@ def train(
     val_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Most tokens of a validation image.  [those of the largest square]"
+            min=1, help="Most tokens of a validation image.  \\[those of the largest square]"
         ),
     ] = None,
     keep_last: Annotated[int, typer.Option(min=2, help="Last checkpoints that are kept.")] = 2,
@@ -215,7 +215,8 @@ def train(
     label_column: LabelColumn = "auto",
     mask_column: MaskColumn = None,
     target_stride: Annotated[
-        int | None, typer.Option(min=1, help="Pixels a side of what a mask is told by.  [a patch]")
+        int | None,
+        typer.Option(min=1, help="Pixels a side of what a mask is told by.  \\[a patch]"),
     ] = None,
     classes: Annotated[
         str | None,

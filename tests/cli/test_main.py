@@ -27,6 +27,7 @@ from datasets import Dataset
 from numba.core import event
 from PIL import Image
 from processes import wait_until
+from rich.text import Text
 from typer.testing import CliRunner
 
 import packpipe
@@ -107,6 +108,21 @@ def test_help_shows_every_command_with_an_example():
         assert name in told("--help")
         assert "Example" in told(name, "--help")
         assert f"packpipe {name}" in told(name, "--help")
+
+
+def test_help_loses_nothing_in_brackets():
+    """Rich takes [train] for a style, and shows nothing, unless its bracket is escaped."""
+    helps = [
+        text
+        for command in typer.main.get_command(app).commands.values()
+        for text in (command.help, *(getattr(one, "help", None) for one in command.params))
+        if text
+    ]
+    assert sum("[" in text for text in helps) > 10
+    for text in helps:
+        assert Text.from_markup(text).plain == text.replace("\\[", "[")
+    shown = " ".join(told("eval", "--help").replace("│", " ").split())
+    assert "[as in validation]" in shown
 
 
 def test_what_is_packed_is_said_and_packed_again_in_no_time(few, tmp_path):
