@@ -81,8 +81,8 @@ def spelled(option: Any) -> str:
 
 def meaning(parameter: Any) -> str:
     """Return a parameter's help, with its default where it has one."""
-    default = parameter.default
-    return f"{parameter.help}{'' if default is None or default is False else f' [{default}]'}"
+    default, said = parameter.default, parameter.help.replace("\\[", "[")  # escaped for a terminal
+    return f"{said}{'' if default is None or default is False else f' [{default}]'}"
 
 
 def table(head: str, rows: dict[str, str]) -> str:
