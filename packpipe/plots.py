@@ -292,16 +292,21 @@ def _draw_images(
     more = f"+ {last - first - len(shown)}" if last - first > len(shown) else ""
     captions = [""] * len(shown)
     width = _WIDTH - 0.16 * len(more)
+    gap = min(_GAP, 0.3 * width / max(1, len(shown)))  # of very many, else nothing would be left
     if class_names is not None and len(shown):
-        labels = [int(rows.segments["labels"][segment]) for segment in shown]
-        most = 0.99 * width / len(shown) - _GAP  # so that some room is left to an image
-        captions = [_caption(class_names[label], most) for label in labels]
+        captions = [class_names[int(rows.segments["labels"][segment])] for segment in shown]
+        whole = np.array([_inches(name) for name in captions])
+        # Inches of a caption at most: what short ones do not need is left to the longer ones.
+        most = max(whole)
+        while sum(np.minimum(whole, most) + gap) > 0.97 * width:
+            most *= 0.97
+        captions = [_caption(name, most) for name in captions]
     room = [_inches(lines) for lines in captions]
     above = _LINE * max((lines.count("\n") + 1 for lines in captions if lines), default=0)
     grids = rows.grid_hw[first : shown.stop].astype(float)  # (height, width) in patches
     # Inches of a patch's side, the most with which all images have room.
     patch = (_HEIGHT - above) / max(grids[:, 0], default=1)
-    while sum(np.maximum(grids[:, 1] * patch, room) + _GAP) > width:
+    while sum(np.maximum(grids[:, 1] * patch, room) + gap) > width:
         patch *= 0.97
     found = colours(int(last - first))
     place, left = 0, 0.0
@@ -318,7 +323,7 @@ def _draw_images(
             axes.text(
                 left, above - 0.05, caption, fontsize=_CAPTION_SIZE, va="bottom", parse_math=False
             )
-        left += max(wide, room[number]) + _GAP
+        left += max(wide, room[number]) + gap
     if more:
         axes.text(left, above + _HEIGHT / 4, more, va="center", fontsize=14)
     axes.set(xlim=(-0.03, _WIDTH), ylim=(_HEIGHT + 0.03, -0.03))

@@ -158,6 +158,18 @@ def test_captions_of_narrow_images_are_whole_and_lie_beside_each_other(folder):
     assert [text.get_text() for text in without] == [more.get_text()]
 
 
+def test_very_many_images_of_a_row_have_room_too():
+    patches = np.zeros((1, 100, 12), np.uint8)
+    ids = np.arange(1, 101, dtype=np.int32)[None]
+    ones, grids = np.ones(100, np.int32), np.ones((100, 2), np.int16)
+    segments = {"seq_lens": ones, "grid_hw": grids, "labels": np.arange(100) % 2}
+    tokens = {"patches": patches, "segment_ids": ids, "coords": np.zeros((1, 100, 2), np.int16)}
+    rows = packpipe.rows.rows.Rows(np.array([0, 100]), segments, tokens)
+    figure = plots.plot_rows(rows, max_thumbnails=100, class_names=["a", "household"])
+    assert len(figure.axes[1].images) == 100
+    assert figure.axes[1].images[-1].get_extent()[1] <= figure.axes[1].get_xlim()[1]
+
+
 def test_a_caption_that_fits_in_no_three_lines_ends_in_dots():
     assert plots._caption(40 * "long ", 0.8).count("\n") == 2
     assert plots._caption(40 * "long ", 0.8).endswith("…")
