@@ -114,10 +114,10 @@ def spelled(option: Any) -> str:
 
 def meaning(parameter: Any) -> str:
     """Return a parameter's help, with its default where it has one."""
-    default = parameter.default
+    default, said = parameter.default, parameter.help.replace("\\[", "[")  # escaped for a terminal
     if isinstance(default, tuple):
         default = " ".join(map(str, default))
-    return f"{parameter.help}{'' if default is None or default is False else f' [{default}]'}"
+    return f"{said}{'' if default is None or default is False else f' [{default}]'}"
 
 
 def table(name: str, meaning: str, rows: dict[str, str]) -> str:

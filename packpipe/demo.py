@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TRAINING_SECONDS = 55
 # What the table calls figures whose names do not say it.
 _SAID = {
+    "packs": "rows",
     "shrunk": "images shrunk to fit",
     "padding": "padding, packed",
     "padding_alone": "padding, one image a row",
@@ -69,16 +70,15 @@ def run(folder: Path, seq_len: int, steps: int, num_workers: int, *, as_json: bo
     import packpipe
     from packpipe import samples
     from packpipe.cli.output import console as console_of
-    from packpipe.cli.output import print_json
-    from packpipe.plots import plot_rows
+    from packpipe.cli.output import print_json, say_what_is_done_once, saying, without_bars
+    from packpipe.plots import plot_rows, rows_of_many
 
     console = console_of(stderr=as_json)
-    # Loading some files needs no bars; `pack` shows one, which is why they come back.
-    datasets.disable_progress_bars()
-    images = datasets.load_dataset(
-        "imagefolder", data_dir=str(samples.images_folder()), split="train"
-    ).class_encode_column("label")
-    datasets.enable_progress_bars()
+    say_what_is_done_once()
+    with without_bars(), saying("reading the bundled images"):
+        images = datasets.load_dataset(
+            "imagefolder", data_dir=str(samples.images_folder()), split="train"
+        ).class_encode_column("label")
     # Compile the kernels first, so that the rate below is the rate of the work.
     packpipe.plan_epoch([[16, 16]], packpipe.PackConfig(seq_len=seq_len))
 
@@ -93,12 +93,11 @@ def run(folder: Path, seq_len: int, steps: int, num_workers: int, *, as_json: bo
     in_source_order = rows.seq_lens[np.argsort(rows.example_index)]
     figures = _figures(packpipe.manifest(packed), in_source_order, seconds)
     console.print(_table(figures, seq_len))
-    by_segments = np.argsort(-rows.num_segments, kind="stable")
-    # Rows with the most segments, and three towards fewer.
-    chosen = by_segments[np.array([0, 1, 3, 6]) * len(by_segments) // 32]
+    chosen = rows_of_many(rows.num_segments)
     picture = folder / "rows.png"
     names = images.features["label"].names
-    plot_rows(packpipe.read_rows(packed, chosen), class_names=names).savefig(picture, dpi=100)
+    drawn = plot_rows(packpipe.read_rows(packed, chosen), class_names=names, numbers=chosen)
+    drawn.savefig(picture, dpi=100)
     console.print(f"rows     {output}\npicture  {picture}")
     figures |= {"folder": str(output), "picture": str(picture)}
     if steps:
@@ -139,7 +138,7 @@ def _table(figures: dict[str, Any], seq_len: int) -> Table:
     table.add_column("", justify="right")
     for name, value in figures.items():
         if name == "bound":
-            gap = f"{figures['packs'] - value} of {value} packs"
+            gap = f"{figures['packs'] - value} of {value} rows"
             table.add_row("gap to the lower bound", gap)
         elif name.startswith("padding"):
             table.add_row(_SAID[name], f"{value:.2%}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import text_to_path
 from numpy.typing import NDArray
 
 from packpipe.images.patches import unpatchify
@@ -17,10 +20,36 @@ from packpipe.rows.picture import colours, row_picture
 from packpipe.rows.rows import Rows
 
 _EPOCHS_A_LINE = 8
+# Inches: of the images of a row, of the space between two, of a line of a caption.
+_WIDTH, _HEIGHT, _GAP, _LINE = 7.3, 1.95, 0.12, 0.16
+_CAPTION_SIZE, _CAPTION_LINES = 10, 3  # points, and lines at most
+_NARROWEST = 0.035  # inches of an i
+
+
+def rows_of_many(num_segments: NDArray[np.integer], most: int = 4) -> list[int]:
+    """Return the numbers of a few rows that show what packing does: many images, then fewer.
+
+    Args:
+        num_segments: int[rows], segments of each row.
+        most: how many rows at most.
+
+    >>> rows_of_many(np.array([1, 1, 9, 2, 1, 3]))
+    [2, 5, 3, 0]
+    """
+    by_segments = np.argsort(-num_segments, kind="stable")
+    place = np.arange(min(most, len(by_segments)))
+    # At 0/32, 1/32, 3/32 and 6/32 of this order: many rows of photographs hold one alone.
+    spread = place * (place + 1) // 2 * len(by_segments) // 32
+    chosen: list[int] = by_segments[np.maximum(place, spread)].tolist()
+    return chosen
 
 
 def plot_rows(
-    rows: Rows, *, max_thumbnails: int = 8, class_names: Sequence[str] | None = None
+    rows: Rows,
+    *,
+    max_thumbnails: int = 8,
+    class_names: Sequence[str] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Figure:
     """Return a figure of packed rows: the tokens as they are stored, and the images they hold.
 
@@ -32,12 +61,14 @@ def plot_rows(
         rows: what `read_rows` returned; a few.
         max_thumbnails: how many images of each row are drawn, the first ones.
         class_names: of the labels 0, 1, ...; None draws no names.
+        numbers: of the rows, for their titles; None leaves them out.
     """
     # Figure, not pyplot, which would keep every figure open and choose a window's backend.
     figure = Figure(figsize=(13, 0.6 + 2.2 * len(rows)), layout="constrained")
     grid = figure.add_gridspec(len(rows), 2, width_ratios=[1.0, 1.35])
     for row in range(len(rows)):
-        _draw_tokens(figure.add_subplot(grid[row, 0]), rows, row)
+        named = "" if numbers is None else f"row {numbers[row]}: "
+        _draw_tokens(figure.add_subplot(grid[row, 0]), rows, row, named)
         images = figure.add_subplot(grid[row, 1])
         _draw_images(images, rows, row, max_thumbnails, class_names)
     figure.suptitle(
@@ -236,7 +267,7 @@ def _small_figure() -> tuple[Figure, Any]:
     return figure, figure.add_subplot()
 
 
-def _draw_tokens(axes: Any, rows: Rows, row: int) -> None:
+def _draw_tokens(axes: Any, rows: Rows, row: int, named: str) -> None:
     ids = rows.segment_ids[row]
     axes.imshow(row_picture(rows.patches[row], ids))
     axes.set_xticks([])
@@ -244,41 +275,80 @@ def _draw_tokens(axes: Any, rows: Rows, row: int) -> None:
     num_segments = int(ids.max())
     images = "1 image" if num_segments == 1 else f"{num_segments} images"
     axes.set_title(
-        f"{images}, {int((ids > 0).sum())} of {len(ids)} tokens", fontsize=14, loc="left"
+        f"{named}{images}, {int((ids > 0).sum())} of {len(ids)} tokens", fontsize=14, loc="left"
     )
 
 
 def _draw_images(
     axes: Any, rows: Rows, row: int, max_thumbnails: int, class_names: Sequence[str] | None
 ) -> None:
+    """Draw the first images of a row, to one scale, each below its whole caption.
+
+    Axes count inches, in which captions have their size: an image that is narrower than its caption
+    gets the caption's room, so that no caption is cut or runs into the next.
+    """
     first, last = rows.offsets[row : row + 2]
     shown = range(int(first), int(min(last, first + max_thumbnails)))
+    more = f"+ {last - first - len(shown)}" if last - first > len(shown) else ""
+    captions = [""] * len(shown)
+    width = _WIDTH - 0.16 * len(more)
+    gap = min(_GAP, 0.3 * width / max(1, len(shown)))  # of very many, else nothing would be left
+    if class_names is not None and len(shown):
+        captions = [class_names[int(rows.segments["labels"][segment])] for segment in shown]
+        whole = np.array([_inches(name) for name in captions])
+        # Inches of a caption at most: what short ones do not need is left to the longer ones.
+        most = max(whole)
+        while sum(np.minimum(whole, most) + gap) > 0.97 * width:
+            most *= 0.97
+        captions = [_caption(name, most) for name in captions]
+    room = [_inches(lines) for lines in captions]
+    above = _LINE * max((lines.count("\n") + 1 for lines in captions if lines), default=0)
+    grids = rows.grid_hw[first : shown.stop].astype(float)  # (height, width) in patches
+    # Inches of a patch's side, the most with which all images have room.
+    patch = (_HEIGHT - above) / max(grids[:, 0], default=1)
+    while sum(np.maximum(grids[:, 1] * patch, room) + gap) > width:
+        patch *= 0.97
     found = colours(int(last - first))
-    place, tallest, left = 0, 1, 0.0
-    for number, segment in enumerate(shown):
+    place, left = 0, 0.0
+    for number, (segment, caption) in enumerate(zip(shown, captions, strict=True)):
         tokens = slice(place, place + int(rows.seq_lens[segment]))
         place = tokens.stop
-        # Axes count patches, so images of a row are drawn to one scale.
-        height, width = rows.grid_hw[segment].tolist()
-        picture = unpatchify(rows.patches[row, tokens], rows.coords[row, tokens], (height, width))
-        axes.imshow(picture, extent=(left, left + width, height, 0))
-        frame = Rectangle((left, 0), width, height, fill=False, ec=found[number], lw=2.5)
-        axes.add_patch(frame)
-        if class_names is not None:
-            name = class_names[int(rows.segments["labels"][segment])]
-            room = max(
-                3, int(width / 1.6)
-            )  # characters above an image; more would run into the next
-            name = name if len(name) <= room else name[: room - 1] + "…"
+        grid_hw = rows.grid_hw[segment].tolist()
+        picture = unpatchify(rows.patches[row, tokens], rows.coords[row, tokens], grid_hw)
+        high, wide = grid_hw[0] * patch, grid_hw[1] * patch
+        axes.imshow(picture, extent=(left, left + wide, above + high, above))
+        axes.add_patch(Rectangle((left, above), wide, high, fill=False, ec=found[number], lw=2.5))
+        if caption:
             # A class may be called "$5 to $9", which is no formula.
-            axes.text(left, -0.6, name, fontsize=11, va="bottom", parse_math=False)
-        left += width + 1.5
-        tallest = max(tallest, height)
-    if last - first > len(shown):
-        axes.text(left, tallest / 2, f"+ {last - first - len(shown)}", va="center", fontsize=14)
-        left += 8
-    # A row of one narrow image would be blown up to the width of the axes.
-    axes.set_xlim(-0.5, max(left, 3.2 * tallest))
-    axes.set_ylim(tallest + 0.5, -0.5 if class_names is None else -4.5)
-    axes.set_aspect("equal", anchor="W")
+            axes.text(
+                left, above - 0.05, caption, fontsize=_CAPTION_SIZE, va="bottom", parse_math=False
+            )
+        left += max(wide, room[number]) + gap
+    if more:
+        axes.text(left, above + _HEIGHT / 4, more, va="center", fontsize=14)
+    axes.set(xlim=(-0.03, _WIDTH), ylim=(_HEIGHT + 0.03, -0.03))
+    axes.set_aspect("equal", anchor="NW")
     axes.axis("off")
+
+
+def _caption(name: str, most: float) -> str:
+    r"""Return a name in lines of so many inches at most, three of them; a longer one ends in dots.
+
+    >>> _caption("golden retriever", 0.8)
+    'golden\nretriever'
+    """
+    for letters in range(min(len(name), int(most / _NARROWEST)), 0, -1):
+        lines = textwrap.wrap(name, letters, max_lines=_CAPTION_LINES, placeholder="…")
+        if _inches(caption := "\n".join(lines)) <= most:
+            return caption
+    return ""
+
+
+def _inches(caption: str) -> float:
+    """Return the width of a caption's longest line."""
+    font = FontProperties(size=_CAPTION_SIZE)
+    sizes = (
+        text_to_path.get_text_width_height_descent(line, font, ismath=False)
+        for line in caption.split("\n")
+    )
+    return max(float(width) for width, _, _ in sizes) / 72

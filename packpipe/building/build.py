@@ -137,7 +137,7 @@ class Build:
                     rejects.extend(undecodable)
                     tolerance.check(rejects)
                 packs_done.append(len(rows))
-                bar.set_postfix(packs=sum(packs_done), rejects=len(rejects), refresh=False)
+                bar.set_postfix(rows=sum(packs_done), rejects=len(rejects), refresh=False)
                 bar.update(num_examples)
                 yield rows
 

@@ -81,7 +81,7 @@ class Summary:
             (f"{self.unit}s", f"{counts['packed']:,} of {counts['read']:,}"),
             *self._views(),
             ("rejected", self._rejected()),
-            *quality.rows()[1:],
+            *quality.rows("row")[1:],
             ("alone", f"{self.padding_alone:.3%} padding with one {self.unit} a row"),
             ("lengths", _spread(self.seq_lens, "tokens")),
         ]
@@ -116,7 +116,7 @@ class Summary:
         return "\n".join(f"{name:<9} {value}" for name, value in self.rows())
 
     def _repr_html_(self) -> str:
-        return html(self.rows(), self.seq_lens, self.offsets, self.quality.seq_len)
+        return html(self.rows(), self.seq_lens, self.offsets, self.quality.seq_len, "row")
 
     def _views(self) -> list[tuple[str, str]]:
         if "segments" not in self.manifest["counts"]:

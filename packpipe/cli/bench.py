@@ -16,7 +16,9 @@ from statistics import median
 from typing import Any
 
 import torch
+import typer
 from datasets import ClassLabel, Dataset
+from datasets.utils import tqdm
 
 from packpipe import checks
 from packpipe.cli.layouts import Layout
@@ -102,11 +104,11 @@ class Comparison:
     def __str__(self) -> str:
         lines = [
             f"training on {self.device}, matrix products at {self.matrix_rate / 1e12:.3g} TFLOP/s",
-            "layout   fill  images/s  tokens/s  useful MFU  waited for data",
+            "layout  padding  images/s  tokens/s  useful MFU  waited for data",
         ]
         for one in self.layouts:
             lines.append(
-                f"{one.layout:<7} {one.fill:>5.1%} {one.images_per_s:>9,.1f} "
+                f"{one.layout:<6} {1 - one.fill:>8.1%} {one.images_per_s:>9,.1f} "
                 f"{one.tokens_per_s:>9,.0f} {one.mfu:>11.1%} {one.data_wait:>16.0%}"
             )
         return "\n".join([*lines, self.sentence])
@@ -190,9 +192,13 @@ def compare_layouts(
         # `train` is a generator: nothing runs before the loop below asks for a step.
         runs[name] = train(navit, loader, training.train_config)
         epochs[name] = data.packs.plan(0, 0).quality, rows
+    count = f"at most {_STEPS}" if steps is None else f"{steps:,}"
+    turns = f"training {model} on packed and on padded rows by turns, {count} steps of each"
+    typer.echo(f"{turns}, after {warm_up} not counted ...", err=True)
     found: dict[str, list[tuple[float, Record]]] = {name: [] for name in runs}
     first = time.perf_counter()
-    for step in range(most):
+    # disable=None: where stderr is no terminal, nothing is shown.
+    for step in tqdm(range(most), unit="step", leave=False, disable=None):
         is_late = time.perf_counter() - first > _SECONDS
         if steps is None and is_late and step >= warm_up + 2:
             break

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 import xxhash
 from datasets import Dataset, Features, List, Value
+from datasets.utils import tqdm
 from torch import Tensor
 
 from packpipe import __version__, checks
@@ -144,12 +145,16 @@ def embed(
         else:
             rejects, names = [], []
             step = source.step(part_size)
-            for first in range(0, len(dataset), step):
-                names.append(parts / f"{first:012d}.parquet")
-                span = (first, min(first + step, len(dataset)))
-                _complete(names[-1], source.states(span), partial(part, span))
-                rejects += _rejects(rejects_path(names[-1]))
-                tolerance.check(rejects)
+            unit = " rows" if holds_rows(dataset.column_names) else " images"
+            # disable=None: where stderr is no terminal, nothing is shown.
+            with tqdm(total=len(dataset), desc="Embedding", unit=unit, disable=None) as bar:
+                for first in range(0, len(dataset), step):
+                    names.append(parts / f"{first:012d}.parquet")
+                    span = (first, min(first + step, len(dataset)))
+                    _complete(names[-1], source.states(span), partial(part, span))
+                    rejects += _rejects(rejects_path(names[-1]))
+                    tolerance.check(rejects)
+                    bar.update(span[1] - span[0])
             _write(rejects_path(output), _one_table(map(rejects_path, names)), REJECTED)
             _write(output, map(pq.read_table, names), schema)
     shutil.rmtree(parts)

@@ -25,10 +25,10 @@ from packpipe.cli.options import (
     given,
     resolution_of,
 )
-from packpipe.cli.output import print_json, print_table
+from packpipe.cli.output import print_json, print_table, saying
 from packpipe.cli.packed_source import check_names_source, check_source, packed_source
 
-SourceSplit = Annotated[str | None, typer.Option(help="Of the dataset.  [train]")]
+SourceSplit = Annotated[str | None, typer.Option(help="Of the dataset.  \\[train]")]
 SourceImages = Annotated[
     str | None, typer.Option("--image-column", help="Its images, or their paths, as in pack.")
 ]
@@ -54,15 +54,17 @@ def stats(
     if html is not None:
         checks.local_path("--html", html)
     check_names_source(source, split=split, image_column=image_column, label_column=label_column)
-    found, dataset = packpipe.summarize(folder), None
+    with saying(f"reading {folder}"):
+        found, dataset = packpipe.summarize(folder), None
     if source is not None:
         dataset = packed_source(found.manifest, source, split, image_column, label_column)
         check_source(found.manifest, dataset)
     rejected = with_files(dataset, found.rejects)
     if html is not None:
-        from packpipe.cli.report import write_report
+        with saying(f"drawing {html}"):
+            from packpipe.cli.report import write_report
 
-        write_report(found, html, [name for name, _ in rejected])
+            write_report(found, html, [name for name, _ in rejected])
     if as_json:
         print_json(found.to_dict())
     else:
@@ -79,7 +81,10 @@ def show(
     ],
     rows: Annotated[
         list[int] | None,
-        typer.Argument(help="Numbers of rows; with --augment, the row of one image in its source."),
+        typer.Argument(
+            help="Numbers of rows; with --augment, the row of one image in its source.  \\[a few "
+            "rows of several images; with --augment 0]"
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")] = Path(
         "rows.png"
@@ -103,7 +108,7 @@ def show(
     center_crop: CenterCropArea = None,
     max_tokens: MaxTokens = None,
     drop_rate: DropRate = None,
-    split: Annotated[str | None, typer.Option(help="Of a source.  [train]")] = None,
+    split: Annotated[str | None, typer.Option(help="Of a source.  \\[train]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything that is drawn.  [0]")] = None,
 ) -> None:
     """Draw packed rows: patches in place, segments coloured, padding hatched.
@@ -111,9 +116,10 @@ def show(
     With --augment, one image in several epochs: its crop, flip, colours and kept tokens. The other
     options but --output and --mask are for that; those of sizes and crops for a source alone.
     """
-    from packpipe.cli.report import draw_epochs, draw_rows
+    with saying("importing matplotlib"):
+        from packpipe.cli.report import draw_epochs, draw_rows
 
-    _check_picture(output)
+        _check_picture(output)
     told = given(epochs=epochs, seed=seed, split=split)
     options = given(
         seq_len=seq_len,
@@ -123,16 +129,17 @@ def show(
         max_tokens=max_tokens,
         drop_rate=drop_rate,
     )
-    numbers = rows or [0]
     if augment is None:
         for name, value in {**options, **told}.items():
             expected, remedy = "left out without augment", "pass --augment"
             raise ValueError(checks.sentence(name, value, expected, remedy))
-        figure = draw_rows(folder, numbers, mask=mask)
+        with saying(f"drawing rows of {folder}"):
+            figure = draw_rows(folder, rows, mask=mask)
     else:
         if mask:
             expected, remedy = "left out with augment", "ask for one of them"
             raise ValueError(checks.sentence("mask", mask, expected, remedy))
+        numbers = rows or [0]
         if len(numbers) > 1:
             expected, remedy = "one image, with augment", "call it once for each"
             raise ValueError(checks.sentence("rows", numbers, expected, remedy))
@@ -170,7 +177,8 @@ def verify(
     dataset = None
     if source is not None:
         dataset = packed_source(_manifest_of(folder), source, split, image_column, label_column)
-    problems = packpipe.verify(folder, dataset, sample=sample)
+    with saying(f"checking every row of {folder}"):
+        problems = packpipe.verify(folder, dataset, sample=sample)
     if as_json:
         found = [problem._asdict() for problem in problems]
         counts = _counts_of(folder)

@@ -7,6 +7,7 @@ numbers, and the numbers of a regression, are no classes, and stay what they are
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from datasets import ClassLabel, Dataset, LargeList, List, Value, concatenate_da
 from numpy.typing import NDArray
 
 from packpipe import checks
+from packpipe.cli.output import without_bars
 from packpipe.planning.held_out import held_out
 from packpipe.rows.labels import label_values
 from packpipe.rows.own_columns import holds_rows
@@ -32,6 +34,7 @@ from packpipe.training.losses import LOSSES
 from packpipe.training.objective import is_regression
 
 _OF_ROWS = "labels"
+_QUICK = 10_000  # examples whose labels become classes within a second or so
 
 
 def labelled(dataset: Dataset, loss: str = "softmax") -> Dataset:
@@ -64,7 +67,9 @@ def labelled(dataset: Dataset, loss: str = "softmax") -> Dataset:
         return _parsed(dataset, column, loss)
     if _is_encoded(dataset.features[column], loss):
         return dataset
-    return dataset.class_encode_column(column)
+    # The bar of what takes no second is a line that nobody asked for.
+    with without_bars() if len(dataset) < _QUICK else nullcontext():
+        return dataset.class_encode_column(column)
 
 
 def with_names(images: Dataset, names: list[str] | None) -> Dataset:

@@ -39,8 +39,8 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "packpipe stats packed --html report.html",
     ),
     show: (
-        "packpipe show packed 0 3",
-        "packpipe show packed 7 --output row.png",
+        "packpipe show packed",
+        "packpipe show packed 0 7 --output rows_0_and_7.png",
         "packpipe show photos 7 --augment three --crop-area 0.08 1 --max-tokens 128",
     ),
     verify: (

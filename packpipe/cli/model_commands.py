@@ -21,7 +21,7 @@ from packpipe.cli.options import (
     Source,
     Split,
 )
-from packpipe.cli.output import print_json, print_table
+from packpipe.cli.output import print_json, print_table, saying
 
 if TYPE_CHECKING:
     from packpipe.training.evaluation import Measures
@@ -43,7 +43,7 @@ def eval_(
     budgets: Annotated[
         str | None,
         typer.Option(
-            help="Most tokens of an image, by turns, such as 64,128,256.  [as in validation]"
+            help="Most tokens of an image, by turns, such as 64,128,256.  \\[as in validation]"
         ),
     ] = None,
     batch_size: BatchSize = 8,
@@ -62,15 +62,16 @@ def eval_(
     Of a regression, its mean absolute error; of masks, the mean IoU; of several labels an image,
     the mean average precision (mAP).
     """
-    from packpipe.cli.asking import evaluate
-    from packpipe.cli.labels import chosen
+    with saying("importing torch"):
+        from packpipe.cli.asking import evaluate
+        from packpipe.cli.labels import chosen
 
     asked = None if budgets is None else _numbers(budgets)
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     columns |= {"mask_column": mask_column}
     found = open_source(source, split, **columns, rows=True, texts=True, cache_bytes=cache_bytes)
     dataset = chosen(found, **columns)
-    with naming_files(dataset):
+    with naming_files(dataset), saying(f"measuring {run} on {source}"):
         found, rejected = evaluate(
             run,
             dataset,
@@ -107,17 +108,19 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Ask a trained model for the classes of images; status 1 if one cannot be read."""
-    from packpipe.cli.asking import predictions
+    with saying("importing torch"):
+        from packpipe.cli.asking import predictions
 
     paths = [path for image in images for path in _files(image)]
-    found, rejects = predictions(
-        run,
-        paths,
-        top=top,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        precision=precision,
-    )
+    with saying(f"asking {run} about {len(paths):,} images"):
+        found, rejects = predictions(
+            run,
+            paths,
+            top=top,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            precision=precision,
+        )
     if as_json:
         print_json(
             {
@@ -156,8 +159,8 @@ def embed(
     columns: Annotated[
         str | None,
         typer.Option(
-            help="Kept of the source, such as label,path.  [all but images; of files, their path; "
-            "of packed rows labels]"
+            help="Kept of the source, such as label,path.  \\[all but images; of files, their "
+            "path; of packed rows labels]"
         ),
     ] = None,
     tokens: Annotated[
@@ -181,10 +184,11 @@ def embed(
 
     Images of packed rows are taken as they were packed.
     """
-    from packpipe.cli.embedding import embed as write_vectors
-    from packpipe.cli.embedding import rejects_path
-    from packpipe.cli.labels import with_one_image
-    from packpipe.cli.measured import num_images
+    with saying("importing torch"):
+        from packpipe.cli.embedding import embed as write_vectors
+        from packpipe.cli.embedding import rejects_path
+        from packpipe.cli.labels import with_one_image
+        from packpipe.cli.measured import num_images
 
     opened = open_source(
         source, split, image_column=image_column, rows=True, cache_bytes=cache_bytes
@@ -221,7 +225,7 @@ def zero_shot(
     source: Source,
     classes: Annotated[
         Path | None,
-        typer.Option(help="A file of the classes' names, a line each.  [the labels' own]"),
+        typer.Option(help="A file of the classes' names, a line each.  \\[the labels' own]"),
     ] = None,
     template: Annotated[
         list[str] | None,
@@ -243,13 +247,14 @@ def zero_shot(
 
     The classes are in the order of the labels' numbers: of folders, by name.
     """
-    from packpipe.cli.labels import chosen, names_in
-    from packpipe.cli.zero_shot import TEMPLATE
-    from packpipe.cli.zero_shot import zero_shot as ask
+    with saying("importing torch"):
+        from packpipe.cli.labels import chosen, names_in
+        from packpipe.cli.zero_shot import TEMPLATE
+        from packpipe.cli.zero_shot import zero_shot as ask
 
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     dataset = chosen(open_source(source, split, **columns), **columns)
-    with naming_files(dataset):
+    with naming_files(dataset), saying(f"asking {model} about {source}"):
         found = ask(
             model,
             dataset,
@@ -289,23 +294,25 @@ def export(
     run: Run,
     output: Annotated[Path, typer.Argument(dir_okay=False, help="An ONNX file.")],
     seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a row.  [as in training]")
+        int | None, typer.Option(min=1, help="Tokens a row.  \\[as in training]")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of an image.  [as in validation]")
+        int | None, typer.Option(min=1, help="Most tokens of an image.  \\[as in validation]")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a call.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Write a trained model as an ONNX file, once onnxruntime gives the model's outputs with it."""
-    from packpipe.cli.asking import loaded
-    from packpipe.training.export import export_onnx
+    with saying("importing torch"):
+        from packpipe.cli.asking import loaded
+        from packpipe.training.export import export_onnx
 
     model, options = loaded(run)
     model = model.cpu()
     asked = options if max_tokens is None else options.at(max_tokens)
     seq_len = asked.packing.seq_len if seq_len is None else seq_len
-    difference = export_onnx(model, asked, output, batch_size=batch_size, seq_len=seq_len)
+    with saying(f"writing {output}, and comparing its outputs with the model's"):
+        difference = export_onnx(model, asked, output, batch_size=batch_size, seq_len=seq_len)
     written = replace(asked, packing=replace(asked.packing, seq_len=seq_len))
     shape = {"seq_len": seq_len, "max_tokens": written.max_tokens, "batch_size": batch_size}
     if as_json:

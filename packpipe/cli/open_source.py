@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 
 from packpipe import checks
 from packpipe.cli.archives import ARCHIVE_ENDINGS, is_archive, unpacked
+from packpipe.cli.output import saying, without_bars
 from packpipe.cli.path_tables import (
     TEXT_ENDINGS,
     WrongTable,
@@ -70,12 +70,14 @@ def open_source(
         ValueError: there is no such source or split, or `datasets` cannot load it; or it is one of
             packed rows, and they will not do; or a table has no such column.
     """
-    import datasets  # here, since it is slow to import and --help does without
+    with saying("importing datasets"):  # here, since it is slow, and --help does without
+        import datasets
 
     from packpipe.images.remote import is_remote
     from packpipe.rows.own_columns import holds_rows
 
-    path = folder_of(source)
+    with saying(f"reading {source}"):  # an archive is unpacked
+        path = folder_of(source)
     if is_remote(source) and is_packed(source):
         if not rows:
             raise ValueError(_packed_already(source, options[0]))
@@ -88,12 +90,12 @@ def open_source(
         raise ValueError(checks.sentence(options[0], source, expected, remedy))
     _check_built(path)
     _check_some(path, options[0], source)
-    datasets.disable_progress_bars()
     try:
-        if is_text_table(source) and (path.is_file() or is_remote(source)):
-            found = read_text_table(source)
-        else:
-            found = _loaded(path, source, split)
+        with without_bars(), saying(f"reading {source}"):
+            if is_text_table(source) and (path.is_file() or is_remote(source)):
+                found = read_text_table(source)
+            else:
+                found = _loaded(path, source, split)
     except WrongTable:
         raise
     except Exception as error:  # datasets raises errors of many libraries
@@ -102,10 +104,6 @@ def open_source(
             remedy = f"no file or folder is called so, and no dataset was found: {remedy}"
         expected = "a dataset that datasets can load"
         raise ValueError(checks.sentence(options[0], source, expected, remedy)) from error
-    finally:
-        # On a terminal `pack` shows its progress with the bar of `datasets`.
-        if sys.stderr.isatty():
-            datasets.enable_progress_bars()
     if not isinstance(found, datasets.Dataset):  # a DatasetDict that was saved, say
         if split not in found:
             expected = f"one of {', '.join(found)}"

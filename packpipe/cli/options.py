@@ -23,7 +23,7 @@ CacheBytes = Annotated[
     typer.Option(
         min=0,
         help="Most bytes of copies of packed rows in a store; what does not fit is read row by "
-        "row.  [half of what the disk has for them]",
+        "row.  \\[half of what the disk has for them]",
     ),
 ]
 SeqLen = Annotated[int, typer.Option(help="Tokens a row.")]
@@ -84,7 +84,7 @@ DamagedScans = Annotated[
 ]
 Pixels = Annotated[
     str | None,
-    typer.Option(help="What decodes: pillow, unless given; turbo, faster, with packpipe[turbo]."),
+    typer.Option(help="What decodes: pillow, unless given; turbo, faster, with packpipe\\[turbo]."),
 ]
 ValueRange = Annotated[
     tuple[float, float] | None,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from packpipe import checks
@@ -56,10 +60,47 @@ def nobody_reads() -> bool:
     return gone
 
 
-def say_if_kernels_compile() -> None:
-    """Let a person who waits know once that kernels compile, which they do at the first start."""
+@contextmanager
+def saying(what: str, after: float = 1.0) -> Iterator[None]:
+    """Let a person who waits know what a block does, once it has taken longer than some seconds."""
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":  # one rank says it for all
+        yield
+        return
+    from tqdm import tqdm  # whose `write` leaves a bar whole that is shown meanwhile
+
+    line = f"{checks.plain(what)} ..."
+    timer = threading.Timer(after, tqdm.write, (line,), {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Silence the bars of `datasets` for a block; a terminal has them again after it."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        # On a terminal `pack` shows its progress with the bar of `datasets`.
+        if sys.stderr.isatty():
+            datasets.enable_progress_bars()
+
+
+def say_what_is_done_once() -> None:
+    """Let a person who waits know that kernels compile, or that many sizes are read."""
     if not sys.stderr.isatty():
         return
+    log = logging.getLogger("packpipe.sources.sizes")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+        log.propagate = False
     from numba.core import event
 
     class Once(event.Listener):

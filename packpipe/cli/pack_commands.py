@@ -41,7 +41,7 @@ from packpipe.cli.options import (
     given,
     resolution_of,
 )
-from packpipe.cli.output import print_json, print_table, say_if_kernels_compile
+from packpipe.cli.output import print_json, print_table, say_what_is_done_once
 from packpipe.cli.pack_windows import pack_windows
 from packpipe.cli.packed_source import source_to_pack
 
@@ -128,7 +128,7 @@ def pack(
     import packpipe
     from packpipe.sources.kinds import is_text
 
-    say_if_kernels_compile()
+    say_what_is_done_once()
     by_windows = finish or any(one is not None for one in (window_rows, ray, part))
     if not by_windows:
         checks.local_path("OUTPUT", output)
@@ -188,7 +188,7 @@ def pack(
         elif as_json:
             print_json(manifest["counts"])
         else:
-            print_table(output, [(n, f"{value}") for n, value in manifest["counts"].items()])
+            print_table(output, [_said(*count) for count in manifest["counts"].items()])
         return
     columns = {"image_column": image_column, "label_column": label_column}
     dataset = source_to_pack(source, split, columns, tokens=bool(token_column))
@@ -255,8 +255,16 @@ def plan(
     )
     # From sizes alone, so labels of any type will do.
     where: dict[str, Any] = {"label_column": None, "seed": seed, "epoch": epoch}
-    say_if_kernels_compile()
+    say_what_is_done_once()
     _print_plan(open_source(source, split), seq_len, where, options, as_json)
+
+
+def _said(name: str, count: Any) -> tuple[str, str]:
+    """Return a count of a manifest as (name, value), ready to print."""
+    if isinstance(count, dict):
+        by_reason = ", ".join(f"{number:,} {reason}" for reason, number in count.items())
+        return name.replace("_", " "), by_reason or "none"
+    return ("rows" if name == "packs" else name.replace("_", " ")), f"{count:,}"
 
 
 def _print_plan(
@@ -275,10 +283,12 @@ def _print_plan(
         counts["rejected"] = len(planned.rejects)
         print_json({"seq_len": seq_len, "counts": counts, **figures, "bytes": size})
         return
+    kept = len(dataset) - len(planned.rejects)
     found = [
-        *quality.rows(),
+        (f"{planned.unit}s", f"{kept:,} of {len(dataset):,}"),
         ("rejected", f"{len(planned.rejects):,}"),
-        ("rows", format_bytes(size)),
+        *quality.rows("row")[1:],
+        ("stored", format_bytes(size)),
     ]
     print_table(planned.what, found)
     if len(planned.plan.packs.lengths):

@@ -10,7 +10,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import ClassLabel, Features
 from matplotlib.figure import Figure
 
@@ -33,11 +32,13 @@ from packpipe.plots import (
     plot_rows,
     plot_segments,
     plot_sizes,
+    rows_of_many,
 )
+from packpipe.rows.from_arrow import table_segments
 from packpipe.sources.image_columns import image_column_of
 from packpipe.sources.image_source import ImageSource
 
-_SHOWN_ROWS, _SHOWN_REJECTS = 4, 20
+_SHOWN_REJECTS = 20
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto;
@@ -61,12 +62,14 @@ th { font-weight: 600; width: 45%; }
 """
 
 
-def draw_rows(folder: str | Path, rows: Sequence[int], *, mask: bool = False) -> Figure:
+def draw_rows(
+    folder: str | Path, rows: Sequence[int] | None = None, *, mask: bool = False
+) -> Figure:
     """Return a figure of some rows of images, or of the attention mask of the first row.
 
     Args:
         folder: what `pack` was given as ``output``, also a URL, of which these rows alone are read.
-        rows: their numbers.
+        rows: their numbers; None chooses a few that hold several images, if there are any.
         mask: whether to draw the mask; rows of token sequences have no other picture.
 
     Raises:
@@ -79,11 +82,13 @@ def draw_rows(folder: str | Path, rows: Sequence[int], *, mask: bool = False) ->
         expected, remedy = "rows with their tokens", "pack with materialize=True"
         raise ValueError(checks.sentence("folder", str(folder), expected, remedy))
     packed = opened.rows(may_copy=False)
+    if rows is None:
+        rows = rows_of_many(table_segments(packed.data.table).num_segments) or [0]
     found = read_rows(packed, list(rows))
     as_mask = mask or found.of_tokens
     if as_mask:
         return plot_mask(found.segment_ids[0])
-    return plot_rows(found, class_names=_class_names(packed.features))
+    return plot_rows(found, class_names=_class_names(packed.features), numbers=rows)
 
 
 def _class_names(features: Features) -> list[str] | None:
@@ -168,7 +173,7 @@ def report(summary: Summary, names: Sequence[str] | None = None) -> str:
         _table(summary.rows()),
         "<h2>Some rows, and what they hold</h2>",
         f'<p class="note">A bar a row; colours tell {summary.unit}s apart, grey is padding.</p>',
-        bars(summary.seq_lens, summary.offsets, quality.seq_len),
+        bars(summary.seq_lens, summary.offsets, quality.seq_len, "row"),
     ]
     if len(summary.seq_lens):
         charts = [
@@ -181,7 +186,7 @@ def report(summary: Summary, names: Sequence[str] | None = None) -> str:
         images = "".join(_image(figure, alt) for figure, alt in charts)
         parts += ["<h2>Fill and lengths</h2>", f'<div class="charts">{images}</div>']
         if summary.unit == "image" and summary.manifest["materialized"]:
-            chosen = _chosen(summary)
+            chosen = rows_of_many(summary.segments)
             picture = draw_rows(summary.folder, chosen)
             named = ", ".join(map(str, chosen))
             image = _image(picture, "packed rows", as_photo=True)
@@ -204,15 +209,6 @@ def report(summary: Summary, names: Sequence[str] | None = None) -> str:
         + "\n".join(parts)
         + "</body></html>\n"
     )
-
-
-def _chosen(summary: Summary) -> list[int]:
-    """Return up to four rows: the one with the most segments, and others with fewer."""
-    by_segments = np.argsort(-summary.segments, kind="stable")
-    # At 0/32, 1/32, 4/32 and 9/32 of this order: rows of many segments show most.
-    number = min(_SHOWN_ROWS, len(by_segments))
-    chosen = by_segments[np.arange(number) ** 2 * len(by_segments) // 32].tolist()
-    return list(dict.fromkeys(chosen))  # of few rows some places are the same
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

@@ -30,7 +30,7 @@ from packpipe.cli.options import (
     crop_of,
     given,
 )
-from packpipe.cli.output import print_json, print_table, say_if_kernels_compile
+from packpipe.cli.output import print_json, print_table, say_what_is_done_once, saying
 from packpipe.cli.validation_source import check_validates, validation_of
 
 # Options of `train` that decide how images become rows: packed rows have their own.
@@ -66,9 +66,10 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Train on your own images, packed and padded by turns, and say what an epoch takes."""
-    from packpipe.cli.bench import compare_layouts  # torch is imported by commands that need it
+    with saying("importing torch", after=0):  # the first seconds, in which all else is silent
+        from packpipe.cli.bench import compare_layouts  # imported by commands that need it
 
-    say_if_kernels_compile()
+    say_what_is_done_once()
     dataset = open_source(source, split)
     with naming_files(dataset):
         found = compare_layouts(
@@ -182,7 +183,7 @@ def train(
     val_split: Annotated[
         str | None,
         typer.Option(
-            help="Split of the source of --val.  [train; of SOURCE itself validation or test]"
+            help="Split of the source of --val.  \\[train; of SOURCE itself validation or test]"
         ),
     ] = None,
     val_every: Annotated[
@@ -191,7 +192,7 @@ def train(
     val_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Most tokens of a validation image.  [those of the largest square]"
+            min=1, help="Most tokens of a validation image.  \\[those of the largest square]"
         ),
     ] = None,
     keep_last: Annotated[int, typer.Option(min=2, help="Last checkpoints that are kept.")] = 2,
@@ -214,7 +215,8 @@ def train(
     label_column: LabelColumn = "auto",
     mask_column: MaskColumn = None,
     target_stride: Annotated[
-        int | None, typer.Option(min=1, help="Pixels a side of what a mask is told by.  [a patch]")
+        int | None,
+        typer.Option(min=1, help="Pixels a side of what a mask is told by.  \\[a patch]"),
     ] = None,
     classes: Annotated[
         str | None,
@@ -239,21 +241,22 @@ def train(
 
     Stopped, the same command resumes.
     """
-    from datasets import Dataset
+    with saying("importing torch"):
+        from datasets import Dataset
 
-    from packpipe.building.pack import manifest as record_of
-    from packpipe.cli.compared import class_weights_of, compared_of
-    from packpipe.cli.labels import chosen
-    from packpipe.cli.layouts import EncoderLayout, Layout
-    from packpipe.cli.starting import start_of
-    from packpipe.cli.trained_images import TrainedImages
-    from packpipe.cli.trained_rows import TrainedRows
-    from packpipe.cli.training_run import Training
-    from packpipe.images.remote import is_remote
-    from packpipe.model.config import NaViTConfig
-    from packpipe.rows.own_columns import holds_rows
+        from packpipe.building.pack import manifest as record_of
+        from packpipe.cli.compared import class_weights_of, compared_of
+        from packpipe.cli.labels import chosen
+        from packpipe.cli.layouts import EncoderLayout, Layout
+        from packpipe.cli.starting import start_of
+        from packpipe.cli.trained_images import TrainedImages
+        from packpipe.cli.trained_rows import TrainedRows
+        from packpipe.cli.training_run import Training
+        from packpipe.images.remote import is_remote
+        from packpipe.model.config import NaViTConfig
+        from packpipe.rows.own_columns import holds_rows
 
-    say_if_kernels_compile()
+    say_what_is_done_once()
     checks.local_path("OUTPUT", output)
     validation = {
         "val_split": val_split,
@@ -408,6 +411,5 @@ def demo(
     """Pack the bundled images, draw some rows and train a small NaViT, in about a minute."""
     from packpipe.demo import prepare, run
 
-    say_if_kernels_compile()
     prepare(folder)  # before `run` imports the packages whose caches it moves
     run(folder.absolute(), seq_len, steps, num_workers, as_json=as_json)

@@ -204,9 +204,16 @@ class Training:
             if is_first:
                 stack.enter_context(alone_in(output, wait=False))
             trackers = self._trackers(stack, output, tensorboard, wandb) if is_first else []
-            # Signals reach ranks at different steps, and a rank that stops alone leaves the others
-            # waiting. So ranks do not stop by themselves, and resume from the last checkpoint.
-            stop = stopped.is_set if "RANK" not in os.environ else lambda: False
+            bar = stack.enter_context(bar_of(options, output)) if is_first else None
+
+            def stop() -> bool:
+                if bar is not None:
+                    bar.step()
+                # Signals reach ranks at different steps, and a rank that stops alone leaves the
+                # others waiting. So ranks do not stop by themselves, and resume from the last
+                # checkpoint.
+                return "RANK" not in os.environ and stopped.is_set()
+
             run = train(
                 navit,
                 loader,
@@ -217,9 +224,10 @@ class Training:
                 run_options=self.run_options,
             )
             goes_on = False
-            for record in with_bar(run, options.steps, output) if is_first else run:
+            for record in run:
                 goes_on = True
-                if is_first:
+                if bar is not None:
+                    bar.record(record)
                     # Above the bar, if there is one.
                     tqdm.write(_line(record, as_json), file=sys.stdout, end="")
                     sys.stdout.flush()
@@ -282,18 +290,50 @@ def trim_of(seq_len: int, *, validates: bool = False) -> int:
     return -(-seq_len // (_TRIM * (_LENGTHS - validates))) * _TRIM
 
 
-def with_bar(run: Iterator[Record], steps: int, output: Path) -> Iterator[Record]:
-    """Yield records; meanwhile a terminal shows the steps, their rate and the time that is left."""
+@contextmanager
+def bar_of(options: TrainConfig, output: Path) -> Iterator[StepBar]:
+    """Yield the bar of a training, which a terminal shows meanwhile.
+
+    Args:
+        options: of the training.
+        output: its folder; if it holds checkpoints, the bar begins at the newest.
+    """
     before = [int(path.name.removeprefix("step-")) for path in checkpoints(output)]
-    # disable=None: where stderr is no terminal, nothing is shown.
+    # disable=None: where stderr is no terminal, nothing is shown. Without miniters=1 steps that
+    # become slower would be shown late.
+    first, shown = max(before, default=0), {"unit": "step", "miniters": 1, "disable": None}
     with ExitStack() as stack:
-        first = max(before, default=0)
-        bar = stack.enter_context(tqdm(total=steps, initial=first, unit="step", disable=None))
+        bar = stack.enter_context(tqdm(total=options.steps, initial=first, **shown))
         if not bar.disable:  # or else a warning is written into the bar
             stack.enter_context(logging_redirect_tqdm(tqdm_class=tqdm))
-        for record in run:
-            bar.update(record.step - bar.n)
-            yield record
+        yield StepBar(bar, options)
+
+
+@dataclass(frozen=True)
+class StepBar:
+    """Shows the steps of a training, their rate, the time that is left and the loss known last.
+
+    It moves with every step, ten times a second at most; the loss is read from the device with a
+    record alone, since no step waits for the device.
+
+    Attributes:
+        bar: of tqdm.
+        options: of the training.
+    """
+
+    bar: tqdm
+    options: TrainConfig
+
+    def step(self) -> None:
+        """Count a step."""
+        self.bar.update()
+        if self.options.val_every is not None and self.options.validates(self.bar.n):
+            self.bar.set_postfix_str("validating")
+
+    def record(self, record: Record) -> None:
+        """Show what a record says."""
+        self.bar.set_postfix(loss=f"{record.loss:.4f}", refresh=False)
+        self.bar.update(record.step - self.bar.n)  # of a damaged checkpoint it began too late
 
 
 def _line(record: Record, as_json: bool) -> str:
@@ -314,7 +354,7 @@ def _line(record: Record, as_json: bool) -> str:
     )
     return (
         f"step {record.step}  loss {record.loss:.4f}  {figure}  "
-        f"{record.images_per_s:,.0f} images/s  fill {record.fill:.3f}  "
+        f"{record.images_per_s:,.0f} images/s  padding {1 - record.fill:.1%}  "
         f"waited {record.data_wait:.0%}{measured}\n"
     )
 

@@ -68,15 +68,19 @@ class Quality:
         """Examples ÷ packs (Krell); 0.0 when there are no packs."""
         return self.num_examples / self.num_packs if self.num_packs else 0.0
 
-    def rows(self) -> list[tuple[str, str]]:
-        """Return (name, value) of each figure, ready to print."""
+    def rows(self, pack: str = "pack") -> list[tuple[str, str]]:
+        """Return (name, value) of each figure, ready to print.
+
+        Args:
+            pack: what a pack is called: a row where rows are printed, too.
+        """
         proven = f"at least {self.bound:,} needed, gap {self.gap:,}"
         return [
             ("examples", f"{self.num_examples:,}"),
             ("tokens", f"{self.num_tokens:,}"),
-            ("packs", f"{self.num_packs:,} of {self.seq_len:,} tokens ({proven})"),
+            (f"{pack}s", f"{self.num_packs:,} of {self.seq_len:,} tokens ({proven})"),
             ("padding", f"{self.padding:.3%}"),
-            ("segments", f"{self.packing_factor:.2f} a pack, {self.most_segments:,} at most"),
+            ("segments", f"{self.packing_factor:.2f} a {pack}, {self.most_segments:,} at most"),
         ]
 
     def __str__(self) -> str:

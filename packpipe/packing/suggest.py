@@ -1,4 +1,4 @@
-"""`suggest_seq_len`: compares values of seq_len by padding, packs and attention work."""
+"""`suggest_seq_len`: compares values of seq_len by padding, rows and attention work."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SeqLenChoices:
     best: int
 
     def __str__(self) -> str:
-        lines = ["seq_len      packs  padding  segments (most)  masked ÷ segment attention"]
+        lines = ["seq_len       rows  padding  segments (most)  masked ÷ segment attention"]
         for choice in self.choices:
             quality = choice.quality
             mark = " <" if quality.seq_len == self.best else ""
@@ -81,7 +81,7 @@ def suggest_seq_len(
             the longest example, or another argument is out of range.
 
     >>> print(suggest_seq_len([50, 60, 30, 20], [64, 96, 160]))
-    seq_len      packs  padding  segments (most)  masked ÷ segment attention
+    seq_len       rows  padding  segments (most)  masked ÷ segment attention
          64          3  16.667%      1.33 (2)                          1.66
          96          2  16.667%      2.00 (2)                          2.49
         160          1   0.000%      4.00 (4)                          3.46 <

@@ -134,9 +134,9 @@ class PackConfig:
 
     def __post_init__(self) -> None:
         limits = {
-            "seq_len": (1, MAX_IMAGE_SEQ_LEN, "coordinates are int16, so choose a shorter pack"),
+            "seq_len": (1, MAX_IMAGE_SEQ_LEN, "coordinates are int16, so choose a shorter row"),
             "patch_size": (1, 128, "patches of 8 to 32 pixels are usual"),
-            "max_segments": (1, 2**31 - 1, "a pack must be allowed to hold an image"),
+            "max_segments": (1, 2**31 - 1, "a row must be allowed to hold an image"),
             "window": (1, 2**62, "1024 or more keeps padding low"),
             "max_pixels": (1, MOST_PIXELS, "a JPEG has no more pixels"),
         }
@@ -155,7 +155,7 @@ class PackConfig:
         if self.max_tokens is not None:
             # An image that drops tokens may have more than a pack before dropping.
             most = MAX_IMAGE_SEQ_LEN if self.drops else self.room
-            remedy = "an image must fit into a pack, so raise seq_len or lower max_tokens"
+            remedy = "an image must fit into a row, so raise seq_len or lower max_tokens"
             limit = checks.whole_number("max_tokens", self.max_tokens, 1, most, remedy)
             object.__setattr__(self, "max_tokens", limit)
         for name in ("max_upscale", "epochs", "fit_limit"):

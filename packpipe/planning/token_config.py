@@ -51,7 +51,7 @@ class TokenConfig:
 
     def __post_init__(self) -> None:
         limits = {
-            "seq_len": (1, MAX_TOKEN_SEQ_LEN, "choose a shorter pack"),
+            "seq_len": (1, MAX_TOKEN_SEQ_LEN, "choose a shorter row"),
             "window": (1, 2**62, "1024 or more keeps padding low"),
             "pad_token_id": (-(2**63), 2**63 - 1, "0 is usual"),
         }

@@ -37,7 +37,7 @@ class View:
         resolution.checked(self.resolution)
         if self.max_tokens is not None:
             most = checks.whole_number(
-                "max_tokens", self.max_tokens, 1, 2**15 - 1, "a view must fit into a pack"
+                "max_tokens", self.max_tokens, 1, 2**15 - 1, "a view must fit into a row"
             )
             object.__setattr__(self, "max_tokens", most)
 

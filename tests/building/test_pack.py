@@ -465,7 +465,7 @@ def test_rows_already_written_are_held_to_the_policy_of_every_call(tmp_path):
     assert len(packpipe.rejects(packed_in(tmp_path / "out", source, max_bad_fraction=0.1))) == 1
 
 
-def test_progress_says_images_packs_rejects_and_the_size_to_come(tmp_path, capsys):
+def test_progress_says_images_rows_rejects_and_the_size_to_come(tmp_path, capsys):
     datasets.enable_progress_bars()
     images = pictures.encoded_images()
     images[4] = pictures.encoded_image(64, 64, 4, "JPEG")[:-900]
@@ -474,7 +474,7 @@ def test_progress_says_images_packs_rejects_and_the_size_to_come(tmp_path, capsy
     packed = packpipe.pack(source, **options)
     said = capsys.readouterr().err
     assert re.search(rf"Packing 9 images in {len(packed)} rows, [\d.]+ kB: +0%", said)
-    assert re.search(rf"100%.*\b9/9 .*images/s, packs={len(packed)}, rejects=1\]", said)
+    assert re.search(rf"100%.*\b9/9 .*images/s, rejects=1, rows={len(packed)}\]", said)
     packpipe.pack(source, **options)
     assert "Packing" not in capsys.readouterr().err
     packpipe.pack(source, **{**options, "output": tmp_path / "silent", "progress": False})

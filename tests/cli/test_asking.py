@@ -14,6 +14,7 @@ import torch
 from golden_naflexvit import FOLDER
 from pictures import two_classes
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 import packpipe
@@ -145,11 +146,21 @@ def some_broken(shapes, tmp_path_factory):
     return folder
 
 
-def test_embed_writes_the_pooled_features_of_each_image(some_broken, trained, tmp_path):
+def test_embed_writes_the_pooled_features_of_each_image(
+    some_broken, trained, tmp_path, monkeypatch
+):
+    bars = []
+
+    def bar(**options):  # that of `datasets` shows nothing where stderr is no terminal
+        bars.append(tqdm(**{**options, "disable": False}))
+        return bars[-1]
+
+    monkeypatch.setattr(embedding, "tqdm", bar)
     out = tmp_path / "new" / "vectors.parquet"
     options = ["--part-size", 5, "--max-bad-fraction", 0.2, "--num-workers", 0]
     found = json.loads(told("embed", trained, some_broken, out, *options, "--json"))
     assert found == {"output": str(out), "images": 14, "rejects": 2}
+    assert [(one.n, one.total) for one in bars] == [(16, 16)]
     assert sorted(path.name for path in out.parent.iterdir()) == [
         "vectors.parquet",
         "vectors.rejects.parquet",

@@ -4,36 +4,44 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pictures
 import pytest
 import typer
 from datasets import Dataset
 from numba.core import event
 from PIL import Image
 from processes import wait_until
+from rich.text import Text
 from typer.testing import CliRunner
 
 import packpipe
 from packpipe import CenterCrop, Crop, Uniform
 from packpipe.cli import bench as bench_module
+from packpipe.cli import labels
 from packpipe.cli.bench import Comparison, LayoutFigures
 from packpipe.cli.errors import in_a_line, one_line_errors
 from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
-from packpipe.cli.output import print_json, print_table, say_if_kernels_compile
+from packpipe.cli.output import print_json, print_table, say_what_is_done_once, saying
 from packpipe.samples import images_folder
+from packpipe.sources import sizes
+from packpipe.sources.image_source import ImageSource
 from packpipe.training.loop import Record, read_log
 
 QUICK = ["--model", "Ti/32", "--seq-len", 64, "--sides", 32, 128, "--batch-size", 2]
@@ -100,6 +108,21 @@ def test_help_shows_every_command_with_an_example():
         assert name in told("--help")
         assert "Example" in told(name, "--help")
         assert f"packpipe {name}" in told(name, "--help")
+
+
+def test_help_loses_nothing_in_brackets():
+    """Rich takes [train] for a style, and shows nothing, unless its bracket is escaped."""
+    helps = [
+        text
+        for command in typer.main.get_command(app).commands.values()
+        for text in (command.help, *(getattr(one, "help", None) for one in command.params))
+        if text
+    ]
+    assert sum("[" in text for text in helps) > 10
+    for text in helps:
+        assert Text.from_markup(text).plain == text.replace("\\[", "[")
+    shown = " ".join(told("eval", "--help").replace("│", " ").split())
+    assert "[as in validation]" in shown
 
 
 def test_what_is_packed_is_said_and_packed_again_in_no_time(few, tmp_path):
@@ -184,6 +207,17 @@ def test_a_plan_is_what_packing_gives(few, packed):
     assert all(line.split()[3:5] == ["1.00", "(1)"] for line in table)
     assert re.search(r" <\n.*^<  the shortest that pads 1% at most", said, re.DOTALL | re.MULTILINE)
     assert "\n(most): segments of the fullest row; ffd packs short examples together" in said
+
+
+def test_rows_are_called_rows_wherever_a_command_speaks_of_them(few, packed):
+    helps = [told(name, "--help") for name in ("plan", "pack", "stats", "show", "train", "bench")]
+    tables = [told("plan", few, "--seq-len", 256), told("stats", packed)]
+    for said in tables:
+        assert re.search(r"^  images    14 of 14\n", said, re.MULTILINE)
+        assert re.search(r"^  rows      \d+ of 256 tokens .*gap", said, re.MULTILINE)
+        assert re.search(r"^  segments  [\d.]+ a row, \d+ at most\n", said, re.MULTILINE)
+    for said in (*helps, *tables):
+        assert not re.search(r"\bpacks\b|\ba pack\b", said)
 
 
 def test_token_sequences_are_planned_and_packed(texts, tmp_path):
@@ -291,7 +325,7 @@ def test_stats_are_those_of_the_summary(packed):
 def test_rows_are_drawn(packed, tmp_path):
     assert "rows.png" in told("show", packed, 0, 1, "--output", tmp_path / "rows.png")
     rows = picture(tmp_path / "rows.png")
-    told("show", packed, 1, "--mask", "--output", tmp_path / "mask.png")
+    told("show", packed, "--mask", "--output", tmp_path / "mask.png")
     mask = picture(tmp_path / "mask.png")
     assert rows.size != mask.size
     assert len(rows.getcolors(2**24)) > 1000
@@ -381,7 +415,10 @@ def test_bench_compares_packed_with_padded(few, monkeypatch):
     monkeypatch.setattr("packpipe.cli.bench.matrix_rate", lambda *_: rate)
     options = ["--model", "Ti/32", "--seq-len", 128, "--sides", 64, 256, "--steps", 2]
     options += ["--batch-size", 1, "--num-workers", 0]
-    found = json.loads(told("bench", few, *options, "--json"))
+    result = run("bench", few, *options, "--json")
+    found = json.loads(result.stdout)
+    said = "training Ti/32 on packed and on padded rows by turns, 2 steps of each"
+    assert result.stderr == f"{said}, after 1 not counted ...\n"
     packed, padded = found["layouts"]
     assert (packed["layout"], padded["layout"]) == ("packed", "padded")
     assert packed["fill"] > padded["fill"]
@@ -404,6 +441,11 @@ def test_bench_says_what_its_figures_mean_for_an_epoch():
         "An epoch of these 100,000 images takes 67 min packed and 2.8 h padded: packed gives 2.50 "
         "times the images a second of padded, where 57% of the tokens are padding (packed: 2%)."
     )
+    header, first, second = str(found).splitlines()[1:4]
+    assert header.split()[:3] == ["layout", "padding", "images/s"]
+    assert first.split()[:3] == ["packed", "2.0%", "25.0"]
+    assert second.split()[:3] == ["padded", "57.0%", "10.0"]
+    assert [first.index("%"), second.index("%")] == [header.index("padding") + 6] * 2
     assert str(found).endswith(found.sentence)
     assert found.to_dict()["sentence"] == found.sentence
 
@@ -671,23 +713,71 @@ def test_another_broken_pipe_is_an_error(capsys):
     assert capsys.readouterr().err == "packpipe stats: [Errno 32] Broken pipe\n"
 
 
-def test_who_waits_is_told_once_that_kernels_compile(monkeypatch):
-    from numba import njit
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+
+def test_who_waits_is_told_what_takes_more_than_a_moment(monkeypatch):
+    with saying("what no terminal shows", after=0):
+        time.sleep(0.02)
+    monkeypatch.setattr("sys.stderr", shown := Terminal())
+    with saying("what takes no time"):
+        pass
+    with saying("what\x1b takes long", after=0):
+        deadline = time.monotonic() + 60
+        while not shown.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert shown.getvalue() == "what\\x1b takes long ...\n"
+
+
+def test_labels_that_are_soon_classes_have_no_bar(monkeypatch):
+    images = [{"bytes": b"", "path": None}] * 2
+    texts = Dataset.from_dict({"image": images, "label": ["b", "a"]}).cast_column(
+        "image", datasets.Image()
+    )
+    datasets.enable_progress_bars()
+    monkeypatch.setattr("sys.stderr", shown := Terminal())
+    assert labels.labelled(texts)["label"][:] == [1, 0]
+    assert shown.getvalue() == ""
+    assert not datasets.are_progress_bars_disabled()
+    monkeypatch.setattr(labels, "_QUICK", 0)
+    assert labels.labelled(texts.select([1]))["label"][:] == [0]
+    assert "Casting to class labels" in shown.getvalue()
+
+
+@pytest.fixture
+def own_log():
+    """The log of sizes, which a terminal changes; as it was afterwards."""
+    log = logging.getLogger("packpipe.sources.sizes")
+    yield
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("own_log")
+def test_who_waits_is_told_once_that_kernels_compile_and_sizes_are_read(monkeypatch):
+    from numba import njit
 
     monkeypatch.setattr("sys.stderr", shown := Terminal())
     listeners = []
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr("numba.core.event.register", lambda *told: listeners.append(told))
-        say_if_kernels_compile()
+        say_what_is_done_once()
     ((kind, listener),) = listeners
     with event.install_listener(kind, listener):
         for add in (1, 2):
             njit(lambda x, add=add: x + add)(1)
-    assert shown.getvalue() == "compiling kernels, at the first start alone ...\n"
+    compiles = "compiling kernels, at the first start alone ...\n"
+    assert shown.getvalue() == compiles
+    images = [{"bytes": image, "path": None} for image in pictures.encoded_images()]
+    source = Dataset.from_dict({"image": images}).cast_column("image", datasets.Image())
+    sizes.kept_sizes(ImageSource(source.with_format("arrow")), max_pixels=10**6)
+    assert shown.getvalue() == compiles  # these few take no time
+    monkeypatch.setattr(sizes, "_MANY", 9)
+    sizes.kept_sizes(ImageSource(source.with_format("arrow")), max_pixels=10**6 + 1)
+    assert shown.getvalue() == f"{compiles}reading the sizes of {len(images)} images ...\n"
 
 
 @pytest.mark.slow

@@ -42,7 +42,10 @@ def test_parts_of_a_job_and_its_end_give_the_folder_of_one_command(source, tmp_p
     assert early.exit_code == 2
     assert "windows without a commit is '1 of 4, the first is 2', expected none" in early.stderr
     assert run("pack", pattern, tmp_path / "parts", *OPTIONS, "--part", "3/3").exit_code == 0
-    assert run("pack", pattern, tmp_path / "parts", *OPTIONS, "--finish").exit_code == 0
+    said = run("pack", pattern, tmp_path / "parts", *OPTIONS, "--finish").stdout
+    assert f"  rows                {counts['packs']}\n  bound" in said
+    reasons = ", ".join(f"{n} {reason}" for reason, n in counts["rejected_by_reason"].items())
+    assert f"  rejected            7\n  rejected by reason  {reasons}\n" in said
     assert contents(tmp_path / "parts") == contents(tmp_path / "one")
     assert run("verify", tmp_path / "parts").exit_code == 0
     assert run("stats", tmp_path / "parts").exit_code == 0

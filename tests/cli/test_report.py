@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -108,9 +109,10 @@ def test_rows_plans_and_summaries_have_a_picture_in_a_notebook(folder, tokens):
 
     of_tokens = plan_tokens([3, 4, 5], packpipe.TokenConfig(seq_len=8))
     packs = packpipe.pack_lengths([3, 4, 5], 8)
-    for found in (plan, of_tokens, packs, packpipe.summarize(tokens)):
+    drawn = [(plan, "pack", 5), (of_tokens, "pack", 3), (packs, "pack", 3)]
+    for found, called, segments in (*drawn, (packpipe.summarize(tokens), "row", 4)):
         picture = found._repr_html_()
-        assert picture.count("<title>pack ") == 5 if found is plan else 3
+        assert picture.count(f"<title>{called} ") == picture.count("<title>") == segments
         assert "padding" in picture
 
 
@@ -134,17 +136,57 @@ def test_a_figure_shows_something(folder, draw):
     assert len(Image.open(out).convert("RGB").getcolors(2**24)) > 20
 
 
-def test_images_are_named_by_their_classes_and_shortened_where_they_are_narrow(folder):
+def test_captions_of_narrow_images_are_whole_and_lie_beside_each_other(folder):
     packed = datasets.load_from_disk(folder)
     rows = packpipe.read_rows(packed, [int(packpipe.read_rows(packed).num_segments.argmax())])
-    labels = np.arange(int(rows.offsets[1])) % 2
+    labels = np.arange(int(rows.offsets[1])) % 3
     rows = dataclasses.replace(rows, segments={**rows.segments, "labels": labels})
-    texts = plots.plot_rows(rows, class_names=["a", 40 * "long"]).axes[1].texts
-    shown = [text.get_text() for text in texts]
-    assert shown[0] == "a"
-    assert shown[1].startswith("lo")
-    assert shown[1].endswith("…")
-    assert len(texts) - len(plots.plot_rows(rows).axes[1].texts) == min(len(labels), 8) > 1
+    names = ["b", "household", "golden retriever"]
+    figure = plots.plot_rows(rows, class_names=names)
+    figure.draw_without_rendering()
+    (*captions, more), axes = figure.axes[1].texts, figure.axes[1]
+    assert len(captions) == 8
+    assert more.get_text() == f"+ {len(labels) - 8}"
+    whole = [caption.get_text().replace("\n", " ") for caption in captions]
+    assert whole == [names[label] for label in labels[:8]]
+    boxes = [text.get_window_extent() for text in (*captions, more)]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    assert boxes[-1].x1 < axes.figure.bbox.x1
+    frames = [image.get_window_extent() for image in axes.images]
+    assert all(box.y0 > frame.y1 for box, frame in zip(boxes[:-1], frames, strict=True))
+    without = plots.plot_rows(rows).axes[1].texts
+    assert [text.get_text() for text in without] == [more.get_text()]
+
+
+def test_very_many_images_of_a_row_have_room_too():
+    patches = np.zeros((1, 100, 12), np.uint8)
+    ids = np.arange(1, 101, dtype=np.int32)[None]
+    ones, grids = np.ones(100, np.int32), np.ones((100, 2), np.int16)
+    segments = {"seq_lens": ones, "grid_hw": grids, "labels": np.arange(100) % 2}
+    tokens = {"patches": patches, "segment_ids": ids, "coords": np.zeros((1, 100, 2), np.int16)}
+    rows = packpipe.rows.rows.Rows(np.array([0, 100]), segments, tokens)
+    figure = plots.plot_rows(rows, max_thumbnails=100, class_names=["a", "household"])
+    assert len(figure.axes[1].images) == 100
+    assert figure.axes[1].images[-1].get_extent()[1] <= figure.axes[1].get_xlim()[1]
+
+
+def test_a_caption_that_fits_in_no_three_lines_ends_in_dots():
+    assert plots._caption(40 * "long ", 0.8).count("\n") == 2
+    assert plots._caption(40 * "long ", 0.8).endswith("…")
+    assert plots._caption("golden retriever", 9) == "golden retriever"
+
+
+def test_rows_that_are_drawn_unasked_hold_many_images_first(folder):
+    segments = packpipe.summarize(folder).segments
+    chosen = plots.rows_of_many(segments)
+    assert len(set(chosen)) == 4
+    assert segments[chosen[0]] == segments.max()
+    assert segments[chosen].tolist() == sorted(segments[chosen], reverse=True)
+    assert segments[chosen].min() > 1 == segments[0]
+    assert sorted(plots.rows_of_many(segments[:3])) == [0, 1, 2]
+    titles = [axes.get_title(loc="left") for axes in draw_rows(folder).axes[::2]]
+    assert [title.partition(":")[0] for title in titles] == [f"row {row}" for row in chosen]
+    assert plots.rows_of_many(segments[:0]) == []
 
 
 def test_names_of_classes_are_no_formulas(folder):

@@ -17,6 +17,7 @@ from datasets import ClassLabel, Dataset, Features, Value, enable_progress_bars
 from datasets import Image as DatasetImage
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm import tqdm
 from two_ranks import launch_two_ranks
 from typer.testing import CliRunner
 
@@ -26,12 +27,12 @@ from packpipe.cli.labels import with_classes_of
 from packpipe.cli.layouts import Layout
 from packpipe.cli.main import app
 from packpipe.cli.open_source import open_source
-from packpipe.cli.training_run import trim_of, with_bar
+from packpipe.cli.training_run import bar_of, trim_of
 from packpipe.cli.validation_source import validation_of
 from packpipe.planning.crops import Crop
 from packpipe.samples import images_folder
 from packpipe.training.checkpoints import checkpoints, model_of
-from packpipe.training.loop import read_log
+from packpipe.training.loop import TrainConfig, read_log
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,7 @@ def validated(few, tmp_path_factory):
     assert result.exit_code == 0, result.output
     line = r"step 4  .*waited .*  val loss \d\.\d{4}  val accuracy \d\.\d{3}  val ECE \d\.\d{3}\n"
     assert re.search(line, result.stdout)
+    assert re.search(r"step 4  .*/s  padding \d+\.\d%  waited", result.stdout)
     return folder
 
 
@@ -285,30 +287,58 @@ def test_it_ends_early_and_says_so(few, tmp_path):
     assert f"ended after step {last}: no lower loss in validation 1 times\n" in result.stdout
 
 
-def test_a_terminal_shows_steps_and_the_time_that_is_left(tmp_path, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_a_terminal_shows_every_step_and_the_time_that_is_left(tmp_path, monkeypatch):
     (tmp_path / "step-00000006").mkdir()
     monkeypatch.setattr("sys.stderr", Terminal())
     enable_progress_bars()
-    records = [SimpleNamespace(step=8), SimpleNamespace(step=10)]
-    assert list(with_bar(iter(records), 10, tmp_path)) == records
-    shown = sys.stderr.getvalue()
-    assert re.search(r"60%.*6/10", shown)
-    assert re.search(r"100%.*10/10 \[\d\d:\d\d<00:00, .*step", shown)
+    options = TrainConfig(steps=10, log_every=4)
 
-    def warned():
+    def shown_of(steps, *, interval=0.0):
+        with bar_of(options, tmp_path) as found:
+            found.bar.mininterval = interval
+            steps(found)
+        return sys.stderr.getvalue()
+
+    def trained(bar):
+        bar.step()
+        bar.step()
+        bar.record(SimpleNamespace(step=8, loss=0.25))
         logging.getLogger("packpipe.loading").warning("example 3 left out")
-        yield from records
+        bar.step()
 
-    assert list(with_bar(warned(), 10, tmp_path)) == records
-    assert re.search(r"^(.*\r)?example 3 left out\n", sys.stderr.getvalue(), re.MULTILINE)
-    assert not re.search(r"step\S* *example", sys.stderr.getvalue())
+    shown = shown_of(trained)
+    assert re.search(r"60%.*6/10", shown)
+    assert re.search(r"\r *70%[^\r]*7/10 [^\r]*step/s\]", shown)  # no loss is known
+    assert re.search(r"90%[^\r]*9/10 [^\r]*step/s, loss=0\.2500\]", shown)  # that of step 8
+    assert re.search(r"^(.*\r)?example 3 left out\n", shown, re.MULTILINE)
+    assert not re.search(r"step\S* *example", shown)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    # Not oftener than a terminal can show: what comes within the interval is counted.
+    assert "7/10" not in shown_of(trained, interval=1000.0)
+    assert "9/10" in sys.stderr.getvalue()
     monkeypatch.setattr("sys.stderr", io.StringIO())
-    assert list(with_bar(iter(records), 10, tmp_path)) == records
-    assert sys.stderr.getvalue() == ""
+    assert shown_of(trained) == ""
+
+
+def test_every_step_of_a_training_moves_the_bar(few, tmp_path, monkeypatch):
+    class Shown(tqdm):
+        def __init__(self, **options):
+            super().__init__(**{**options, "disable": False, "mininterval": 0})
+
+    monkeypatch.setattr("packpipe.cli.training_run.tqdm", Shown)
+    options = [*VALIDATED, "--steps", "3", "--log-every", "2", "--val-every", "3"]
+    result = run(few, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    moves = re.findall(r"(\d)/3 [^\r]*?(loss=|validating|\])", result.stderr)
+    assert moves[:2] == [("0", "]"), ("1", "]")]
+    assert ("3", "loss=") in moves
+    assert ("3", "validating") in moves
+    assert result.stdout.count("step ") == 2  # as ever: a line a record
 
 
 def test_too_many_broken_validation_images_are_named_by_their_files(few, tmp_path):
@@ -350,7 +380,7 @@ def test_validation_images_that_cannot_be_decoded_are_named_by_their_files(few, 
         (["--patience", "5"], "--patience is 5, expected none without --val; pass --val, such as"),
         (
             ["--val", "0.5", "--val-tokens", "65"],
-            "max_tokens is 65, expected an integer in 1..64; an image must fit into a pack",
+            "max_tokens is 65, expected an integer in 1..64; an image must fit into a row",
         ),
         (
             ["--layout", "tight"],

@@ -434,7 +434,7 @@ WRONG_OPTIONS = [
         ValueError,
         (
             "seq_len is 0, expected an integer in 1..32767; coordinates are int16, so choose "
-            "a shorter pack"
+            "a shorter row"
         ),
     ),
     (

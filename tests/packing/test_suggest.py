@@ -106,7 +106,7 @@ def test_the_table_in_full():
     # 60 + 60 (+ 7) or 4 * 30; at 4096 the last pack gets 64 of 30 and 281 of 7.
     found = suggest_seq_len([60] * 900 + [30] * 1800 + [7] * 333, [60, 64, 128, 4096])
     assert str(found) == (
-        "seq_len      packs  padding  segments (most)  masked ÷ segment attention\n"
+        "seq_len       rows  padding  segments (most)  masked ÷ segment attention\n"
         "     60       1842   0.171%      1.65 (8)                          1.36 <\n"
         "     64       1837   6.156%      1.65 (9)                          1.54\n"
         "    128        900   4.227%      3.37 (4)                          3.02\n"
@@ -118,7 +118,7 @@ def test_a_table_of_one_candidate_that_pads_too_much():
     found = suggest_seq_len([5, 5, 5], [8])
     assert found.best == 8
     assert str(found) == (
-        "seq_len      packs  padding  segments (most)  masked ÷ segment attention\n"
+        "seq_len       rows  padding  segments (most)  masked ÷ segment attention\n"
         "      8          3  37.500%      1.00 (1)                          2.56 <"
     )
 

@@ -33,7 +33,7 @@ BAD = [
         ValueError,
         (
             "seq_len is 0, expected an integer in 1..32767; "
-            "coordinates are int16, so choose a shorter pack"
+            "coordinates are int16, so choose a shorter row"
         ),
     ),
     (
@@ -41,7 +41,7 @@ BAD = [
         ValueError,
         (
             "seq_len is 32768, expected an integer in 1..32767; "
-            "coordinates are int16, so choose a shorter pack"
+            "coordinates are int16, so choose a shorter row"
         ),
     ),
     (
@@ -49,7 +49,7 @@ BAD = [
         TypeError,
         (
             "seq_len is 1024.0, expected an integer in 1..32767; "
-            "coordinates are int16, so choose a shorter pack"
+            "coordinates are int16, so choose a shorter row"
         ),
     ),
     (
@@ -57,7 +57,7 @@ BAD = [
         TypeError,
         (
             "seq_len is True, expected an integer in 1..32767; "
-            "coordinates are int16, so choose a shorter pack"
+            "coordinates are int16, so choose a shorter row"
         ),
     ),
     (
@@ -238,7 +238,7 @@ BAD = [
         ValueError,
         (
             "max_tokens is 32768, expected an integer in 1..32767; "
-            "an image must fit into a pack, so raise seq_len or lower max_tokens"
+            "an image must fit into a row, so raise seq_len or lower max_tokens"
         ),
     ),
     (
@@ -246,7 +246,7 @@ BAD = [
         ValueError,
         (
             "max_tokens is 65, expected an integer in 1..64; "
-            "an image must fit into a pack, so raise seq_len or lower max_tokens"
+            "an image must fit into a row, so raise seq_len or lower max_tokens"
         ),
     ),
     (
@@ -254,7 +254,7 @@ BAD = [
         ValueError,
         (
             "max_tokens is 0, expected an integer in 1..64; "
-            "an image must fit into a pack, so raise seq_len or lower max_tokens"
+            "an image must fit into a row, so raise seq_len or lower max_tokens"
         ),
     ),
     (
@@ -262,7 +262,7 @@ BAD = [
         ValueError,
         (
             f"max_segments is 0, expected an integer in 1..{2**31 - 1}; "
-            "a pack must be allowed to hold an image"
+            "a row must be allowed to hold an image"
         ),
     ),
     (
@@ -270,7 +270,7 @@ BAD = [
         TypeError,
         (
             f"max_segments is None, expected an integer in 1..{2**31 - 1}; "
-            "a pack must be allowed to hold an image"
+            "a row must be allowed to hold an image"
         ),
     ),
     (
@@ -367,7 +367,7 @@ BAD = [
         {"prefix_tokens": 5, "max_tokens": 1020},
         ValueError,
         (
-            "max_tokens is 1020, expected an integer in 1..1019; an image must fit into a pack, so "
+            "max_tokens is 1020, expected an integer in 1..1019; an image must fit into a row, so "
             "raise seq_len or lower max_tokens"
         ),
     ),
