@@ -46,7 +46,7 @@ _STARTS = (JPEG, PNG[:4], b"RIFF")  # of files that may be decoded here
 def stored(data: ImageData, planned: Planned, rules: PixelRules) -> Stored | None:
     """Return an image, decoded; None of others, which Pillow decodes or rejects."""
     check_limit(rules.max_pixels)
-    content = _content_of(data)
+    content = _content_of(data, rules)
     if content is None:
         return None
     if content.startswith(JPEG):
@@ -93,17 +93,20 @@ def _jpeg(content: bytes, planned: Planned, rules: PixelRules) -> Stored | None:
     return Stored(pixels, scaled(box, size, whole), head.orientation, conversion)
 
 
-def _content_of(data: ImageData) -> bytes | None:
+def _content_of(data: ImageData, rules: PixelRules) -> bytes | None:
     """Return the bytes of a JPEG file, or of a PNG or WebP file with a plain header, else None."""
     if isinstance(data, str | Confined):
         with rejecting(data), open_file(data) as file:
             head, size = file.read(HEAD_BYTES) or b"", os.fstat(file.fileno()).st_size
             if not head.startswith(JPEG):
                 found = quick_probe(head, size)
-                # A longer file holds more than its pixels, perhaps more than there is memory.
-                if found is None or size > 8 * found[0] * found[1] + HEAD_BYTES:
+                if found is None or not _is_fit(found, rules):
                     return None
-            return head + (file.read() or b"")
+                # A longer file holds more than pixels of RGB, perhaps more than there is memory.
+                if size > 4 * found[0] * found[1] + HEAD_BYTES:
+                    return None
+            file.seek(0)  # what is added to the first bytes would be copied
+            return file.read()
     if isinstance(data, bytes | memoryview) and bytes(data[:4]).startswith(_STARTS):
         return bytes(data)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tracemalloc
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +26,7 @@ from test_scans import WRITTEN, reason, scan_of, written
 import packpipe
 from packpipe.images import decode as decoding
 from packpipe.images import rules, turbo
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import probe
 from packpipe.images.fill import ImageTask, fill_row
 from packpipe.images.headers import bare_hw, jpeg_head, quick_probe
@@ -206,6 +208,26 @@ def test_a_file_much_longer_than_its_pixels_is_not_read_whole(tmp_path, monkeypa
     os.truncate(path, 2**36)  # of which the disk holds but the first bytes
     monkeypatch.setattr(turbo, "picture", None)
     assert decoded(str(path), (45, 70), (32, 48), **TURBO).std() > 3
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_a_file_of_too_many_pixels_is_not_read_whole(form, tmp_path, monkeypatch):
+    path = tmp_path / "large"
+    path.write_bytes(encode(soft(45, 70), form))
+    monkeypatch.setattr(turbo, "bare_hw", None)  # what is read whole is looked at
+    with pytest.raises(BadImage, match=r"^45x70 pixels, expected at most 3149$"):
+        decoded(str(path), (45, 70), (32, 48), max_pixels=45 * 70 - 1, **TURBO)
+
+
+def test_a_file_read_whole_takes_its_own_memory_once(tmp_path):
+    path = tmp_path / "stored.png"
+    path.write_bytes(encode(strategies.random_image("RGB", 1000, 1000), "PNG", compress_level=0))
+    size = path.stat().st_size
+    tracemalloc.start()
+    assert len(turbo._content_of(str(path), RULES)) == size
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.2 * size
 
 
 def test_damaged_pictures_get_the_verdicts_of_pillows_engine():
