@@ -124,7 +124,8 @@ def bare_hw(content: bytes) -> tuple[int, int] | None:
     """
     try:
         if content.startswith(PNG):
-            return _png_hw(content[:HEAD_BYTES]) if _is_bare_png(content) else None
+            found = _png_hw(content[:HEAD_BYTES])  # first: it goes no further than a header may
+            return found if found and _is_bare_png(content) else None
         if content.startswith(b"RIFF") and _READS_WEBP:
             found = _webp_hw(content[:HEAD_BYTES], len(content))
             return found if _is_bare_webp(content) else None

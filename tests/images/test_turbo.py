@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tracemalloc
+import zlib
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -25,7 +26,7 @@ from test_scans import WRITTEN, reason, scan_of, written
 
 import packpipe
 from packpipe.images import decode as decoding
-from packpipe.images import rules, turbo
+from packpipe.images import headers, rules, turbo
 from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import probe
 from packpipe.images.fill import ImageTask, fill_row
@@ -228,6 +229,15 @@ def test_a_file_read_whole_takes_its_own_memory_once(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1.2 * size
+
+
+def test_chunks_are_followed_only_as_far_as_a_header_goes(monkeypatch):
+    monkeypatch.setattr(headers, "_is_bare_png", None)  # follows them to the end of the file
+    file = encode(soft(45, 70), "PNG")
+    unknown = b"\0\0\0\0abCd" + zlib.crc32(b"abCd").to_bytes(4)
+    assert bare_hw(file[:33] + unknown * 9 + file[33:]) is None
+    with pytest.raises(TypeError):
+        bare_hw(file)
 
 
 def test_damaged_pictures_get_the_verdicts_of_pillows_engine():
