@@ -2,8 +2,8 @@
 
 Taken by ``pixels="turbo"`` for what is decoded alike, without opening it with Pillow. Of JPEGs,
 with libjpeg-turbo through simplejpeg: grey, YCbCr and RGB of 8 bits, baseline or progressive, with
-a plain header (`headers.jpeg_head`). Of PNG and WebP, with libpng and libwebp through imagecodecs:
-grey and RGB of 8 bits with nothing else in the file (`headers.bare_hw`). Others, such as CMYK,
+a plain header (`headers.jpeg_head`). Of PNG and WebP, with libspng and libwebp through imagecodecs:
+grey and RGB of 8 bits, and nothing that changes them (`headers.bare_hw`). Others, such as CMYK,
 lossless JPEGs and pictures with alpha, are left to Pillow, and so is a file that one of these
 libraries refuses or warns of: whether it is damaged is then decided as it always is (`scans`).
 """
