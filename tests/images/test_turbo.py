@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import tracemalloc
 import zlib
 from importlib.metadata import version
@@ -16,6 +17,7 @@ import pictures
 import pytest
 import simplejpeg
 import strategies
+from fuzz_seeds import png_of
 from hypothesis import given
 from PIL import Image, ImageFilter, PngImagePlugin
 from strategies import encode
@@ -257,6 +259,47 @@ def test_damaged_pictures_get_the_verdicts_of_pillows_engine():
                     assert np.array_equal(turbo.picture(one, (45, 70)), pixels)
     assert found.count("undecodable") > 20
     assert found.count(None) > 100
+
+
+def lines_of(interlaced):
+    """The lines of a PNG file of 9 x 13 pixels of RGB, of all filters."""
+    pixels = np.array(strategies.random_image("RGB", 9, 13))
+    passes = [(0, 0, 1, 1)]
+    if interlaced:
+        passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2)]
+        passes += [(0, 1, 2, 2), (1, 0, 2, 1)]
+    parts = (pixels[top::down, left::across] for top, left, down, across in passes)
+    lines = (line for part in parts if part.size for line in part)
+    return b"".join(bytes([n % 5]) + line.tobytes() for n, line in enumerate(lines))
+
+
+def odd_data(lines):
+    """What the chunks of pixels may hold, as no writer makes it: first what has all pixels."""
+    whole = zlib.compress(lines)
+    yield from ([whole], [whole[:-4]], [whole + b"more"], [zlib.compress(lines * 2)])
+    yield from (
+        [whole[at : at + 1] for at in range(len(whole))],
+        [b"", whole[:50], b"", whole[50:]],
+    )
+    yield from ([whole[:-1] + b"?"], [whole[:-9]], [zlib.compress(lines[:-41])], [b""])
+    yield from ([zlib.compress(lines[:-1])], [zlib.compress(b"\x05" + lines[1:])], [whole[2:-4]])
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_pngs_of_odd_chunks_get_the_pixels_or_the_verdicts_of_pillows_engine(interlaced):
+    shape, verdicts = struct.pack(">IIBBBBB", 13, 9, 8, 2, 0, 0, interlaced), []
+    for data in odd_data(lines_of(interlaced)):
+        pixels = [(b"IDAT", part) for part in data]
+        file = png_of([(b"IHDR", shape), *pixels, (b"IEND", b"")])
+        assert bare_hw(file) == (9, 13)
+        found, verdict = turbo.picture(file, (9, 13)), reason(file, (9, 13))
+        assert (found is not None) == (len(verdicts) < 6)
+        assert reason(file, (9, 13), **TURBO) == verdict
+        if found is not None:
+            assert np.array_equal(found, np.asarray(Image.open(BytesIO(file))))
+        verdicts.append(verdict and verdict[0])
+    assert verdicts[:6] == [None] * 6
+    assert verdicts.count("undecodable") >= 5
 
 
 @pytest.mark.parametrize(("gap", "most"), [(1.0, 1.0), (1.5, 0.5)])
