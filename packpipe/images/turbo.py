@@ -158,6 +158,7 @@ def picture(content: bytes, image_hw: tuple[int, int]) -> NDArray[Any] | None:
     decode = spng_decode if content.startswith(PNG) else webp_decode
     try:
         pixels: NDArray[Any] = decode(content)
-    except (RuntimeError, ValueError):  # an error of either library is a RuntimeError
+    except (RuntimeError, ValueError, ImportError):
+        # An error of either library is a RuntimeError; imagecodecs may be built without one.
         return None
     return pixels if pixels.shape in (image_hw, (*image_hw, 3)) else None

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 
+import imagecodecs
 import naive_profiles
 import numpy as np
 import pictures
@@ -231,6 +232,18 @@ def test_a_file_read_whole_takes_its_own_memory_once(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1.2 * size
+
+
+@pytest.mark.parametrize(("form", "decoder"), [("PNG", "spng_decode"), ("WEBP", "webp_decode")])
+def test_pillow_decodes_what_imagecodecs_is_built_without(form, decoder, monkeypatch):
+    file = encode(soft(45, 70), form)
+    found = decoded(file, (45, 70), (32, 48), **TURBO)
+
+    def stub(_):  # what it then has under the decoder's name
+        raise imagecodecs.DelayedImportError(decoder)
+
+    monkeypatch.setattr(turbo, decoder, stub)
+    assert np.array_equal(decoded(file, (45, 70), (32, 48), **TURBO), found)
 
 
 def test_chunks_are_followed_only_as_far_as_a_header_goes(monkeypatch):
