@@ -6,6 +6,10 @@ a plain header (`headers.jpeg_head`). Of PNG and WebP, with libspng and libwebp 
 grey and RGB of 8 bits, and nothing that changes them (`headers.bare_hw`). Others, such as CMYK,
 lossless JPEGs and pictures with alpha, are left to Pillow, and so is a file that one of these
 libraries refuses or warns of: whether it is damaged is then decided as it always is (`scans`).
+
+One verdict is another: libspng stops at the last pixel. Where the data of a PNG file are cut or
+wrong in the last five bytes, behind all pixels, it may give the pixels of a file that Pillow calls
+truncated or broken.
 """
 
 from __future__ import annotations
