@@ -48,7 +48,7 @@ from packpipe.cli.packed_source import source_to_pack
 _MOST_IN_A_ROW = 100  # bad examples, as `packpipe.pack` has it
 # What the table of `suggest_seq_len` is read by.
 _CHOICES = """<  the shortest that pads 1% at most, or else the one that pads least
-(most): segments of the fullest row; ffd packs short examples together, balanced spreads them
+(most): segments of the fullest row; ffd puts short examples together, balanced spreads them
 masked ÷ segment attention: the work of attention over whole rows, masked, in units of that within
 segments alone"""
 

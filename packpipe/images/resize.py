@@ -271,7 +271,7 @@ def _turn(low, standing):  # type: ignore[no-untyped-def]
     """Write rows of RGB as columns, uint32[columns, rows], whose fourth byte does not matter."""
     columns, rows = standing.shape
     for x in range(columns - 1):
-        for y in range(rows):  # four bytes are read at once, if each is a column of an array
+        for y in range(rows):  # so written, the compiler reads the four bytes at once
             standing[x, y] = (
                 np.uint32(low[y, 3 * x])
                 | np.uint32(low[y, 3 * x + 1]) << np.uint32(8)
@@ -329,7 +329,8 @@ def _cut(words, top, left, tiles):  # type: ignore[no-untyped-def]
             at = ((row * columns + column) * tile_height + down) * tile_width
             at = 3 * (at + first - column * tile_width)
             line = words[first - left : last - left, y]
-            # Indices without a sign: so four bytes are written at once, one of the pixel behind.
+            # Indices without a sign: so four bytes are written at once. The fourth lies in the next
+            # pixel of the line, which is written after it; the last pixel gets three alone.
             for i in range(len(line)):
                 word = line[i]
                 flat[np.uint64(at)] = np.uint8(word)
@@ -346,6 +347,7 @@ def _cut(words, top, left, tiles):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _blend_few(source, first, starts, weights, out):  # type: ignore[no-untyped-def]
     """Do what `_blend` does for `_FEW` weights, in sums of 16 bits that stay in registers."""
+    # Starts go one way, or the other if flipped.
     size, begin, last = out.shape[1], min(starts[0], starts[-1]), max(starts[0], starts[-1])
     wide = np.empty((last + _FEW - begin, source.shape[1]), np.int16)
     levels, narrow = wide.reshape(-1), source.reshape(-1)[begin * source.shape[1] :]

@@ -30,7 +30,7 @@ class Stored(NamedTuple):
     """An image as it is stored, decoded: grey or RGB, neither turned nor resized.
 
     Attributes:
-        pixels: of `turbo` an array.
+        pixels: an image of Pillow's, or an array if `turbo` decoded them.
         box: where what is needed is in them.
         orientation: how they are turned upright, as EXIF has it.
         conversion: of their colours.

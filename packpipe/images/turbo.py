@@ -2,10 +2,14 @@
 
 Taken by ``pixels="turbo"`` for what is decoded alike, without opening it with Pillow. Of JPEGs,
 with libjpeg-turbo through simplejpeg: grey, YCbCr and RGB of 8 bits, baseline or progressive, with
-a plain header (`headers.jpeg_head`). Of PNG and WebP, with libpng and libwebp through imagecodecs:
-grey and RGB of 8 bits with nothing else in the file (`headers.bare_hw`). Others, such as CMYK,
+a plain header (`headers.jpeg_head`). Of PNG and WebP, with libspng and libwebp through imagecodecs:
+grey and RGB of 8 bits, and nothing that changes them (`headers.bare_hw`). Others, such as CMYK,
 lossless JPEGs and pictures with alpha, are left to Pillow, and so is a file that one of these
 libraries refuses or warns of: whether it is damaged is then decided as it always is (`scans`).
+
+One verdict is another: libspng stops at the last pixel. Where the data of a PNG file are cut or
+wrong in the last five bytes, behind all pixels, it may give the pixels of a file that Pillow calls
+truncated or broken.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ _STARTS = (JPEG, PNG[:4], b"RIFF")  # of files that may be decoded here
 def stored(data: ImageData, planned: Planned, rules: PixelRules) -> Stored | None:
     """Return an image, decoded; None of others, which Pillow decodes or rejects."""
     check_limit(rules.max_pixels)
-    content = _content_of(data)
+    content = _content_of(data, rules)
     if content is None:
         return None
     if content.startswith(JPEG):
@@ -93,17 +97,20 @@ def _jpeg(content: bytes, planned: Planned, rules: PixelRules) -> Stored | None:
     return Stored(pixels, scaled(box, size, whole), head.orientation, conversion)
 
 
-def _content_of(data: ImageData) -> bytes | None:
+def _content_of(data: ImageData, rules: PixelRules) -> bytes | None:
     """Return the bytes of a JPEG file, or of a PNG or WebP file with a plain header, else None."""
     if isinstance(data, str | Confined):
         with rejecting(data), open_file(data) as file:
             head, size = file.read(HEAD_BYTES) or b"", os.fstat(file.fileno()).st_size
             if not head.startswith(JPEG):
                 found = quick_probe(head, size)
-                # A longer file holds more than its pixels, perhaps more than there is memory.
-                if found is None or size > 8 * found[0] * found[1] + HEAD_BYTES:
+                if found is None or not _is_fit(found, rules):
                     return None
-            return head + (file.read() or b"")
+                # A longer file holds more than pixels of RGB, perhaps more than there is memory.
+                if size > 4 * found[0] * found[1] + HEAD_BYTES:
+                    return None
+            file.seek(0)  # what is added to the first bytes would be copied
+            return file.read()
     if isinstance(data, bytes | memoryview) and bytes(data[:4]).startswith(_STARTS):
         return bytes(data)
     return None
@@ -155,6 +162,7 @@ def picture(content: bytes, image_hw: tuple[int, int]) -> NDArray[Any] | None:
     decode = spng_decode if content.startswith(PNG) else webp_decode
     try:
         pixels: NDArray[Any] = decode(content)
-    except (RuntimeError, ValueError):  # an error of either library is a RuntimeError
+    except (RuntimeError, ValueError, ImportError):
+        # An error of either library is a RuntimeError; imagecodecs may be built without one.
         return None
     return pixels if pixels.shape in (image_hw, (*image_hw, 3)) else None

@@ -206,7 +206,7 @@ def test_a_plan_is_what_packing_gives(few, packed):
     assert len(table) > 1
     assert all(line.split()[3:5] == ["1.00", "(1)"] for line in table)
     assert re.search(r" <\n.*^<  the shortest that pads 1% at most", said, re.DOTALL | re.MULTILINE)
-    assert "\n(most): segments of the fullest row; ffd packs short examples together" in said
+    assert "\n(most): segments of the fullest row; ffd puts short examples together" in said
 
 
 def test_rows_are_called_rows_wherever_a_command_speaks_of_them(few, packed):

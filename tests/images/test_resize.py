@@ -151,6 +151,16 @@ def test_tiles_are_the_result_cut(case, side, rows, columns):
     assert np.array_equal(tiles, cut)
 
 
+@given(cases(), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3))
+def test_no_byte_beside_the_tiles_is_written(case, side, rows, columns, before):
+    pixels, box, _, name, orientation = case
+    size = rows * columns * side * side * 3
+    memory = np.full(before + size + 8, 77, np.uint8)
+    tiles = memory[before : before + size].reshape(rows, columns, side, side, 3)
+    resize(pixels, box, tiles, downscale_filter=name, upscale_filter=name, orientation=orientation)
+    assert (np.delete(memory, np.s_[before : before + size]) == 77).all()
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("channels", [1, 3])
 def test_tiles_of_an_image_of_several_blocks_are_the_result_cut(channels, orientation):
@@ -160,10 +170,10 @@ def test_tiles_of_an_image_of_several_blocks_are_the_result_cut(channels, orient
     same = {"downscale_filter": "bicubic", "upscale_filter": "bicubic"}
     resize(pixels, box, tiles, **same, orientation=orientation)
     assert np.array_equal(tiles.transpose(0, 2, 1, 3, 4).reshape(whole.shape), whole)
-    upright = resized(pixels, box, (40 * 14, 30 * 14), "bicubic") if orientation > 4 else None
-    if upright is not None:
-        image = Image.fromarray(upright).transpose(TRANSPOSE[orientation])
-        assert np.array_equal(whole, np.asarray(image))
+    stored = (40 * 14, 30 * 14) if orientation > 4 else (30 * 14, 40 * 14)
+    image = Image.fromarray(resized(pixels, box, stored, "bicubic"))
+    upright = image.transpose(TRANSPOSE[orientation]) if orientation > 1 else image
+    assert np.array_equal(whole, np.asarray(upright))
 
 
 @pytest.mark.parametrize("name", [name for name in FILTERS if name != "nearest"])

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import struct
+import tracemalloc
+import zlib
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 
+import imagecodecs
 import naive_profiles
 import numpy as np
 import pictures
 import pytest
 import simplejpeg
 import strategies
+from fuzz_seeds import png_of
 from hypothesis import given
 from PIL import Image, ImageFilter, PngImagePlugin
 from strategies import encode
@@ -24,7 +29,8 @@ from test_scans import WRITTEN, reason, scan_of, written
 
 import packpipe
 from packpipe.images import decode as decoding
-from packpipe.images import rules, turbo
+from packpipe.images import headers, rules, turbo
+from packpipe.images.bad_images import BadImage
 from packpipe.images.decode import probe
 from packpipe.images.fill import ImageTask, fill_row
 from packpipe.images.headers import bare_hw, jpeg_head, quick_probe
@@ -208,6 +214,47 @@ def test_a_file_much_longer_than_its_pixels_is_not_read_whole(tmp_path, monkeypa
     assert decoded(str(path), (45, 70), (32, 48), **TURBO).std() > 3
 
 
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_a_file_of_too_many_pixels_is_not_read_whole(form, tmp_path, monkeypatch):
+    path = tmp_path / "large"
+    path.write_bytes(encode(soft(45, 70), form))
+    monkeypatch.setattr(turbo, "bare_hw", None)  # what is read whole is looked at
+    with pytest.raises(BadImage, match=r"^45x70 pixels, expected at most 3149$"):
+        decoded(str(path), (45, 70), (32, 48), max_pixels=45 * 70 - 1, **TURBO)
+
+
+def test_a_file_read_whole_takes_its_own_memory_once(tmp_path):
+    path = tmp_path / "stored.png"
+    path.write_bytes(encode(strategies.random_image("RGB", 1000, 1000), "PNG", compress_level=0))
+    size = path.stat().st_size
+    tracemalloc.start()
+    assert len(turbo._content_of(str(path), RULES)) == size
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.2 * size
+
+
+@pytest.mark.parametrize(("form", "decoder"), [("PNG", "spng_decode"), ("WEBP", "webp_decode")])
+def test_pillow_decodes_what_imagecodecs_is_built_without(form, decoder, monkeypatch):
+    file = encode(soft(45, 70), form)
+    found = decoded(file, (45, 70), (32, 48), **TURBO)
+
+    def stub(_):  # what it then has under the decoder's name
+        raise imagecodecs.DelayedImportError(decoder)
+
+    monkeypatch.setattr(turbo, decoder, stub)
+    assert np.array_equal(decoded(file, (45, 70), (32, 48), **TURBO), found)
+
+
+def test_chunks_are_followed_only_as_far_as_a_header_goes(monkeypatch):
+    monkeypatch.setattr(headers, "_is_bare_png", None)  # follows them to the end of the file
+    file = encode(soft(45, 70), "PNG")
+    unknown = b"\0\0\0\0abCd" + zlib.crc32(b"abCd").to_bytes(4)
+    assert bare_hw(file[:33] + unknown * 9 + file[33:]) is None
+    with pytest.raises(TypeError):
+        bare_hw(file)
+
+
 def test_damaged_pictures_get_the_verdicts_of_pillows_engine():
     random, found = np.random.default_rng(0), []
     for content in bare_files(45, 70):
@@ -225,6 +272,47 @@ def test_damaged_pictures_get_the_verdicts_of_pillows_engine():
                     assert np.array_equal(turbo.picture(one, (45, 70)), pixels)
     assert found.count("undecodable") > 20
     assert found.count(None) > 100
+
+
+def lines_of(interlaced):
+    """The lines of a PNG file of 9 x 13 pixels of RGB, of all filters."""
+    pixels = np.array(strategies.random_image("RGB", 9, 13))
+    passes = [(0, 0, 1, 1)]
+    if interlaced:
+        passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2)]
+        passes += [(0, 1, 2, 2), (1, 0, 2, 1)]
+    parts = (pixels[top::down, left::across] for top, left, down, across in passes)
+    lines = (line for part in parts if part.size for line in part)
+    return b"".join(bytes([n % 5]) + line.tobytes() for n, line in enumerate(lines))
+
+
+def odd_data(lines):
+    """What the chunks of pixels may hold, as no writer makes it: first what has all pixels."""
+    whole = zlib.compress(lines)
+    yield from ([whole], [whole[:-4]], [whole + b"more"], [zlib.compress(lines * 2)])
+    yield from (
+        [whole[at : at + 1] for at in range(len(whole))],
+        [b"", whole[:50], b"", whole[50:]],
+    )
+    yield from ([whole[:-1] + b"?"], [whole[:-9]], [zlib.compress(lines[:-41])], [b""])
+    yield from ([zlib.compress(lines[:-1])], [zlib.compress(b"\x05" + lines[1:])], [whole[2:-4]])
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_pngs_of_odd_chunks_get_the_pixels_or_the_verdicts_of_pillows_engine(interlaced):
+    shape, verdicts = struct.pack(">IIBBBBB", 13, 9, 8, 2, 0, 0, interlaced), []
+    for data in odd_data(lines_of(interlaced)):
+        pixels = [(b"IDAT", part) for part in data]
+        file = png_of([(b"IHDR", shape), *pixels, (b"IEND", b"")])
+        assert bare_hw(file) == (9, 13)
+        found, verdict = turbo.picture(file, (9, 13)), reason(file, (9, 13))
+        assert (found is not None) == (len(verdicts) < 6)
+        assert reason(file, (9, 13), **TURBO) == verdict
+        if found is not None:
+            assert np.array_equal(found, np.asarray(Image.open(BytesIO(file))))
+        verdicts.append(verdict and verdict[0])
+    assert verdicts[:6] == [None] * 6
+    assert verdicts.count("undecodable") >= 5
 
 
 @pytest.mark.parametrize(("gap", "most"), [(1.0, 1.0), (1.5, 0.5)])
