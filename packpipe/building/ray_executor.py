@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from concurrent.futures import wait as wait_for
@@ -57,6 +58,7 @@ class RayExecutor(Executor):
         self._futures: set[Future[Any]] = set()
         if self._began:
             try:
+                _reach(address)
                 ray.init(**{"address": address, "log_to_driver": False, **options})
             except ConnectionError as error:
                 expected = "a Ray cluster that answers"
@@ -102,6 +104,16 @@ class RayExecutor(Executor):
         if self._began:
             self._ray.shutdown()
             self._began = False
+
+
+def _reach(address: str) -> None:
+    """Raise a ConnectionError if nothing is at HOST:PORT, where Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:  # the latter of a port beyond 65535
+            raise ConnectionError(str(error)) from error
 
 
 def _called(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
