@@ -417,7 +417,7 @@ def apart(dataset: Dataset) -> Iterator[Row]:
         for engine in ("pillow", "turbo"):
             for gap in (None, 2.0, 1.5, 1.0):
                 rules = pixel_rules(packpipe.PackConfig(pixels=engine, reducing_gap=gap))
-                rules = rules._replace(profiles="ignore", jpeg_edges="keep")
+                rules = rules._replace(profiles="ignore", jpeg_edges="padded")
                 means = np.array(
                     [
                         _apart(encoded, grid_hw, rules)
