@@ -28,7 +28,7 @@ _EXIF_SHORT, _EXIF_RATIONAL = 3, 5
 # Types of TIFF entries that stay bytes: bytes, text, signed and undefined ones.
 _TIFF_BYTES = (1, 2, 6, 7)
 _MOST_ENTRIES = 2**15
-# PNG chunks that are walked over in search of a late one.
+# PNG chunks that are walked over in search of a late one, or of the end.
 _MOST_CHUNKS = 2**17
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _SIDEWAYS = (5, 6, 7, 8)
@@ -371,7 +371,9 @@ def _is_bare_png(content: bytes) -> bool:
             break
         names.add(name)
         at += 12 + length
-    while name == b"IDAT":
+    for _ in range(_MOST_CHUNKS):
+        if name != b"IDAT":
+            break
         at += 12 + length
         length, name = unpack_from(">I4s", content, at)
     is_srgb = b"sRGB" in names or not names & {b"gAMA", b"cHRM"}

@@ -255,6 +255,15 @@ def test_chunks_are_followed_only_as_far_as_a_header_goes(monkeypatch):
         bare_hw(file)
 
 
+def test_of_very_many_chunks_a_png_file_is_left_to_pillow():
+    content = encode(soft(45, 70), "PNG")
+    at = content.index(b"IDAT") - 4
+    empty = b"\0\0\0\0IDAT" + zlib.crc32(b"IDAT").to_bytes(4)
+    few, many = (content[:at] + empty * number + content[at:] for number in (2, 2**17))
+    assert bare_hw(few) == (45, 70)
+    assert bare_hw(many) is None
+
+
 def test_damaged_pictures_get_the_verdicts_of_pillows_engine():
     random, found = np.random.default_rng(0), []
     for content in bare_files(45, 70):
