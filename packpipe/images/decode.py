@@ -69,7 +69,7 @@ from packpipe.images.headers import (
 from packpipe.images.image_data import Confined, ImageData
 from packpipe.images.layouts import mend
 from packpipe.images.modes import NoRule, plain
-from packpipe.images.opening import LONGEST_SIDE, array_hw, known_formats, opened
+from packpipe.images.opening import array_hw, is_fit, known_formats, opened
 from packpipe.images.orientation import TRANSPOSE, orientation_of, reader_of
 from packpipe.images.pillow_settings import PILLOWS_LIMIT, check_settings
 from packpipe.images.regular_files import open_file
@@ -141,8 +141,7 @@ def probe(data: ImageData, *, max_pixels: int) -> Probe:
                 with rejecting(data):
                     late = late_exif(reader_of(source))
             # An image that is too large goes on to Pillow's path, which raises the error.
-            is_fit = image_hw is not None and image_hw[0] * image_hw[1] <= max_pixels
-            if image_hw is not None and is_fit and max(image_hw) <= LONGEST_SIDE and late is None:
+            if image_hw is not None and is_fit(image_hw, max_pixels) and late is None:
                 return Probe(image_hw, False)
         image = stack.enter_context(opened(source, max_pixels))
         orientation, broken_exif = orientation_of(image)

@@ -140,8 +140,13 @@ def array_hw(pixels: NDArray[Any], max_pixels: int) -> tuple[int, int]:
     return height, width
 
 
+def is_fit(size: tuple[int, int], max_pixels: int) -> bool:
+    """Return whether an image of two sides, in pixels, is not too large."""
+    return size[0] * size[1] <= max_pixels and max(size) <= LONGEST_SIDE
+
+
 def _check_hw(height: int, width: int, max_pixels: int, of: str = "") -> None:
     most = f"{max_pixels}" if height * width > max_pixels else f"{LONGEST_SIDE} a side"
-    if height * width > max_pixels or max(height, width) > LONGEST_SIDE:
+    if not is_fit((height, width), max_pixels):
         said = f"{of}{height}x{width} pixels, expected at most {most}"
         raise BadImage("too many pixels", said)

@@ -36,7 +36,7 @@ from packpipe.images.headers import (
     upright_hw,
 )
 from packpipe.images.image_data import Confined, ImageData
-from packpipe.images.opening import LONGEST_SIDE
+from packpipe.images.opening import is_fit
 from packpipe.images.pillow_settings import PILLOWS_LIMIT, check_limit
 from packpipe.images.regular_files import open_file
 from packpipe.images.rules import PixelRules
@@ -55,7 +55,7 @@ def stored(data: ImageData, planned: Planned, rules: PixelRules) -> Stored | Non
         return None
     if content.startswith(JPEG):
         return _jpeg(content, planned, rules)
-    if bare_hw(content) != planned.image_hw or not _is_fit(planned.image_hw, rules):
+    if bare_hw(content) != planned.image_hw or not is_fit(planned.image_hw, rules.max_pixels):
         return None
     pixels = picture(content, planned.image_hw)
     if pixels is None:
@@ -64,16 +64,13 @@ def stored(data: ImageData, planned: Planned, rules: PixelRules) -> Stored | Non
     return Stored(pixels, box, 1, Conversion(None, False))
 
 
-def _is_fit(size: tuple[int, int], rules: PixelRules) -> bool:
-    return max(size) <= LONGEST_SIDE and 0 < size[0] * size[1] <= rules.max_pixels
-
-
 def _jpeg(content: bytes, planned: Planned, rules: PixelRules) -> Stored | None:
     head = jpeg_head(content)
-    if head is None or head.layers not in _COLOURS or not _is_fit(head.size, rules):
+    if head is None or head.layers not in _COLOURS or 0 in head.size:
         return None
     size = head.size
-    if upright_hw(*size, head.orientation) != planned.image_hw:
+    is_planned = upright_hw(*size, head.orientation) == planned.image_hw
+    if not is_planned or not is_fit(size, rules.max_pixels):
         return None
     if rules.damaged_scans != "keep" and scans_of(content, head).damage is not None:
         return None
@@ -104,7 +101,7 @@ def _content_of(data: ImageData, rules: PixelRules) -> bytes | None:
             head, size = file.read(HEAD_BYTES) or b"", os.fstat(file.fileno()).st_size
             if not head.startswith(JPEG):
                 found = quick_probe(head, size)
-                if found is None or not _is_fit(found, rules):
+                if found is None or not is_fit(found, rules.max_pixels):
                     return None
                 # A longer file holds more than pixels of RGB, perhaps more than there is memory.
                 if size > 4 * found[0] * found[1] + HEAD_BYTES:
